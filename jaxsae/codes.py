@@ -1,0 +1,86 @@
+"""Sparse codes: which latents of each row are active, and their values."""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+
+@struct.dataclass
+class SparseCode:
+    """The active latents of a batch of rows, in `k` slots a row.
+
+    An unused slot holds value 0 and index `num_latents`, one past the end, so that gathers fill it
+    with zero and scatters drop it. A latent on the support may have value 0 (a refit can put it there).
+    An index that stands twice in a row counts twice: its values add up.
+
+    Attributes:
+      values: `[*b k]`, in the units of the activations.
+      indices: `[*b k]` int32, in `[0, num_latents]`.
+      num_latents: number of latents `m`; static.
+      overflow: `[*b]` int32, how many active latents of the row did not fit into `k` slots.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> code = jaxsae.SparseCode(values=jnp.array([3.0, 1.0, 0.0]), indices=jnp.array([2, 0, 4]), num_latents=4)
+      >>> code.dense()
+      Array([1., 0., 3., 0.], dtype=float32)
+      >>> code.mask
+      Array([ True,  True, False], dtype=bool)
+    """
+
+    values: Float[Array, "*b k"]
+    indices: Int[Array, "*b k"]
+    num_latents: int = struct.field(pytree_node=False)
+    overflow: Int[Array, "*b"] = None  # pyright: ignore[reportAssignmentType]
+
+    def __post_init__(self):
+        # JAX rebuilds pytrees around things that are not arrays (axes, specs, None): leave those alone.
+        if self.overflow is None and hasattr(self.indices, "shape"):
+            object.__setattr__(self, "overflow", jnp.zeros(self.indices.shape[:-1], jnp.int32))
+
+    @property
+    def mask(self) -> Bool[Array, "*b k"]:
+        """Which slots are on the support."""
+        return self.indices < self.num_latents
+
+    @property
+    def l0(self) -> Int[Array, "*b"]:
+        """`‖z‖₀` of each row: how many values are not zero."""
+        return jnp.sum(self.mask & (self.values != 0), axis=-1, dtype=jnp.int32)
+
+    def dense(self) -> Float[Array, "*b m"]:
+        """The code as a dense `[*b m]` array."""
+
+        def scatter(values, indices):
+            return jnp.zeros(self.num_latents, values.dtype).at[indices].add(values, mode="drop")
+
+        return jnp.vectorize(scatter, signature="(k),(k)->(m)")(self.values, self.indices)
+
+
+def from_dense(z: Float[Array, "*b m"], capacity: int) -> SparseCode:
+    """Keep the `capacity` largest entries of each row, by magnitude, in descending order.
+
+    Args:
+      z: dense code `[*b m]`.
+      capacity: number of slots `k` a row, at most `m`. A row with more non-zeros loses its smallest, and
+        `overflow` says how many.
+
+    Raises:
+      ValueError: if `capacity` is not in `[1, m]`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> code = jaxsae.codes.from_dense(jnp.array([[0.0, 2.0, 5.0, 1.0], [0.0, 0.0, 4.0, 0.0]]), capacity=2)
+      >>> code.indices.tolist(), code.overflow.tolist()
+      ([[2, 1], [2, 4]], [1, 0])
+    """
+    m = z.shape[-1]
+    if not 1 <= capacity <= m:
+        raise ValueError(f"got capacity {capacity} for {m} latents; pass a capacity from 1 to {m}.")
+    # All the values are used: taking fewer would turn XLA's CPU top-k into a full sort.
+    magnitude, indices = jax.lax.top_k(jax.lax.stop_gradient(jnp.abs(z)), capacity)
+    kept = magnitude != 0
+    values = jnp.where(kept, jnp.take_along_axis(z, indices, axis=-1), 0)
+    overflow = jnp.sum(z != 0, axis=-1, dtype=jnp.int32) - jnp.sum(kept, axis=-1, dtype=jnp.int32)
+    return SparseCode(values, jnp.where(kept, indices, m), m, overflow)
