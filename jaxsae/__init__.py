@@ -7,9 +7,10 @@ An `SAE` is a pytree of parameters, a `SparseCode` says which latents are active
 everything else is a pure function of the two.
 """
 
-from jaxsae import codes, sae
+from jaxsae import codes, data, losses, metrics, pretrained, sae, train
 from jaxsae.activations import ReLU, TopK
 from jaxsae.codes import SparseCode
+from jaxsae.metrics import Shrinkage, shrinkage
 from jaxsae.refit import Certificate, RefitInfo, Status, certify, check, refit
 from jaxsae.sae import SAE, decode, encode, encode_dense, init, refine
 from jaxsae.solvers import FISTA, ProjectedGradient
@@ -21,17 +22,24 @@ __all__ = [
     "ProjectedGradient",
     "ReLU",
     "RefitInfo",
+    "Shrinkage",
     "SparseCode",
     "Status",
     "TopK",
     "certify",
     "check",
     "codes",
+    "data",
     "decode",
     "encode",
     "encode_dense",
     "init",
+    "losses",
+    "metrics",
+    "pretrained",
     "refine",
     "refit",
     "sae",
+    "shrinkage",
+    "train",
 ]

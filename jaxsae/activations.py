@@ -83,14 +83,23 @@ class TopK:
             raise ValueError(f"TopK got k = {self.k}; pass k of at least 1.")
 
     def __call__(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
-        """The dense code."""
-        return self.code(pre, self.k).dense()
+        """The dense code, by comparison with the k-th largest: no scatter, forwards or backwards."""
+        self._validate(pre.shape[-1])
+        # The barrier keeps all of the top-k in use, without which XLA's CPU backend sorts whole rows instead.
+        top, indices = jax.lax.optimization_barrier(jax.lax.top_k(jax.lax.stop_gradient(pre), self.k))
+        least, last = top[..., -1:], indices[..., -1:]
+        # Equal values are taken in order of index, here as in `top_k`; NaN stays NaN.
+        dropped = (pre < least) | ((pre == least) & (jnp.arange(pre.shape[-1]) > last))
+        return jnp.where(dropped, 0, jax.nn.relu(pre))
+
+    def _validate(self, m: int) -> None:
+        if self.k > m:
+            raise ValueError(f"TopK got k = {self.k} for {m} latents; pass k of at most {m}.")
 
     def code(self, pre: Float[Array, "*b m"], capacity: int) -> SparseCode:
         """The code in its own `k` slots, followed by empty ones up to `capacity`."""
         m = pre.shape[-1]
-        if self.k > m:
-            raise ValueError(f"TopK got k = {self.k} for {m} latents; pass k of at most {m}.")
+        self._validate(m)
         if capacity < self.k:
             raise ValueError(f"TopK fixes k = {self.k}, but got capacity {capacity}; leave capacity out.")
         code = codes.from_dense(jax.nn.relu(pre), self.k)

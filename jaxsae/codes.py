@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxsae import rows
+
 
 @struct.dataclass
 class SparseCode:
@@ -84,3 +86,31 @@ def from_dense(z: Float[Array, "*b m"], capacity: int) -> SparseCode:
     values = jnp.where(kept, jnp.take_along_axis(z, indices, axis=-1), 0)
     overflow = jnp.sum(z != 0, axis=-1, dtype=jnp.int32) - jnp.sum(kept, axis=-1, dtype=jnp.int32)
     return SparseCode(values, jnp.where(kept, indices, m), m, overflow)
+
+
+def combine(dictionary: Float[Array, "m d"], code: SparseCode) -> Float[Array, "*b d"]:
+    """Sum the atoms of each row: `Σᵢ valuesᵢ · dictionary[indicesᵢ]`, accumulated in float32 or better.
+
+    Args:
+      dictionary: `[m d]`, one atom a row.
+      code: `[*b k]`.
+
+    Returns:
+      `[*b d]`, in the dtype that the values and the dictionary promote to.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> code = jaxsae.SparseCode(values=jnp.array([3.0, 1.0]), indices=jnp.array([2, 0]), num_latents=3)
+      >>> jaxsae.codes.combine(jnp.eye(3), code)
+      Array([1., 0., 3.], dtype=float32)
+    """
+    dtype = jnp.result_type(code.values, dictionary)
+    accumulator = jnp.promote_types(dtype, jnp.float32)
+
+    def chunk(values, indices):
+        atoms = dictionary.at[indices].get(mode="fill", fill_value=0)
+        return jnp.einsum("nk,nkd->nd", values, atoms, preferred_element_type=accumulator)
+
+    row_bytes = code.indices.shape[-1] * dictionary.shape[-1] * jnp.dtype(accumulator).itemsize
+    summed = rows.map_chunks(chunk, code.values, code.indices, batch=code.indices.shape[:-1], row_bytes=row_bytes)
+    return summed.astype(dtype)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxsae import rows
+from jaxsae import codes
 from jaxsae.activations import Activation
 from jaxsae.codes import SparseCode
 from jaxsae.refit import RefitInfo, refit
@@ -174,17 +174,7 @@ def decode(sae: SAE, code: SparseCode | Float[Array, "*b m"]) -> Float[Array, "*
     m = code.num_latents if isinstance(code, SparseCode) else code.shape[-1]
     if m != sae.m:
         raise ValueError(f"`decode` got a code of {m} latents for an SAE of {sae.m}; pass a code that this SAE made.")
-    if not isinstance(code, SparseCode):
-        return code @ sae.W_dec + sae.b_dec
-
-    def chunk(values, indices):
-        atoms = sae.W_dec.at[indices].get(mode="fill", fill_value=0)
-        return jnp.einsum("nk,nkd->nd", values, atoms, preferred_element_type=jnp.promote_types(atoms.dtype, jnp.float32))
-
-    k = code.indices.shape[-1]
-    row_bytes = k * sae.d * sae.W_dec.dtype.itemsize
-    summed = rows.map_chunks(chunk, code.values, code.indices, batch=code.indices.shape[:-1], row_bytes=row_bytes)
-    return summed.astype(jnp.result_type(code.values, sae.W_dec)) + sae.b_dec
+    return (codes.combine(sae.W_dec, code) if isinstance(code, SparseCode) else code @ sae.W_dec) + sae.b_dec
 
 
 def refine(

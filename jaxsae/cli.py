@@ -1,0 +1,170 @@
+"""The `jaxsae` command: the only module that prints.
+
+Exit codes: 0 done; 1 done, but a certificate failed (or, with --strict, a warning was printed); 2 bad input;
+130 interrupted.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from jaxsae.files import InputError
+
+_NEEDS = "the command line needs the extra 'study'; pip install 'jaxsae[study]'."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (default: the process's own) and return the exit code."""
+    try:
+        import tyro
+    except ImportError:
+        print(f"jaxsae: {_NEEDS}", file=sys.stderr)
+        return 2
+    try:
+        return tyro.extras.subcommand_cli_from_dict(
+            {"study": study, "refine": refine},
+            prog="jaxsae",
+            description="Sparse autoencoders in JAX, and the refinement of their codes with a certificate per row.",
+            args=sys.argv[1:] if argv is None else argv,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+    except InputError as error:
+        print(f"jaxsae: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"jaxsae: {error.filename or 'a file'}: {error.strerror}; nothing was half-written.", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("jaxsae: interrupted; what was finished is kept.", file=sys.stderr)
+        return 130
+
+
+def study(
+    *,
+    out: Path = Path("jaxsae-study"),
+    data: Path | None = None,
+    quick: bool = False,
+    seed: int = 0,
+) -> int:
+    """Train ReLU and TopK autoencoders, refine their codes, and measure the shrinkage.
+
+    Writes report.json, shrinkage.png and the trained SAEs. Example: jaxsae study --quick --out study
+
+    Args:
+        out: directory for the results.
+        data: .npy or .npz file of activations (rows, width); patches of two photographs if left out.
+        quick: small autoencoders, under a minute.
+        seed: of initialisation, shuffles and patches.
+    """
+    from jaxsae import study as job
+
+    plan = job.QUICK if quick else job.FULL
+    with _progress(job.total_steps(plan)) as advance:
+        report = job.run(out, data=data, plan=plan, seed=seed, progress=advance)
+    _print_study(report)
+    print(f"Written: {out / 'report.json'}, {out / 'shrinkage.png'}, {out / 'sae'}/")
+    failed = [row for row in report["rows"] if row["certified"] < 1]
+    for row in failed:
+        count = round((1 - row["certified"]) * report["data"]["heldout"])
+        _warn(f"{row['family']} {row['k_or_l1']:g}: {count} rows are not certified, the worst at KKT {row['worst_kkt']:.1e}.")
+    return 1 if failed else 0
+
+
+def refine(
+    *,
+    sae: Path,
+    data: Path,
+    out: Annotated[Path, "an .npz file"],
+    capacity: int | None = None,
+    tol: float = 1e-5,
+    max_steps: int = 2000,
+    strict: bool = False,
+) -> int:
+    """Refine the codes of a file of activations, however large.
+
+    Writes indices, values, kkt and status, a row each for a row of the data.
+    Example: jaxsae refine --sae study/sae/topk-20 --data x.npy --out codes.npz
+
+    Args:
+        sae: a saved SAE.
+        data: .npy or .npz file of activations (rows, width).
+        out: the .npz file to write.
+        capacity: slots a row; by default what the densest row needs.
+        tol: KKT residual at which a row is done.
+        max_steps: most solver steps a row.
+        strict: exit with 1 if there was any warning.
+    """
+    from jaxsae import data as data_module
+    from jaxsae import pretrained, stream
+    from jaxsae.solvers import FISTA
+
+    model, rows = pretrained.load(sae), data_module.open_rows(data)
+    if capacity is not None and (capacity < 1 or (model.activation.k or capacity) != capacity):
+        raise InputError(f"got --capacity {capacity} for {model.activation}; leave it out.")
+    with _progress(len(rows)) as advance:
+        summary = stream.refine_file(
+            model, rows, out, FISTA(tol, max_steps), capacity=capacity, progress=lambda n: advance("refining", n)
+        )
+    print(summary.shrinkage)
+    print(f"Written: {out}, {summary.rows} rows of {summary.capacity} slots, worst KKT {summary.worst_kkt:.1e}")
+    warnings = {
+        f"{summary.overflowed} rows have more active latents than slots; raise --capacity.": summary.overflowed,
+        f"{summary.nonfinite} rows hold NaN or Inf and are left as encoded (status 2).": summary.nonfinite,
+        f"{summary.unconverged} rows stopped at --max-steps (status 1).": summary.unconverged,
+    }
+    for text, count in warnings.items():
+        if count:
+            _warn(text)
+    return 1 if strict and any(warnings.values()) else 0
+
+
+def _warn(text: str) -> None:
+    print(f"jaxsae: warning: {text}", file=sys.stderr)
+
+
+class _progress:
+    """A progress bar with the time left, on a terminal; `advance(text, steps)` moves it."""
+
+    def __init__(self, total: int):
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
+        self.task = self.bar.add_task("starting", total=total)
+
+    def __enter__(self):
+        self.bar.start()
+        return lambda text, steps: self.bar.update(self.task, description=text, advance=steps)
+
+    def __exit__(self, *_):
+        self.bar.stop()
+
+
+def _print_study(report) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = ("method", "L0", "NMSE", "refined", "mean act.", "refined", "change", "rising", "γ", "refined", "worst KKT")
+    data = report["data"]
+    table = Table(*columns, title=f"{data['heldout']} held-out rows of width {data['width']}: {data['source']}")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in report["rows"]:
+        name = f"ReLU, L1 {row['k_or_l1']:g}" if row["family"] == "relu" else f"TopK, k {row['k_or_l1']:g}"
+        table.add_row(
+            name,
+            f"{row['l0']:.1f}",
+            f"{row['nmse_before']:.4f}",
+            f"{row['nmse_after']:.4f}",
+            f"{row['mean_before']:.3f}",
+            f"{row['mean_after']:.3f}",
+            f"{row['mean_change']:+.1%}",
+            f"{row['rising']:.0%}",
+            f"{row['gamma_before']:.4f}",
+            f"{row['gamma_after']:.4f}",
+            f"{row['worst_kkt']:.1e}" + ("" if row["certified"] == 1 else f" ({1 - row['certified']:.1%} fail)"),
+        )
+    width = None if sys.stdout.isatty() else 140
+    Console(width=width).print(table)

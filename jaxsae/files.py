@@ -1,0 +1,65 @@
+"""Files are written whole or not at all, and what is wrong with one is said in one sentence."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+class InputError(ValueError):
+    """A file, or a choice, that the user can mend; the message says what was got, what was expected and what to do."""
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; it takes its name when the block ends well, else it is removed.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     with atomic_file(Path(folder, "a.txt")) as temporary:
+      ...         _ = temporary.write_text("whole")
+      ...     Path(folder, "a.txt").read_text()
+      'whole'
+    """
+    path = Path(path)
+    with _temporary_directory(path) as folder:
+        yield folder / path.name
+        os.replace(folder / path.name, path)
+
+
+@contextlib.contextmanager
+def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary directory beside `path`; it takes its name, and its place, when the block ends well.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     with atomic_directory(Path(folder, "run")) as temporary:
+      ...         _ = Path(temporary, "a.txt").write_text("whole")
+      ...     Path(folder, "run", "a.txt").read_text()
+      'whole'
+    """
+    path = Path(path)
+    with _temporary_directory(path) as folder:
+        new, old = folder / "new", folder / "old"
+        new.mkdir()
+        yield new
+        if path.exists():
+            os.rename(path, old)
+        os.rename(new, path)
+
+
+@contextlib.contextmanager
+def _temporary_directory(path: Path) -> Iterator[Path]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; choose another place.") from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

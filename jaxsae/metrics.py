@@ -1,0 +1,330 @@
+"""Measurements of codes, as sums that add: the metric of two halves, added, is the metric of the whole.
+
+Each metric is a pytree of sums made by one function of a batch; `a + b` merges, and properties turn sums into numbers.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Bool, Float
+
+from jaxsae import codes
+from jaxsae.codes import SparseCode
+from jaxsae.sae import SAE
+
+
+def _ratio(a, b):
+    return jnp.where(b == 0, jnp.nan, a / jnp.where(b == 0, 1, b))
+
+
+@struct.dataclass
+class Moments:
+    """Count, mean and spread of rows; merged so that a mean far from zero costs no digits (Chan et al. 1979).
+
+    Attributes:
+      rows: how many rows.
+      mean: `[d]`.
+      spread: `Σ ‖x − mean‖²` over the rows.
+    """
+
+    rows: Float[Array, ""]
+    mean: Float[Array, " d"]
+    spread: Float[Array, ""]
+
+    def __add__(self, other: "Moments") -> "Moments":
+        rows = self.rows + other.rows
+        step = other.mean - self.mean
+        share = other.rows / jnp.maximum(rows, 1)
+        spread = self.spread + other.spread + self.rows * share * jnp.sum(step * step)
+        return Moments(rows, self.mean + share * step, spread)
+
+    @property
+    def squares(self) -> Float[Array, ""]:
+        """`Σ ‖x‖²` over the rows."""
+        return self.spread + self.rows * jnp.sum(self.mean**2)
+
+
+def moments(x: Float[Array, "*b d"], keep: Bool[Array, "*b"] | None = None) -> Moments:
+    """The moments of a batch, or of the rows of it to `keep`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> jaxsae.metrics.moments(jnp.array([[0.0], [2.0]])).spread
+      Array(2., dtype=float32)
+    """
+    x = x.reshape(-1, x.shape[-1])
+    keep = jnp.ones(x.shape[0], bool) if keep is None else keep.reshape(-1)
+    x = jnp.where(keep[:, None], x, 0)
+    rows = jnp.sum(keep, dtype=x.dtype)
+    mean = jnp.sum(x, axis=0) / jnp.maximum(rows, 1)
+    return Moments(rows, mean, jnp.sum(jnp.where(keep[:, None], x - mean, 0) ** 2))
+
+
+@struct.dataclass
+class Reconstruction:
+    """How well `x̂` reconstructs `x`.
+
+    Attributes:
+      data: moments of `x`.
+      residual: moments of `x − x̂`.
+    """
+
+    data: Moments
+    residual: Moments
+
+    def __add__(self, other: "Reconstruction") -> "Reconstruction":
+        return Reconstruction(self.data + other.data, self.residual + other.residual)
+
+    @property
+    def nmse(self) -> Float[Array, ""]:
+        """`Σ‖x − x̂‖² / Σ‖x − x̄‖²`: the error relative to predicting the mean `x̄` of the rows measured."""
+        return _ratio(self.residual.squares, self.data.spread)
+
+    @property
+    def explained_variance(self) -> Float[Array, ""]:
+        """`1 − Var(x − x̂) / Var(x)`; a constant offset costs nothing here, and does in `nmse`."""
+        return 1 - _ratio(self.residual.spread, self.data.spread)
+
+
+def reconstruction(x: Float[Array, "*b d"], x_hat: Float[Array, "*b d"]) -> Reconstruction:
+    """Measure a reconstruction; rows with NaN or Inf are left out.
+
+    Args:
+      x: activations `[*b d]`.
+      x_hat: their reconstruction `[*b d]`.
+
+    Returns:
+      `Reconstruction`, with `nmse` and `explained_variance`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> x = jnp.array([[0.0, 1.0], [2.0, 1.0]])
+      >>> jaxsae.metrics.reconstruction(x, 0.5 * x).nmse
+      Array(0.75, dtype=float32)
+    """
+    keep = jnp.isfinite(x).all(-1) & jnp.isfinite(x_hat).all(-1)
+    return Reconstruction(moments(x, keep), moments(x - x_hat, keep))
+
+
+@struct.dataclass
+class Activity:
+    """Which latents fire, and how often.
+
+    Attributes:
+      rows: how many rows.
+      fired: `[m]`, on how many of them each latent is not zero.
+    """
+
+    rows: Float[Array, ""]
+    fired: Float[Array, " m"]
+
+    def __add__(self, other: "Activity") -> "Activity":
+        return jax.tree.map(jnp.add, self, other)
+
+    @property
+    def l0(self) -> Float[Array, ""]:
+        """Mean number of active latents a row."""
+        return _ratio(jnp.sum(self.fired), self.rows)
+
+    @property
+    def density(self) -> Float[Array, " m"]:
+        """Share of the rows on which each latent fires."""
+        return _ratio(self.fired, self.rows)
+
+    @property
+    def dead(self) -> Float[Array, ""]:
+        """Share of the latents that never fire."""
+        return jnp.mean(self.fired == 0)
+
+
+def activity(code: SparseCode) -> Activity:
+    """Count the rows on which each latent is active.
+
+    Args:
+      code: `[*b k]`, no index twice in a row.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> code = jaxsae.codes.from_dense(jnp.array([[0.0, 2.0, 1.0], [0.0, 3.0, 0.0]]), capacity=2)
+      >>> jaxsae.metrics.activity(code).density
+      Array([0. , 1. , 0.5], dtype=float32)
+    """
+    active = (code.values != 0).astype(jnp.float32)
+    fired = jnp.zeros(code.num_latents, active.dtype).at[code.indices.ravel()].add(active.ravel(), mode="drop")
+    return Activity(jnp.asarray(code.indices[..., 0].size, active.dtype), fired)
+
+
+# Relative change of a value, (after − before) / |before|; what lies outside is counted in the bin at the end.
+CHANGE_EDGES = np.linspace(-1.0, 2.0, 121)
+
+
+@struct.dataclass
+class Shrinkage:
+    """What refinement did to the active values of a code; add to merge, print as a table.
+
+    "Before" are the encoder's values and "after" the refined ones, over the slots on the support with a value before.
+
+    Attributes:
+      data: moments of `x`.
+      error_before, error_after: `Σ‖x − x̂‖²`.
+      power_before, power_after: `Σ‖x̂ − b_dec‖²`.
+      cross_before, cross_after: `Σ⟨x − b_dec, x̂ − b_dec⟩`.
+      count: `[m]`, how many active values each latent has.
+      before, after: `[m]`, their sums.
+      rising: how many values rose.
+      change: `[120]`, histogram of the relative change over `CHANGE_EDGES`.
+    """
+
+    data: Moments
+    error_before: Float[Array, ""]
+    error_after: Float[Array, ""]
+    power_before: Float[Array, ""]
+    power_after: Float[Array, ""]
+    cross_before: Float[Array, ""]
+    cross_after: Float[Array, ""]
+    count: Float[Array, " m"]
+    before: Float[Array, " m"]
+    after: Float[Array, " m"]
+    rising: Float[Array, ""]
+    change: Float[Array, " bins"]
+
+    def __add__(self, other: "Shrinkage") -> "Shrinkage":
+        data = self.data + other.data
+        summed = jax.tree.map(jnp.add, self.replace(data=None), other.replace(data=None))
+        return summed.replace(data=data)
+
+    @property
+    def l0(self) -> Float[Array, ""]:
+        """Mean number of active latents a row, before."""
+        return _ratio(jnp.sum(self.count), self.data.rows)
+
+    @property
+    def nmse_before(self) -> Float[Array, ""]:
+        """`Σ‖x − x̂‖² / Σ‖x − x̄‖²` with the encoder's values."""
+        return _ratio(self.error_before, self.data.spread)
+
+    @property
+    def nmse_after(self) -> Float[Array, ""]:
+        """`Σ‖x − x̂‖² / Σ‖x − x̄‖²` with the refined values."""
+        return _ratio(self.error_after, self.data.spread)
+
+    @property
+    def mean_before(self) -> Float[Array, ""]:
+        """Mean active value, before."""
+        return _ratio(jnp.sum(self.before), jnp.sum(self.count))
+
+    @property
+    def mean_after(self) -> Float[Array, ""]:
+        """Mean active value on the same slots, after."""
+        return _ratio(jnp.sum(self.after), jnp.sum(self.count))
+
+    @property
+    def mean_change(self) -> Float[Array, ""]:
+        """Relative change of the mean active value; positive is shrinkage undone."""
+        return _ratio(self.mean_after, self.mean_before) - 1
+
+    @property
+    def rising_share(self) -> Float[Array, ""]:
+        """Share of the active values that rise."""
+        return _ratio(self.rising, jnp.sum(self.count))
+
+    @property
+    def ratio(self) -> Float[Array, " m"]:
+        """Refined over original, latent by latent; NaN for latents that never fired."""
+        return _ratio(self.after, self.before)
+
+    @property
+    def gamma_before(self) -> Float[Array, ""]:
+        """`γ = Σ‖x̂ − b‖² / Σ⟨x − b, x̂ − b⟩`; below 1 is shrinkage."""
+        return _ratio(self.power_before, self.cross_before)
+
+    @property
+    def gamma_after(self) -> Float[Array, ""]:
+        """`γ` with the refined values: 1, by complementarity, if the refit is exact."""
+        return _ratio(self.power_after, self.cross_after)
+
+    def __str__(self) -> str:
+        rows = [
+            ("mean activation", self.mean_before, self.mean_after),
+            ("NMSE", self.nmse_before, self.nmse_after),
+            ("γ", self.gamma_before, self.gamma_after),
+        ]
+        lines = [f"{'':16}{'before':>10}{'after':>10}{'change':>10}"]
+        lines += [f"{name:16}{float(a):10.4f}{float(b):10.4f}{float(b / a - 1):+10.1%}" for name, a, b in rows]
+        lines.append(f"{float(self.rising_share):.1%} of {float(jnp.sum(self.count)):.0f} active values rise, ")
+        return "\n".join(lines) + f"{float(self.l0):.1f} a row over {float(self.data.rows):.0f} rows"
+
+
+def shrinkage(sae: SAE, x: Float[Array, "*b d"], code: SparseCode, refined: SparseCode) -> Shrinkage:
+    """Measure how refinement moved the values of a code. Rows with NaN or Inf are left out.
+
+    Args:
+      sae: the autoencoder.
+      x: activations `[*b d]`.
+      code: the encoder's code of them, `[*b k]`.
+      refined: the same support, refined.
+
+    Returns:
+      `Shrinkage`: add those of several batches to merge them, `print` it as a table.
+
+    Raises:
+      ValueError: at trace time, if the two codes differ in shape.
+
+    Example:
+      >>> import jax, jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=8, m=32, activation=jaxsae.TopK(4))
+      >>> x = jax.random.normal(jax.random.key(1), (64, 8))
+      >>> code = jaxsae.encode(sae, x)
+      >>> refined, info = jaxsae.refine(sae, x, code)
+      >>> measured = jaxsae.shrinkage(sae, x, code, refined)
+      >>> bool(measured.nmse_after < measured.nmse_before), bool(abs(measured.gamma_after - 1) < 1e-3)
+      (True, True)
+
+    Source: Gao et al. (2024), Section 5.1; γ is the "relative reconstruction bias" of Rajamanoharan et al. (2024).
+    """
+    if code.values.shape != refined.values.shape:
+        raise ValueError(
+            f"`shrinkage` got a code of shape {code.values.shape} and a refined one of {refined.values.shape}; pass "
+            "the refinement of that very code."
+        )
+    return _shrinkage(sae.W_dec, sae.b_dec, x, code, refined)
+
+
+@jax.jit
+def _shrinkage(W_dec, b_dec, x, code: SparseCode, refined: SparseCode) -> Shrinkage:
+    keep = jnp.isfinite(x).all(-1) & jnp.isfinite(code.values).all(-1) & jnp.isfinite(refined.values).all(-1)
+    target = jnp.where(keep[..., None], x - b_dec, 0)
+
+    def sums(code):
+        x_hat = jnp.where(keep[..., None], codes.combine(W_dec, code), 0)
+        return jnp.sum((target - x_hat) ** 2), jnp.sum(x_hat**2), jnp.sum(target * x_hat)
+
+    error_before, power_before, cross_before = sums(code)
+    error_after, power_after, cross_after = sums(refined)
+    active = (code.mask & (code.values != 0) & keep[..., None]).ravel()
+    indices = jnp.where(active, code.indices.ravel(), code.num_latents)
+    before, after = (jnp.where(active, values.ravel(), 0) for values in (code.values, refined.values))
+    bins = len(CHANGE_EDGES) - 1
+    relative = (after - before) / jnp.where(active, jnp.abs(before), 1)
+    # The edge at 0 stays exact: a fall, however small, is left of it and a rise right of it.
+    slot = jnp.floor(relative * (bins / 3)) + bins // 3
+    slot = jnp.where(active, jnp.clip(slot, 0, bins - 1), bins).astype(jnp.int32)
+
+    def per_latent(weights):
+        return jnp.zeros(code.num_latents, weights.dtype).at[indices].add(weights, mode="drop")
+
+    return Shrinkage(
+        data=moments(x, keep),
+        error_before=error_before,
+        error_after=error_after,
+        power_before=power_before,
+        power_after=power_after,
+        cross_before=cross_before,
+        cross_after=cross_after,
+        count=per_latent(active.astype(before.dtype)),
+        before=per_latent(before),
+        after=per_latent(after),
+        rising=jnp.sum(after > before, dtype=before.dtype),
+        change=jnp.zeros(bins, before.dtype).at[slot].add(1, mode="drop"),
+    )

@@ -1,0 +1,58 @@
+"""Figures of a study, drawn from its report."""
+
+import os
+from typing import Any
+
+import numpy as np
+
+_FAMILIES = {"relu": ("ReLU + L1", "#d1495b"), "topk": ("TopK", "#00798c")}
+
+
+def shrinkage(report: dict[str, Any], path: str | os.PathLike) -> None:
+    """Draw the figure of a study: how values change, and what that does to the error.
+
+    Left: distribution of the relative change of active values, a thin line for each SAE and a filled one for the
+    family. Right: NMSE against L0, before (open, dashed) and after refinement (filled).
+
+    Args:
+      report: as `study.run` returns it.
+      path: a PNG file.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    edges = 100 * np.asarray(report["change_edges"])
+    for family, (label, colour) in _FAMILIES.items():
+        rows = sorted((row for row in report["rows"] if row["family"] == family), key=lambda row: row["l0"])
+        if not rows:
+            continue
+        counts = np.array([row["change"] for row in rows])
+        left.stairs(_share(counts.sum(axis=0)), edges, fill=True, color=colour, alpha=0.3, label=label)
+        for count in counts:
+            left.stairs(_share(count), edges, color=colour, linewidth=0.8)
+        l0 = [row["l0"] for row in rows]
+        before, after = ([row[f"nmse_{when}"] for row in rows] for when in ("before", "after"))
+        right.plot(l0, before, "o--", color=colour, markerfacecolor="white", label=f"{label}, encoder's values")
+        right.plot(l0, after, "o-", color=colour, label=f"{label}, refined")
+    left.axvline(0, color="black", linewidth=0.8)
+    left.set(
+        xlabel="relative change of an active value under refinement (%)",
+        ylabel="share of active values per bin (%)",
+        title="Refinement raises shrunken activations",
+        xlim=(-100, 200),
+    )
+    left.annotate("≥ 200", (1, 0), (-2, 4), xycoords="axes fraction", textcoords="offset points", ha="right", fontsize=8)
+    right.set(xscale="log", yscale="log", xlabel="L0: active latents a row", ylabel="NMSE on held-out rows")
+    right.set_title("Error against sparsity, before and after")
+    right.grid(which="both", alpha=0.25)
+    for axes in (left, right):
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, fontsize=9)
+    figure.savefig(path, dpi=150, format="png")
+
+
+def _share(counts):
+    return 100 * counts / max(counts.sum(), 1)

@@ -1,0 +1,154 @@
+"""Refine more rows than fit in memory: blocks of rows in, blocks of codes out."""
+
+import os
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jaxsae.codes import SparseCode
+from jaxsae.files import InputError, atomic_file
+from jaxsae.metrics import Shrinkage, shrinkage
+from jaxsae.refit import RefitInfo, Status
+from jaxsae.sae import SAE, encode, encode_dense, refine
+
+_BLOCK = 256  # rows refined together
+_PRE_ACTIVATIONS = 256 << 20  # bytes of pre-activations held at a time
+
+
+class Block(NamedTuple):
+    """Some rows of a stream, refined."""
+
+    rows: np.ndarray  # [n] where in the stream
+    x: Array  # [n d]
+    code: SparseCode  # the encoder's, [n k]
+    refined: SparseCode
+    info: RefitInfo
+
+
+def _chunks(sae: SAE, rows: np.ndarray) -> Iterator[tuple[int, Array]]:
+    size = max(_BLOCK, _PRE_ACTIVATIONS // (4 * sae.m) // _BLOCK * _BLOCK)
+    for start in range(0, len(rows), size):
+        yield start, jnp.asarray(rows[start : start + size], sae.W_dec.dtype)
+
+
+@jax.jit
+def _max_l0(sae, x):
+    return jnp.max(jnp.sum(jnp.abs(encode_dense(sae, x)) > 0, axis=1))  # a row of NaN counts as empty
+
+
+def max_l0(sae: SAE, rows: np.ndarray) -> int:
+    """The number of active latents of the densest row: the capacity that loses nothing, at least 1.
+
+    Args:
+      sae: the autoencoder.
+      rows: `[n d]`, may be memory-mapped.
+    """
+    return max([1, *(int(_max_l0(sae, x)) for _, x in _chunks(sae, rows))])
+
+
+def refine_blocks(sae: SAE, rows: np.ndarray, solver: Any = None, *, capacity: int | None = None) -> Iterator[Block]:
+    """Encode and refine rows, a block at a time.
+
+    Rows of similar L0 go together, each block with no more slots than it needs: the cost of a refit grows with the
+    square of its slots, and a ReLU's L0 has a long tail. So blocks are not in the order of the rows: see `Block.rows`.
+
+    Args:
+      sae: the autoencoder.
+      rows: `[n d]`, may be memory-mapped.
+      solver: as for `refine`.
+      capacity: most slots a row; `max_l0` by default, unless the activation fixes it.
+    """
+    if capacity is None and sae.activation.k is None:
+        capacity = max_l0(sae, rows)
+    encode_chunk = jax.jit(lambda sae, x: encode(sae, x, capacity=capacity))
+    for start, x in _chunks(sae, rows):
+        code = encode_chunk(sae, x)
+        l0 = np.asarray(code.l0)
+        order = np.argsort(l0, kind="stable")
+        for at in range(0, len(order), _BLOCK):
+            block = order[at : at + _BLOCK]
+            # Slots are in descending order of value: what is cut off is empty.
+            slots = 1 << max(4, int(l0[block].max() - 1).bit_length())
+            part = SparseCode(code.values[block, :slots], code.indices[block, :slots], sae.m, code.overflow[block])
+            refined, info = refine(sae, x[block], part, solver)
+            yield Block(start + block, x[block], part, refined, info)
+
+
+class RefineSummary(NamedTuple):
+    """What `refine_file` did."""
+
+    rows: int
+    capacity: int
+    shrinkage: Shrinkage
+    overflowed: int  # rows with more active latents than slots
+    nonfinite: int  # rows with NaN or Inf, left as they are
+    unconverged: int
+    worst_kkt: float
+
+
+def refine_file(
+    sae: SAE,
+    rows: np.ndarray,
+    out: str | os.PathLike,
+    solver: Any = None,
+    *,
+    capacity: int | None = None,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> RefineSummary:
+    """Refine rows into an `.npz` file of `indices [n k]`, `values [n k]`, `kkt [n]` and `status [n]`, in their order.
+
+    Only blocks are in memory, so that rows may be a memory-mapped file larger than it; the file appears when whole.
+
+    Args:
+      sae: the autoencoder.
+      rows: `[n d]`.
+      out: the file to write.
+      solver: as for `refine`.
+      capacity: slots a row; `max_l0` by default, unless the activation fixes it.
+      progress: called with the number of rows just done.
+
+    Raises:
+      InputError: if the rows are not as wide as the SAE, or the file cannot be written.
+    """
+    if rows.shape[1] != sae.d:
+        raise InputError(f"got rows of width {rows.shape[1]}, but this SAE has d = {sae.d}; pass the data it was made for.")
+    capacity = capacity or sae.activation.k or max_l0(sae, rows)
+    if capacity > sae.m:
+        raise InputError(f"got capacity {capacity} for {sae.m} latents; pass a capacity of at most {sae.m}.")
+    total, overflowed, nonfinite, unconverged, worst = None, 0, 0, 0, 0.0
+    with atomic_file(out) as temporary:
+        arrays = {
+            name: np.lib.format.open_memmap(f"{temporary}.{name}.npy", "w+", dtype=dtype, shape=shape)
+            for name, dtype, shape in (
+                ("indices", np.int32, (len(rows), capacity)),
+                ("values", np.float32, (len(rows), capacity)),
+                ("kkt", np.float32, (len(rows),)),
+                ("status", np.int32, (len(rows),)),
+            )
+        }
+        for block in refine_blocks(sae, rows, solver, capacity=capacity):
+            slots = block.refined.indices.shape[1]
+            arrays["indices"][block.rows, :slots] = block.refined.indices
+            arrays["indices"][block.rows, slots:] = sae.m
+            arrays["values"][block.rows, :slots] = block.refined.values
+            arrays["kkt"][block.rows] = block.info.kkt
+            arrays["status"][block.rows] = block.info.status
+            status = np.asarray(block.info.status)
+            measured = shrinkage(sae, block.x, block.code, block.refined)
+            total = measured if total is None else total + measured
+            overflowed += int(np.count_nonzero(block.code.overflow))
+            nonfinite += int(np.count_nonzero(status == Status.NONFINITE))
+            unconverged += int(np.count_nonzero(status == Status.MAX_STEPS))
+            worst = max(worst, float(np.nanmax(block.info.kkt, initial=0)))
+            progress(len(block.rows))
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            for name, array in arrays.items():
+                array.flush()
+                archive.write(f"{temporary}.{name}.npy", f"{name}.npy")
+    return RefineSummary(len(rows), capacity, total, overflowed, nonfinite, unconverged, worst)

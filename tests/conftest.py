@@ -1,0 +1,31 @@
+"""What holds for every test: eight fake CPU devices, and shape annotations checked at run time."""
+
+import os
+
+# Before jax is imported: XLA reads its flags once.
+os.environ["XLA_FLAGS"] = " ".join(
+    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=1"]
+).strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jaxtyping
+import pytest
+
+# Before jaxsae is imported: every annotated function then checks shapes and dtypes.
+jaxtyping.install_import_hook("jaxsae", "typechecker.check")
+
+
+@pytest.fixture
+def x64():
+    """Float64 for one test."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def unchecked():
+    """The library as users have it, without run-time annotations: for what is passed wrong on purpose."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -1,0 +1,80 @@
+"""Random problems that the tests share, and what they are judged by: plain numpy in float64."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxsae
+from jaxsae import SparseCode
+
+
+class Problem(NamedTuple):
+    """Rows to refit: a dictionary `[m d]`, targets `[*b d]`, and supports with random starting values `[*b k]`."""
+
+    dictionary: jax.Array
+    y: jax.Array
+    code: SparseCode
+
+
+def problem(seed=0, *, batch=(8,), d=16, m=32, k=4, coherence=0.0, start="random", dtype=np.float32) -> Problem:
+    """Atoms of unequal norm with `coherence` between them, and targets that leave some bounds active."""
+    rng = np.random.default_rng(seed)
+    atoms = (1 - coherence) * rng.normal(size=(m, d)) + coherence * rng.normal(size=d)
+    atoms *= rng.uniform(0.5, 2.0, (m, 1))
+    indices = np.argsort(rng.random((*batch, m)), axis=-1)[..., :k]
+    z = rng.exponential(size=indices.shape) * (rng.random(indices.shape) < 0.8)
+    y = np.einsum("...k,...kd->...d", z, atoms[indices]) + 0.5 * rng.normal(size=(*batch, d))
+    values = rng.exponential(size=indices.shape) if start == "random" else np.zeros(indices.shape)
+    code = SparseCode(jnp.asarray(values, dtype), jnp.asarray(indices, jnp.int32), m)
+    return Problem(jnp.asarray(atoms, dtype), jnp.asarray(y, dtype), code)
+
+
+def with_code(code: SparseCode, **arrays) -> SparseCode:
+    """The code with other values or indices, as numpy or JAX arrays."""
+    return code.replace(**{name: jnp.asarray(array) for name, array in arrays.items()})
+
+
+def f64(array) -> np.ndarray:
+    return np.asarray(array).astype(np.float64)
+
+
+def atoms_of(dictionary, code: SparseCode) -> np.ndarray:
+    """`[*b k d]`, zero for unused slots."""
+    padded = np.concatenate([f64(dictionary), np.zeros((1, dictionary.shape[1]))])
+    return padded[np.asarray(code.indices)]
+
+
+def residual(dictionary, y, code: SparseCode) -> np.ndarray:
+    return f64(y) - np.einsum("...k,...kd->...d", f64(code.values), atoms_of(dictionary, code))
+
+
+def objective(dictionary, y, code: SparseCode, ridge=0.0) -> np.ndarray:
+    """`½‖y − Aᵀz‖² + ½ ridge ‖z‖²` of each row."""
+    penalty = ridge * (f64(code.values) ** 2).sum(-1)
+    return 0.5 * ((residual(dictionary, y, code) ** 2).sum(-1) + penalty)
+
+
+def nmse(dictionary, y, code: SparseCode) -> np.ndarray:
+    """Squared error relative to that of the answer 0, row by row."""
+    return (residual(dictionary, y, code) ** 2).sum(-1) / (f64(y) ** 2).sum(-1)
+
+
+def assert_same_bits(a, b):
+    """Two pytrees of the same structure, equal to the bit, NaN equal to NaN."""
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, a), jax.tree.map(np.asarray, b))
+
+
+def sae(seed=0, *, d=16, m=32, activation=None) -> jaxsae.SAE:
+    """An SAE with biases that matter."""
+    keys = jax.random.split(jax.random.key(seed), 3)
+    made = jaxsae.init(keys[0], d=d, m=m, activation=activation or jaxsae.TopK(4))
+    return made.replace(
+        b_enc=0.1 * jax.random.normal(keys[1], (m,)),
+        b_dec=jax.random.normal(keys[2], (d,)),
+    )
+
+
+def activations(seed=0, *, batch=(8,), d=16) -> jax.Array:
+    return jax.random.normal(jax.random.key(1000 + seed), (*batch, d))

@@ -1,0 +1,132 @@
+"""The order of the modules, what importing the library costs, and rules that hold in every file."""
+
+import ast
+import functools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import jaxsae
+
+PACKAGE = Path(jaxsae.__file__).parent
+
+# Each module imports only from those below it.
+ORDER = [
+    "__init__",
+    "__main__",
+    "cli",
+    "study",
+    "plots",
+    "pretrained",
+    "train",
+    "checkpoint",
+    "data",
+    "language_model",
+    "metrics",
+    "losses",
+    "sae",
+    "activations",
+    "ksvd",
+    "lasso",
+    "pursuit",
+    "refit",
+    "kernels",
+    "solvers",
+    "sharding",
+    "synthetic",
+    "codes",
+    "files",
+    "rows",
+]
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+per_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+
+
+def module(path: Path) -> str:
+    """A file's place in the order: its own name, or that of the subpackage it is in."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+@functools.cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), filename=str(path))
+
+
+def modules_imported(path: Path) -> set[str]:
+    """The library's own modules that a file imports, at its top or inside a function."""
+    here = ("jaxsae", *path.relative_to(PACKAGE).parts[:-1])
+    dotted = set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            dotted |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = here[: len(here) + 1 - node.level] if node.level else ()
+            base = ".".join([*package, node.module or ""]).strip(".")
+            dotted |= {f"{base}.{alias.name}" for alias in node.names}
+    parts = [name.split(".") for name in dotted if name.split(".")[0] == "jaxsae"]
+    existing = {module(file) for file in FILES}
+    return {name[1] if name[1:] and name[1] in existing else "__init__" for name in parts}
+
+
+def test_every_module_has_a_place_in_the_order():
+    assert {module(path) for path in FILES} <= set(ORDER)
+
+
+@per_file
+def test_a_module_imports_only_from_those_below_it(path):
+    above_or_level = set(ORDER[: ORDER.index(module(path)) + 1]) - {module(path)}
+    if module(path) != "__init__":
+        assert not modules_imported(path) & above_or_level
+
+
+def test_the_parser_of_imports_sees_them():
+    # The test above would pass if nothing were found.
+    assert {"codes", "rows", "solvers"} <= modules_imported(PACKAGE / "refit.py")
+
+
+@per_file
+def test_modules_are_short(path):
+    assert len(path.read_text().splitlines()) <= 700
+
+
+@per_file
+def test_the_library_neither_prints_nor_asserts(path):
+    nodes = list(ast.walk(tree(path)))
+    assert not [node.lineno for node in nodes if isinstance(node, ast.Assert)]
+    if module(path) != "cli":
+        calls = [node for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+        assert not [call.lineno for call in calls if call.func.id == "print"]
+
+
+def run_python(script: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", script], cwd=PACKAGE.parent, capture_output=True, text=True, check=True
+    ).stdout
+
+
+def test_importing_the_library_loads_nothing_heavy():
+    heavy = ("orbax", "grain", "matplotlib", "jax.experimental.pallas", "sklearn", "tyro", "rich")
+    # What it stands on may load some of them (flax takes rich where it is installed): not ours to mend.
+    script = f"""
+import sys, jax, flax, optax
+before = set(sys.modules)
+import jaxsae
+print(sorted((set(sys.modules) - before) & {set(heavy)}))
+"""
+    assert run_python(script).strip() == "[]"
+
+
+def test_importing_the_library_costs_little_more_than_what_it_stands_on():
+    def seconds(names: str) -> float:
+        # Processor time, not the clock: neighbours on the machine do not count.
+        timed = (
+            f"import time; start = time.process_time(); import {names}; print(time.process_time() - start)"
+        )
+        return float(run_python(timed))
+
+    pairs = [(seconds("jaxsae"), seconds("jax, flax, optax")) for _ in range(3)]
+    ours, theirs = map(min, zip(*pairs, strict=True))
+    assert ours < 1.5 * theirs
