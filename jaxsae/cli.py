@@ -33,7 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"jaxsae: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"jaxsae: {error.filename or 'a file'}: {error.strerror}; nothing was half-written.", file=sys.stderr)
+        print(
+            f"jaxsae: {error.filename or 'a file'}: {error.strerror}; nothing was half-written.",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("jaxsae: interrupted; what was finished is kept.", file=sys.stderr)
@@ -67,7 +70,8 @@ def study(
     failed = [row for row in report["rows"] if row["certified"] < 1]
     for row in failed:
         count = round((1 - row["certified"]) * report["data"]["heldout"])
-        _warn(f"{row['family']} {row['k_or_l1']:g}: {count} rows are not certified, the worst at KKT {row['worst_kkt']:.1e}.")
+        name = f"{row['family']} {row['k_or_l1']:g}"
+        _warn(f"{name}: {count} rows are not certified, the worst at KKT {row['worst_kkt']:.1e}.")
     return 1 if failed else 0
 
 
@@ -104,7 +108,12 @@ def refine(
         raise InputError(f"got --capacity {capacity} for {model.activation}; leave it out.")
     with _progress(len(rows)) as advance:
         summary = stream.refine_file(
-            model, rows, out, FISTA(tol, max_steps), capacity=capacity, progress=lambda n: advance("refining", n)
+            model,
+            rows,
+            out,
+            FISTA(tol, max_steps),
+            capacity=capacity,
+            progress=lambda n: advance("refining", n),
         )
     print(summary.shrinkage)
     print(f"Written: {out}, {summary.rows} rows of {summary.capacity} slots, worst KKT {summary.worst_kkt:.1e}")
@@ -146,7 +155,19 @@ def _print_study(report) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    columns = ("method", "L0", "NMSE", "refined", "mean act.", "refined", "change", "rising", "γ", "refined", "worst KKT")
+    columns = (
+        "method",
+        "L0",
+        "NMSE",
+        "refined",
+        "mean act.",
+        "refined",
+        "change",
+        "rising",
+        "γ",
+        "refined",
+        "worst KKT",
+    )
     data = report["data"]
     table = Table(*columns, title=f"{data['heldout']} held-out rows of width {data['width']}: {data['source']}")
     for column in table.columns[1:]:

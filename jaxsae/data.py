@@ -127,9 +127,11 @@ def image_patches(rows: int, heldout: int, *, side: int = 10, seed: int = 0) -> 
       ((100, 300), (10, 300))
     """
     try:
-        from sklearn.datasets import load_sample_images  # noqa: PLC0415 - an optional dependency
+        from sklearn.datasets import load_sample_images
     except ImportError as error:
-        raise InputError("the photographs come with scikit-learn, which is missing; pip install 'jaxsae[study]'.") from error
+        raise InputError(
+            "the photographs come with scikit-learn, which is missing; pip install 'jaxsae[study]'."
+        ) from error
     generator = np.random.default_rng(seed)
     pictures = [np.asarray(image, np.float32) for image in load_sample_images().images]
     border = [3 * picture.shape[1] // 4 for picture in pictures]

@@ -3,6 +3,8 @@
 Each metric is a pytree of sums made by one function of a batch; `a + b` merges, and properties turn sums into numbers.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -155,8 +157,9 @@ def activity(code: SparseCode) -> Activity:
     return Activity(jnp.asarray(code.indices[..., 0].size, active.dtype), fired)
 
 
-# Relative change of a value, (after − before) / |before|; what lies outside is counted in the bin at the end.
-CHANGE_EDGES = np.linspace(-1.0, 2.0, 121)
+# Edges of the histogram of refined/original, eight bins an octave; what lies outside, zeros on the left, is counted
+# in the bin at the end.
+RATIO_EDGES = 2.0 ** np.linspace(-4, 6, 81)
 
 
 @struct.dataclass
@@ -173,7 +176,7 @@ class Shrinkage:
       count: `[m]`, how many active values each latent has.
       before, after: `[m]`, their sums.
       rising: how many values rose.
-      change: `[120]`, histogram of the relative change over `CHANGE_EDGES`.
+      change: `[80]`, histogram of refined/original over `RATIO_EDGES`: left of the middle falls, right of it rises.
     """
 
     data: Moments
@@ -191,8 +194,7 @@ class Shrinkage:
 
     def __add__(self, other: "Shrinkage") -> "Shrinkage":
         data = self.data + other.data
-        summed = jax.tree.map(jnp.add, self.replace(data=None), other.replace(data=None))
-        return summed.replace(data=data)
+        return dataclasses.replace(jax.tree.map(jnp.add, self, other), data=data)
 
     @property
     def l0(self) -> Float[Array, ""]:
@@ -305,10 +307,10 @@ def _shrinkage(W_dec, b_dec, x, code: SparseCode, refined: SparseCode) -> Shrink
     active = (code.mask & (code.values != 0) & keep[..., None]).ravel()
     indices = jnp.where(active, code.indices.ravel(), code.num_latents)
     before, after = (jnp.where(active, values.ravel(), 0) for values in (code.values, refined.values))
-    bins = len(CHANGE_EDGES) - 1
-    relative = (after - before) / jnp.where(active, jnp.abs(before), 1)
-    # The edge at 0 stays exact: a fall, however small, is left of it and a rise right of it.
-    slot = jnp.floor(relative * (bins / 3)) + bins // 3
+    bins = len(RATIO_EDGES) - 1
+    ratio = jnp.where(active, after, 1) / jnp.where(active, before, 1)
+    # `floor` keeps the edge at 1 exact: a fall, however small, is left of it.
+    slot = jnp.floor(8 * jnp.log2(jnp.maximum(ratio, RATIO_EDGES[0]))) + 32
     slot = jnp.where(active, jnp.clip(slot, 0, bins - 1), bins).astype(jnp.int32)
 
     def per_latent(weights):

@@ -20,11 +20,12 @@ def shrinkage(report: dict[str, Any], path: str | os.PathLike) -> None:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    edges = 100 * np.asarray(report["change_edges"])
+    edges = np.asarray(report["ratio_edges"])
     for family, (label, colour) in _FAMILIES.items():
         rows = sorted((row for row in report["rows"] if row["family"] == family), key=lambda row: row["l0"])
         if not rows:
@@ -37,15 +38,21 @@ def shrinkage(report: dict[str, Any], path: str | os.PathLike) -> None:
         before, after = ([row[f"nmse_{when}"] for row in rows] for when in ("before", "after"))
         right.plot(l0, before, "o--", color=colour, markerfacecolor="white", label=f"{label}, encoder's values")
         right.plot(l0, after, "o-", color=colour, label=f"{label}, refined")
-    left.axvline(0, color="black", linewidth=0.8)
+    left.axvline(1, color="black", linewidth=0.8)
+    left.set_xscale("log", base=2)
+    ratios = [1 / 16, 1 / 4, 1, 2, 8, 64]
+    left.set_xticks(ratios, ["0" if ratio == 1 else f"{ratio - 1:+.0%}" for ratio in ratios])
     left.set(
-        xlabel="relative change of an active value under refinement (%)",
+        xlabel="relative change of an active value under refinement (ends: and beyond)",
         ylabel="share of active values per bin (%)",
         title="Refinement raises shrunken activations",
-        xlim=(-100, 200),
+        xlim=(edges[0], edges[-1]),
     )
-    left.annotate("≥ 200", (1, 0), (-2, 4), xycoords="axes fraction", textcoords="offset points", ha="right", fontsize=8)
     right.set(xscale="log", yscale="log", xlabel="L0: active latents a row", ylabel="NMSE on held-out rows")
+    for axis in (right.xaxis, right.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
     right.set_title("Error against sparsity, before and after")
     right.grid(which="both", alpha=0.25)
     for axes in (left, right):

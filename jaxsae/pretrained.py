@@ -106,11 +106,13 @@ def _read_own(path: Path) -> SAE:
         config = json.loads((path / _CONFIG).read_text())
         arrays = safetensors.flax.load_file(path / _WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{path}: not a whole SAE ({error}); expected {_CONFIG} and {_WEIGHTS}: save it again.") from error
+        raise InputError(
+            f"{path}: not a whole SAE ({str(error).splitlines()[0]}); expected {_CONFIG} and {_WEIGHTS}: save it again."
+        ) from error
     if config.get("format") != "jaxsae" or config.get("version") != _VERSION:
         raise InputError(
-            f"{path / _CONFIG}: says {config.get('format')!r} version {config.get('version')!r}, expected 'jaxsae' version "
-            f"{_VERSION}; load it with the version of jaxsae that wrote it."
+            f"{path / _CONFIG}: says {config.get('format')!r} version {config.get('version')!r}, expected 'jaxsae' "
+            f"version {_VERSION}; load it with the version of jaxsae that wrote it."
         )
     d, m = config["d"], config["m"]
     shapes = {"W_enc": (d, m), "b_enc": (m,), "W_dec": (m, d), "b_dec": (d,)}
@@ -123,8 +125,8 @@ def _read_own(path: Path) -> SAE:
 def _activation(config: dict[str, Any], arrays: dict[str, Any], path: Path):
     if config.get("name") not in _ACTIVATIONS:
         raise InputError(
-            f"{path / _CONFIG}: activation {config.get('name')!r} is unknown, expected one of {', '.join(_ACTIVATIONS)}; "
-            "update jaxsae."
+            f"{path / _CONFIG}: activation {config.get('name')!r} is unknown, expected one of "
+            f"{', '.join(_ACTIVATIONS)}; update jaxsae."
         )
     prefix = "activation."
     parameters = {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}

@@ -1,4 +1,6 @@
-"""Masked least squares: given which atoms are active in each row, what should their values be?
+"""Masked least squares: the values of the atoms that are active in each row.
+
+Given which atoms are active, what should their values be?
 
 For one row with dictionary rows `A = D[indices] [k d]` the refit solves
 
@@ -10,6 +12,7 @@ Inside, each problem is made free of units: atoms have unit norm and so has `y`.
 data, norms that spread over many orders cost nothing, and neither tiny nor huge data leave float32's range.
 """
 
+import dataclasses
 import enum
 import functools
 from typing import Any, NamedTuple
@@ -110,7 +113,7 @@ def refit(
     solver = FISTA() if solver is None else solver
     ridge = jnp.asarray(ridge, _accumulator(dictionary, y))
     values, info = _refit(nonnegative, solver, dictionary, y, code.indices, code.values, ridge)
-    return code.replace(values=values), info
+    return dataclasses.replace(code, values=values), info
 
 
 def certify(
@@ -170,16 +173,19 @@ def check(info_or_code: RefitInfo | SparseCode) -> None:
         overflow = np.asarray(info_or_code.overflow).ravel()
         if overflow.any():
             worst = int(overflow.argmax())
+            needed = info_or_code.indices.shape[-1] + overflow[worst]
             raise RuntimeError(
-                f"{np.count_nonzero(overflow)} of {overflow.size} rows have more active latents than slots; row {worst} "
-                f"lost {overflow[worst]}. Pass a capacity of at least {info_or_code.indices.shape[-1] + overflow[worst]}."
+                f"{np.count_nonzero(overflow)} of {overflow.size} rows have more active latents than slots; "
+                f"row {worst} lost {overflow[worst]}. Pass a capacity of at least {needed}."
             )
         return
     status, kkt = np.asarray(info_or_code.status).ravel(), np.asarray(info_or_code.kkt).ravel()
     nonfinite, unconverged = status == Status.NONFINITE, status == Status.MAX_STEPS
     problems = []
     if nonfinite.any():
-        problems.append(f"{nonfinite.sum()} of {status.size} rows hold NaN or Inf {_some(nonfinite.nonzero()[0])}; mend them.")
+        problems.append(
+            f"{nonfinite.sum()} of {status.size} rows hold NaN or Inf {_some(nonfinite.nonzero()[0])}; mend them."
+        )
     if unconverged.any():
         worst = sorted(unconverged.nonzero()[0], key=lambda row: -kkt[row])
         problems.append(
@@ -200,7 +206,9 @@ def _validate(dictionary, y, code, name: str) -> None:
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise TypeError(f"`{name}` got {what} of dtype {array.dtype}, expected floating point; convert it first.")
     if not jnp.issubdtype(code.indices.dtype, jnp.integer):
-        raise TypeError(f"`{name}` got indices of dtype {code.indices.dtype}, expected integers; convert them to int32.")
+        raise TypeError(
+            f"`{name}` got indices of dtype {code.indices.dtype}, expected integers; convert them to int32."
+        )
     if dictionary.ndim != 2 or dictionary.shape[0] != code.num_latents:
         raise ValueError(
             f"`{name}` got a dictionary of shape {dictionary.shape} for a code of {code.num_latents} latents; pass "
@@ -357,10 +365,12 @@ def _solve(nonnegative: bool, shared, per_row):
 _SOLVE = {nonnegative: rows.fold_vmap(functools.partial(_solve, nonnegative)) for nonnegative in (True, False)}
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 @functools.partial(jax.jit, static_argnums=0)
-def _refit(nonnegative: bool, solver, dictionary, y, indices, values, ridge):
+def _solve_jitted(nonnegative: bool, solver, dictionary, y, indices, values, ridge):
     return _SOLVE[nonnegative]((solver, dictionary, ridge), (y, indices, values))
+
+
+_refit = jax.custom_vjp[tuple[Array, RefitInfo]](_solve_jitted, nondiff_argnums=(0,))
 
 
 def _refit_forward(nonnegative, solver, dictionary, y, indices, values, ridge):
@@ -384,7 +394,9 @@ def _refit_backward(nonnegative, residuals, cotangents):
         free = (indices < dictionary.shape[0]) & finite[:, None] & ((z > 0) | (not nonnegative))
         atoms = dictionary.at[indices].get(mode="fill", fill_value=0).astype(ridge.dtype)
         atoms = jnp.where(free[:, :, None], atoms, 0)
-        y, z, z_bar = (jnp.where(keep, x, 0).astype(ridge.dtype) for x, keep in ((y, finite[:, None]), (z, free), (z_bar, free)))
+        y, z, z_bar = (
+            jnp.where(keep, x, 0).astype(ridge.dtype) for x, keep in ((y, finite[:, None]), (z, free), (z_bar, free))
+        )
         u = _solve_free(jnp.einsum("nid,njd->nij", atoms, atoms, precision=_EXACT), free, z_bar, ridge)
         y_bar, x = (jnp.einsum("nkd,nk->nd", atoms, v, precision=_EXACT) for v in (u, z))
         atoms_bar = u[:, :, None] * (y - x)[:, None, :] - z[:, :, None] * y_bar[:, None, :]

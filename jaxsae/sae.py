@@ -1,5 +1,6 @@
 """The sparse autoencoder: its parameters, and the pure functions that act on them."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -44,9 +45,7 @@ class SAE:
         return self.W_dec.shape[-2]
 
 
-def init(
-    key: PRNGKeyArray, *, d: int, m: int, activation: Activation, b_dec: Float[Array, " d"] | None = None
-) -> SAE:
+def init(key: PRNGKeyArray, *, d: int, m: int, activation: Activation, b_dec: Float[Array, " d"] | None = None) -> SAE:
     """Make an SAE with random unit-norm atoms and an encoder that is the decoder's transpose.
 
     Args:
@@ -238,7 +237,7 @@ def rescale(sae: SAE, scale: float | Float[Array, ""]) -> SAE:
       >>> jaxsae.sae.rescale(sae, 0.5).b_dec
       Array([2., 2., 2., 2.], dtype=float32)
     """
-    return sae.replace(b_enc=sae.b_enc / scale, b_dec=sae.b_dec / scale)
+    return dataclasses.replace(sae, b_enc=sae.b_enc / scale, b_dec=sae.b_dec / scale)
 
 
 def _validate(sae: SAE, x, name: str) -> None:

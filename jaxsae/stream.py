@@ -1,6 +1,10 @@
 """Refine more rows than fit in memory: blocks of rows in, blocks of codes out."""
 
+import functools
+import math
+import operator
 import os
+import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -74,10 +78,15 @@ def refine_blocks(sae: SAE, rows: np.ndarray, solver: Any = None, *, capacity: i
         for at in range(0, len(order), _BLOCK):
             block = order[at : at + _BLOCK]
             # Slots are in descending order of value: what is cut off is empty.
-            slots = 1 << max(4, int(l0[block].max() - 1).bit_length())
+            slots = _slots(int(l0[block].max()))
             part = SparseCode(code.values[block, :slots], code.indices[block, :slots], sae.m, code.overflow[block])
             refined, info = refine(sae, x[block], part, solver)
             yield Block(start + block, x[block], part, refined, info)
+
+
+def _slots(l0: int) -> int:
+    # Few sizes, 32, 128, 512 ..., since each is compiled once.
+    return 2 ** (5 + 2 * max(0, math.ceil(math.log(max(l0, 1) / 32, 4))))
 
 
 class RefineSummary(NamedTuple):
@@ -101,7 +110,7 @@ def refine_file(
     capacity: int | None = None,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> RefineSummary:
-    """Refine rows into an `.npz` file of `indices [n k]`, `values [n k]`, `kkt [n]` and `status [n]`, in their order.
+    """Refine rows into an `.npz` file, in their order: `indices`, `values` `[n k]`, `kkt`, `status`, `overflow` `[n]`.
 
     Only blocks are in memory, so that rows may be a memory-mapped file larger than it; the file appears when whole.
 
@@ -117,38 +126,56 @@ def refine_file(
       InputError: if the rows are not as wide as the SAE, or the file cannot be written.
     """
     if rows.shape[1] != sae.d:
-        raise InputError(f"got rows of width {rows.shape[1]}, but this SAE has d = {sae.d}; pass the data it was made for.")
+        raise InputError(
+            f"got rows of width {rows.shape[1]}, but this SAE has d = {sae.d}; pass the data it was made for."
+        )
     capacity = capacity or sae.activation.k or max_l0(sae, rows)
     if capacity > sae.m:
         raise InputError(f"got capacity {capacity} for {sae.m} latents; pass a capacity of at most {sae.m}.")
-    total, overflowed, nonfinite, unconverged, worst = None, 0, 0, 0, 0.0
+    columns = {
+        "indices": (np.int32, (len(rows), capacity)),
+        "values": (np.float32, (len(rows), capacity)),
+        "kkt": (np.float32, (len(rows),)),
+        "status": (np.int32, (len(rows),)),
+        "overflow": (np.int32, (len(rows),)),
+    }
     with atomic_file(out) as temporary:
-        arrays = {
-            name: np.lib.format.open_memmap(f"{temporary}.{name}.npy", "w+", dtype=dtype, shape=shape)
-            for name, dtype, shape in (
-                ("indices", np.int32, (len(rows), capacity)),
-                ("values", np.float32, (len(rows), capacity)),
-                ("kkt", np.float32, (len(rows),)),
-                ("status", np.int32, (len(rows),)),
-            )
-        }
-        for block in refine_blocks(sae, rows, solver, capacity=capacity):
+        _require_space(temporary, 2 * len(rows) * (8 * capacity + 12))  # the columns, and the file made of them
+        parts = {name: f"{temporary}.{name}.npy" for name in columns}
+        arrays = {name: np.lib.format.open_memmap(parts[name], "w+", *columns[name]) for name in columns}
+
+        def write(block: Block) -> Shrinkage:
             slots = block.refined.indices.shape[1]
             arrays["indices"][block.rows, :slots] = block.refined.indices
             arrays["indices"][block.rows, slots:] = sae.m
             arrays["values"][block.rows, :slots] = block.refined.values
             arrays["kkt"][block.rows] = block.info.kkt
             arrays["status"][block.rows] = block.info.status
-            status = np.asarray(block.info.status)
-            measured = shrinkage(sae, block.x, block.code, block.refined)
-            total = measured if total is None else total + measured
-            overflowed += int(np.count_nonzero(block.code.overflow))
-            nonfinite += int(np.count_nonzero(status == Status.NONFINITE))
-            unconverged += int(np.count_nonzero(status == Status.MAX_STEPS))
-            worst = max(worst, float(np.nanmax(block.info.kkt, initial=0)))
+            arrays["overflow"][block.rows] = block.code.overflow
             progress(len(block.rows))
-        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            return shrinkage(sae, block.x, block.code, block.refined)
+
+        measured = functools.reduce(operator.add, map(write, refine_blocks(sae, rows, solver, capacity=capacity)))
+        summary = RefineSummary(
+            rows=len(rows),
+            capacity=capacity,
+            shrinkage=measured,
+            overflowed=int(np.count_nonzero(arrays["overflow"])),
+            nonfinite=int(np.count_nonzero(arrays["status"] == Status.NONFINITE)),
+            unconverged=int(np.count_nonzero(arrays["status"] == Status.MAX_STEPS)),
+            worst_kkt=float(np.max(np.nan_to_num(arrays["kkt"]), initial=0)),
+        )
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
             for name, array in arrays.items():
                 array.flush()
-                archive.write(f"{temporary}.{name}.npy", f"{name}.npy")
-    return RefineSummary(len(rows), capacity, total, overflowed, nonfinite, unconverged, worst)
+                archive.write(parts[name], f"{name}.npy")
+    return summary
+
+
+def _require_space(path: Path, needed: int) -> None:
+    # A memory map that outgrows the disk ends the process with no word.
+    free = shutil.disk_usage(path.parent).free
+    if free < needed:
+        raise InputError(
+            f"the codes need {needed >> 20} MiB of disk while they are written, {free >> 20} MiB are free."
+        )

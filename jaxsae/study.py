@@ -1,4 +1,4 @@
-"""The main job, Section 5.1 of Gao et al. (2024): does refinement raise an SAE's activations, and for which SAEs?
+"""The main job, Section 5.1 of Gao et al. (2024): does refinement raise activations, and whose.
 
 Train ReLU autoencoders at several L1 weights and TopK ones at the L0s that these reached; refine the codes of held-out
 rows with a certificate for each row; compare.
@@ -6,6 +6,7 @@ rows with a certificate for each row; compare.
 
 import functools
 import json
+import operator
 import os
 import platform
 from collections.abc import Callable
@@ -82,7 +83,7 @@ def run(
         "config": {**plan._asdict(), "seed": seed, "solver_tol": _SOLVER.tol, "certified_at": CERTIFIED},
         "versions": {name: version(name) for name in ("jaxsae", "jax", "flax", "optax", "numpy")}
         | {"python": platform.python_version(), "backend": jax.default_backend()},
-        "change_edges": metrics.CHANGE_EDGES.tolist(),
+        "ratio_edges": metrics.RATIO_EDGES.tolist(),
     }
     _write(report, out)
 
@@ -173,15 +174,15 @@ def measure(sae: SAE, rows: np.ndarray) -> dict[str, Any]:
       sae: the autoencoder.
       rows: `[n d]`, finite.
     """
-    shrunk = active = None
-    kkt = []
-    for block in refine_blocks(sae, rows, _SOLVER):
-        measured = metrics.shrinkage(sae, block.x, block.code, block.refined)
-        activity = metrics.activity(block.code)
-        shrunk = measured if shrunk is None else shrunk + measured
-        active = activity if active is None else active + activity
-        kkt.append(np.asarray(_certified_kkt(sae.W_dec, block.x - sae.b_dec, block.refined)))
-    kkt = np.concatenate(kkt)
+
+    def measure_block(block):
+        kkt = _certified_kkt(sae.W_dec, block.x - sae.b_dec, block.refined)
+        shrunk = metrics.shrinkage(sae, block.x, block.code, block.refined)
+        return shrunk, metrics.activity(block.code), np.asarray(kkt)
+
+    measured = [measure_block(block) for block in refine_blocks(sae, rows, _SOLVER)]
+    shrunk, active = (functools.reduce(operator.add, part) for part in list(zip(*measured, strict=True))[:2])
+    kkt = np.concatenate([part[2] for part in measured])
     numbers = {
         "l0": shrunk.l0,
         "nmse_before": shrunk.nmse_before,

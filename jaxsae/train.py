@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from jaxsae import losses
@@ -116,7 +117,7 @@ def unit_norm_decoder(tx: optax.GradientTransformation) -> optax.GradientTransfo
     Source: Bricken et al. (2023), "Towards monosemanticity".
     """
 
-    def update(updates, state, params=None):
+    def update(updates: Any, state: Any, params: Any = None):
         if params is None:
             raise ValueError("`unit_norm_decoder` got no params; pass them, tx.update(grads, state, params).")
         atoms, slope = params.W_dec, updates.W_dec
@@ -136,12 +137,17 @@ def init_state(sae: SAE, tx: optax.GradientTransformation) -> TrainState:
       tx: the optax transformation of `make_step`.
     """
     sae = jax.tree.map(jnp.copy, sae)
-    return TrainState(sae, tx.init(sae), jnp.zeros((), jnp.int32), jnp.zeros(sae.m, jnp.int32))
+    return TrainState(
+        sae,
+        tx.init(sae),  # pyright: ignore[reportArgumentType]
+        jnp.zeros((), jnp.int32),
+        jnp.zeros(sae.m, jnp.int32),
+    )
 
 
 def make_step(
     loss: Loss, tx: optax.GradientTransformation
-) -> Callable[[TrainState, Float[Array, "b d"]], tuple[TrainState, dict[str, Array]]]:
+) -> Callable[[TrainState, ArrayLike], tuple[TrainState, dict[str, Array]]]:
     """Make a training step `step(state, x) -> (state, metrics)`: jitted, the old state donated.
 
     Two steps made with the same `tx` and losses that differ in numbers alone share one compilation.
@@ -170,18 +176,19 @@ def make_step(
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _step(tx, loss, state: TrainState, x: Array) -> tuple[TrainState, dict[str, Array]]:
+def _step(tx: Any, loss: Any, state: TrainState, x: Array) -> tuple[TrainState, dict[str, Array]]:
     (value, (fired, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(state.sae, x, state)
     updates, opt_state = tx.update(grads, state.opt_state, state.sae)
     idle = jnp.where(fired, 0, state.idle + x.shape[0])
     dead = jnp.mean(idle >= getattr(loss, "dead_after", jnp.inf))
-    state = TrainState(optax.apply_updates(state.sae, updates), opt_state, state.step + 1, idle)
+    sae: Any = optax.apply_updates(state.sae, updates)  # pyright: ignore[reportArgumentType]
+    state = TrainState(sae, opt_state, state.step + 1, idle)
     return state, {"loss": value, "dead": dead, **metrics}
 
 
 def fit(
     sae: SAE,
-    batches: Iterable[Float[Array, "b d"]],
+    batches: Iterable[ArrayLike],
     *,
     loss: Loss,
     tx: optax.GradientTransformation,

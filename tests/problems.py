@@ -66,15 +66,17 @@ def assert_same_bits(a, b):
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, a), jax.tree.map(np.asarray, b))
 
 
-def sae(seed=0, *, d=16, m=32, activation=None) -> jaxsae.SAE:
-    """An SAE with biases that matter."""
-    keys = jax.random.split(jax.random.key(seed), 3)
-    made = jaxsae.init(keys[0], d=d, m=m, activation=activation or jaxsae.TopK(4))
-    return made.replace(
-        b_enc=0.1 * jax.random.normal(keys[1], (m,)),
-        b_dec=jax.random.normal(keys[2], (d,)),
+def activations(seed=0, *, batch=(8,), d=16, dtype=np.float32) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(1000 + seed).normal(size=(*batch, d)), dtype)
+
+
+def sae(seed=0, *, d=16, m=32, activation=None, dtype=np.float32) -> jaxsae.SAE:
+    """An SAE with biases that matter, and an encoder that is not quite the decoder's transpose."""
+    atoms = activations(seed + 1, batch=(m,), d=d, dtype=dtype)
+    return jaxsae.SAE(
+        W_enc=atoms.T + 0.1 * activations(seed + 2, batch=(d,), d=m, dtype=dtype),
+        b_enc=0.1 * activations(seed + 3, batch=(), d=m, dtype=dtype),
+        W_dec=atoms,
+        b_dec=activations(seed + 4, batch=(), d=d, dtype=dtype),
+        activation=activation or jaxsae.TopK(4),
     )
-
-
-def activations(seed=0, *, batch=(8,), d=16) -> jax.Array:
-    return jax.random.normal(jax.random.key(1000 + seed), (*batch, d))

@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m benchmarks --help`. They run from a checkout with the core dependencies alone."""

@@ -1,0 +1,725 @@
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.optimize
+from problems import Problem, assert_same_bits, atoms_of, f64, nmse, objective, problem, residual, with_code
+
+import jaxsae
+from jaxsae import SparseCode, Status
+
+# Most tests share one shape, and so one compilation.
+ROWS, K = 64, 6
+PADDING = 32
+problem = functools.partial(problem, batch=(ROWS,), k=K)
+
+SOLVERS = pytest.mark.parametrize(
+    "solver",
+    [jaxsae.FISTA(), jaxsae.ProjectedGradient(max_steps=50_000)],
+    ids=lambda solver: type(solver).__name__,
+)
+SIGNS = pytest.mark.parametrize("nonnegative", [True, False], ids=["nonnegative", "free"])
+EXACT = jaxsae.FISTA(tol=1e-13, max_steps=100_000)  # in float64
+
+
+def projected(code: SparseCode, nonnegative=True) -> SparseCode:
+    return with_code(code, values=np.maximum(code.values, 0)) if nonnegative else code
+
+
+def optimum(dictionary, y, code: SparseCode, nonnegative=True, ridge=0.0) -> SparseCode:
+    """The best values, row by row, by scipy or lapack in float64; a ridge is k more equations."""
+    z = np.zeros(code.values.shape)
+    if z.size == 0:  # scipy 1.17 aborts the process on a system of no columns
+        return code
+    for row in np.ndindex(z.shape[:-1]):
+        atoms = atoms_of(dictionary, code)[row]
+        system = np.concatenate([atoms.T, np.sqrt(ridge) * np.eye(len(atoms))])
+        target = np.concatenate([f64(y)[row], np.zeros(len(atoms))])
+        solution = scipy.optimize.nnls(system, target) if nonnegative else np.linalg.lstsq(system, target)
+        z[row] = solution[0]
+    return code.replace(values=z)
+
+
+def excess(dictionary, y, code: SparseCode, nonnegative=True) -> np.ndarray:
+    """How much more normalised error each row has than the best possible."""
+    return nmse(dictionary, y, code) - nmse(dictionary, y, optimum(dictionary, y, code, nonnegative))
+
+
+# --- what a refit promises --------------------------------------------------------------------------------
+
+
+@SOLVERS
+@SIGNS
+@pytest.mark.parametrize("coherence", [0.0, 0.8])
+def test_a_refit_reaches_the_optimum_on_the_support_it_was_given(solver, nonnegative, coherence):
+    dictionary, y, code = problem(coherence=coherence)
+    refitted, info = jaxsae.refit(dictionary, y, code, solver, nonnegative=nonnegative)
+    assert np.all(np.asarray(info.status) == Status.CONVERGED)
+    assert np.all(np.asarray(info.kkt) <= 1e-5)
+    assert np.all(np.asarray(info.steps) <= solver.max_steps)
+    assert_same_bits(refitted.indices, code.indices)
+    assert np.max(excess(dictionary, y, refitted, nonnegative)) <= 1e-6
+    if nonnegative:
+        z = np.asarray(refitted.values)
+        assert np.all(z >= 0)
+        assert np.any(z == 0), "some bounds should be active, or the test says nothing about them"
+
+
+@SOLVERS
+@SIGNS
+@pytest.mark.parametrize("max_steps", [0, 1, 3, 2000])
+@pytest.mark.parametrize("start", ["random", "signed", "optimal", "nearly optimal"])
+def test_a_row_never_ends_worse_than_it_began(solver, nonnegative, max_steps, start):
+    dictionary, y, code = problem(coherence=0.8)
+    rng = np.random.default_rng(1)
+    best = f64(optimum(dictionary, y, code, nonnegative).values)
+    values = {
+        "random": code.values,
+        "signed": rng.normal(size=best.shape),
+        "optimal": best,
+        "nearly optimal": best * (1 + 1e-3 * rng.normal(size=best.shape)),
+    }[start]
+    code = with_code(code, values=np.asarray(values, np.float32))
+    refitted, info = jaxsae.refit(
+        dictionary, y, code, solver.replace(max_steps=max_steps), nonnegative=nonnegative
+    )
+    before, after = (objective(dictionary, y, c) for c in (projected(code, nonnegative), refitted))
+    # The answer is rounded to float32, which moves the objective in its last digit.
+    assert np.all(after <= before + 2e-7 * before + 1e-12)
+    assert np.all(np.asarray(info.steps) <= max_steps)
+
+
+def test_without_steps_the_projected_start_comes_back_to_the_bit():
+    dictionary, y, code = problem()
+    code = with_code(code, values=np.asarray(code.values) - 0.7)
+    for nonnegative in (True, False):
+        refitted, info = jaxsae.refit(
+            dictionary, y, code, jaxsae.FISTA(max_steps=0), nonnegative=nonnegative
+        )
+        assert_same_bits(refitted.values, projected(code, nonnegative).values)
+        assert np.all(np.asarray(info.status) == Status.MAX_STEPS)
+
+
+@SOLVERS
+@SIGNS
+def test_a_refit_of_a_refit_takes_no_step(solver, nonnegative):
+    dictionary, y, code = problem()
+    refitted, _ = jaxsae.refit(dictionary, y, code, solver, nonnegative=nonnegative)
+    again, info = jaxsae.refit(dictionary, y, refitted, solver, nonnegative=nonnegative)
+    assert not np.any(info.steps)
+    assert_same_bits(again, refitted)
+
+
+@SOLVERS
+def test_after_a_refit_the_reconstruction_is_neither_shrunk_nor_stretched(solver):
+    # ‖x̂‖² = ⟨y, x̂⟩ is complementarity, row by row: a check that knows nothing of the solver.
+    dictionary, y, code = problem()
+    refitted, _ = jaxsae.refit(dictionary, y, code, solver)
+    x_hat = f64(y) - residual(dictionary, y, refitted)
+    power, cross = (x_hat**2).sum(-1), (f64(y) * x_hat).sum(-1)
+    np.testing.assert_allclose(power, cross, atol=5e-5 * (f64(y) ** 2).sum(-1).max())
+    shrunk = f64(y) - residual(dictionary, y, with_code(refitted, values=0.8 * refitted.values))
+    assert np.all((shrunk**2).sum(-1) < (f64(y) * shrunk).sum(-1))
+
+
+# --- a row is alone ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("where", ["y", "start", "atom"])
+@SIGNS
+def test_a_row_that_is_not_finite_comes_back_unchanged_and_touches_no_other(bad, where, nonnegative):
+    good = problem()
+    dictionary, y, values = (np.array(a) for a in (good.dictionary, good.y, good.code.values))
+    row = 5
+    hit = np.arange(ROWS) == row
+    if where == "y":
+        y[row, 3] = bad
+    elif where == "start":
+        values[row, 2] = bad
+    else:
+        atom = np.asarray(good.code.indices)[row, 0]
+        dictionary[atom, 7] = bad
+        hit = np.any(np.asarray(good.code.indices) == atom, axis=1)
+    values[:, 1] -= 2  # negative starts too: unchanged means not even projected
+    code = with_code(good.code, values=values)
+    expected, expected_info = jaxsae.refit(
+        good.dictionary, good.y, with_code(code, values=np.where(np.isfinite(values), values, 0)),
+        nonnegative=nonnegative,
+    )  # fmt: skip
+    refitted, info = jaxsae.refit(jnp.asarray(dictionary), jnp.asarray(y), code, nonnegative=nonnegative)
+    np.testing.assert_array_equal(np.asarray(info.status) == Status.NONFINITE, hit)
+    np.testing.assert_array_equal(refitted.values[hit], values[hit])
+    assert np.all(np.isnan(info.kkt[hit]))
+    assert not np.any(info.steps[hit])
+    others = [np.asarray(leaf)[~hit] for leaf in jax.tree.leaves((refitted, info))]
+    assert_same_bits(others, [np.asarray(leaf)[~hit] for leaf in jax.tree.leaves((expected, expected_info))])
+
+
+@SOLVERS
+def test_a_row_is_the_same_to_the_bit_alone_in_a_crowd_and_under_vmap(solver):
+    dictionary, y, code = problem(batch=(4096,), coherence=0.5)
+    crowd = jaxsae.refit(dictionary, y, code, solver)
+    first = jax.tree.map(lambda leaf: leaf[:ROWS], (y, code))
+    assert_same_bits(jaxsae.refit(dictionary, *first, solver), jax.tree.map(lambda leaf: leaf[:ROWS], crowd))
+    mapped = jax.vmap(lambda y, code: jaxsae.refit(dictionary, y, code, solver))(*first)
+    assert_same_bits(mapped, jax.tree.map(lambda leaf: leaf[:ROWS], crowd))
+    for row in (0, 1, 63):
+        alone = jaxsae.refit(dictionary, *jax.tree.map(lambda leaf, row=row: leaf[row], (y, code)), solver)
+        assert_same_bits(alone, jax.tree.map(lambda leaf, row=row: leaf[row], crowd))
+
+
+def test_batch_axes_are_only_a_shape():
+    dictionary, y, code = problem()
+    expected = jaxsae.refit(dictionary, y, code)
+    folded = jax.tree.map(lambda leaf: leaf.reshape(4, 16, *leaf.shape[1:]), (y, code))
+    refit = functools.partial(jaxsae.refit, dictionary)
+    for out in (refit(*folded), jax.vmap(refit)(*folded), jax.vmap(jax.vmap(refit))(*folded)):
+        assert_same_bits(jax.tree.map(lambda leaf: leaf.reshape(ROWS, *leaf.shape[2:]), out), expected)
+
+
+def test_vmap_over_dictionaries_is_one_refit_each():
+    members = [problem(seed) for seed in range(3)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+    mapped = jax.vmap(jaxsae.refit)(*stacked)
+    for i, member in enumerate(members):
+        assert_same_bits(jax.tree.map(lambda leaf, i=i: leaf[i], mapped), jaxsae.refit(*member))
+
+
+def test_vmap_over_tolerances_and_ridges():
+    dictionary, y, code = problem()
+    tols, ridges = jnp.array([1e-2, 1e-5]), jnp.array([0.0, 0.5])
+    mapped = jax.vmap(
+        lambda tol, ridge: jaxsae.refit(dictionary, y, code, jaxsae.FISTA(tol=tol), ridge=ridge)
+    )(tols, ridges)
+    for i in range(2):
+        alone = jaxsae.refit(dictionary, y, code, jaxsae.FISTA(tol=tols[i]), ridge=ridges[i])
+        assert_same_bits(jax.tree.map(lambda leaf, i=i: leaf[i], mapped), alone)
+
+
+# --- the order, the number and the units of things --------------------------------------------------------
+
+
+def test_unused_slots_change_nothing():
+    dictionary, y, code = problem()
+    padded = SparseCode(
+        values=jnp.pad(code.values, ((0, 0), (2, 3))),
+        indices=jnp.pad(code.indices, ((0, 0), (2, 3)), constant_values=PADDING),
+        num_latents=code.num_latents,
+    )
+    expected, expected_info = jaxsae.refit(dictionary, y, code)
+    refitted, info = jaxsae.refit(dictionary, y, padded)
+    np.testing.assert_allclose(refitted.values[:, 2:-3], expected.values, rtol=1e-4, atol=1e-5)
+    assert not np.any(refitted.values[:, [0, 1, -3, -2, -1]])
+    np.testing.assert_allclose(info.steps, expected_info.steps, atol=5)
+
+
+def test_permuting_the_support_permutes_the_answer():
+    dictionary, y, code = problem()
+    order = np.random.default_rng(2).permutation(K)
+    turned = with_code(code, values=code.values[:, order], indices=code.indices[:, order])
+    expected, _ = jaxsae.refit(dictionary, y, code, jaxsae.FISTA(tol=1e-6))
+    refitted, _ = jaxsae.refit(dictionary, y, turned, jaxsae.FISTA(tol=1e-6))
+    np.testing.assert_allclose(refitted.values, expected.values[:, order], rtol=1e-3, atol=1e-4)
+
+
+@SIGNS
+@pytest.mark.parametrize("atoms", [1e-10, 1.0, 1e10])
+@pytest.mark.parametrize("data", [1e-20, 1.0, 1e20])
+def test_the_answer_has_the_units_of_data_over_atoms(atoms, data, nonnegative):
+    dictionary, y, code = problem()
+    expected, expected_info = jaxsae.refit(dictionary, y, code, nonnegative=nonnegative)
+    unit = data / atoms
+    start = with_code(code, values=np.asarray(code.values) * np.float32(unit))
+    refitted, info = jaxsae.refit(atoms * dictionary, data * y, start, nonnegative=nonnegative)
+    assert np.all(np.asarray(info.status) == Status.CONVERGED)
+    np.testing.assert_allclose(f64(refitted.values) / unit, expected.values, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(info.steps, expected_info.steps, atol=5)
+
+
+def test_rows_of_very_different_size_share_a_batch():
+    dictionary, y, code = problem()
+    sizes = np.logspace(-20, 20, ROWS, dtype=np.float32)[:, None]
+    expected, _ = jaxsae.refit(dictionary, y, with_code(code, values=np.zeros((ROWS, K), np.float32)))
+    refitted, info = jaxsae.refit(dictionary, sizes * y, with_code(code, values=np.zeros((ROWS, K), np.float32)))
+    assert np.all(np.asarray(info.status) == Status.CONVERGED)
+    np.testing.assert_allclose(refitted.values / sizes, expected.values, rtol=1e-3, atol=1e-4)
+
+
+def test_atoms_of_very_different_norm_share_a_support():
+    dictionary, y, code = problem()
+    norms = np.logspace(-4, 4, 32, dtype=np.float32)[:, None]
+    expected, _ = jaxsae.refit(dictionary, y, code, jaxsae.FISTA(tol=1e-6))
+    scale = norms[np.asarray(code.indices), 0]
+    refitted, info = jaxsae.refit(norms * dictionary, y, with_code(code, values=code.values / scale))
+    assert np.all(np.asarray(info.status) == Status.CONVERGED)
+    assert np.max(excess(norms * dictionary, y, refitted)) <= 1e-6
+
+
+# --- ordinary inputs --------------------------------------------------------------------------------------
+
+
+def ordinary(case: str) -> Problem:
+    dictionary, y, code = (np.array(problem().dictionary), np.array(problem().y), problem().code)
+    values, indices = np.array(code.values), np.array(code.indices)
+    consecutive = np.broadcast_to(np.arange(K), indices.shape)
+    match case:
+        case "no slots":
+            values, indices = values[:, :0], indices[:, :0]
+        case "one slot":
+            values, indices = values[:, :1], indices[:, :1]
+        case "only padding":
+            values, indices = 0 * values, np.full_like(indices, PADDING)
+        case "some rows only padding":
+            values[::2], indices[::2] = 0, PADDING
+        case "y = 0":
+            y[::2] = 0
+        case "zero atoms":
+            dictionary[::3] = 0
+        case "all atoms zero":
+            dictionary[:] = 0
+        case "an index twice":
+            indices[:, 1] = indices[:, 0]
+        case "one index only":
+            indices[:] = indices[:, :1]
+        case "equal atoms":
+            dictionary[1::2], indices = dictionary[::2], consecutive
+        case "opposite atoms":
+            dictionary[1::2], indices = -dictionary[::2], consecutive
+        case "parallel atoms of other norm":
+            dictionary[1::2], indices, values[:, ::2] = dictionary[::2] / 100, consecutive, 0
+        case "more atoms than dimensions":
+            dictionary, y = dictionary[:, :3], y[:, :3]
+        case "one dimension":
+            dictionary, y = dictionary[:, :1], y[:, :1]
+        case "y against every atom":
+            y = -np.abs(y)
+            dictionary = np.abs(dictionary)
+    code = SparseCode(jnp.asarray(values), jnp.asarray(indices), code.num_latents)
+    return Problem(jnp.asarray(dictionary), jnp.asarray(y), code)
+
+
+ORDINARY = [
+    "no slots",
+    "one slot",
+    "only padding",
+    "some rows only padding",
+    "y = 0",
+    "zero atoms",
+    "all atoms zero",
+    "an index twice",
+    "one index only",
+    "equal atoms",
+    "opposite atoms",
+    "parallel atoms of other norm",
+    "more atoms than dimensions",
+    "one dimension",
+    "y against every atom",
+]
+
+
+@pytest.mark.parametrize("case", ORDINARY)
+@SIGNS
+@SOLVERS
+def test_ordinary_inputs(case, nonnegative, solver):
+    dictionary, y, code = ordinary(case)
+    refitted, info = jaxsae.refit(dictionary, y, code, solver, nonnegative=nonnegative)
+    assert np.all(np.asarray(info.status) == Status.CONVERGED)
+    z = np.asarray(refitted.values)
+    assert np.all(np.isfinite(z))
+    assert np.all(z[~np.asarray(code.mask)] == 0)
+    assert not nonnegative or np.all(z >= 0)
+    power = np.maximum((f64(y) ** 2).sum(-1), 1e-30)
+    best = objective(dictionary, y, optimum(dictionary, y, code, nonnegative))
+    assert np.all(objective(dictionary, y, refitted) <= best + 1e-6 * power)
+    zero_rows = np.all(np.asarray(y) == 0, axis=-1)
+    assert not np.any(z[zero_rows])
+
+
+@pytest.mark.parametrize("case", ORDINARY)
+@SIGNS
+def test_ordinary_inputs_are_certified(case, nonnegative):
+    dictionary, y, code = ordinary(case)
+    refitted, _ = jaxsae.refit(dictionary, y, code, jaxsae.FISTA(tol=1e-6), nonnegative=nonnegative)
+    certificate = jaxsae.certify(dictionary, y, refitted, nonnegative=nonnegative)
+    assert np.max(certificate.kkt) <= 1e-5
+    assert np.max(certificate.gap) <= 1e-4
+    assert np.min(certificate.gap) >= 0
+
+
+@pytest.mark.parametrize("batch", [(0,), (3, 0)])
+@pytest.mark.parametrize("k", [0, K])
+def test_an_empty_batch_is_an_empty_answer(batch, k):
+    dictionary = problem().dictionary
+    y = jnp.zeros((*batch, 16))
+    code = SparseCode(jnp.zeros((*batch, k)), jnp.zeros((*batch, k), jnp.int32), 32)
+    refitted, info = jaxsae.refit(dictionary, y, code)
+    assert refitted.values.shape == (*batch, k)
+    assert {leaf.shape for leaf in jax.tree.leaves((info, jaxsae.certify(dictionary, y, code)))} == {batch}
+    gradient = jax.grad(lambda dictionary: jnp.sum(jaxsae.refit(dictionary, y, code)[0].values))(dictionary)
+    assert not np.any(gradient)
+
+
+# --- ridge and free signs ---------------------------------------------------------------------------------
+
+
+@SOLVERS
+@pytest.mark.parametrize("ridge", [1e-3, 0.3, 100.0])
+def test_ridge_with_free_signs_has_a_closed_form(solver, ridge):
+    dictionary, y, code = problem()
+    atoms = atoms_of(dictionary, code)
+    gram = np.einsum("nid,njd->nij", atoms, atoms) + ridge * np.eye(K)
+    expected = np.linalg.solve(gram, np.einsum("nid,nd->ni", atoms, f64(y))[..., None])[..., 0]
+    refitted, info = jaxsae.refit(dictionary, y, code, solver, nonnegative=False, ridge=ridge)
+    assert np.all(np.asarray(info.status) == Status.CONVERGED)
+    np.testing.assert_allclose(refitted.values, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
+
+
+@SOLVERS
+@pytest.mark.parametrize("ridge", [1e-3, 0.3, 100.0])
+def test_ridge_on_nonnegative_values_is_nnls_with_more_equations(solver, ridge):
+    dictionary, y, code = problem()
+    refitted, _ = jaxsae.refit(dictionary, y, code, solver, ridge=ridge)
+    best = objective(dictionary, y, optimum(dictionary, y, code, ridge=ridge), ridge)
+    assert np.all(objective(dictionary, y, refitted, ridge) <= best + 1e-6 * (f64(y) ** 2).sum(-1))
+    assert np.all(np.asarray(refitted.values) >= 0)
+
+
+def test_ridge_in_the_units_of_the_atoms():
+    dictionary, y, code = problem()
+    expected, _ = jaxsae.refit(dictionary, y, code, ridge=0.5)
+    for atoms in (1e-8, 1e8):
+        start = with_code(code, values=np.asarray(code.values) / np.float32(atoms))
+        refitted, _ = jaxsae.refit(atoms * dictionary, y, start, ridge=0.5 * atoms**2)
+        np.testing.assert_allclose(f64(refitted.values) * atoms, expected.values, rtol=1e-3, atol=1e-4)
+
+
+@SIGNS
+def test_a_ridge_makes_equal_atoms_share(nonnegative):
+    dictionary, y, code = ordinary("equal atoms")
+    refitted, _ = jaxsae.refit(
+        dictionary, y, code, jaxsae.FISTA(tol=1e-6), nonnegative=nonnegative, ridge=1.0
+    )
+    z = np.asarray(refitted.values)
+    np.testing.assert_allclose(z[:, ::2], z[:, 1::2], rtol=1e-3, atol=1e-3)
+
+
+# --- numbers are numbers ----------------------------------------------------------------------------------
+
+
+@SOLVERS
+def test_tolerance_steps_and_ridge_change_without_a_retrace(solver):
+    dictionary, y, code = problem()
+    traced = jax.jit(chex.assert_max_traces(lambda s, ridge: jaxsae.refit(dictionary, y, code, s, ridge=ridge), 1))
+    steps = []
+    for tol, max_steps, ridge in ((1e-2, 50, 0.0), (1e-5, 100, 0.1), (0.0, 3, 1.0)):
+        _, info = traced(solver.replace(tol=tol, max_steps=max_steps), ridge)
+        steps.append(int(np.max(info.steps)))
+    assert steps[0] < steps[1]
+    assert steps[2] == 3
+    chex.clear_trace_counter()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_a_half_precision_dictionary_is_refitted_in_float32(dtype):
+    dictionary, y, code = problem(coherence=0.5)
+    half = dictionary.astype(dtype)
+    refitted, info = jaxsae.refit(half, y, code)
+    assert_same_bits((refitted, info), jaxsae.refit(half.astype(jnp.float32), y, code))
+    assert refitted.values.dtype == jnp.float32
+    assert np.max(excess(half, y, refitted)) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_throughout(dtype):
+    dictionary, y, code = jax.tree.map(
+        lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, problem()
+    )
+    refitted, info = jaxsae.refit(dictionary, y, code)
+    assert (refitted.values.dtype, info.kkt.dtype) == (dtype, jnp.float32)
+    assert np.all(np.asarray(info.status) == Status.CONVERGED)
+    # The answer is as good as its eight or eleven bits allow.
+    assert np.max(excess(dictionary, y, refitted)) <= 20 * float(jnp.finfo(dtype).eps) ** 2
+    before = objective(dictionary, y, projected(code))
+    assert np.all(objective(dictionary, y, refitted) <= before * (1 + 1e-6))
+
+
+def test_float64_is_solved_in_float64(x64):
+    dictionary, y, code = problem(dtype=np.float64, coherence=0.5)
+    refitted, info = jaxsae.refit(dictionary, y, code, EXACT)
+    assert (refitted.values.dtype, info.kkt.dtype) == (jnp.float64, jnp.float64)
+    assert np.all(np.asarray(info.status) == Status.CONVERGED)
+    np.testing.assert_allclose(refitted.values, optimum(dictionary, y, code).values, rtol=1e-9, atol=1e-9)
+
+
+# --- the derivative ---------------------------------------------------------------------------------------
+
+
+def small(seed=0) -> Problem:
+    """Float64, two batch axes, atoms that many rows share, and unused slots."""
+    dictionary, y, code = problem.func(seed, batch=(2, 3), d=6, m=7, k=4, dtype=np.float64)
+    indices = np.array(code.indices)
+    indices[0, :, 1], indices[1, 2] = 7, 7
+    return Problem(dictionary, y, with_code(code, indices=indices))
+
+
+def weighted_sum(nonnegative, weights, dictionary, y, ridge, code):
+    refitted, _ = jaxsae.refit(dictionary, y, code, EXACT, nonnegative=nonnegative, ridge=ridge)
+    return jnp.sum(weights * refitted.values + 0.5 * refitted.values**2)
+
+
+@SIGNS
+@pytest.mark.parametrize("ridge", [0.0, 0.2])
+@pytest.mark.parametrize("wrt", ["dictionary", "y", "ridge"])
+def test_the_derivative_is_that_of_finite_differences(nonnegative, ridge, wrt, x64):
+    dictionary, y, code = small()
+    weights = jnp.asarray(np.random.default_rng(3).normal(size=code.values.shape))
+    arguments = {"dictionary": dictionary, "y": y, "ridge": jnp.asarray(ridge)}
+    # A ridge cannot be negative: at 0 the difference is taken from the right, to second order.
+    one_sided = wrt == "ridge" and ridge == 0
+
+    def loss(x):
+        return weighted_sum(nonnegative, weights, **(arguments | {wrt: x}), code=code)
+
+    gradient = np.asarray(jax.grad(loss)(arguments[wrt]))
+    size = gradient.size
+    directions = jnp.eye(size).reshape(size, *gradient.shape)
+    h = 1e-6 if one_sided else 1e-5
+    at = jax.jit(jax.vmap(lambda step, direction: loss(arguments[wrt] + step * direction), in_axes=(None, 0)))
+    if one_sided:
+        differences = (4 * at(h, directions) - at(2 * h, directions) - 3 * at(0.0, directions)) / (2 * h)
+    else:
+        differences = (at(h, directions) - at(-h, directions)) / (2 * h)
+    scale = np.abs(gradient).max()
+    assert scale > 0
+    np.testing.assert_allclose(gradient.ravel(), differences, rtol=0, atol=1e-6 * max(scale, 1))
+
+
+def test_start_and_support_have_no_derivative():
+    dictionary, y, code = problem()
+    gradient = jax.grad(lambda v: jnp.sum(jaxsae.refit(dictionary, y, code.replace(values=v))[0].values))
+    assert not np.any(gradient(code.values))
+
+
+def test_coordinates_at_their_bound_do_not_move():
+    dictionary, y, code = problem()
+    refitted, _ = jaxsae.refit(dictionary, y, code)
+    at_bound = np.asarray(refitted.values) == 0
+    weights = jnp.where(at_bound, 1.0, 0.0)
+    gradient = jax.grad(lambda y: jnp.sum(weights * jaxsae.refit(dictionary, y, code)[0].values))(y)
+    assert at_bound.any()
+    assert not np.any(gradient)
+
+
+@pytest.mark.parametrize("where", ["y", "start", "atom"])
+@pytest.mark.parametrize("loss", ["sum of all", "sum of finite rows"])
+def test_rows_that_are_not_finite_have_no_gradient_and_spoil_none(where, loss):
+    good = problem()
+    dictionary, y, values = (np.array(a) for a in (good.dictionary, good.y, good.code.values))
+    hit = np.arange(ROWS) == 5
+    if where == "y":
+        y[5, 3] = np.nan
+    elif where == "start":
+        values[5, 2] = np.nan
+    else:
+        atom = np.asarray(good.code.indices)[5, 0]
+        dictionary[atom, 7] = np.nan
+        hit = np.any(np.asarray(good.code.indices) == atom, axis=1)
+
+    def total(dictionary, y, values, keep):
+        refitted, _ = jaxsae.refit(dictionary, y, good.code.replace(values=values))
+        squares = jnp.sum(refitted.values**2, axis=-1)
+        return jnp.sum(squares if loss == "sum of all" else jnp.where(keep, squares, 0))
+
+    gradient = jax.jit(jax.grad(total, argnums=(0, 1)))
+    d_dictionary, d_y = gradient(jnp.asarray(dictionary), jnp.asarray(y), jnp.asarray(values), jnp.asarray(~hit))
+    assert np.all(np.isfinite(d_dictionary))
+    assert not np.any(d_y[hit])
+    without = jax.tree.map(lambda leaf: leaf[~hit], (good.y, good.code))
+
+    def total_without(dictionary, y):
+        return jnp.sum(jaxsae.refit(dictionary, y, without[1])[0].values ** 2)
+
+    expected_dictionary, expected_y = jax.jit(jax.grad(total_without, argnums=(0, 1)))(good.dictionary, without[0])
+    np.testing.assert_allclose(d_dictionary, expected_dictionary, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(d_y[~hit], expected_y, rtol=1e-4, atol=1e-5)
+
+
+def test_jit_of_vmap_of_grad():
+    dictionary, y, code = problem()
+
+    def loss(dictionary, y, code):
+        return jnp.sum(jaxsae.refit(dictionary, y, code)[0].values ** 2)
+
+    per_row = jax.jit(jax.vmap(jax.grad(loss, argnums=(0, 1)), in_axes=(None, 0, 0)))(dictionary, y, code)
+    together = jax.grad(loss, argnums=(0, 1))(dictionary, y, code)
+    np.testing.assert_allclose(np.sum(per_row[0], axis=0), together[0], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(per_row[1], together[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ORDINARY)
+@SIGNS
+def test_ordinary_inputs_have_finite_gradients(case, nonnegative):
+    dictionary, y, code = ordinary(case)
+
+    def loss(dictionary, y, ridge):
+        refitted, _ = jaxsae.refit(dictionary, y, code, nonnegative=nonnegative, ridge=ridge)
+        return jnp.sum(residual_power(dictionary, y, refitted))
+
+    def residual_power(dictionary, y, refitted):
+        return (y - jaxsae.codes.combine(dictionary, refitted)) ** 2
+
+    for gradient in jax.grad(loss, argnums=(0, 1, 2))(dictionary, y, 0.01):
+        assert np.all(np.isfinite(gradient))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_gradients_come_in_the_dtypes_of_the_arguments(dtype):
+    dictionary, y, code = problem()
+    gradient = jax.grad(lambda D, y: jnp.sum(jaxsae.refit(D, y, code)[0].values), argnums=(0, 1))
+    d_dictionary, d_y = gradient(dictionary.astype(dtype), y)
+    assert (d_dictionary.dtype, d_y.dtype) == (dtype, jnp.float32)
+    exact, _ = gradient(dictionary.astype(dtype).astype(jnp.float32), y)
+    np.testing.assert_allclose(f64(d_dictionary), exact, rtol=0.02, atol=0.02)
+
+
+# --- certificates -----------------------------------------------------------------------------------------
+
+
+def kkt_by_definition(dictionary, y, code: SparseCode, nonnegative: bool) -> np.ndarray:
+    atoms = atoms_of(dictionary, code)
+    norms = np.linalg.norm(atoms, axis=-1)
+    z = f64(code.values)
+    gradient = -np.einsum("nkd,nd->nk", atoms, residual(dictionary, y, code))
+    violation = np.abs(gradient)
+    if nonnegative:
+        violation = np.where(z > 0, violation, np.maximum(-gradient, 0))
+        # A negative value is infeasible by itself, in the units of a gradient.
+        violation = np.maximum(violation, np.where(z < 0, -z * norms**2, 0))
+    return violation.max(-1) / (norms.max(-1) * np.linalg.norm(f64(y), axis=-1))
+
+
+CODES_TO_CERTIFY = pytest.mark.parametrize("values", ["start", "zeros", "refitted", "overshot", "signed"])
+
+
+def code_to_certify(values, dictionary, y, code, nonnegative):
+    refitted, _ = jaxsae.refit(dictionary, y, code, jaxsae.FISTA(tol=1e-6), nonnegative=nonnegative)
+    return {
+        "start": code,
+        "zeros": with_code(code, values=np.zeros_like(code.values)),
+        "refitted": refitted,
+        "overshot": with_code(refitted, values=1.1 * refitted.values),
+        "signed": with_code(code, values=np.asarray(code.values) - 1),
+    }[values]
+
+
+@CODES_TO_CERTIFY
+@SIGNS
+def test_the_certified_kkt_residual_is_its_definition(values, nonnegative):
+    dictionary, y, code = problem()
+    code = code_to_certify(values, dictionary, y, code, nonnegative)
+    certificate = jaxsae.certify(dictionary, y, code, nonnegative=nonnegative)
+    expected = kkt_by_definition(dictionary, y, code, nonnegative)
+    np.testing.assert_allclose(certificate.kkt, expected, rtol=1e-4, atol=1e-6)
+
+
+@CODES_TO_CERTIFY
+@SIGNS
+@pytest.mark.parametrize("coherence", [0.0, 0.8])
+def test_the_gap_bounds_the_error_that_could_be_saved(values, nonnegative, coherence):
+    dictionary, y, code = problem(coherence=coherence)
+    code = code_to_certify(values, dictionary, y, code, nonnegative)
+    if nonnegative and values == "signed":
+        code = projected(code)  # an infeasible code may have less error than the best feasible one
+    gap = f64(jaxsae.certify(dictionary, y, code, nonnegative=nonnegative).gap)
+    assert np.all(gap * (1 + 1e-6) >= excess(dictionary, y, code, nonnegative) - 1e-7)
+    if values == "refitted":
+        assert np.max(gap) <= 1e-5
+    else:
+        assert np.median(gap) > 1e-3
+
+
+@SIGNS
+def test_a_certificate_does_not_depend_on_units(nonnegative):
+    dictionary, y, code = problem()
+    expected = jaxsae.certify(dictionary, y, code, nonnegative=nonnegative)
+    for atoms, data in ((1e-10, 1e-20), (1e10, 1e20), (1e-10, 1e20)):
+        scaled = with_code(code, values=np.asarray(code.values) * np.float32(data / atoms))
+        certificate = jaxsae.certify(atoms * dictionary, data * y, scaled, nonnegative=nonnegative)
+        for a, b in zip(jax.tree.leaves(certificate), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_the_solver_and_the_certificate_agree():
+    dictionary, y, code = problem(coherence=0.8)
+    refitted, info = jaxsae.refit(dictionary, y, code)
+    certificate = jaxsae.certify(dictionary, y, refitted)
+    np.testing.assert_allclose(certificate.kkt, info.kkt, atol=2e-6)
+
+
+def test_a_row_that_is_not_finite_has_no_certificate_and_touches_no_other():
+    dictionary, y, code = problem()
+    expected = jaxsae.certify(dictionary, y, code)
+    certificate = jaxsae.certify(dictionary, y.at[5, 3].set(jnp.nan), code)
+    for leaf, other in zip(jax.tree.leaves(certificate), jax.tree.leaves(expected), strict=True):
+        assert np.isnan(leaf[5])
+        assert_same_bits(np.delete(leaf, 5), np.delete(other, 5))
+
+
+# --- check, and what is refused ---------------------------------------------------------------------------
+
+
+def info_of(status, kkt):
+    return jaxsae.RefitInfo(
+        kkt=jnp.array(kkt), steps=jnp.zeros(len(kkt), jnp.int32), status=jnp.array(status, jnp.int32)
+    )
+
+
+def test_check_passes_a_refit_that_converged():
+    assert jaxsae.check(jaxsae.refit(*problem())[1]) is None
+
+
+@pytest.mark.parametrize(
+    ("info", "message"),
+    [
+        (info_of([0, 2, 0], [0.0, np.nan, 0.0]), r"1 of 3 rows hold NaN or Inf \(rows 1\); mend them\.$"),
+        (
+            info_of([1, 0, 1, 1], [1e-3, 0.0, 2e-2, 1e-4]),
+            r"3 of 4 rows stopped at max_steps \(rows 2, 0, 3\), the worst at KKT 2\.0e-02; raise max_steps or tol",
+        ),
+        (info_of([1] * 7, [1e-3] * 7), r"7 of 7 rows stopped at max_steps \(rows 0, 1, 2, 3, 4, …\)"),
+        (info_of([2, 1], [np.nan, 0.5]), r"1 of 2 rows hold NaN.* 1 of 2 rows stopped"),
+    ],
+)
+def test_check_names_the_worst_rows(info, message):
+    with pytest.raises(RuntimeError, match=message):
+        jaxsae.check(info)
+
+
+D, Y, CODE = problem()
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (TypeError, "a dictionary of dtype int32", (D.astype(jnp.int32), Y, CODE)),
+        (TypeError, "y of dtype int32", (D, Y.astype(jnp.int32), CODE)),
+        (TypeError, "values of dtype int32", (D, Y, CODE.replace(values=CODE.indices))),
+        (TypeError, "indices of dtype float32", (D, Y, CODE.replace(indices=CODE.values))),
+        (ValueError, r"a dictionary of shape \(31, 16\) for a code of 32 latents", (D[:31], Y, CODE)),
+        (ValueError, r"a dictionary of shape \(16,\)", (D[0], Y, CODE)),
+        (ValueError, r"y of shape \(64, 15\), but the atoms have width 16", (D, Y[:, :15], CODE)),
+        (ValueError, r"for y of shape \(63, 16\)", (D, Y[:63], CODE)),
+        (ValueError, r"values \(64, 5\) and indices \(64, 6\)", (D, Y, CODE.replace(values=CODE.values[:, :5]))),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("function", [jaxsae.refit, jaxsae.certify], ids=["refit", "certify"])
+def test_what_does_not_fit_is_refused_in_a_sentence(function, error, message, arguments, unchecked):
+    for call in (lambda: function(*arguments), lambda: jax.eval_shape(function, *arguments)):
+        with pytest.raises(error, match=message) as raised:
+            call()
+        assert f"`{function.__name__}` got" in str(raised.value)
+        assert ";" in str(raised.value), "a message says what was got, then what to do"

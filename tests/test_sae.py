@@ -1,0 +1,241 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import activations, assert_same_bits, f64, sae
+
+import jaxsae
+from jaxsae import SparseCode
+
+# Compiled, since op by op every shape costs dozens of small compilations.
+encode = jax.jit(jaxsae.encode, static_argnames="capacity")
+encode_dense = jax.jit(jaxsae.encode_dense)
+decode = jax.jit(jaxsae.decode)
+refine = jax.jit(jaxsae.refine, static_argnames="capacity")
+dense = jax.jit(SparseCode.dense)
+
+ACTIVATIONS = pytest.mark.parametrize(
+    "activation", [jaxsae.ReLU(), jaxsae.TopK(4)], ids=lambda activation: type(activation).__name__
+)
+
+
+def test_init_makes_unit_atoms_and_an_encoder_that_is_their_transpose():
+    made = jaxsae.init(jax.random.key(0), d=16, m=64, activation=jaxsae.ReLU())
+    np.testing.assert_allclose(np.linalg.norm(made.W_dec, axis=1), 1, rtol=1e-6)
+    np.testing.assert_array_equal(made.W_enc, made.W_dec.T)
+    assert (made.d, made.m) == (16, 64)
+    assert not np.any(made.b_enc)
+    assert not np.any(made.b_dec)
+    assert made.b_enc.shape == (64,)
+
+
+def test_init_makes_other_atoms_from_another_key():
+    first, second = (
+        jaxsae.init(jax.random.key(seed), d=16, m=64, activation=jaxsae.ReLU()).W_dec for seed in (0, 1)
+    )
+    assert np.abs(np.sum(first * second, axis=1)).max() < 0.99
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_init_takes_the_centre_and_dtype_of_b_dec(dtype):
+    centre = jnp.arange(16, dtype=dtype)
+    made = jaxsae.init(jax.random.key(0), d=16, m=64, activation=jaxsae.ReLU(), b_dec=centre)
+    np.testing.assert_array_equal(f64(made.b_dec), f64(centre))
+    assert {leaf.dtype for leaf in jax.tree.leaves(made)} == {jnp.dtype(dtype)}
+
+
+def test_init_of_a_float64_centre(x64):
+    made = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.ReLU(), b_dec=jnp.ones(4))
+    np.testing.assert_allclose(np.linalg.norm(made.W_dec, axis=1), 1, rtol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"d": 0}, r"`init` got d = 0 and m = 8; pass sizes of at least 1"),
+        ({"m": -1}, r"`init` got d = 4 and m = -1; pass sizes of at least 1"),
+        ({"activation": jaxsae.TopK(9)}, r"`init` got k = 9 for m = 8 latents; pass k of at most 8"),
+        ({"b_dec": np.zeros(5)}, r"`init` got b_dec of shape \(5,\), expected \(4,\)"),
+    ],
+)
+def test_init_refuses(wrong, message, unchecked):
+    with pytest.raises(ValueError, match=message):
+        jaxsae.init(jax.random.key(0), **{"d": 4, "m": 8, "activation": jaxsae.ReLU()} | wrong)
+
+
+@ACTIVATIONS
+@pytest.mark.parametrize("batch", [(), (2, 3), (0,)])
+def test_encode_is_the_definition(activation, batch):
+    model, x = sae(activation=activation), activations(batch=batch)
+    W_enc, b_enc, b_dec = map(f64, (model.W_enc, model.b_enc, model.b_dec))
+    pre = (f64(x) - b_dec) @ W_enc + b_enc
+    z = f64(encode_dense(model, x))
+    assert z.shape == (*batch, 32)
+    np.testing.assert_allclose(z[z > 0], pre[z > 0], rtol=1e-4, atol=1e-5)
+    if isinstance(activation, jaxsae.ReLU):
+        np.testing.assert_array_equal(z > 0, pre > 0)
+    else:
+        np.testing.assert_array_equal((z > 0).sum(-1), np.minimum((pre > 0).sum(-1), 4))
+        assert np.all(np.where(z > 0, np.inf, pre).min(-1) <= np.where(z > 0, pre, np.inf).min(-1))
+
+
+@ACTIVATIONS
+@pytest.mark.parametrize("batch", [(), (2, 3)])
+def test_the_sparse_code_is_the_dense_one(activation, batch):
+    model, x = sae(activation=activation), activations(batch=batch)
+    code = encode(model, x, capacity=32)
+    np.testing.assert_array_equal(dense(code), encode_dense(model, x))
+    assert not np.any(code.overflow)
+
+
+def test_topk_needs_no_capacity():
+    model, x = sae(activation=jaxsae.TopK(4)), activations()
+    code = encode(model, x)
+    assert code.values.shape == (8, 4)
+    np.testing.assert_array_equal(dense(code), encode_dense(model, x))
+
+
+def test_relu_reports_what_does_not_fit():
+    model, x = sae(activation=jaxsae.ReLU()), activations()
+    active = (np.asarray(encode_dense(model, x)) > 0).sum(-1)
+    code = encode(model, x, capacity=8)
+    assert active.max() > 8
+    np.testing.assert_array_equal(code.overflow, np.maximum(active - 8, 0))
+
+
+@pytest.mark.parametrize("batch", [(), (2, 3), (0,), (70,)])
+def test_decoding_a_sparse_code_is_decoding_its_dense_form(batch):
+    model = sae()
+    code = encode(model, activations(batch=batch))
+    reconstruction = decode(model, code)
+    assert reconstruction.shape == (*batch, 16)
+    expected = f64(dense(code)) @ f64(model.W_dec) + f64(model.b_dec)
+    np.testing.assert_allclose(reconstruction, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(decode(model, dense(code)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_decoding_an_empty_code_gives_the_centre():
+    model = sae()
+    empty = SparseCode(jnp.zeros((3, 4)), jnp.full((3, 4), 32, jnp.int32), 32)
+    np.testing.assert_array_equal(decode(model, empty), np.broadcast_to(model.b_dec, (3, 16)))
+
+
+def test_both_decoders_have_one_gradient():
+    model, x = sae(), activations()
+    code = encode(model, x)
+
+    def loss(through_dense, model, values):
+        sparse = code.replace(values=values)
+        reconstruction = jaxsae.decode(model, sparse.dense() if through_dense else sparse)
+        return jnp.sum((x - reconstruction) ** 2)
+
+    gradients = [jax.jit(jax.grad(lambda m, v, t=t: loss(t, m, v), argnums=(0, 1))) for t in (False, True)]
+    sparse, through_dense = (gradient(model, code.values) for gradient in gradients)
+    for a, b in zip(jax.tree.leaves(sparse), jax.tree.leaves(through_dense), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_refine_keeps_the_support_and_never_reconstructs_worse():
+    model, x = sae(), activations(batch=(50,))
+    code = encode(model, x)
+    refined, info = refine(model, x)
+    assert_same_bits(refined.indices, code.indices)
+    assert np.all(np.asarray(info.status) == jaxsae.Status.CONVERGED)
+    before, after = (f64(((x - decode(model, c)) ** 2).sum(-1)) for c in (code, refined))
+    assert np.all(after <= before * (1 + 1e-5))
+    assert after.sum() < 0.9 * before.sum()
+
+
+def test_refine_is_refit_about_the_centre():
+    model, x = sae(), activations()
+    expected = jax.jit(jaxsae.refit)(model.W_dec, x - model.b_dec, encode(model, x))
+    assert_same_bits(refine(model, x), expected)
+    assert_same_bits(refine(model, x, encode(model, x)), expected)
+
+
+def test_refine_with_a_capacity_carries_the_overflow_along():
+    model, x = sae(activation=jaxsae.ReLU()), activations()
+    refined, info = refine(model, x, capacity=8)
+    assert refined.values.shape == (8, 8)
+    np.testing.assert_array_equal(refined.overflow, encode(model, x, capacity=8).overflow)
+    assert info.kkt.shape == (8,)
+
+
+def test_refine_takes_a_solver_by_position():
+    model, x = sae(), activations()
+    _, info = refine(model, x, None, jaxsae.FISTA(max_steps=1))
+    assert np.asarray(info.steps).max() == 1
+
+
+@ACTIVATIONS
+@pytest.mark.parametrize("scale", [0.25, 3.0])
+def test_a_rescaled_sae_does_to_x_what_the_sae_does_to_scaled_x(activation, scale):
+    model, x = sae(activation=activation), activations()
+    rescaled = jaxsae.sae.rescale(model, scale)
+    scaled, raw = encode(model, scale * x, capacity=32), encode(rescaled, x, capacity=32)
+    np.testing.assert_array_equal(raw.indices, scaled.indices)
+    np.testing.assert_allclose(raw.values, scaled.values / scale, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(decode(rescaled, raw), decode(model, scaled) / scale, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(rescaled.W_dec, model.W_dec)
+
+
+def test_an_sae_is_stacked_by_vmap():
+    keys = jax.random.split(jax.random.key(0), 3)
+    members = jax.vmap(lambda key: jaxsae.init(key, d=16, m=32, activation=jaxsae.TopK(4)))(keys)
+    assert (members.d, members.m) == (16, 32)
+    x = activations()
+    codes = jax.vmap(jaxsae.encode, in_axes=(0, None))(members, x)
+    one = jax.tree.map(lambda leaf: leaf[1], members)
+    np.testing.assert_array_equal(codes.indices[1], encode(one, x).indices)
+
+
+def test_an_sae_is_a_tree_of_its_parameters():
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(sae())]
+    assert names == [".W_enc", ".b_enc", ".W_dec", ".b_dec"]
+    masked = jax.tree.map(lambda _: None, sae())
+    assert jax.tree.leaves(masked) == []
+
+
+def test_numpy_arrays_are_taken(unchecked):
+    model, x = jax.device_get(sae()), np.asarray(activations())
+    reconstruction = decode(model, encode(model, x))
+    np.testing.assert_array_equal(reconstruction, decode(sae(), encode(sae(), activations())))
+
+
+CODE = SparseCode(jnp.zeros((8, 4)), jnp.zeros((8, 4), jnp.int32), 32)
+INTEGERS = jnp.ones((8, 16), jnp.int32)
+NARROW = jnp.ones((8, 15))
+RELU = jaxsae.ReLU()
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "call"),
+    [
+        (TypeError, r"`encode` got x of dtype int32", lambda: jaxsae.encode(sae(), INTEGERS)),
+        (TypeError, r"`encode` got x of dtype int32", lambda: jaxsae.encode_dense(sae(), INTEGERS)),
+        (TypeError, r"`refine` got x of dtype int32", lambda: jaxsae.refine(sae(), INTEGERS)),
+        (ValueError, r"got x of shape \(8, 15\), but this SAE has d = 16", lambda: jaxsae.encode(sae(), NARROW)),
+        (ValueError, r"`refine` got x of shape \(8, 15\)", lambda: jaxsae.refine(sae(), NARROW)),
+        (ValueError, r"got x of shape \(\), but", lambda: jaxsae.encode(sae(), jnp.ones(()))),
+        (ValueError, r"got no capacity, and ReLU", lambda: jaxsae.encode(sae(activation=RELU), activations())),
+        (ValueError, r"got no capacity, and ReLU", lambda: jaxsae.refine(sae(activation=RELU), activations())),
+        (
+            ValueError,
+            r"got capacity 33 for 32 latents",
+            lambda: jaxsae.encode(sae(activation=RELU), activations(), capacity=33),
+        ),
+        (
+            ValueError,
+            r"TopK fixes k = 4, but got capacity 3",
+            lambda: jaxsae.encode(sae(), activations(), capacity=3),
+        ),
+        (ValueError, r"`decode` got a code of 31 latents for an SAE of 32", lambda: jaxsae.decode(sae(), CODE.replace(num_latents=31))),
+        (ValueError, r"`decode` got a code of 31 latents for an SAE of 32", lambda: jaxsae.decode(sae(), jnp.ones((8, 31)))),
+        (ValueError, r"got values \(8, 4\) .* for y of shape \(7, 16\)", lambda: jaxsae.refine(sae(), activations(batch=(7,)), CODE)),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("traced", [False, True], ids=["eager", "traced"])
+def test_what_does_not_fit_is_refused_in_a_sentence(error, message, call, traced, unchecked):
+    with pytest.raises(error, match=message) as raised:
+        jax.eval_shape(call) if traced else call()
+    assert ";" in str(raised.value), "a message says what was got, then what to do"
