@@ -1,0 +1,28 @@
+"""The Python code of the README and of the notebooks runs."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(blocks: list[str]) -> None:
+    assert blocks
+    namespace = {}
+    for block in blocks:
+        exec(compile(block, "document", "exec"), namespace)
+
+
+def test_readme_runs(capsys):
+    run(re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL))
+    assert "NMSE" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebook_runs_and_keeps_its_outputs(path):
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert any(cell["outputs"] for cell in cells)
+    run(["".join(cell["source"]) for cell in cells])
