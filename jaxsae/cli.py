@@ -4,6 +4,7 @@ Exit codes: 0 done; 1 done, but a certificate failed (or, with --strict, a warni
 130 interrupted.
 """
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -132,23 +133,26 @@ def _warn(text: str) -> None:
     print(f"jaxsae: warning: {text}", file=sys.stderr)
 
 
-class _progress:
-    """A progress bar with the time left, on a terminal; `advance(text, steps)` moves it."""
+@contextlib.contextmanager
+def _progress(total: int):
+    """Yield `advance(text, steps)`: a bar with the time left on a terminal, a line every tenth elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    def __init__(self, total: int):
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("starting", total=total)
+        done = 0
 
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
-        self.task = self.bar.add_task("starting", total=total)
+        def advance(text: str, steps: int) -> None:
+            nonlocal done
+            bar.update(task, description=text, advance=steps)
+            if not console.is_terminal and 10 * (done + steps) // total > 10 * done // total:
+                print(f"{100 * (done + steps) // total:3}%  {text}", file=sys.stderr, flush=True)
+            done += steps
 
-    def __enter__(self):
-        self.bar.start()
-        return lambda text, steps: self.bar.update(self.task, description=text, advance=steps)
-
-    def __exit__(self, *_):
-        self.bar.stop()
+        yield advance
 
 
 def _print_study(report) -> None:

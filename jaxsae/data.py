@@ -1,6 +1,8 @@
 """Rows to train and measure on: any array of activations on disk, or patches of two photographs."""
 
 import os
+import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,16 +37,19 @@ def open_rows(path: str | os.PathLike) -> np.ndarray:
     if not path.is_file():
         what = "a directory" if path.is_dir() else "no such file"
         raise InputError(f"{path}: {what}; {expected}.")
+    with open(path, "rb") as file:
+        magic = file.read(6)
+    if magic[:2] != b"PK" and magic != b"\x93NUMPY":
+        raise InputError(f"{path}: {'not an array file' if magic else 'the file is empty'}; {expected}.")
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         if isinstance(array, np.lib.npyio.NpzFile):
             array = _only_array(array, path)
     except InputError:
         raise
-    except (ValueError, EOFError, OSError, KeyError) as error:
-        size = path.stat().st_size
-        reason = str(error).splitlines()[0] if size else "the file is empty"
-        raise InputError(f"{path}: cannot be read as an array ({reason}); {expected}: write it again.") from error
+    except (ValueError, EOFError, OSError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path}: is damaged or holds no plain array ({reason}); {expected}.") from error
     if array.dtype not in (np.float16, np.float32, np.float64):
         raise InputError(f"{path}: holds {array.dtype}; {expected}: convert it with .astype('float32').")
     if array.ndim < 2 or array.size == 0:

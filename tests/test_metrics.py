@@ -1,0 +1,309 @@
+import functools
+import itertools
+import operator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import activations, f64, sae
+
+import jaxsae
+from jaxsae import SparseCode
+from jaxsae.metrics import RATIO_EDGES, activity, moments, reconstruction, shrinkage
+
+ROWS, D, M, K = 64, 16, 32, 6
+RELU = jaxsae.ReLU()
+MIDDLE = len(RATIO_EDGES) // 2 - 8  # the first bin of ratios of at least 1
+
+# Compiled, since op by op every shape costs dozens of small compilations.
+moments = jax.jit(moments)
+reconstruction = jax.jit(reconstruction)
+activity = jax.jit(activity)
+dense = jax.jit(SparseCode.dense)
+decode = jax.jit(jaxsae.decode)
+
+
+@functools.partial(jax.jit, static_argnames="capacity")
+def codes_of(model, x, *, capacity):
+    """The encoder's code and its refinement."""
+    code = jaxsae.encode(model, x, capacity=capacity)
+    return code, jaxsae.refine(model, x, code)[0]
+
+
+@functools.cache
+def case(activation=RELU, offset=0.0):
+    """An SAE, rows about `offset`, their code and its refinement: never changed, so made once."""
+    model, x = sae(m=M, activation=activation), activations(batch=(ROWS,)) + offset
+    model = model.replace(b_dec=model.b_dec + offset)
+    return model, x, *codes_of(model, x, capacity=M)
+
+
+def slices(tree, *bounds):
+    """The rows of a pytree, cut at `bounds`."""
+    edges = (0, *bounds, len(jax.tree.leaves(tree)[0]))
+    return [jax.tree.map(operator.itemgetter(slice(i, j)), tree) for i, j in itertools.pairwise(edges)]
+
+
+def assert_same_numbers(a, b, **tolerance):
+    jax.tree.map(functools.partial(np.testing.assert_allclose, **tolerance), a, b)
+
+
+# --- Moments and reconstruction
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+def test_moments_are_numpys(offset):
+    x = activations(d=5, batch=(7, 3)) + offset
+    rows = f64(x).reshape(-1, 5)
+    found = moments(x)
+    assert found.rows == 21
+    np.testing.assert_allclose(found.mean, rows.mean(0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found.spread, ((rows - rows.mean(0)) ** 2).sum(), rtol=1e-5)
+    np.testing.assert_allclose(found.squares, (rows**2).sum(), rtol=1e-5)
+
+
+def test_moments_of_the_rows_to_keep():
+    x, keep = activations(batch=(10,)), np.arange(10) % 3 == 0
+    # What is left out may be anything, NaN too.
+    found = moments(jnp.where(keep[:, None], x, jnp.nan), jnp.asarray(keep))
+    assert_same_numbers(found, moments(x[keep]), rtol=1e-5)
+
+
+def test_merging_with_the_moments_of_nothing_changes_nothing():
+    some, none = moments(activations() + 7), moments(activations(1), jnp.zeros(8, bool))
+    assert_same_numbers(some + none, some, rtol=1e-6)
+    assert_same_numbers(none + some, some, rtol=1e-6)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+def test_reconstruction_is_numpys(offset):
+    x = activations(batch=(500,)) + offset
+    x_hat = x - 0.3 - 0.2 * activations(1, batch=(500,))  # a constant error and a random one
+    error, spread = f64(x) - f64(x_hat), f64(x) - f64(x).mean(0)
+    found = reconstruction(x, x_hat)
+    np.testing.assert_allclose(found.nmse, (error**2).sum() / (spread**2).sum(), rtol=1e-3)
+    np.testing.assert_allclose(
+        found.explained_variance, 1 - ((error - error.mean(0)) ** 2).sum() / (spread**2).sum(), rtol=1e-3
+    )
+
+
+def test_predicting_the_mean_has_nmse_1_and_explains_nothing():
+    x = activations(batch=(100,)) + 3
+    found = reconstruction(x, jnp.broadcast_to(x.mean(0), x.shape))
+    np.testing.assert_allclose(found.nmse, 1, rtol=1e-5)
+    np.testing.assert_allclose(found.explained_variance, 0, atol=1e-5)
+
+
+def test_a_constant_offset_costs_nmse_and_not_explained_variance():
+    x = activations(batch=(100,))
+    without, with_offset = (reconstruction(x, 0.9 * x + offset) for offset in (0.0, 1.0))
+    np.testing.assert_allclose(with_offset.explained_variance, without.explained_variance, rtol=1e-5)
+    # The offset is of norm² D a row; what it adds through the mean of the other error is small.
+    added = 100 * D / f64(without.data.spread)
+    np.testing.assert_allclose(with_offset.nmse - without.nmse, added, rtol=0.05)
+
+
+def test_reconstruction_of_nothing_is_nan():
+    found = reconstruction(jnp.full((3, D), jnp.nan), jnp.zeros((3, D)))
+    assert np.isnan(found.nmse)
+    assert np.isnan(found.explained_variance)
+
+
+# --- Activity
+
+
+def test_activity_is_numpys():
+    code = case()[2]
+    z = f64(dense(code))
+    found = activity(code)
+    np.testing.assert_allclose(found.density, (z != 0).mean(0), rtol=1e-6)
+    np.testing.assert_allclose(found.l0, (z != 0).sum(1).mean(), rtol=1e-6)
+    np.testing.assert_allclose(found.dead, (z == 0).all(0).mean(), rtol=1e-6)
+
+
+def test_a_latent_on_the_support_with_value_0_does_not_fire():
+    code = SparseCode(jnp.array([[2.0, 0.0, 0.0]]), jnp.array([[1, 0, 4]]), 4)
+    np.testing.assert_array_equal(activity(code).fired, [0, 1, 0, 0])
+    assert activity(code).dead == 0.75
+
+
+# --- Shrinkage
+
+
+def expected_shrinkage(model, x, code, refined):
+    """Every number of `Shrinkage`, in float64."""
+    dictionary, b = f64(model.W_dec), f64(model.b_dec)
+    target = f64(x) - b
+    spread = ((f64(x) - f64(x).mean(0)) ** 2).sum()
+    before, after = f64(dense(code)), f64(dense(refined))
+    fired = before != 0
+    numbers = {}
+    for when, z in (("before", before), ("after", after)):
+        x_hat = z @ dictionary
+        numbers[f"nmse_{when}"] = ((target - x_hat) ** 2).sum() / spread
+        numbers[f"gamma_{when}"] = (x_hat**2).sum() / (target * x_hat).sum()
+        numbers[f"mean_{when}"] = z[fired].mean()
+    ratio = after[fired] / before[fired]
+    ever = fired.any(0)
+    ratio_of = np.full(model.m, np.nan)
+    ratio_of[ever] = (after * fired).sum(0)[ever] / before.sum(0)[ever]
+    last = np.nextafter(RATIO_EDGES[-1], 0)
+    return numbers | {
+        "l0": fired.sum(1).mean(),
+        "mean_change": numbers["mean_after"] / numbers["mean_before"] - 1,
+        "rising_share": (ratio > 1).mean(),
+        "ratio": ratio_of,
+        "count": fired.sum(0),
+        "change": np.histogram(np.clip(ratio, RATIO_EDGES[0], last), RATIO_EDGES)[0],
+    }
+
+
+@pytest.mark.parametrize("activation", [RELU, jaxsae.TopK(K)], ids=["ReLU", "TopK"])
+def test_shrinkage_is_numpys(activation):
+    found = shrinkage(*case(activation))
+    for name, number in expected_shrinkage(*case(activation)).items():
+        np.testing.assert_allclose(getattr(found, name), number, rtol=2e-5, atol=1e-6, err_msg=name)
+
+
+def test_shrinkage_of_any_leading_batch():
+    model, *rest = case()
+    folded = jax.tree.map(lambda a: a.reshape(4, ROWS // 4, *a.shape[1:]), rest)
+    assert_same_numbers(shrinkage(model, *folded), shrinkage(model, *rest), rtol=1e-5)
+
+
+def test_an_exact_refit_has_gamma_1_and_its_shrunken_values_less():
+    model, x, _, refined = case()
+    found = shrinkage(model, x, refined.replace(values=0.8 * refined.values), refined)
+    np.testing.assert_allclose(found.gamma_after, 1, atol=1e-5)
+    np.testing.assert_allclose(found.gamma_before, 0.8, atol=1e-5)
+    np.testing.assert_allclose(found.mean_change, 0.25, atol=1e-5)
+    assert found.rising_share == 1
+
+
+def one_row(before, after):
+    """The shrinkage of one row whose values go from `before` to `after`."""
+    model = sae(m=M)
+    code = SparseCode(jnp.asarray([before], jnp.float32), jnp.arange(len(before))[None], M)
+    return shrinkage(model, activations(batch=(1,)), code, code.replace(values=jnp.asarray([after], jnp.float32)))
+
+
+@pytest.mark.parametrize(
+    ("after", "bins"),
+    [
+        (np.nextafter(np.float32(3), np.float32(0)), {MIDDLE - 1}),  # a fall, however small
+        (3.0, {MIDDLE}),  # unchanged
+        (np.nextafter(np.float32(3), np.float32(4)), {MIDDLE}),  # a rise, however small
+        (3 * 1.1, {MIDDLE + 1}),
+        (6.01, {MIDDLE + 8}),  # eight bins an octave
+        (0.0, {0}),
+        (3e-6, {0}),  # beyond the ends counts at the ends
+        (3e6, {len(RATIO_EDGES) - 2}),
+    ],
+)
+def test_the_histogram_of_changes(after, bins):
+    change = one_row([3.0], [after]).change
+    assert set(np.flatnonzero(change)) == bins
+    assert change.sum() == 1
+
+
+def test_the_middle_of_the_histogram_is_no_change():
+    np.testing.assert_allclose(RATIO_EDGES[MIDDLE], 1, rtol=1e-12)
+
+
+def test_the_histogram_counts_every_active_value_once():
+    _, _, code, refined = case()
+    found = shrinkage(*case())
+    assert found.change.sum() == found.count.sum() == code.l0.sum()
+    rising = f64(refined.values) > f64(code.values)
+    assert found.rising == rising.sum()
+    assert found.change[MIDDLE:].sum() == rising.sum()
+
+
+def test_slots_with_no_value_before_do_not_count():
+    found = one_row([2.0, 0.0], [3.0, 4.0])
+    assert found.l0 == 1
+    assert found.mean_after == 3
+    assert found.change.sum() == 1
+
+
+def test_shrinkage_with_a_mean_far_from_zero():
+    far = case(offset=1e3)
+    found = functools.reduce(operator.add, (shrinkage(far[0], *part) for part in slices(far[1:], 16, 32, 48)))
+    expected = expected_shrinkage(*far)
+    np.testing.assert_allclose(found.nmse_before, expected["nmse_before"], rtol=1e-3)
+    np.testing.assert_allclose(found.nmse_after, expected["nmse_after"], rtol=1e-3)
+
+
+def test_bfloat16_counts_beyond_256():
+    # bfloat16 has 8 digits: counted in it, 256 + 1 is 256.
+    rows = 301
+    model = sae(m=M, dtype=jnp.bfloat16)
+    code = SparseCode(jnp.ones((rows, 1), jnp.bfloat16), jnp.zeros((rows, 1), jnp.int32), M)
+    x = activations(batch=(rows,), dtype=jnp.bfloat16)
+    found = shrinkage(model, x, code, code)
+    assert found.count[0] == rows
+    assert found.change.sum() == rows
+    assert (found + found).data.rows == 2 * rows
+    halves = functools.reduce(operator.add, (reconstruction(row, row) for row in slices(x, *range(1, rows))))
+    assert halves.data.rows == rows
+
+
+def test_the_table():
+    found = one_row([1.0, 2.0], [2.0, 1.0])
+    head, *body, last = str(found).splitlines()
+    assert head.split() == ["before", "after", "change"]
+    assert [line[:16].strip() for line in body] == ["mean activation", "NMSE", "γ"]
+    for line, (before, after) in zip(
+        body,
+        [
+            (found.mean_before, found.mean_after),
+            (found.nmse_before, found.nmse_after),
+            (found.gamma_before, found.gamma_after),
+        ],
+        strict=True,
+    ):
+        assert len(line) == len(head)
+        change = float(after) / float(before) - 1
+        np.testing.assert_allclose([float(n) for n in line[16:36].split()], [before, after], atol=1e-4)
+        np.testing.assert_allclose(float(line[36:].strip().rstrip("%")), 100 * change, atol=0.1)
+    assert last == "50.0% of 2 active values rise, 2.0 a row over 1 rows"
+
+
+def test_codes_of_different_shapes_are_refused():
+    code = SparseCode(jnp.ones((1, 2)), jnp.zeros((1, 2), jnp.int32), M)
+    other = SparseCode(jnp.ones((1, 3)), jnp.zeros((1, 3), jnp.int32), M)
+    with pytest.raises(ValueError, match=r"`shrinkage` got a code of shape \(1, 2\) and a refined one of \(1, 3\)"):
+        shrinkage(sae(m=M), activations(batch=(1,)), code, other)
+
+
+# --- Merging, and rows that are not finite: every metric
+
+
+def measure(name, model, x, code, refined):
+    return {
+        "moments": lambda: moments(x),
+        "reconstruction": lambda: reconstruction(x, decode(model, code)),
+        "activity": lambda: activity(code),
+        "shrinkage": lambda: shrinkage(model, x, code, refined),
+    }[name]()
+
+
+@pytest.mark.parametrize("bounds", [(ROWS // 2,), (1,), (16, 48)], ids=["halves", "unequal", "thirds"])
+@pytest.mark.parametrize("name", ["moments", "reconstruction", "activity", "shrinkage"])
+def test_the_parts_add_up_to_the_whole(name, bounds):
+    model, *whole = case(offset=2.0)
+    parts = [measure(name, model, *part) for part in slices(whole, *bounds)]
+    merged = functools.reduce(operator.add, parts)
+    assert type(merged) is type(parts[0])
+    assert_same_numbers(merged, measure(name, model, *whole), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["reconstruction", "shrinkage"])
+def test_rows_that_are_not_finite_are_left_out(name, bad):
+    model, x, *_ = case()
+    broken, good = x.at[jnp.array([0, 17])].set(bad), np.delete(np.arange(ROWS), [0, 17])
+    whole = (broken, *codes_of(model, broken, capacity=M))
+    expected = measure(name, model, *jax.tree.map(lambda a: a[good], whole))
+    assert_same_numbers(measure(name, model, *whole), expected, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,251 @@
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import struct
+from problems import activations, assert_same_bits, f64, sae
+
+import jaxsae
+from jaxsae import losses, train
+
+B, D, M, K = 8, 16, 32, 4
+
+
+def sparse_rows(n=4096, *, d=32, atoms=32, k=3, seed=0):
+    """Rows that are sums of `k` of the atoms, and the atoms: a problem with a known answer."""
+    rng = np.random.default_rng(seed)
+    dictionary = rng.normal(size=(atoms, d))
+    dictionary /= np.linalg.norm(dictionary, axis=1, keepdims=True)
+    z = np.zeros((n, atoms))
+    np.put_along_axis(z, np.argsort(rng.random(z.shape), axis=1)[:, :k], rng.uniform(0.5, 1.5, (n, k)), axis=1)
+    return (z @ dictionary).astype(np.float32), dictionary
+
+
+RECIPES = {
+    "TopK and AuxK": (jaxsae.TopK(3), train.AuxKLoss(dead_after=2560, k_aux=8)),
+    "ReLU and L1": (jaxsae.ReLU(), train.L1Loss(weight=0.1, warmup_steps=50)),
+}
+TX = train.unit_norm_decoder(optax.adam(1e-2))  # one object, one compilation
+
+
+def learn(recipe, *, steps=300, seed=0):
+    """Train on `sparse_rows`; the final state, and the metrics of every step."""
+    activation, loss = RECIPES[recipe]
+    start = jaxsae.init(jax.random.key(seed), d=32, m=64, activation=activation)
+    stream = jaxsae.data.batches(sparse_rows()[0], 256, seed=seed)
+    history = []
+    state = train.fit(
+        start, stream, loss=loss, tx=TX, steps=steps, callback=lambda step, shown: history.append((step, shown))
+    )
+    return state, history
+
+
+@pytest.fixture(scope="module", params=list(RECIPES))
+def trained(request):
+    return request.param, *learn(request.param)
+
+
+def test_training_lowers_the_loss(trained):
+    _, _, history = trained
+    assert [step for step, _ in history] == list(range(1, 301))
+    first, last = history[0][1], history[-1][1]
+    assert last["loss"] < 0.2 * first["loss"]
+    assert last["nmse"] < 0.15
+
+
+def test_training_recovers_the_atoms(trained):
+    recipe, state, _ = trained
+    cosine = (sparse_rows()[1] @ f64(state.sae.W_dec).T).max(axis=1)
+    assert cosine.mean() > 0.9, recipe
+
+
+def test_atoms_stay_on_the_unit_sphere(trained):
+    np.testing.assert_allclose(np.linalg.norm(f64(trained[1].sae.W_dec), axis=1), 1, atol=1e-6)
+
+
+def test_training_moves_every_parameter(trained):
+    recipe, state, _ = trained
+    start = jaxsae.init(jax.random.key(0), d=32, m=64, activation=RECIPES[recipe][0])
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+        assert np.any(getattr(state.sae, name) != getattr(start, name)), name
+
+
+def test_the_same_seed_gives_the_same_bits(trained):
+    recipe, state, history = trained
+    again, repeated = learn(recipe)
+    assert_same_bits(again, state)
+    assert_same_bits(repeated, history)
+
+
+def test_another_seed_gives_others(trained):
+    recipe, _, history = trained
+    assert learn(recipe, seed=1, steps=2)[1][1][1]["loss"] != history[1][1]["loss"]
+
+
+# --- unit_norm_decoder
+
+
+def test_the_gradient_that_the_optimiser_sees_is_tangent_and_its_update_ends_on_the_sphere():
+    seen = []
+
+    def spy(updates, state, params=None):
+        seen.append(updates)
+        return updates, state
+
+    model = sae(m=M)  # its atoms are not of unit norm
+    grads = jax.tree.map(lambda p: jnp.sin(7 * p), model)
+    updates, _ = train.unit_norm_decoder(optax.GradientTransformation(lambda _: (), spy)).update(grads, (), model)
+    assert np.abs(np.sum(f64(grads.W_dec) * f64(model.W_dec), axis=1)).min() > 1e-2
+    np.testing.assert_allclose(np.sum(f64(seen[0].W_dec) * f64(model.W_dec), axis=1), 0, atol=1e-5)
+    # What is taken out is the radial part and nothing else; other parameters pass as they are.
+    removed = f64(grads.W_dec) - f64(seen[0].W_dec)
+    cosine = np.sum(removed * f64(model.W_dec), axis=1) / np.linalg.norm(f64(model.W_dec), axis=1)
+    np.testing.assert_allclose(np.abs(cosine), np.linalg.norm(removed, axis=1), rtol=1e-4, atol=1e-6)
+    assert_same_bits(seen[0].replace(W_dec=0), grads.replace(W_dec=0))
+    moved = optax.apply_updates(model, updates).W_dec
+    np.testing.assert_allclose(np.linalg.norm(f64(moved), axis=1), 1, atol=1e-6)
+
+
+def test_unit_norm_decoder_needs_the_parameters():
+    tx = train.unit_norm_decoder(optax.sgd(0.1))
+    with pytest.raises(ValueError, match=r"`unit_norm_decoder` got no params"):
+        tx.update(sae(), tx.init(sae()))
+
+
+# --- The losses
+
+
+def test_the_l1_weight_warms_up():
+    model, x = sae(m=M, activation=jaxsae.ReLU()), activations(batch=(B,))
+    z = jaxsae.encode_dense(model, x)
+    mse, penalty = losses.mse(x, jaxsae.decode(model, z)), losses.l1(z, model.W_dec)
+    state = train.init_state(model, TX)
+
+    def weight_at(step, warmup):
+        value, _ = train.L1Loss(weight=0.5, warmup_steps=warmup)(model, x, state.replace(step=jnp.asarray(step)))
+        return float((value - mse) / penalty)
+
+    weights = [weight_at(step, 4) for step in (0, 1, 3, 4, 100)]
+    np.testing.assert_allclose(weights, [0.125, 0.25, 0.5, 0.5, 0.5], rtol=1e-4)
+    np.testing.assert_allclose(weight_at(0, 0), 0.5, rtol=1e-4)  # no warm-up
+
+
+def test_auxk_loss_is_the_error_and_a_share_of_auxk():
+    model, x = sae(m=M), activations(batch=(B,))
+    state = train.init_state(model, TX).replace(idle=jnp.arange(M))
+    value, (fired, shown) = train.AuxKLoss(dead_after=20, k_aux=3, weight=0.25)(model, x, state)
+    z = jaxsae.encode_dense(model, x)
+    residual, pre = x - jaxsae.decode(model, z), jaxsae.sae.pre_activations(model, x)
+    auxiliary = losses.auxk(model, residual, pre, jnp.arange(M) >= 20, k_aux=3)
+    np.testing.assert_allclose(value, jnp.mean(jnp.sum(residual**2, axis=1)) + 0.25 * auxiliary, rtol=1e-5)
+    np.testing.assert_array_equal(fired, np.any(z != 0, axis=0))
+    np.testing.assert_allclose(shown["l0"], np.mean(np.sum(z != 0, axis=1)), rtol=1e-6)
+    np.testing.assert_allclose(shown["nmse"], losses.nmse(x, x - residual), rtol=1e-5)
+
+
+# --- The step
+
+
+def fires(*latents):
+    """A plain function as a loss, under which just these latents fire."""
+
+    def loss(model, x, state):
+        return jnp.sum(model.b_dec**2), (jnp.isin(jnp.arange(M), jnp.array(latents)), {"seen": jnp.mean(x)})
+
+    return loss
+
+
+def test_idle_counts_rows_and_starts_again_when_a_latent_fires():
+    tx, x = optax.sgd(0.1), activations(batch=(B,))
+    state = train.init_state(sae(m=M), tx)
+    for latents in ((0, 1), (1,), (1, 2)):
+        state, shown = train.make_step(fires(*latents), tx)(state, x)
+    np.testing.assert_array_equal(state.idle, [2 * B, 0, 0] + [3 * B] * (M - 3))
+    assert state.step == 3
+    assert sorted(shown) == ["dead", "loss", "seen"]
+    assert shown["dead"] == 0  # a loss without `dead_after` knows no dead latents
+
+
+def test_dead_is_the_share_of_latents_idle_for_dead_after_rows():
+    model, tx, x = sae(m=M), optax.sgd(0.0), activations(batch=(B,))
+    step = train.make_step(train.AuxKLoss(dead_after=2 * B, k_aux=2), tx)
+    never = 1 - np.any(jaxsae.encode_dense(model, x) != 0, axis=0).mean()
+    assert 0 < never < 1
+    state = train.init_state(model, tx)
+    dead = []
+    for _ in range(3):
+        state, shown = step(state, x)
+        dead.append(float(shown["dead"]))
+    np.testing.assert_allclose(dead, [0, never, never])
+
+
+def test_changing_a_weight_does_not_retrace():
+    traces = []
+
+    @struct.dataclass
+    class Weighted:
+        weight: float
+        power: int = struct.field(pytree_node=False, default=2)
+
+        def __call__(self, model, x, state):
+            traces.append(self.power)
+            return self.weight * jnp.sum(model.b_dec**self.power), (state.idle < 0, {})
+
+    tx, x = optax.sgd(0.1), activations(batch=(B,))
+    values = []
+    for loss in (Weighted(1.0), Weighted(2.0)):
+        values.append(train.make_step(loss, tx)(train.init_state(sae(m=M), tx), x)[1]["loss"])
+    np.testing.assert_allclose(values[1], 2 * values[0], rtol=1e-6)
+    assert traces == [2]
+    # What is static does retrace: the count above counts.
+    train.make_step(Weighted(1.0, power=4), tx)(train.init_state(sae(m=M), tx), x)
+    assert traces == [2, 4]
+
+
+def test_the_l1_weight_does_not_retrace(monkeypatch):
+    traces, l1 = [], losses.l1
+    monkeypatch.setattr(losses, "l1", lambda *args: traces.append(1) or l1(*args))
+    model, tx, x = sae(m=M, activation=jaxsae.ReLU()), optax.sgd(0.1), activations(batch=(B,))
+    for weight, warmup in ((0.1, 5), (0.2, 7)):
+        train.make_step(train.L1Loss(weight, warmup), tx)(train.init_state(model, tx), x)
+    assert len(traces) == 1
+
+
+def test_a_loss_whose_only_leaf_is_an_array():
+    @struct.dataclass
+    class PerLatent:
+        weights: np.ndarray
+
+        def __call__(self, model, x, state):
+            return jnp.sum(self.weights * model.b_enc**2), (state.idle < 0, {})
+
+    tx = optax.sgd(0.1)
+    step = train.make_step(PerLatent(np.ones(M, np.float32)), tx)
+    state, _ = step(train.init_state(sae(m=M), tx), activations(batch=(B,)))
+    np.testing.assert_allclose(state.sae.b_enc, 0.8 * sae(m=M).b_enc, rtol=1e-5)
+
+
+# --- fit
+
+
+def test_fit_leaves_the_given_sae_as_it_is():
+    model = sae(m=M)
+    before = jax.tree.map(np.array, model)
+    tx = optax.sgd(0.1)
+    state = train.fit(model, itertools.repeat(activations(batch=(B,))), loss=fires(0), tx=tx, steps=2)
+    assert_same_bits(model, before)
+    assert np.any(state.sae.b_dec != model.b_dec)
+
+
+def test_fit_of_no_steps_returns_the_given_sae():
+    state = train.fit(sae(), [], loss=fires(0), tx=optax.sgd(0.1), steps=0)
+    assert state.step == 0
+    assert_same_bits(state.sae, sae())
+
+
+def test_fit_says_that_the_batches_ran_out():
+    with pytest.raises(ValueError, match=r"`fit` got 2 batches for 3 steps; pass more batches"):
+        train.fit(sae(m=M), [activations(batch=(B,))] * 2, loss=fires(0), tx=optax.sgd(0.1), steps=3)
