@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxsae.activations import TopK
 from jaxsae.sae import SAE
 
 
@@ -65,12 +66,17 @@ def auxk(
     Source: Gao et al. (2024), Appendix A.2.
     """
     residual = jax.lax.stop_gradient(residual)
+    k_aux = min(k_aux, sae.m)
 
-    def term(pre, W_dec):
-        top, indices = jax.lax.top_k(jnp.where(dead, pre, -jnp.inf), min(k_aux, sae.m))
-        z = jnp.zeros_like(pre).at[jnp.arange(pre.shape[0])[:, None], indices].set(jax.nn.relu(top))
-        value = mse(residual, z @ W_dec)
-        return jnp.where(jnp.isfinite(value), value, 0)
+    def term(select):
+        def value(pre, W_dec):
+            error = mse(residual, select(jnp.where(dead, pre, -jnp.inf)) @ W_dec)
+            return jnp.where(jnp.isfinite(error), error, 0)
 
-    # The top-k costs as much as a training step: skip it while every latent lives.
-    return jax.lax.cond(jnp.any(dead), term, lambda pre, W_dec: jnp.zeros((), pre.dtype), pre, sae.W_dec)
+        return value
+
+    # Selecting costs as much as a training step: skip it where all that is dead is taken, and all where nothing is.
+    branches = (lambda pre, W_dec: jnp.zeros((), W_dec.dtype), term(jax.nn.relu), term(TopK(k_aux)))
+    usable = jnp.isfinite(residual).all() & jnp.isfinite(pre).all()
+    count = jnp.where(usable, jnp.sum(dead), 0)
+    return jax.lax.switch((count > 0).astype(jnp.int32) + (count > k_aux), branches, pre, sae.W_dec)

@@ -45,7 +45,7 @@ class Plan(NamedTuple):
     learning_rate: float = 1e-3
 
 
-FULL = Plan(latents=2048, steps=700, batch=512, heldout=2048, l1=(0.02, 0.05, 0.1, 0.2))
+FULL = Plan(latents=2048, steps=500, batch=512, heldout=2048, l1=(0.02, 0.05, 0.1, 0.2))
 QUICK = Plan(latents=512, steps=200, batch=512, heldout=512, l1=(0.05, 0.2))
 
 Progress = Callable[[str, int], None]

@@ -1,0 +1,230 @@
+import gc
+import itertools
+import os
+import zipfile
+
+import numpy as np
+import pytest
+import sklearn.datasets
+import sklearn.utils
+
+from jaxsae.data import batches, image_patches, open_rows, require_finite
+from jaxsae.files import InputError
+
+# --- open_rows
+
+
+def array(shape=(6, 4), dtype=np.float32):
+    return np.arange(np.prod(shape)).reshape(shape).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("shape", [(6, 4), (2, 3, 4), (1, 2, 3, 4), (1, 1)])
+@pytest.mark.parametrize("name", ["x.npy", "x.npz"])
+def test_open_rows_flattens_leading_axes(name, shape, dtype, tmp_path):
+    saved = array(shape, dtype)
+    (np.save if name.endswith("npy") else np.savez)(tmp_path / name, saved)
+    found = open_rows(tmp_path / name)
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found, saved.reshape(-1, shape[-1]))
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (2, 3, 4)])
+def test_an_npy_is_mapped_and_not_read(shape, tmp_path):
+    np.save(tmp_path / "x.npy", array(shape))
+    found = open_rows(tmp_path / "x.npy")
+    assert isinstance(found, np.memmap) or isinstance(found.base, np.memmap)
+    assert not found.flags.writeable
+
+
+def test_a_path_may_be_a_string_and_an_npz_compressed(tmp_path):
+    np.savez_compressed(tmp_path / "x.npz", activations=array())
+    np.testing.assert_array_equal(open_rows(str(tmp_path / "x.npz")), array())
+
+
+def truncate(path, writer, keep):
+    writer(path, array((100, 4)))
+    path.write_bytes(path.read_bytes()[:keep])
+
+
+def flip(path, at):
+    """An archive whose directory is right and whose content is not."""
+    np.savez(path, array((100, 4)))
+    content = bytearray(path.read_bytes())
+    content[at] ^= 0xFF
+    path.write_bytes(content)
+
+
+def zipped_text(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "hello")
+
+
+def header(text):
+    """A .npy file with that text where its shape and dtype should stand."""
+    return lambda path: path.write_bytes(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + b"\0" * 64)
+
+
+def oversized(path):
+    """An archive that announces more content than there is, in its directory and in the array's header."""
+    np.savez(path, array((100, 4)))
+    content = bytearray(path.read_bytes().replace(b"(100, 4), }", b"(999, 4), }"))
+    at = content.index(b"PK\x01\x02")
+    content[at + 20 : at + 28] = 2 * (len(content) + 10_000).to_bytes(4, "little")
+    path.write_bytes(content)
+
+
+OBJECTS = np.array([[{"a": 1}, None]], dtype=object)
+ANY = "expected a .npy or .npz array of floating-point activations"
+BAD_INPUTS = {
+    "missing": ("x.npy", lambda path: None, "no such file"),
+    "directory": ("x.npy", os.mkdir, "a directory"),
+    "empty file": ("x.npy", lambda path: path.touch(), "the file is empty"),
+    "pickled objects in an npz": ("x.npz", lambda path: np.savez(path, OBJECTS), ANY),
+    "empty npz": ("x.npz", lambda path: path.touch(), "the file is empty"),
+    "truncated npy": ("x.npy", lambda path: truncate(path, np.save, 1000), ANY),
+    "truncated npy header": ("x.npy", lambda path: truncate(path, np.save, 20), ANY),
+    "truncated npz": ("x.npz", lambda path: truncate(path, np.savez, 1000), ANY),
+    "truncated compressed npz": ("x.npz", lambda path: truncate(path, np.savez_compressed, 300), ANY),
+    "corrupt npz": ("x.npz", lambda path: flip(path, 600), ANY),
+    "announces more": ("x.npz", oversized, ANY),
+    "corrupt header": ("x.npy", header(b"{'descr': ('<f4',\n"), ANY),
+    "header that is not a dictionary": ("x.npy", header(b"[[[[\n"), ANY),
+    "text": ("x.npy", lambda path: path.write_text("1.0 2.0\n3.0 4.0\n"), ANY),
+    "binary": ("x.npy", lambda path: path.write_bytes(bytes(range(256))), ANY),
+    "zip of text": ("x.npz", zipped_text, ANY),
+    "pickled objects": ("x.npy", lambda path: np.save(path, OBJECTS), ANY),
+    "integers": ("x.npy", lambda path: np.save(path, array(dtype=np.int32)), "holds int32"),
+    "complex numbers": ("x.npy", lambda path: np.save(path, array(dtype=np.complex64)), "holds complex64"),
+    "integers in an npz": ("x.npz", lambda path: np.savez(path, array(dtype=np.int64)), "holds int64"),
+    "one axis": ("x.npy", lambda path: np.save(path, array((6,))), r"has shape \(6,\)"),
+    "no axis": ("x.npy", lambda path: np.save(path, np.float32(1)), r"has shape \(\)"),
+    "no rows": ("x.npy", lambda path: np.save(path, array((0, 4))), r"has shape \(0, 4\)"),
+    "no columns": ("x.npy", lambda path: np.save(path, array((4, 0))), r"has shape \(4, 0\)"),
+    "two arrays": ("x.npz", lambda path: np.savez(path, a=array(), b=array()), r"holds 2 arrays \(a, b\)"),
+    "no array": ("x.npz", lambda path: np.savez(path), "holds 0 arrays"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_open_rows_refuses(case, tmp_path):
+    name, write, message = BAD_INPUTS[case]
+    path = tmp_path / name
+    write(path)
+    with pytest.raises(InputError, match=message) as caught:
+        open_rows(path)
+    text = str(caught.value)
+    assert text.startswith(f"{path}: ")
+    assert "\n" not in text
+    assert text.endswith(".")
+    del caught
+    gc.collect()  # a file left open is an error here, not in a later test
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_require_finite_counts_the_rows(bad):
+    rows = array()
+    require_finite(rows, "x.npy")
+    rows[[2, 4], [1, 3]] = bad
+    with pytest.raises(InputError, match=r"x\.npy: 2 of 6 rows hold NaN or Inf, the first is row 2"):
+        require_finite(rows, "x.npy")
+
+
+# --- batches
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64])
+def test_every_pass_covers_every_row_once_in_float32(dtype):
+    rows = array((12, 2), dtype)
+    stream = batches(rows, 4, seed=0)
+    passes = [list(itertools.islice(stream, 3)) for _ in range(3)]
+    for blocks in passes:
+        assert all(block.dtype == np.float32 and block.shape == (4, 2) for block in blocks)
+        np.testing.assert_array_equal(sorted(np.concatenate(blocks)[:, 0]), rows[:, 0])
+    # Each pass deals the rows anew.
+    assert not np.array_equal(passes[0], passes[1])
+
+
+def test_a_rest_that_fills_no_batch_waits():
+    stream = batches(array((11, 1)), 4, seed=0)
+    seen = [set(np.concatenate(list(itertools.islice(stream, 2)))[:, 0]) for _ in range(20)]
+    assert {len(rows) for rows in seen} == {8}  # no row twice in a pass
+    assert len(set.union(*seen)) == 11  # and none waits for ever
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_batches_are_reproducible(seed):
+    first, second, other = (list(itertools.islice(batches(array((12, 2)), 4, seed=s), 5)) for s in (seed, seed, 9))
+    np.testing.assert_array_equal(first, second)
+    assert not np.array_equal(first, other)
+
+
+def test_batches_of_a_mapped_file(tmp_path):
+    np.save(tmp_path / "x.npy", array((12, 2)))
+    mapped = batches(open_rows(tmp_path / "x.npy"), 4, seed=0)
+    np.testing.assert_array_equal(next(mapped), next(batches(array((12, 2)), 4, seed=0)))
+
+
+def test_too_few_rows_for_a_batch_are_refused_at_once():
+    with pytest.raises(InputError, match="got 3 rows for batches of 4; pass more rows or a smaller batch"):
+        batches(array((3, 2)), 4, seed=0)
+    assert next(batches(array((4, 2)), 4, seed=0)).shape == (4, 2)
+
+
+# --- image_patches
+
+
+def test_image_patches():
+    train, heldout = image_patches(3001, 100, side=6)
+    assert (train.shape, heldout.shape) == ((3001, 108), (100, 108))
+    assert train.dtype == heldout.dtype == np.float32
+    np.testing.assert_allclose(train.mean(axis=1), 0, atol=1e-6)
+    np.testing.assert_allclose(heldout.mean(axis=1), 0, atol=1e-6)
+    np.testing.assert_allclose(np.mean(np.sum(train.astype(np.float64) ** 2, axis=1)), 1, rtol=1e-5)
+    # The same factor for both: held-out patches are natural images too, and so of a similar size.
+    assert 0.2 < np.mean(np.sum(heldout**2, axis=1)) < 5
+
+
+def test_image_patches_are_reproducible():
+    first, second, other = (image_patches(50, 10, seed=seed) for seed in (3, 3, 4))
+    for a, b, c in zip(first, second, other, strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert not np.array_equal(a, c)
+
+
+def where(patches, side):
+    """The picture, row and column of the corner of each patch of `pictures_of_places`."""
+    # Neither the mean that was taken out nor the common scale changes ratios of differences.
+    patches = patches.astype(np.float64).reshape(-1, 3, side, side)
+    scale = (patches[:, 0, 0, 2] - 2 * patches[:, 0, 0, 1] + patches[:, 0, 0, 0]) / 2
+    column = ((patches[:, 0, 0, 1] - patches[:, 0, 0, 0]) / scale - 1) / 2
+    row = ((patches[:, 1, 1, 0] - patches[:, 1, 0, 0]) / scale - 1) / 2
+    picture = (patches[:, 2, 0, 1] - patches[:, 2, 0, 0]) / scale
+    found = np.stack([picture, row, column], axis=1)
+    np.testing.assert_allclose(found, found.round(), atol=0.1)  # it is decoded right
+    return found.round().astype(int)
+
+
+def pictures_of_places(shapes):
+    """Pictures whose red is the column's square, green the row's square, and blue number × column."""
+    pictures = []
+    for number, shape in enumerate(shapes):
+        row, column = np.mgrid[: shape[0], : shape[1]]
+        pictures.append(np.stack([column**2, row**2, number * column], axis=-1))
+    return pictures
+
+
+def test_no_pixel_is_in_both_training_and_heldout_patches(monkeypatch):
+    side, shapes = 5, [(20, 64), (24, 30)]
+    bunch = sklearn.utils.Bunch(images=pictures_of_places(shapes))
+    monkeypatch.setattr(sklearn.datasets, "load_sample_images", lambda: bunch)
+    used = []
+    for patches in image_patches(4000, 2000, side=side):
+        pixels = [np.zeros(shape, bool) for shape in shapes]
+        for picture, row, column in where(patches, side):
+            pixels[picture][row : row + side, column : column + side] = True
+        used.append(pixels)
+    for train, heldout in zip(*used, strict=True):
+        assert not (train & heldout).any()
+        assert (train | heldout).all()  # and none is wasted
+        assert 0.7 < train.mean() < 0.8

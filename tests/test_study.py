@@ -1,0 +1,298 @@
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
+import pytest
+import scipy.optimize
+from problems import f64
+
+import jaxsae
+from jaxsae import data, pretrained, study
+from jaxsae.files import InputError
+
+PLAN = study.Plan(latents=128, steps=60, batch=256, heldout=256, l1=(0.05, 0.2))
+NUMBERS = [
+    *("l0", "nmse_before", "nmse_after", "mean_before", "mean_after", "mean_change"),
+    *("rising", "gamma_before", "gamma_after", "worst_kkt", "certified"),
+]
+
+
+class Study(NamedTuple):
+    out: Path
+    report: dict
+    told: list  # what the progress callback was called with
+    rows: np.ndarray  # as they are in the file
+
+
+@pytest.fixture(scope="session")
+def done(tmp_path_factory):
+    """A whole study, small: patches of photographs in units of thousands, about a mean ten times their size."""
+    folder, told = tmp_path_factory.mktemp("study"), []
+    rows = 1e3 * (data.image_patches(4000, 1, side=8)[0] + np.linspace(-1, 1, 192, dtype=np.float32))
+    np.save(folder / "x.npy", rows)
+    report = study.run(folder / "out", data=folder / "x.npy", plan=PLAN, progress=lambda *args: told.append(args))
+    return Study(folder / "out", report, told, rows)
+
+
+def strict(path):
+    """A JSON file, without the NaN and Infinity that Python alone reads."""
+
+    def refuse(name):
+        raise ValueError(f"{name} is not JSON")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+def rows_of(report, family):
+    return [row for row in report["rows"] if row["family"] == family]
+
+
+# --- The report
+
+
+def test_the_report_is_what_was_returned(done):
+    saved = strict(done.out / "report.json")
+    assert saved == json.loads(json.dumps(done.report))
+    assert saved["complete"] is True
+    source = str(done.out.parent / "x.npy")
+    assert saved["data"] == {"source": source, "rows": 4000 - PLAN.heldout, "heldout": PLAN.heldout, "width": 192}
+    assert saved["config"]["seed"] == 0
+    assert saved["config"]["latents"] == PLAN.latents
+    assert {"jaxsae", "jax", "numpy", "python"} <= set(saved["versions"])
+
+
+def test_every_row_has_the_fields_of_the_contract(done):
+    for row in done.report["rows"]:
+        assert {"family", "k_or_l1", *NUMBERS} <= set(row)
+        assert all(isinstance(row[name], float) and np.isfinite(row[name]) for name in NUMBERS)
+
+
+def test_topk_is_trained_at_the_l0_that_relu_reached(done):
+    relu, topk = (rows_of(done.report, family) for family in ("relu", "topk"))
+    assert [row["k_or_l1"] for row in relu] == list(PLAN.l1)
+    assert [row["k_or_l1"] for row in topk] == sorted(round(row["l0"]) for row in relu)
+    assert all(row["l0"] <= row["k_or_l1"] for row in topk)
+    assert relu[0]["l0"] > relu[1]["l0"]  # the larger L1 weight is sparser
+
+
+@pytest.mark.parametrize("family", ["relu", "topk"])
+def test_refinement_is_certified_and_lowers_the_error(done, family):
+    for row in rows_of(done.report, family):
+        assert row["nmse_after"] < row["nmse_before"] < 1
+        assert row["certified"] == 1.0
+        assert row["worst_kkt"] <= study.CERTIFIED
+        np.testing.assert_allclose(row["gamma_after"], 1, atol=1e-3)
+
+
+def test_relu_shrinks_and_topk_does_not(done):
+    relu, topk = (rows_of(done.report, family) for family in ("relu", "topk"))
+    assert min(row["mean_change"] for row in relu) > 0.1 > max(abs(row["mean_change"]) for row in topk)
+    assert max(row["gamma_before"] for row in relu) < 0.97 < min(row["gamma_before"] for row in topk)
+    assert min(row["rising"] for row in relu) > 0.7
+
+
+def test_the_histogram_counts_every_active_value(done):
+    for row in done.report["rows"]:
+        assert len(row["change"]) == len(done.report["ratio_edges"]) - 1
+        np.testing.assert_allclose(sum(row["change"]), row["l0"] * PLAN.heldout, rtol=1e-5)
+
+
+def test_the_numbers_agree_with_one_another(done):
+    for row in done.report["rows"]:
+        np.testing.assert_allclose(row["mean_change"], row["mean_after"] / row["mean_before"] - 1, rtol=1e-4, atol=1e-5)
+
+
+def test_progress_adds_up(done):
+    assert sum(steps for _, steps in done.told) == study.total_steps(PLAN)
+    assert all(isinstance(text, str) for text, _ in done.told)
+
+
+def test_the_figure(done):
+    with PIL.Image.open(done.out / "shrinkage.png") as image:
+        assert image.format == "PNG"
+        assert len(image.convert("RGB").getcolors(maxcolors=2**24)) > 50
+
+
+def test_nothing_else_is_left(done):
+    names = {f"{row['family']}-{row['k_or_l1']:g}" for row in done.report["rows"]}
+    assert {path.name for path in done.out.iterdir()} == {"report.json", "shrinkage.png", "sae"}
+    assert {path.name for path in (done.out / "sae").iterdir()} == names
+
+
+def test_the_same_seed_gives_the_same_report(done, tmp_path):
+    assert study.run(tmp_path, data=done.out.parent / "x.npy", plan=PLAN) == done.report
+
+
+# --- The autoencoders
+
+
+def saved_saes(done):
+    for row in done.report["rows"]:
+        yield row, pretrained.load(done.out / "sae" / f"{row['family']}-{row['k_or_l1']:g}")
+
+
+def test_the_saes_load(done):
+    for row, sae in saved_saes(done):
+        assert (sae.d, sae.m) == (192, PLAN.latents)
+        assert sae.activation.k == (row["k_or_l1"] if row["family"] == "topk" else None)
+        np.testing.assert_allclose(np.linalg.norm(sae.W_dec, axis=1), 1, atol=1e-6)
+
+
+def test_the_saved_saes_reconstruct_the_raw_rows(done):
+    x = f64(done.rows[-PLAN.heldout :])
+    for row, sae in saved_saes(done):
+        W_enc, b_enc, W_dec, b_dec = map(f64, (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec))
+        z = np.maximum((x - b_dec) @ W_enc + b_enc, 0)
+        if sae.activation.k:
+            z[z < np.sort(z, axis=1)[:, [-sae.activation.k]]] = 0
+        nmse = np.sum((z @ W_dec + b_dec - x) ** 2) / np.sum((x - x.mean(0)) ** 2)
+        np.testing.assert_allclose(nmse, row["nmse_before"], rtol=1e-4)
+        np.testing.assert_allclose(z[z > 0].mean(), row["mean_before"], rtol=1e-4)
+
+
+def excess(sae, x, code):
+    """NMSE of each row above the least possible on its support, by scipy in float64."""
+    dictionary, y = f64(sae.W_dec), f64(x) - f64(sae.b_dec)
+    values, indices = f64(code.values), np.asarray(code.indices)
+    for row, target in enumerate(y):
+        on = indices[row] < sae.m
+        atoms = dictionary[indices[row, on]]
+        error = np.sum((target - values[row, on] @ atoms) ** 2)
+        least = scipy.optimize.nnls(atoms.T, target)[1] ** 2 if on.any() else np.sum(target**2)
+        yield (error - least) / np.sum(target**2)
+
+
+@pytest.mark.parametrize("rows", [100, pytest.param(1000, marks=pytest.mark.slow)])
+def test_refined_values_are_the_best_there_are(done, rows):
+    # The last rows are those held out; what was trained on must be optimal too.
+    x = done.rows[-rows:]
+    worst = {"relu": 0.0, "topk": 0.0}
+    for row, sae in saved_saes(done):
+        capacity = jaxsae.stream.max_l0(sae, x)
+        code, _ = jaxsae.refine(sae, jnp.asarray(x), solver=study._SOLVER, capacity=capacity)
+        assert (code.values >= 0).all()
+        worst[row["family"]] = max(worst[row["family"]], *excess(sae, x, code))
+    assert worst["relu"] <= 1e-6
+    assert worst["topk"] <= 1e-6
+
+
+# --- Interruption
+
+
+def interrupt_at(text_end, count):
+    """A progress callback that raises at the `count`-th text with this end."""
+    seen = []
+
+    def progress(text, steps):
+        if text.endswith(text_end):
+            seen.append(text)
+            if len(seen) == count:
+                raise KeyboardInterrupt
+
+    return progress
+
+
+def test_an_interruption_leaves_what_is_finished(done, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        study.run(tmp_path, data=done.out.parent / "x.npy", plan=PLAN, progress=interrupt_at("refined", 1))
+    report = strict(tmp_path / "report.json")
+    assert report["complete"] is False
+    assert report["rows"] == done.report["rows"][:1]
+    with PIL.Image.open(tmp_path / "shrinkage.png") as image:
+        image.verify()
+    assert [path.name for path in (tmp_path / "sae").iterdir()] == [f"relu-{PLAN.l1[0]:g}"]
+
+
+def test_an_interruption_before_the_first_result(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        study.run(tmp_path, plan=PLAN, progress=interrupt_at("", 1))
+    report = strict(tmp_path / "report.json")
+    assert (report["complete"], report["rows"]) == (False, [])
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
+# --- Data
+
+SMALL = study.Plan(latents=64, steps=60, batch=128, heldout=256, l1=(0.1,))
+
+
+def raw_rows(n=1500, scale=1.0):
+    return (scale * (10 + np.random.default_rng(0).normal(size=(n, 24)))).astype(np.float32)
+
+
+def test_the_photographs_are_the_default():
+    rows, heldout, factor, source = study._load(None, PLAN, 0)
+    assert rows.shape == (100_000, 192)
+    assert heldout.shape == (PLAN.heldout, 192)
+    assert factor == 1
+    assert "photographs" in source
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_training_rows_are_scaled_and_heldout_rows_are_not(scale, tmp_path):
+    raw = raw_rows(scale=scale)
+    np.save(tmp_path / "x.npy", raw)
+    rows, heldout, factor, _ = study._load(tmp_path / "x.npy", SMALL, 0)
+    np.testing.assert_allclose(np.mean(np.sum((rows - rows.mean(0)) ** 2, axis=1)), 1, rtol=1e-3)
+    np.testing.assert_allclose(rows, factor * raw[: -SMALL.heldout], rtol=1e-6)
+    np.testing.assert_array_equal(heldout, raw[-SMALL.heldout :])
+
+
+def spoiled(row, value=np.nan):
+    rows = raw_rows()
+    rows[row, 3] = value
+    return rows
+
+
+REFUSED = {
+    "too few rows": (raw_rows(SMALL.batch + SMALL.heldout - 1), "holds 383 rows, the study needs at least 384"),
+    "rows of zeros": (np.zeros((500, 4), np.float32), "all rows are equal"),
+    # The mean of many equal numbers is not quite that number, in float32.
+    "equal rows": (np.full((500, 4), 0.1, np.float32), "all rows are equal"),
+    "NaN in training rows": (spoiled(7), "1 of 1500 rows hold NaN or Inf, the first is row 7"),
+    "Inf in heldout rows": (spoiled(1400, np.inf), "1 of 1500 rows hold NaN or Inf, the first is row 1400"),
+    "integers": (np.ones((500, 4), np.int32), "holds int32"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_data_that_cannot_be_used(case, tmp_path):
+    rows, message = REFUSED[case]
+    np.save(tmp_path / "x.npy", rows)
+    with pytest.raises(InputError, match=message) as caught:
+        study.run(tmp_path / "out", data=tmp_path / "x.npy", plan=SMALL)
+    assert str(caught.value).startswith(str(tmp_path / "x.npy"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_that_are_not_finite_are_named_by_their_place_in_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "_PICTURE_ROWS", 300)  # of a long file the middle is not read
+    np.save(tmp_path / "x.npy", spoiled(1400))
+    with pytest.raises(InputError, match="the first is row 1400"):
+        study.run(tmp_path / "out", data=tmp_path / "x.npy", plan=SMALL)
+
+
+def test_a_place_that_cannot_be_written_is_said_before_the_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "_train", None)
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot write"):
+        study.run(tmp_path / "file" / "out", plan=SMALL)
+
+
+def test_a_dead_autoencoder_is_reported_in_valid_json(tmp_path, monkeypatch):
+    # As an L1 weight that is too large makes it.
+    def dead(rows, activation, *_):
+        sae = jaxsae.init(jax.random.key(0), d=rows.shape[1], m=SMALL.latents, activation=activation)
+        return sae.replace(b_enc=sae.b_enc - 1e6)
+
+    monkeypatch.setattr(study, "_train", dead)
+    np.save(tmp_path / "x.npy", raw_rows())
+    study.run(tmp_path / "out", data=tmp_path / "x.npy", plan=SMALL)
+    report = strict(tmp_path / "out" / "report.json")
+    assert report["complete"] is True
+    assert [row["l0"] for row in report["rows"]] == [0, 0]
+    assert (tmp_path / "out" / "shrinkage.png").exists()
