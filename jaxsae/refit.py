@@ -239,12 +239,16 @@ def _divide(x, by):
     return jnp.where(by == 0, 0, x / jnp.where(by == 0, 1, by))
 
 
-def _gather(dictionary, indices, y):
-    """The rows' atoms `[n k d]` and targets `[n d]`, each divided by its largest magnitude `[n]`."""
+def _gather(dictionary, indices, y, *, least=0.0):
+    """The rows' atoms `[n k d]` and targets `[n d]`, each divided by its largest magnitude, `[n k]` and `[n 1]`.
+
+    No atom that is not zero is divided by less than `least`.
+    """
     atoms = dictionary.at[indices].get(mode="fill", fill_value=0).astype(y.dtype)
-    atom_scale = jnp.max(jnp.abs(atoms), axis=(1, 2), initial=0)
-    y_scale = jnp.max(jnp.abs(y), axis=1, initial=0)
-    return _divide(atoms, atom_scale[:, None, None]), atom_scale, _divide(y, y_scale[:, None]), y_scale
+    atom_scale = jnp.max(jnp.abs(atoms), axis=2, initial=0)
+    atom_scale = jnp.where(atom_scale == 0, 0, jnp.maximum(atom_scale, least))
+    y_scale = jnp.max(jnp.abs(y), axis=1, keepdims=True, initial=0)
+    return _divide(atoms, atom_scale[:, :, None]), atom_scale, _divide(y, y_scale), y_scale
 
 
 class _Problem(NamedTuple):
@@ -258,22 +262,23 @@ class _Problem(NamedTuple):
 
 
 def _problems(dictionary, y, indices, ridge) -> _Problem:
-    atoms, atom_scale, y, y_scale = _gather(dictionary, indices, y)
+    root = jnp.sqrt(ridge)
+    atoms, atom_scale, y, y_scale = _gather(dictionary, indices, y, least=root)
     gram = jnp.einsum("nid,njd->nij", atoms, atoms, precision=_EXACT)
     c = jnp.einsum("nid,nd->ni", atoms, y, precision=_EXACT)
     norm = jnp.sqrt(jnp.diagonal(gram, axis1=1, axis2=2))
-    longest = jnp.max(norm, axis=1, keepdims=True, initial=0)
     y_norm = jnp.linalg.norm(y, axis=1, keepdims=True)
-    # The ridge joins the diagonal before it is made 1; a zero atom keeps norm 0 and is left out.
-    relative_ridge = jnp.where(norm > 0, _divide(jnp.sqrt(ridge), atom_scale)[:, None] ** 2, 0)
+    length = norm * atom_scale
+    # The ridge joins the diagonal before it is made 1; a zero atom is left out.
+    relative_ridge = _divide(root, atom_scale) ** 2
     norm = jnp.sqrt(norm**2 + relative_ridge)
     gram = gram + relative_ridge[:, :, None] * jnp.eye(gram.shape[-1], dtype=gram.dtype)
     return _Problem(
         gram=_divide(gram, norm[:, :, None] * norm[:, None, :]),
         c=_divide(c, norm * y_norm),
-        unit=_divide(_divide(norm, y_norm) * atom_scale[:, None], y_scale[:, None]),
-        weight=_divide(norm, longest),
-        finite=jnp.isfinite(atom_scale) & jnp.isfinite(y_scale),
+        unit=_divide(_divide(norm, y_norm) * atom_scale, y_scale),
+        weight=_divide(norm * atom_scale, jnp.max(length, axis=1, keepdims=True, initial=0)),
+        finite=jnp.isfinite(atom_scale).all(1) & jnp.isfinite(y_scale[:, 0]) & (ridge >= 0),
     )
 
 
@@ -332,6 +337,11 @@ def _drive(solver, gram, c, weight, z, nonnegative: bool):
     return carry.best, carry.kkt, carry.steps
 
 
+def _excess(gram, c, z, other):
+    """How much higher the objective is at `z` than at `other`."""
+    return 0.5 * jnp.sum((z - other) * (jnp.matmul(gram, z + other, precision=_EXACT) - 2 * c))
+
+
 def _solve(nonnegative: bool, shared, per_row):
     solver, dictionary, ridge = shared
     y, indices, values = per_row
@@ -344,12 +354,15 @@ def _solve(nonnegative: bool, shared, per_row):
             problem.gram, problem.c, problem.weight, jnp.where(usable[:, None], start, 0)
         )
         finite = problem.finite & jnp.isfinite(values).all(1)
-        moved = (steps > 0) | ~usable
-        refitted = jnp.where(
-            moved[:, None] | (problem.unit == 0),
-            _divide(best, problem.unit).astype(values.dtype),
-            jax.nn.relu(values) if nonnegative else values,  # to the bit, where the start is already optimal
-        )
+        feasible = jax.nn.relu(values) if nonnegative else values
+        refitted = _divide(best, problem.unit).astype(values.dtype)
+        moved = (steps > 0) | ~usable  # else the start is optimal already, and comes back to the bit
+        if values.dtype != ridge.dtype:  # rounded to fewer bits, the best iterate can be worse than the start
+            rounded = refitted.astype(ridge.dtype) * problem.unit
+            moved &= ~(
+                jax.vmap(_excess)(problem.gram, problem.c, rounded, feasible.astype(ridge.dtype) * problem.unit) > 0
+            )
+        refitted = jnp.where(moved[:, None] | (problem.unit == 0), refitted, feasible)
         status = jnp.where(kkt <= solver.tol, Status.CONVERGED, Status.MAX_STEPS)
         info = RefitInfo(
             kkt=jnp.where(finite, kkt, jnp.nan),
@@ -452,24 +465,24 @@ def _certify(nonnegative: bool, dictionary, per_row):
     def chunk(y, indices, values):
         atoms, atom_scale, y, y_scale = _gather(dictionary, indices, y)
         norm = jnp.linalg.norm(atoms, axis=2)
-        z = _divide(values.astype(y.dtype) * atom_scale[:, None], y_scale[:, None]) * norm
-        return jax.vmap(functools.partial(_certify_row, nonnegative))(_divide(atoms, norm[:, :, None]), norm, y, z)
+        length = norm * atom_scale
+        weight = _divide(length, jnp.max(length, axis=1, keepdims=True, initial=0))
+        z = _divide(values.astype(y.dtype) * atom_scale, y_scale) * norm
+        return jax.vmap(functools.partial(_certify_row, nonnegative))(_divide(atoms, norm[:, :, None]), weight, y, z)
 
     y, indices, _ = per_row
     row_bytes = 3 * _row_bytes(indices.shape[-1], y.shape[-1], y.dtype)
     return rows.map_chunks(chunk, *per_row, batch=y.shape[:-1], row_bytes=row_bytes)
 
 
-def _certify_row(nonnegative: bool, atoms, norm, y, z):
-    """KKT residual and duality gap of one row, for atoms of norm 1 (or 0) and their norms before."""
+def _certify_row(nonnegative: bool, atoms, weight, y, z):
+    """KKT residual and duality gap of one row, for atoms of norm 1 (or 0) that had norms in proportion to `weight`."""
     project = jax.nn.relu if nonnegative else lambda g: g
     matvec = functools.partial(jnp.matmul, precision=_EXACT)
     y_norm = jnp.linalg.norm(y)
     r = y - matvec(z, atoms)
     slope = matvec(atoms, r)
-    violation = norm * _violation(z, -slope, nonnegative)
-    kkt = _divide(jnp.max(violation, initial=0), jnp.max(norm, initial=0) * y_norm)
-
+    kkt = _divide(jnp.max(weight * _violation(z, -slope, nonnegative), initial=0), y_norm)
     gram = matvec(atoms, atoms.T)
 
     def gap(on, rhs):

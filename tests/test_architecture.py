@@ -122,9 +122,7 @@ print(sorted((set(sys.modules) - before) & {set(heavy)}))
 def test_importing_the_library_costs_little_more_than_what_it_stands_on():
     def seconds(names: str) -> float:
         # Processor time, not the clock: neighbours on the machine do not count.
-        timed = (
-            f"import time; start = time.process_time(); import {names}; print(time.process_time() - start)"
-        )
+        timed = f"import time; start = time.process_time(); import {names}; print(time.process_time() - start)"
         return float(run_python(timed))
 
     pairs = [(seconds("jaxsae"), seconds("jax, flax, optax")) for _ in range(3)]

@@ -185,6 +185,12 @@ def test_image_patches():
     assert 0.2 < np.mean(np.sum(heldout**2, axis=1)) < 5
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_few_image_patches(count):
+    train, heldout = image_patches(count, count, side=4)
+    assert train.shape == heldout.shape == (count, 48)
+
+
 def test_image_patches_are_reproducible():
     first, second, other = (image_patches(50, 10, seed=seed) for seed in (3, 3, 4))
     for a, b, c in zip(first, second, other, strict=True):

@@ -1,0 +1,381 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from problems import activations, sae
+
+import jaxsae
+from jaxsae import pretrained, stream, study
+from jaxsae.cli import main
+
+D, M, K, ROWS = 16, 32, 4, 40
+
+
+def rows(n=ROWS, d=D):
+    return np.array(activations(batch=(n,), d=d))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A directory with saved SAEs and data."""
+    pretrained.save(sae(d=D, m=M, activation=jaxsae.TopK(K)), tmp_path / "topk")
+    pretrained.save(sae(d=D, m=M, activation=jaxsae.ReLU()), tmp_path / "relu")
+    np.save(tmp_path / "x.npy", rows())
+    return tmp_path
+
+
+def run(*argv):
+    return main([str(argument) for argument in argv])
+
+
+def refine(folder, *more, sae="topk", data="x.npy", out="codes.npz"):
+    return run("refine", "--sae", folder / sae, "--data", folder / data, "--out", folder / out, *more)
+
+
+def snapshot(folder):
+    """All paths and their contents."""
+    return {path: path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+
+
+# --- refine
+
+
+def test_refine_writes_the_codes_and_prints_the_table(folder, capsys):
+    assert refine(folder) == 0
+    model, x = pretrained.load(folder / "topk"), activations(batch=(ROWS,), d=D)
+    code = jaxsae.encode(model, x)
+    refined, info = jaxsae.refine(model, x, code)
+    with np.load(folder / "codes.npz") as saved:
+        np.testing.assert_array_equal(saved["indices"], refined.indices)
+        np.testing.assert_allclose(saved["values"], refined.values, rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(saved["status"], info.status)
+    out, err = capsys.readouterr()
+    *table, written = out.splitlines()
+    assert table == str(jaxsae.shrinkage(model, x, code, refined)).splitlines()
+    assert written.startswith(f"Written: {folder / 'codes.npz'}, {ROWS} rows of {K} slots, worst KKT ")
+    assert "warning" not in err
+    assert "Traceback" not in err
+
+
+def test_refine_of_a_relu_finds_its_capacity(folder, capsys):
+    assert refine(folder, sae="relu") == 0
+    model = pretrained.load(folder / "relu")
+    with np.load(folder / "codes.npz") as saved:
+        assert saved["indices"].shape == (ROWS, stream.max_l0(model, rows()))
+    assert "warning" not in capsys.readouterr().err
+
+
+def spoil_rows(folder):
+    x = rows()
+    x[[3, 5]] = np.nan
+    np.save(folder / "x.npy", x)
+
+
+WARNINGS = {
+    "overflow": (["--capacity", 3], "relu", None, "rows have more active latents than slots; raise --capacity."),
+    "NaN": ([], "topk", spoil_rows, "2 rows hold NaN or Inf and are left as encoded (status 2)."),
+    "steps": (["--max-steps", 1], "topk", None, "rows stopped at --max-steps (status 1)."),
+}
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("case", WARNINGS)
+def test_warnings_are_printed_and_fail_only_if_asked_to(case, strict, folder, capsys):
+    options, name, prepare, message = WARNINGS[case]
+    if prepare:
+        prepare(folder)
+    assert refine(folder, *options, *(["--strict"] if strict else []), sae=name) == int(strict)
+    out, err = capsys.readouterr()
+    (warning,) = [line for line in err.splitlines() if "warning" in line]
+    assert warning.startswith("jaxsae: warning: ")
+    assert warning.endswith(message)
+    assert "Written: " in out
+    assert (folder / "codes.npz").exists()
+
+
+def test_strict_without_a_warning_is_0(folder):
+    assert refine(folder, "--strict") == 0
+
+
+def test_tol_reaches_the_solver(folder):
+    worst = []
+    for tol in ("1e-2", "1e-6"):
+        assert refine(folder, "--tol", tol) == 0
+        with np.load(folder / "codes.npz") as saved:
+            worst.append(saved["kkt"].max())
+    assert worst[1] <= 1e-6 < worst[0] <= 1e-2
+
+
+def test_an_existing_file_is_replaced(folder):
+    (folder / "codes.npz").write_text("old")
+    assert refine(folder) == 0
+    assert np.load(folder / "codes.npz")["indices"].shape == (ROWS, K)
+
+
+# --- study
+
+
+def a_report(certified=1.0):
+    common = {"nmse_before": 0.5, "nmse_after": 0.25, "mean_before": 1.0, "mean_after": 1.5, "mean_change": 0.5}
+    common |= {"rising": 0.75, "gamma_before": 0.8125, "gamma_after": 1.0, "worst_kkt": 2e-5 if certified < 1 else 1e-6}
+    found = [
+        {"family": "relu", "k_or_l1": 0.05, "l0": 20.5, "certified": 1.0, **common},
+        {"family": "topk", "k_or_l1": 20, "l0": 20.0, "certified": certified, **common},
+    ]
+    return {"rows": found, "complete": True, "data": {"source": "x.npy", "rows": 10, "heldout": 1000, "width": 16}}
+
+
+@pytest.fixture
+def fake_study(monkeypatch):
+    """Replace the study by one that returns a report, or raises; and note how it was called."""
+    calls = []
+
+    def install(outcome):
+        def fake(out, **options):
+            calls.append({"out": out, **options})
+            options["progress"]("training", study.total_steps(options["plan"]))
+            if isinstance(outcome, BaseException):
+                raise outcome
+            return outcome
+
+        monkeypatch.setattr(study, "run", fake)
+        return calls
+
+    return install
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_study_passes_its_options_and_prints_the_table(quick, fake_study, tmp_path, capsys):
+    calls = fake_study(a_report())
+    options = ["--data", tmp_path / "x.npy", "--seed", 7, *(["--quick"] if quick else [])]
+    assert run("study", "--out", tmp_path / "out", *options) == 0
+    (call,) = calls
+    del call["progress"]
+    plan = study.QUICK if quick else study.FULL
+    assert call == {"out": tmp_path / "out", "data": tmp_path / "x.npy", "plan": plan, "seed": 7}
+    out, err = capsys.readouterr()
+    assert "1000 held-out rows of width 16: x.npy" in out
+    for text in ("ReLU, L1 0.05", "TopK, k 20", "20.5", "0.5000", "0.2500", "+50.0%", "75%", "0.8125", "1.0e-06"):
+        assert text in out, text
+    assert f"Written: {tmp_path / 'out' / 'report.json'}, " in out
+    assert "warning" not in err
+
+
+def test_study_without_options_uses_the_photographs(fake_study):
+    calls = fake_study(a_report())
+    assert run("study") == 0
+    assert calls[0]["data"] is None
+    assert calls[0]["seed"] == 0
+
+
+def test_a_certificate_that_fails_is_exit_code_1(fake_study, tmp_path, capsys):
+    fake_study(a_report(certified=0.993))
+    assert run("study", "--out", tmp_path) == 1
+    out, err = capsys.readouterr()
+    assert "0.7% fail" in out
+    (warning,) = [line for line in err.splitlines() if "warning" in line]
+    assert warning == "jaxsae: warning: topk 20: 7 rows are not certified, the worst at KKT 2.0e-05."
+
+
+# --- What can go wrong
+
+
+def error_line(err):
+    """The one line of stderr that is no progress."""
+    (line,) = [line for line in err.splitlines() if "%  " not in line]
+    assert line.startswith("jaxsae: ")
+    assert "Traceback" not in line
+    return line
+
+
+def write(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def truncate(name, keep):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:keep])
+
+
+def save(array):
+    return lambda folder: np.save(folder / "x.npy", array)
+
+
+BAD_REFINE = {
+    "no sae": ({"sae": "nothing"}, [], None, "nothing: no such file or directory; expected a saved SAE"),
+    "sae is a file": ({"sae": "x.npy"}, [], None, "x.npy: not an SAE of a known format"),
+    "sae is a directory": ({"sae": "."}, [], None, "not an SAE of a known format"),
+    "weights truncated": ({}, [], truncate("topk/sae.safetensors", 500), "topk: not a whole SAE"),
+    "config damaged": ({}, [], write("topk/sae.json", b"{"), "topk: not a whole SAE"),
+    "newer sae": ({}, [], write("topk/sae.json", b'{"format": "jaxsae", "version": 9}'), "version 9, expected"),
+    "no data": ({"data": "nothing.npy"}, [], None, "nothing.npy: no such file"),
+    "data is a directory": ({"data": "topk"}, [], None, "topk: a directory"),
+    "data is text": ({}, [], write("x.npy", b"1 2 3\n4 5 6\n"), "x.npy: "),
+    "data is empty": ({}, [], write("x.npy", b""), "x.npy: "),
+    "data truncated": ({}, [], truncate("x.npy", 1000), "x.npy: "),
+    "data of integers": ({}, [], save(np.ones((3, D), np.int32)), "x.npy: holds int32"),
+    "data of another width": ({}, [], save(rows(d=D + 1)), f"width {D + 1}, but this SAE has d = {D}"),
+    "no capacity": ({"sae": "relu"}, ["--capacity", 0], None, "got --capacity 0"),
+    "negative capacity": ({"sae": "relu"}, ["--capacity", -2], None, "got --capacity -2"),
+    "too much capacity": ({"sae": "relu"}, ["--capacity", M + 1], None, f"got capacity {M + 1} for {M} latents"),
+    "capacity for TopK": ({}, ["--capacity", K + 1], None, f"got --capacity {K + 1} for TopK(k={K})"),
+    "out in a file": ({"out": "x.npy/codes.npz"}, [], None, "cannot write"),
+    "out is a directory": ({"out": "topk"}, [], None, "topk"),
+    "too many steps": ({}, ["--max-steps", 2**31], None, "--max-steps"),
+    "negative steps": ({}, ["--max-steps", -1], None, "--max-steps"),
+    "negative tolerance": ({}, ["--tol", -1], None, "--tol"),
+    "tolerance is NaN": ({}, ["--tol", "nan"], None, "--tol"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_REFINE)
+def test_bad_input_to_refine_is_exit_code_2_and_one_line(case, folder, capsys):
+    names, options, prepare, message = BAD_REFINE[case]
+    if prepare:
+        prepare(folder)
+    before = snapshot(folder)
+    assert refine(folder, *options, **names) == 2
+    out, err = capsys.readouterr()
+    assert message in error_line(err)
+    assert out == ""
+    assert snapshot(folder) == before  # nothing is made, and nothing lost
+
+
+BAD_STUDY = {
+    "no data": (["--data", "{folder}/nothing.npy"], None, "nothing.npy: no such file"),
+    "too few rows": (["--data", "{folder}/x.npy"], None, "x.npy: holds 40 rows, the study needs at least 1024"),
+    "equal rows": (["--data", "{folder}/x.npy"], save(np.ones((1100, 2), np.float32)), "x.npy: all rows are equal"),
+    "NaN": (["--data", "{folder}/x.npy"], save(np.full((1100, 2), np.nan)), "1100 of 1100 rows hold NaN or Inf"),
+    "out in a file": (["--out", "{folder}/x.npy/out"], None, "cannot write"),
+    "out is a file": (["--out", "{folder}/x.npy"], None, "cannot write"),
+    "negative seed": (["--seed", "-1"], None, "seed"),
+    "huge seed": (["--seed", str(2**70)], None, "seed"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_STUDY)
+def test_bad_input_to_study_is_exit_code_2_and_one_line(case, folder, capsys, monkeypatch):
+    def never(*_):
+        raise AssertionError("trained before all was checked")
+
+    monkeypatch.setattr(study, "_train", never)
+    options, prepare, message = BAD_STUDY[case]
+    if prepare:
+        prepare(folder)
+    before = snapshot(folder)
+    options = ["--out", "{folder}/out", *options]  # the last of two counts
+    assert run("study", "--quick", *(option.format(folder=folder) for option in options)) == 2
+    out, err = capsys.readouterr()
+    assert message in error_line(err)
+    assert out == ""
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "jaxsae: interrupted; what was finished is kept."),
+        (OSError(28, "No space left on device", "report.json"), 2, "report.json: No space left on device"),
+        (OSError("the disk said something"), 2, "the disk said something"),
+        (PermissionError(13, "Permission denied", "x.npy"), 2, "x.npy: Permission denied"),
+    ],
+    ids=["interrupted", "disk full", "of no number", "forbidden"],
+)
+def test_what_goes_wrong_in_between_is_one_line(error, code, message, fake_study, tmp_path, capsys):
+    fake_study(error)
+    assert run("study", "--out", tmp_path) == code
+    out, err = capsys.readouterr()
+    assert message in error_line(err)
+    assert out == ""
+
+
+def test_an_interrupted_refine_leaves_nothing(folder, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stream, "refine", interrupted)
+    before = snapshot(folder)
+    assert refine(folder) == 130
+    assert error_line(capsys.readouterr().err).startswith("jaxsae: interrupted")
+    assert snapshot(folder) == before
+
+
+def test_a_bug_is_not_hidden(fake_study, tmp_path):
+    # Only what the user can mend becomes one line.
+    fake_study(ZeroDivisionError("a bug"))
+    with pytest.raises(ZeroDivisionError):
+        run("study", "--out", tmp_path)
+
+
+def test_without_the_extra_it_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    assert run("study") == 2
+    assert error_line(capsys.readouterr().err).endswith("pip install 'jaxsae[study]'.")
+
+
+# --- The parser
+
+
+@pytest.mark.parametrize(
+    ("argv", "texts"),
+    [
+        (["--help"], ["study", "refine"]),
+        (["study", "--help"], ["--out", "--data", "--quick", "--seed"]),
+        (["refine", "--help"], ["--sae", "--data", "--out", "--capacity", "--tol", "--max-steps", "--strict"]),
+    ],
+)
+def test_help(argv, texts, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    assert not caught.value.code
+    out = capsys.readouterr().out
+    for text in texts:
+        assert text in out
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [[], ["nothing"], ["refine"], ["study", "--unknown"], ["study", "--seed", "x"], ["refine", "--sae", "a"]],
+    ids=" ".join,
+)
+def test_what_the_parser_refuses(argv, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    assert caught.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+# --- As a process
+
+
+def process(*argv):
+    return subprocess.run(
+        [sys.executable, "-m", "jaxsae", *map(str, argv)], capture_output=True, text=True, timeout=200
+    )
+
+
+def test_the_module_is_the_command(folder):
+    found = process("refine", "--sae", folder / "topk", "--data", folder / "nothing.npy", "--out", folder / "codes.npz")
+    assert found.returncode == 2
+    assert found.stdout == ""
+    assert error_line(found.stderr).startswith(f"jaxsae: {folder / 'nothing.npy'}: no such file")
+
+
+@pytest.mark.slow
+def test_study_and_refine_from_end_to_end(tmp_path):
+    found = process("study", "--quick", "--out", tmp_path / "out")
+    assert found.returncode == 0, found.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["complete"]
+    assert all(row["certified"] == 1 for row in report["rows"])
+    x = jaxsae.data.image_patches(500, 500, side=8, seed=1)[1]
+    np.save(tmp_path / "x.npy", x)
+    for saved in sorted((tmp_path / "out" / "sae").iterdir()):
+        codes = tmp_path / "codes.npz"
+        found = process("refine", "--sae", saved, "--data", tmp_path / "x.npy", "--out", codes, "--strict")
+        assert found.returncode == 0, found.stderr
+        assert "Traceback" not in found.stderr
+        with np.load(codes) as archive:
+            assert archive["indices"].shape[0] == 500
+            assert (archive["status"] == 0).all()
