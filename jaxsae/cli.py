@@ -34,10 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"jaxsae: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(
-            f"jaxsae: {error.filename or 'a file'}: {error.strerror}; nothing was half-written.",
-            file=sys.stderr,
-        )
+        what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error
+        print(f"jaxsae: {what}; nothing was half-written.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("jaxsae: interrupted; what was finished is kept.", file=sys.stderr)
@@ -107,6 +105,12 @@ def refine(
     model, rows = pretrained.load(sae), data_module.open_rows(data)
     if capacity is not None and (capacity < 1 or (model.activation.k or capacity) != capacity):
         raise InputError(f"got --capacity {capacity} for {model.activation}; leave it out.")
+    if not (0 < max_steps < 2**31 and tol >= 0):
+        raise InputError(
+            f"got --max-steps {max_steps} and --tol {tol}; pass steps from 1 to 2³¹ − 1 and tol of at least 0."
+        )
+    if out.exists() and out.samefile(data):
+        raise InputError(f"{out}: is the data; write the codes to another file.")
     with _progress(len(rows)) as advance:
         summary = stream.refine_file(
             model,

@@ -84,7 +84,8 @@ def from_dense(z: Float[Array, "*b m"], capacity: int) -> SparseCode:
     magnitude, indices = jax.lax.top_k(jax.lax.stop_gradient(jnp.abs(z)), capacity)
     kept = magnitude != 0
     values = jnp.where(kept, jnp.take_along_axis(z, indices, axis=-1), 0)
-    overflow = jnp.sum(z != 0, axis=-1, dtype=jnp.int32) - jnp.sum(kept, axis=-1, dtype=jnp.int32)
+    active = jnp.sum(jnp.abs(z) > 0, axis=-1, dtype=jnp.int32)  # NaN is in no need of a slot
+    overflow = active - jnp.sum(magnitude > 0, axis=-1, dtype=jnp.int32)
     return SparseCode(values, jnp.where(kept, indices, m), m, overflow)
 
 

@@ -1,6 +1,7 @@
 """Rows to train and measure on: any array of activations on disk, or patches of two photographs."""
 
 import os
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -9,6 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from jaxsae.files import InputError
+
+# What numpy lets out when a file is not what it says.
+_UNREADABLE = (
+    *(ValueError, TypeError, EOFError, OSError, LookupError, SyntaxError, NotImplementedError, MemoryError),
+    *(tokenize.TokenError, zipfile.BadZipFile, zlib.error),
+)
 
 
 def open_rows(path: str | os.PathLike) -> np.ndarray:
@@ -42,13 +49,15 @@ def open_rows(path: str | os.PathLike) -> np.ndarray:
     if magic[:2] != b"PK" and magic != b"\x93NUMPY":
         raise InputError(f"{path}: {'not an array file' if magic else 'the file is empty'}; {expected}.")
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-        if isinstance(array, np.lib.npyio.NpzFile):
-            array = _only_array(array, path)
+        if magic[:2] == b"PK":
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+                array = _only_array(archive, path)
+        else:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
     except InputError:
         raise
-    except (ValueError, EOFError, OSError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        reason = str(error).splitlines()[0]
+    except _UNREADABLE as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{path}: is damaged or holds no plain array ({reason}); {expected}.") from error
     if array.dtype not in (np.float16, np.float32, np.float64):
         raise InputError(f"{path}: holds {array.dtype}; {expected}: convert it with .astype('float32').")
@@ -61,7 +70,10 @@ def _only_array(archive, path: Path) -> np.ndarray:
     if len(archive.files) != 1:
         names = ", ".join(archive.files) or "nothing"
         raise InputError(f"{path}: holds {len(archive.files)} arrays ({names}); expected one: save it alone.")
-    return archive[archive.files[0]]
+    array = archive[archive.files[0]]
+    if not isinstance(array, np.ndarray):
+        raise TypeError(f"its only member is {archive.files[0]!r}")
+    return array
 
 
 def require_finite(rows: np.ndarray, what: str) -> None:
@@ -72,7 +84,9 @@ def require_finite(rows: np.ndarray, what: str) -> None:
       Traceback (most recent call last):
       jaxsae.files.InputError: x.npy: 1 of 2 rows hold NaN or Inf, the first is row 1; drop or mend them.
     """
-    bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+    chunk = max(1, (64 << 20) // rows[0].nbytes)  # the rows may be a file larger than memory
+    finite = [np.isfinite(rows[at : at + chunk]).all(axis=1) for at in range(0, len(rows), chunk)]
+    bad = np.flatnonzero(~np.concatenate(finite))
     if bad.size:
         raise InputError(
             f"{what}: {bad.size} of {len(rows)} rows hold NaN or Inf, the first is row {bad[0]}; drop or mend them."
@@ -153,6 +167,6 @@ def _cut(pictures, count, side, generator):
         windows = np.lib.stride_tricks.sliding_window_view(picture, (side, side), axis=(0, 1))
         i = generator.integers(windows.shape[0], size=len(share))
         j = generator.integers(windows.shape[1], size=len(share))
-        patches.append(windows[i, j].reshape(len(share), -1))
+        patches.append(windows[i, j].reshape(len(share), windows[0, 0].size))
     patches = generator.permutation(np.concatenate(patches))
     return patches - patches.mean(axis=1, keepdims=True)

@@ -49,7 +49,12 @@ def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
         yield new
         if path.exists():
             os.rename(path, old)
-        os.rename(new, path)
+        try:
+            os.rename(new, path)
+        except OSError:
+            if old.exists():
+                os.rename(old, path)
+            raise
 
 
 @contextlib.contextmanager

@@ -55,7 +55,7 @@ def moments(x: Float[Array, "*b d"], keep: Bool[Array, "*b"] | None = None) -> M
       >>> jaxsae.metrics.moments(jnp.array([[0.0], [2.0]])).spread
       Array(2., dtype=float32)
     """
-    x = x.reshape(-1, x.shape[-1])
+    x = x.reshape(-1, x.shape[-1]).astype(jnp.promote_types(x.dtype, jnp.float32))
     keep = jnp.ones(x.shape[0], bool) if keep is None else keep.reshape(-1)
     x = jnp.where(keep[:, None], x, 0)
     rows = jnp.sum(keep, dtype=x.dtype)
@@ -297,6 +297,7 @@ def shrinkage(sae: SAE, x: Float[Array, "*b d"], code: SparseCode, refined: Spar
 def _shrinkage(W_dec, b_dec, x, code: SparseCode, refined: SparseCode) -> Shrinkage:
     keep = jnp.isfinite(x).all(-1) & jnp.isfinite(code.values).all(-1) & jnp.isfinite(refined.values).all(-1)
     target = jnp.where(keep[..., None], x - b_dec, 0)
+    target = target.astype(jnp.promote_types(target.dtype, jnp.float32))
 
     def sums(code):
         x_hat = jnp.where(keep[..., None], codes.combine(W_dec, code), 0)
@@ -306,7 +307,9 @@ def _shrinkage(W_dec, b_dec, x, code: SparseCode, refined: SparseCode) -> Shrink
     error_after, power_after, cross_after = sums(refined)
     active = (code.mask & (code.values != 0) & keep[..., None]).ravel()
     indices = jnp.where(active, code.indices.ravel(), code.num_latents)
-    before, after = (jnp.where(active, values.ravel(), 0) for values in (code.values, refined.values))
+    before, after = (
+        jnp.where(active, values.ravel(), 0).astype(target.dtype) for values in (code.values, refined.values)
+    )
     bins = len(RATIO_EDGES) - 1
     ratio = jnp.where(active, after, 1) / jnp.where(active, before, 1)
     # `floor` keeps the edge at 1 exact: a fall, however small, is left of it.

@@ -109,29 +109,41 @@ def _read_own(path: Path) -> SAE:
         raise InputError(
             f"{path}: not a whole SAE ({str(error).splitlines()[0]}); expected {_CONFIG} and {_WEIGHTS}: save it again."
         ) from error
-    if config.get("format") != "jaxsae" or config.get("version") != _VERSION:
+    if not isinstance(config, dict) or (config.get("format"), config.get("version")) != ("jaxsae", _VERSION):
+        says = [config.get("format"), config.get("version")] if isinstance(config, dict) else [config, None]
         raise InputError(
-            f"{path / _CONFIG}: says {config.get('format')!r} version {config.get('version')!r}, expected 'jaxsae' "
-            f"version {_VERSION}; load it with the version of jaxsae that wrote it."
+            f"{path / _CONFIG}: says {says[0]!r} version {says[1]!r}, expected 'jaxsae' version {_VERSION}; load it "
+            "with the version of jaxsae that wrote it."
         )
-    d, m = config["d"], config["m"]
+    d, m = config.get("d"), config.get("m")
     shapes = {"W_enc": (d, m), "b_enc": (m,), "W_dec": (m, d), "b_dec": (d,)}
     found = {name: arrays[name].shape if name in arrays else None for name in shapes}
     if found != shapes:
         raise InputError(f"{path / _WEIGHTS}: holds shapes {found}, but {_CONFIG} says {shapes}; save it again.")
-    return SAE(**{name: arrays[name] for name in _ARRAYS}, activation=_activation(config["activation"], arrays, path))
+    dtypes = {str(arrays[name].dtype) for name in shapes if not jnp.issubdtype(arrays[name].dtype, jnp.floating)}
+    if dtypes:
+        raise InputError(f"{path / _WEIGHTS}: holds {', '.join(dtypes)}, expected floating point; save it again.")
+    parameters = {name: array for name, array in arrays.items() if name not in shapes}
+    return SAE(**{name: arrays[name] for name in shapes}, activation=_activation(config, parameters, path))
 
 
-def _activation(config: dict[str, Any], arrays: dict[str, Any], path: Path):
-    if config.get("name") not in _ACTIVATIONS:
+def _activation(config: dict[str, Any], parameters: dict[str, Any], path: Path):
+    options = config.get("activation")
+    if not isinstance(options, dict) or options.get("name") not in _ACTIVATIONS:
+        name = options.get("name") if isinstance(options, dict) else options
         raise InputError(
-            f"{path / _CONFIG}: activation {config.get('name')!r} is unknown, expected one of "
-            f"{', '.join(_ACTIVATIONS)}; update jaxsae."
+            f"{path / _CONFIG}: activation {name!r} is unknown, expected one of {', '.join(_ACTIVATIONS)}; "
+            "update jaxsae."
         )
-    prefix = "activation."
-    parameters = {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
-    static = {name: value for name, value in config.items() if name != "name"}
-    return _ACTIVATIONS[config["name"]](**parameters, **static)
+    static = {name: value for name, value in options.items() if name != "name"}
+    try:
+        parameters = {name.removeprefix("activation."): array for name, array in parameters.items()}
+        activation = _ACTIVATIONS[options["name"]](**parameters, **static)
+        if activation.k is not None and activation.k > config["m"]:
+            raise ValueError(f"k = {activation.k} for {config['m']} latents")
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: its activation does not fit ({str(error).rstrip('.')}); save it again.") from error
+    return activation
 
 
 _FORMATS = {"jaxsae": _Format(_detect_own, _read_own, _write_own)}

@@ -43,7 +43,8 @@ def _chunks(sae: SAE, rows: np.ndarray) -> Iterator[tuple[int, Array]]:
 
 @jax.jit
 def _max_l0(sae, x):
-    return jnp.max(jnp.sum(jnp.abs(encode_dense(sae, x)) > 0, axis=1))  # a row of NaN counts as empty
+    l0 = jnp.sum(encode_dense(sae, x) != 0, axis=1)
+    return jnp.max(jnp.where(jnp.isfinite(x).all(1), l0, 0))
 
 
 def max_l0(sae: SAE, rows: np.ndarray) -> int:
@@ -125,6 +126,8 @@ def refine_file(
     Raises:
       InputError: if the rows are not as wide as the SAE, or the file cannot be written.
     """
+    if not len(rows):
+        raise InputError("got no rows; pass at least one.")
     if rows.shape[1] != sae.d:
         raise InputError(
             f"got rows of width {rows.shape[1]}, but this SAE has d = {sae.d}; pass the data it was made for."
@@ -160,7 +163,7 @@ def refine_file(
             rows=len(rows),
             capacity=capacity,
             shrinkage=measured,
-            overflowed=int(np.count_nonzero(arrays["overflow"])),
+            overflowed=int(np.count_nonzero(arrays["overflow"] * (arrays["status"] != Status.NONFINITE))),
             nonfinite=int(np.count_nonzero(arrays["status"] == Status.NONFINITE)),
             unconverged=int(np.count_nonzero(arrays["status"] == Status.MAX_STEPS)),
             worst_kkt=float(np.max(np.nan_to_num(arrays["kkt"]), initial=0)),

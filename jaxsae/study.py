@@ -74,6 +74,8 @@ def run(
     Raises:
       InputError: if the data cannot be used or `out` cannot be written.
     """
+    if not 0 <= seed < 2**32:
+        raise InputError(f"got seed {seed}, expected one from 0 to 2³² − 1; pass another.")
     out = Path(out)
     rows, heldout, scale, source = _load(data, plan, seed)
     report: dict[str, Any] = {
@@ -87,7 +89,7 @@ def run(
     }
     _write(report, out)
 
-    def add(family: str, value: float, activation, loss) -> None:
+    def add(family: str, value: int | float, activation, loss) -> None:
         name = f"{type(activation).__name__} {'k' if family == 'topk' else 'λ'}={value:g}"
         sae = _train(rows, activation, loss, plan, seed, lambda text, steps: progress(f"{name}  {text}", steps))
         sae = rescale(sae, scale)
@@ -126,11 +128,11 @@ def _load(path, plan: Plan, seed: int) -> tuple[np.ndarray, np.ndarray, float, s
     needed = plan.batch + plan.heldout
     if len(everything) < needed:
         raise InputError(f"{path}: holds {len(everything)} rows, the study needs at least {needed}; pass more.")
+    data_module.require_finite(everything, str(path))
     rows = np.asarray(everything[: min(len(everything) - plan.heldout, _PICTURE_ROWS)], np.float32)
     heldout = np.asarray(everything[-plan.heldout :], np.float32)
-    data_module.require_finite(np.concatenate([rows, heldout]), str(path))
     spread = np.mean(np.sum((rows - rows.mean(axis=0)) ** 2, axis=1))
-    if not spread > 0:
+    if not spread > 1e-12 * np.mean(np.sum(rows**2, axis=1)):
         raise InputError(f"{path}: all rows are equal, there is nothing to learn; pass activations of varied inputs.")
     scale = float(1 / np.sqrt(spread))
     return rows * scale, heldout, scale, str(path)
@@ -197,7 +199,9 @@ def measure(sae: SAE, rows: np.ndarray) -> dict[str, Any]:
         "certified": np.mean(kkt <= CERTIFIED),
         "dead": active.dead,
     }
-    return {name: float(value) for name, value in numbers.items()} | {"change": np.asarray(shrunk.change).tolist()}
+    # JSON has no NaN: a mean over no active value is null.
+    numbers = {name: float(value) if np.isfinite(value) else None for name, value in numbers.items()}
+    return numbers | {"change": np.asarray(shrunk.change).tolist()}
 
 
 @jax.jit
@@ -207,4 +211,4 @@ def _certified_kkt(dictionary, y, code):
 
 def _write(report: dict[str, Any], out: Path) -> None:
     with atomic_file(out / "report.json") as temporary:
-        temporary.write_text(json.dumps(report, indent=1) + "\n")
+        temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")

@@ -170,7 +170,8 @@ def make_step(
       >>> sorted(metrics)
       ['dead', 'l0', 'loss', 'nmse']
     """
-    if jax.tree.leaves(loss) == [loss]:
+    leaves = jax.tree.leaves(loss)
+    if len(leaves) == 1 and leaves[0] is loss:
         loss = jax.tree_util.Partial(loss)
     return functools.partial(_step, tx, loss)
 

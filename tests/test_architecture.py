@@ -19,6 +19,7 @@ ORDER = [
     "cli",
     "study",
     "plots",
+    "stream",
     "pretrained",
     "train",
     "checkpoint",

@@ -221,6 +221,7 @@ BAD_REFINE = {
     "too much capacity": ({"sae": "relu"}, ["--capacity", M + 1], None, f"got capacity {M + 1} for {M} latents"),
     "capacity for TopK": ({}, ["--capacity", K + 1], None, f"got --capacity {K + 1} for TopK(k={K})"),
     "out in a file": ({"out": "x.npy/codes.npz"}, [], None, "cannot write"),
+    "out is the data": ({"out": "x.npy"}, [], None, "x.npy"),
     "out is a directory": ({"out": "topk"}, [], None, "topk"),
     "too many steps": ({}, ["--max-steps", 2**31], None, "--max-steps"),
     "negative steps": ({}, ["--max-steps", -1], None, "--max-steps"),

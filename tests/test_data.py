@@ -121,6 +121,25 @@ def test_open_rows_refuses(case, tmp_path):
     gc.collect()  # a file left open is an error here, not in a later test
 
 
+class Trap:
+    """Makes a directory when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("name", ["x.npy", "x.npz"])
+def test_a_pickle_is_not_run(name, tmp_path):
+    trap = np.array([[Trap(str(tmp_path / "sprung"))]], dtype=object)
+    (np.save if name.endswith("npy") else np.savez)(tmp_path / name, trap)
+    with pytest.raises(InputError):
+        open_rows(tmp_path / name)
+    assert os.listdir(tmp_path) == [name]
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_require_finite_counts_the_rows(bad):
     rows = array()

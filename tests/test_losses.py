@@ -19,6 +19,9 @@ def auxk(model, residual, pre, dead=DEAD, k_aux=3):
     return losses.auxk(model, residual, pre, dead, k_aux=k_aux)
 
 
+value_and_grad = jax.jit(jax.value_and_grad(auxk, argnums=(0, 2)), static_argnames="k_aux")
+
+
 def test_mse_and_nmse_are_numpys():
     x, x_hat = activations(batch=(B,)) + 2, activations(1, batch=(B,))
     error, spread = f64(x) - f64(x_hat), f64(x) - f64(x).mean(0)
@@ -90,9 +93,12 @@ def test_auxk_does_not_reach_what_made_the_residual():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])  # 1e30 squared is more than float32 holds
-def test_auxk_that_is_not_finite_is_0_and_so_is_its_gradient(bad):
-    model, (pre, residual) = sae(m=M), pre_and_residual()
-    value, grads = jax.value_and_grad(auxk)(model, residual.at[0, 0].set(bad), pre)
+@pytest.mark.parametrize("where", ["residual", "pre"])
+@pytest.mark.parametrize("k_aux", [3, M])
+def test_auxk_that_is_not_finite_is_0_and_so_is_its_gradient(k_aux, where, bad):
+    given = dict(zip(("pre", "residual"), pre_and_residual(), strict=True))
+    given[where] = given[where].at[0, 0].set(bad)  # latent 0 is dead, so its `pre` counts
+    value, grads = value_and_grad(sae(m=M), given["residual"], given["pre"], k_aux=k_aux)
     assert value == 0
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads))
 

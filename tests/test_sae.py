@@ -61,7 +61,7 @@ def test_init_refuses(wrong, message, unchecked):
 
 
 @ACTIVATIONS
-@pytest.mark.parametrize("batch", [(), (2, 3), (0,)])
+@pytest.mark.parametrize("batch", [(), (2, 3)])
 def test_encode_is_the_definition(activation, batch):
     model, x = sae(activation=activation), activations(batch=batch)
     W_enc, b_enc, b_dec = map(f64, (model.W_enc, model.b_enc, model.b_dec))
@@ -100,7 +100,7 @@ def test_relu_reports_what_does_not_fit():
     np.testing.assert_array_equal(code.overflow, np.maximum(active - 8, 0))
 
 
-@pytest.mark.parametrize("batch", [(), (2, 3), (0,), (70,)])
+@pytest.mark.parametrize("batch", [(), (7, 10)])
 def test_decoding_a_sparse_code_is_decoding_its_dense_form(batch):
     model = sae()
     code = encode(model, activations(batch=batch))
@@ -207,37 +207,30 @@ def test_numpy_arrays_are_taken(unchecked):
 
 
 CODE = SparseCode(jnp.zeros((8, 4)), jnp.zeros((8, 4), jnp.int32), 32)
-INTEGERS = jnp.ones((8, 16), jnp.int32)
-NARROW = jnp.ones((8, 15))
-RELU = jaxsae.ReLU()
+X = activations()
+INTEGERS = X.astype(jnp.int32)
+NARROW = X[:, :15]
+TOPK, RELU = sae(), sae(activation=jaxsae.ReLU())
 
 
 @pytest.mark.parametrize(
     ("error", "message", "call"),
     [
-        (TypeError, r"`encode` got x of dtype int32", lambda: jaxsae.encode(sae(), INTEGERS)),
-        (TypeError, r"`encode` got x of dtype int32", lambda: jaxsae.encode_dense(sae(), INTEGERS)),
-        (TypeError, r"`refine` got x of dtype int32", lambda: jaxsae.refine(sae(), INTEGERS)),
-        (ValueError, r"got x of shape \(8, 15\), but this SAE has d = 16", lambda: jaxsae.encode(sae(), NARROW)),
-        (ValueError, r"`refine` got x of shape \(8, 15\)", lambda: jaxsae.refine(sae(), NARROW)),
-        (ValueError, r"got x of shape \(\), but", lambda: jaxsae.encode(sae(), jnp.ones(()))),
-        (ValueError, r"got no capacity, and ReLU", lambda: jaxsae.encode(sae(activation=RELU), activations())),
-        (ValueError, r"got no capacity, and ReLU", lambda: jaxsae.refine(sae(activation=RELU), activations())),
-        (
-            ValueError,
-            r"got capacity 33 for 32 latents",
-            lambda: jaxsae.encode(sae(activation=RELU), activations(), capacity=33),
-        ),
-        (
-            ValueError,
-            r"TopK fixes k = 4, but got capacity 3",
-            lambda: jaxsae.encode(sae(), activations(), capacity=3),
-        ),
-        (ValueError, r"`decode` got a code of 31 latents for an SAE of 32", lambda: jaxsae.decode(sae(), CODE.replace(num_latents=31))),
-        (ValueError, r"`decode` got a code of 31 latents for an SAE of 32", lambda: jaxsae.decode(sae(), jnp.ones((8, 31)))),
-        (ValueError, r"got values \(8, 4\) .* for y of shape \(7, 16\)", lambda: jaxsae.refine(sae(), activations(batch=(7,)), CODE)),
+        (TypeError, r"`encode` got x of dtype int32", lambda: jaxsae.encode(TOPK, INTEGERS)),
+        (TypeError, r"`encode` got x of dtype int32", lambda: jaxsae.encode_dense(TOPK, INTEGERS)),
+        (TypeError, r"`refine` got x of dtype int32", lambda: jaxsae.refine(TOPK, INTEGERS)),
+        (ValueError, r"`encode` got x of shape \(8, 15\), but .* d = 16", lambda: jaxsae.encode(TOPK, NARROW)),
+        (ValueError, r"`refine` got x of shape \(8, 15\), but .* d = 16", lambda: jaxsae.refine(TOPK, NARROW)),
+        (ValueError, r"`encode` got x of shape \(\), but", lambda: jaxsae.encode(TOPK, X[0, 0])),
+        (ValueError, r"got no capacity, and ReLU", lambda: jaxsae.encode(RELU, X)),
+        (ValueError, r"got no capacity, and ReLU", lambda: jaxsae.refine(RELU, X)),
+        (ValueError, r"got capacity 33 for 32 latents", lambda: jaxsae.encode(RELU, X, capacity=33)),
+        (ValueError, r"TopK fixes k = 4, but got capacity 3", lambda: jaxsae.encode(TOPK, X, capacity=3)),
+        (ValueError, r"`decode` got a code of 31", lambda: jaxsae.decode(TOPK, CODE.replace(num_latents=31))),
+        (ValueError, r"`decode` got a code of 31", lambda: jaxsae.decode(TOPK, jnp.ones((8, 31)))),
+        (ValueError, r"got values \(8, 4\) .* y of shape \(7, 16\)", lambda: jaxsae.refine(TOPK, X[:7], CODE)),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("traced", [False, True], ids=["eager", "traced"])
 def test_what_does_not_fit_is_refused_in_a_sentence(error, message, call, traced, unchecked):
     with pytest.raises(error, match=message) as raised:

@@ -182,6 +182,14 @@ def test_refined_values_are_the_best_there_are(done, rows, solver):
     assert max(worst["topk"]) <= 1e-6
 
 
+def test_the_certificate_does_not_take_the_solvers_word(done, monkeypatch):
+    monkeypatch.setattr(study, "_SOLVER", jaxsae.FISTA(tol=1e9))  # content with anything
+    _, sae = next(saved_saes(done))
+    found = study.measure(sae, done.rows[-PLAN.heldout :])
+    assert found["certified"] < 0.1
+    assert found["worst_kkt"] > 100 * study.CERTIFIED
+
+
 # --- Interruption
 
 
