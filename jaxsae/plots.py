@@ -34,6 +34,7 @@ def shrinkage(report: dict[str, Any], path: str | os.PathLike) -> None:
         left.stairs(_share(counts.sum(axis=0)), edges, fill=True, color=colour, alpha=0.3, label=label)
         for count in counts:
             left.stairs(_share(count), edges, color=colour, linewidth=0.8)
+        rows = [row for row in rows if row["l0"]]  # a dead autoencoder has no place on a logarithmic axis
         l0 = [row["l0"] for row in rows]
         before, after = ([row[f"nmse_{when}"] for row in rows] for when in ("before", "after"))
         right.plot(l0, before, "o--", color=colour, markerfacecolor="white", label=f"{label}, encoder's values")
@@ -48,7 +49,9 @@ def shrinkage(report: dict[str, Any], path: str | os.PathLike) -> None:
         title="Refinement raises shrunken activations",
         xlim=(edges[0], edges[-1]),
     )
-    right.set(xscale="log", yscale="log", xlabel="L0: active latents a row", ylabel="NMSE on held-out rows")
+    if any(row["l0"] for row in report["rows"]):
+        right.set(xscale="log", yscale="log")
+    right.set(xlabel="L0: active latents a row", ylabel="NMSE on held-out rows")
     for axis in (right.xaxis, right.yaxis):
         axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

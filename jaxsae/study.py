@@ -132,7 +132,7 @@ def _load(path, plan: Plan, seed: int) -> tuple[np.ndarray, np.ndarray, float, s
     rows = np.asarray(everything[: min(len(everything) - plan.heldout, _PICTURE_ROWS)], np.float32)
     heldout = np.asarray(everything[-plan.heldout :], np.float32)
     spread = np.mean(np.sum((rows - rows.mean(axis=0)) ** 2, axis=1))
-    if not spread > 1e-12 * np.mean(np.sum(rows**2, axis=1)):
+    if not spread > 1e-10 * np.mean(np.sum(rows**2, axis=1)):
         raise InputError(f"{path}: all rows are equal, there is nothing to learn; pass activations of varied inputs.")
     scale = float(1 / np.sqrt(spread))
     return rows * scale, heldout, scale, str(path)

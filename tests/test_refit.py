@@ -650,7 +650,8 @@ def test_the_gap_bounds_the_error_that_could_be_saved(values, nonnegative, coher
     if nonnegative and values == "signed":
         code = projected(code)  # an infeasible code may have less error than the best feasible one
     gap = f64(jaxsae.certify(dictionary, y, code, nonnegative=nonnegative).gap)
-    assert np.all(gap * (1 + 1e-6) >= excess(dictionary, y, code, nonnegative) - 1e-7)
+    # A gap is rounded in proportion to itself; where little is to be gained, it is exact.
+    assert np.all(gap * (1 + 1e-5) >= excess(dictionary, y, code, nonnegative) - 1e-7)
     if values == "refitted":
         assert np.max(gap) <= 1e-5
     else:
