@@ -239,7 +239,7 @@ def _divide(x, by):
     return jnp.where(by == 0, 0, x / jnp.where(by == 0, 1, by))
 
 
-def _gather(dictionary, indices, y, *, least=0.0):
+def _gather(dictionary, indices, y, *, least: float | Array = 0.0):
     """The rows' atoms `[n k d]` and targets `[n d]`, each divided by its largest magnitude, `[n k]` and `[n 1]`.
 
     No atom that is not zero is divided by less than `least`.

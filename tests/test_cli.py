@@ -59,14 +59,6 @@ def test_refine_writes_the_codes_and_prints_the_table(folder, capsys):
     assert "Traceback" not in err
 
 
-def test_refine_of_a_relu_finds_its_capacity(folder, capsys):
-    assert refine(folder, sae="relu") == 0
-    model = pretrained.load(folder / "relu")
-    with np.load(folder / "codes.npz") as saved:
-        assert saved["indices"].shape == (ROWS, stream.max_l0(model, rows()))
-    assert "warning" not in capsys.readouterr().err
-
-
 def spoil_rows(folder):
     x = rows()
     x[[3, 5]] = np.nan
@@ -74,7 +66,7 @@ def spoil_rows(folder):
 
 
 WARNINGS = {
-    "overflow": (["--capacity", 3], "relu", None, "rows have more active latents than slots; raise --capacity."),
+    "overflow": (["--capacity", K], "relu", None, "rows have more active latents than slots; raise --capacity."),
     "NaN": ([], "topk", spoil_rows, "2 rows hold NaN or Inf and are left as encoded (status 2)."),
     "steps": (["--max-steps", 1], "topk", None, "rows stopped at --max-steps (status 1)."),
 }

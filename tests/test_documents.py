@@ -26,3 +26,16 @@ def test_notebook_runs_and_keeps_its_outputs(path):
     cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
     assert any(cell["outputs"] for cell in cells)
     run(["".join(cell["source"]) for cell in cells])
+
+
+def test_readme_has_the_numbers_of_the_committed_report():
+    text = (ROOT / "README.md").read_text()
+    rows = json.loads((ROOT / "benchmarks/results/study/report.json").read_text())["rows"]
+    assert len(rows) == 8
+    for row in rows:
+        name = f"{'ReLU, L1' if row['family'] == 'relu' else 'TopK, k'} {row['k_or_l1']:g}"
+        (line,) = [line for line in text.splitlines() if line.startswith(f"| {name} |")]
+        shown = [f"{row['l0']:.1f}", *(f"{row[key]:.4f}" for key in ("nmse_before", "nmse_after", "gamma_before"))]
+        assert all(
+            f" {number} |" in line for number in (*shown, f"{row['mean_change']:+.1%}", f"{row['worst_kkt']:.1e}")
+        )

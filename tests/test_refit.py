@@ -545,14 +545,24 @@ def test_the_derivative_is_that_of_finite_differences(nonnegative, x64):
         steps = 1e-5 * np.eye(point.size)
         # A ridge is never negative, so its difference is taken from the right, to second order.
         ridges = point + np.outer([0, 1e-6, 2e-6], steps[-1] > 0)
-        values, gradients = map(np.asarray, evaluate(np.concatenate([point + steps[:-1], point - steps[:-1], ridges])))
+        values, slopes = map(np.asarray, evaluate(np.concatenate([point + steps[:-1], point - steps[:-1], ridges])))
         right, left = values[:-3].reshape(2, -1)
         by_ridge = (4 * values[-2] - values[-1] - 3 * values[-3]) / 2e-6
         differences = jnp.append((right - left) / 2e-5, by_ridge)
-        for got, expected in zip(unravel(jnp.asarray(gradients[-3])), unravel(differences), strict=True):
+        for got, expected in zip(unravel(jnp.asarray(slopes[-3])), unravel(differences), strict=True):
             scale = np.abs(got).max()
             assert scale > 0
             np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6 * scale)
+
+
+@pytest.mark.parametrize("atoms", [1e-10, 1e10])
+def test_the_gradient_has_its_units(atoms):
+    dictionary, y, code = problem()
+    d_dictionary, d_y, *_ = gradients(dictionary, y, code)
+    start = with_code(code, values=np.asarray(code.values) / np.float32(atoms))
+    scaled_dictionary, scaled_y, *_ = gradients(np.float32(atoms) * dictionary, y, start)
+    for scaled, gradient, unit in ((scaled_dictionary, d_dictionary, atoms**-3), (scaled_y, d_y, atoms**-2)):
+        np.testing.assert_allclose(f64(scaled) / unit, gradient, rtol=1e-3, atol=1e-3 * np.abs(gradient).max())
 
 
 def test_coordinates_at_their_bound_do_not_move():

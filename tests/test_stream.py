@@ -124,9 +124,9 @@ def test_the_summary(refined):
 
 
 def test_a_mapped_file_gives_the_same_bytes(tmp_path):
-    np.save(tmp_path / "x.npy", some_rows(300))
+    np.save(tmp_path / "x.npy", some_rows(256))
     mapped = jaxsae.data.open_rows(tmp_path / "x.npy")
-    for name, rows in {"mapped": mapped, "array": some_rows(300)}.items():
+    for name, rows in {"mapped": mapped, "array": some_rows(256)}.items():
         refine_file(model_of(TOPK), rows, tmp_path / f"{name}.npz", SOLVER)
     for a, b in zip(read(tmp_path / "mapped.npz"), read(tmp_path / "array.npz"), strict=True):
         jax.tree.map(np.testing.assert_array_equal, a, b)
