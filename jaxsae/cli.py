@@ -55,7 +55,8 @@ def study(
 
     Args:
         out: directory for the results.
-        data: .npy or .npz file of activations (rows, width); patches of two photographs if left out.
+        data: .npy or .npz file of activations (rows, width), the first 100,000 to train on and the last held out;
+            patches of two photographs if left out.
         quick: small autoencoders, under a minute.
         seed: of initialisation, shuffles and patches.
     """
@@ -70,7 +71,8 @@ def study(
     for row in failed:
         count = round((1 - row["certified"]) * report["data"]["heldout"])
         name = f"{row['family']} {row['k_or_l1']:g}"
-        _warn(f"{name}: {count} rows are not certified, the worst at KKT {row['worst_kkt']:.1e}.")
+        worst = "NaN" if row["worst_kkt"] is None else f"{row['worst_kkt']:.1e}"
+        _warn(f"{name}: {count} rows are not certified, the worst at KKT {worst}.")
     return 1 if failed else 0
 
 
@@ -182,18 +184,17 @@ def _print_study(report) -> None:
         column.justify = "right"
     for row in report["rows"]:
         name = f"ReLU, L1 {row['k_or_l1']:g}" if row["family"] == "relu" else f"TopK, k {row['k_or_l1']:g}"
-        table.add_row(
-            name,
-            f"{row['l0']:.1f}",
-            f"{row['nmse_before']:.4f}",
-            f"{row['nmse_after']:.4f}",
-            f"{row['mean_before']:.3f}",
-            f"{row['mean_after']:.3f}",
-            f"{row['mean_change']:+.1%}",
-            f"{row['rising']:.0%}",
-            f"{row['gamma_before']:.4f}",
-            f"{row['gamma_after']:.4f}",
-            f"{row['worst_kkt']:.1e}" + ("" if row["certified"] == 1 else f" ({1 - row['certified']:.1%} fail)"),
-        )
+        shown = {"l0": ".1f", "nmse_before": ".4f", "nmse_after": ".4f", "mean_before": ".3f", "mean_after": ".3f"}
+        shown |= {
+            "mean_change": "+.1%",
+            "rising": ".0%",
+            "gamma_before": ".4f",
+            "gamma_after": ".4f",
+            "worst_kkt": ".1e",
+        }
+        cells = ["–" if row[key] is None else format(row[key], form) for key, form in shown.items()]
+        if row["certified"] < 1:
+            cells[-1] += f" ({1 - row['certified']:.1%} fail)"
+        table.add_row(name, *cells)
     width = None if sys.stdout.isatty() else 140
     Console(width=width).print(table)

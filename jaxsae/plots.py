@@ -27,7 +27,7 @@ def shrinkage(report: dict[str, Any], path: str | os.PathLike) -> None:
     left, right = figure.subplots(1, 2)
     edges = np.asarray(report["ratio_edges"])
     for family, (label, colour) in _FAMILIES.items():
-        rows = sorted((row for row in report["rows"] if row["family"] == family), key=lambda row: row["l0"])
+        rows = sorted((row for row in report["rows"] if row["family"] == family), key=lambda row: row["l0"] or 0)
         if not rows:
             continue
         counts = np.array([row["change"] for row in rows])

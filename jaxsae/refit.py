@@ -46,7 +46,8 @@ class RefitInfo:
       kkt: `[*b]` relative KKT residual of the values returned (see `certify`), as the solver saw it; NaN where the
         row is not finite.
       steps: `[*b]` int32, solver steps taken.
-      status: `[*b]` int32, a `Status`: 0 converged, 1 stopped at `max_steps`, 2 not finite (row returned unchanged).
+      status: `[*b]` int32, a `Status`: 0 converged, 1 stopped at `max_steps`, 2 not finite, or out of the
+        dtype's range (row returned unchanged).
     """
 
     kkt: Float[Array, "*b"]
@@ -258,7 +259,7 @@ class _Problem(NamedTuple):
     c: Array  # [n k]
     unit: Array  # [n k]  ‖a_i‖ / ‖y‖; 0 for padding, zero atoms and y = 0, where the answer is 0
     weight: Array  # [n k]  ‖a_i‖ / max‖a‖: from the gradient in x to the KKT residual
-    finite: Array  # [n]
+    finite: Array  # [n]  and within range: an answer that overflows or vanishes is none
 
 
 def _problems(dictionary, y, indices, ridge) -> _Problem:
@@ -273,12 +274,14 @@ def _problems(dictionary, y, indices, ridge) -> _Problem:
     relative_ridge = _divide(root, atom_scale) ** 2
     norm = jnp.sqrt(norm**2 + relative_ridge)
     gram = gram + relative_ridge[:, :, None] * jnp.eye(gram.shape[-1], dtype=gram.dtype)
+    unit = _divide(_divide(norm, y_norm) * atom_scale, y_scale)
+    in_range = (jnp.isfinite(unit) & ((unit > 0) | (norm == 0) | (y_scale == 0))).all(1)
     return _Problem(
         gram=_divide(gram, norm[:, :, None] * norm[:, None, :]),
         c=_divide(c, norm * y_norm),
-        unit=_divide(_divide(norm, y_norm) * atom_scale, y_scale),
+        unit=unit,
         weight=_divide(norm * atom_scale, jnp.max(length, axis=1, keepdims=True, initial=0)),
-        finite=jnp.isfinite(atom_scale).all(1) & jnp.isfinite(y_scale[:, 0]) & (ridge >= 0),
+        finite=jnp.isfinite(atom_scale).all(1) & in_range & jnp.isfinite(y_scale[:, 0]) & (ridge >= 0),
     )
 
 
@@ -293,7 +296,7 @@ class _Carry(NamedTuple):
     state: Any  # the solver's
     best: Array  # [k] the iterate to return, the best so far
     best_gradient: Array  # [k]
-    kkt: Array  # of `best`
+    kkt: Array  # of `best`, in the strict sense
     steps: Array
     running: Array
 
@@ -301,23 +304,28 @@ class _Carry(NamedTuple):
 def _drive(solver, gram, c, weight, z, nonnegative: bool):
     """Run a solver on one unit-free problem until its KKT residual is within tolerance.
 
+    It stops on a residual that is at least the one it returns: as if every atom were as long as the longest, so that
+    short atoms are solved as well as long ones.
+
     The objective's change between two points of a quadratic is `½(z − z')ᵀ(g + g')`, exactly; so "better" is decided
     without subtracting two nearly equal objectives.
     """
     project = jax.nn.relu if nonnegative else lambda z: z
 
-    def residual(z, gradient):
+    def residual(z, gradient, weight):
         return jnp.max(weight * _violation(z, gradient, nonnegative), initial=0)
+
+    strict = jnp.maximum(weight, 1)
 
     def improvement(state, z, gradient):
         return -0.5 * jnp.sum((state.z - z) * (state.gradient + gradient))
 
     start = solver.init(gram, c, project(z))
-    first = residual(start.z, start.gradient)
+    first = residual(start.z, start.gradient, strict)
 
     def step(carry: _Carry) -> _Carry:
         state = solver.step(gram, c, carry.state, project)
-        kkt = residual(state.z, state.gradient)
+        kkt = residual(state.z, state.gradient, strict)
         done = (kkt <= solver.tol) & (improvement(state, start.z, start.gradient) >= 0)
         better = done | (improvement(state, carry.best, carry.best_gradient) > 0)
         steps = carry.steps + 1
@@ -334,7 +342,7 @@ def _drive(solver, gram, c, weight, z, nonnegative: bool):
     running = (first > solver.tol) & (solver.max_steps > 0)
     carry = _Carry(start, start.z, start.gradient, first, jnp.zeros((), jnp.int32), running)
     carry = jax.lax.while_loop(lambda carry: carry.running, step, carry)
-    return carry.best, carry.kkt, carry.steps
+    return carry.best, residual(carry.best, carry.best_gradient, weight), carry.steps
 
 
 def _excess(gram, c, z, other):

@@ -37,8 +37,10 @@ class Block(NamedTuple):
 
 def _chunks(sae: SAE, rows: np.ndarray) -> Iterator[tuple[int, Array]]:
     size = max(_BLOCK, _PRE_ACTIVATIONS // (4 * sae.m) // _BLOCK * _BLOCK)
+    # At least float32, whatever the SAE's: what is certified is then what is written.
+    dtype = jnp.promote_types(sae.W_dec.dtype, jnp.float32)
     for start in range(0, len(rows), size):
-        yield start, jnp.asarray(rows[start : start + size], sae.W_dec.dtype)
+        yield start, jnp.asarray(rows[start : start + size], dtype)
 
 
 @jax.jit

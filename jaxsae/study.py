@@ -131,15 +131,15 @@ def _load(path, plan: Plan, seed: int) -> tuple[np.ndarray, np.ndarray, float, s
     data_module.require_finite(everything, str(path))
     rows = np.asarray(everything[: min(len(everything) - plan.heldout, _PICTURE_ROWS)], np.float32)
     heldout = np.asarray(everything[-plan.heldout :], np.float32)
-    spread = np.mean(np.sum((rows - rows.mean(axis=0)) ** 2, axis=1))
-    if not spread > 1e-10 * np.mean(np.sum(rows**2, axis=1)):
+    if (rows == rows[0]).all():
         raise InputError(f"{path}: all rows are equal, there is nothing to learn; pass activations of varied inputs.")
+    spread = np.sum(np.var(rows[:: max(1, len(rows) // 10_000)], axis=0, dtype=np.float64))
     scale = float(1 / np.sqrt(spread))
     return rows * scale, heldout, scale, str(path)
 
 
-def _matching_k(l0: list[float], most: int) -> list[int]:
-    return sorted({int(np.clip(round(value), 1, most)) for value in l0})
+def _matching_k(l0: list[float | None], most: int) -> list[int]:
+    return sorted({int(np.clip(round(value), 1, most)) for value in l0 if value is not None})
 
 
 @functools.cache  # one object a plan: training steps that share it share their compilation

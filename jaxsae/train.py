@@ -180,7 +180,8 @@ def make_step(
 def _step(tx: Any, loss: Any, state: TrainState, x: Array) -> tuple[TrainState, dict[str, Array]]:
     (value, (fired, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(state.sae, x, state)
     updates, opt_state = tx.update(grads, state.opt_state, state.sae)
-    idle = jnp.where(fired, 0, state.idle + x.shape[0])
+    most = jnp.iinfo(state.idle.dtype).max - x.shape[0]
+    idle = jnp.where(fired, 0, jnp.minimum(state.idle, most) + x.shape[0])
     dead = jnp.mean(idle >= getattr(loss, "dead_after", jnp.inf))
     sae: Any = optax.apply_updates(state.sae, updates)  # pyright: ignore[reportArgumentType]
     state = TrainState(sae, opt_state, state.step + 1, idle)

@@ -207,8 +207,9 @@ def test_unused_slots_change_nothing():
         indices=jnp.pad(code.indices, ((0, 0), (2, 3)), constant_values=PADDING),
         num_latents=code.num_latents,
     )
-    expected, expected_info = jaxsae.refit(dictionary, y, code)
-    refitted, info = jaxsae.refit(dictionary, y, padded)
+    # At the default tolerance, rounding alone can make a row stop one step sooner.
+    expected, expected_info = jaxsae.refit(dictionary, y, code, jaxsae.FISTA(tol=1e-6))
+    refitted, info = jaxsae.refit(dictionary, y, padded, jaxsae.FISTA(tol=1e-6))
     np.testing.assert_allclose(refitted.values[:, 2:-3], expected.values, rtol=1e-4, atol=1e-5)
     assert not np.any(refitted.values[:, [0, 1, -3, -2, -1]])
     np.testing.assert_allclose(info.steps, expected_info.steps, atol=5)

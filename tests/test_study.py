@@ -11,7 +11,7 @@ import scipy.optimize
 from problems import f64
 
 import jaxsae
-from jaxsae import data, pretrained, study
+from jaxsae import cli, data, pretrained, study
 from jaxsae.files import InputError
 from jaxsae.stream import refine_blocks
 
@@ -305,4 +305,19 @@ def test_a_dead_autoencoder_is_reported_in_valid_json(tmp_path, monkeypatch):
     report = strict(tmp_path / "out" / "report.json")
     assert report["complete"] is True
     assert [row["l0"] for row in report["rows"]] == [0, 0]
+    assert (tmp_path / "out" / "shrinkage.png").exists()
+
+
+def test_a_diverged_autoencoder_is_reported_and_printed(tmp_path, monkeypatch, capsys):
+    def diverged(rows, activation, *_):
+        sae = jaxsae.init(jax.random.key(0), d=rows.shape[1], m=SMALL.latents, activation=activation)
+        return sae.replace(b_enc=sae.b_enc * np.nan)
+
+    monkeypatch.setattr(study, "_train", diverged)
+    monkeypatch.setattr(study, "QUICK", SMALL)
+    np.save(tmp_path / "x.npy", raw_rows())
+    options = ["--quick", "--data", str(tmp_path / "x.npy"), "--out", str(tmp_path / "out")]
+    assert cli.main(["study", *options]) == 1
+    assert "not certified" in capsys.readouterr().err
+    assert strict(tmp_path / "out" / "report.json")["complete"] is True
     assert (tmp_path / "out" / "shrinkage.png").exists()
