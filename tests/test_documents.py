@@ -1,10 +1,15 @@
-"""The Python code of the README and of the notebooks runs."""
+"""The Python code of the docstrings, of the README and of the notebooks runs."""
 
+import doctest
+import importlib
 import json
+import pkgutil
 import re
 from pathlib import Path
 
 import pytest
+
+import jaxsae
 
 ROOT = Path(__file__).parent.parent
 
@@ -14,6 +19,21 @@ def run(blocks: list[str]) -> None:
     namespace = {}
     for block in blocks:
         exec(compile(block, "document", "exec"), namespace)
+
+
+def examples():
+    names = [module.name for module in pkgutil.iter_modules(jaxsae.__path__) if module.name != "__main__"]
+    for name in names:
+        module = importlib.import_module(f"jaxsae.{name}")
+        yield from (test for test in doctest.DocTestFinder().find(module) if test.examples)
+
+
+# As the package is installed: a checkout beside it would be another `jaxsae`.
+@pytest.mark.parametrize("example", list(examples()), ids=lambda test: test.name)
+def test_docstring_example_runs(example, unchecked):
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS, verbose=False)
+    said = []
+    assert runner.run(example, out=said.append).failed == 0, "".join(said)
 
 
 def test_readme_runs(capsys):
