@@ -30,7 +30,7 @@ from jaxsae.stream import refine_blocks
 
 CERTIFIED = 1e-5  # the KKT residual that certifies a row
 _SOLVER = FISTA(tol=1e-6, max_steps=5000)  # tighter, so that the certificate does not hang on rounding
-_PICTURE_ROWS = 100_000
+_TRAIN_ROWS = 100_000
 _REPORT_EVERY = 25  # steps
 
 
@@ -122,14 +122,14 @@ def total_steps(plan: Plan) -> int:
 def _load(path, plan: Plan, seed: int) -> tuple[np.ndarray, np.ndarray, float, str]:
     """Training rows scaled to unit mean square about their mean, held-out rows as they are, the scale, a name."""
     if path is None:
-        rows, heldout = data_module.image_patches(_PICTURE_ROWS, plan.heldout, side=8, seed=seed)
+        rows, heldout = data_module.image_patches(_TRAIN_ROWS, plan.heldout, side=8, seed=seed)
         return rows, heldout, 1.0, "8 × 8 colour patches of scikit-learn's two photographs"
     everything = data_module.open_rows(path)
     needed = plan.batch + plan.heldout
     if len(everything) < needed:
         raise InputError(f"{path}: holds {len(everything)} rows, the study needs at least {needed}; pass more.")
     data_module.require_finite(everything, str(path))
-    rows = np.asarray(everything[: min(len(everything) - plan.heldout, _PICTURE_ROWS)], np.float32)
+    rows = np.asarray(everything[: min(len(everything) - plan.heldout, _TRAIN_ROWS)], np.float32)
     heldout = np.asarray(everything[-plan.heldout :], np.float32)
     if (rows == rows[0]).all():
         raise InputError(f"{path}: all rows are equal, there is nothing to learn; pass activations of varied inputs.")
