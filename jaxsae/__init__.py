@@ -9,16 +9,19 @@ everything else is a pure function of the two.
 
 from jaxsae import codes, data, losses, metrics, pretrained, sae, train
 from jaxsae.activations import ReLU, TopK
+from jaxsae.certificate import Certificate, certify
 from jaxsae.codes import SparseCode
 from jaxsae.metrics import Shrinkage, shrinkage
-from jaxsae.refit import Certificate, RefitInfo, Status, certify, check, refit
+from jaxsae.refit import RefitInfo, Status, check, refit
 from jaxsae.sae import SAE, decode, encode, encode_dense, init, refine
-from jaxsae.solvers import FISTA, ProjectedGradient
+from jaxsae.solvers import FISTA, BlockPivoting, ConjugateGradient, ProjectedGradient
 
 __all__ = [
     "FISTA",
     "SAE",
+    "BlockPivoting",
     "Certificate",
+    "ConjugateGradient",
     "ProjectedGradient",
     "ReLU",
     "RefitInfo",

@@ -23,11 +23,9 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from jaxsae import rows
+from jaxsae import gram, rows, solvers
 from jaxsae.codes import SparseCode
-from jaxsae.solvers import FISTA
-
-_EXACT = jax.lax.Precision.HIGHEST  # a plain float32 dot is TF32 or bfloat16 on accelerators
+from jaxsae.linalg import EXACT, divide, matmul, solve_semidefinite
 
 
 class Status(enum.IntEnum):
@@ -55,29 +53,15 @@ class RefitInfo:
     status: Int[Array, "*b"]
 
 
-@struct.dataclass
-class Certificate:
-    """Bounds on how far a code is from optimal on its support, computed without the solver.
-
-    Attributes:
-      kkt: `[*b]` relative KKT residual, `max_i v_i / (max_i‖a_i‖ ‖y‖)`; 0 is optimal.
-      gap: `[*b]` duality gap relative to `½‖y‖²`: the excess of the row's error over the best possible one, relative
-        to `‖y‖²`, is at most this. In float32, on nearly singular supports (condition numbers of 1e5 and more), the
-        dual point is feasible only to rounding, and the gap can fall short.
-    """
-
-    kkt: Float[Array, "*b"]
-    gap: Float[Array, "*b"]
-
-
 def refit(
-    dictionary: Float[Array, "m d"],
+    dictionary: Float[Array, "m d"] | gram.Dictionary,
     y: Float[Array, "*b d"],
     code: SparseCode,
     solver: Any = None,
     *,
     nonnegative: bool = True,
     ridge: float | Float[Array, ""] = 0.0,
+    scratch: int = rows.SCRATCH,
 ) -> tuple[SparseCode, RefitInfo]:
     """Optimise the values of a code on its support, the dictionary fixed.
 
@@ -88,12 +72,14 @@ def refit(
     the implicit one on the active set; the support, and the starting values, have none.
 
     Args:
-      dictionary: `[m d]`, one atom a row, any norm; bfloat16 and float16 are accumulated in float32.
+      dictionary: `[m d]`, one atom a row, any norm, or any pytree with `take(indices [*b k]) -> atoms [*b k d]`;
+        atoms in bfloat16 and float16 are accumulated in float32.
       y: targets `[*b d]`.
       code: support and starting values, `[*b k]`.
-      solver: `FISTA()` by default, or any pytree of `solvers.py`.
+      solver: any pytree of `solvers.py`; `solvers.default(k, d)` if None.
       nonnegative: constrain `z ≥ 0`.
       ridge: weight of `½‖z‖²`, in the units of the atoms' squared norm.
+      scratch: most bytes that the rows in work may need, beside arguments and results.
 
     Returns:
       The code with its values refitted, in the dtype they had, and `RefitInfo`.
@@ -102,58 +88,37 @@ def refit(
       ValueError, TypeError: at trace time, if shapes or dtypes do not fit together.
 
     Example:
-      >>> import jax.numpy as jnp, jaxsae
+      >>> import jax, jax.numpy as jnp, jaxsae
       >>> D = jnp.array([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
       >>> code = jaxsae.SparseCode(values=jnp.array([0.5, 0.5]), indices=jnp.array([0, 1]), num_latents=3)
       >>> refitted, info = jaxsae.refit(D, jnp.array([2.2, 1.6]), code)
       >>> jnp.round(refitted.values, 3), int(info.status)
       (Array([1., 2.], dtype=float32), 0)
 
+      Train a dictionary through the refit: rows of two atoms, learnt from a perturbed start with the supports given.
+
+      >>> keys = jax.random.split(jax.random.key(0), 4)
+      >>> true = jax.random.normal(keys[0], (8, 6))
+      >>> _, support = jax.lax.top_k(jax.random.uniform(keys[1], (64, 8)), 2)
+      >>> code = jaxsae.SparseCode(values=jax.random.uniform(keys[2], (64, 2)), indices=support, num_latents=8)
+      >>> y = jaxsae.codes.combine(true, code)
+      >>> def loss(D):
+      ...     return jnp.mean((y - jaxsae.codes.combine(D, jaxsae.refit(D, y, code)[0])) ** 2)
+      >>> D = start = true + 0.3 * jax.random.normal(keys[3], true.shape)
+      >>> for _ in range(100):
+      ...     D = D - 5.0 * jax.grad(loss)(D)
+      >>> bool(loss(D) < 0.01 * loss(start))
+      True
+
     Source: Gao et al. (2024), "Scaling and evaluating sparse autoencoders", Section 5.1.
     """
-    _validate(dictionary, y, code, "refit")
-    solver = FISTA() if solver is None else solver
-    ridge = jnp.asarray(ridge, _accumulator(dictionary, y))
-    values, info = _refit(nonnegative, solver, dictionary, y, code.indices, code.values, ridge)
+    gram.validate(dictionary, y, code, "refit")
+    if solver is None:
+        solver = solvers.default(code.indices.shape[-1], y.shape[-1])
+    ridge = jnp.asarray(ridge, gram.accumulator(dictionary, y))
+    static = _Static(nonnegative, code.num_latents, scratch)
+    values, info = _refit(static, solver, dictionary, y, code.indices, code.values, ridge)
     return dataclasses.replace(code, values=values), info
-
-
-def certify(
-    dictionary: Float[Array, "m d"], y: Float[Array, "*b d"], code: SparseCode, *, nonnegative: bool = True
-) -> Certificate:
-    """Certify a code's values on its support, from the residual itself and whatever computed them.
-
-    With `r = y − Aᵀz` and `g = −Ar`:
-
-        v_i = |g_i| where z_i > 0,  max(−g_i, 0) elsewhere     (|g_i| everywhere if the sign is free)
-        kkt = max_i v_i / (max_i‖a_i‖ ‖y‖)
-        gap = (½‖r‖² − (uᵀy − ½‖u‖²)) / ½‖y‖²,   u = r − Aᵀδ,  δ = G⁺(Ar)₊
-
-    `u` is feasible for the dual (`Au ≤ 0`), so the gap bounds the excess error; where rounding or a singular `G`
-    makes it infeasible, another feasible `u` stands in. A negative value under the
-    constraint counts as its own violation. Both are 0 where `y = 0` and the code decodes to 0.
-
-    Args:
-      dictionary: `[m d]`.
-      y: targets `[*b d]`.
-      code: `[*b k]`.
-      nonnegative: certify against `z ≥ 0`, or against free signs.
-
-    Returns:
-      `Certificate`, `[*b]` in float32 or better; NaN where a row is not finite.
-
-    Raises:
-      ValueError, TypeError: at trace time, if shapes or dtypes do not fit together.
-
-    Example:
-      >>> import jax.numpy as jnp, jaxsae
-      >>> code = jaxsae.SparseCode(values=jnp.array([0.5]), indices=jnp.array([0]), num_latents=2)
-      >>> jaxsae.certify(jnp.eye(2), jnp.array([1.0, 0.0]), code).kkt
-      Array(0.5, dtype=float32)
-    """
-    _validate(dictionary, y, code, "certify")
-    dtype = _accumulator(dictionary, y)
-    return Certificate(*_CERTIFY[nonnegative](dictionary.astype(dtype), (y.astype(dtype), code.indices, code.values)))
 
 
 def check(info_or_code: RefitInfo | SparseCode) -> None:
@@ -203,94 +168,10 @@ def _some(row_numbers) -> str:
     return f"(rows {shown}{', …' if len(row_numbers) > 5 else ''})"
 
 
-def _validate(dictionary, y, code, name: str) -> None:
-    for what, array in (("a dictionary", dictionary), ("y", y), ("values", code.values)):
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise TypeError(f"`{name}` got {what} of dtype {array.dtype}, expected floating point; convert it first.")
-    if not jnp.issubdtype(code.indices.dtype, jnp.integer):
-        raise TypeError(
-            f"`{name}` got indices of dtype {code.indices.dtype}, expected integers; convert them to int32."
-        )
-    if dictionary.ndim != 2 or dictionary.shape[0] != code.num_latents:
-        raise ValueError(
-            f"`{name}` got a dictionary of shape {dictionary.shape} for a code of {code.num_latents} latents; pass "
-            f"one of shape ({code.num_latents}, d), one atom a row."
-        )
-    if y.shape[-1:] != dictionary.shape[1:]:
-        raise ValueError(
-            f"`{name}` got y of shape {y.shape}, but the atoms have width {dictionary.shape[1]}; pass y of shape "
-            f"(*b, {dictionary.shape[1]})."
-        )
-    if code.indices.shape != code.values.shape or code.indices.shape[:-1] != y.shape[:-1]:
-        raise ValueError(
-            f"`{name}` got values {code.values.shape} and indices {code.indices.shape} for y of shape {y.shape}; "
-            f"pass both with shape {(*y.shape[:-1], 'k')}."
-        )
-
-
-def _accumulator(*arrays) -> jnp.dtype:
-    return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
-
-
-def _row_bytes(k: int, d: int, dtype) -> int:
-    return (k * (d + k) + d) * jnp.dtype(dtype).itemsize
-
-
-def _divide(x, by):
-    """`x / by`, and 0 where `by` is 0."""
-    return jnp.where(by == 0, 0, x / jnp.where(by == 0, 1, by))
-
-
-def _gather(dictionary, indices, y, *, least: float | Array = 0.0):
-    """The rows' atoms `[n k d]` and targets `[n d]`, each divided by its largest magnitude, `[n k]` and `[n 1]`.
-
-    No atom that is not zero is divided by less than `least`.
-    """
-    atoms = dictionary.at[indices].get(mode="fill", fill_value=0).astype(y.dtype)
-    atom_scale = jnp.max(jnp.abs(atoms), axis=2, initial=0)
-    atom_scale = jnp.where(atom_scale == 0, 0, jnp.maximum(atom_scale, least))
-    y_scale = jnp.max(jnp.abs(y), axis=1, keepdims=True, initial=0)
-    return _divide(atoms, atom_scale[:, :, None]), atom_scale, _divide(y, y_scale), y_scale
-
-
-class _Problem(NamedTuple):
-    """Unit-free problems of `n` rows: `x = z · unit` minimises `½xᵀGx − cᵀx`; `G` has ones on its diagonal."""
-
-    gram: Array  # [n k k]
-    c: Array  # [n k]
-    unit: Array  # [n k]  ‖a_i‖ / ‖y‖; 0 for padding, zero atoms and y = 0, where the answer is 0
-    weight: Array  # [n k]  ‖a_i‖ / max‖a‖: from the gradient in x to the KKT residual
-    finite: Array  # [n]  and within range: an answer that overflows or vanishes is none
-
-
-def _problems(dictionary, y, indices, ridge) -> _Problem:
-    root = jnp.sqrt(ridge)
-    atoms, atom_scale, y, y_scale = _gather(dictionary, indices, y, least=root)
-    gram = jnp.einsum("nid,njd->nij", atoms, atoms, precision=_EXACT)
-    c = jnp.einsum("nid,nd->ni", atoms, y, precision=_EXACT)
-    norm = jnp.sqrt(jnp.diagonal(gram, axis1=1, axis2=2))
-    y_norm = jnp.linalg.norm(y, axis=1, keepdims=True)
-    length = norm * atom_scale
-    # The ridge joins the diagonal before it is made 1; a zero atom is left out.
-    relative_ridge = _divide(root, atom_scale) ** 2
-    norm = jnp.sqrt(norm**2 + relative_ridge)
-    gram = gram + relative_ridge[:, :, None] * jnp.eye(gram.shape[-1], dtype=gram.dtype)
-    unit = _divide(_divide(norm, y_norm) * atom_scale, y_scale)
-    in_range = (jnp.isfinite(unit) & ((unit > 0) | (norm == 0) | (y_scale == 0))).all(1)
-    return _Problem(
-        gram=_divide(gram, norm[:, :, None] * norm[:, None, :]),
-        c=_divide(c, norm * y_norm),
-        unit=unit,
-        weight=_divide(norm * atom_scale, jnp.max(length, axis=1, keepdims=True, initial=0)),
-        finite=jnp.isfinite(atom_scale).all(1) & in_range & jnp.isfinite(y_scale[:, 0]) & (ridge >= 0),
-    )
-
-
-def _violation(z, gradient, nonnegative: bool):
-    """How far each coordinate is from optimal, `z` in units where the Gram matrix has ones on its diagonal."""
-    if not nonnegative:
-        return jnp.abs(gradient)
-    return jnp.where(z > 0, jnp.abs(gradient), jnp.maximum(jnp.maximum(-gradient, -z), 0))
+class _Static(NamedTuple):
+    nonnegative: bool
+    num_latents: int
+    scratch: int
 
 
 class _Carry(NamedTuple):
@@ -301,7 +182,7 @@ class _Carry(NamedTuple):
     running: Array
 
 
-def _drive(solver, gram, c, weight, z, nonnegative: bool):
+def _drive(solver, G, c, weight, z, nonnegative: bool):
     """Run a solver on one unit-free problem until its KKT residual is within tolerance.
 
     It stops on a residual that is at least the one it returns: as if every atom were as long as the longest, so that
@@ -310,20 +191,20 @@ def _drive(solver, gram, c, weight, z, nonnegative: bool):
     The objective's change between two points of a quadratic is `½(z − z')ᵀ(g + g')`, exactly; so "better" is decided
     without subtracting two nearly equal objectives.
     """
-    project = jax.nn.relu if nonnegative else lambda z: z
+    lower = 0.0 if nonnegative else -jnp.inf
 
     def residual(z, gradient, weight):
-        return jnp.max(weight * _violation(z, gradient, nonnegative), initial=0)
+        return jnp.max(weight * gram.violation(z, gradient, nonnegative), initial=0)
 
     strict = jnp.maximum(weight, 1)
 
     def improvement(state, z, gradient):
         return -0.5 * jnp.sum((state.z - z) * (state.gradient + gradient))
 
-    start = solver.init(gram, c, project(z))
+    start = solver.init(G, c, jnp.maximum(z, lower), lower)
 
     def step(carry: _Carry) -> _Carry:
-        state = solver.step(gram, c, carry.state, project)
+        state = solver.step(G, c, carry.state, lower)
         within = residual(state.z, state.gradient, strict) <= solver.tol
         done = within & (improvement(state, start.z, start.gradient) >= 0)
         better = done | (improvement(state, carry.best, carry.best_gradient) > 0)
@@ -343,31 +224,54 @@ def _drive(solver, gram, c, weight, z, nonnegative: bool):
     return carry.best, residual(carry.best, carry.best_gradient, weight), carry.steps
 
 
-def _excess(gram, c, z, other):
+def _drive_rows(solver, problem: gram.Problem, z, nonnegative: bool):
+    """Run a solver on `n` rows, then its fallback on those that it left."""
+
+    def run(solver, z):
+        drive = functools.partial(_drive, solver, nonnegative=nonnegative)
+        return jax.vmap(drive)(problem.gram, problem.c, problem.weight, z)
+
+    best, kkt, steps = run(solver, z)
+    if solver.fallback is None:
+        return best, kkt, steps
+
+    def go_on():
+        best_, kkt_, steps_ = run(solver.fallback.replace(tol=solver.tol), best)
+        return best_, kkt_, steps + steps_
+
+    left = (steps >= solver.max_steps) & (kkt > solver.tol)
+    return jax.lax.cond(jnp.any(left), go_on, lambda: (best, kkt, steps))
+
+
+def _excess(G, c, z, other):
     """How much higher the objective is at `z` than at `other`."""
-    return 0.5 * jnp.sum((z - other) * (jnp.matmul(gram, z + other, precision=_EXACT) - 2 * c))
+    return 0.5 * jnp.sum((z - other) * (matmul(G, z + other) - 2 * c))
 
 
-def _solve(nonnegative: bool, shared, per_row):
+def _solve(static: _Static, shared, per_row):
     solver, dictionary, ridge = shared
     y, indices, values = per_row
+    nonnegative, num_latents, scratch = static
+    k, d, itemsize = indices.shape[-1], y.shape[-1], ridge.dtype.itemsize
+
+    def form(y, indices):
+        return gram.problems(dictionary, y.astype(ridge.dtype), indices, num_latents, ridge)
 
     def chunk(y, indices, values):
-        problem = _problems(dictionary, y.astype(ridge.dtype), indices, ridge)
+        problem = rows.map_chunks(
+            form, y, indices, batch=y.shape[:1], row_bytes=gram.row_bytes(k, d, itemsize), scratch=scratch // 2
+        )
         start = values.astype(ridge.dtype) * problem.unit
         usable = jnp.isfinite(start).all(1)
-        best, kkt, steps = jax.vmap(functools.partial(_drive, solver, nonnegative=nonnegative))(
-            problem.gram, problem.c, problem.weight, jnp.where(usable[:, None], start, 0)
-        )
+        best, kkt, steps = _drive_rows(solver, problem, jnp.where(usable[:, None], start, 0), nonnegative)
         finite = problem.finite & jnp.isfinite(values).all(1)
         feasible = jax.nn.relu(values) if nonnegative else values
-        refitted = _divide(best, problem.unit).astype(values.dtype)
+        refitted = divide(best, problem.unit).astype(values.dtype)
         moved = (steps > 0) | ~usable  # else the start is optimal already, and comes back to the bit
         if values.dtype != ridge.dtype:  # rounded to fewer bits, the best iterate can be worse than the start
             rounded = refitted.astype(ridge.dtype) * problem.unit
-            moved &= ~(
-                jax.vmap(_excess)(problem.gram, problem.c, rounded, feasible.astype(ridge.dtype) * problem.unit) > 0
-            )
+            began = feasible.astype(ridge.dtype) * problem.unit
+            moved &= ~(jax.vmap(_excess)(problem.gram, problem.c, rounded, began) > 0)
         refitted = jnp.where(moved[:, None] | (problem.unit == 0), refitted, feasible)
         status = jnp.where(kkt <= solver.tol, Status.CONVERGED, Status.MAX_STEPS)
         info = RefitInfo(
@@ -377,137 +281,81 @@ def _solve(nonnegative: bool, shared, per_row):
         )
         return jnp.where(finite[:, None], refitted, values), info
 
-    row_bytes = _row_bytes(indices.shape[-1], dictionary.shape[-1], ridge.dtype)
-    return rows.map_chunks(chunk, y, indices, values, batch=y.shape[:-1], row_bytes=row_bytes)
+    gram_bytes = k * k * itemsize
+    return rows.map_chunks(
+        chunk,
+        *(y, indices, values),
+        batch=y.shape[:-1],
+        row_bytes=4 * gram_bytes + 16 * (k + d) * itemsize,
+        scratch=scratch // 2,
+        cached=gram_bytes,
+    )
 
 
-_SOLVE = {nonnegative: rows.fold_vmap(functools.partial(_solve, nonnegative)) for nonnegative in (True, False)}
+@functools.cache
+def _solve_folded(static: _Static):
+    return rows.fold_vmap(functools.partial(_solve, static))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _solve_jitted(nonnegative: bool, solver, dictionary, y, indices, values, ridge):
-    return _SOLVE[nonnegative]((solver, dictionary, ridge), (y, indices, values))
+def _solve_jitted(static: _Static, solver, dictionary, y, indices, values, ridge):
+    return _solve_folded(static)((solver, dictionary, ridge), (y, indices, values))
 
 
 _refit = jax.custom_vjp[tuple[Array, RefitInfo]](_solve_jitted, nondiff_argnums=(0,))
 
 
-def _refit_forward(nonnegative, solver, dictionary, y, indices, values, ridge):
-    outputs = _refit(nonnegative, solver, dictionary, y, indices, values, ridge)
+def _refit_forward(static, solver, dictionary, y, indices, values, ridge):
+    outputs = _refit(static, solver, dictionary, y, indices, values, ridge)
     values, info = outputs
     return outputs, (dictionary, y, indices, values, ridge, info.status != Status.NONFINITE)
 
 
-def _refit_backward(nonnegative, residuals, cotangents):
+def _refit_backward(static: _Static, residuals, cotangents):
     """The implicit derivative on the active set `F`, the coordinates that the constraint leaves free.
 
     From `G_FF z_F = c_F`, with `u = G_FF⁻¹ z̄_F` and `r = y − Aᵀz`:  `ȳ = Aᵀu`, `Ā = u rᵀ − z (Aᵀu)ᵀ`, `ridge‾ = −uᵀz`.
     """
     dictionary, y, indices, values, ridge, finite = residuals
-    k, d = indices.shape[-1], dictionary.shape[-1]
+    nonnegative, num_latents, scratch = static
+    k, d = indices.shape[-1], y.shape[-1]
     finite = finite & jnp.isfinite(cotangents[0]).all(-1)
 
     def chunk(carry, y, indices, z, z_bar, finite):
         dictionary_bar, ridge_bar = carry
         # Rows that are not finite, and padding rows, become empty supports: no derivative, no NaN.
-        free = (indices < dictionary.shape[0]) & finite[:, None] & ((z > 0) | (not nonnegative))
-        atoms = dictionary.at[indices].get(mode="fill", fill_value=0).astype(ridge.dtype)
+        free = gram.used(indices, num_latents) & finite[:, None] & ((z > 0) | (not nonnegative))
+        atoms = gram.take(dictionary, indices, num_latents, ridge.dtype)
         atoms = jnp.where(free[:, :, None], atoms, 0)
         y, z, z_bar = (
             jnp.where(keep, x, 0).astype(ridge.dtype) for x, keep in ((y, finite[:, None]), (z, free), (z_bar, free))
         )
-        u = _solve_free(jnp.einsum("nid,njd->nij", atoms, atoms, precision=_EXACT), free, z_bar, ridge)
-        y_bar, x = (jnp.einsum("nkd,nk->nd", atoms, v, precision=_EXACT) for v in (u, z))
+        u = _solve_free(jnp.einsum("nid,njd->nij", atoms, atoms, precision=EXACT), free, z_bar, ridge)
+        y_bar, x = (jnp.einsum("nkd,nk->nd", atoms, v, precision=EXACT) for v in (u, z))
         atoms_bar = u[:, :, None] * (y - x)[:, None, :] - z[:, :, None] * y_bar[:, None, :]
-        dictionary_bar = dictionary_bar.at[jnp.where(free, indices, dictionary.shape[0])].add(atoms_bar, mode="drop")
+        dictionary_bar = gram.accumulate(dictionary_bar, dictionary, indices, num_latents, free, atoms_bar)
         return (dictionary_bar, ridge_bar - jnp.sum(u * z)), y_bar
 
     (dictionary_bar, ridge_bar), y_bar = rows.scan_chunks(
         chunk,
-        (jnp.zeros(dictionary.shape, ridge.dtype), jnp.zeros_like(ridge)),
+        (gram.zero_cotangent(dictionary, ridge.dtype), jnp.zeros_like(ridge)),
         *(y, indices, values, cotangents[0], finite),
         batch=y.shape[:-1],
-        row_bytes=2 * _row_bytes(k, d, ridge.dtype),
+        row_bytes=2 * gram.row_bytes(k, d, ridge.dtype.itemsize),
+        scratch=scratch,
     )
-    return None, dictionary_bar.astype(dictionary.dtype), y_bar.astype(y.dtype), None, None, ridge_bar
+    dictionary_bar = gram.cotangent(dictionary_bar, dictionary)
+    return None, dictionary_bar, y_bar.astype(y.dtype), None, None, ridge_bar
 
 
 _refit.defvjp(_refit_forward, jax.jit(_refit_backward, static_argnums=0))
 
 
-def _solve_free(gram, free, rhs, ridge):
-    """Solve `(G_FF + ridge) u = rhs` for each row; `u` is 0 off `F`, where gram and rhs are 0."""
-    diagonal = jnp.diagonal(gram, axis1=1, axis2=2) + ridge
+def _solve_free(G, free, rhs, ridge):
+    """Solve `(G_FF + ridge) u = rhs` for each row; `u` is 0 off `F`, where G and rhs are 0."""
+    diagonal = jnp.diagonal(G, axis1=1, axis2=2) + ridge
     norm = jnp.sqrt(jnp.where(free & (diagonal > 0), diagonal, 1))
-    eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)
-    unit = jnp.where(eye > 0, 1, gram / (norm[:, :, None] * norm[:, None, :]))
-    solved = jax.vmap(_semidefinite_solver())(unit, (rhs / norm)[:, :, None])[:, :, 0]
+    eye = jnp.eye(G.shape[-1], dtype=G.dtype)
+    unit = jnp.where(eye > 0, 1, G / (norm[:, :, None] * norm[:, None, :]))
+    solved = jax.vmap(solve_semidefinite)(unit, (rhs / norm)[:, :, None])[:, :, 0]
     return jnp.where(free, solved / norm, 0)
-
-
-def _solve_semidefinite(gram, rhs):
-    """Solve `GX = B` for one `G` of unit diagonal, singular or not, when the columns of `B [k n]` are in its range.
-
-    A few ulps on the diagonal let repeated atoms be factorised; two steps of refinement take their effect out.
-    """
-    jitter = 4 * gram.shape[-1] * jnp.finfo(gram.dtype).eps
-    factor = jnp.linalg.cholesky(gram + jitter * jnp.eye(gram.shape[-1], dtype=gram.dtype))
-    x = jnp.zeros_like(rhs)
-    for _ in range(3):
-        x = x + jax.scipy.linalg.cho_solve((factor, True), rhs - jnp.matmul(gram, x, precision=_EXACT))
-    return x
-
-
-_solve_semidefinite_in_turn = jax.custom_batching.sequential_vmap(_solve_semidefinite)
-
-
-def _semidefinite_solver():
-    # jaxlib's batched LAPACK on a CPU waits, inside the thread pool, for work it queued in that same pool: two of
-    # them at once stop a two-core machine for ever (seen with jaxlib 0.10.2). One matrix at a time never queues.
-    return _solve_semidefinite_in_turn if jax.default_backend() == "cpu" else _solve_semidefinite
-
-
-def _certify(nonnegative: bool, dictionary, per_row):
-    def chunk(y, indices, values):
-        atoms, atom_scale, y, y_scale = _gather(dictionary, indices, y)
-        norm = jnp.linalg.norm(atoms, axis=2)
-        length = norm * atom_scale
-        weight = _divide(length, jnp.max(length, axis=1, keepdims=True, initial=0))
-        z = _divide(values.astype(y.dtype) * atom_scale, y_scale) * norm
-        return jax.vmap(functools.partial(_certify_row, nonnegative))(_divide(atoms, norm[:, :, None]), weight, y, z)
-
-    y, indices, _ = per_row
-    row_bytes = 3 * _row_bytes(indices.shape[-1], y.shape[-1], y.dtype)
-    return rows.map_chunks(chunk, *per_row, batch=y.shape[:-1], row_bytes=row_bytes)
-
-
-def _certify_row(nonnegative: bool, atoms, weight, y, z):
-    """KKT residual and duality gap of one row, for atoms of norm 1 (or 0) that had norms in proportion to `weight`."""
-    project = jax.nn.relu if nonnegative else lambda g: g
-    matvec = functools.partial(jnp.matmul, precision=_EXACT)
-    y_norm = jnp.linalg.norm(y)
-    r = y - matvec(z, atoms)
-    slope = matvec(atoms, r)
-    kkt = _divide(jnp.max(weight * _violation(z, -slope, nonnegative), initial=0), y_norm)
-    gram = matvec(atoms, atoms.T)
-
-    def gap(on, rhs):
-        """The gap of the dual point `u = r − Aᵀδ`, with `δ` on a set of coordinates and `A Aᵀδ = rhs` there."""
-        both = on[:, None] & on[None, :]
-        restricted = jnp.where(both, gram, jnp.eye(on.size, dtype=gram.dtype))
-        moved = matvec(_semidefinite_solver()(restricted, jnp.where(on, rhs, 0)[:, None])[:, 0], atoms)
-        dual = slope - matvec(atoms, moved)
-        infeasible = jnp.max(project(dual) if nonnegative else jnp.abs(dual), initial=0)
-        # P − D = ½‖r − u‖² − zᵀAu, free of the cancellation between two nearly equal objectives.
-        value = _divide(jnp.sum(moved**2) - 2 * jnp.sum(z * dual), y_norm**2)
-        return jnp.where(infeasible <= 32 * jnp.finfo(y.dtype).eps * y_norm, value, jnp.inf)
-
-    everywhere = gap(jnp.ones_like(slope, bool), project(slope))
-    # Where (Ar)₊ is not in the range of G (k > d, opposite atoms), make u orthogonal to the atoms in use instead.
-    in_use = gap((z != 0) | (slope > 0), slope)
-    best = jnp.minimum(jnp.minimum(everywhere, in_use), _divide(jnp.sum(r**2), y_norm**2))  # u = 0 is feasible too
-    finite = jnp.isfinite(y_norm) & jnp.isfinite(slope).all()
-    return jnp.where(finite, kkt, jnp.nan), jnp.where(finite, jnp.maximum(best, 0), jnp.nan)
-
-
-_CERTIFY = {n: jax.jit(rows.fold_vmap(functools.partial(_certify, n))) for n in (True, False)}

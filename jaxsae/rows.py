@@ -7,19 +7,35 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# Rows of one chunk on a CPU. Gathered rows and their Gram matrices then stay in the cache from the gather to
-# the last solver step, and each chunk stops with its own slowest row.
+SCRATCH = 256 << 20  # bytes; the default bound of what a chunk may need
+# Fewest rows of a chunk on a CPU, whatever the batch, so that a row goes through the same arithmetic, to the bit,
+# alone or among thousands. It is also as many as keep what they gather in the cache.
 _CPU_ROWS = 16
-_ACCELERATOR_SCRATCH = 256 << 20
+_CPU_CACHE = 1 << 20
 
 
-def _chunk_rows(row_bytes: int) -> int:
+def _chunk_size(total: int, row_bytes: int, scratch: int, cached: int | None) -> tuple[int, int]:
+    """Rows of a chunk, and how many chunks."""
+    most = scratch // max(row_bytes, 1)
     if jax.default_backend() == "cpu":
-        return _CPU_ROWS
-    return max(_CPU_ROWS, _ACCELERATOR_SCRATCH // max(row_bytes, 1) // _CPU_ROWS * _CPU_ROWS)
+        most = min(most, _CPU_ROWS if cached is None else max(_CPU_ROWS, min(256, _CPU_CACHE // max(cached, 1))))
+    if most < 1:
+        raise ValueError(f"got {scratch} bytes of scratch, but one row needs {row_bytes}; pass at least that.")
+    step = _CPU_ROWS if most >= _CPU_ROWS else 1
+    padded = max(step, math.ceil(total / step) * step)
+    chunks = math.ceil(padded / (most // step * step))
+    return math.ceil(padded / chunks / step) * step, chunks
 
 
-def scan_chunks(f: Callable, carry: Any, *arrays: Any, batch: tuple[int, ...], row_bytes: int) -> tuple[Any, Any]:
+def scan_chunks(
+    f: Callable,
+    carry: Any,
+    *arrays: Any,
+    batch: tuple[int, ...],
+    row_bytes: int,
+    scratch: int = SCRATCH,
+    cached: int | None = None,
+) -> tuple[Any, Any]:
     """Fold `f(carry, *chunk) -> (carry, outputs)` over chunks of rows.
 
     Rows are dealt to the chunks in strides, so that a batch sharded over devices stays where it is.
@@ -31,43 +47,53 @@ def scan_chunks(f: Callable, carry: Any, *arrays: Any, batch: tuple[int, ...], r
       *arrays: pytrees of arrays `[*b ...]`.
       batch: the leading shape `*b`.
       row_bytes: scratch that `f` needs for one row, in bytes.
+      scratch: most bytes that a chunk may need.
+      cached: on a CPU, bytes of a row that are read again and again: as many rows as fit into 1 MiB, from 16 to 256,
+        make a chunk; 16 if None.
 
     Returns:
       The last carry, and the outputs as `[*b ...]`.
     """
     total = math.prod(batch)
-    chunks = max(1, math.ceil(total / _chunk_rows(row_bytes)))
-    size = math.ceil(total / chunks)
+    size, chunks = _chunk_size(total, row_bytes, scratch, cached)
+    arrays = jax.tree.map(lambda x: x.reshape(total, *x.shape[len(batch) :]), arrays)
 
-    def split(x):
-        x = _pad_rows(x.reshape(total, *x.shape[len(batch) :]), size * chunks)
-        return jnp.moveaxis(x.reshape(size, chunks, *x.shape[1:]), 1, 0)
+    def read(x, number):
+        if total == size * chunks:
+            return x.reshape(size, chunks, *x.shape[1:])[:, number]
+        if total == 0:
+            return jnp.zeros((size, *x.shape[1:]), x.dtype)
+        # Padding the whole batch would copy it.
+        return x.at[number + chunks * jnp.arange(size)].get(mode="fill", fill_value=0)
 
     def join(x):
         x = jnp.moveaxis(x, 0, 1).reshape(size * chunks, *x.shape[2:])
         return x[:total].reshape(*batch, *x.shape[1:])
 
-    carry, outputs = jax.lax.scan(lambda carry, chunk: f(carry, *chunk), carry, jax.tree.map(split, arrays))
+    def step(carry, number):
+        return f(carry, *jax.tree.map(lambda x: read(x, number), arrays))
+
+    carry, outputs = jax.lax.scan(step, carry, jnp.arange(chunks))
     return carry, jax.tree.map(join, outputs)
 
 
-def map_chunks(f: Callable, *arrays: Any, batch: tuple[int, ...], row_bytes: int) -> Any:
-    """Apply `f(*chunk) -> outputs` to chunks of rows; see `scan_chunks`.
+def map_chunks(f: Callable, *arrays: Any, **options: Any) -> Any:
+    """Apply `f(*chunk) -> outputs` to chunks of rows; arguments as of `scan_chunks`."""
+    return scan_chunks(lambda _, *chunk: (None, f(*chunk)), None, *arrays, **options)[1]
 
-    On a CPU a chunk has the same size whatever the batch, so that a row goes through the same arithmetic, to the
-    bit, alone or among thousands.
+
+def each_row(f: Callable, *arrays: Any) -> Any:
+    """Apply `f` of one row to a chunk of them.
+
+    On a CPU the loop is unrolled: XLA runs small products that do not wait for each other on several cores, and a
+    batch of them on one.
     """
-    total = math.prod(batch)
-    padded = math.ceil(total / _CPU_ROWS) * _CPU_ROWS
-
-    def flatten(x):
-        return _pad_rows(x.reshape(total, *x.shape[len(batch) :]), padded)
-
-    def step(_, *chunk):
-        return None, f(*chunk)
-
-    _, outputs = scan_chunks(step, None, *jax.tree.map(flatten, arrays), batch=(padded,), row_bytes=row_bytes)
-    return jax.tree.map(lambda x: x[:total].reshape(*batch, *x.shape[1:]), outputs)
+    if jax.default_backend() != "cpu":
+        return jax.vmap(f)(*arrays)
+    size = jax.tree.leaves(arrays)[0].shape[0]
+    outputs = [f(*jax.tree.map(lambda x, row=row: x[row], arrays)) for row in range(size)]
+    # Without the barrier XLA computes each row wherever a result is read, and takes minutes to compile that.
+    return jax.tree.map(lambda *x: jnp.stack(x), *jax.lax.optimization_barrier(outputs))
 
 
 def fold_vmap(f: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
@@ -92,7 +118,3 @@ def fold_vmap(f: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         return outputs, jax.tree.map(lambda _: True, outputs)
 
     return folded
-
-
-def _pad_rows(x, rows: int):
-    return jnp.pad(x, [(0, rows - x.shape[0])] + [(0, 0)] * (x.ndim - 1))

@@ -1,24 +1,21 @@
-"""First-order solvers of one small quadratic programme, as pytrees of numbers with a pure `init` and `step`.
+"""Solvers of one small quadratic programme, as pytrees of numbers with a pure `init` and `step`.
 
-Each minimises `½ zᵀGz − cᵀz` over `z ≥ 0` (or any `z`) for one row: `G [k k]` positive semi-definite,
-`c [k]`. The set enters as its projection, `project`. A state has fields `z`, the iterate, and `gradient`,
-`Gz − c` at it; `refit.py` drives the steps, judges the iterates and decides when to stop, so that a solver
-holds nothing but its own mathematics.
+Each minimises `½ zᵀGz − cᵀz` over `z ≥ lower` for one row: `G [k k]` positive semi-definite with ones (or
+zeros) on its diagonal, `c [k]` in its range, `lower` 0, or −∞ where the sign is free. A state has fields `z`,
+the iterate, and `gradient`, `Gz − c` at it; `refit.py` drives the steps, judges the iterates and decides when to
+stop, so that a solver holds nothing but its own mathematics. A solver may name a `fallback`, which goes on from
+the best iterate of the rows that it left.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
-Project = Callable[[Array], Array]
-
-
-def _matvec(gram: Float[Array, "k k"], z: Float[Array, " k"]) -> Float[Array, " k"]:
-    return jnp.matmul(gram, z, precision=jax.lax.Precision.HIGHEST)
+from jaxsae.linalg import divide, solve_on
+from jaxsae.linalg import matmul as _matvec
 
 
 def spectral_norm(gram: Float[Array, "k k"], *, iterations: int = 8) -> Float[Array, ""]:
@@ -44,9 +41,7 @@ def _raise_curvature(curvature, dz, dg):
 
     Power iteration estimates `‖G‖₂` from below; each step taken is evidence that can only raise it.
     """
-    squared = jnp.sum(dz * dz)
-    met = jnp.sum(dz * dg) / jnp.where(squared > 0, squared, 1)
-    return jnp.maximum(curvature, jnp.where(squared > 0, met, 0))
+    return jnp.maximum(curvature, divide(jnp.sum(dz * dg), jnp.sum(dz * dz)))
 
 
 class ProjectedGradientState(NamedTuple):
@@ -62,7 +57,7 @@ class ProjectedGradient:
     """Projected gradient with a spectral step: `z ← P(z − (Gz − c)/L)`, `L = ‖G‖₂` by power iteration.
 
     The method of Section 5.1 of Gao et al. (2024). Each step lowers the objective; on ill-conditioned
-    supports there are many: prefer `FISTA`.
+    supports there are many: prefer `ConjugateGradient`.
 
     Attributes:
       tol: stop a row when its KKT residual, relative and without unit, is at most this.
@@ -79,15 +74,16 @@ class ProjectedGradient:
 
     tol: float | Array = 1e-5
     max_steps: int | Array = 5000
+    fallback = None
 
-    def init(self, gram: Array, c: Array, z: Array) -> ProjectedGradientState:
+    def init(self, gram: Array, c: Array, z: Array, lower: float) -> ProjectedGradientState:
         """The state at a feasible start `z`."""
         return ProjectedGradientState(z, _matvec(gram, z) - c, spectral_norm(gram))
 
-    def step(self, gram: Array, c: Array, state: ProjectedGradientState, project: Project) -> ProjectedGradientState:
+    def step(self, gram: Array, c: Array, state: ProjectedGradientState, lower: float) -> ProjectedGradientState:
         """One projected step, at the cost of one product with `G`."""
         safe = jnp.where(state.curvature > 0, state.curvature, 1)
-        z = project(state.z - state.gradient / safe)
+        z = jnp.maximum(state.z - state.gradient / safe, lower)
         gradient = _matvec(gram, z) - c
         curvature = _raise_curvature(state.curvature, z - state.z, gradient - state.gradient)
         return ProjectedGradientState(z, gradient, curvature)
@@ -127,16 +123,17 @@ class FISTA:
 
     tol: float | Array = 1e-5
     max_steps: int | Array = 2000
+    fallback = None
 
-    def init(self, gram: Array, c: Array, z: Array) -> FISTAState:
+    def init(self, gram: Array, c: Array, z: Array, lower: float) -> FISTAState:
         """The state at a feasible start `z`, without momentum."""
         gradient = _matvec(gram, z) - c
         return FISTAState(z, gradient, z, gradient, spectral_norm(gram), jnp.ones((), gram.dtype))
 
-    def step(self, gram: Array, c: Array, state: FISTAState, project: Project) -> FISTAState:
+    def step(self, gram: Array, c: Array, state: FISTAState, lower: float) -> FISTAState:
         """One accelerated step, at the cost of one product with `G`: the gradient is affine, so `w`'s is free."""
         safe = jnp.where(state.curvature > 0, state.curvature, 1)
-        z = project(state.w - state.gradient_w / safe)
+        z = jnp.maximum(state.w - state.gradient_w / safe, lower)
         gradient = _matvec(gram, z) - c
         curvature = _raise_curvature(state.curvature, z - state.w, gradient - state.gradient_w)
         restart = jnp.sum(state.gradient_w * (z - state.z)) > 0
@@ -145,3 +142,141 @@ class FISTA:
         w = z + momentum * (z - state.z)
         gradient_w = gradient + momentum * (gradient - state.gradient)
         return FISTAState(z, gradient, w, gradient_w, curvature, t)
+
+
+class ConjugateGradientState(NamedTuple):
+    """Iterate `z [k]` with its gradient, direction `p [k]` (the step is `−p`) and the curvature `L` met so far."""
+
+    z: Array
+    gradient: Array
+    p: Array
+    bent: Array  # p was cut off at the bounds: take it as far as it lowers the objective, then start anew
+    curvature: Array
+
+
+@struct.dataclass
+class ConjugateGradient:
+    """Conjugate gradient on the free coordinates, bent along the bounds (after Moré & Toraldo 1991, Dostál 1997).
+
+    With `φ` the gradient where `z > 0` and `β = min(g, 0)` elsewhere, each step costs one product `Gp`:
+
+        a = gᵀp / pᵀGp,   z⁺ = z − ap,   p⁺ = φ⁺ − (φ⁺ᵀGp / pᵀGp) p.
+
+    A step that would leave the set is replaced by `p = z − max(z − ap, 0)`, taken as far as it lowers the objective:
+    many coordinates reach their bound at once. When `‖β‖` outweighs what the face still promises, `φ + β` lets
+    coordinates go. On a face it ends like all conjugate gradients do: fast where the eigenvalues cluster, as those of
+    Gram matrices with a few common directions do.
+
+    Attributes:
+      tol: stop a row when its KKT residual, relative and without unit, is at most this.
+      max_steps: leave a row after this many steps.
+      fallback: solver of the rows that are left, or None.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsae
+      >>> D = jnp.array([[1.0, 0.0], [0.6, 0.8]])
+      >>> code = jaxsae.SparseCode(values=jnp.zeros(2), indices=jnp.arange(2), num_latents=2)
+      >>> refit, info = jaxsae.refit(D, jnp.array([2.2, 1.6]), code, jaxsae.ConjugateGradient(tol=1e-6))
+      >>> jnp.round(refit.values, 3)
+      Array([1., 2.], dtype=float32)
+    """
+
+    tol: float | Array = 1e-5
+    max_steps: int | Array = 500
+    fallback: Any = FISTA()
+
+    def init(self, gram: Array, c: Array, z: Array, lower: float) -> ConjugateGradientState:
+        """The state at a feasible start `z`, headed down the projected gradient."""
+        gradient = _matvec(gram, z) - c
+        p = jnp.where(z > lower, gradient, jnp.minimum(gradient, 0))
+        return ConjugateGradientState(z, gradient, p, jnp.zeros((), bool), jnp.ones((), gram.dtype))
+
+    def step(self, gram: Array, c: Array, state: ConjugateGradientState, lower: float) -> ConjugateGradientState:
+        """One step along `−p`, or the choice of a bent one, at the cost of one product with `G`."""
+        z, gradient, p, bent, curvature = state
+        gram_p = _matvec(gram, p)
+        p_gram_p = jnp.sum(p * gram_p)
+        curvature = jnp.maximum(curvature, divide(p_gram_p, jnp.sum(p * p)))
+        a = jnp.maximum(divide(jnp.sum(gradient * p), p_gram_p), 0)
+        leaves = ~bent & jnp.any(z - a * p < lower)
+        # A bent direction ends on the bounds at full length, which lowers the objective if a ≥ ½.
+        length = jnp.where(bent, jnp.where(a >= 0.5, 1, a), jnp.where(leaves, 0, a))
+        ahead = jnp.maximum(z - length * p, lower)
+        gradient = gradient - length * gram_p
+
+        free = ahead > lower
+        phi = jnp.where(free, gradient, 0)
+        beta = jnp.where(free, 0, jnp.minimum(gradient, 0))
+        promise = jnp.sum(phi * jnp.minimum(phi, (ahead - lower) * curvature))
+        conjugate = phi - jnp.where(bent | ~free, 0, divide(jnp.sum(phi * gram_p), p_gram_p) * p)
+        fresh = jnp.where(jnp.sum(beta * beta) > promise, phi + beta, conjugate)
+        # Where the bent direction led uphill, a projected gradient step never does.
+        uphill = bent & (a <= 0)
+        cut = jnp.where(leaves, a * p, (phi + beta) / curvature)
+        p = jnp.where(leaves | uphill, ahead - jnp.maximum(ahead - cut, lower), fresh)
+        return ConjugateGradientState(ahead, gradient, p, leaves | uphill, curvature)
+
+
+class BlockPivotingState(NamedTuple):
+    """Iterate `z [k]` with its gradient, the free set `[k]`, and the back-up rule's memory."""
+
+    z: Array
+    gradient: Array
+    free: Array
+    fewest: Array  # wrong coordinates of the best exchange so far
+    patience: Array  # whole exchanges still allowed without improvement
+
+
+@struct.dataclass
+class BlockPivoting:
+    """Block principal pivoting (Kim & Park 2011): solve on a set of free coordinates, exchange the wrong ones.
+
+        G_FF x_F = c_F,   wrong = {i ∈ F: x_i < 0} ∪ {i ∉ F: (Gx − c)_i < 0}
+
+    All wrong coordinates change sides at once; after three exchanges that leave no fewer of them, only the last one
+    does (Murty's rule), until there are fewer. Each step is one masked Cholesky factorisation, with a few ulps on the
+    diagonal that two steps of refinement take out again; it ends at the optimum to rounding, whatever the condition.
+    Where atoms depend on each other exchanges may cycle, and the fallback takes over from the best `max(x, 0)` seen.
+
+    Attributes:
+      tol: stop a row when its KKT residual, relative and without unit, is at most this.
+      max_steps: leave a row after this many factorisations.
+      fallback: solver of the rows that are left, or None.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsae
+      >>> D = jnp.array([[1.0, 0.0], [0.6, 0.8]])
+      >>> code = jaxsae.SparseCode(values=jnp.zeros(2), indices=jnp.arange(2), num_latents=2)
+      >>> refit, info = jaxsae.refit(D, jnp.array([2.2, 1.6]), code, jaxsae.BlockPivoting())
+      >>> jnp.round(refit.values, 3), int(info.steps)
+      (Array([1., 2.], dtype=float32), 2)
+    """
+
+    tol: float | Array = 1e-5
+    max_steps: int | Array = 20
+    fallback: Any = FISTA()
+
+    def init(self, gram: Array, c: Array, z: Array, lower: float) -> BlockPivotingState:
+        """The state at a feasible start `z`, its positive coordinates free."""
+        size = jnp.int32(z.size)
+        return BlockPivotingState(z, _matvec(gram, z) - c, z > lower, size + 1, jnp.int32(3))
+
+    def step(self, gram: Array, c: Array, state: BlockPivotingState, lower: float) -> BlockPivotingState:
+        """Solve on the free set, then exchange, at the cost of one factorisation."""
+        free = state.free
+        x = solve_on(gram, free, c)
+        wrong = jnp.where(free, x < lower, _matvec(gram, x) < c)
+        count = jnp.sum(wrong, dtype=jnp.int32)
+        better = count < state.fewest
+        patience = jnp.where(better, 3, state.patience - 1)
+        last = jnp.max(jnp.where(wrong, jnp.arange(wrong.size), -1), initial=-1)
+        exchange = wrong & ((patience >= 0) | (jnp.arange(wrong.size) == last))
+        z = jnp.maximum(x, lower)
+        return BlockPivotingState(
+            z, _matvec(gram, z) - c, free ^ exchange, jnp.minimum(count, state.fewest), jnp.maximum(patience, -1)
+        )
+
+
+def default(k: int, d: int) -> Any:
+    """The solver of rows with `k` active atoms of width `d`."""
+    return ConjugateGradient() if k <= d else FISTA()

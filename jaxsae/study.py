@@ -22,8 +22,8 @@ import optax
 from jaxsae import data as data_module
 from jaxsae import metrics, plots, pretrained, train
 from jaxsae.activations import ReLU, TopK
+from jaxsae.certificate import certify
 from jaxsae.files import InputError, atomic_file
-from jaxsae.refit import certify
 from jaxsae.sae import SAE, init, rescale
 from jaxsae.solvers import FISTA
 from jaxsae.stream import refine_blocks

@@ -1,0 +1,212 @@
+"""Rows' atoms from a dictionary, and the least-squares problem that they make: `G = AAᵀ`, `c = Ay`, free of units.
+
+A dictionary is an array `[m d]`, or any pytree with `take(indices [*b k]) -> atoms [*b k d]`.
+"""
+
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxsae import rows
+from jaxsae.codes import SparseCode
+from jaxsae.linalg import EXACT, divide, matmul
+
+
+@runtime_checkable
+class Dictionary(Protocol):
+    """A dictionary that need not be an array: sharded, quantised, factored."""
+
+    def take(self, indices: Int[Array, "*b k"]) -> Float[Array, "*b k d"]:
+        """The atoms of these indices, all in range."""
+        ...
+
+
+def is_array(dictionary: Any) -> bool:
+    """Whether a dictionary is an array `[m d]`, rather than an object with `take`."""
+    return hasattr(dictionary, "ndim")
+
+
+def take(dictionary: Any, indices: Array, num_latents: int, dtype) -> Array:
+    """Atoms `[*b k d]`; those of unused slots are some atom or other, to be masked."""
+    indices = jnp.minimum(indices, num_latents - 1)
+    if is_array(dictionary):
+        return dictionary.at[indices].get(mode="clip").astype(dtype)
+    return dictionary.take(indices).astype(dtype)
+
+
+def used(indices: Array, num_latents: int) -> Array:
+    """The support as a mask."""
+    return indices < num_latents
+
+
+class Problem(NamedTuple):
+    """Unit-free problems of `n` rows: `x = z · unit` minimises `½xᵀGx − cᵀx`; `G` has ones on its diagonal."""
+
+    gram: Array  # [n k k]
+    c: Array  # [n k]
+    unit: Array  # [n k]  ‖a_i‖ / ‖y‖; 0 for padding, zero atoms and y = 0, where the answer is 0
+    weight: Array  # [n k]  ‖a_i‖ / max‖a‖: from the gradient in x to the KKT residual
+    finite: Array  # [n]  and within range: an answer that overflows or vanishes is none
+
+
+class _Products(NamedTuple):
+    """Inner products of rows, of atoms and targets divided by powers of two, which changes no digit."""
+
+    gram: Array  # [n k k]
+    c: Array  # [n k]
+    y_y: Array  # [n]
+    atom_scale: Array  # [n k]
+    y_scale: Array  # [n]
+
+
+def _power_of_two(x):
+    """The power of two below each `x`; 0 for 0, and `x` itself where it is not finite."""
+    return jnp.where(jnp.isfinite(x), jnp.ldexp(jnp.sign(x), jnp.frexp(x)[1] - 1), x)
+
+
+def _products(atoms, y, on, atom_scale, y_scale) -> _Products:
+    gram = rows.each_row(lambda atoms: matmul(atoms, atoms.T), atoms)
+    c = jnp.einsum("nid,nd->ni", atoms, y, precision=EXACT)
+    gram, c = jnp.where(on[:, :, None] & on[:, None, :], gram, 0), jnp.where(on, c, 0)
+    return _Products(gram, c, jnp.sum(y * y, axis=1), jnp.where(on, atom_scale, 0), y_scale)
+
+
+def _scaled_products(atoms, y, on, least) -> _Products:
+    largest = jnp.where(on, jnp.max(jnp.abs(atoms), axis=2, initial=0), 0)
+    atom_scale = jnp.where(largest > 0, jnp.maximum(_power_of_two(largest), least), largest)
+    y_scale = _power_of_two(jnp.max(jnp.abs(y), axis=1, initial=0))
+    return _products(divide(atoms, atom_scale[:, :, None]), divide(y, y_scale[:, None]), on, atom_scale, y_scale)
+
+
+def problems(dictionary: Any, y: Array, indices: Array, num_latents: int, ridge: Array) -> Problem:
+    """The problems of `n` rows, in the dtype of `ridge`.
+
+    Products of moderate numbers are formed as they are; if any row of the `n` holds others, all are formed again from
+    scaled atoms and targets. The scales are powers of two, so that no row's answer depends on its neighbours.
+    """
+    root = jnp.sqrt(ridge)
+    on = used(indices, num_latents)
+    atoms = take(dictionary, indices, num_latents, y.dtype)
+    plain = _products(atoms, y, on, jnp.ones(on.shape, y.dtype), jnp.ones(on.shape[:1], y.dtype))
+
+    def moderate(square, absent):
+        return jnp.all(absent | ((square > 2.0**-60) & (square < 2.0**60)))
+
+    fits = moderate(jnp.diagonal(plain.gram, axis1=1, axis2=2), ~on) & moderate(plain.y_y, jnp.all(y == 0, axis=1))
+    products = jax.lax.cond(
+        fits & (ridge < 2.0**60), lambda: plain, lambda: _scaled_products(atoms, y, on, _power_of_two(root))
+    )
+    return _without_units(products, root)
+
+
+def _without_units(products: _Products, root) -> Problem:
+    gram, c, y_y, atom_scale, y_scale = products
+    norm = jnp.sqrt(jnp.diagonal(gram, axis1=1, axis2=2))
+    y_norm, y_scale = jnp.sqrt(y_y)[:, None], y_scale[:, None]
+    length = norm * atom_scale
+    # The ridge joins the diagonal before it is made 1; a zero atom is left out.
+    relative_ridge = divide(root, atom_scale) ** 2
+    norm = jnp.sqrt(norm**2 + relative_ridge)
+    gram = gram + relative_ridge[:, :, None] * jnp.eye(gram.shape[-1], dtype=gram.dtype)
+    unit = divide(divide(norm, y_norm) * atom_scale, y_scale)
+    in_range = (jnp.isfinite(unit) & ((unit > 0) | (norm == 0) | (y_scale == 0) | (y_norm == 0))).all(1)
+    return Problem(
+        gram=divide(gram, norm[:, :, None] * norm[:, None, :]),
+        c=divide(c, norm * y_norm),
+        unit=unit,
+        weight=divide(norm * atom_scale, jnp.max(length, axis=1, keepdims=True, initial=0)),
+        finite=jnp.isfinite(length).all(1) & in_range & jnp.isfinite(y_scale[:, 0]) & (root >= 0),
+    )
+
+
+def row_bytes(k: int, d: int, itemsize: int) -> int:
+    """Scratch of one row whose atoms are gathered."""
+    return (k * (2 * d + 4 * k) + 2 * d) * itemsize
+
+
+def violation(z, gradient, nonnegative: bool):
+    """How far each coordinate is from optimal, `z` in units where the Gram matrix has ones on its diagonal."""
+    if not nonnegative:
+        return jnp.abs(gradient)
+    return jnp.where(z > 0, jnp.abs(gradient), jnp.maximum(jnp.maximum(-gradient, -z), 0))
+
+
+def zero_cotangent(dictionary: Any, dtype) -> Any:
+    """Where `accumulate` starts: a zero for every number of the dictionary that can move."""
+    return [jnp.zeros(leaf.shape, dtype) if _moves(leaf) else None for leaf in jax.tree.leaves(dictionary)]
+
+
+def accumulate(carry: Any, dictionary: Any, indices, num_latents: int, on, atoms_bar) -> Any:
+    """Add the cotangent of the rows' atoms `[n k d]`, where `on [n k]`, to that of the dictionary."""
+    if is_array(dictionary):
+        return [carry[0].at[jnp.where(on, indices, num_latents)].add(atoms_bar, mode="drop")]
+    _, pull_back = jax.vjp(lambda dictionary: take(dictionary, indices, num_latents, atoms_bar.dtype), dictionary)
+    (bar,) = pull_back(atoms_bar)  # 0 for unused slots, since u and z are
+    return [None if total is None else total + leaf for total, leaf in zip(carry, jax.tree.leaves(bar), strict=True)]
+
+
+def cotangent(carry: Any, dictionary: Any) -> Any:
+    """What was accumulated, in the dictionary's own structure and dtypes."""
+    leaves, structure = jax.tree.flatten(dictionary)
+    bars = [
+        np.zeros(leaf.shape, jax.dtypes.float0) if total is None else total.astype(leaf.dtype)
+        for total, leaf in zip(carry, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, bars)
+
+
+def _moves(leaf) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+def accumulator(dictionary: Any, y: Array) -> jnp.dtype:
+    """The dtype of the arithmetic: float32 or better."""
+    atom = dictionary if is_array(dictionary) else _one_atom(dictionary)
+    return jnp.promote_types(jnp.result_type(atom.dtype, y.dtype), jnp.float32)
+
+
+def _one_atom(dictionary: Any):
+    return jax.eval_shape(lambda dictionary: dictionary.take(jnp.zeros((1, 1), jnp.int32)), dictionary)
+
+
+def validate(dictionary: Any, y: Array, code: SparseCode, name: str) -> None:
+    """Raise if a dictionary, targets and a code do not fit together."""
+    if not is_array(dictionary):
+        if not isinstance(dictionary, Dictionary):
+            raise TypeError(
+                f"`{name}` got a dictionary of type {type(dictionary).__name__}; pass an array of shape (m, d), or a "
+                f"pytree with a method take(indices) that returns atoms of shape (*indices.shape, d)."
+            )
+        atom = _one_atom(dictionary)
+        if atom.ndim != 3 or atom.shape[:2] != (1, 1):
+            raise ValueError(
+                f"`{name}` got a dictionary whose take gives shape {atom.shape} for indices of shape (1, 1); return "
+                f"atoms of shape (1, 1, d)."
+            )
+        shape, dtype = (code.num_latents, atom.shape[-1]), atom.dtype
+    else:
+        shape, dtype = dictionary.shape, dictionary.dtype
+    for what, kind in (("a dictionary", dtype), ("y", y.dtype), ("values", code.values.dtype)):
+        if not jnp.issubdtype(kind, jnp.floating):
+            raise TypeError(f"`{name}` got {what} of dtype {kind}, expected floating point; convert it first.")
+    if not jnp.issubdtype(code.indices.dtype, jnp.integer):
+        raise TypeError(
+            f"`{name}` got indices of dtype {code.indices.dtype}, expected integers; convert them to int32."
+        )
+    if len(shape) != 2 or shape[0] != code.num_latents:
+        raise ValueError(
+            f"`{name}` got a dictionary of shape {shape} for a code of {code.num_latents} latents; pass "
+            f"one of shape ({code.num_latents}, d), one atom a row."
+        )
+    if y.shape[-1:] != shape[1:]:
+        raise ValueError(
+            f"`{name}` got y of shape {y.shape}, but the atoms have width {shape[1]}; pass y of shape (*b, {shape[1]})."
+        )
+    if code.indices.shape != code.values.shape or code.indices.shape[:-1] != y.shape[:-1]:
+        raise ValueError(
+            f"`{name}` got values {code.values.shape} and indices {code.indices.shape} for y of shape {y.shape}; "
+            f"pass both with shape {(*y.shape[:-1], 'k')}."
+        )

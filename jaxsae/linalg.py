@@ -1,0 +1,46 @@
+"""Small dense linear algebra of one row, in full precision on every backend."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+EXACT = jax.lax.Precision.HIGHEST  # a plain float32 dot is TF32 or bfloat16 on accelerators
+matmul = functools.partial(jnp.matmul, precision=EXACT)
+
+
+def divide(x, by):
+    """`x / by`, and 0 where `by` is 0."""
+    return jnp.where(by == 0, 0, x / jnp.where(by == 0, 1, by))
+
+
+def _solve_semidefinite(gram, rhs):
+    jitter = 4 * gram.shape[-1] * jnp.finfo(gram.dtype).eps
+    factor = jnp.linalg.cholesky(gram + jitter * jnp.eye(gram.shape[-1], dtype=gram.dtype))
+    x = jnp.zeros_like(rhs)
+    for _ in range(3):
+        x = x + jax.scipy.linalg.cho_solve((factor, True), rhs - matmul(gram, x))
+    return x
+
+
+_solve_semidefinite_in_turn = jax.custom_batching.sequential_vmap(_solve_semidefinite)
+
+
+def solve_semidefinite(gram: Float[Array, "k k"], rhs: Float[Array, "k n"]) -> Float[Array, "k n"]:
+    """Solve `GX = B` for one `G` of unit diagonal, singular or not, when the columns of `B` are in its range.
+
+    A few ulps on the diagonal let repeated atoms be factorised; two steps of refinement take their effect out.
+    """
+    # jaxlib's batched LAPACK on a CPU waits, inside the thread pool, for work it queued in that same pool: two of
+    # them at once stop a two-core machine for ever (seen with jaxlib 0.10.2). One matrix at a time never queues.
+    if jax.default_backend() == "cpu":
+        return _solve_semidefinite_in_turn(gram, rhs)
+    return _solve_semidefinite(gram, rhs)
+
+
+def solve_on(gram: Float[Array, "k k"], on: Array, rhs: Float[Array, " k"]) -> Float[Array, " k"]:
+    """Solve `G_FF x_F = b_F` on the coordinates `F` where `on [k]` is true; `x` is 0 elsewhere."""
+    both = on[:, None] & on[None, :]
+    restricted = jnp.where(both, gram, jnp.eye(on.size, dtype=gram.dtype))
+    return solve_semidefinite(restricted, jnp.where(on, rhs, 0)[:, None])[:, 0]
