@@ -85,7 +85,7 @@ def _certify(nonnegative: bool, num_latents: int, dictionary, per_row):
         norm = jnp.linalg.norm(atoms, axis=2)
         length = norm * atom_scale
         weight = divide(length, jnp.max(length, axis=1, keepdims=True, initial=0))
-        z = divide(values.astype(y.dtype) * atom_scale, y_scale) * norm
+        z = values.astype(y.dtype) * atom_scale / y_scale * norm
         return jax.vmap(functools.partial(_certify_row, nonnegative))(divide(atoms, norm[:, :, None]), weight, y, z)
 
     y, indices, _ = per_row
@@ -99,16 +99,21 @@ def _gather(dictionary, indices, num_latents: int, y):
     atoms = jnp.where(on[:, :, None], gram.take(dictionary, indices, num_latents, y.dtype), 0)
     atom_scale = jnp.max(jnp.abs(atoms), axis=2, initial=0)
     y_scale = jnp.max(jnp.abs(y), axis=1, keepdims=True, initial=0)
-    return divide(atoms, atom_scale[:, :, None]), atom_scale, divide(y, y_scale), y_scale
+    y_scale = jnp.where(y_scale == 0, 1, y_scale)
+    return divide(atoms, atom_scale[:, :, None]), atom_scale, y / y_scale, y_scale
 
 
 def _certify_row(nonnegative: bool, atoms, weight, y, z):
     """KKT residual and duality gap of one row, for atoms of norm 1 (or 0) that had norms in proportion to `weight`."""
     project = jax.nn.relu if nonnegative else lambda g: g
     y_norm = jnp.linalg.norm(y)
+
+    def relative(x, to):
+        return jnp.where(x == 0, 0, x / to)  # of y = 0: 0 is optimal, and whatever is not is infinitely far from it
+
     r = y - matmul(z, atoms)
     slope = matmul(atoms, r)
-    kkt = divide(jnp.max(weight * gram.violation(z, -slope, nonnegative), initial=0), y_norm)
+    kkt = relative(jnp.max(weight * gram.violation(z, -slope, nonnegative), initial=0), y_norm)
     atoms_atoms = matmul(atoms, atoms.T)
 
     def gap(on, rhs):
@@ -117,12 +122,12 @@ def _certify_row(nonnegative: bool, atoms, weight, y, z):
         dual = slope - matmul(atoms, moved)
         infeasible = jnp.max(project(dual) if nonnegative else jnp.abs(dual), initial=0)
         # P − D = ½‖r − u‖² − zᵀAu, free of the cancellation between two nearly equal objectives.
-        value = divide(jnp.sum(moved**2) - 2 * jnp.sum(z * dual), y_norm**2)
+        value = relative(jnp.sum(moved**2) - 2 * jnp.sum(z * dual), y_norm**2)
         return jnp.where(infeasible <= 32 * jnp.finfo(y.dtype).eps * y_norm, value, jnp.inf)
 
     everywhere = gap(jnp.ones_like(slope, bool), project(slope))
     # Where (Ar)₊ is not in the range of G (k > d, opposite atoms), make u orthogonal to the atoms in use instead.
     in_use = gap((z != 0) | (slope > 0), slope)
-    best = jnp.minimum(jnp.minimum(everywhere, in_use), divide(jnp.sum(r**2), y_norm**2))  # u = 0 is feasible too
+    best = jnp.minimum(jnp.minimum(everywhere, in_use), relative(jnp.sum(r**2), y_norm**2))  # u = 0 is feasible too
     finite = jnp.isfinite(y_norm) & jnp.isfinite(slope).all()
     return jnp.where(finite, kkt, jnp.nan), jnp.where(finite, jnp.maximum(best, 0), jnp.nan)

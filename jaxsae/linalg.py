@@ -16,7 +16,7 @@ def divide(x, by):
 
 
 def _solve_semidefinite(gram, rhs):
-    jitter = 4 * gram.shape[-1] * jnp.finfo(gram.dtype).eps
+    jitter = 1 * gram.shape[-1] * jnp.finfo(gram.dtype).eps
     factor = jnp.linalg.cholesky(gram + jitter * jnp.eye(gram.shape[-1], dtype=gram.dtype))
     x = jnp.zeros_like(rhs)
     for _ in range(3):

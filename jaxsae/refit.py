@@ -67,7 +67,7 @@ def refit(
 
         minimise_z ½‖y − Σᵢ zᵢ D[indices_i]‖² + ½ ridge ‖z‖²,   z ≥ 0
 
-    A row never ends worse than it began (starting values are projected first); a row with NaN or Inf comes back
+    A row never ends worse than it began (starting values are projected first, and 0 stands in for those that are far worse); a row with NaN or Inf comes back
     unchanged with status `NONFINITE` and touches no other. The derivative in `dictionary`, `y` and `ridge` is
     the implicit one on the active set; the support, and the starting values, have none.
 
@@ -201,7 +201,7 @@ def _drive(solver, G, c, weight, z, nonnegative: bool):
     def improvement(state, z, gradient):
         return -0.5 * jnp.sum((state.z - z) * (state.gradient + gradient))
 
-    start = solver.init(G, c, jnp.maximum(z, lower), lower)
+    start = solver.init(G, c, z, lower)
 
     def step(carry: _Carry) -> _Carry:
         state = solver.step(G, c, carry.state, lower)
@@ -227,20 +227,22 @@ def _drive(solver, G, c, weight, z, nonnegative: bool):
 def _drive_rows(solver, problem: gram.Problem, z, nonnegative: bool):
     """Run a solver on `n` rows, then its fallback on those that it left."""
 
-    def run(solver, z):
-        drive = functools.partial(_drive, solver, nonnegative=nonnegative)
-        return jax.vmap(drive)(problem.gram, problem.c, problem.weight, z)
-
-    best, kkt, steps = run(solver, z)
+    drive = functools.partial(_drive, solver, nonnegative=nonnegative)
+    best, kkt, steps = jax.vmap(drive)(problem.gram, problem.c, problem.weight, z)
     if solver.fallback is None:
         return best, kkt, steps
 
     def go_on():
-        best_, kkt_, steps_ = run(solver.fallback.replace(tol=solver.tol), best)
+        best_, kkt_, steps_ = _drive_rows(solver.fallback, problem, best, nonnegative)
         return best_, kkt_, steps + steps_
 
     left = (steps >= solver.max_steps) & (kkt > solver.tol)
     return jax.lax.cond(jnp.any(left), go_on, lambda: (best, kkt, steps))
+
+
+def _last_tol(solver):
+    """The tolerance that a row is judged by: that of the last solver of the chain."""
+    return solver.tol if solver.fallback is None else _last_tol(solver.fallback)
 
 
 def _excess(G, c, z, other):
@@ -262,7 +264,9 @@ def _solve(static: _Static, shared, per_row):
             form, y, indices, batch=y.shape[:1], row_bytes=gram.row_bytes(k, d, itemsize), scratch=scratch // 2
         )
         start = values.astype(ridge.dtype) * problem.unit
-        usable = jnp.isfinite(start).all(1)
+        start = jnp.maximum(start, 0) if nonnegative else start
+        # From far away (‖y‖² is 1 here) rounding follows the solver; NaN, and what is too large to square, are far too.
+        usable = jax.vmap(_excess)(problem.gram, problem.c, start, jnp.zeros_like(start)) < 10
         best, kkt, steps = _drive_rows(solver, problem, jnp.where(usable[:, None], start, 0), nonnegative)
         finite = problem.finite & jnp.isfinite(values).all(1)
         feasible = jax.nn.relu(values) if nonnegative else values
@@ -273,7 +277,7 @@ def _solve(static: _Static, shared, per_row):
             began = feasible.astype(ridge.dtype) * problem.unit
             moved &= ~(jax.vmap(_excess)(problem.gram, problem.c, rounded, began) > 0)
         refitted = jnp.where(moved[:, None] | (problem.unit == 0), refitted, feasible)
-        status = jnp.where(kkt <= solver.tol, Status.CONVERGED, Status.MAX_STEPS)
+        status = jnp.where(kkt <= _last_tol(solver), Status.CONVERGED, Status.MAX_STEPS)
         info = RefitInfo(
             kkt=jnp.where(finite, kkt, jnp.nan),
             steps=jnp.where(finite, steps, 0),

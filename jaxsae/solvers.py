@@ -182,8 +182,8 @@ class ConjugateGradient:
     """
 
     tol: float | Array = 1e-5
-    max_steps: int | Array = 500
-    fallback: Any = FISTA()
+    max_steps: int | Array = 1000
+    fallback: Any = None
 
     def init(self, gram: Array, c: Array, z: Array, lower: float) -> ConjugateGradientState:
         """The state at a feasible start `z`, headed down the projected gradient."""
@@ -279,4 +279,6 @@ class BlockPivoting:
 
 def default(k: int, d: int) -> Any:
     """The solver of rows with `k` active atoms of width `d`."""
-    return ConjugateGradient() if k <= d else FISTA()
+    if k > d:
+        return FISTA()
+    return ConjugateGradient(tol=1e-6, max_steps=256, fallback=BlockPivoting(tol=1e-6))
