@@ -7,7 +7,7 @@ An `SAE` is a pytree of parameters, a `SparseCode` says which latents are active
 everything else is a pure function of the two.
 """
 
-from jaxsae import codes, data, losses, metrics, pretrained, sae, train
+from jaxsae import codes, data, losses, metrics, pretrained, sae, solvers, train
 from jaxsae.activations import ReLU, TopK
 from jaxsae.certificate import Certificate, certify
 from jaxsae.codes import SparseCode
@@ -44,5 +44,6 @@ __all__ = [
     "refit",
     "sae",
     "shrinkage",
+    "solvers",
     "train",
 ]

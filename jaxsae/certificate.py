@@ -19,7 +19,7 @@ class Certificate:
     Attributes:
       kkt: `[*b]` relative KKT residual, `max_i v_i / (max_i‖a_i‖ ‖y‖)`; 0 is optimal.
       gap: `[*b]` duality gap relative to `½‖y‖²`: the excess of the row's error over the best possible one, relative
-        to `‖y‖²`, is at most this. In float32, on nearly singular supports (condition numbers of 1e5 and more), the
+        to `‖y‖²`, is at most this. In float32, on nearly singular supports (condition numbers of 3e4 and more), the
         dual point is feasible only to rounding, and the gap can fall short.
     """
 
@@ -43,8 +43,8 @@ def certify(
         gap = (½‖r‖² − (uᵀy − ½‖u‖²)) / ½‖y‖²,   u = r − Aᵀδ,  δ = G⁺(Ar)₊
 
     `u` is feasible for the dual (`Au ≤ 0`), so the gap bounds the excess error; where rounding or a singular `G`
-    makes it infeasible, another feasible `u` stands in. A negative value under the
-    constraint counts as its own violation. Both are 0 where `y = 0` and the code decodes to 0.
+    makes it infeasible, another feasible `u` stands in. A negative value under the constraint counts as its own
+    violation. Of `y = 0` a code that decodes to 0 has 0 for both, and any other infinity.
 
     Args:
       dictionary: `[m d]`, or any pytree with `take`, as for `refit`.

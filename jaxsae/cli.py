@@ -102,7 +102,7 @@ def refine(
     """
     from jaxsae import data as data_module
     from jaxsae import pretrained, stream
-    from jaxsae.solvers import FISTA
+    from jaxsae.solvers import ConjugateGradient
 
     model, rows = pretrained.load(sae), data_module.open_rows(data)
     if capacity is not None and (capacity < 1 or (model.activation.k or capacity) != capacity):
@@ -118,7 +118,7 @@ def refine(
             model,
             rows,
             out,
-            FISTA(tol, max_steps),
+            ConjugateGradient(tol, max_steps),
             capacity=capacity,
             progress=lambda n: advance("refining", n),
         )

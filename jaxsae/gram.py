@@ -68,7 +68,8 @@ def _power_of_two(x):
 
 
 def _products(atoms, y, on, atom_scale, y_scale) -> _Products:
-    gram = rows.each_row(lambda atoms: matmul(atoms, atoms.T), atoms)
+    k, d = atoms.shape[1:]
+    gram = rows.each_row(lambda atoms: matmul(atoms, atoms.T), atoms, flops=2 * k * k * d)
     c = jnp.einsum("nid,nd->ni", atoms, y, precision=EXACT)
     gram, c = jnp.where(on[:, :, None] & on[:, None, :], gram, 0), jnp.where(on, c, 0)
     return _Products(gram, c, jnp.sum(y * y, axis=1), jnp.where(on, atom_scale, 0), y_scale)

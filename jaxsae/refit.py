@@ -44,8 +44,8 @@ class RefitInfo:
       kkt: `[*b]` relative KKT residual of the values returned (see `certify`), as the solver saw it; NaN where the
         row is not finite.
       steps: `[*b]` int32, solver steps taken.
-      status: `[*b]` int32, a `Status`: 0 converged, 1 stopped at `max_steps`, 2 not finite, or out of the
-        dtype's range (row returned unchanged).
+      status: `[*b]` int32, a `Status`: 0 converged, to the tolerance of the solver or of its last fallback; 1 stopped
+        at `max_steps`; 2 not finite, or out of the dtype's range (row returned unchanged).
     """
 
     kkt: Float[Array, "*b"]
@@ -67,9 +67,10 @@ def refit(
 
         minimise_z ½‖y − Σᵢ zᵢ D[indices_i]‖² + ½ ridge ‖z‖²,   z ≥ 0
 
-    A row never ends worse than it began (starting values are projected first, and 0 stands in for those that are far worse); a row with NaN or Inf comes back
-    unchanged with status `NONFINITE` and touches no other. The derivative in `dictionary`, `y` and `ridge` is
-    the implicit one on the active set; the support, and the starting values, have none.
+    A row never ends worse than it began (starting values are projected first, and 0 stands in for those that are far
+    worse); a row with NaN or Inf comes back unchanged with status `NONFINITE` and touches no other. The derivative in
+    `dictionary`, `y` and `ridge` is the implicit one on the active set; the support, and the starting values, have
+    none.
 
     Args:
       dictionary: `[m d]`, one atom a row, any norm, or any pytree with `take(indices [*b k]) -> atoms [*b k d]`;
@@ -113,6 +114,9 @@ def refit(
     Source: Gao et al. (2024), "Scaling and evaluating sparse autoencoders", Section 5.1.
     """
     gram.validate(dictionary, y, code, "refit")
+    needed = 2 * gram.row_bytes(code.indices.shape[-1], y.shape[-1], gram.accumulator(dictionary, y).itemsize)
+    if scratch < needed:
+        raise ValueError(f"`refit` got scratch of {scratch} bytes, but one row needs {needed}; pass at least that.")
     if solver is None:
         solver = solvers.default(code.indices.shape[-1], y.shape[-1])
     ridge = jnp.asarray(ridge, gram.accumulator(dictionary, y))
@@ -226,7 +230,6 @@ def _drive(solver, G, c, weight, z, nonnegative: bool):
 
 def _drive_rows(solver, problem: gram.Problem, z, nonnegative: bool):
     """Run a solver on `n` rows, then its fallback on those that it left."""
-
     drive = functools.partial(_drive, solver, nonnegative=nonnegative)
     best, kkt, steps = jax.vmap(drive)(problem.gram, problem.c, problem.weight, z)
     if solver.fallback is None:

@@ -20,7 +20,7 @@ def _chunk_size(total: int, row_bytes: int, scratch: int, cached: int | None) ->
     if jax.default_backend() == "cpu":
         most = min(most, _CPU_ROWS if cached is None else max(_CPU_ROWS, min(256, _CPU_CACHE // max(cached, 1))))
     if most < 1:
-        raise ValueError(f"got {scratch} bytes of scratch, but one row needs {row_bytes}; pass at least that.")
+        raise ValueError(f"got {scratch} bytes of scratch for {row_bytes} a row; pass room for a row at least.")
     step = _CPU_ROWS if most >= _CPU_ROWS else 1
     padded = max(step, math.ceil(total / step) * step)
     chunks = math.ceil(padded / (most // step * step))
@@ -82,13 +82,13 @@ def map_chunks(f: Callable, *arrays: Any, **options: Any) -> Any:
     return scan_chunks(lambda _, *chunk: (None, f(*chunk)), None, *arrays, **options)[1]
 
 
-def each_row(f: Callable, *arrays: Any) -> Any:
+def each_row(f: Callable, *arrays: Any, flops: int) -> Any:
     """Apply `f` of one row to a chunk of them.
 
-    On a CPU the loop is unrolled: XLA runs small products that do not wait for each other on several cores, and a
-    batch of them on one.
+    On a CPU the loop is unrolled if a row costs enough `flops`: XLA runs products that do not wait for each other on
+    several cores, and a batch of them on one.
     """
-    if jax.default_backend() != "cpu":
+    if jax.default_backend() != "cpu" or flops < 1 << 18:
         return jax.vmap(f)(*arrays)
     size = jax.tree.leaves(arrays)[0].shape[0]
     outputs = [f(*jax.tree.map(lambda x, row=row: x[row], arrays)) for row in range(size)]

@@ -194,7 +194,7 @@ def refine(
       sae: the autoencoder.
       x: activations `[*b d]`.
       code: support and starting values; `encode(sae, x, capacity=capacity)` by default.
-      solver: `FISTA()` by default, or any pytree of `solvers.py`.
+      solver: any pytree of `solvers.py`; `solvers.default(k, d)` if None.
       capacity: slots a row, if the code is to be made here and the activation does not fix it.
 
     Returns:

@@ -3,8 +3,8 @@
 Each minimises `½ zᵀGz − cᵀz` over `z ≥ lower` for one row: `G [k k]` positive semi-definite with ones (or
 zeros) on its diagonal, `c [k]` in its range, `lower` 0, or −∞ where the sign is free. A state has fields `z`,
 the iterate, and `gradient`, `Gz − c` at it; `refit.py` drives the steps, judges the iterates and decides when to
-stop, so that a solver holds nothing but its own mathematics. A solver may name a `fallback`, which goes on from
-the best iterate of the rows that it left.
+stop, so that a solver holds nothing but its own mathematics. A solver may name a `fallback`, with a tolerance of
+its own, which goes on from the best iterate of the rows that it left; a row is judged by the last one's tolerance.
 """
 
 from typing import Any, NamedTuple
@@ -278,7 +278,27 @@ class BlockPivoting:
 
 
 def default(k: int, d: int) -> Any:
-    """The solver of rows with `k` active atoms of width `d`."""
+    """The solver of rows with `k` active atoms of width `d`, by measurement (`python -m benchmarks refine`).
+
+    On two CPU cores `ConjugateGradient` is the fastest or level on every case measured but nearly parallel atoms (a
+    mean cosine of 0.99), where it takes a thousand steps; there `BlockPivoting`, which factorises five to eight times
+    whatever the condition, takes the rows that are left after 256 steps, the price of as many factorisations. It cannot
+    solve what `k > d` makes singular: there `FISTA` answers. Conjugate gradient goes on to a tenth of the usual
+    tolerance, a step or two, so that ill-conditioned rows too end within 1e-6 of their least error; a row counts as
+    converged at 1e-5. No accelerator has been measured yet, so the backend makes no difference.
+
+    Args:
+      k: slots a row.
+      d: width.
+
+    Returns:
+      A solver, with its fallbacks.
+
+    Example:
+      >>> import jaxsae
+      >>> type(jaxsae.solvers.default(32, 768)).__name__, type(jaxsae.solvers.default(1024, 768)).__name__
+      ('ConjugateGradient', 'FISTA')
+    """
     if k > d:
         return FISTA()
     return ConjugateGradient(tol=1e-6, max_steps=256, fallback=BlockPivoting(tol=1e-6))

@@ -25,11 +25,11 @@ from jaxsae.activations import ReLU, TopK
 from jaxsae.certificate import certify
 from jaxsae.files import InputError, atomic_file
 from jaxsae.sae import SAE, init, rescale
-from jaxsae.solvers import FISTA
+from jaxsae.solvers import ConjugateGradient
 from jaxsae.stream import refine_blocks
 
 CERTIFIED = 1e-5  # the KKT residual that certifies a row
-_SOLVER = FISTA(tol=1e-6, max_steps=5000)  # tighter, so that the certificate does not hang on rounding
+_SOLVER = ConjugateGradient(tol=1e-6, max_steps=5000)  # tighter, so that the certificate does not hang on rounding
 _TRAIN_ROWS = 100_000
 _REPORT_EVERY = 25  # steps
 
