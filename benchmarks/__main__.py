@@ -1,16 +1,21 @@
-"""Run a benchmark, print its table, and write it as JSON if asked to."""
+"""Benchmarks of jaxsae: measure, then make tables and figures of what was measured."""
 
 import argparse
 import json
 import os
 import platform
+import re
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import jax
 
-from benchmarks import refine
+from benchmarks import cases, judge, plot, refine, table
+
+ROOT = Path(__file__).parents[1]
+_PEERS = ("scipy", "jaxnnls", "jaxopt", "optax", "overcomplete", "torch")
 
 
 def main() -> None:
@@ -18,29 +23,84 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("refine", help="refits: rows a second, accuracy, and time beside the encoder's")
-    command.add_argument("--size", choices=refine.SIZES, default="tiny")
-    command.add_argument("--json", type=Path, metavar="OUT", help="write the table here too")
+    command.add_argument("--size", choices=cases.SIZES, default="tiny")
+    command.add_argument("--peers", action="store_true", help="other libraries' solvers too; pip install '.[peers]'")
+    command.add_argument("--real", action="store_true", help="a trained autoencoder too")
+    command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here, case by case")
+    command = commands.add_parser("table", help="what was measured, as markdown")
+    command.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    command.add_argument("--readme", action="store_true", help="put it into the README")
+    command = commands.add_parser("plot", help="speed against accuracy; needs matplotlib")
+    command.add_argument("file", type=Path, metavar="FILE")
+    command.add_argument("out", type=Path, metavar="PNG")
     args = parser.parse_args()
 
-    rows = refine.run(args.size)
-    columns = list(rows[0])
-    print(" | ".join(columns))
-    for row in rows:
-        print(" | ".join(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
-    if args.json:
-        args.json.write_text(json.dumps({"rows": rows, **_environment()}, indent=1) + "\n")
+    if args.command == "refine":
+        _refine(args)
+    elif args.command == "plot":
+        plot.speed_against_accuracy(json.loads(args.file.read_text()), args.out)
+    else:
+        reports = [json.loads(path.read_text()) for path in args.files]
+        if args.readme:
+            readme = ROOT / "README.md"
+            readme.write_text(table.insert(readme.read_text(), reports))
+        else:
+            print("\n\n".join(map(table.markdown, reports)))
 
 
-def _environment() -> dict[str, str]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
-        "cores": str(os.cpu_count()),
-        "jax": jax.__version__,
-        "jaxsae": version("jaxsae"),
-        "python": platform.python_version(),
-        "commit": commit,
+def _refine(args: argparse.Namespace) -> None:
+    bandwidth = refine.copy_bandwidth()
+    report: dict[str, Any] = {
+        **_environment(),
+        "copy_bandwidth": {"bytes_per_s": bandwidth, "counted": "bytes read and bytes written"},
+        "size": args.size,
+        "gate": {"worst_kkt": judge.KKT, "added_nmse": judge.ADDED_NMSE},
+        "cases": [],
+        "rows": [],
     }
+    for case, rows in refine.run(args.size, with_peers=args.peers, real=args.real, bandwidth=bandwidth):
+        report["cases"].append(case)
+        report["rows"] += rows
+        if args.json:  # after each case: an interruption leaves what is finished
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    print(table.markdown(report))
+
+
+def _environment() -> dict[str, Any]:
+    return {
+        "device": _device(),
+        "cores": os.cpu_count(),
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "peers": {name: _version(name) for name in _PEERS},
+    }
+
+
+def _device() -> str:
+    kind = jax.devices()[0].device_kind
+    information = Path("/proc/cpuinfo")
+    if kind == "cpu" and information.exists():  # what jax calls a CPU says nothing about it
+        models = re.findall(r"model name\s*: (.*)", information.read_text())
+        kind = models[0] if models else kind
+    return kind if jax.device_count() == 1 else f"{kind} x {jax.device_count()}"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str:
+    """The commit that is checked out, `-dirty` if files differ from it; a bare machine may have no git."""
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 if __name__ == "__main__":

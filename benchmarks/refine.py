@@ -1,92 +1,242 @@
-"""Time refits on random problems: gather, Gram and solve together, compile time apart, the encoder beside them."""
+"""Time refits, ours and others', tuned to one gate: the gather counts for all, compilation for none."""
 
-import dataclasses
+import functools
+import math
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import jaxsae
+from benchmarks import cases, peers
+from benchmarks.judge import Judge, Verdict, padded
+from jaxsae.files import InputError
 
-
-class Case(NamedTuple):
-    """A random problem: `B` rows of `k` atoms from a dictionary `[m d]` of a given mean cosine."""
-
-    d: int
-    m: int
-    k: int
-    B: int
-    cosine: float
-
-
-SIZES = {
-    "tiny": [Case(64, 512, 8, 1024, 0.0), Case(64, 512, 16, 1024, 0.3)],
-    "small": [Case(256, 4096, 32, 2048, 0.0), Case(256, 4096, 64, 1024, 0.3)],
-    "paper": [Case(768, 16384, 32, 4096, 0.0), Case(768, 16384, 128, 4096, 0.3)],
+SOLVERS: dict[str, Any] = {
+    "jaxsae (default)": None,
+    "ConjugateGradient": jaxsae.ConjugateGradient(),
+    "BlockPivoting": jaxsae.BlockPivoting(),
+    "FISTA": jaxsae.FISTA(),
+    "ProjectedGradient": jaxsae.ProjectedGradient(),
 }
-SOLVERS = {"FISTA": jaxsae.FISTA(), "ProjectedGradient": jaxsae.ProjectedGradient()}
-_REPEATS = 7
+COLUMNS = (
+    *("case", "kind", "solver", "setting", "rows", "rows_per_s", "quartiles", "compile_s"),
+    *("worst_kkt", "kkt_999", "added_nmse", "added_nmse_rows", "gate_met"),
+    *("scratch_bytes", "roofline", "time_over_encode", "note", "tried"),
+)
+_TUNING = 60.0  # seconds to find a peer's settings in
+_LONG = 3.0  # seconds of a run, beyond which it gets fewer rows
+_FEWEST = 64
+_FAST = 15.0  # seconds of a round of all solvers, up to which there are more rounds
 
 
-def problem(case: Case, seed: int = 0) -> tuple[jaxsae.SAE, jax.Array, jaxsae.SparseCode]:
-    """An SAE, rows that are noisy non-negative combinations of its atoms, and starting codes on their supports."""
-    keys = jax.random.split(jax.random.key(seed), 4)
-    sae = jaxsae.init(keys[0], d=case.d, m=case.m, activation=jaxsae.TopK(case.k))
-    common = jnp.ones(case.d) / jnp.sqrt(case.d)
-    atoms = jnp.sqrt(1 - case.cosine) * sae.W_dec + jnp.sqrt(case.cosine) * common
-    _, support = jax.lax.top_k(jax.random.uniform(keys[1], (case.B, case.m)), case.k)
-    z = jax.random.exponential(keys[2], (case.B, case.k))
-    code = jaxsae.SparseCode(values=z, indices=support, num_latents=case.m)
-    x = jaxsae.codes.combine(atoms, code)
-    noise = jax.random.normal(keys[3], x.shape)
-    x = x + 0.3 * noise * jnp.linalg.norm(x, axis=1, keepdims=True) / jnp.linalg.norm(noise, axis=1, keepdims=True)
-    return dataclasses.replace(sae, W_dec=atoms, W_enc=atoms.T), x, dataclasses.replace(code, values=0.7 * z)
+class Run(NamedTuple):
+    """A solver with its settings, judged, and ready to be timed."""
+
+    name: str
+    kind: str  # ours, published or baseline
+    setting: dict[str, Any]
+    rows: np.ndarray
+    call: Callable[[], Any]
+    verdict: Verdict
+    seconds: float  # by a quick look
+    compile_s: float | None
+    scratch: int | None  # bytes
+    tried: list[dict[str, Any]]
+
+    def rank(self) -> tuple:
+        """The fastest of those that meet the gate comes first, and else the one that comes nearest to it."""
+        return (not self.verdict.met, self.seconds / len(self.rows) if self.verdict.met else self.verdict.excess)
 
 
-def run(size: str) -> list[dict[str, Any]]:
-    """Measure every solver on every case of a size."""
+def run(size: str, *, with_peers: bool, real: bool, bandwidth: float) -> Iterator[tuple[dict, list[dict]]]:
+    """Measure every solver on every case of a size; a case's description and its rows of the table, as they come."""
+    for make in cases.problems(size, real=real):
+        try:
+            problem = make()
+        except InputError as error:
+            yield {"case": "trained ReLU"}, [_row(case="trained ReLU", note=str(error))]
+            continue
+        yield measure(problem, with_peers=with_peers, bandwidth=bandwidth)
+
+
+def measure(problem: cases.Problem, *, with_peers: bool, bandwidth: float) -> tuple[dict, list[dict]]:
+    """Measure every solver on one problem."""
+    _say(f"{problem.name}: optimum of the sample")
+    judge = Judge(problem)
+    runs = [_ours(name, solver, problem, judge) for name, solver in SOLVERS.items()]
+    missing = []
+    for peer in peers.PEERS if with_peers else ():
+        try:
+            runs.append(tune(peer, problem, judge))
+            _say(f"{problem.name}: {peer.name} {runs[-1].setting}, {runs[-1].verdict.excess:.2g} times the gate")
+        except ImportError as error:
+            missing.append(_row(case=problem.name, kind=peer.kind, solver=peer.name, note=_name_missing(error)))
+
+    _say(f"{problem.name}: timing")
+    encode = jax.jit(functools.partial(jaxsae.encode, capacity=problem.code.indices.shape[1]))
+    encode, *_ = _compile(encode, problem.sae, problem.x)
+    seconds = timings([encode, *(each.call for each in runs)])
+    encode_seconds = statistics.median(seconds[0]) / len(problem.y)
+    active = np.asarray(problem.code.mask.sum(axis=1))
+    atom_bytes = problem.y.shape[1] * problem.y.dtype.itemsize
     table = []
-    for case in SIZES[size]:
-        sae, x, code = problem(case)
-        encode = jax.jit(jaxsae.encode)
-        runs: dict[str, Callable] = {"encode": lambda encode=encode, sae=sae, x=x: encode(sae, x)}
-        for name, solver in SOLVERS.items():
-            runs[name] = lambda solver=solver, sae=sae, x=x, code=code: jaxsae.refine(sae, x, code, solver)
-        first, seconds = timings(runs)
-        for name in SOLVERS:
-            refined, info = runs[name]()
-            certificate = jaxsae.certify(sae.W_dec, x - sae.b_dec, refined)
-            low, median, high = statistics.quantiles(seconds[name], n=4)
-            table.append(
-                {
-                    **case._asdict(),
-                    "solver": name,
-                    "rows_per_s": case.B / median,
-                    "quartiles": [case.B / high, case.B / low],
-                    "compile_s": first[name] - median,
-                    "worst_kkt": float(certificate.kkt.max()),
-                    "worst_gap": float(certificate.gap.max()),
-                    "mean_steps": float(info.steps.mean()),
-                    "time_over_encode": median / statistics.median(seconds["encode"]),
-                }
+    for each, taken in zip(runs, seconds[1:], strict=True):
+        low, median, high = statistics.quantiles(taken, n=4)
+        count = len(each.rows)
+        table.append(
+            _row(
+                case=problem.name,
+                kind=each.kind,
+                solver=each.name,
+                setting=each.setting,
+                rows=count,
+                rows_per_s=count / median,
+                quartiles=[count / high, count / low],
+                compile_s=each.compile_s,
+                **each.verdict._asdict(),
+                gate_met=each.verdict.met,
+                scratch_bytes=each.scratch,
+                roofline=float(active[each.rows].sum()) * atom_bytes / bandwidth / median,
+                time_over_encode=median / count / encode_seconds,
+                note=judge.missing,
+                tried=each.tried,
             )
-    return table
+        )
+    return problem.describe() | {"encode_rows_per_s": 1 / encode_seconds}, table + missing
 
 
-def timings(runs: dict[str, Callable]) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """Seconds of the first call of each, and of repeats in turn: drift of the machine then meets all alike."""
+def _row(**known: Any) -> dict[str, Any]:
+    # JSON has no NaN and no infinity: a solver that diverged has null.
+    finite = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in known.items()}
+    return dict.fromkeys(COLUMNS) | finite
 
-    def clock(f) -> float:
+
+def _name_missing(error: ImportError) -> str:
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"{error.name.split('.')[0]}: not installed"
+    return f"cannot be imported: {error}"
+
+
+def _say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+# --- Making runs
+
+
+def _ours(name: str, solver: Any, problem: cases.Problem, judge: Judge) -> Run:
+    rows = np.arange(len(problem.y))
+    call, compile_s, scratch = _compile(jax.jit(jaxsae.refit), problem.sae.W_dec, problem.y, problem.code, solver)
+    verdict = judge(np.asarray(call()[0].values), rows)
+    return Run(name, "ours", {}, rows, call, verdict, math.nan, compile_s, scratch, [])
+
+
+def _compile(f: Any, *args: Any) -> tuple[Callable[[], Any], float, int | None]:
+    """A jitted function bound to its arguments, the seconds its compilation took, and the scratch it needs."""
+    start = time.perf_counter()
+    compiled = f.lower(*args).compile()
+    seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    return functools.partial(compiled, *args), seconds, memory and memory.temp_size_in_bytes
+
+
+def tune(peer: peers.Peer, problem: cases.Problem, judge: Judge) -> Run:
+    """Find the settings of a peer that meet the gate fastest; if none does, those that come nearest to it.
+
+    The first variant climbs the ladder of efforts to the gate, the others go on from there, and the fastest then tries
+    to do with half a rung less. If a run takes long, the next ones have fewer rows.
+    """
+    solve = peer.load()
+    deadline = time.perf_counter() + _TUNING
+    tried: list[Run] = []
+    rows = judge.rows[cases.evenly(len(judge.rows), peer.most_rows)] if peer.most_rows else np.arange(len(judge.y))
+    arrays = _arrays(peer, problem, rows)
+
+    def attempt(variant: dict[str, Any], effort: int | float) -> bool:
+        nonlocal rows, arrays
+        # Chunks of one size: a rest would be a second program.
+        chunk = {"chunk": math.gcd(variant["chunk"], len(rows))} if "chunk" in variant else {}
+        setting = {**variant, **chunk, "effort": effort}
+        for each in tried:
+            if each.setting == setting:
+                return each.verdict.met
+        tried.append(_attempt(peer, solve, arrays, rows, judge, setting))
+        if tried[-1].seconds > _LONG and len(rows) > _FEWEST:
+            rows = judge.rows[cases.evenly(len(judge.rows), max(_FEWEST, len(rows) // 4))]
+            arrays = _arrays(peer, problem, rows)
+        return tried[-1].verdict.met
+
+    reached = 0
+    for variant in peer.variants:
+        for rung in range(reached, len(peer.efforts)):
+            if tried and time.perf_counter() > deadline:
+                break
+            if attempt(variant, peer.efforts[rung]):
+                reached = rung
+                break
+    best = min(tried, key=Run.rank)
+    if best.verdict.met and reached and time.perf_counter() < deadline:
+        effort = best.setting["effort"]
+        below = peer.efforts[peer.efforts.index(effort) - 1]
+        attempt(best.setting, type(effort)(math.sqrt(effort * below)))
+        best = min(tried, key=Run.rank)
+    return best._replace(tried=[_trial(each) for each in tried])
+
+
+def _arrays(peer: peers.Peer, problem: cases.Problem, rows: np.ndarray) -> tuple:
+    per_row = (np.asarray(array)[rows] for array in (problem.y, problem.code.indices, problem.code.values))
+    return peers.to_arrays(peer.library, (padded(np.asarray(problem.sae.W_dec)), *per_row))
+
+
+def _attempt(peer: peers.Peer, solve: peers.Solve, arrays: tuple, rows, judge: Judge, setting: dict[str, Any]) -> Run:
+    solve = functools.partial(solve, **setting)
+    call, compile_s, scratch = functools.partial(solve, *arrays), None, None
+    if peer.library == "jax":
+        with jax.default_matmul_precision("highest"):  # else TF32 or bfloat16 on accelerators, far from the gate
+            call, compile_s, scratch = _compile(jax.jit(solve), *arrays)
+    start = time.perf_counter()
+    values = jax.block_until_ready(call())
+    first = time.perf_counter() - start
+    seconds = min(_clock(call) for _ in range(3)) if first < 1 else first
+    verdict = judge(np.asarray(values), rows)
+    return Run(peer.name, peer.kind, setting, rows, call, verdict, seconds, compile_s, scratch, [])
+
+
+def _trial(each: Run) -> dict[str, Any]:
+    numbers = {"rows_per_s": len(each.rows) / each.seconds, **each.verdict._asdict()}
+    return {**each.setting, **{name: x if x is not None and math.isfinite(x) else None for name, x in numbers.items()}}
+
+
+# --- Clocks
+
+
+def _clock(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - start
+
+
+def timings(calls: list[Callable[[], Any]]) -> list[list[float]]:
+    """Seconds of each, warm, in rounds over all of them: the machine's drift then meets all alike."""
+    warm_up = sum(map(_clock, calls))
+    rounds = [list(map(_clock, calls)) for _ in range(7 if warm_up < _FAST else 5)]
+    return [list(each) for each in zip(*rounds, strict=True)]
+
+
+def copy_bandwidth(size: int = 256 << 20) -> float:
+    """Bytes a second, read and written ones both counted, at which a large array is copied over another."""
+    # A negation, since XLA's copy runs on one core; into a buffer that exists, since new pages cost more than a copy.
+    copy = jax.jit(lambda source, target: -source, donate_argnums=1, keep_unused=True)
+    source, target = jnp.ones(size // 4, jnp.float32), jnp.zeros(size // 4, jnp.float32)
+    seconds = []
+    for _ in range(8):
         start = time.perf_counter()
-        jax.block_until_ready(f())
-        return time.perf_counter() - start
-
-    first = {name: clock(f) for name, f in runs.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(_REPEATS):
-        for name, f in runs.items():
-            seconds[name].append(clock(f))
-    return first, seconds
+        target = jax.block_until_ready(copy(source, target))
+        seconds.append(time.perf_counter() - start)
+    return 2 * size / min(seconds)

@@ -1,6 +1,11 @@
 """What holds for every test: eight fake CPU devices, and shape annotations checked at run time."""
 
 import os
+import sys
+from pathlib import Path
+
+# For the benchmarks, which are not installed; last, so that the `jaxsae` under test stays the installed one.
+sys.path.append(str(Path(__file__).parent.parent))
 
 # Before jax is imported: XLA reads its flags once.
 os.environ["XLA_FLAGS"] = " ".join(

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import jaxsae
+from benchmarks import table
 
 ROOT = Path(__file__).parent.parent
 
@@ -59,3 +60,10 @@ def test_readme_has_the_numbers_of_the_committed_report():
         assert all(
             f" {number} |" in line for number in (*shown, f"{row['mean_change']:+.1%}", f"{row['worst_kkt']:.1e}")
         )
+
+
+def test_readme_has_the_tables_of_the_committed_benchmarks():
+    text = (ROOT / "README.md").read_text()
+    reports = [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks/results/refine").glob("*.json"))]
+    assert reports
+    assert table.insert(text, reports) == text

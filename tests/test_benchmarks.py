@@ -1,0 +1,246 @@
+"""The benchmarks start on a bare machine, judge all solvers alike, and name what is missing."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import cases, judge, peers, refine, table
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def problem():
+    """Some rows with short supports, one of them empty."""
+    made = cases.random_problem(cases.Case("test", d=12, m=40, k=4, B=24, cosine=0.2))
+    indices, values = np.array(made.code.indices), np.array(made.code.values)
+    for row, used in ((0, 0), (1, 1), (2, 3)):
+        indices[row, used:], values[row, used:] = made.sae.m, 0
+    return made._replace(code=made.code.replace(indices=jnp.asarray(indices), values=jnp.asarray(values)))
+
+
+def optimum(atoms, y):
+    """The least squared error over `z ≥ 0` and values that reach it, from all active sets in turn."""
+    best = y @ y, np.zeros(len(atoms))
+    for used in itertools.product([False, True], repeat=len(atoms)):
+        z = np.zeros(len(atoms))
+        z[list(used)] = np.linalg.lstsq(atoms[list(used)].T, y, rcond=None)[0]
+        if (z >= 0).all():
+            best = min(best, (((y - z @ atoms) ** 2).sum(), z), key=lambda pair: pair[0])
+    return best
+
+
+def supports(problem):
+    """Each row's target and atoms, in float64, without the unused slots."""
+    dictionary, y = np.asarray(problem.sae.W_dec, np.float64), np.asarray(problem.y, np.float64)
+    return [(y[row], dictionary[at[at < len(dictionary)]]) for row, at in enumerate(np.asarray(problem.code.indices))]
+
+
+# --- The judge
+
+
+def test_the_optimum_is_that_of_brute_force(problem):
+    best = judge.Judge(problem).best
+    np.testing.assert_allclose(best, [optimum(atoms, y)[0] for y, atoms in supports(problem)], atol=1e-12)
+
+
+def test_the_measures_are_those_of_the_definition(problem):
+    values = np.asarray(problem.code.values).copy()
+    values[3, 0] = values[5] = 0
+    verdict = judge.Judge(problem)(values, np.arange(24))
+    kkt, added = np.zeros(24), np.zeros(24)
+    for row, (y, atoms) in enumerate(supports(problem)):
+        z = values[row, : len(atoms)].astype(np.float64)
+        slopes = atoms @ (z @ atoms - y)
+        violations = [abs(g) if each > 0 else max(-g, 0) for each, g in zip(z, slopes, strict=True)]
+        if violations:
+            kkt[row] = max(violations) / max(np.linalg.norm(a) for a in atoms) / np.linalg.norm(y)
+        added[row] = (((y - z @ atoms) ** 2).sum() - optimum(atoms, y)[0]) / (y @ y)
+    np.testing.assert_allclose(verdict.worst_kkt, kkt.max(), rtol=1e-10)
+    np.testing.assert_allclose(verdict.added_nmse, added.max(), rtol=1e-10)
+    assert verdict.kkt_999 == verdict.worst_kkt
+    assert verdict.added_nmse_rows == 24
+
+
+def test_some_rows_are_judged_as_they_are_among_all(problem):
+    values, rows = np.asarray(problem.code.values), np.array([2, 7, 11])
+    of_all, of_some = (judge.Judge(problem).measure(values[at], at) for at in (np.arange(24), rows))
+    for all_rows, some in zip(of_all, of_some, strict=True):
+        np.testing.assert_array_equal(all_rows[rows], some)
+
+
+@pytest.mark.parametrize("bad", [-1e-9, np.nan, np.inf])
+def test_a_value_that_is_negative_or_not_finite_fails_the_gate(problem, bad):
+    values = np.array([np.pad(optimum(atoms, y)[1], (0, 4 - len(atoms))) for y, atoms in supports(problem)])
+    best = judge.Judge(problem)
+    assert best(values, np.arange(24)).met
+    values[4, 0] = bad
+    assert not best(values, np.arange(24)).met
+
+
+def test_the_gate_needs_both_measures():
+    def met(kkt, nmse):
+        return judge.Verdict(kkt, kkt, nmse, 1).met
+
+    assert met(1e-4, 1e-6) and met(1e-4, -1e-17)
+    assert not met(1.01e-4, 0.0) and not met(0.0, 1.01e-6)
+    assert not met(np.inf, 0.0) and not met(0.0, np.nan)
+    assert met(1e-4, None) and not met(1e-3, None)
+
+
+# --- Peers
+
+
+@pytest.mark.filterwarnings("default")  # theirs
+@pytest.mark.parametrize("peer", peers.PEERS, ids=lambda peer: peer.name)
+def test_a_peer_solves_the_problem(peer, problem):
+    try:
+        solve = peer.load()
+    except ImportError as error:
+        pytest.skip(str(error))
+    arrays = (problem.y, problem.code.indices, problem.code.values)
+    arrays = (judge.padded(np.asarray(problem.sae.W_dec)), *map(np.asarray, arrays))
+    setting = peer.variants[0] | ({"chunk": 8} if "chunk" in peer.variants[0] else {})
+    effort = peer.efforts[len(peer.efforts) // 2]
+    values = solve(*peers.to_arrays(peer.library, arrays), effort=effort, **setting)
+    assert judge.Judge(problem)(np.asarray(values), np.arange(24)).met
+
+
+def ladder(problem, errors):
+    """A peer whose rungs add these errors to the optimum."""
+    exact = np.array([np.pad(optimum(atoms, y)[1], (0, 4 - len(atoms))) for y, atoms in supports(problem)])
+
+    def solve(dictionary, y, indices, start, *, effort):
+        return exact * (1 + errors[effort])
+
+    return peers.Peer("ladder", "published", "numpy", lambda: solve, tuple(range(len(errors))), ({},))
+
+
+def test_a_peer_is_tuned_no_further_than_to_the_gate(problem):
+    tuned = refine.tune(ladder(problem, [1e-1, 1e-2, 1e-6, 0.0]), problem, judge.Judge(problem))
+    assert tuned.setting == {"effort": 2}
+    assert tuned.verdict.met
+    assert {trial["effort"] for trial in tuned.tried} == {0, 1, 2}
+
+
+def test_a_peer_that_cannot_meet_the_gate_shows_its_best(problem):
+    tuned = refine.tune(ladder(problem, [1e-1, np.nan, 1e-2, 1e-1]), problem, judge.Judge(problem))
+    assert tuned.setting == {"effort": 2}
+    assert not tuned.verdict.met
+
+
+def test_what_is_missing_is_named(problem, monkeypatch):
+    absent = [peer for peer in peers.PEERS if peer.name in ("jaxnnls", "jaxopt PG on x", "torch PG, Nesterov")]
+    monkeypatch.setattr(peers, "PEERS", absent)
+    for name in ("jaxnnls.pdip", "jaxopt", "torch", "scipy.optimize"):
+        monkeypatch.setitem(sys.modules, name, None)
+    case, rows = refine.measure(problem, with_peers=True, bandwidth=1e9)
+    ours, theirs = rows[: len(refine.SOLVERS)], rows[len(refine.SOLVERS) :]
+    assert [row["note"] for row in theirs] == [f"{name}: not installed" for name in ("jaxnnls", "jaxopt", "torch")]
+    assert all(row["note"] == "scipy: not installed" and row["added_nmse"] is None for row in ours)
+    text = table.markdown(report(case, rows))
+    assert "jaxopt: not installed" in text
+
+
+# --- Cases
+
+
+def test_a_trained_case_reads_the_activations_where_there_are_any(tmp_path):
+    real = cases.Real(m=32, B=16, steps=3, l1=0.1)
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(600, 8)).astype(np.float16))
+    made = cases.real_problem(real, tmp_path / "x.npy")
+    assert made.y.shape == (16, 8)
+    assert made.source == "x"
+    assert int(made.code.overflow.max()) == 0
+    assert int(made.code.l0.max()) == made.code.indices.shape[1]
+    np.testing.assert_allclose(jnp.linalg.norm(made.y, axis=1), 1, rtol=1e-6)
+
+
+def test_a_trained_case_without_data_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(cases, "DATA", tmp_path / "none.npy")
+    monkeypatch.setitem(cases.SIZES, "tiny", [])
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    ((case, rows),) = refine.run("tiny", with_peers=False, real=True, bandwidth=1e9)
+    assert "scikit-learn" in rows[0]["note"]
+    assert "scikit-learn" in table.markdown(report(case, rows))
+
+
+def test_the_condition_number_is_that_of_the_support():
+    dictionary = np.array([[1.0, 0], [1, 1], [1, -1]])
+    np.testing.assert_allclose(
+        cases.condition(dictionary, np.array([[1, 2], [0, 3], [3, 3], [0, 1]])), [1, 1, (3 + 5**0.5) / (3 - 5**0.5)]
+    )
+
+
+# --- The command and what it writes
+
+
+def report(case, rows):
+    machine = {"device": "abacus", "cores": 1, "jax": "0", "commit": "0123456789abcdef-dirty"}
+    return {**machine, "copy_bandwidth": {"bytes_per_s": 1e9}, "cases": [case], "rows": rows}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The tiny size, as a bare machine runs it: without what is not a core dependency."""
+    out = tmp_path_factory.mktemp("benchmarks") / "results/tiny.json"
+    barred = ("jaxnnls", "jaxopt", "torch", "overcomplete", "matplotlib", "sklearn", "tyro")
+    script = f"""
+import runpy, sys
+sys.modules.update(dict.fromkeys({barred}))
+sys.argv[1:] = ["refine", "--json", {str(out)!r}]
+runpy.run_module("benchmarks", run_name="__main__")
+"""
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    return done.stdout, json.loads(out.read_text())
+
+
+def test_the_tiny_size_runs_on_a_bare_machine(tiny):
+    stdout, measured = tiny
+    assert stdout.strip() == table.markdown(measured)
+    assert [case["case"] for case in measured["cases"]] == [case.name for case in cases.SIZES["tiny"]]
+    assert len(measured["rows"]) == len(refine.SOLVERS) * len(measured["cases"])
+    assert {"device", "cores", "jax", "commit", "size", "gate", "copy_bandwidth", "peers"} <= set(measured)
+
+
+def test_every_row_has_every_column(tiny):
+    for row in tiny[1]["rows"]:
+        assert tuple(row) == refine.COLUMNS
+        unknown = {"setting", "tried", "note"}  # nothing to tune, nothing missing
+        assert all(row[name] is not None for name in set(row) - unknown)
+        assert row["gate_met"] == (row["worst_kkt"] <= judge.KKT and row["added_nmse"] <= judge.ADDED_NMSE)
+        low, high = row["quartiles"]
+        assert 0 < low <= row["rows_per_s"] <= high
+
+
+def test_the_readme_is_filled_between_its_markers(tiny):
+    empty = f"above\n{table.BEGIN}\n{table.END}\nbelow"
+    filled = table.insert(empty, [tiny[1]])
+    assert filled.startswith("above") and filled.endswith("below")
+    assert table.markdown(tiny[1]) in filled
+    assert table.insert(filled, [tiny[1]]) == filled
+    with pytest.raises(SystemExit, match="markers"):
+        table.insert("no place", [tiny[1]])
+
+
+def test_a_gate_that_is_not_met_is_said(tiny):
+    row = {**tiny[1]["rows"][0], "gate_met": False, "worst_kkt": None}
+    text = table.markdown(report(tiny[1]["cases"][0], [row]))
+    assert "gate not met" in text
+    assert "0123456789-dirty" in text
+
+
+def test_the_figure_has_a_panel_for_each_case(tiny, tmp_path):
+    from benchmarks import plot
+
+    plot.speed_against_accuracy(tiny[1], tmp_path / "speed.png")
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
