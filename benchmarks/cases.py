@@ -49,7 +49,7 @@ SIZES = {
 REAL = {
     "tiny": Real(m=256, B=256, steps=100, l1=0.2),
     "small": Real(m=1024, B=1024, steps=200, l1=0.1),
-    "paper": Real(m=2048, B=1024, steps=400, l1=0.15),
+    "paper": Real(m=2048, B=1024, steps=400, l1=0.05),
 }
 
 
