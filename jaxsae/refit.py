@@ -295,7 +295,7 @@ def _solve(static: _Static, shared, per_row):
         batch=y.shape[:-1],
         row_bytes=4 * gram_bytes + 16 * (k + d) * itemsize,
         scratch=scratch // 2,
-        cached=gram_bytes,
+        cpu_rows=max(16, min(256, (4 << 20) // max(gram_bytes, 1) // 16 * 16)),  # whose Gram matrices the cache holds
     )
 
 

@@ -8,20 +8,19 @@ import jax
 import jax.numpy as jnp
 
 SCRATCH = 256 << 20  # bytes; the default bound of what a chunk may need
-# Fewest rows of a chunk on a CPU, whatever the batch, so that a row goes through the same arithmetic, to the bit,
-# alone or among thousands. It is also as many as keep what they gather in the cache.
+# Rows of a chunk on a CPU, whatever the batch, so that a row goes through the same arithmetic, to the bit, alone or
+# among thousands. It is also as many as keep what they gather in the cache.
 _CPU_ROWS = 16
-_CPU_CACHE = 1 << 20
 
 
-def _chunk_size(total: int, row_bytes: int, scratch: int, cached: int | None) -> tuple[int, int]:
+def _chunk_size(total: int, row_bytes: int, scratch: int, cpu_rows: int) -> tuple[int, int]:
     """Rows of a chunk, and how many chunks."""
     most = scratch // max(row_bytes, 1)
     if jax.default_backend() == "cpu":
-        most = min(most, _CPU_ROWS if cached is None else max(_CPU_ROWS, min(256, _CPU_CACHE // max(cached, 1))))
+        most = min(most, cpu_rows)
     if most < 1:
         raise ValueError(f"got {scratch} bytes of scratch for {row_bytes} a row; pass room for a row at least.")
-    step = _CPU_ROWS if most >= _CPU_ROWS else 1
+    step = min(most, _CPU_ROWS)
     padded = max(step, math.ceil(total / step) * step)
     chunks = math.ceil(padded / (most // step * step))
     return math.ceil(padded / chunks / step) * step, chunks
@@ -34,7 +33,7 @@ def scan_chunks(
     batch: tuple[int, ...],
     row_bytes: int,
     scratch: int = SCRATCH,
-    cached: int | None = None,
+    cpu_rows: int = _CPU_ROWS,
 ) -> tuple[Any, Any]:
     """Fold `f(carry, *chunk) -> (carry, outputs)` over chunks of rows.
 
@@ -48,14 +47,13 @@ def scan_chunks(
       batch: the leading shape `*b`.
       row_bytes: scratch that `f` needs for one row, in bytes.
       scratch: most bytes that a chunk may need.
-      cached: on a CPU, bytes of a row that are read again and again: as many rows as fit into 1 MiB, from 16 to 256,
-        make a chunk; 16 if None.
+      cpu_rows: most rows of a chunk on a CPU, a multiple of 16 if more.
 
     Returns:
       The last carry, and the outputs as `[*b ...]`.
     """
     total = math.prod(batch)
-    size, chunks = _chunk_size(total, row_bytes, scratch, cached)
+    size, chunks = _chunk_size(total, row_bytes, scratch, cpu_rows)
     arrays = jax.tree.map(lambda x: x.reshape(total, *x.shape[len(batch) :]), arrays)
 
     def read(x, number):

@@ -94,11 +94,17 @@ def test_a_row_never_ends_worse_than_it_began(solver, nonnegative, max_steps, st
 
 def test_without_steps_the_projected_start_comes_back_to_the_bit():
     dictionary, y, code = problem()
-    code = with_code(code, values=np.asarray(code.values) - 0.7)
+    code = with_code(code, values=0.3 * (np.asarray(code.values) - 0.7))
     for nonnegative in (True, False):
         refitted, info = jaxsae.refit(dictionary, y, code, jaxsae.FISTA(max_steps=0), nonnegative=nonnegative)
         assert_same_bits(refitted.values, projected(code, nonnegative).values)
         assert np.all(np.asarray(info.status) == Status.MAX_STEPS)
+
+
+def test_a_start_far_worse_than_zero_gives_way_to_zero():
+    dictionary, y, code = problem()
+    code = with_code(code, values=np.full(code.values.shape, 1e3, np.float32))
+    assert not np.any(jaxsae.refit(dictionary, y, code, jaxsae.FISTA(max_steps=0))[0].values)
 
 
 @SOLVERS
