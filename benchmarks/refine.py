@@ -223,10 +223,17 @@ def _clock(call: Callable[[], Any]) -> float:
 
 
 def timings(calls: list[Callable[[], Any]]) -> list[list[float]]:
-    """Seconds of each, warm, in rounds over all of them: the machine's drift then meets all alike."""
+    """Seconds of each, warm, in rounds over all of them: the machine's drift then meets all alike.
+
+    Each round has an order of its own: whoever follows the encoder finds cold caches.
+    """
     warm_up = sum(map(_clock, calls))
-    rounds = [list(map(_clock, calls)) for _ in range(7 if warm_up < _FAST else 5)]
-    return [list(each) for each in zip(*rounds, strict=True)]
+    order = np.random.default_rng(0)
+    seconds: list[list[float]] = [[] for _ in calls]
+    for _ in range(7 if warm_up < _FAST else 5):
+        for number in order.permutation(len(calls)):
+            seconds[number].append(_clock(calls[number]))
+    return seconds
 
 
 def copy_bandwidth(size: int = 256 << 20) -> float:

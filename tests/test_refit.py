@@ -20,7 +20,7 @@ problem = functools.partial(problem, batch=(ROWS,), k=K)
 
 SOLVERS = pytest.mark.parametrize(
     "solver",
-    [jaxsae.FISTA(), jaxsae.ProjectedGradient(max_steps=50_000)],
+    [jaxsae.ConjugateGradient(), jaxsae.FISTA(), jaxsae.ProjectedGradient(max_steps=50_000)],
     ids=lambda solver: type(solver).__name__,
 )
 SIGNS = pytest.mark.parametrize("nonnegative", [True, False], ids=["nonnegative", "free"])
