@@ -43,13 +43,14 @@ class Law:
 
 
 NO_SHARDED_TOP_K = "XLA does not partition top-k over rows on a CPU"
+NO_SHARDED_CHOLESKY = "XLA does not partition LAPACK's Cholesky over rows on a CPU"
 EXACT = jaxsae.FISTA(tol=1e-13, max_steps=10_000)
 
 LAWS = {
     "certify": Law(
         lambda sae, rows: jaxsae.certify(sae.W_dec, rows.x, rows.code),
         smooth="a bound to be read; its derivative would be that of whichever violation is largest",
-        gathers="XLA does not partition LAPACK's Cholesky over rows on a CPU",
+        gathers=NO_SHARDED_CHOLESKY,
     ),
     "decode": Law(lambda sae, rows: jaxsae.decode(sae, rows.code)),
     "encode": Law(lambda sae, rows: jaxsae.encode(sae, rows.x), gathers=NO_SHARDED_TOP_K),
@@ -66,6 +67,7 @@ LAWS = {
     "refit": Law(
         lambda sae, rows: jaxsae.refit(sae.W_dec, rows.x, rows.code),
         smooth="compared entry by entry in test_refit",
+        gathers=f"{NO_SHARDED_CHOLESKY}, which answers for the rows that conjugate gradient leaves",
     ),
     "shrinkage": Law(
         lambda sae, rows: jaxsae.shrinkage(sae, rows.x, rows.code, rows.refined),
