@@ -34,3 +34,13 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """Drop compiled programs after each module: thousands of them use up the memory maps that Linux allows a process.
+
+    XLA then takes minutes to compile, compiles wrongly, or crashes.
+    """
+    yield
+    jax.clear_caches()
