@@ -225,7 +225,7 @@ def _clock(call: Callable[[], Any]) -> float:
 def timings(calls: list[Callable[[], Any]]) -> list[list[float]]:
     """Seconds of each, warm, in rounds over all of them: the machine's drift then meets all alike.
 
-    Each round has an order of its own: whoever follows the encoder finds cold caches.
+    Each round has an order of its own, so that nobody always follows the same other.
     """
     warm_up = sum(map(_clock, calls))
     order = np.random.default_rng(0)

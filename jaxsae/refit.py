@@ -114,7 +114,7 @@ def refit(
     Source: Gao et al. (2024), "Scaling and evaluating sparse autoencoders", Section 5.1.
     """
     gram.validate(dictionary, y, code, "refit")
-    needed = 2 * gram.row_bytes(code.indices.shape[-1], y.shape[-1], gram.accumulator(dictionary, y).itemsize)
+    needed = 2 * max(_row_bytes(code.indices.shape[-1], y.shape[-1], gram.accumulator(dictionary, y).itemsize))
     if scratch < needed:
         raise ValueError(f"`refit` got scratch of {scratch} bytes, but one row needs {needed}; pass at least that.")
     if solver is None:
@@ -253,19 +253,23 @@ def _excess(G, c, z, other):
     return 0.5 * jnp.sum((z - other) * (matmul(G, z + other) - 2 * c))
 
 
+def _row_bytes(k: int, d: int, itemsize: int) -> tuple[int, int]:
+    """Scratch of one row while its problem is formed, and while it is solved."""
+    return gram.row_bytes(k, d, itemsize), (4 * k * k + 16 * (k + d)) * itemsize
+
+
 def _solve(static: _Static, shared, per_row):
     solver, dictionary, ridge = shared
     y, indices, values = per_row
     nonnegative, num_latents, scratch = static
-    k, d, itemsize = indices.shape[-1], y.shape[-1], ridge.dtype.itemsize
+    forming, solving = _row_bytes(indices.shape[-1], y.shape[-1], ridge.dtype.itemsize)
+    gram_bytes = indices.shape[-1] ** 2 * ridge.dtype.itemsize
 
     def form(y, indices):
         return gram.problems(dictionary, y.astype(ridge.dtype), indices, num_latents, ridge)
 
     def chunk(y, indices, values):
-        problem = rows.map_chunks(
-            form, y, indices, batch=y.shape[:1], row_bytes=gram.row_bytes(k, d, itemsize), scratch=scratch // 2
-        )
+        problem = rows.map_chunks(form, y, indices, batch=y.shape[:1], row_bytes=forming, scratch=scratch // 2)
         start = values.astype(ridge.dtype) * problem.unit
         start = jnp.maximum(start, 0) if nonnegative else start
         # From far away (‖y‖² is 1 here) rounding follows the solver; NaN, and what is too large to square, are far too.
@@ -288,12 +292,11 @@ def _solve(static: _Static, shared, per_row):
         )
         return jnp.where(finite[:, None], refitted, values), info
 
-    gram_bytes = k * k * itemsize
     return rows.map_chunks(
         chunk,
         *(y, indices, values),
         batch=y.shape[:-1],
-        row_bytes=4 * gram_bytes + 16 * (k + d) * itemsize,
+        row_bytes=solving,
         scratch=scratch // 2,
         cpu_rows=max(16, min(256, (4 << 20) // max(gram_bytes, 1) // 16 * 16)),  # whose Gram matrices the cache holds
     )

@@ -15,11 +15,9 @@ _CPU_ROWS = 16
 
 def _chunk_size(total: int, row_bytes: int, scratch: int, cpu_rows: int) -> tuple[int, int]:
     """Rows of a chunk, and how many chunks."""
-    most = scratch // max(row_bytes, 1)
+    most = max(1, scratch // max(row_bytes, 1))
     if jax.default_backend() == "cpu":
         most = min(most, cpu_rows)
-    if most < 1:
-        raise ValueError(f"got {scratch} bytes of scratch for {row_bytes} a row; pass room for a row at least.")
     step = min(most, _CPU_ROWS)
     padded = max(step, math.ceil(total / step) * step)
     chunks = math.ceil(padded / (most // step * step))
@@ -46,7 +44,7 @@ def scan_chunks(
       *arrays: pytrees of arrays `[*b ...]`.
       batch: the leading shape `*b`.
       row_bytes: scratch that `f` needs for one row, in bytes.
-      scratch: most bytes that a chunk may need.
+      scratch: most bytes that a chunk may need; a single row is one, whatever it needs.
       cpu_rows: most rows of a chunk on a CPU, a multiple of 16 if more.
 
     Returns:
@@ -80,18 +78,16 @@ def map_chunks(f: Callable, *arrays: Any, **options: Any) -> Any:
     return scan_chunks(lambda _, *chunk: (None, f(*chunk)), None, *arrays, **options)[1]
 
 
-def each_row(f: Callable, *arrays: Any, flops: int) -> Any:
-    """Apply `f` of one row to a chunk of them.
+def each_row(f: Callable[[jax.Array], jax.Array], x: jax.Array, *, flops: int) -> jax.Array:
+    """Apply `f` to each row of a chunk.
 
     On a CPU the loop is unrolled if a row costs enough `flops`: XLA runs products that do not wait for each other on
     several cores, and a batch of them on one.
     """
     if jax.default_backend() != "cpu" or flops < 1 << 18:
-        return jax.vmap(f)(*arrays)
-    size = jax.tree.leaves(arrays)[0].shape[0]
-    outputs = [f(*jax.tree.map(lambda x, row=row: x[row], arrays)) for row in range(size)]
+        return jax.vmap(f)(x)
     # Without the barrier XLA computes each row wherever a result is read, and takes minutes to compile that.
-    return jax.tree.map(lambda *x: jnp.stack(x), *jax.lax.optimization_barrier(outputs))
+    return jnp.stack(jax.lax.optimization_barrier([f(x[row]) for row in range(x.shape[0])]))
 
 
 def fold_vmap(f: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:

@@ -40,7 +40,7 @@ def unchecked():
 def _forget_programs():
     """Drop compiled programs after each module: thousands of them use up the memory maps that Linux allows a process.
 
-    XLA then takes minutes to compile, compiles wrongly, or crashes.
+    XLA was then seen to compile for minutes, and to crash.
     """
     yield
     jax.clear_caches()
