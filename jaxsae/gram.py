@@ -52,12 +52,12 @@ class Problem(NamedTuple):
     finite: Array  # [n]  and within range: an answer that overflows or vanishes is none
 
 
-class _Products(NamedTuple):
-    """Inner products of rows, of atoms and targets divided by powers of two, which changes no digit."""
+class _Rows(NamedTuple):
+    """Atoms and targets of rows, divided by powers of two, which changes no digit."""
 
-    gram: Array  # [n k k]
-    c: Array  # [n k]
-    y_y: Array  # [n]
+    atoms: Array  # [n k d]
+    y: Array  # [n d]
+    on: Array  # [n k]
     atom_scale: Array  # [n k]
     y_scale: Array  # [n]
 
@@ -67,59 +67,74 @@ def _power_of_two(x):
     return jnp.where(jnp.isfinite(x), jnp.ldexp(jnp.sign(x), jnp.frexp(x)[1] - 1), x)
 
 
-def _products(atoms, y, on, atom_scale, y_scale) -> _Products:
-    k, d = atoms.shape[1:]
-    gram = rows.each_row(lambda atoms: matmul(atoms, atoms.T), atoms, flops=2 * k * k * d)
-    c = jnp.einsum("nid,nd->ni", atoms, y, precision=EXACT)
-    gram, c = jnp.where(on[:, :, None] & on[:, None, :], gram, 0), jnp.where(on, c, 0)
-    return _Products(gram, c, jnp.sum(y * y, axis=1), jnp.where(on, atom_scale, 0), y_scale)
-
-
-def _scaled_products(atoms, y, on, least) -> _Products:
-    largest = jnp.where(on, jnp.max(jnp.abs(atoms), axis=2, initial=0), 0)
-    atom_scale = jnp.where(largest > 0, jnp.maximum(_power_of_two(largest), least), largest)
+def _gather(dictionary: Any, y: Array, indices: Array, num_latents: int, root: Array, scale_atoms: bool) -> _Rows:
+    atoms, on = take(dictionary, indices, num_latents, y.dtype), used(indices, num_latents)
     y_scale = _power_of_two(jnp.max(jnp.abs(y), axis=1, initial=0))
-    return _products(divide(atoms, atom_scale[:, :, None]), divide(y, y_scale[:, None]), on, atom_scale, y_scale)
+    y = divide(y, y_scale[:, None])
+    if not scale_atoms:
+        return _Rows(atoms, y, on, jnp.where(on, 1, jnp.zeros((), y.dtype)), y_scale)
+    largest = jnp.where(on, jnp.max(jnp.abs(atoms), axis=2, initial=0), 0)
+    atom_scale = jnp.where(largest > 0, jnp.maximum(_power_of_two(largest), _power_of_two(root)), largest)
+    return _Rows(divide(atoms, atom_scale[:, :, None]), y, on, atom_scale, y_scale)
 
 
-def problems(dictionary: Any, y: Array, indices: Array, num_latents: int, ridge: Array) -> Problem:
+def problems(
+    dictionary: Any, y: Array, indices: Array, *, num_latents: int, ridge: Array, scale_atoms: bool
+) -> Problem:
     """The problems of `n` rows, in the dtype of `ridge`.
 
-    Products of moderate numbers are formed as they are; if any row of the `n` holds others, all are formed again from
-    scaled atoms and targets. The scales are powers of two, so that no row's answer depends on its neighbours.
+    Unless `scale_atoms`, which costs a pass over them, rows with atoms whose squares leave the range of the dtype are
+    not finite; all others come out the same to the bit.
     """
     root = jnp.sqrt(ridge)
-    on = used(indices, num_latents)
-    atoms = take(dictionary, indices, num_latents, y.dtype)
-    plain = _products(atoms, y, on, jnp.ones(on.shape, y.dtype), jnp.ones(on.shape[:1], y.dtype))
+    atoms, y, on, atom_scale, y_scale = _gather(dictionary, y, indices, num_latents, root, scale_atoms)
+    k, d = atoms.shape[1:]
+    gram = rows.each_row(lambda atoms: matmul(atoms, atoms.T), atoms, flops=2 * k * k * d)
+    gram = jnp.where(on[:, :, None] & on[:, None, :], gram, 0)
+    c = jnp.where(on, jnp.einsum("nid,nd->ni", atoms, y, precision=EXACT), 0)
+    square, y_y = jnp.diagonal(gram, axis1=1, axis2=2), jnp.sum(y * y, axis=1)
 
-    def moderate(square, absent):
-        return jnp.all(absent | ((square > 2.0**-60) & (square < 2.0**60)))
-
-    fits = moderate(jnp.diagonal(plain.gram, axis1=1, axis2=2), ~on) & moderate(plain.y_y, jnp.all(y == 0, axis=1))
-    products = jax.lax.cond(
-        fits & (ridge < 2.0**60), lambda: plain, lambda: _scaled_products(atoms, y, on, _power_of_two(root))
-    )
-    return _without_units(products, root)
-
-
-def _without_units(products: _Products, root) -> Problem:
-    gram, c, y_y, atom_scale, y_scale = products
-    norm = jnp.sqrt(jnp.diagonal(gram, axis1=1, axis2=2))
-    y_norm, y_scale = jnp.sqrt(y_y)[:, None], y_scale[:, None]
+    norm, y_norm = jnp.sqrt(square), jnp.sqrt(y_y)[:, None]
     length = norm * atom_scale
     # The ridge joins the diagonal before it is made 1; a zero atom is left out.
     relative_ridge = divide(root, atom_scale) ** 2
     norm = jnp.sqrt(norm**2 + relative_ridge)
-    gram = gram + relative_ridge[:, :, None] * jnp.eye(gram.shape[-1], dtype=gram.dtype)
-    unit = divide(divide(norm, y_norm) * atom_scale, y_scale)
-    in_range = (jnp.isfinite(unit) & ((unit > 0) | (norm == 0) | (y_scale == 0) | (y_norm == 0))).all(1)
+    gram = gram + relative_ridge[:, :, None] * jnp.eye(k, dtype=gram.dtype)
+    unit = divide(divide(norm, y_norm) * atom_scale, y_scale[:, None])
+    answers = (jnp.isfinite(unit) & ((unit > 0) | (norm == 0) | (y_scale[:, None] == 0) | (y_norm == 0))).all(1)
+    finite = jnp.isfinite(length).all(1) & answers & jnp.isfinite(y_scale) & (root >= 0)
+    if not scale_atoms:
+        finite &= jnp.all(~on | ((square > 2.0**-60) & (square < 2.0**60)), axis=1) & (ridge < 2.0**60)
     return Problem(
         gram=divide(gram, norm[:, :, None] * norm[:, None, :]),
         c=divide(c, norm * y_norm),
         unit=unit,
         weight=divide(norm * atom_scale, jnp.max(length, axis=1, keepdims=True, initial=0)),
-        finite=jnp.isfinite(length).all(1) & in_range & jnp.isfinite(y_scale[:, 0]) & (root >= 0),
+        finite=finite,
+    )
+
+
+class UnitRows(NamedTuple):
+    """Problems of `n` rows before their products are formed: `x = z · unit` minimises `½‖y − Aᵀx‖² + ½ Σ ridge x²`."""
+
+    atoms: Array  # [n k d]  together with the ridge of norm 1
+    y: Array  # [n d]  of norm 1
+    ridge: Array  # [n k]
+    unit: Array  # [n k]  as of `Problem`
+
+
+def unit_rows(dictionary: Any, y: Array, indices: Array, *, num_latents: int, ridge: Array) -> UnitRows:
+    """The atoms and targets of `n` rows, free of units; 0 where the answer is 0."""
+    root = jnp.sqrt(ridge)
+    atoms, y, on, atom_scale, y_scale = _gather(dictionary, y, indices, num_latents, root, scale_atoms=True)
+    relative_root = divide(root, atom_scale)
+    norm = jnp.where(on, jnp.sqrt(jnp.sum(atoms * atoms, axis=2) + relative_root**2), 0)
+    y_norm = jnp.linalg.norm(y, axis=1, keepdims=True)
+    return UnitRows(
+        atoms=divide(atoms, norm[:, :, None]),
+        y=divide(y, y_norm),
+        ridge=divide(relative_root, norm) ** 2,
+        unit=divide(divide(norm, y_norm) * atom_scale, y_scale[:, None]),
     )
 
 

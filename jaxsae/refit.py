@@ -15,6 +15,7 @@ data, norms that spread over many orders cost nothing, and neither tiny nor huge
 import dataclasses
 import enum
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxsae import gram, rows, solvers
 from jaxsae.codes import SparseCode
-from jaxsae.linalg import EXACT, divide, matmul, solve_semidefinite
+from jaxsae.linalg import EXACT, divide, matmul, solve_on, solve_semidefinite
 
 
 class Status(enum.IntEnum):
@@ -186,8 +187,8 @@ class _Carry(NamedTuple):
     running: Array
 
 
-def _drive(solver, G, c, weight, z, nonnegative: bool):
-    """Run a solver on one unit-free problem until its KKT residual is within tolerance.
+def _drive(solver, G, c, weight, z, most, nonnegative: bool):
+    """Run a solver on one unit-free problem, for at most `most` steps, until its KKT residual is within tolerance.
 
     It stops on a residual that is at least the one it returns: as if every atom were as long as the longest, so that
     short atoms are solved as well as long ones.
@@ -218,29 +219,39 @@ def _drive(solver, G, c, weight, z, nonnegative: bool):
             jnp.where(better, state.z, carry.best),
             jnp.where(better, state.gradient, carry.best_gradient),
             steps,
-            ~done & (steps < solver.max_steps),
+            ~done & (steps < most),
         )
 
     # NaN compares false: a row that is not finite never runs.
-    running = (residual(start.z, start.gradient, strict) > solver.tol) & (solver.max_steps > 0)
+    running = (residual(start.z, start.gradient, strict) > solver.tol) & (most > 0)
     carry = _Carry(start, start.z, start.gradient, jnp.zeros((), jnp.int32), running)
     carry = jax.lax.while_loop(lambda carry: carry.running, step, carry)
     return carry.best, residual(carry.best, carry.best_gradient, weight), carry.steps
 
 
-def _drive_rows(solver, problem: gram.Problem, z, nonnegative: bool):
-    """Run a solver on `n` rows, then its fallback on those that it left."""
+def _drive_rows(solver, problem: gram.Problem, z, most, nonnegative: bool):
+    """Run a solver on `n` rows, each for at most `most [n]` steps."""
     drive = functools.partial(_drive, solver, nonnegative=nonnegative)
-    best, kkt, steps = jax.vmap(drive)(problem.gram, problem.c, problem.weight, z)
+    return jax.vmap(drive)(problem.gram, problem.c, problem.weight, z, most)
+
+
+def _drive_chain(solver, problem: gram.Problem, z, most, nonnegative: bool):
+    """Run a solver on `n` rows, then its fallback on those that it left."""
+    best, kkt, steps = _drive_rows(solver, problem, z, most, nonnegative)
     if solver.fallback is None:
         return best, kkt, steps
 
     def go_on():
-        best_, kkt_, steps_ = _drive_rows(solver.fallback, problem, best, nonnegative)
+        most = jnp.full_like(steps, solver.fallback.max_steps)
+        best_, kkt_, steps_ = _drive_chain(solver.fallback, problem, best, most, nonnegative)
         return best_, kkt_, steps + steps_
 
-    left = (steps >= solver.max_steps) & (kkt > solver.tol)
-    return jax.lax.cond(jnp.any(left), go_on, lambda: (best, kkt, steps))
+    return jax.lax.cond(jnp.any(_left(solver, kkt, steps, most)), go_on, lambda: (best, kkt, steps))
+
+
+def _left(solver, kkt, steps, most):
+    """Whether a solver leaves a row to its fallback."""
+    return (steps >= most) & (kkt > solver.tol)
 
 
 def _last_tol(solver):
@@ -258,48 +269,139 @@ def _row_bytes(k: int, d: int, itemsize: int) -> tuple[int, int]:
     return gram.row_bytes(k, d, itemsize), (4 * k * k + 16 * (k + d)) * itemsize
 
 
-def _solve(static: _Static, shared, per_row):
+class _Outcome(NamedTuple):
+    """What came of `n` rows."""
+
+    values: Array  # [n k]
+    x: Array  # [n k]  the same without units, as the solver left it
+    info: RefitInfo
+
+
+def _solve_rows(static: _Static, shared, y, indices, values, x, steps, *, careful: bool) -> _Outcome:
+    """Refit `n` rows: any by the solver alone; `careful`, also by its fallbacks, those that it was too little for."""
     solver, dictionary, ridge = shared
-    y, indices, values = per_row
     nonnegative, num_latents, scratch = static
-    forming, solving = _row_bytes(indices.shape[-1], y.shape[-1], ridge.dtype.itemsize)
-    gram_bytes = indices.shape[-1] ** 2 * ridge.dtype.itemsize
-
-    def form(y, indices):
-        return gram.problems(dictionary, y.astype(ridge.dtype), indices, num_latents, ridge)
-
-    def chunk(y, indices, values):
-        problem = rows.map_chunks(form, y, indices, batch=y.shape[:1], row_bytes=forming, scratch=scratch // 2)
-        start = values.astype(ridge.dtype) * problem.unit
-        start = jnp.maximum(start, 0) if nonnegative else start
-        # From far away (‖y‖² is 1 here) rounding follows the solver; NaN, and what is too large to square, are far too.
-        usable = jax.vmap(_excess)(problem.gram, problem.c, start, jnp.zeros_like(start)) < 10
-        best, kkt, steps = _drive_rows(solver, problem, jnp.where(usable[:, None], start, 0), nonnegative)
-        finite = problem.finite & jnp.isfinite(values).all(1)
-        feasible = jax.nn.relu(values) if nonnegative else values
-        refitted = divide(best, problem.unit).astype(values.dtype)
-        moved = (steps > 0) | ~usable  # else the start is optimal already, and comes back to the bit
-        if values.dtype != ridge.dtype:  # rounded to fewer bits, the best iterate can be worse than the start
-            rounded = refitted.astype(ridge.dtype) * problem.unit
-            began = feasible.astype(ridge.dtype) * problem.unit
-            moved &= ~(jax.vmap(_excess)(problem.gram, problem.c, rounded, began) > 0)
-        refitted = jnp.where(moved[:, None] | (problem.unit == 0), refitted, feasible)
-        status = jnp.where(kkt <= _last_tol(solver), Status.CONVERGED, Status.MAX_STEPS)
-        info = RefitInfo(
-            kkt=jnp.where(finite, kkt, jnp.nan),
-            steps=jnp.where(finite, steps, 0),
-            status=jnp.where(finite, status, Status.NONFINITE).astype(jnp.int32),
-        )
-        return jnp.where(finite[:, None], refitted, values), info
-
-    return rows.map_chunks(
-        chunk,
-        *(y, indices, values),
-        batch=y.shape[:-1],
-        row_bytes=solving,
+    y = y.astype(ridge.dtype)
+    problem = rows.map_chunks(
+        functools.partial(gram.problems, dictionary, num_latents=num_latents, ridge=ridge, scale_atoms=careful),
+        *(y, indices),
+        batch=y.shape[:1],
+        row_bytes=_row_bytes(indices.shape[1], y.shape[1], y.dtype.itemsize)[0],
         scratch=scratch // 2,
-        cpu_rows=max(16, min(256, (4 << 20) // max(gram_bytes, 1) // 16 * 16)),  # whose Gram matrices the cache holds
     )
+    start = values.astype(ridge.dtype) * problem.unit
+    start = jnp.maximum(start, 0) if nonnegative else start
+    # From far away (‖y‖² is 1 here) rounding follows the solver; NaN, and what is too large to square, are far too.
+    usable = jax.vmap(_excess)(problem.gram, problem.c, start, jnp.zeros_like(start)) < 10
+    start = jnp.where(usable[:, None], start, 0)
+    begun = steps > 0  # and left by the first solver
+    start, most = jnp.where(begun[:, None], x, start), jnp.where(begun, 0, solver.max_steps).astype(jnp.int32)
+    best, kkt, taken = (_drive_chain if careful else _drive_rows)(solver, problem, start, most, nonnegative)
+    on = gram.used(indices, num_latents)
+    finite = problem.finite & (jnp.isfinite(values) | ~on).all(1)
+    feasible = jax.nn.relu(values) if nonnegative else values
+    refitted = divide(best, problem.unit).astype(values.dtype)
+    moved = (taken > 0) | ~usable  # else the start is optimal already, and comes back to the bit
+    if values.dtype != ridge.dtype:  # rounded to fewer bits, the best iterate can be worse than the start
+        rounded = refitted.astype(ridge.dtype) * problem.unit
+        began = feasible.astype(ridge.dtype) * problem.unit
+        moved &= ~(jax.vmap(_excess)(problem.gram, problem.c, rounded, began) > 0)
+    refitted = jnp.where(moved[:, None] | (problem.unit == 0), refitted, feasible)
+    status = jnp.where(kkt <= _last_tol(solver), Status.CONVERGED, Status.MAX_STEPS)
+    info = RefitInfo(
+        kkt=jnp.where(finite, kkt, jnp.nan),
+        steps=jnp.where(finite, steps + taken, 0),
+        status=jnp.where(finite, status, Status.NONFINITE).astype(jnp.int32),
+    )
+    return _Outcome(jnp.where(finite[:, None], refitted, values), best, info)
+
+
+def _polish(static: _Static, shared, y, indices, values, x):
+    """One Newton step of `n` rows on their active sets, its gradient taken from the residual, if that lowers the error.
+
+    The rounding of `Gx` is magnified by the condition of `G`, that of the residual by its square root.
+    """
+    _, dictionary, ridge = shared
+    nonnegative, num_latents, _ = static
+    unit_rows = gram.unit_rows(dictionary, y.astype(ridge.dtype), indices, num_latents=num_latents, ridge=ridge)
+    atoms, y, ridge, unit = unit_rows
+
+    def gradient(x):
+        residual = y - jnp.einsum("nkd,nk->nd", atoms, x, precision=EXACT)
+        return ridge * x - jnp.einsum("nkd,nd->nk", atoms, residual, precision=EXACT)
+
+    G = jnp.einsum("nid,njd->nij", atoms, atoms, precision=EXACT) + jax.vmap(jnp.diag)(ridge)
+    step = jax.vmap(solve_on)(G, (x > 0) if nonnegative else unit > 0, gradient(x))
+    polished = divide(jnp.maximum(x - step, 0) if nonnegative else x - step, unit).astype(values.dtype)
+    ahead = polished.astype(y.dtype) * unit
+    better = jnp.sum((x - ahead) * (gradient(x) + gradient(ahead)), axis=1) > 0
+    return jnp.where(better[:, None], polished, values)
+
+
+def _widths(k: int) -> list[int]:
+    """Numbers of slots to solve at, so that a row of few atoms among many slots need not pay for all of them.
+
+    Each width costs more than a second of compilation. On an accelerator its rows would have to fill the device.
+    """
+    return [k // 4, k // 2, k] if k >= 192 and jax.default_backend() == "cpu" else [k]
+
+
+def _narrow(solve, num_latents: int, width: int, y, indices, values, x, steps) -> _Outcome:
+    """Solve rows of at most `width` atoms in that many slots."""
+    on = gram.used(indices, num_latents)
+    slots = jnp.argsort(~on, axis=1, stable=True)[:, :width]
+    outcome = solve(y, *(jnp.take_along_axis(array, slots, axis=1) for array in (indices, values, x)), steps)
+    place = jnp.minimum(jnp.cumsum(on, axis=1) - 1, width - 1)
+    values, x = (jnp.where(on, jnp.take_along_axis(array, place, axis=1), 0) for array in outcome[:2])
+    return _Outcome(values, x, outcome.info)
+
+
+def _solve(static: _Static, shared, per_row):
+    """All rows with the first solver and the least that it needs; then what that was not enough for, row by row."""
+    batch = per_row[0].shape[:-1]
+    n = math.prod(batch)
+    y, indices, values = (x.reshape(n, x.shape[-1]) for x in per_row)
+    k = indices.shape[1]
+    solver, _, ridge = shared
+
+    def options(width: int) -> dict[str, int]:
+        _, solving = _row_bytes(width, y.shape[1], ridge.dtype.itemsize)
+        in_cache = (4 << 20) // max(width**2 * ridge.dtype.itemsize, 1)  # rows whose Gram matrices the cache holds
+        return {
+            "row_bytes": solving,
+            "scratch": static.scratch // 2,
+            "cpu_rows": max(16, min(256, in_cache // 16 * 16)),
+        }
+
+    quick = functools.partial(_solve_rows, static, shared, careful=False)
+    per_row = (y, indices, values, jnp.zeros((n, k), ridge.dtype), jnp.zeros(n, jnp.int32))
+    if len(_widths(k)) == 1:
+        outcome = rows.map_chunks(quick, *per_row, batch=(n,), **options(k))
+    else:
+        l0 = jnp.sum(gram.used(indices, static.num_latents), axis=1)
+        outcome = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(quick, *per_row))
+        previous = -1
+        for width in _widths(k):
+            f = quick if width == k else functools.partial(_narrow, quick, static.num_latents, width)
+            outcome = rows.revise_rows(f, (l0 > previous) & (l0 <= width), outcome, *per_row, **options(width))
+            previous = width
+
+    values, x, info = outcome
+    again = info.status == Status.NONFINITE  # or out of range without scales
+    if solver.fallback is not None:
+        again |= _left(solver, info.kkt, info.steps, solver.max_steps)
+    careful = functools.partial(_solve_rows, static, shared, careful=True)
+    outcome = rows.revise_rows(careful, again, outcome, y, indices, values, x, info.steps, **options(k))
+    values, x, info = outcome
+
+    # Where large terms of `Gx` cancel, the rounding of `G` shows.
+    cancels = (info.status == Status.CONVERGED) & (jnp.finfo(x.dtype).eps * jnp.sum(x * x, axis=1) > 2.0**-14)
+    polish = functools.partial(_polish, static, shared)
+    polishing = 2 * gram.row_bytes(k, y.shape[1], x.dtype.itemsize)
+    values = rows.revise_rows(
+        polish, cancels, values, y, indices, values, x, row_bytes=polishing, scratch=static.scratch // 2
+    )
+    return values.reshape(*batch, k), jax.tree.map(lambda x: x.reshape(batch), info)
 
 
 @functools.cache

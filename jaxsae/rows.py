@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool
 
 SCRATCH = 256 << 20  # bytes; the default bound of what a chunk may need
 # Rows of a chunk on a CPU, whatever the batch, so that a row goes through the same arithmetic, to the bit, alone or
@@ -76,6 +77,43 @@ def scan_chunks(
 def map_chunks(f: Callable, *arrays: Any, **options: Any) -> Any:
     """Apply `f(*chunk) -> outputs` to chunks of rows; arguments as of `scan_chunks`."""
     return scan_chunks(lambda _, *chunk: (None, f(*chunk)), None, *arrays, **options)[1]
+
+
+def revise_rows(
+    f: Callable,
+    where: Bool[Array, " n"],
+    outputs: Any,
+    *arrays: Any,
+    row_bytes: int,
+    scratch: int = SCRATCH,
+    cpu_rows: int = _CPU_ROWS,
+) -> Any:
+    """Replace `outputs` by `f(*chunk)` in the rows that a mask names, as many chunks of them as there are.
+
+    Args:
+      f: as of `scan_chunks`.
+      where: `[n]`, the rows to visit; the others cost nothing.
+      outputs: pytree of arrays `[n ...]`, of the shapes and dtypes that `f` returns.
+      *arrays: pytrees of arrays `[n ...]`.
+      row_bytes: scratch that `f` needs for one row, in bytes.
+      scratch: most bytes that a chunk may need; a single row is one, whatever it needs.
+      cpu_rows: most rows of a chunk on a CPU, a multiple of 16 if more.
+
+    Returns:
+      The outputs, revised.
+    """
+    total = where.shape[0]
+    if total == 0:
+        return outputs
+    size, chunks = _chunk_size(total, row_bytes, scratch, cpu_rows)
+    numbers = jnp.nonzero(where, size=size * chunks, fill_value=total)[0]
+
+    def visit(chunk, outputs):
+        at = jax.lax.dynamic_slice_in_dim(numbers, chunk * size, size)
+        new = f(*jax.tree.map(lambda x: x.at[at].get(mode="fill", fill_value=0), arrays))
+        return jax.tree.map(lambda x, new: x.at[at].set(new, mode="drop"), outputs, new)
+
+    return jax.lax.fori_loop(0, (jnp.sum(where) + size - 1) // size, visit, outputs)
 
 
 def each_row(f: Callable[[jax.Array], jax.Array], x: jax.Array, *, flops: int) -> jax.Array:

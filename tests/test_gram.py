@@ -161,7 +161,8 @@ def test_a_problem_is_free_of_units(sizes):
     """`x = z · unit` minimises `½xᵀGx − cᵀx`, whatever the size of the atoms and of the target."""
     dictionary, y, code = problem(batch=(16,))
     dictionary, y = sizes.get("atoms", 1.0) * dictionary, sizes.get("y", 1.0) * y
-    made = gram.problems(dictionary, y, code.indices, code.num_latents, jnp.float32(0))
+    sizeless = {"num_latents": code.num_latents, "ridge": jnp.float32(0)}
+    made = gram.problems(dictionary, y, code.indices, scale_atoms=True, **sizeless)
     atoms, target = atoms_of(dictionary, code), f64(y)
     norm, y_norm = np.linalg.norm(atoms, axis=2), np.linalg.norm(target, axis=1, keepdims=True)
     unit_atoms = atoms / norm[:, :, None]
