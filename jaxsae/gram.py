@@ -121,20 +121,22 @@ class UnitRows(NamedTuple):
     y: Array  # [n d]  of norm 1
     ridge: Array  # [n k]
     unit: Array  # [n k]  as of `Problem`
+    weight: Array  # [n k]  as of `Problem`
 
 
 def unit_rows(dictionary: Any, y: Array, indices: Array, *, num_latents: int, ridge: Array) -> UnitRows:
     """The atoms and targets of `n` rows, free of units; 0 where the answer is 0."""
     root = jnp.sqrt(ridge)
     atoms, y, on, atom_scale, y_scale = _gather(dictionary, y, indices, num_latents, root, scale_atoms=True)
+    length = jnp.where(on, jnp.linalg.norm(atoms, axis=2), 0)
     relative_root = divide(root, atom_scale)
-    norm = jnp.where(on, jnp.sqrt(jnp.sum(atoms * atoms, axis=2) + relative_root**2), 0)
-    y_norm = jnp.linalg.norm(y, axis=1, keepdims=True)
+    norm, y_norm = jnp.hypot(length, relative_root), jnp.linalg.norm(y, axis=1, keepdims=True)
     return UnitRows(
         atoms=divide(atoms, norm[:, :, None]),
         y=divide(y, y_norm),
         ridge=divide(relative_root, norm) ** 2,
         unit=divide(divide(norm, y_norm) * atom_scale, y_scale[:, None]),
+        weight=divide(norm * atom_scale, jnp.max(length * atom_scale, axis=1, keepdims=True, initial=0)),
     )
 
 

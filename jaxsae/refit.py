@@ -316,26 +316,36 @@ def _solve_rows(static: _Static, shared, y, indices, values, x, steps, *, carefu
     return _Outcome(jnp.where(finite[:, None], refitted, values), best, info)
 
 
-def _polish(static: _Static, shared, y, indices, values, x):
-    """One Newton step of `n` rows on their active sets, its gradient taken from the residual, if that lowers the error.
+def _mend(static: _Static, shared, y, indices, values, info: RefitInfo, x, start) -> tuple[Array, RefitInfo]:
+    """Judge `n` rows by their residuals: a Newton step on the active set if it helps, the start if that is better.
 
-    The rounding of `Gx` is magnified by the condition of `G`, that of the residual by its square root.
+    The rounding of `Gx` is magnified by the condition of `G`, which it may even leave indefinite; that of the residual,
+    by the square root of it.
     """
-    _, dictionary, ridge = shared
+    solver, dictionary, ridge = shared
     nonnegative, num_latents, _ = static
-    unit_rows = gram.unit_rows(dictionary, y.astype(ridge.dtype), indices, num_latents=num_latents, ridge=ridge)
-    atoms, y, ridge, unit = unit_rows
+    y = y.astype(ridge.dtype)
+    atoms, y, ridge, unit, weight = gram.unit_rows(dictionary, y, indices, num_latents=num_latents, ridge=ridge)
 
     def gradient(x):
         residual = y - jnp.einsum("nkd,nk->nd", atoms, x, precision=EXACT)
         return ridge * x - jnp.einsum("nkd,nd->nk", atoms, residual, precision=EXACT)
 
+    def better(x, other):  # NaN is not
+        lower = jnp.sum((x - other) * (gradient(x) + gradient(other)), axis=1) < 0
+        return jnp.where(lower[:, None], x, other)
+
+    def feasible(x):
+        return jnp.maximum(x, 0) if nonnegative else x
+
     G = jnp.einsum("nid,njd->nij", atoms, atoms, precision=EXACT) + jax.vmap(jnp.diag)(ridge)
-    step = jax.vmap(solve_on)(G, (x > 0) if nonnegative else unit > 0, gradient(x))
-    polished = divide(jnp.maximum(x - step, 0) if nonnegative else x - step, unit).astype(values.dtype)
-    ahead = polished.astype(y.dtype) * unit
-    better = jnp.sum((x - ahead) * (gradient(x) + gradient(ahead)), axis=1) > 0
-    return jnp.where(better[:, None], polished, values)
+    newton = x - jax.vmap(solve_on)(G, (x > 0) if nonnegative else unit > 0, gradient(x))
+    start = better(feasible(start.astype(x.dtype) * unit), jnp.zeros_like(x))
+    best = better(start, better(feasible(newton), x))
+    mended = jnp.where((best == x).all(1, keepdims=True), values, divide(best, unit).astype(values.dtype))
+    kkt = jnp.max(weight * gram.violation(best, gradient(best), nonnegative), axis=1, initial=0)
+    status = jnp.where(kkt <= _last_tol(solver), Status.CONVERGED, Status.MAX_STEPS)
+    return mended, RefitInfo(kkt, info.steps, status.astype(jnp.int32))
 
 
 def _widths(k: int) -> list[int]:
@@ -386,22 +396,24 @@ def _solve(static: _Static, shared, per_row):
             outcome = rows.revise_rows(f, (l0 > previous) & (l0 <= width), outcome, *per_row, **options(width))
             previous = width
 
-    values, x, info = outcome
+    refitted, x, info = outcome
     again = info.status == Status.NONFINITE  # or out of range without scales
     if solver.fallback is not None:
         again |= _left(solver, info.kkt, info.steps, solver.max_steps)
     careful = functools.partial(_solve_rows, static, shared, careful=True)
-    outcome = rows.revise_rows(careful, again, outcome, y, indices, values, x, info.steps, **options(k))
-    values, x, info = outcome
+    outcome = rows.revise_rows(careful, again, outcome, y, indices, refitted, x, info.steps, **options(k))
+    refitted, x, info = outcome
 
     # Where large terms of `Gx` cancel, the rounding of `G` shows.
-    cancels = (info.status == Status.CONVERGED) & (jnp.finfo(x.dtype).eps * jnp.sum(x * x, axis=1) > 2.0**-14)
-    polish = functools.partial(_polish, static, shared)
-    polishing = 2 * gram.row_bytes(k, y.shape[1], x.dtype.itemsize)
-    values = rows.revise_rows(
-        polish, cancels, values, y, indices, values, x, row_bytes=polishing, scratch=static.scratch // 2
+    cancels = (info.steps > 0) & (jnp.finfo(x.dtype).eps * jnp.sum(x * x, axis=1) > 2.0**-18)
+    refitted, info = rows.revise_rows(
+        functools.partial(_mend, static, shared),
+        *(cancels, (refitted, info)),
+        *(y, indices, refitted, info, x, values),
+        row_bytes=2 * gram.row_bytes(k, y.shape[1], x.dtype.itemsize),
+        scratch=static.scratch // 2,
     )
-    return values.reshape(*batch, k), jax.tree.map(lambda x: x.reshape(batch), info)
+    return refitted.reshape(*batch, k), jax.tree.map(lambda x: x.reshape(batch), info)
 
 
 @functools.cache
