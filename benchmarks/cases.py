@@ -13,7 +13,7 @@ import optax
 import jaxsae
 from jaxsae import stream, train
 
-_MOST = 200  # slots: on patches a few rows use half of all latents, and would make the case theirs alone
+_MOST = 256  # slots: on patches a few rows use half of all latents, and would make the case theirs alone
 DATA = Path(__file__).parents[2] / "shared/data/smollm2_layer8_shakespeare.npy"
 
 
@@ -49,7 +49,7 @@ SIZES = {
 REAL = {
     "tiny": Real(m=256, B=256, steps=100, l1=0.2),
     "small": Real(m=1024, B=1024, steps=200, l1=0.1),
-    "paper": Real(m=2048, B=1024, steps=400, l1=0.05),
+    "paper": Real(m=2048, B=1024, steps=2000, l1=0.07),
 }
 
 

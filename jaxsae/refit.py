@@ -327,23 +327,22 @@ def _mend(static: _Static, shared, y, indices, values, info: RefitInfo, x, start
     y = y.astype(ridge.dtype)
     atoms, y, ridge, unit, weight = gram.unit_rows(dictionary, y, indices, num_latents=num_latents, ridge=ridge)
 
-    def gradient(x):
+    def at(x):
+        x = jnp.maximum(x, 0) if nonnegative else x
         residual = y - jnp.einsum("nkd,nk->nd", atoms, x, precision=EXACT)
-        return ridge * x - jnp.einsum("nkd,nd->nk", atoms, residual, precision=EXACT)
+        return x, ridge * x - jnp.einsum("nkd,nd->nk", atoms, residual, precision=EXACT)
 
-    def better(x, other):  # NaN is not
-        lower = jnp.sum((x - other) * (gradient(x) + gradient(other)), axis=1) < 0
-        return jnp.where(lower[:, None], x, other)
+    def better(point, other):  # NaN is not
+        lower = jnp.sum((point[0] - other[0]) * (point[1] + other[1]), axis=1, keepdims=True) < 0
+        return jax.tree.map(lambda a, b: jnp.where(lower, a, b), point, other)
 
-    def feasible(x):
-        return jnp.maximum(x, 0) if nonnegative else x
-
+    here = at(x)
     G = jnp.einsum("nid,njd->nij", atoms, atoms, precision=EXACT) + jax.vmap(jnp.diag)(ridge)
-    newton = x - jax.vmap(solve_on)(G, (x > 0) if nonnegative else unit > 0, gradient(x))
-    start = better(feasible(start.astype(x.dtype) * unit), jnp.zeros_like(x))
-    best = better(start, better(feasible(newton), x))
+    newton = at(x - jax.vmap(solve_on)(G, (x > 0) if nonnegative else unit > 0, here[1]))
+    origin = at(jnp.zeros_like(x))
+    best, gradient = better(better(at(start.astype(x.dtype) * unit), origin), better(newton, here))
     mended = jnp.where((best == x).all(1, keepdims=True), values, divide(best, unit).astype(values.dtype))
-    kkt = jnp.max(weight * gram.violation(best, gradient(best), nonnegative), axis=1, initial=0)
+    kkt = jnp.max(weight * gram.violation(best, gradient, nonnegative), axis=1, initial=0)
     status = jnp.where(kkt <= _last_tol(solver), Status.CONVERGED, Status.MAX_STEPS)
     return mended, RefitInfo(kkt, info.steps, status.astype(jnp.int32))
 
@@ -374,26 +373,28 @@ def _solve(static: _Static, shared, per_row):
     k = indices.shape[1]
     solver, _, ridge = shared
 
-    def options(width: int) -> dict[str, int]:
-        _, solving = _row_bytes(width, y.shape[1], ridge.dtype.itemsize)
-        in_cache = (4 << 20) // max(width**2 * ridge.dtype.itemsize, 1)  # rows whose Gram matrices the cache holds
-        return {
-            "row_bytes": solving,
-            "scratch": static.scratch // 2,
-            "cpu_rows": max(16, min(256, in_cache // 16 * 16)),
-        }
+    itemsize, scratch = ridge.dtype.itemsize, static.scratch // 2
+
+    def row_bytes(width: int) -> int:
+        return _row_bytes(width, y.shape[1], itemsize)[1]
 
     quick = functools.partial(_solve_rows, static, shared, careful=False)
     per_row = (y, indices, values, jnp.zeros((n, k), ridge.dtype), jnp.zeros(n, jnp.int32))
     if len(_widths(k)) == 1:
-        outcome = rows.map_chunks(quick, *per_row, batch=(n,), **options(k))
+        in_cache = (4 << 20) // max(k * k * itemsize, 1)  # rows whose Gram matrices the cache holds
+        cpu_rows = max(16, min(256, in_cache // 16 * 16))
+        outcome = rows.map_chunks(
+            quick, *per_row, batch=(n,), row_bytes=row_bytes(k), scratch=scratch, cpu_rows=cpu_rows
+        )
     else:
         l0 = jnp.sum(gram.used(indices, static.num_latents), axis=1)
         outcome = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(quick, *per_row))
         previous = -1
         for width in _widths(k):
             f = quick if width == k else functools.partial(_narrow, quick, static.num_latents, width)
-            outcome = rows.revise_rows(f, (l0 > previous) & (l0 <= width), outcome, *per_row, **options(width))
+            outcome = rows.revise_rows(
+                f, (l0 > previous) & (l0 <= width), outcome, *per_row, row_bytes=row_bytes(width), scratch=scratch
+            )
             previous = width
 
     refitted, x, info = outcome
@@ -401,7 +402,8 @@ def _solve(static: _Static, shared, per_row):
     if solver.fallback is not None:
         again |= _left(solver, info.kkt, info.steps, solver.max_steps)
     careful = functools.partial(_solve_rows, static, shared, careful=True)
-    outcome = rows.revise_rows(careful, again, outcome, y, indices, refitted, x, info.steps, **options(k))
+    arrays = (y, indices, refitted, x, info.steps)
+    outcome = rows.revise_rows(careful, again, outcome, *arrays, row_bytes=row_bytes(k), scratch=scratch)
     refitted, x, info = outcome
 
     # Where large terms of `Gx` cancel, the rounding of `G` shows.
@@ -410,8 +412,8 @@ def _solve(static: _Static, shared, per_row):
         functools.partial(_mend, static, shared),
         *(cancels, (refitted, info)),
         *(y, indices, refitted, info, x, values),
-        row_bytes=2 * gram.row_bytes(k, y.shape[1], x.dtype.itemsize),
-        scratch=static.scratch // 2,
+        row_bytes=2 * gram.row_bytes(k, y.shape[1], itemsize),
+        scratch=scratch,
     )
     return refitted.reshape(*batch, k), jax.tree.map(lambda x: x.reshape(batch), info)
 

@@ -86,7 +86,6 @@ def revise_rows(
     *arrays: Any,
     row_bytes: int,
     scratch: int = SCRATCH,
-    cpu_rows: int = _CPU_ROWS,
 ) -> Any:
     """Replace `outputs` by `f(*chunk)` in the rows that a mask names, as many chunks of them as there are.
 
@@ -97,7 +96,6 @@ def revise_rows(
       *arrays: pytrees of arrays `[n ...]`.
       row_bytes: scratch that `f` needs for one row, in bytes.
       scratch: most bytes that a chunk may need; a single row is one, whatever it needs.
-      cpu_rows: most rows of a chunk on a CPU, a multiple of 16 if more.
 
     Returns:
       The outputs, revised.
@@ -105,7 +103,7 @@ def revise_rows(
     total = where.shape[0]
     if total == 0:
         return outputs
-    size, chunks = _chunk_size(total, row_bytes, scratch, cpu_rows)
+    size, chunks = _chunk_size(total, row_bytes, scratch, _CPU_ROWS)
     numbers = jnp.nonzero(where, size=size * chunks, fill_value=total)[0]
 
     def visit(chunk, outputs):
