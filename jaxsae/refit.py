@@ -10,6 +10,10 @@ in Gram space, `G = AAᵀ`, `c = Ay`. Every selector in the library (encoder, pu
 
 Inside, each problem is made free of units: atoms have unit norm and so has `y`. Then one tolerance fits all
 data, norms that spread over many orders cost nothing, and neither tiny nor huge data leave float32's range.
+
+A refit goes over its rows three times, each time over fewer: all of them, by the solver itself; those that it left, or
+that need scaling, by it and its fallbacks; those in which the rounding of `G` shows, from the residual. What a row goes
+through depends on nothing but the row.
 """
 
 import dataclasses
@@ -366,13 +370,12 @@ def _narrow(solve, num_latents: int, width: int, y, indices, values, x, steps) -
 
 
 def _solve(static: _Static, shared, per_row):
-    """All rows with the first solver and the least that it needs; then what that was not enough for, row by row."""
+    """All rows by the solver itself, then by more and more those for which that was not enough."""
     batch = per_row[0].shape[:-1]
     n = math.prod(batch)
     y, indices, values = (x.reshape(n, x.shape[-1]) for x in per_row)
     k = indices.shape[1]
     solver, _, ridge = shared
-
     itemsize, scratch = ridge.dtype.itemsize, static.scratch // 2
 
     def row_bytes(width: int) -> int:

@@ -1,7 +1,6 @@
 """Refine more rows than fit in memory: blocks of rows in, blocks of codes out."""
 
 import functools
-import math
 import operator
 import os
 import shutil
@@ -80,16 +79,21 @@ def refine_blocks(sae: SAE, rows: np.ndarray, solver: Any = None, *, capacity: i
         order = np.argsort(l0, kind="stable")
         for at in range(0, len(order), _BLOCK):
             block = order[at : at + _BLOCK]
-            # Slots are in descending order of value: what is cut off is empty.
-            slots = _slots(int(l0[block].max()))
-            part = SparseCode(code.values[block, :slots], code.indices[block, :slots], sae.m, code.overflow[block])
+            slots = _slots(int(l0[block].max()), code.indices.shape[1])
+            values, indices = _resize(code.values[block], slots, 0), _resize(code.indices[block], slots, sae.m)
+            part = SparseCode(values, indices, sae.m, code.overflow[block])
             refined, info = refine(sae, x[block], part, solver)
             yield Block(start + block, x[block], part, refined, info)
 
 
-def _slots(l0: int) -> int:
-    # Few sizes, 32, 128, 512 ..., since each is compiled once.
-    return 2 ** (5 + 2 * max(0, math.ceil(math.log(max(l0, 1) / 32, 4))))
+def _slots(l0: int, capacity: int) -> int:
+    # Few sizes, 32, 128, or all, since each is compiled once, for all autoencoders of a shape.
+    return next((size for size in (32, 128) if l0 <= size), capacity)
+
+
+def _resize(slots, size: int, empty: int):
+    # Slots are in descending order of value: what is cut off is empty.
+    return jnp.pad(slots[:, :size], [(0, 0), (0, max(0, size - slots.shape[1]))], constant_values=empty)
 
 
 class RefineSummary(NamedTuple):
@@ -150,10 +154,10 @@ def refine_file(
         arrays = {name: np.lib.format.open_memmap(parts[name], "w+", *columns[name]) for name in columns}
 
         def write(block: Block) -> Shrinkage:
-            slots = block.refined.indices.shape[1]
-            arrays["indices"][block.rows, :slots] = block.refined.indices
+            slots = min(capacity, block.refined.indices.shape[1])
+            arrays["indices"][block.rows, :slots] = block.refined.indices[:, :slots]
             arrays["indices"][block.rows, slots:] = sae.m
-            arrays["values"][block.rows, :slots] = block.refined.values
+            arrays["values"][block.rows, :slots] = block.refined.values[:, :slots]
             arrays["kkt"][block.rows] = block.info.kkt
             arrays["status"][block.rows] = block.info.status
             arrays["overflow"][block.rows] = block.code.overflow

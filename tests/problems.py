@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.optimize
 
 import jaxsae
 from jaxsae import SparseCode
@@ -59,6 +60,29 @@ def objective(dictionary, y, code: SparseCode, ridge=0.0) -> np.ndarray:
 def nmse(dictionary, y, code: SparseCode) -> np.ndarray:
     """Squared error relative to that of the answer 0, row by row."""
     return (residual(dictionary, y, code) ** 2).sum(-1) / (f64(y) ** 2).sum(-1)
+
+
+def projected(code: SparseCode, nonnegative=True) -> SparseCode:
+    return with_code(code, values=np.maximum(code.values, 0)) if nonnegative else code
+
+
+def optimum(dictionary, y, code: SparseCode, nonnegative=True, ridge=0.0) -> SparseCode:
+    """The best values, row by row, by scipy or lapack in float64; a ridge is k more equations."""
+    z = np.zeros(code.values.shape)
+    if z.size == 0:  # scipy 1.17 aborts the process on a system of no columns
+        return code
+    for row in np.ndindex(z.shape[:-1]):
+        atoms = atoms_of(dictionary, code)[row]
+        system = np.concatenate([atoms.T, np.sqrt(ridge) * np.eye(len(atoms))])
+        target = np.concatenate([f64(y)[row], np.zeros(len(atoms))])
+        solution = scipy.optimize.nnls(system, target) if nonnegative else np.linalg.lstsq(system, target)
+        z[row] = solution[0]
+    return code.replace(values=z)
+
+
+def excess(dictionary, y, code: SparseCode, nonnegative=True) -> np.ndarray:
+    """How much more normalised error each row has than the best possible."""
+    return nmse(dictionary, y, code) - nmse(dictionary, y, optimum(dictionary, y, code, nonnegative))
 
 
 def assert_same_bits(a, b):

@@ -15,7 +15,7 @@ from jaxsae.files import InputError
 from jaxsae.stream import RefineSummary, max_l0, refine_blocks, refine_file
 
 ROWS, D, M, K = 768, 64, 128, 8
-SOLVER = jaxsae.FISTA(tol=1e-6, max_steps=5000)
+SOLVER = jaxsae.ConjugateGradient(tol=1e-6, max_steps=5000)
 RELU, TOPK = jaxsae.ReLU(), jaxsae.TopK(K)
 ACTIVATIONS = {"ReLU": RELU, "TopK": TOPK}
 
