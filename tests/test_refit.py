@@ -7,7 +7,19 @@ import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import Problem, assert_same_bits, atoms_of, excess, f64, objective, optimum, problem, projected, with_code
+from problems import (
+    Problem,
+    assert_same_bits,
+    atoms_of,
+    excess,
+    f64,
+    objective,
+    optimum,
+    problem,
+    projected,
+    residual,
+    with_code,
+)
 
 import jaxsae
 from jaxsae import SparseCode, Status
