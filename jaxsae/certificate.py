@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from jaxsae import gram, rows
 from jaxsae.codes import SparseCode
-from jaxsae.linalg import divide, matmul, solve_on
+from jaxsae.linalg import matmul, solve_on
 
 
 @struct.dataclass
@@ -81,26 +81,14 @@ def _certify_folded(nonnegative: bool, num_latents: int):
 
 def _certify(nonnegative: bool, num_latents: int, dictionary, per_row):
     def chunk(y, indices, values):
-        atoms, atom_scale, y, y_scale = _gather(dictionary, indices, num_latents, y)
-        norm = jnp.linalg.norm(atoms, axis=2)
-        length = norm * atom_scale
-        weight = divide(length, jnp.max(length, axis=1, keepdims=True, initial=0))
-        z = values.astype(y.dtype) * atom_scale / y_scale * norm
-        return jax.vmap(functools.partial(_certify_row, nonnegative))(divide(atoms, norm[:, :, None]), weight, y, z)
+        ridge = jnp.zeros((), y.dtype)
+        problem = gram.unit_rows(dictionary, y, indices, num_latents=num_latents, ridge=ridge)
+        z = values.astype(y.dtype) * problem.unit
+        return jax.vmap(functools.partial(_certify_row, nonnegative))(problem.atoms, problem.weight, problem.y, z)
 
     y, indices, _ = per_row
     row_bytes = 3 * gram.row_bytes(indices.shape[-1], y.shape[-1], y.dtype.itemsize)
     return rows.map_chunks(chunk, *per_row, batch=y.shape[:-1], row_bytes=row_bytes)
-
-
-def _gather(dictionary, indices, num_latents: int, y):
-    """The rows' atoms `[n k d]` and targets `[n d]`, each divided by its largest magnitude, `[n k]` and `[n 1]`."""
-    on = gram.used(indices, num_latents)
-    atoms = jnp.where(on[:, :, None], gram.take(dictionary, indices, num_latents, y.dtype), 0)
-    atom_scale = jnp.max(jnp.abs(atoms), axis=2, initial=0)
-    y_scale = jnp.max(jnp.abs(y), axis=1, keepdims=True, initial=0)
-    y_scale = jnp.where(y_scale == 0, 1, y_scale)
-    return divide(atoms, atom_scale[:, :, None]), atom_scale, y / y_scale, y_scale
 
 
 def _certify_row(nonnegative: bool, atoms, weight, y, z):

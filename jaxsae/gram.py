@@ -52,65 +52,37 @@ class Problem(NamedTuple):
     finite: Array  # [n]  and within range: an answer that overflows or vanishes is none
 
 
-class _Rows(NamedTuple):
-    """Atoms and targets of rows, divided by powers of two, which changes no digit."""
-
-    atoms: Array  # [n k d]
-    y: Array  # [n d]
-    on: Array  # [n k]
-    atom_scale: Array  # [n k]
-    y_scale: Array  # [n]
-
-
 def _power_of_two(x):
-    """The power of two below each `x`; 0 for 0, and `x` itself where it is not finite."""
+    """The power of two below each `x`, by which division changes no digit; 0 for 0, and `x` if not finite."""
     return jnp.where(jnp.isfinite(x), jnp.ldexp(jnp.sign(x), jnp.frexp(x)[1] - 1), x)
 
 
-def _gather(dictionary: Any, y: Array, indices: Array, num_latents: int, root: Array, scale_atoms: bool) -> _Rows:
+def _scaled(y: Array) -> tuple[Array, Array, Array]:
+    """Targets of a size that can be squared, the powers of two `[n 1]` that they were divided by, and their norms."""
+    scale = _power_of_two(jnp.max(jnp.abs(y), axis=1, keepdims=True, initial=0))
+    y = divide(y, scale)
+    return y, scale, jnp.linalg.norm(y, axis=1, keepdims=True)
+
+
+def problems(dictionary: Any, y: Array, indices: Array, *, num_latents: int, ridge: Array) -> Problem:
+    """The problems of `n` rows, in the dtype of `ridge`, if the squares of their atoms are within its range."""
     atoms, on = take(dictionary, indices, num_latents, y.dtype), used(indices, num_latents)
-    y_scale = _power_of_two(jnp.max(jnp.abs(y), axis=1, initial=0))
-    y = divide(y, y_scale[:, None])
-    if not scale_atoms:
-        return _Rows(atoms, y, on, jnp.where(on, 1, jnp.zeros((), y.dtype)), y_scale)
-    largest = jnp.where(on, jnp.max(jnp.abs(atoms), axis=2, initial=0), 0)
-    atom_scale = jnp.where(largest > 0, jnp.maximum(_power_of_two(largest), _power_of_two(root)), largest)
-    return _Rows(divide(atoms, atom_scale[:, :, None]), y, on, atom_scale, y_scale)
-
-
-def problems(
-    dictionary: Any, y: Array, indices: Array, *, num_latents: int, ridge: Array, scale_atoms: bool
-) -> Problem:
-    """The problems of `n` rows, in the dtype of `ridge`.
-
-    Unless `scale_atoms`, which costs a pass over them, rows with atoms whose squares leave the range of the dtype are
-    not finite; all others come out the same to the bit.
-    """
-    root = jnp.sqrt(ridge)
-    atoms, y, on, atom_scale, y_scale = _gather(dictionary, y, indices, num_latents, root, scale_atoms)
     k, d = atoms.shape[1:]
+    y, y_scale, y_norm = _scaled(y)
     gram = rows.each_row(lambda atoms: matmul(atoms, atoms.T), atoms, flops=2 * k * k * d)
     gram = jnp.where(on[:, :, None] & on[:, None, :], gram, 0)
     c = jnp.where(on, jnp.einsum("nid,nd->ni", atoms, y, precision=EXACT), 0)
-    square, y_y = jnp.diagonal(gram, axis1=1, axis2=2), jnp.sum(y * y, axis=1)
-
-    norm, y_norm = jnp.sqrt(square), jnp.sqrt(y_y)[:, None]
-    length = norm * atom_scale
-    # The ridge joins the diagonal before it is made 1; a zero atom is left out.
-    relative_ridge = divide(root, atom_scale) ** 2
-    norm = jnp.sqrt(norm**2 + relative_ridge)
-    gram = gram + relative_ridge[:, :, None] * jnp.eye(k, dtype=gram.dtype)
-    unit = divide(divide(norm, y_norm) * atom_scale, y_scale[:, None])
-    answers = (jnp.isfinite(unit) & ((unit > 0) | (norm == 0) | (y_scale[:, None] == 0) | (y_norm == 0))).all(1)
-    finite = jnp.isfinite(length).all(1) & answers & jnp.isfinite(y_scale) & (root >= 0)
-    if not scale_atoms:
-        finite &= jnp.all(~on | ((square > 2.0**-60) & (square < 2.0**60)), axis=1) & (ridge < 2.0**60)
+    square = jnp.diagonal(gram, axis1=1, axis2=2)
+    norm = jnp.sqrt(square + jnp.where(on, ridge, 0))  # the ridge joins the diagonal before it is made 1
+    unit = divide(divide(norm, y_norm), y_scale)
+    determined = jnp.isfinite(unit) & ((unit > 0) | (y_scale == 0)) & jnp.isfinite(y_scale)
+    in_range = ~on | ((square > 2.0**-60) & (square < 2.0**60) & determined)
     return Problem(
-        gram=divide(gram, norm[:, :, None] * norm[:, None, :]),
+        gram=divide(gram + ridge * jnp.eye(k, dtype=gram.dtype), norm[:, :, None] * norm[:, None, :]),
         c=divide(c, norm * y_norm),
         unit=unit,
-        weight=divide(norm * atom_scale, jnp.max(length, axis=1, keepdims=True, initial=0)),
-        finite=finite,
+        weight=norm / jnp.sqrt(jnp.max(square, axis=1, keepdims=True, initial=2.0**-60)),
+        finite=in_range.all(1) & (ridge >= 0) & (ridge < 2.0**60),
     )
 
 
@@ -120,23 +92,33 @@ class UnitRows(NamedTuple):
     atoms: Array  # [n k d]  together with the ridge of norm 1
     y: Array  # [n d]  of norm 1
     ridge: Array  # [n k]
-    unit: Array  # [n k]  as of `Problem`
+    unit: Array  # [n k]  as of `Problem`, but y = 0 counts as of norm 1
     weight: Array  # [n k]  as of `Problem`
+    finite: Array  # [n]  as of `Problem`
 
 
 def unit_rows(dictionary: Any, y: Array, indices: Array, *, num_latents: int, ridge: Array) -> UnitRows:
-    """The atoms and targets of `n` rows, free of units; 0 where the answer is 0."""
+    """The atoms and targets of `n` rows, free of units, whatever their size; 0 stays 0."""
+    on = used(indices, num_latents)
+    atoms = jnp.where(on[:, :, None], take(dictionary, indices, num_latents, y.dtype), 0)
     root = jnp.sqrt(ridge)
-    atoms, y, on, atom_scale, y_scale = _gather(dictionary, y, indices, num_latents, root, scale_atoms=True)
-    length = jnp.where(on, jnp.linalg.norm(atoms, axis=2), 0)
-    relative_root = divide(root, atom_scale)
-    norm, y_norm = jnp.hypot(length, relative_root), jnp.linalg.norm(y, axis=1, keepdims=True)
+    y, *size = _scaled(y)
+    y_scale, y_norm = (jnp.where(x == 0, 1, x) for x in size)
+    largest = jnp.max(jnp.abs(atoms), axis=2, initial=0)
+    atom_scale = jnp.where(largest > 0, jnp.maximum(_power_of_two(largest), _power_of_two(root)), largest)
+    atoms = divide(atoms, atom_scale[:, :, None])
+    length, relative_root = jnp.linalg.norm(atoms, axis=2), divide(root, atom_scale)
+    norm = jnp.hypot(length, relative_root)
+    unit = norm / y_norm * atom_scale / y_scale
+    longest = jnp.max(length * atom_scale, axis=1, keepdims=True, initial=0)
+    determined = jnp.isfinite(unit) & ((unit > 0) | (norm == 0)) & jnp.isfinite(y_scale)
     return UnitRows(
         atoms=divide(atoms, norm[:, :, None]),
-        y=divide(y, y_norm),
+        y=y / y_norm,
         ridge=divide(relative_root, norm) ** 2,
-        unit=divide(divide(norm, y_norm) * atom_scale, y_scale[:, None]),
-        weight=divide(norm * atom_scale, jnp.max(length * atom_scale, axis=1, keepdims=True, initial=0)),
+        unit=unit,
+        weight=divide(norm * atom_scale, longest),
+        finite=determined.all(1) & jnp.isfinite(longest[:, 0]) & (ridge >= 0),
     )
 
 

@@ -11,9 +11,8 @@ in Gram space, `G = AAᵀ`, `c = Ay`. Every selector in the library (encoder, pu
 Inside, each problem is made free of units: atoms have unit norm and so has `y`. Then one tolerance fits all
 data, norms that spread over many orders cost nothing, and neither tiny nor huge data leave float32's range.
 
-A refit goes over its rows three times, each time over fewer: all of them, by the solver itself; those that it left, or
-that need scaling, by it and its fallbacks; those in which the rounding of `G` shows, from the residual. What a row goes
-through depends on nothing but the row.
+A refit goes over its rows twice: all of them, by the solver itself; then, packed together, those for which that was not
+enough, by its fallbacks and from the residual. What a row goes through depends on nothing but the row.
 """
 
 import dataclasses
@@ -119,7 +118,7 @@ def refit(
     Source: Gao et al. (2024), "Scaling and evaluating sparse autoencoders", Section 5.1.
     """
     gram.validate(dictionary, y, code, "refit")
-    needed = 2 * max(_row_bytes(code.indices.shape[-1], y.shape[-1], gram.accumulator(dictionary, y).itemsize))
+    needed = _row_bytes(code.indices.shape[-1], y.shape[-1], gram.accumulator(dictionary, y).itemsize)
     if scratch < needed:
         raise ValueError(f"`refit` got scratch of {scratch} bytes, but one row needs {needed}; pass at least that.")
     if solver is None:
@@ -258,6 +257,12 @@ def _left(solver, kkt, steps, most):
     return (steps >= most) & (kkt > solver.tol)
 
 
+def _unsolved(solver, info: RefitInfo):
+    """Whether a row was left by the solver, or out of range for it."""
+    unsolved = info.status == Status.NONFINITE
+    return unsolved if solver.fallback is None else unsolved | _left(solver, info.kkt, info.steps, solver.max_steps)
+
+
 def _last_tol(solver):
     """The tolerance that a row is judged by: that of the last solver of the chain."""
     return solver.tol if solver.fallback is None else _last_tol(solver.fallback)
@@ -268,9 +273,14 @@ def _excess(G, c, z, other):
     return 0.5 * jnp.sum((z - other) * (matmul(G, z + other) - 2 * c))
 
 
-def _row_bytes(k: int, d: int, itemsize: int) -> tuple[int, int]:
-    """Scratch of one row while its problem is formed, and while it is solved."""
-    return gram.row_bytes(k, d, itemsize), (4 * k * k + 16 * (k + d)) * itemsize
+def _solver_bytes(k: int, d: int, itemsize: int) -> int:
+    """Scratch of one row while it is solved."""
+    return (4 * k * k + 16 * (k + d)) * itemsize
+
+
+def _row_bytes(k: int, d: int, itemsize: int) -> int:
+    """Scratch of one row, whatever it goes through; half of it while its problem is formed."""
+    return 2 * (gram.row_bytes(k, d, itemsize) + _solver_bytes(k, d, itemsize))
 
 
 class _Outcome(NamedTuple):
@@ -281,16 +291,16 @@ class _Outcome(NamedTuple):
     info: RefitInfo
 
 
-def _solve_rows(static: _Static, shared, y, indices, values, x, steps, *, careful: bool) -> _Outcome:
-    """Refit `n` rows: any by the solver alone; `careful`, also by its fallbacks, those that it was too little for."""
+def _solve_rows(static: _Static, shared, y, indices, values) -> _Outcome:
+    """Refit `n` rows by the solver alone; those whose atoms are out of range come back as if not finite."""
     solver, dictionary, ridge = shared
     nonnegative, num_latents, scratch = static
     y = y.astype(ridge.dtype)
     problem = rows.map_chunks(
-        functools.partial(gram.problems, dictionary, num_latents=num_latents, ridge=ridge, scale_atoms=careful),
+        functools.partial(gram.problems, dictionary, num_latents=num_latents, ridge=ridge),
         *(y, indices),
         batch=y.shape[:1],
-        row_bytes=_row_bytes(indices.shape[1], y.shape[1], y.dtype.itemsize)[0],
+        row_bytes=gram.row_bytes(indices.shape[1], y.shape[1], y.dtype.itemsize),
         scratch=scratch // 2,
     )
     start = values.astype(ridge.dtype) * problem.unit
@@ -298,57 +308,77 @@ def _solve_rows(static: _Static, shared, y, indices, values, x, steps, *, carefu
     # From far away (‖y‖² is 1 here) rounding follows the solver; NaN, and what is too large to square, are far too.
     usable = jax.vmap(_excess)(problem.gram, problem.c, start, jnp.zeros_like(start)) < 10
     start = jnp.where(usable[:, None], start, 0)
-    begun = steps > 0  # and left by the first solver
-    start, most = jnp.where(begun[:, None], x, start), jnp.where(begun, 0, solver.max_steps).astype(jnp.int32)
-    best, kkt, taken = (_drive_chain if careful else _drive_rows)(solver, problem, start, most, nonnegative)
+    most = jnp.full(y.shape[:1], solver.max_steps, jnp.int32)
+    best, kkt, steps = _drive_rows(solver, problem, start, most, nonnegative)
     on = gram.used(indices, num_latents)
     finite = problem.finite & (jnp.isfinite(values) | ~on).all(1)
     feasible = jax.nn.relu(values) if nonnegative else values
     refitted = divide(best, problem.unit).astype(values.dtype)
-    moved = (taken > 0) | ~usable  # else the start is optimal already, and comes back to the bit
+    moved = (steps > 0) | ~usable  # else the start is optimal already, and comes back to the bit
     if values.dtype != ridge.dtype:  # rounded to fewer bits, the best iterate can be worse than the start
         rounded = refitted.astype(ridge.dtype) * problem.unit
         began = feasible.astype(ridge.dtype) * problem.unit
         moved &= ~(jax.vmap(_excess)(problem.gram, problem.c, rounded, began) > 0)
     refitted = jnp.where(moved[:, None] | (problem.unit == 0), refitted, feasible)
+    return _Outcome(jnp.where(finite[:, None], refitted, values), best, _info(solver, kkt, steps, finite))
+
+
+def _info(solver, kkt, steps, finite) -> RefitInfo:
+    """How rows ended, judged by the last solver of the chain."""
     status = jnp.where(kkt <= _last_tol(solver), Status.CONVERGED, Status.MAX_STEPS)
-    info = RefitInfo(
+    return RefitInfo(
         kkt=jnp.where(finite, kkt, jnp.nan),
-        steps=jnp.where(finite, steps + taken, 0),
+        steps=jnp.where(finite, steps, 0),
         status=jnp.where(finite, status, Status.NONFINITE).astype(jnp.int32),
     )
-    return _Outcome(jnp.where(finite[:, None], refitted, values), best, info)
 
 
-def _mend(static: _Static, shared, y, indices, values, info: RefitInfo, x, start) -> tuple[Array, RefitInfo]:
-    """Judge `n` rows by their residuals: a Newton step on the active set if it helps, the start if that is better.
+def _revise(static: _Static, shared, y, indices, values, x, info: RefitInfo) -> _Outcome:
+    """Refit `n` rows for which the solver alone was not enough, and judge them by their residuals.
 
-    The rounding of `Gx` is magnified by the condition of `G`, which it may even leave indefinite; that of the residual,
-    by the square root of it.
+    Atoms of any size are scaled; rows that are not solved yet go on to the fallback; then one Newton step on the active
+    set is taken if it helps, and the start, or 0, returned if that is better. The rounding of `Gx` is magnified by the
+    condition of `G`, which it may even leave indefinite; that of the residual, by the square root of it.
     """
     solver, dictionary, ridge = shared
     nonnegative, num_latents, _ = static
     y = y.astype(ridge.dtype)
-    atoms, y, ridge, unit, weight = gram.unit_rows(dictionary, y, indices, num_latents=num_latents, ridge=ridge)
+    atoms, y, ridge, unit, weight, finite = gram.unit_rows(dictionary, y, indices, num_latents=num_latents, ridge=ridge)
 
     def at(x):
         x = jnp.maximum(x, 0) if nonnegative else x
         residual = y - jnp.einsum("nkd,nk->nd", atoms, x, precision=EXACT)
         return x, ridge * x - jnp.einsum("nkd,nd->nk", atoms, residual, precision=EXACT)
 
-    def better(point, other):  # NaN is not
-        lower = jnp.sum((point[0] - other[0]) * (point[1] + other[1]), axis=1, keepdims=True) < 0
-        return jax.tree.map(lambda a, b: jnp.where(lower, a, b), point, other)
+    def lower(point, other):  # NaN is not
+        return jnp.sum((point[0] - other[0]) * (point[1] + other[1]), axis=1, keepdims=True) < 0
 
-    here = at(x)
+    def choose(where, a, b):
+        return jax.tree.map(lambda a, b: jnp.where(where, a, b), a, b)
+
+    given, origin = at(values.astype(y.dtype) * unit), at(jnp.zeros_like(x))
+    usable = lower(given, origin)
+    start = choose(usable, given, origin)
     G = jnp.einsum("nid,njd->nij", atoms, atoms, precision=EXACT) + jax.vmap(jnp.diag)(ridge)
-    newton = at(x - jax.vmap(solve_on)(G, (x > 0) if nonnegative else unit > 0, here[1]))
-    origin = at(jnp.zeros_like(x))
-    best, gradient = better(better(at(start.astype(x.dtype) * unit), origin), better(newton, here))
-    mended = jnp.where((best == x).all(1, keepdims=True), values, divide(best, unit).astype(values.dtype))
+    c = jnp.einsum("nkd,nd->nk", atoms, y, precision=EXACT)
+    fallback = solver if solver.fallback is None else solver.fallback
+    most = jnp.where(_unsolved(solver, info), fallback.max_steps, 0).astype(jnp.int32)
+    problem = gram.Problem(G, c, unit, weight, finite)
+    begun = info.steps[:, None] > 0
+    best, _, steps = _drive_chain(fallback, problem, jnp.where(begun, x, start[0]), most, nonnegative)
+    steps = info.steps + steps
+    here = at(best)
+    newton = at(best - jax.vmap(solve_on)(G, (best > 0) if nonnegative else unit > 0, here[1]))
+    best = choose((steps[:, None] > 0) & lower(newton, here), newton, here)
+
+    refitted = divide(best[0], unit).astype(values.dtype)
+    moved = lower(at(refitted.astype(y.dtype) * unit), start)
+    best, gradient = choose(moved, best, start)
+    feasible = jax.nn.relu(values) if nonnegative else values
+    refitted = jnp.where(moved | (unit == 0), refitted, jnp.where(usable, feasible, 0))
+    finite &= (jnp.isfinite(values) | ~gram.used(indices, num_latents)).all(1)
     kkt = jnp.max(weight * gram.violation(best, gradient, nonnegative), axis=1, initial=0)
-    status = jnp.where(kkt <= _last_tol(solver), Status.CONVERGED, Status.MAX_STEPS)
-    return mended, RefitInfo(kkt, info.steps, status.astype(jnp.int32))
+    return _Outcome(jnp.where(finite[:, None], refitted, values), best, _info(solver, kkt, steps, finite))
 
 
 def _widths(k: int) -> list[int]:
@@ -359,64 +389,52 @@ def _widths(k: int) -> list[int]:
     return [k // 4, k // 2, k] if k >= 192 and jax.default_backend() == "cpu" else [k]
 
 
-def _narrow(solve, num_latents: int, width: int, y, indices, values, x, steps) -> _Outcome:
+def _narrow(solve, num_latents: int, width: int, y, indices, values) -> _Outcome:
     """Solve rows of at most `width` atoms in that many slots."""
     on = gram.used(indices, num_latents)
     slots = jnp.argsort(~on, axis=1, stable=True)[:, :width]
-    outcome = solve(y, *(jnp.take_along_axis(array, slots, axis=1) for array in (indices, values, x)), steps)
+    outcome = solve(y, *(jnp.take_along_axis(array, slots, axis=1) for array in (indices, values)))
     place = jnp.minimum(jnp.cumsum(on, axis=1) - 1, width - 1)
     values, x = (jnp.where(on, jnp.take_along_axis(array, place, axis=1), 0) for array in outcome[:2])
     return _Outcome(values, x, outcome.info)
 
 
 def _solve(static: _Static, shared, per_row):
-    """All rows by the solver itself, then by more and more those for which that was not enough."""
+    """All rows by the solver itself, then those for which that was not enough."""
     batch = per_row[0].shape[:-1]
     n = math.prod(batch)
-    y, indices, values = (x.reshape(n, x.shape[-1]) for x in per_row)
-    k = indices.shape[1]
-    solver, _, ridge = shared
-    itemsize, scratch = ridge.dtype.itemsize, static.scratch // 2
-
-    def row_bytes(width: int) -> int:
-        return _row_bytes(width, y.shape[1], itemsize)[1]
-
-    quick = functools.partial(_solve_rows, static, shared, careful=False)
-    per_row = (y, indices, values, jnp.zeros((n, k), ridge.dtype), jnp.zeros(n, jnp.int32))
+    per_row = y, indices, _ = tuple(x.reshape(n, x.shape[-1]) for x in per_row)
+    k, d, itemsize = indices.shape[1], y.shape[1], shared[2].dtype.itemsize
+    solve, half = functools.partial(_solve_rows, static, shared), static.scratch // 2
     if len(_widths(k)) == 1:
         in_cache = (4 << 20) // max(k * k * itemsize, 1)  # rows whose Gram matrices the cache holds
-        cpu_rows = max(16, min(256, in_cache // 16 * 16))
         outcome = rows.map_chunks(
-            quick, *per_row, batch=(n,), row_bytes=row_bytes(k), scratch=scratch, cpu_rows=cpu_rows
+            *(solve, *per_row),
+            batch=(n,),
+            row_bytes=_solver_bytes(k, d, itemsize),
+            scratch=half,
+            cpu_rows=max(16, min(256, in_cache // 16 * 16)),
         )
     else:
         l0 = jnp.sum(gram.used(indices, static.num_latents), axis=1)
-        outcome = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(quick, *per_row))
+        outcome = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(solve, *per_row))
         previous = -1
         for width in _widths(k):
-            f = quick if width == k else functools.partial(_narrow, quick, static.num_latents, width)
-            outcome = rows.revise_rows(
-                f, (l0 > previous) & (l0 <= width), outcome, *per_row, row_bytes=row_bytes(width), scratch=scratch
-            )
+            f = solve if width == k else functools.partial(_narrow, solve, static.num_latents, width)
+            where = (l0 > previous) & (l0 <= width)
+            row_bytes = _solver_bytes(width, d, itemsize)
+            outcome = rows.revise_rows(f, where, outcome, *per_row, row_bytes=row_bytes, scratch=half)
             previous = width
 
-    refitted, x, info = outcome
-    again = info.status == Status.NONFINITE  # or out of range without scales
-    if solver.fallback is not None:
-        again |= _left(solver, info.kkt, info.steps, solver.max_steps)
-    careful = functools.partial(_solve_rows, static, shared, careful=True)
-    arrays = (y, indices, refitted, x, info.steps)
-    outcome = rows.revise_rows(careful, again, outcome, *arrays, row_bytes=row_bytes(k), scratch=scratch)
-    refitted, x, info = outcome
-
+    x, info = outcome.x, outcome.info
     # Where large terms of `Gx` cancel, the rounding of `G` shows.
     cancels = (info.steps > 0) & (jnp.finfo(x.dtype).eps * jnp.sum(x * x, axis=1) > 2.0**-18)
-    refitted, info = rows.revise_rows(
-        functools.partial(_mend, static, shared),
-        *(cancels, (refitted, info)),
-        *(y, indices, refitted, info, x, values),
-        row_bytes=2 * gram.row_bytes(k, y.shape[1], itemsize),
-        scratch=scratch,
+    refitted, _, info = rows.revise_rows(
+        functools.partial(_revise, static, shared),
+        *(_unsolved(shared[0], info) | cancels, outcome),
+        *(*per_row, x, info),
+        row_bytes=_row_bytes(k, d, itemsize),
+        scratch=static.scratch,
     )
     return refitted.reshape(*batch, k), jax.tree.map(lambda x: x.reshape(batch), info)
 

@@ -162,7 +162,7 @@ def test_a_problem_is_free_of_units(sizes):
     dictionary, y, code = problem(batch=(16,))
     dictionary, y = sizes.get("atoms", 1.0) * dictionary, sizes.get("y", 1.0) * y
     sizeless = {"num_latents": code.num_latents, "ridge": jnp.float32(0)}
-    made = gram.problems(dictionary, y, code.indices, scale_atoms=True, **sizeless)
+    made = gram.problems(dictionary, y, code.indices, **sizeless)
     atoms, target = atoms_of(dictionary, code), f64(y)
     norm, y_norm = np.linalg.norm(atoms, axis=2), np.linalg.norm(target, axis=1, keepdims=True)
     unit_atoms = atoms / norm[:, :, None]
