@@ -11,8 +11,9 @@ in Gram space, `G = AAᵀ`, `c = Ay`. Every selector in the library (encoder, pu
 Inside, each problem is made free of units: atoms have unit norm and so has `y`. Then one tolerance fits all
 data, norms that spread over many orders cost nothing, and neither tiny nor huge data leave float32's range.
 
-A refit goes over its rows twice: all of them, by the solver itself; then, packed together, those for which that was not
-enough, by its fallbacks and from the residual. What a row goes through depends on nothing but the row.
+A refit goes over its rows twice: all of them, by the solver itself; then, packed together, those that it left, those
+whose atoms are too large or too small to square and those in which rounding shows, by its fallback and from the
+residual. What a row goes through depends on nothing but the row.
 """
 
 import dataclasses
@@ -110,8 +111,9 @@ def refit(
       >>> def loss(D):
       ...     return jnp.mean((y - jaxsae.codes.combine(D, jaxsae.refit(D, y, code)[0])) ** 2)
       >>> D = start = true + 0.3 * jax.random.normal(keys[3], true.shape)
+      >>> slope = jax.jit(jax.grad(loss))
       >>> for _ in range(100):
-      ...     D = D - 5.0 * jax.grad(loss)(D)
+      ...     D = D - 5.0 * slope(D)
       >>> bool(loss(D) < 0.01 * loss(start))
       True
 

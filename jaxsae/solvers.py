@@ -280,12 +280,12 @@ class BlockPivoting:
 def default(k: int, d: int) -> Any:
     """The solver of rows with `k` active atoms of width `d`, by measurement (`python -m benchmarks refine`).
 
-    On two CPU cores `ConjugateGradient` is the fastest of these solvers on every case measured but nearly parallel
-    atoms (a mean cosine of 0.99), which it has not finished after a thousand steps; there `BlockPivoting` is the
-    fastest, and takes the rows that are left after 256 steps. What `k > d` makes singular may set pivoting cycling:
-    there `FISTA` answers. Conjugate gradient goes on to a tenth of the usual tolerance, so that ill-conditioned rows
-    too end within 1e-6 of their least error (tests/test_hard_set.py); a row counts as converged at 1e-5. No accelerator
-    has been measured yet, so the backend makes no difference.
+    On two CPU cores `ConjugateGradient` is the fastest of these solvers, or level with it, on every case measured but
+    nearly parallel atoms (a mean cosine of 0.99), which it has not finished after a thousand steps; there
+    `BlockPivoting` is the fastest, and takes the rows that are left after 256 steps. What `k > d` makes singular may
+    set pivoting cycling: there `FISTA` answers. Conjugate gradient goes on to a tenth of the usual tolerance, so that
+    ill-conditioned rows too end within 1e-6 of their least error (tests/test_hard_set.py); a row counts as converged
+    at 1e-5. No accelerator has been measured yet, so the backend makes no difference.
 
     Args:
       k: slots a row.

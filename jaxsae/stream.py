@@ -61,7 +61,7 @@ def max_l0(sae: SAE, rows: np.ndarray) -> int:
 def refine_blocks(sae: SAE, rows: np.ndarray, solver: Any = None, *, capacity: int | None = None) -> Iterator[Block]:
     """Encode and refine rows, a block at a time.
 
-    Rows of similar L0 go together, each block with no more slots than it needs: the cost of a refit grows with the
+    Rows of similar L0 go together, in as few slots as hold them, 32, 128 or all: the cost of a refit grows with the
     square of its slots, and a ReLU's L0 has a long tail. So blocks are not in the order of the rows: see `Block.rows`.
 
     Args:
@@ -87,7 +87,7 @@ def refine_blocks(sae: SAE, rows: np.ndarray, solver: Any = None, *, capacity: i
 
 
 def _slots(l0: int, capacity: int) -> int:
-    # Few sizes, 32, 128, or all, since each is compiled once, for all autoencoders of a shape.
+    # Few sizes, since each is compiled, once for all autoencoders of a shape.
     return next((size for size in (32, 128) if l0 <= size), capacity)
 
 

@@ -156,20 +156,27 @@ def test_scratch_is_an_argument():
         jaxsae.refit(dictionary, y, code, scratch=100)
 
 
-@pytest.mark.parametrize("sizes", [{"atoms": 1e-12}, {"atoms": 1e12}, {"y": 1e-15}, {"y": 1e15}, {}])
+@pytest.mark.parametrize("sizes", [{"atoms": 1e-12}, {"atoms": 1e12}, {"y": 1e-15}, {"y": 1e15}, {"ridge": 0.5}, {}])
 def test_a_problem_is_free_of_units(sizes):
     """`x = z · unit` minimises `½xᵀGx − cᵀx`, whatever the size of the atoms and of the target."""
     dictionary, y, code = problem(batch=(16,))
-    dictionary, y = sizes.get("atoms", 1.0) * dictionary, sizes.get("y", 1.0) * y
-    sizeless = {"num_latents": code.num_latents, "ridge": jnp.float32(0)}
-    made = gram.problems(dictionary, y, code.indices, **sizeless)
+    dictionary, y, ridge = sizes.get("atoms", 1.0) * dictionary, sizes.get("y", 1.0) * y, sizes.get("ridge", 0.0)
+    options = {"num_latents": code.num_latents, "ridge": jnp.float32(ridge)}
+    made, rows = (f(dictionary, y, code.indices, **options) for f in (gram.problems, gram.unit_rows))
     atoms, target = atoms_of(dictionary, code), f64(y)
-    norm, y_norm = np.linalg.norm(atoms, axis=2), np.linalg.norm(target, axis=1, keepdims=True)
-    unit_atoms = atoms / norm[:, :, None]
-    np.testing.assert_allclose(made.gram, np.einsum("nid,njd->nij", unit_atoms, unit_atoms), atol=1e-6)
-    np.testing.assert_allclose(made.c, np.einsum("nid,nd->ni", unit_atoms, target / y_norm), atol=1e-6)
-    np.testing.assert_allclose(made.unit, norm / y_norm, rtol=1e-5)
-    assert np.all(made.finite)
+    norm, y_norm = np.sqrt((atoms**2).sum(2) + ridge), np.linalg.norm(target, axis=1, keepdims=True)
+    unit_atoms, eye = atoms / norm[:, :, None], np.eye(code.indices.shape[1])
+    np.testing.assert_allclose(rows.atoms, unit_atoms, atol=1e-6)
+    np.testing.assert_allclose(rows.ridge, ridge / norm**2, atol=1e-6)
+    assert np.all(rows.finite)
+    assert np.all(made.finite) == ("atoms" not in sizes)
+    if np.all(made.finite):
+        G = np.einsum("nid,njd->nij", unit_atoms, unit_atoms) + (ridge / norm**2)[:, :, None] * eye
+        np.testing.assert_allclose(made.gram, G, atol=1e-6)
+        np.testing.assert_allclose(made.c, np.einsum("nid,nd->ni", unit_atoms, target / y_norm), atol=1e-6)
+        np.testing.assert_allclose(made.weight, rows.weight, rtol=1e-5)
+        np.testing.assert_allclose(made.unit, norm / y_norm, rtol=1e-5)
+    np.testing.assert_allclose(rows.unit, norm / y_norm, rtol=1e-5)
 
 
 def test_objectives_of_all_solvers_agree():

@@ -410,10 +410,6 @@ def test_what_is_told_otherwise_is_answered_alike(case, change, solver):
     decoded = np.einsum("nk,nkd->nd", answer, atoms_of(p.dictionary, p.code))[rows]
     decoded_again = np.einsum("nk,nkd->nd", again / unit, atoms_of(told.dictionary, told.code))
     bound = (1e-3 if "0.9998" in case else 1e-4) * np.linalg.norm(f64(p.y), axis=1)[rows]
-    if (
-        solver is not None
-    ):  # within its tolerance of 1e-5 an answer is within √(k/λ)·1e-5: 2e-3, for the pairs' λ of 2e-4
-        bound = 4 * bound
     assert np.all(np.linalg.norm(decoded_again - decoded, axis=1) <= bound)
 
 
