@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 import jaxsae
-from jaxsae import stream, train
+from jaxsae import objectives, stream, train
 
 _MOST = 256  # slots: on patches a few rows use half of all latents, and would make the case theirs alone
 DATA = Path(__file__).parents[2] / "shared/data/smollm2_layer8_shakespeare.npy"
@@ -125,8 +125,9 @@ def real_problem(real: Real, path: Path, seed: int = 0) -> Problem:
         b_dec=jnp.asarray(rows.mean(axis=0)),
     )
     batches = jaxsae.data.batches(rows, 512, seed=seed)
-    loss = train.L1Loss(real.l1, warmup_steps=real.steps // 5)
-    sae = train.fit(sae, batches, loss=loss, tx=train.unit_norm_decoder(optax.adam(1e-3)), steps=real.steps).sae
+    warmup = optax.linear_schedule(0.0, 1.0, real.steps // 5)
+    loss = objectives.Objective((objectives.L1(real.l1, warmup),))
+    sae = train.fit(sae, batches, loss=loss, tx=train.recipe(1e-3), steps=real.steps).sae
     capacity = min(stream.max_l0(sae, heldout), _MOST)
     x = jnp.asarray(heldout)
     return _problem(f"trained ReLU, L0 ≤ {capacity}", source, sae, x, jaxsae.encode(sae, x, capacity=capacity))

@@ -7,8 +7,8 @@ An `SAE` is a pytree of parameters, a `SparseCode` says which latents are active
 everything else is a pure function of the two.
 """
 
-from jaxsae import codes, data, losses, metrics, pretrained, sae, solvers, train
-from jaxsae.activations import ReLU, TopK
+from jaxsae import codes, data, losses, metrics, objectives, pretrained, sae, solvers, train
+from jaxsae.activations import AbsTopK, BatchTopK, Gated, GroupMax, JumpReLU, ReLU, TopK
 from jaxsae.certificate import Certificate, certify
 from jaxsae.codes import SparseCode
 from jaxsae.metrics import Shrinkage, shrinkage
@@ -19,9 +19,14 @@ from jaxsae.solvers import FISTA, BlockPivoting, ConjugateGradient, ProjectedGra
 __all__ = [
     "FISTA",
     "SAE",
+    "AbsTopK",
+    "BatchTopK",
     "BlockPivoting",
     "Certificate",
     "ConjugateGradient",
+    "Gated",
+    "GroupMax",
+    "JumpReLU",
     "ProjectedGradient",
     "ReLU",
     "RefitInfo",
@@ -39,6 +44,7 @@ __all__ = [
     "init",
     "losses",
     "metrics",
+    "objectives",
     "pretrained",
     "refine",
     "refit",

@@ -1,39 +1,56 @@
 """Activations: from pre-activations to a code, each a small pytree that holds its own parameters.
 
-An activation has three members. `k` is the number of slots it fixes, or None. Calling it gives the dense code
-`[*b m]`; `code(pre, capacity)` gives the same code as a `SparseCode`.
+An activation is called on pre-activations `[*b m]` and gives the dense code `[*b m]`; all else that an SAE may ask of
+it has a default in `Activation`, so that a new one is a dataclass with a `__call__`.
 """
 
-from typing import Protocol
+import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxsae import codes
 from jaxsae.codes import SparseCode
 
 
-class Activation(Protocol):
-    """What `SAE.activation` must offer."""
+class Activation:
+    """What an SAE asks of its activation; subclasses are `flax.struct` dataclasses.
+
+    Attributes:
+      slots: how many slots a row the activation fixes, or None.
+      signed: whether values may be negative, so that refining leaves their sign free.
+    """
+
+    signed: bool = False
 
     @property
-    def k(self) -> int | None:
-        """Number of active latents that the activation fixes, or None."""
-        ...
+    def slots(self) -> int | None:
+        """None: as many latents are active as happen to be."""
+        return None
 
     def __call__(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
         """The dense code."""
-        ...
+        raise NotImplementedError(f"{type(self).__name__} has no __call__; define what it does to pre-activations.")
 
     def code(self, pre: Float[Array, "*b m"], capacity: int) -> SparseCode:
-        """The same code in `capacity` slots a row."""
-        ...
+        """The same code in `capacity` slots a row, in descending order of magnitude; `overflow` counts what is left."""
+        return codes.from_dense(self(pre), capacity)
+
+    def train(self, pre: Float[Array, "b m"]) -> tuple[Float[Array, "b m"], "Activation"]:
+        """The dense code of a training batch, and the activation after it: the same, unless it estimates something."""
+        return self(pre), self
+
+    def rescale(self, scale: float | Array) -> "Activation":
+        """The activation in other units: `rescale(s)(pre/s) = self(pre)/s`."""
+        del scale
+        return self
 
 
 @struct.dataclass
-class ReLU:
+class ReLU(Activation):
     """Keep what is positive: `z = max(pre, 0)`.
 
     Trained with an L1 penalty, the sparse autoencoder of Bricken et al. (2023) and Cunningham et al. (2023).
@@ -44,26 +61,69 @@ class ReLU:
       Array([0., 2.], dtype=float32)
     """
 
-    @property
-    def k(self) -> None:
-        """None: as many latents are active as are positive."""
-        return
-
     def __call__(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
         """The dense code."""
         return jax.nn.relu(pre)
 
+
+class _Selection(Activation):
+    """An activation that chooses `k` slots a row: `select` says which, and the rest follows."""
+
+    k: int
+
+    def __post_init__(self):
+        if self.k < 1:
+            raise ValueError(f"{type(self).__name__} got k = {self.k}; pass k of at least 1.")
+
+    @property
+    def slots(self) -> int:
+        """`k`."""
+        return self.k
+
+    def _validate(self, m: int) -> None:
+        if self.k > m:
+            raise ValueError(f"{type(self).__name__} got k = {self.k} for {m} latents; pass k of at most {m}.")
+
+    def _chosen(self, pre: Float[Array, "*b m"]) -> SparseCode:
+        """The code in its own `k` slots."""
+        raise NotImplementedError
+
     def code(self, pre: Float[Array, "*b m"], capacity: int) -> SparseCode:
-        """The `capacity` largest of the positive pre-activations; `overflow` counts the others."""
-        return codes.from_dense(self(pre), capacity)
+        """The code in its own `k` slots, followed by empty ones up to `capacity`."""
+        m = pre.shape[-1]
+        self._validate(m)
+        if capacity < self.k:
+            raise ValueError(
+                f"{type(self).__name__} fixes k = {self.k}, but got capacity {capacity}; leave capacity out."
+            )
+        code = self._chosen(pre)
+        spare = [(0, 0)] * (pre.ndim - 1) + [(0, capacity - self.k)]
+        # Latents that are not chosen are what the activation leaves out: no overflow.
+        return SparseCode(
+            values=jnp.pad(code.values, spare),
+            indices=jnp.pad(code.indices, spare, constant_values=m),
+            num_latents=m,
+        )
+
+
+def _dropped(pre: Float[Array, "*b m"], k: int, keep: float | Array | None) -> Bool[Array, "*b m"]:
+    """What is not among the `k` largest of its row, or the first `keep` of these, by comparison with the last."""
+    # The barrier keeps all of the top-k in use, without which XLA's CPU backend sorts whole rows instead.
+    top, indices = jax.lax.optimization_barrier(jax.lax.top_k(jax.lax.stop_gradient(pre), k))
+    at = k - 1 if keep is None else jnp.clip(keep, 1, k).astype(jnp.int32) - 1
+    least, last = top[..., at, None], indices[..., at, None]
+    # Equal values are taken in order of index, here as in `top_k`; NaN stays NaN.
+    return (pre < least) | ((pre == least) & (jnp.arange(pre.shape[-1]) > last))
 
 
 @struct.dataclass
-class TopK:
+class TopK(_Selection):
     """Keep the `k` largest pre-activations of each row, those of them that are positive.
 
     Attributes:
       k: number of active latents a row; static.
+      keep: use only this many of them, from 1 to `k`; a float, which may be traced, for sweeps over sparsity in one
+        compilation. All by default.
 
     Raises:
       ValueError: if `k < 1`.
@@ -77,36 +137,236 @@ class TopK:
     """
 
     k: int = struct.field(pytree_node=False)
-
-    def __post_init__(self):
-        if self.k < 1:
-            raise ValueError(f"TopK got k = {self.k}; pass k of at least 1.")
+    keep: float | Array | None = None
 
     def __call__(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
         """The dense code, by comparison with the k-th largest: no scatter, forwards or backwards."""
         self._validate(pre.shape[-1])
-        # The barrier keeps all of the top-k in use, without which XLA's CPU backend sorts whole rows instead.
-        top, indices = jax.lax.optimization_barrier(jax.lax.top_k(jax.lax.stop_gradient(pre), self.k))
-        least, last = top[..., -1:], indices[..., -1:]
-        # Equal values are taken in order of index, here as in `top_k`; NaN stays NaN.
-        dropped = (pre < least) | ((pre == least) & (jnp.arange(pre.shape[-1]) > last))
-        return jnp.where(dropped, 0, jax.nn.relu(pre))
+        return jnp.where(_dropped(pre, self.k, self.keep), 0, jax.nn.relu(pre))
+
+    def _chosen(self, pre: Float[Array, "*b m"]) -> SparseCode:
+        return _first(codes.from_dense(jax.nn.relu(pre), self.k), self.keep)
+
+
+@struct.dataclass
+class AbsTopK(_Selection):
+    """Keep the `k` pre-activations of largest magnitude, with their signs: a code that needs no pairs of latents.
+
+    Attributes:
+      k: number of active latents a row; static.
+
+    Raises:
+      ValueError: if `k < 1`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> jaxsae.AbsTopK(1)(jnp.array([1.0, -3.0, 2.0]))
+      Array([ 0., -3.,  0.], dtype=float32)
+
+    Source: Zhu et al. (2025), "AbsTopK: rethinking sparse autoencoders for bidirectional features".
+    """
+
+    k: int = struct.field(pytree_node=False)
+    signed = True
+
+    def __call__(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
+        """The dense code."""
+        self._validate(pre.shape[-1])
+        return jnp.where(_dropped(jnp.abs(pre), self.k, None), 0, pre)
+
+    def _chosen(self, pre: Float[Array, "*b m"]) -> SparseCode:
+        return codes.from_dense(pre, self.k)
+
+
+@struct.dataclass
+class GroupMax(_Selection):
+    """Split the latents into `k` groups of neighbours and keep the largest of each, if it is positive.
+
+    Cheaper than TopK, without a sort; the groups decide what may be active together.
+
+    Attributes:
+      k: number of groups, and of slots a row; divides `m`; static.
+
+    Raises:
+      ValueError: if `k < 1`, or does not divide the number of latents.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> jaxsae.GroupMax(2)(jnp.array([1.0, 3.0, -1.0, 2.0]))
+      Array([0., 3., 0., 2.], dtype=float32)
+
+    Source: EleutherAI, sparsify.
+    """
+
+    k: int = struct.field(pytree_node=False)
 
     def _validate(self, m: int) -> None:
-        if self.k > m:
-            raise ValueError(f"TopK got k = {self.k} for {m} latents; pass k of at most {m}.")
+        if m % self.k:
+            raise ValueError(f"GroupMax got k = {self.k} for {m} latents; pass a k that divides {m}.")
 
-    def code(self, pre: Float[Array, "*b m"], capacity: int) -> SparseCode:
-        """The code in its own `k` slots, followed by empty ones up to `capacity`."""
-        m = pre.shape[-1]
-        self._validate(m)
-        if capacity < self.k:
-            raise ValueError(f"TopK fixes k = {self.k}, but got capacity {capacity}; leave capacity out.")
-        code = codes.from_dense(jax.nn.relu(pre), self.k)
-        # `from_dense` counts every positive latent that it leaves out; leaving them out is what TopK means.
-        spare = [(0, 0)] * (pre.ndim - 1) + [(0, capacity - self.k)]
-        return SparseCode(
-            values=jnp.pad(code.values, spare),
-            indices=jnp.pad(code.indices, spare, constant_values=m),
-            num_latents=m,
-        )
+    def __call__(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
+        """The dense code."""
+        self._validate(pre.shape[-1])
+        groups = pre.reshape(*pre.shape[:-1], self.k, -1)
+        first = jnp.argmax(groups, axis=-1, keepdims=True)
+        return jnp.where(jnp.arange(groups.shape[-1]) == first, jax.nn.relu(groups), 0).reshape(pre.shape)
+
+    def _chosen(self, pre: Float[Array, "*b m"]) -> SparseCode:
+        groups = pre.reshape(*pre.shape[:-1], self.k, -1)
+        first = jnp.argmax(groups, axis=-1)
+        values = jax.nn.relu(jnp.take_along_axis(groups, first[..., None], axis=-1)[..., 0])
+        indices = first.astype(jnp.int32) + groups.shape[-1] * jnp.arange(self.k, dtype=jnp.int32)
+        return SparseCode(values, jnp.where(values > 0, indices, pre.shape[-1]), pre.shape[-1])
+
+
+@struct.dataclass
+class BatchTopK(Activation):
+    """Train on the `B·k` largest of a batch of `B` rows; infer with the threshold that this amounts to.
+
+        training: the B·k largest positive entries of the batch;   inference: z = pre where pre > threshold
+
+    Rows may then differ in how many latents they need. The threshold follows the smallest value kept, as a running
+    mean with momentum 0.999 that begins at the first one.
+
+    Attributes:
+      k: mean number of active latents a row, in training; static.
+      threshold: `[]`, of inference; negative until a training step has estimated it, and then nothing but ReLU.
+
+    Raises:
+      ValueError: if `k < 1`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> pre = jnp.array([[4.0, 3.0], [2.0, 1.0]])
+      >>> z, activation = jaxsae.BatchTopK(1).train(pre)
+      >>> z.tolist(), float(activation.threshold)
+      ([[4.0, 3.0], [0.0, 0.0]], 3.0)
+
+    Source: Bussmann, Leask & Nanda (2024), "BatchTopK sparse autoencoders".
+    """
+
+    k: int = struct.field(pytree_node=False)
+    threshold: float | Float[Array, ""] = -1.0
+
+    def __post_init__(self):
+        if self.k < 1:
+            raise ValueError(f"BatchTopK got k = {self.k}; pass k of at least 1.")
+
+    def __call__(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
+        """The dense code of inference: each row by itself."""
+        return jnp.where(pre > self.threshold, jax.nn.relu(pre), 0)
+
+    def train(self, pre: Float[Array, "b m"]) -> tuple[Float[Array, "b m"], "BatchTopK"]:
+        """The dense code of a training batch, and the activation with its threshold moved towards it."""
+        z = jax.nn.relu(pre)
+        count = self.k * math.prod(pre.shape[:-1])
+        if count > pre.size:
+            raise ValueError(f"BatchTopK got k = {self.k} for {pre.shape[-1]} latents; pass k of at most that.")
+        flat = z.reshape(-1)
+        dropped = _dropped(flat, count, None)
+        z = jnp.where(dropped, 0, flat).reshape(pre.shape)
+        least = jnp.min(jax.lax.stop_gradient(z), where=z > 0, initial=jnp.inf).astype(jnp.float32)
+        threshold = jnp.where(self.threshold < 0, least, 0.999 * self.threshold + 0.001 * least)
+        return z, dataclasses.replace(self, threshold=jnp.where(jnp.isfinite(least), threshold, self.threshold))
+
+    def rescale(self, scale: float | Array) -> "BatchTopK":
+        """The activation in other units."""
+        return dataclasses.replace(self, threshold=self.threshold / scale)
+
+
+@struct.dataclass
+class JumpReLU(Activation):
+    """Keep what exceeds its latent's threshold: `z = max(pre, 0)` where `pre > θ`, else 0.
+
+    The step has no slope: thresholds learn from the straight-through derivatives
+
+        ∂z/∂θ ≈ −(θ/ε) K((pre − θ)/ε),   ∂‖z‖₀/∂θ ≈ −(1/ε) K((pre − θ)/ε),   K(u) = 1 where |u| < ½
+
+    Attributes:
+      threshold: `[m]`, in float32 or better whatever the weights: the steps of a threshold are too fine for bfloat16.
+      bandwidth: `ε`, in the units of the pre-activations; static.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> jaxsae.JumpReLU(jnp.array([0.5, 0.5]))(jnp.array([0.4, 0.6]))
+      Array([0. , 0.6], dtype=float32)
+
+    Source: Rajamanoharan et al. (2024), "Jumping ahead: improving reconstruction fidelity with JumpReLU SAEs".
+    """
+
+    threshold: Float[Array, " m"]
+    bandwidth: float = struct.field(pytree_node=False, default=0.001)
+
+    def __call__(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
+        """The dense code."""
+        on, near = self._step(pre)
+        moved = self.threshold - jax.lax.stop_gradient(self.threshold)  # 0, with the derivative 1
+        slope = -jax.lax.stop_gradient(self.threshold) / self.bandwidth
+        return jnp.where(on, jax.nn.relu(pre), 0) + (slope * near * moved).astype(pre.dtype)
+
+    def l0(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b"]:
+        """`‖z‖₀` of each row, with its straight-through derivative to the thresholds."""
+        on, near = self._step(pre)
+        moved = self.threshold - jax.lax.stop_gradient(self.threshold)
+        return jnp.sum(on - near * moved / self.bandwidth, axis=-1)
+
+    def _step(self, pre):
+        """Whether each pre-activation is past its threshold, and whether it is within the kernel's reach of it."""
+        distance = jax.lax.stop_gradient(pre - self.threshold)  # in the threshold's dtype, not in that of the weights
+        return (distance > 0) & (pre > 0), jnp.abs(distance) < self.bandwidth / 2
+
+    def rescale(self, scale: float | Array) -> "JumpReLU":
+        """The activation in other units; the bandwidth, which matters in training alone, stays."""
+        return dataclasses.replace(self, threshold=self.threshold / scale)
+
+
+@struct.dataclass
+class Gated(Activation):
+    """Decide with one bias which latents are active, and with another, and a scale, what their values are.
+
+        z = max(exp(r_mag) ∘ pre + b_mag, 0)   where pre + b_gate > 0
+
+    Selection and value share their weights, so only the gate need be sparse, and values need not shrink. The gate has
+    no slope here: its derivative comes from the term `objectives.Gate`. `SAE.b_enc` does nothing that the two biases
+    do not.
+
+    Attributes:
+      r_mag: `[m]`, log scale of the values relative to the gate.
+      b_gate: `[m]`, bias of the gate.
+      b_mag: `[m]`, bias of the values.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> jaxsae.Gated(jnp.zeros(2), jnp.zeros(2), jnp.ones(2))(jnp.array([-0.5, 0.5]))
+      Array([0. , 1.5], dtype=float32)
+
+    Source: Rajamanoharan et al. (2024), "Improving dictionary learning with gated sparse autoencoders".
+    """
+
+    r_mag: Float[Array, " m"]
+    b_gate: Float[Array, " m"]
+    b_mag: Float[Array, " m"]
+
+    def __call__(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
+        """The dense code."""
+        return jnp.where(self.gate(pre) > 0, jax.nn.relu(jnp.exp(self.r_mag) * pre + self.b_mag), 0)
+
+    def gate(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
+        """What must be positive for a latent to be active."""
+        return pre + self.b_gate
+
+    def rescale(self, scale: float | Array) -> "Gated":
+        """The activation in other units."""
+        return dataclasses.replace(self, b_gate=self.b_gate / scale, b_mag=self.b_mag / scale)
+
+
+def _first(code: SparseCode, keep: float | Array | None) -> SparseCode:
+    """The first `keep` slots of a code; the others become empty."""
+    if keep is None:
+        return code
+    kept = jnp.arange(code.values.shape[-1]) < keep
+    return dataclasses.replace(
+        code,
+        values=jnp.where(kept, code.values, 0),
+        indices=jnp.where(kept, code.indices, code.num_latents),
+    )

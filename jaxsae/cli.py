@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 done, but a certificate failed (or, with --strict, a warni
 
 import contextlib
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -24,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         return tyro.extras.subcommand_cli_from_dict(
-            {"study": study, "refine": refine},
+            {"study": study, "train": train, "eval": evaluate, "refine": refine},
             prog="jaxsae",
             description="Sparse autoencoders in JAX, and the refinement of their codes with a certificate per row.",
             args=sys.argv[1:] if argv is None else argv,
@@ -76,6 +77,93 @@ def study(
     return 1 if failed else 0
 
 
+def train(
+    *,
+    data: Path,
+    activation: str,
+    latents: int,
+    out: Path,
+    k: int | None = None,
+    l1: float | None = None,
+    batch: int = 1024,
+    steps: int = 2000,
+    learning_rate: float | None = None,
+    no_auxk: bool = False,
+    multi_topk: bool = False,
+    dead_after: int = 10_000_000,
+    heldout: int = 2048,
+    seed: int = 0,
+    wandb: bool = False,
+) -> int:
+    """Train an autoencoder on a file of activations, with the recipe of Gao et al. (2024), and measure it.
+
+    Writes sae/, report.json and TensorBoard event files. Rows are centred and scaled to unit mean square for training;
+    the saved autoencoder takes them as they are. Example:
+    jaxsae train --data x.npy --activation topk --k 32 --latents 4096 --out run
+
+    Args:
+        data: .npy or .npz file of activations (rows, width).
+        activation: relu, topk, abstopk, groupmax, batchtopk, jumprelu or gated.
+        latents: how many.
+        out: directory for the results.
+        k: active latents a row: of each row, on average over a batch (batchtopk), or aimed at (jumprelu).
+        l1: weight of the L1 penalty (relu, gated).
+        batch: rows a step.
+        steps: how many.
+        learning_rate: by default 2e-4/√(latents/16384).
+        no_auxk: leave dead latents dead.
+        multi_topk: also reconstruct with 4k latents (topk).
+        dead_after: rows without firing after which a latent is dead.
+        heldout: last rows of the data, to measure on.
+        seed: of initialisation and shuffles.
+        wandb: log to Weights & Biases too; with WANDB_MODE=offline, to files.
+    """
+    from jaxsae import runs
+
+    options = runs.Options(
+        activation, latents, k, l1, not no_auxk, multi_topk, batch, steps, learning_rate, dead_after, heldout, seed
+    )
+    with _progress(steps, rows=batch) as advance:
+        log = runs.logs(out, options, wandb=wandb)
+        report = runs.run(out, data=data, options=options, progress=advance, log=log)
+    measured = report["heldout"]
+    print(f"{heldout} held-out rows: NMSE {measured['nmse']:.4f}, L0 {measured['l0']:.1f}, dead {measured['dead']:.1%}")
+    print(f"Written: {out / 'sae'}/, {out / 'report.json'}")
+    if report["skipped"]:
+        _warn(f"{report['skipped']} batches were skipped, since their loss was not finite.")
+    return 0
+
+
+def evaluate(*, sae: Path, data: Path, json: bool = False) -> int:
+    """Measure an autoencoder on a file of activations.
+
+    Example: jaxsae eval --sae run --data x.npy --json
+
+    Args:
+        sae: a saved SAE, or a training run.
+        data: .npy or .npz file of activations (rows, width).
+        json: print one JSON object instead of lines.
+    """
+    import json as writer
+
+    from jaxsae import data as data_module
+    from jaxsae import pretrained, runs
+
+    measured = runs.evaluate(pretrained.load(sae), data_module.open_rows(data))
+    if json:
+        print(writer.dumps(measured))
+        return 0
+    for name in ("nmse", "explained_variance", "l0", "dead"):
+        print(f"{name:18}  {'–' if measured[name] is None else format(measured[name], '.4f')}")
+    print("NMSE with the largest latents alone: ", end="")
+    print(
+        ", ".join(f"{n}: {'–' if value is None else format(value, '.4f')}" for n, value in measured["nmse_at"].items())
+    )
+    if measured["nonfinite"]:
+        _warn(f"{measured['nonfinite']} of {measured['rows']} rows hold NaN or Inf and are left out.")
+    return 0
+
+
 def refine(
     *,
     sae: Path,
@@ -105,7 +193,7 @@ def refine(
     from jaxsae.solvers import ConjugateGradient
 
     model, rows = pretrained.load(sae), data_module.open_rows(data)
-    if capacity is not None and (capacity < 1 or (model.activation.k or capacity) != capacity):
+    if capacity is not None and (capacity < 1 or (model.activation.slots or capacity) != capacity):
         raise InputError(f"got --capacity {capacity} for {model.activation}; leave it out.")
     if not (0 < max_steps < 2**31 and tol >= 0):
         raise InputError(
@@ -140,8 +228,11 @@ def _warn(text: str) -> None:
 
 
 @contextlib.contextmanager
-def _progress(total: int):
-    """Yield `advance(text, steps)`: a bar with the time left on a terminal, a line every tenth elsewhere."""
+def _progress(total: int, *, rows: int | None = None):
+    """Yield `advance(text, steps)`: a bar with the time left on a terminal, a line every tenth elsewhere.
+
+    With `rows`, those of one step, both tell the speed.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -149,14 +240,19 @@ def _progress(total: int):
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("starting", total=total)
-        done = 0
+        done: int = 0
+        began: tuple[int, float] | None = None
 
         def advance(text: str, steps: int) -> None:
-            nonlocal done
+            nonlocal done, began
+            if rows is not None and began is not None:
+                number, since = began
+                text += f"  {rows * (done + steps - number) / (time.monotonic() - since):,.0f} rows/s"
             bar.update(task, description=text, advance=steps)
             if not console.is_terminal and 10 * (done + steps) // total > 10 * done // total:
                 print(f"{100 * (done + steps) // total:3}%  {text}", file=sys.stderr, flush=True)
             done += steps
+            began = began or (done, time.monotonic())  # compilation is over
 
         yield advance
 

@@ -92,6 +92,8 @@ def from_dense(z: Float[Array, "*b m"], capacity: int) -> SparseCode:
 def combine(dictionary: Float[Array, "m d"], code: SparseCode) -> Float[Array, "*b d"]:
     """Sum the atoms of each row: `Σᵢ valuesᵢ · dictionary[indicesᵢ]`, accumulated in float32 or better.
 
+    Its derivative touches no other rows of the dictionary either: `D̄ = Zᵀx̄` (`correlate`), `z̄ᵢ = ⟨D[indicesᵢ], x̄⟩`.
+
     Args:
       dictionary: `[m d]`, one atom a row.
       code: `[*b k]`.
@@ -105,13 +107,80 @@ def combine(dictionary: Float[Array, "m d"], code: SparseCode) -> Float[Array, "
       >>> jaxsae.codes.combine(jnp.eye(3), code)
       Array([1., 0., 3.], dtype=float32)
     """
-    dtype = jnp.result_type(code.values, dictionary)
+    return _combine(dictionary, code.values, code.indices)
+
+
+@jax.custom_vjp
+def _combine(dictionary, values, indices):
+    dtype = jnp.result_type(values, dictionary)
     accumulator = jnp.promote_types(dtype, jnp.float32)
 
     def chunk(values, indices):
-        atoms = dictionary.at[indices].get(mode="fill", fill_value=0)
-        return jnp.einsum("nk,nkd->nd", values, atoms, preferred_element_type=accumulator)
+        return jnp.einsum("nk,nkd->nd", values, _atoms(dictionary, indices), preferred_element_type=accumulator)
 
-    row_bytes = code.indices.shape[-1] * dictionary.shape[-1] * jnp.dtype(accumulator).itemsize
-    summed = rows.map_chunks(chunk, code.values, code.indices, batch=code.indices.shape[:-1], row_bytes=row_bytes)
+    summed = _by_chunks(chunk, dictionary, values, indices)
     return summed.astype(dtype)
+
+
+def _combine_forward(dictionary, values, indices):
+    return _combine(dictionary, values, indices), (dictionary, values, indices)
+
+
+def _combine_backward(residuals, x_bar):
+    dictionary, values, indices = residuals
+    accumulator = jnp.promote_types(x_bar.dtype, jnp.float32)
+
+    def chunk(x_bar, indices):
+        return jnp.einsum("nd,nkd->nk", x_bar, _atoms(dictionary, indices), preferred_element_type=accumulator)
+
+    values_bar = _by_chunks(chunk, dictionary, x_bar, indices).astype(values.dtype)
+    dictionary_bar = correlate(SparseCode(values, indices, len(dictionary)), x_bar).astype(dictionary.dtype)
+    return dictionary_bar, values_bar, None
+
+
+_combine.defvjp(_combine_forward, _combine_backward)
+
+
+def _atoms(dictionary, indices):
+    return dictionary.at[indices].get(mode="fill", fill_value=0)
+
+
+def _by_chunks(f, dictionary, x, indices):
+    row_bytes = indices.shape[-1] * dictionary.shape[-1] * max(dictionary.dtype.itemsize, 4)
+    return rows.map_chunks(f, x, indices, batch=indices.shape[:-1], row_bytes=row_bytes)
+
+
+def correlate(code: SparseCode, x: Float[Array, "*b d"]) -> Float[Array, "m d"]:
+    """Sum the rows in which each latent is active, weighted by its values: `Zᵀx`, accumulated in float32 or better.
+
+    The cost is that of the rows of each latent, not of all latents; the order of the sums is fixed.
+
+    Args:
+      code: `[*b k]`.
+      x: `[*b d]`.
+
+    Returns:
+      `[m d]`, in the dtype that the values and `x` promote to, float32 or better.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> code = jaxsae.SparseCode(values=jnp.array([[3.0], [1.0]]), indices=jnp.array([[1], [1]]), num_latents=2)
+      >>> jaxsae.codes.correlate(code, jnp.eye(2))
+      Array([[0., 0.],
+             [3., 1.]], dtype=float32)
+    """
+    k, d = code.indices.shape[-1], x.shape[-1]
+    dtype = jnp.promote_types(jnp.result_type(code.values, x), jnp.float32)
+    values, indices, x = code.values.reshape(-1, k).astype(dtype), code.indices.reshape(-1, k), x.reshape(-1, d)
+    total = jnp.zeros((code.num_latents, d), dtype)
+    if jax.default_backend() != "cpu":
+        return total.at[indices].add(values[:, :, None] * x[:, None, :].astype(dtype), mode="drop")
+
+    def add(entry, total):
+        row, slot = entry // k, entry % k
+        at = jnp.minimum(indices[row, slot], code.num_latents - 1)
+        value = jnp.where(indices[row, slot] < code.num_latents, values[row, slot], 0)
+        atom = jax.lax.dynamic_slice_in_dim(total, at, 1) + value * x[row]
+        return jax.lax.dynamic_update_slice_in_dim(total, atom, at, 0)
+
+    return jax.lax.fori_loop(0, indices.size, add, total)

@@ -4,12 +4,16 @@ Reconstruction and sparsity terms are means over rows of sums over the row, so t
 batch; each says in its name or its docstring what it is divided by.
 """
 
+import dataclasses
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxsae.activations import TopK
-from jaxsae.sae import SAE
+from jaxsae.codes import SparseCode
+from jaxsae.sae import SAE, decode
 
 
 def mse(x: Float[Array, "b d"], x_hat: Float[Array, "b d"]) -> Float[Array, ""]:
@@ -34,8 +38,8 @@ def nmse(x: Float[Array, "b d"], x_hat: Float[Array, "b d"]) -> Float[Array, ""]
     return mse(x, x_hat) / mse(x, jnp.broadcast_to(jnp.mean(x, axis=0), x.shape))
 
 
-def l1(z: Float[Array, "b m"], W_dec: Float[Array, "m d"]) -> Float[Array, ""]:
-    """Decoder-norm weighted L1 penalty: `mean_b Σᵢ |zᵢ| ‖W_dec[i]‖`; no gain from large atoms and small values.
+def l1(z: Float[Array, "b m"], W_dec: Float[Array, "m d"] | None = None) -> Float[Array, ""]:
+    """L1 penalty: `mean_b Σᵢ |zᵢ| ‖W_dec[i]‖`, so that large atoms with small values gain nothing; or `mean_b ‖z‖₁`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -44,39 +48,98 @@ def l1(z: Float[Array, "b m"], W_dec: Float[Array, "m d"]) -> Float[Array, ""]:
 
     Source: Conerly et al. (2024), "Update on how we train SAEs".
     """
-    return jnp.mean(jnp.sum(jnp.abs(z) * jnp.linalg.norm(W_dec, axis=-1), axis=-1))
+    size = jnp.abs(z) if W_dec is None else jnp.abs(z) * jnp.linalg.norm(W_dec, axis=-1)
+    return jnp.mean(jnp.sum(size, axis=-1))
 
 
-def auxk(
-    sae: SAE, residual: Float[Array, "b d"], pre: Float[Array, "b m"], dead: Bool[Array, " m"], *, k_aux: int
-) -> Float[Array, ""]:
-    """AuxK: reconstruct the residual with the `k_aux` most active dead latents, so that they learn something.
+def l0_target(l0: Float[Array, " b"], target: float | Array) -> Float[Array, ""]:
+    """How far the mean L0 is from a target, relative to it and squared: `(mean_b ‖z‖₀ / target − 1)²`.
 
-        mean_b ‖e − ê‖²,   ê = ReLU(top-k_aux of pre over dead latents) W_dec
+    Example:
+      >>> import jax.numpy as jnp
+      >>> l0_target(jnp.array([10.0, 20.0]), 10.0)
+      Array(0.25, dtype=float32)
 
-    The residual is a constant here and `b_dec` takes no part. 0 if nothing is dead, or if the term is not finite.
+    Source: Rajamanoharan et al. (2024), "Jumping ahead: improving reconstruction fidelity with JumpReLU SAEs".
+    """
+    return (jnp.mean(l0) / target - 1) ** 2
+
+
+def gate(sae: SAE, target: Float[Array, "b d"], gated: Float[Array, "b m"]) -> Float[Array, ""]:
+    """Gated's auxiliary term: the gate alone must reconstruct, through a decoder that it cannot move.
+
+        mean_b ‖target − (max(gated, 0) W_dec + b_dec)‖²,   W_dec and b_dec constant
 
     Args:
       sae: the autoencoder.
+      target: what to reconstruct, `[b d]`.
+      gated: `Gated.gate(pre)`, `[b m]`.
+
+    Source: Rajamanoharan et al. (2024), "Improving dictionary learning with gated sparse autoencoders", Section 3.2.
+    """
+    W_dec, b_dec = jax.lax.stop_gradient((sae.W_dec, sae.b_dec))
+    return mse(target, jax.nn.relu(gated) @ W_dec + b_dec)
+
+
+def matryoshka(
+    sae: SAE, target: Float[Array, "b d"], code: SparseCode | Float[Array, "b m"], prefixes: Sequence[int]
+) -> Float[Array, ""]:
+    """Error of the first latents alone, for each of several prefixes.
+
+        Σ_p mean_b ‖target − (z[:p] W_dec[:p] + b_dec)‖²
+
+    Added to the error of all latents it makes the first ones learn what is common, and the last ones what is rare.
+
+    Args:
+      sae: the autoencoder.
+      target: what to reconstruct, `[b d]`.
+      code: the code, sparse or dense.
+      prefixes: numbers of latents.
+
+    Source: Bussmann et al. (2025), "Learning multi-level features with matryoshka sparse autoencoders".
+    """
+    return sum((mse(target, decode(sae, _first(code, p))) for p in prefixes), jnp.zeros(()))
+
+
+def _first(code, latents: int):
+    if not isinstance(code, SparseCode):
+        return jnp.where(jnp.arange(code.shape[-1]) < latents, code, 0)
+    return dataclasses.replace(code, values=jnp.where(code.indices < latents, code.values, 0))
+
+
+def auxk(
+    sae: SAE, x: Float[Array, "b d"], residual: Float[Array, "b d"], dead: Bool[Array, " m"], *, k_aux: int
+) -> Float[Array, ""]:
+    """AuxK: reconstruct the residual with the `k_aux` most active dead latents, so that they learn something.
+
+        mean_b ‖e − ê‖²,   ê = ReLU(top-k_aux of pre-activations over dead latents) W_dec
+
+    The residual is a constant here, and `b_dec` takes no part: it is not added to `ê`, and has no derivative. 0 if
+    nothing is dead, or if the term is not finite.
+
+    Args:
+      sae: the autoencoder.
+      x: activations `[b d]`.
       residual: `e = x − x̂`, `[b d]`.
-      pre: pre-activations `[b m]`.
       dead: which latents are dead, `[m]`.
       k_aux: how many dead latents to use a row; static.
 
     Source: Gao et al. (2024), Appendix A.2.
     """
-    residual = jax.lax.stop_gradient(residual)
+    residual, x = jax.lax.stop_gradient((residual, x - sae.b_dec if sae.centred else x))
     k_aux = min(k_aux, sae.m)
 
     def term(select):
-        def value(pre, W_dec):
-            error = mse(residual, select(jnp.where(dead, pre, -jnp.inf)) @ W_dec)
+        def value(W_enc, b_enc, W_dec):
+            pre = jnp.where(dead, x @ W_enc + b_enc, -jnp.inf)
+            error = mse(residual, select(pre) @ W_dec)
             return jnp.where(jnp.isfinite(error), error, 0)
 
-        return value
+        return jax.checkpoint(value)  # else what it keeps for the derivative is written, as zeros, while none is dead
 
     # Selecting costs as much as a training step: skip it where all that is dead is taken, and all where nothing is.
-    branches = (lambda pre, W_dec: jnp.zeros((), W_dec.dtype), term(jax.nn.relu), term(TopK(k_aux)))
-    usable = jnp.isfinite(residual).all() & jnp.isfinite(pre).all()
+    branches = (lambda W_enc, b_enc, W_dec: jnp.zeros((), W_dec.dtype), term(jax.nn.relu), term(TopK(k_aux)))
+    usable = jnp.isfinite(residual).all() & jnp.isfinite(x).all()
     count = jnp.where(usable, jnp.sum(dead), 0)
-    return jax.lax.switch((count > 0).astype(jnp.int32) + (count > k_aux), branches, pre, sae.W_dec)
+    chosen = (count > 0).astype(jnp.int32) + (count > k_aux)
+    return jax.lax.switch(chosen, branches, sae.W_enc, sae.b_enc, sae.W_dec)

@@ -4,6 +4,7 @@ Each metric is a pytree of sums made by one function of a batch; `a + b` merges,
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxsae import codes
 from jaxsae.codes import SparseCode
-from jaxsae.sae import SAE
+from jaxsae.sae import SAE, decode
 
 
 def _ratio(a, b):
@@ -107,6 +108,53 @@ def reconstruction(x: Float[Array, "*b d"], x_hat: Float[Array, "*b d"]) -> Reco
     """
     keep = jnp.isfinite(x).all(-1) & jnp.isfinite(x_hat).all(-1)
     return Reconstruction(moments(x, keep), moments(x - x_hat, keep))
+
+
+@struct.dataclass
+class Progressive:
+    """How well the largest latents of each row alone reconstruct it, for several numbers of them.
+
+    Attributes:
+      parts: a `Reconstruction` for each number.
+    """
+
+    parts: tuple[Reconstruction, ...]
+
+    def __add__(self, other: "Progressive") -> "Progressive":
+        return Progressive(tuple(a + b for a, b in zip(self.parts, other.parts, strict=True)))
+
+    @property
+    def nmse(self) -> Float[Array, " n"]:
+        """As of `Reconstruction`, for each number."""
+        return jnp.stack([part.nmse for part in self.parts])
+
+
+def progressive(sae: SAE, x: Float[Array, "*b d"], code: SparseCode, keep: Sequence[int]) -> Progressive:
+    """Measure a code cut down to its largest values.
+
+    Args:
+      sae: the autoencoder.
+      x: activations `[*b d]`.
+      code: `[*b k]`, its slots in descending order of magnitude, as `encode` makes them.
+      keep: numbers of latents.
+
+    Example:
+      >>> import jax, jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=16, activation=jaxsae.TopK(4))
+      >>> x = jax.random.normal(jax.random.key(1), (64, 4))
+      >>> nmse = jaxsae.metrics.progressive(sae, x, jaxsae.encode(sae, x), (1, 4)).nmse
+      >>> nmse.shape
+      (2,)
+
+    Source: Gao et al. (2024), Section 5.2.
+    """
+    slots = jnp.arange(code.values.shape[-1])
+
+    def cut(n: int) -> Reconstruction:
+        first = dataclasses.replace(code, values=jnp.where(slots < n, code.values, 0))
+        return reconstruction(x, decode(sae, first))
+
+    return Progressive(tuple(cut(n) for n in keep))
 
 
 @struct.dataclass

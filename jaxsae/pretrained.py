@@ -17,8 +17,13 @@ from jaxsae.sae import SAE
 
 _VERSION = 1
 _CONFIG, _WEIGHTS = "sae.json", "sae.safetensors"
-_ACTIVATIONS = {cls.__name__: cls for cls in (activations.ReLU, activations.TopK)}
-_ARRAYS = ("W_enc", "b_enc", "W_dec", "b_dec")
+_ACTIVATIONS = {
+    cls.__name__: cls
+    for cls in (
+        *(activations.ReLU, activations.TopK, activations.AbsTopK, activations.BatchTopK),
+        *(activations.JumpReLU, activations.Gated, activations.GroupMax),
+    )
+}
 
 
 class _Format(NamedTuple):
@@ -31,7 +36,7 @@ def load(path: str | os.PathLike, *, format: str | None = None) -> SAE:
     """Load an SAE from disk.
 
     Args:
-      path: what `save` wrote.
+      path: what `save` wrote, or a training run.
       format: `"jaxsae"`; found out from the contents by default.
 
     Raises:
@@ -48,6 +53,8 @@ def load(path: str | os.PathLike, *, format: str | None = None) -> SAE:
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path}: no such file or directory; expected a saved SAE ({', '.join(_FORMATS)}).")
+    if (path / "sae" / _CONFIG).is_file():  # a training run
+        path = path / "sae"
     names = [format] if format else [name for name, row in _FORMATS.items() if row.detect(path)]
     if not names:
         raise InputError(f"{path}: not an SAE of a known format; expected one of: {', '.join(_FORMATS)}.")
@@ -84,21 +91,32 @@ def _write_own(sae: SAE, path: Path) -> None:
     fields = dataclasses.fields(sae.activation)  # pyright: ignore[reportArgumentType]
     values = {field.name: getattr(sae.activation, field.name) for field in fields}
     static = {f.name for f in fields if not f.metadata.get("pytree_node", True)}
+    unset = {name for name, value in values.items() if value is None}
     config = {
         "format": "jaxsae",
         "version": _VERSION,
         "d": sae.d,
         "m": sae.m,
+        "d_out": sae.b_dec.size,
+        "centred": sae.centred,
+        "skip": sae.W_skip is not None,
         "activation": {
             "name": type(sae.activation).__name__,
             **{name: value for name, value in values.items() if name in static},
         },
     }
-    arrays = {name: getattr(sae, name) for name in _ARRAYS}
-    arrays |= {f"activation.{name}": jnp.asarray(v) for name, v in values.items() if name not in static}
+    arrays = {name: getattr(sae, name) for name in _shapes(config)}
+    arrays |= {f"activation.{name}": jnp.asarray(v) for name, v in values.items() if name not in static | unset}
     with atomic_directory(path) as folder:
         safetensors.flax.save_file(arrays, folder / _WEIGHTS)
         (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _shapes(config: dict[str, Any]) -> dict[str, tuple]:
+    """The arrays of an SAE and their shapes."""
+    d, m, d_out = config.get("d"), config.get("m"), config.get("d_out")
+    shapes = {"W_enc": (d, m), "b_enc": (m,), "W_dec": (m, d_out), "b_dec": (d_out,)}
+    return shapes | {"W_skip": (d, d_out)} if config.get("skip") else shapes
 
 
 def _read_own(path: Path) -> SAE:
@@ -115,8 +133,8 @@ def _read_own(path: Path) -> SAE:
             f"{path / _CONFIG}: says {says[0]!r} version {says[1]!r}, expected 'jaxsae' version {_VERSION}; load it "
             "with the version of jaxsae that wrote it."
         )
-    d, m = config.get("d"), config.get("m")
-    shapes = {"W_enc": (d, m), "b_enc": (m,), "W_dec": (m, d), "b_dec": (d,)}
+    config = {"d_out": config.get("d"), "centred": True} | config  # as those of 0.1 before transcoders
+    shapes = _shapes(config)
     found = {name: arrays[name].shape if name in arrays else None for name in shapes}
     if found != shapes:
         raise InputError(f"{path / _WEIGHTS}: holds shapes {found}, but {_CONFIG} says {shapes}; save it again.")
@@ -124,7 +142,8 @@ def _read_own(path: Path) -> SAE:
     if dtypes:
         raise InputError(f"{path / _WEIGHTS}: holds {', '.join(dtypes)}, expected floating point; save it again.")
     parameters = {name: array for name, array in arrays.items() if name not in shapes}
-    return SAE(**{name: arrays[name] for name in shapes}, activation=_activation(config, parameters, path))
+    activation = _activation(config, parameters, path)
+    return SAE(**{name: arrays[name] for name in shapes}, activation=activation, centred=bool(config["centred"]))
 
 
 def _activation(config: dict[str, Any], parameters: dict[str, Any], path: Path):
@@ -139,8 +158,8 @@ def _activation(config: dict[str, Any], parameters: dict[str, Any], path: Path):
     try:
         parameters = {name.removeprefix("activation."): array for name, array in parameters.items()}
         activation = _ACTIVATIONS[options["name"]](**parameters, **static)
-        if activation.k is not None and activation.k > config["m"]:
-            raise ValueError(f"k = {activation.k} for {config['m']} latents")
+        if activation.slots is not None and activation.slots > config["m"]:
+            raise ValueError(f"k = {activation.slots} for {config['m']} latents")
     except (TypeError, ValueError) as error:
         raise InputError(f"{path}: its activation does not fit ({str(error).rstrip('.')}); save it again.") from error
     return activation

@@ -9,7 +9,7 @@ from flax import struct
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxsae import codes
-from jaxsae.activations import Activation
+from jaxsae.activations import Activation, JumpReLU
 from jaxsae.codes import SparseCode
 from jaxsae.refit import RefitInfo, refit
 
@@ -20,24 +20,32 @@ class SAE:
 
         z = activation((x − b_dec) W_enc + b_enc),   x̂ = z W_dec + b_dec
 
+    A transcoder maps to a target other than its input: `W_dec` and `b_dec` then have the target's width, nothing is
+    subtracted from `x`, and a skip connection may add `x W_skip` to `x̂`. A crosscoder is an SAE of rows in which
+    several sites lie side by side: `W_dec.reshape(m, sites, -1)` has its atoms by site.
+
     Attributes:
       W_enc: `[d m]`.
       b_enc: `[m]`.
-      W_dec: `[m d]`, the dictionary: one latent's atom a row.
-      b_dec: `[d]`.
+      W_dec: `[m d_out]`, the dictionary: one latent's atom a row; `d_out` is `d`, but in transcoders.
+      b_dec: `[d_out]`.
       activation: a pytree of `activations.py`.
+      W_skip: `[d d_out]`, or None.
+      centred: whether `b_dec` is subtracted from `x`; not in transcoders; static.
     """
 
     W_enc: Float[Array, "d m"]
     b_enc: Float[Array, " m"]
-    W_dec: Float[Array, "m d"]
-    b_dec: Float[Array, " d"]
+    W_dec: Float[Array, "m d_out"]
+    b_dec: Float[Array, " d_out"]
     activation: Activation
+    W_skip: Float[Array, "d d_out"] | None = None
+    centred: bool = struct.field(pytree_node=False, default=True)
 
     @property
     def d(self) -> int:
         """Width of the activations that it codes."""
-        return self.W_dec.shape[-1]
+        return self.W_enc.shape[-2]
 
     @property
     def m(self) -> int:
@@ -45,7 +53,16 @@ class SAE:
         return self.W_dec.shape[-2]
 
 
-def init(key: PRNGKeyArray, *, d: int, m: int, activation: Activation, b_dec: Float[Array, " d"] | None = None) -> SAE:
+def init(
+    key: PRNGKeyArray,
+    *,
+    d: int,
+    m: int,
+    activation: Activation,
+    b_dec: Float[Array, " d_out"] | None = None,
+    transcoder: bool = False,
+    skip: bool = False,
+) -> SAE:
     """Make an SAE with random unit-norm atoms and an encoder that is the decoder's transpose.
 
     Args:
@@ -53,13 +70,17 @@ def init(key: PRNGKeyArray, *, d: int, m: int, activation: Activation, b_dec: Fl
       d: width of the activations.
       m: number of latents.
       activation: for example `ReLU()` or `TopK(32)`.
-      b_dec: `[d]`, a centre of the data (its mean or median); zeros by default.
+      b_dec: `[d_out]`, a centre of the data (its mean or median) or, in a transcoder, of the target; zeros, as many as
+        `d`, by default.
+      transcoder: the target is another than the input: nothing is subtracted from `x`, and atoms are drawn apart.
+      skip: with a skip connection, zero at first; for transcoders.
 
     Returns:
       `SAE`; `b_enc` is zero.
 
     Raises:
-      ValueError: if a size is not positive, if `b_dec` is not `[d]`, or if the activation wants more latents than `m`.
+      ValueError: if a size is not positive, if `b_dec` does not fit, if the activation wants more latents than `m`, or
+        if there is a skip connection without a transcoder.
 
     Example:
       >>> import jax, jaxsae
@@ -67,22 +88,37 @@ def init(key: PRNGKeyArray, *, d: int, m: int, activation: Activation, b_dec: Fl
       >>> sae.W_dec.shape
       (512, 64)
 
-    Source: Gao et al. (2024), Section 2 and Appendix A.
+    Source: Gao et al. (2024), Section 2 and Appendix A; Dunefsky, Chlenski & Nanda (2024), "Transcoders find
+    interpretable LLM feature circuits"; Paulo, Shabalin & Belrose (2025), "Transcoders beat sparse autoencoders".
     """
     if d < 1 or m < 1:
         raise ValueError(f"`init` got d = {d} and m = {m}; pass sizes of at least 1.")
-    if activation.k is not None and activation.k > m:
-        raise ValueError(f"`init` got k = {activation.k} for m = {m} latents; pass k of at most {m}.")
+    if activation.slots is not None and activation.slots > m:
+        raise ValueError(f"`init` got k = {activation.slots} for m = {m} latents; pass k of at most {m}.")
+    if skip and not transcoder:
+        raise ValueError("`init` got skip without transcoder; an autoencoder could copy its input through it.")
     b_dec = jnp.zeros(d) if b_dec is None else jnp.asarray(b_dec)
-    if b_dec.shape != (d,):
+    if b_dec.ndim != 1 or (b_dec.shape != (d,) and not transcoder):
         raise ValueError(f"`init` got b_dec of shape {b_dec.shape}, expected ({d},); pass one value for each input.")
-    atoms = jax.random.normal(key, (m, d), b_dec.dtype)
-    atoms = atoms / jnp.linalg.norm(atoms, axis=1, keepdims=True)
-    return SAE(W_enc=atoms.T, b_enc=jnp.zeros(m, b_dec.dtype), W_dec=atoms, b_dec=b_dec, activation=activation)
+    atoms = _unit_rows(key, m, d, b_dec.dtype)
+    return SAE(
+        W_enc=atoms.T,
+        b_enc=jnp.zeros(m, b_dec.dtype),
+        W_dec=_unit_rows(jax.random.fold_in(key, 1), m, b_dec.size, b_dec.dtype) if transcoder else atoms,
+        b_dec=b_dec,
+        activation=activation,
+        W_skip=jnp.zeros((d, b_dec.size), b_dec.dtype) if skip else None,
+        centred=not transcoder,
+    )
+
+
+def _unit_rows(key, m: int, d: int, dtype):
+    rows = jax.random.normal(key, (m, d), dtype)
+    return rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
 
 
 def pre_activations(sae: SAE, x: Float[Array, "*b d"]) -> Float[Array, "*b m"]:
-    """What the activation acts on: `(x − b_dec) W_enc + b_enc`.
+    """What the activation acts on: `(x − b_dec) W_enc + b_enc`, or `x W_enc + b_enc` in a transcoder.
 
     Args:
       sae: the autoencoder.
@@ -98,11 +134,13 @@ def pre_activations(sae: SAE, x: Float[Array, "*b d"]) -> Float[Array, "*b m"]:
       (3, 8)
     """
     _validate(sae, x, "encode")
-    return (x - sae.b_dec) @ sae.W_enc + sae.b_enc
+    return (x - sae.b_dec if sae.centred else x) @ sae.W_enc + sae.b_enc
 
 
 def encode(sae: SAE, x: Float[Array, "*b d"], *, capacity: int | None = None) -> SparseCode:
     """Encode activations into a sparse code.
+
+    Where the activation fixes the number of slots, its derivative touches the weights of active latents alone.
 
     Args:
       sae: the autoencoder.
@@ -122,14 +160,44 @@ def encode(sae: SAE, x: Float[Array, "*b d"], *, capacity: int | None = None) ->
       >>> jaxsae.encode(sae, jnp.ones((3, 4))).indices.shape
       (3, 2)
     """
-    pre = pre_activations(sae, x)
-    capacity = sae.activation.k if capacity is None else capacity
+    capacity = sae.activation.slots if capacity is None else capacity
     if capacity is None:
         raise ValueError(
             f"`encode` got no capacity, and {type(sae.activation).__name__} does not fix how many latents are active; "
             "pass capacity, the number of slots a row."
         )
-    return sae.activation.code(pre, capacity)
+    if sae.activation.slots is None:
+        return sae.activation.code(pre_activations(sae, x), capacity)
+    code = sae.activation.code(jax.lax.stop_gradient(pre_activations(sae, x)), capacity)
+    b_dec = sae.b_dec if sae.centred else jnp.zeros(sae.d, sae.b_dec.dtype)
+    values = _selected(code.values, code.indices, x, sae.W_enc, sae.b_enc, b_dec)
+    return dataclasses.replace(code, values=values)
+
+
+@jax.custom_vjp
+def _selected(values, indices, x, W_enc, b_enc, b_dec):
+    """The values `(x − b_dec) W_enc[:, indices] + b_enc[indices]`, known already, with their derivative."""
+    return values
+
+
+def _selected_forward(values, indices, x, W_enc, b_enc, b_dec):
+    return values, (indices, x, W_enc, b_enc, b_dec)
+
+
+def _selected_backward(residuals, values_bar):
+    indices, x, W_enc, b_enc, b_dec = residuals
+    bar = SparseCode(values_bar, indices, b_enc.size)
+    b_enc_bar = jnp.zeros(b_enc.shape, values_bar.dtype).at[indices].add(values_bar, mode="drop")
+    return (
+        *(None, None),
+        codes.combine(W_enc.T, bar).astype(x.dtype),
+        codes.correlate(bar, x - b_dec).T.astype(W_enc.dtype),
+        b_enc_bar.astype(b_enc.dtype),
+        (-W_enc @ b_enc_bar).astype(b_dec.dtype),
+    )
+
+
+_selected.defvjp(_selected_forward, _selected_backward)
 
 
 def encode_dense(sae: SAE, x: Float[Array, "*b d"]) -> Float[Array, "*b m"]:
@@ -176,6 +244,30 @@ def decode(sae: SAE, code: SparseCode | Float[Array, "*b m"]) -> Float[Array, "*
     return (codes.combine(sae.W_dec, code) if isinstance(code, SparseCode) else code @ sae.W_dec) + sae.b_dec
 
 
+def reconstruct(sae: SAE, x: Float[Array, "*b d"], code: SparseCode | Float[Array, "*b m"]) -> Float[Array, "*b d_out"]:
+    """What an SAE makes of an input and its code: `decode`, and the skip connection of those that have one.
+
+    Args:
+      sae: the autoencoder or transcoder.
+      x: activations `[*b d]`.
+      code: a `SparseCode` `[*b k]`, or a dense code `[*b m]`.
+
+    Raises:
+      ValueError: at trace time, if the code has another number of latents.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsae
+      >>> sae = jaxsae.init(
+      ...     jax.random.key(0), d=4, m=8, activation=jaxsae.TopK(2), b_dec=jnp.ones(6), transcoder=True, skip=True
+      ... )
+      >>> x = jnp.ones((3, 4))
+      >>> jaxsae.sae.reconstruct(sae, x, jaxsae.encode(sae, x)).shape
+      (3, 6)
+    """
+    x_hat = decode(sae, code)
+    return x_hat if sae.W_skip is None else x_hat + x @ sae.W_skip
+
+
 def refine(
     sae: SAE,
     x: Float[Array, "*b d"],
@@ -183,12 +275,14 @@ def refine(
     solver: Any = None,
     *,
     capacity: int | None = None,
+    target: Float[Array, "*b d_out"] | None = None,
 ) -> tuple[SparseCode, RefitInfo]:
     """Refine a code: keep the encoder's support, and optimise its values for reconstruction, the decoder fixed.
 
         minimise_z ‖x − (z W_dec + b_dec)‖²   over z ≥ 0 on the support
 
-    Values that rise measure the shrinkage of the encoder's own estimates.
+    Values that rise measure the shrinkage of the encoder's own estimates. Where the activation has values of both
+    signs, the sign is free.
 
     Args:
       sae: the autoencoder.
@@ -196,6 +290,7 @@ def refine(
       code: support and starting values; `encode(sae, x, capacity=capacity)` by default.
       solver: any pytree of `solvers.py`; `solvers.default(k, d)` if None.
       capacity: slots a row, if the code is to be made here and the activation does not fix it.
+      target: `[*b d_out]`, what to reconstruct; `x` itself by default, but in transcoders.
 
     Returns:
       The refined code and `RefitInfo`; `jaxsae.check` raises on the host if a row failed. See `refit` for what
@@ -215,17 +310,21 @@ def refine(
     Source: Gao et al. (2024), "Scaling and evaluating sparse autoencoders", Section 5.1.
     """
     _validate(sae, x, "refine")
+    if target is None:
+        if not sae.centred:
+            raise ValueError("`refine` got a transcoder and no target; pass target, what it is to reconstruct from x.")
+        target = x
     if code is None:
         code = encode(sae, x, capacity=capacity)
-    return refit(sae.W_dec, x - sae.b_dec, code, solver)
+    rest = target - sae.b_dec if sae.W_skip is None else target - sae.b_dec - x @ sae.W_skip
+    return refit(sae.W_dec, rest, code, solver, nonnegative=not sae.activation.signed)
 
 
 def rescale(sae: SAE, scale: float | Float[Array, ""]) -> SAE:
     """The SAE that does to `x` what `sae` does to `scale · x`, in the units of `x`.
 
     If `sae` was trained on `scale · x`, then `decode(rescale(sae, scale), z/scale) = decode(sae, z)/scale`, with
-    the same supports. Weights stay as they are, so atoms of unit norm keep it; only the biases change units, since
-    ReLU and TopK are positively homogeneous.
+    the same supports. Weights stay as they are, so atoms of unit norm keep it; only biases and thresholds change units.
 
     Args:
       sae: an autoencoder of scaled activations.
@@ -237,7 +336,42 @@ def rescale(sae: SAE, scale: float | Float[Array, ""]) -> SAE:
       >>> jaxsae.sae.rescale(sae, 0.5).b_dec
       Array([2., 2., 2., 2.], dtype=float32)
     """
-    return dataclasses.replace(sae, b_enc=sae.b_enc / scale, b_dec=sae.b_dec / scale)
+    activation = sae.activation.rescale(scale)
+    return dataclasses.replace(sae, b_enc=sae.b_enc / scale, b_dec=sae.b_dec / scale, activation=activation)
+
+
+def rethreshold(sae: SAE, x: Float[Array, "n d"], l0: float) -> SAE:
+    """The SAE with one threshold for all latents in place of its activation, such that its mean L0 on `x` is `l0`.
+
+    A trained TopK then spends its latents where they are needed, and each row and latent can be computed alone.
+
+    Args:
+      sae: the autoencoder.
+      x: a sample of activations `[n d]`.
+      l0: mean number of active latents a row to aim at, at most `m`.
+
+    Returns:
+      The SAE with a `JumpReLU`.
+
+    Raises:
+      ValueError: if `l0` is not between 0 and `m`.
+
+    Example:
+      >>> import jax, jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=16, m=64, activation=jaxsae.TopK(4))
+      >>> x = jax.random.normal(jax.random.key(1), (256, 16))
+      >>> float(jaxsae.encode(rethreshold(sae, x, 6.5), x, capacity=64).l0.mean())
+      6.5
+
+    Source: Gao et al. (2024), Section 5.2.
+    """
+    if not 0 < l0 <= sae.m:
+        raise ValueError(f"`rethreshold` got l0 = {l0} for {sae.m} latents; pass more than 0, and at most that.")
+    pre = jax.nn.relu(pre_activations(sae, x)).ravel()
+    largest = jnp.sort(pre)[::-1]
+    count = min(round(l0 * len(x)), pre.size - 1)
+    threshold = jnp.full(sae.m, largest[count], jnp.float32)  # of which as many are greater, but for ties
+    return dataclasses.replace(sae, activation=JumpReLU(threshold))
 
 
 def _validate(sae: SAE, x, name: str) -> None:

@@ -34,7 +34,8 @@ class Block(NamedTuple):
     info: RefitInfo
 
 
-def _chunks(sae: SAE, rows: np.ndarray) -> Iterator[tuple[int, Array]]:
+def chunks(sae: SAE, rows: np.ndarray) -> Iterator[tuple[int, Array]]:
+    """Rows `[n d]` in chunks whose pre-activations fit in memory, each with the number of its first row."""
     size = max(_BLOCK, _PRE_ACTIVATIONS // (4 * sae.m) // _BLOCK * _BLOCK)
     # At least float32, whatever the SAE's: what is certified is then what is written.
     dtype = jnp.promote_types(sae.W_dec.dtype, jnp.float32)
@@ -55,7 +56,7 @@ def max_l0(sae: SAE, rows: np.ndarray) -> int:
       sae: the autoencoder.
       rows: `[n d]`, may be memory-mapped.
     """
-    return max([1, *(int(_max_l0(sae, x)) for _, x in _chunks(sae, rows))])
+    return max([1, *(int(_max_l0(sae, x)) for _, x in chunks(sae, rows))])
 
 
 def refine_blocks(sae: SAE, rows: np.ndarray, solver: Any = None, *, capacity: int | None = None) -> Iterator[Block]:
@@ -70,10 +71,10 @@ def refine_blocks(sae: SAE, rows: np.ndarray, solver: Any = None, *, capacity: i
       solver: as for `refine`.
       capacity: most slots a row; `max_l0` by default, unless the activation fixes it.
     """
-    if capacity is None and sae.activation.k is None:
+    if capacity is None and sae.activation.slots is None:
         capacity = max_l0(sae, rows)
     encode_chunk = jax.jit(lambda sae, x: encode(sae, x, capacity=capacity))
-    for start, x in _chunks(sae, rows):
+    for start, x in chunks(sae, rows):
         code = encode_chunk(sae, x)
         l0 = np.asarray(code.l0)
         order = np.argsort(l0, kind="stable")
@@ -138,7 +139,7 @@ def refine_file(
         raise InputError(
             f"got rows of width {rows.shape[1]}, but this SAE has d = {sae.d}; pass the data it was made for."
         )
-    capacity = capacity or sae.activation.k or max_l0(sae, rows)
+    capacity = capacity or sae.activation.slots or max_l0(sae, rows)
     if capacity > sae.m:
         raise InputError(f"got capacity {capacity} for {sae.m} latents; pass a capacity of at most {sae.m}.")
     columns = {

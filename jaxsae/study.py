@@ -24,6 +24,7 @@ from jaxsae import metrics, plots, pretrained, train
 from jaxsae.activations import ReLU, TopK
 from jaxsae.certificate import certify
 from jaxsae.files import InputError, atomic_file
+from jaxsae.objectives import L1, AuxK, Objective
 from jaxsae.sae import SAE, init, rescale
 from jaxsae.solvers import ConjugateGradient
 from jaxsae.stream import refine_blocks
@@ -100,11 +101,11 @@ def run(
 
     try:
         for weight in plan.l1:
-            add("relu", weight, ReLU(), train.L1Loss(weight, warmup_steps=plan.steps // 5))
+            add("relu", weight, ReLU(), Objective((L1(weight, _warmup(plan)),)))
         width = rows.shape[1]
         k_aux = min(2 ** max(0, round(np.log2(width / 2))), plan.latents)
         for k in _matching_k([row["l0"] for row in report["rows"]], most=min(plan.latents, width)):
-            add("topk", k, TopK(k), train.AuxKLoss(dead_after=plan.steps * plan.batch // 10, k_aux=k_aux))
+            add("topk", k, TopK(k), Objective((AuxK(k_aux),), dead_after=plan.steps * plan.batch // 10))
         report["complete"] = True
     finally:  # an interruption leaves what is finished
         if report["rows"]:
@@ -153,7 +154,13 @@ def _optimiser(plan: Plan) -> optax.GradientTransformation:
         ],
         [warmup, plan.steps - decay],
     )
-    return train.unit_norm_decoder(optax.adam(schedule, b1=0.9, b2=0.999, eps=6.25e-10))
+    return train.recipe(schedule)
+
+
+@functools.cache
+def _warmup(plan: Plan) -> optax.Schedule:
+    """Of the L1 weight."""
+    return optax.linear_schedule(0.0, 1.0, plan.steps // 5)
 
 
 def _train(rows, activation, loss, plan: Plan, seed: int, progress: Progress) -> SAE:

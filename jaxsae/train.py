@@ -1,27 +1,34 @@
-"""Training: a loss, an optax transformation and a stream of batches make an SAE.
+"""Training: an objective, an optax transformation and a stream of batches make an SAE.
 
+    tx = train.recipe(m=sae.m)
     state = train.init_state(sae, tx)
-    step = train.make_step(loss, tx)
+    step = train.make_step(objective, tx)
     for x in batches:
         state, metrics = step(state, x)
 
-A loss is any callable pytree `loss(sae, x, state) -> (value, (fired, metrics))`: `fired [m]` says which latents were
-active, `metrics` is a dictionary of scalars. Its numbers are leaves, so that a weight can change without a retrace.
+An objective is any callable pytree `objective(sae, batch, state) -> (value, (fired, metrics))`, such as those of
+`objectives.py`: `fired [m]` says which latents were active, `metrics` is a dictionary of scalars. A batch whose loss is
+not finite changes nothing: it is skipped and counted.
 """
 
+import collections
+import dataclasses
 import functools
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jaxsae import losses
-from jaxsae.sae import SAE, decode, encode_dense, pre_activations
+from jaxsae.objectives import Measured
+from jaxsae.sae import SAE, decode, encode_dense
+
+PATIENCE = 10  # skipped batches in a row after which `fit` gives up
 
 
 @struct.dataclass
@@ -33,67 +40,34 @@ class TrainState:
       opt_state: the optax state.
       step: steps taken.
       idle: `[m]`, rows since each latent last fired.
+      skipped: batches skipped, since their loss was not finite.
+      skipped_last: how many of them were the last ones, in a row.
     """
 
     sae: SAE
     opt_state: Any
     step: Int[Array, ""]
     idle: Int[Array, " m"]
+    skipped: Int[Array, ""]
+    skipped_last: Int[Array, ""]
 
 
-Loss = Callable[[SAE, Array, TrainState], tuple[Array, tuple[Array, dict[str, Array]]]]
+Loss = Callable[[SAE, Any, TrainState], tuple[Array, Any]]
 
 
-@struct.dataclass
-class L1Loss:
-    """MSE plus a decoder-norm weighted L1 penalty, warmed up linearly.
+class Diverged(RuntimeError):
+    """Too many batches in a row had a loss that is not finite; `state` is the last good one."""
 
-    Attributes:
-      weight: of the penalty, once warm.
-      warmup_steps: over how many steps the weight grows from 0.
-    """
-
-    weight: float | Array
-    warmup_steps: int | Array = 0
-
-    def __call__(self, sae: SAE, x: Float[Array, "b d"], state: TrainState) -> tuple[Array, tuple[Array, dict]]:
-        """The loss, and `(fired, metrics)`."""
-        z = encode_dense(sae, x)
-        x_hat = decode(sae, z)
-        penalty = losses.l1(z, sae.W_dec)
-        weight = self.weight * jnp.minimum(1.0, (state.step + 1) / jnp.maximum(self.warmup_steps, 1))
-        return losses.mse(x, x_hat) + weight * penalty, _measure(x, x_hat, z)
+    def __init__(self, state: TrainState):
+        """Tell what happened to a run that ended in `state`."""
+        super().__init__(
+            f"training diverged: the loss of {int(state.skipped_last)} batches in a row was not finite, "
+            f"{int(state.skipped)} in all, after {int(state.step)} steps; lower the learning rate or mend the data."
+        )
+        self.state = state
 
 
-@struct.dataclass
-class AuxKLoss:
-    """MSE plus AuxK over dead latents, for activations that fix `k`.
-
-    Attributes:
-      dead_after: a latent is dead once this many rows went by without it.
-      k_aux: how many dead latents to use a row; static.
-      weight: of the AuxK term.
-
-    Source: Gao et al. (2024), Appendix A.2.
-    """
-
-    dead_after: int | Array
-    k_aux: int = struct.field(pytree_node=False)
-    weight: float | Array = 1 / 32
-
-    def __call__(self, sae: SAE, x: Float[Array, "b d"], state: TrainState) -> tuple[Array, tuple[Array, dict]]:
-        """The loss, and `(fired, metrics)`."""
-        pre = pre_activations(sae, x)
-        z = sae.activation(pre)
-        x_hat = decode(sae, z)
-        auxiliary = losses.auxk(sae, x - x_hat, pre, state.idle >= self.dead_after, k_aux=self.k_aux)
-        return losses.mse(x, x_hat) + self.weight * auxiliary, _measure(x, x_hat, z)
-
-
-def _measure(x, x_hat, z) -> tuple[Array, dict[str, Array]]:
-    active = z != 0
-    l0 = jnp.mean(jnp.sum(active, axis=-1, dtype=x.dtype))
-    return active.any(0), {"nmse": losses.nmse(x, x_hat), "l0": l0}
+# --- optimisers
 
 
 def unit_norm_decoder(tx: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -129,6 +103,78 @@ def unit_norm_decoder(tx: optax.GradientTransformation) -> optax.GradientTransfo
     return optax.GradientTransformation(tx.init, update)
 
 
+def learning_rate(m: int) -> float:
+    """The learning rate of Gao et al. (2024): `2e-4 / √(m / 2¹⁴)`.
+
+    Example:
+      >>> learning_rate(2**14), learning_rate(2**16)
+      (0.0002, 0.0001)
+    """
+    return 2e-4 / (m / 2**14) ** 0.5
+
+
+def recipe(rate: optax.ScalarOrSchedule, *, clip: float | None = None) -> optax.GradientTransformation:
+    """The optimiser of Gao et al. (2024): Adam with `β = (0.9, 0.999)` and `ε = 6.25e-10`, atoms on the unit sphere.
+
+    Args:
+      rate: learning rate, or any optax schedule of it; `learning_rate(m)` is the paper's.
+      clip: largest norm of the whole gradient; none by default.
+
+    Example:
+      >>> import optax
+      >>> schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate(4096), warmup_steps=100, decay_steps=1000)
+      >>> tx = recipe(schedule, clip=1.0)
+    """
+    adam = optax.adam(rate, b1=0.9, b2=0.999, eps=6.25e-10)
+    return unit_norm_decoder(adam if clip is None else optax.chain(optax.clip_by_global_norm(clip), adam))
+
+
+class AveragedState(NamedTuple):
+    """The inner state, the running sum of parameters, and its weight."""
+
+    inner: Any
+    total: Any
+    weight: Array
+
+
+def average(tx: optax.GradientTransformation, decay: float) -> optax.GradientTransformation:
+    """Keep an exponential moving average of the parameters beside them; `averaged` reads it.
+
+    Args:
+      tx: any transformation.
+      decay: share of the average that stays from step to step, for example 0.999.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.ReLU())
+      >>> tx = average(optax.sgd(1.0), decay=0.9)
+      >>> updates, state = tx.update(jax.tree.map(jnp.ones_like, sae), tx.init(sae), sae)
+      >>> averaged(state).b_enc[0], optax.apply_updates(sae, updates).b_enc[0]
+      (Array(-1., dtype=float32), Array(-1., dtype=float32))
+
+    Source: Gao et al. (2024), Appendix A.
+    """
+
+    def init(params: Any) -> AveragedState:
+        return AveragedState(tx.init(params), jax.tree.map(jnp.zeros_like, params), jnp.zeros(()))
+
+    def update(updates: Any, state: Any, params: Any = None):
+        updates, inner = tx.update(updates, state.inner, params)
+        moved = optax.apply_updates(params, updates)
+        total = jax.tree.map(lambda total, p: decay * total + (1 - decay) * p, state.total, moved)
+        return updates, AveragedState(inner, total, decay * state.weight + (1 - decay))
+
+    return optax.GradientTransformation(init, update)
+
+
+def averaged(opt_state: AveragedState) -> SAE:
+    """The average of the parameters, free of the bias to 0 of its first steps; of the state of `average`."""
+    return jax.tree.map(lambda total: total / opt_state.weight, opt_state.total)
+
+
+# --- steps
+
+
 def init_state(sae: SAE, tx: optax.GradientTransformation) -> TrainState:
     """The state before the first step; copies `sae`, since steps take over the buffers of the state they are given.
 
@@ -136,61 +182,78 @@ def init_state(sae: SAE, tx: optax.GradientTransformation) -> TrainState:
       sae: the autoencoder to start from.
       tx: the optax transformation of `make_step`.
     """
-    sae = jax.tree.map(jnp.copy, sae)
+    sae = jax.tree.map(lambda x: jnp.array(x, jnp.asarray(x).dtype), sae)
     return TrainState(
         sae,
         tx.init(sae),  # pyright: ignore[reportArgumentType]
-        jnp.zeros((), jnp.int32),
-        jnp.zeros(sae.m, jnp.int32),
+        step=jnp.zeros((), jnp.int32),
+        idle=jnp.zeros(sae.m, jnp.int32),
+        skipped=jnp.zeros((), jnp.int32),
+        skipped_last=jnp.zeros((), jnp.int32),
     )
 
 
 def make_step(
     loss: Loss, tx: optax.GradientTransformation
-) -> Callable[[TrainState, ArrayLike], tuple[TrainState, dict[str, Array]]]:
-    """Make a training step `step(state, x) -> (state, metrics)`: jitted, the old state donated.
+) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]:
+    """Make a training step `step(state, batch) -> (state, metrics)`: jitted, the old state donated.
 
-    Two steps made with the same `tx` and losses that differ in numbers alone share one compilation.
+    Two steps made with the same `tx` and objectives that differ in numbers alone share one compilation.
 
     Args:
       loss: see the module's docstring; a plain function will do.
       tx: optax transformation.
 
     Returns:
-      The step. Its metrics are the loss's own, and `loss` and `dead`, the share of latents idle for longer than the
-      loss's `dead_after` (0 if it has none).
+      The step. Its metrics are the objective's own, and `loss`; `dead`, the share of latents idle for longer than the
+      objective's `dead_after` (0 if it has none); `skipped`, batches skipped so far.
 
     Example:
       >>> import jax, optax, jaxsae
+      >>> from jaxsae import objectives, train
       >>> sae = jaxsae.init(jax.random.key(0), d=8, m=32, activation=jaxsae.ReLU())
       >>> tx = optax.adam(1e-3)
-      >>> step = jaxsae.train.make_step(jaxsae.train.L1Loss(weight=0.1), tx)
-      >>> state = jaxsae.train.init_state(sae, tx)
-      >>> state, metrics = step(state, jax.random.normal(jax.random.key(1), (16, 8)))
+      >>> step = train.make_step(objectives.Objective((objectives.L1(0.1),)), tx)
+      >>> state, metrics = step(train.init_state(sae, tx), jax.random.normal(jax.random.key(1), (16, 8)))
       >>> sorted(metrics)
-      ['dead', 'l0', 'loss', 'nmse']
+      ['dead', 'l0', 'loss', 'nmse', 'skipped']
     """
+    return functools.partial(_step, tx, _as_pytree(loss))
+
+
+def _as_pytree(loss):
     leaves = jax.tree.leaves(loss)
-    if len(leaves) == 1 and leaves[0] is loss:
-        loss = jax.tree_util.Partial(loss)
-    return functools.partial(_step, tx, loss)
+    return jax.tree_util.Partial(loss) if len(leaves) == 1 and leaves[0] is loss else loss
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _step(tx: Any, loss: Any, state: TrainState, x: Array) -> tuple[TrainState, dict[str, Array]]:
-    (value, (fired, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(state.sae, x, state)
+def _advance(tx: Any, loss: Any, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
+    (value, measured), grads = jax.value_and_grad(loss, has_aux=True)(state.sae, batch, state)
+    fired, metrics, activation = Measured(*measured)
+    # What is not finite anywhere in the gradient is not in the biases', which sum over all of it.
+    good = jnp.isfinite(value) & jnp.isfinite(grads.b_enc).all() & jnp.isfinite(grads.b_dec).all()
     updates, opt_state = tx.update(grads, state.opt_state, state.sae)
-    most = jnp.iinfo(state.idle.dtype).max - x.shape[0]
-    idle = jnp.where(fired, 0, jnp.minimum(state.idle, most) + x.shape[0])
-    dead = jnp.mean(idle >= getattr(loss, "dead_after", jnp.inf))
     sae: Any = optax.apply_updates(state.sae, updates)  # pyright: ignore[reportArgumentType]
-    state = TrainState(sae, opt_state, state.step + 1, idle)
-    return state, {"loss": value, "dead": dead, **metrics}
+    if activation is not None:
+        sae = sae.replace(activation=activation)
+
+    count = len(jax.tree.leaves(batch)[0])
+    most = jnp.iinfo(state.idle.dtype).max - count
+    idle = jnp.where(fired, 0, jnp.minimum(state.idle, most) + count)
+    new = (sae, opt_state, state.step + 1, idle)
+    old = (state.sae, state.opt_state, state.step, state.idle)
+    sae, opt_state, step, idle = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)
+    skipped_last = jnp.where(good, 0, state.skipped_last + 1)
+    state = TrainState(sae, opt_state, step, idle, state.skipped + ~good, skipped_last)
+    dead = jnp.mean(idle >= getattr(loss, "dead_after", jnp.inf))
+    return state, {"loss": value, "dead": dead, "skipped": state.skipped, **metrics}
+
+
+_step = jax.jit(_advance, static_argnums=0, donate_argnums=2)
 
 
 def fit(
-    sae: SAE,
-    batches: Iterable[ArrayLike],
+    sae: SAE | TrainState,
+    batches: Iterable[Any],
     *,
     loss: Loss,
     tx: optax.GradientTransformation,
@@ -200,10 +263,10 @@ def fit(
     """Train an SAE.
 
     Args:
-      sae: the autoencoder to start from; left as it is.
-      batches: rows `[b d]`, batch after batch, of one shape.
+      sae: the autoencoder to start from; left as it is. Or the state to go on from, which is taken over.
+      batches: rows `[b d]`, or pairs of input and target, batch after batch, of one shape.
       loss: see the module's docstring.
-      tx: optax transformation; wrap it in `unit_norm_decoder` to keep atoms on the unit sphere.
+      tx: optax transformation; `recipe(learning_rate(m))` is that of Gao et al.
       steps: how many.
       callback: called as `callback(step, metrics)` after each; the metrics are still on the device.
 
@@ -212,26 +275,186 @@ def fit(
 
     Raises:
       ValueError: if the batches end before the steps do.
+      Diverged: if the loss of ten batches in a row was not finite; its `state` is the last good one.
 
     Example:
-      >>> import itertools, jax, optax, jaxsae
+      >>> import itertools, jax, jaxsae
+      >>> from jaxsae import objectives, train
       >>> sae = jaxsae.init(jax.random.key(0), d=8, m=32, activation=jaxsae.TopK(4))
       >>> x = jax.random.normal(jax.random.key(1), (256, 8))
-      >>> loss = jaxsae.train.AuxKLoss(dead_after=2560, k_aux=4)
-      >>> tx = jaxsae.train.unit_norm_decoder(optax.adam(1e-2))
-      >>> state = jaxsae.train.fit(sae, itertools.repeat(x), loss=loss, tx=tx, steps=20)
+      >>> objective = objectives.Objective((objectives.AuxK(k_aux=4),), dead_after=2560)
+      >>> state = train.fit(sae, itertools.repeat(x), loss=objective, tx=train.recipe(1e-2), steps=20)
       >>> int(state.step)
       20
     """
-    step = make_step(loss, tx)
-    state = init_state(sae, tx)
-    stream = iter(batches)
+    state = sae if isinstance(sae, TrainState) else init_state(sae, tx)
+    return _run(make_step(loss, tx), state, batches, steps, callback)
+
+
+def _run(step, state: TrainState, batches: Iterable[Any], steps: int, callback) -> TrainState:
+    stream, skipped = iter(batches), collections.deque(maxlen=PATIENCE)
     for number in range(1, steps + 1):
         try:
-            x = next(stream)
+            batch = next(stream)
         except StopIteration:
             raise ValueError(f"`fit` got {number - 1} batches for {steps} steps; pass more batches.") from None
-        state, metrics = step(state, x)
+        if len(skipped) == PATIENCE and np.all(skipped[0] >= PATIENCE):  # of ten steps ago: nothing waits for it
+            raise Diverged(state)
+        state, metrics = step(state, batch)
+        skipped.append(jnp.copy(state.skipped_last))  # the state itself is given away
         if callback is not None:
             callback(number, metrics)
     return state
+
+
+def sweep(
+    saes: SAE,
+    batches: Iterable[Any],
+    *,
+    loss: Any,
+    tx: Callable[[Any], optax.GradientTransformation],
+    rates: Float[ArrayLike, " n"],
+    steps: int,
+    callback: Callable[[int, dict[str, Array]], None] | None = None,
+) -> TrainState:
+    """Train `n` autoencoders on one stream of batches, in one compilation.
+
+    Members are independent: each equals a training of its own, and one that diverges disturbs no other. On an
+    accelerator they are trained side by side; on a CPU, where that gains nothing, one after another in each step.
+
+    Args:
+      saes: autoencoders with a leading axis `n` on every array, as `stack` makes them; `TopK.keep` may differ.
+      batches: as for `fit`.
+      loss: an objective whose numbers may be arrays `[n]`, one for each member.
+      tx: from a learning rate to an optax transformation, for example `recipe`; one function, one compilation.
+      rates: learning rates `[n]`.
+      steps: how many.
+      callback: as for `fit`; the metrics are arrays `[n]`.
+
+    Returns:
+      The last `TrainState`, `n` in one; `member` takes one out.
+
+    Raises:
+      ValueError: as `fit` does, or if the axes do not fit together.
+      Diverged: if ten batches in a row were skipped by all members.
+
+    Example:
+      >>> import itertools, jax, jax.numpy as jnp, jaxsae
+      >>> from jaxsae import objectives, train
+      >>> saes = train.stack(
+      ...     [jaxsae.init(jax.random.key(seed), d=8, m=32, activation=jaxsae.ReLU()) for seed in range(3)]
+      ... )
+      >>> x = jax.random.normal(jax.random.key(9), (64, 8))
+      >>> objective = objectives.Objective((objectives.L1(jnp.array([0.01, 0.1, 1.0])),))
+      >>> state = train.sweep(
+      ...     saes, itertools.repeat(x), loss=objective, tx=train.recipe, rates=jnp.full(3, 1e-2), steps=20
+      ... )
+      >>> train.member(state, 2).sae.W_dec.shape
+      (32, 8)
+    """
+    rates = jnp.asarray(rates)
+    sizes = {len(leaf) for leaf in jax.tree.leaves(saes)} | {len(rates)}
+    sizes |= {len(leaf) for leaf in jax.tree.leaves(loss) if jnp.ndim(leaf)}
+    if len(sizes) > 1:
+        raise ValueError(f"`sweep` got leading axes of lengths {sorted(sizes)}; give every array one row a member.")
+    n = len(rates)
+    numbers, structure = jax.tree.flatten(loss)
+    loss = structure.unflatten([jnp.broadcast_to(jnp.asarray(number), (n,)) for number in numbers])
+    state = jax.jit(jax.vmap(lambda sae, rate: init_state(sae, tx(rate))))(saes, rates)
+    return _run(functools.partial(_sweep_step, tx, loss, rates), state, batches, steps, callback)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+def _sweep_step(tx: Any, loss: Any, rates: Array, state: TrainState, batch: Any):
+    def one(member):
+        loss, rate, state = member
+        return _advance(tx(rate), loss, state, batch)
+
+    each = functools.partial(jax.lax.map, one) if jax.default_backend() == "cpu" else jax.vmap(one)
+    return each((loss, rates, state))
+
+
+def stack(members: Sequence[Any]) -> Any:
+    """Put pytrees of one structure side by side, along a new leading axis."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+
+
+def member(stacked: Any, number: int) -> Any:
+    """Take one pytree out of a stack."""
+    return jax.tree.map(lambda leaf: leaf[number], stacked)
+
+
+# --- starting points
+
+
+def geometric_median(x: Float[Array, "n d"], *, iterations: int = 100) -> Float[Array, " d"]:
+    """The point of least mean distance to the rows, by Weiszfeld's iteration: a centre that outliers hardly move.
+
+        c ← Σᵢ xᵢ/‖xᵢ − c‖ / Σᵢ 1/‖xᵢ − c‖
+
+    Args:
+      x: `[n d]`, a sample.
+      iterations: how many.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> geometric_median(jnp.array([[0.0], [1.0], [1000.0]])).round(3)
+      Array([1.], dtype=float32)
+
+    Source: Weiszfeld (1937); as the start of b_dec, Bricken et al. (2023) and Gao et al. (2024), Appendix A.
+    """
+    least = jnp.finfo(x.dtype).eps * jnp.sqrt(jnp.mean(jnp.var(x, axis=0)))
+
+    def closer(_, centre):
+        weight = 1 / jnp.maximum(jnp.linalg.norm(x - centre, axis=1), least)
+        return weight @ x / jnp.sum(weight)
+
+    return jax.lax.fori_loop(0, iterations, closer, jnp.mean(x, axis=0))
+
+
+@jax.jit
+def resample(key: PRNGKeyArray, state: TrainState, x: Float[Array, "n d"], *, dead_after: int | Array) -> TrainState:
+    """Give dead latents a new start, at rows that the autoencoder reconstructs badly; for L1 models.
+
+    A row is chosen with probability in proportion to the square of its loss `‖x − x̂‖²`; the atom becomes its error, of
+    norm 1, and the encoder's column the same, of a fifth of the mean norm of living ones; the bias and the optimiser's
+    moments of the latent become 0.
+
+    Args:
+      key: PRNG key.
+      state: of the training.
+      x: a sample of rows to choose from, `[n d]`.
+      dead_after: a latent is dead once this many rows went by without it.
+
+    Returns:
+      The state to go on from; unchanged if no latent is dead.
+
+    Source: Bricken et al. (2023), "Towards monosemanticity", Appendix.
+    """
+    sae, dead = state.sae, state.idle >= dead_after
+    error = x - decode(sae, encode_dense(sae, x))
+    loss = jnp.sum(error**2, axis=1)
+    rows = jax.random.categorical(key, 2 * jnp.log(loss), shape=(sae.m,))
+    atoms = error[rows] / jnp.linalg.norm(error[rows], axis=1, keepdims=True)
+    norms = jnp.linalg.norm(sae.W_enc, axis=0)
+    size = 0.2 * jnp.sum(jnp.where(dead, 0, norms)) / jnp.maximum(jnp.sum(~dead), 1)
+    size = jnp.where(dead.all(), jnp.mean(norms), size)
+    sae = dataclasses.replace(
+        sae,
+        W_enc=jnp.where(dead, size * atoms.T, sae.W_enc),
+        b_enc=jnp.where(dead, 0, sae.b_enc),
+        W_dec=jnp.where(dead[:, None], atoms, sae.W_dec),
+    )
+
+    def forget(moments):
+        if not isinstance(moments, SAE):
+            return moments
+        return dataclasses.replace(
+            moments,
+            W_enc=jnp.where(dead, 0, moments.W_enc),
+            b_enc=jnp.where(dead, 0, moments.b_enc),
+            W_dec=jnp.where(dead[:, None], 0, moments.W_dec),
+        )
+
+    opt_state = jax.tree.map(forget, state.opt_state, is_leaf=lambda node: isinstance(node, SAE))
+    return dataclasses.replace(state, sae=sae, opt_state=opt_state, idle=jnp.where(dead, 0, state.idle))

@@ -114,5 +114,5 @@ def test_nan_stays_visible(activation):
 
 
 def test_k_is_what_an_activation_fixes():
-    assert jaxsae.ReLU().k is None
-    assert jaxsae.TopK(5).k == 5
+    assert jaxsae.ReLU().slots is None
+    assert jaxsae.TopK(5).slots == 5

@@ -11,15 +11,15 @@ B, D, M = 6, 16, 32
 DEAD = jnp.arange(M) % 4 == 0  # 8 of them
 
 
-def pre_and_residual():
-    return activations(10, batch=(B,), d=M), activations(11, batch=(B,))
+def x_and_residual():
+    return activations(10, batch=(B,)), activations(11, batch=(B,))
 
 
-def auxk(model, residual, pre, dead=DEAD, k_aux=3):
-    return losses.auxk(model, residual, pre, dead, k_aux=k_aux)
+def auxk(model, x, residual, dead=DEAD, k_aux=3):
+    return losses.auxk(model, x, residual, dead, k_aux=k_aux)
 
 
-value_and_grad = jax.jit(jax.value_and_grad(auxk, argnums=(0, 2)), static_argnames="k_aux")
+value_and_grad = jax.jit(jax.value_and_grad(auxk), static_argnames="k_aux")
 
 
 def test_mse_and_nmse_are_numpys():
@@ -46,65 +46,96 @@ def test_l1_gains_nothing_from_large_atoms_and_small_values():
     np.testing.assert_allclose(losses.l1(z / c, atoms * c[:, None]), losses.l1(z, atoms), rtol=1e-5)
 
 
+def test_plain_l1_knows_no_atoms():
+    z = activations(batch=(B,), d=M)
+    np.testing.assert_allclose(losses.l1(z), np.abs(f64(z)).sum() / B, rtol=1e-5)
+
+
+def test_l0_target_is_the_squared_relative_distance():
+    np.testing.assert_allclose(losses.l0_target(jnp.array([10.0, 14.0]), 16.0), 0.0625)
+
+
+def test_the_gate_cannot_move_the_decoder():
+    model, x = sae(m=M), activations(batch=(B,))
+    gated = activations(3, batch=(B,), d=M)
+    value, (by_model, by_gate) = jax.value_and_grad(losses.gate, argnums=(0, 2))(model, x, gated)
+    error = f64(x) - np.maximum(f64(gated), 0) @ f64(model.W_dec) - f64(model.b_dec)
+    np.testing.assert_allclose(value, (error**2).sum() / B, rtol=1e-5)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(by_model))
+    assert np.any(by_gate)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_matryoshka_is_the_error_of_the_first_latents(sparse):
+    model, x = sae(m=M), activations(batch=(B,))
+    z = jaxsae.encode_dense(model, x)
+    code = jaxsae.encode(model, x) if sparse else z
+    expected = 0
+    for p in (4, 16):
+        error = f64(x) - f64(z)[:, :p] @ f64(model.W_dec)[:p] - f64(model.b_dec)
+        expected += (error**2).sum() / B
+    np.testing.assert_allclose(losses.matryoshka(model, x, code, (4, 16)), expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("k_aux", [1, 3, 8, M, 10 * M])
 def test_auxk_is_numpys(k_aux):
-    model, (pre, residual) = sae(m=M), pre_and_residual()
+    model, (x, residual) = sae(m=M), x_and_residual()
+    pre = (f64(x) - f64(model.b_dec)) @ f64(model.W_enc) + f64(model.b_enc)
     z = np.zeros((B, M))
-    for row, values in enumerate(f64(pre)):
+    for row, values in enumerate(pre):
         dead = np.flatnonzero(DEAD)
         chosen = dead[np.argsort(-values[dead])[:k_aux]]  # more than there are dead latents takes them all
         z[row, chosen] = np.maximum(values[chosen], 0)
-    error = f64(residual) - z @ f64(model.W_dec)
-    np.testing.assert_allclose(auxk(model, residual, pre, k_aux=k_aux), (error**2).sum() / B, rtol=1e-5)
+    error = f64(residual) - z @ f64(model.W_dec)  # b_dec is in x̂ already, and is not counted again
+    np.testing.assert_allclose(auxk(model, x, residual, k_aux=k_aux), (error**2).sum() / B, rtol=1e-5)
 
 
 def test_auxk_is_0_when_nothing_is_dead():
-    model, (pre, residual) = sae(m=M), pre_and_residual()
-    value, grads = jax.value_and_grad(auxk)(model, residual, pre, dead=jnp.zeros(M, bool))
+    model, (x, residual) = sae(m=M), x_and_residual()
+    value, grads = jax.value_and_grad(auxk)(model, x, residual, dead=jnp.zeros(M, bool))
     assert value == 0
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads))
 
 
-def test_auxk_moves_the_atoms_and_pre_activations_of_dead_latents_alone():
-    model, (pre, residual) = sae(m=M), pre_and_residual()
-    by_model, by_residual, by_pre = jax.grad(auxk, argnums=(0, 1, 2))(model, residual, pre)
-    used = np.asarray(by_pre != 0)
-    assert not used[:, ~DEAD].any()
-    assert (used.sum(1) <= 3).all()
+def test_auxk_moves_dead_latents_alone_and_never_b_dec():
+    model, (x, residual) = sae(m=M), x_and_residual()
+    by_model, by_x, by_residual = jax.grad(auxk, argnums=(0, 1, 2))(model, x, residual)
     moved = np.any(by_model.W_dec != 0, axis=1)
-    np.testing.assert_array_equal(moved, used.any(0))
     assert moved.any()
+    assert not moved[~DEAD].any()
+    np.testing.assert_array_equal(np.any(by_model.W_enc != 0, axis=0), moved)
+    np.testing.assert_array_equal(by_model.b_enc != 0, moved)
+    assert not np.any(by_model.b_dec)
+    assert not np.any(by_x)
     assert not np.any(by_residual)
-    for name in ("W_enc", "b_enc", "b_dec"):  # these act through `pre` and the residual, given here
-        assert not np.any(getattr(by_model, name)), name
 
 
 def test_auxk_does_not_reach_what_made_the_residual():
-    x, (pre, _) = activations(batch=(B,)), pre_and_residual()
+    x, _ = x_and_residual()
 
     def with_live_residual(model):
-        return auxk(model, x - jaxsae.decode(model, jaxsae.encode_dense(model, x)), pre)
+        return auxk(model, x, x - jaxsae.decode(model, jaxsae.encode_dense(model, x)))
 
     model = sae(m=M)
     fixed = x - jaxsae.decode(model, jaxsae.encode_dense(model, x))
-    found, expected = jax.grad(with_live_residual)(model), jax.grad(auxk)(model, fixed, pre)
+    found, expected = jax.grad(with_live_residual)(model), jax.grad(auxk)(model, x, fixed)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     assert np.any(found.W_dec)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])  # 1e30 squared is more than float32 holds
-@pytest.mark.parametrize("where", ["residual", "pre"])
+@pytest.mark.parametrize("where", ["residual", "x"])
 @pytest.mark.parametrize("k_aux", [3, M])
 def test_auxk_that_is_not_finite_is_0_and_so_is_its_gradient(k_aux, where, bad):
-    given = dict(zip(("pre", "residual"), pre_and_residual(), strict=True))
-    given[where] = given[where].at[0, 0].set(bad)  # latent 0 is dead, so its `pre` counts
-    value, grads = value_and_grad(sae(m=M), given["residual"], given["pre"], k_aux=k_aux)
+    given = dict(zip(("x", "residual"), x_and_residual(), strict=True))
+    given[where] = given[where].at[0, 0].set(bad)
+    value, grads = value_and_grad(sae(m=M), given["x"], given["residual"], k_aux=k_aux)
     assert value == 0
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads))
 
 
 def test_auxk_under_jit_with_dead_latents_known_only_then():
-    model, (pre, residual) = sae(m=M), pre_and_residual()
+    model, (x, residual) = sae(m=M), x_and_residual()
     compiled = jax.jit(auxk, static_argnames="k_aux")
-    np.testing.assert_allclose(compiled(model, residual, pre), auxk(model, residual, pre), rtol=1e-6)
-    assert compiled(model, residual, pre, jnp.zeros(M, bool)) == 0
+    np.testing.assert_allclose(compiled(model, x, residual), auxk(model, x, residual), rtol=1e-6)
+    assert compiled(model, x, residual, jnp.zeros(M, bool)) == 0

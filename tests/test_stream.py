@@ -102,9 +102,9 @@ def test_the_file_is_certified_row_by_row(refined):
 
 def test_the_slots_are_those_of_the_densest_row(refined):
     l0 = refined.encoded.l0
-    expected = K if refined.model.activation.k else int(l0.max())
+    expected = K if refined.model.activation.slots else int(l0.max())
     assert refined.summary.capacity == refined.code.indices.shape[1] == expected
-    if refined.model.activation.k is None:  # the problem is worth its name
+    if refined.model.activation.slots is None:  # the problem is worth its name
         assert l0.min() == 0
         assert l0.max() > 32
 

@@ -139,7 +139,7 @@ def saved_saes(done):
 def test_the_saes_load(done):
     for row, sae in saved_saes(done):
         assert (sae.d, sae.m) == (192, PLAN.latents)
-        assert sae.activation.k == (row["k_or_l1"] if row["family"] == "topk" else None)
+        assert sae.activation.slots == (row["k_or_l1"] if row["family"] == "topk" else None)
         np.testing.assert_allclose(np.linalg.norm(sae.W_dec, axis=1), 1, atol=1e-6)
 
 
@@ -148,8 +148,8 @@ def test_the_saved_saes_reconstruct_the_raw_rows(done):
     for row, sae in saved_saes(done):
         W_enc, b_enc, W_dec, b_dec = map(f64, (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec))
         z = np.maximum((x - b_dec) @ W_enc + b_enc, 0)
-        if sae.activation.k:
-            z[z < np.sort(z, axis=1)[:, [-sae.activation.k]]] = 0
+        if sae.activation.slots:
+            z[z < np.sort(z, axis=1)[:, [-sae.activation.slots]]] = 0
         nmse = np.sum((z @ W_dec + b_dec - x) ** 2) / np.sum((x - x.mean(0)) ** 2)
         np.testing.assert_allclose(nmse, row["nmse_before"], rtol=1e-4)
         np.testing.assert_allclose(z[z > 0].mean(), row["mean_before"], rtol=1e-4)

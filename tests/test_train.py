@@ -5,11 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.optimize
 from flax import struct
 from problems import activations, assert_same_bits, f64, sae
 
 import jaxsae
 from jaxsae import losses, train
+from jaxsae.objectives import L1, AuxK, Objective
 
 B, D, M, K = 8, 16, 32, 4
 
@@ -25,8 +27,8 @@ def sparse_rows(n=4096, *, d=32, atoms=32, k=3, seed=0):
 
 
 RECIPES = {
-    "TopK and AuxK": (jaxsae.TopK(3), train.AuxKLoss(dead_after=2560, k_aux=8)),
-    "ReLU and L1": (jaxsae.ReLU(), train.L1Loss(weight=0.1, warmup_steps=50)),
+    "TopK and AuxK": (jaxsae.TopK(3), Objective((AuxK(k_aux=8),), dead_after=2560)),
+    "ReLU and L1": (jaxsae.ReLU(), Objective((L1(0.1, optax.linear_schedule(0.0, 1.0, 50)),))),
 }
 TX = train.unit_norm_decoder(optax.adam(1e-2))  # one object, one compilation
 
@@ -125,21 +127,22 @@ def test_the_l1_weight_warms_up():
     state = train.init_state(model, TX)
 
     def weight_at(step, warmup):
-        value, _ = train.L1Loss(weight=0.5, warmup_steps=warmup)(model, x, state.replace(step=jnp.asarray(step)))
+        objective = Objective((L1(0.5, warmup),))
+        value, _ = objective(model, x, state.replace(step=jnp.asarray(step)))
         return float((value - mse) / penalty)
 
-    weights = [weight_at(step, 4) for step in (0, 1, 3, 4, 100)]
-    np.testing.assert_allclose(weights, [0.125, 0.25, 0.5, 0.5, 0.5], rtol=1e-4)
-    np.testing.assert_allclose(weight_at(0, 0), 0.5, rtol=1e-4)  # no warm-up
+    weights = [weight_at(step, optax.linear_schedule(0.0, 1.0, 4)) for step in (0, 1, 3, 4, 100)]
+    np.testing.assert_allclose(weights, [0.0, 0.125, 0.375, 0.5, 0.5], atol=1e-4)
+    np.testing.assert_allclose(weight_at(0, None), 0.5, rtol=1e-4)  # no schedule
 
 
 def test_auxk_loss_is_the_error_and_a_share_of_auxk():
     model, x = sae(m=M), activations(batch=(B,))
     state = train.init_state(model, TX).replace(idle=jnp.arange(M))
-    value, (fired, shown) = train.AuxKLoss(dead_after=20, k_aux=3, weight=0.25)(model, x, state)
+    value, (fired, shown, _) = Objective((AuxK(3, weight=0.25),), dead_after=20)(model, x, state)
     z = jaxsae.encode_dense(model, x)
-    residual, pre = x - jaxsae.decode(model, z), jaxsae.sae.pre_activations(model, x)
-    auxiliary = losses.auxk(model, residual, pre, jnp.arange(M) >= 20, k_aux=3)
+    residual = x - jaxsae.decode(model, z)
+    auxiliary = losses.auxk(model, x, residual, jnp.arange(M) >= 20, k_aux=3)
     np.testing.assert_allclose(value, jnp.mean(jnp.sum(residual**2, axis=1)) + 0.25 * auxiliary, rtol=1e-5)
     np.testing.assert_array_equal(fired, np.any(z != 0, axis=0))
     np.testing.assert_allclose(shown["l0"], np.mean(np.sum(z != 0, axis=1)), rtol=1e-6)
@@ -165,13 +168,13 @@ def test_idle_counts_rows_and_starts_again_when_a_latent_fires():
         state, shown = train.make_step(fires(*latents), tx)(state, x)
     np.testing.assert_array_equal(state.idle, [2 * B, 0, 0] + [3 * B] * (M - 3))
     assert state.step == 3
-    assert sorted(shown) == ["dead", "loss", "seen"]
+    assert sorted(shown) == ["dead", "loss", "seen", "skipped"]
     assert shown["dead"] == 0  # a loss without `dead_after` knows no dead latents
 
 
 def test_dead_is_the_share_of_latents_idle_for_dead_after_rows():
     model, tx, x = sae(m=M), optax.sgd(0.0), activations(batch=(B,))
-    step = train.make_step(train.AuxKLoss(dead_after=2 * B, k_aux=2), tx)
+    step = train.make_step(Objective((AuxK(2),), dead_after=2 * B), tx)
     never = 1 - np.any(jaxsae.encode_dense(model, x) != 0, axis=0).mean()
     assert 0 < never < 1
     state = train.init_state(model, tx)
@@ -209,8 +212,8 @@ def test_the_l1_weight_does_not_retrace(monkeypatch):
     traces, l1 = [], losses.l1
     monkeypatch.setattr(losses, "l1", lambda *args: traces.append(1) or l1(*args))
     model, tx, x = sae(m=M, activation=jaxsae.ReLU()), optax.sgd(0.1), activations(batch=(B,))
-    for weight, warmup in ((0.1, 5), (0.2, 7)):
-        train.make_step(train.L1Loss(weight, warmup), tx)(train.init_state(model, tx), x)
+    for weight in (0.1, 0.2):
+        train.make_step(Objective((L1(weight),)), tx)(train.init_state(model, tx), x)
     assert len(traces) == 1
 
 
@@ -249,3 +252,173 @@ def test_fit_of_no_steps_returns_the_given_sae():
 def test_fit_says_that_the_batches_ran_out():
     with pytest.raises(ValueError, match=r"`fit` got 2 batches for 3 steps; pass more batches"):
         train.fit(sae(m=M), [activations(batch=(B,))] * 2, loss=fires(0), tx=optax.sgd(0.1), steps=3)
+
+
+# --- batches whose loss is not finite
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
+def test_a_batch_whose_loss_is_not_finite_changes_nothing_and_is_counted(bad):
+    tx, x = train.recipe(1e-2), activations(batch=(B,))
+    step = train.make_step(Objective((AuxK(3),), dead_after=2 * B), tx)
+    state, _ = step(train.init_state(sae(m=M), tx), x)
+    before = jax.tree.map(np.array, state)
+    state, shown = step(state, x.at[1, 2].set(bad))
+    assert_same_bits(state.replace(skipped=0, skipped_last=0), before.replace(skipped=0, skipped_last=0))
+    assert (int(state.skipped), int(state.skipped_last), int(shown["skipped"])) == (1, 1, 1)
+    state, _ = step(state, x)
+    assert (int(state.skipped), int(state.skipped_last), int(state.step)) == (1, 0, 2)
+
+
+def test_fit_stops_after_ten_such_batches_in_a_row_and_keeps_the_last_good_state():
+    x, tx = activations(batch=(B,)), train.recipe(1e-2)
+    stream = itertools.chain([x, x * jnp.nan, x], itertools.repeat(x * jnp.nan))
+    with pytest.raises(
+        train.Diverged, match=r"in a row was not finite.* after 2 steps; lower the learning rate"
+    ) as told:
+        train.fit(sae(m=M), stream, loss=Objective(), tx=tx, steps=1000)
+    expected = train.fit(sae(m=M), [x, x], loss=Objective(), tx=tx, steps=2)
+    assert_same_bits(told.value.state.sae, expected.sae)
+    assert told.value.state.skipped_last < 30
+
+
+def test_a_batch_of_one_row_and_a_start_with_all_latents_dead():
+    model, x = sae(m=M).replace(b_enc=jnp.full(M, -1e3)), activations(batch=(1,))
+    state = train.init_state(model, tx := train.recipe(1e-2)).replace(idle=jnp.full(M, 100))
+    state, shown = train.make_step(Objective((AuxK(8),), dead_after=50), tx)(state, x)
+    assert shown["dead"] == 1
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state.sae))
+
+
+# --- the recipe
+
+
+def test_the_recipe_is_adam_with_the_papers_constants_on_the_sphere():
+    model, grads = sae(m=M), jax.tree.map(lambda p: jnp.sin(7 * p), sae(m=M))
+    adam = optax.adam(0.1, b1=0.9, b2=0.999, eps=6.25e-10)
+    found, _ = train.recipe(0.1).update(grads, train.recipe(0.1).init(model), model)
+    expected, _ = train.unit_norm_decoder(adam).update(grads, adam.init(model), model)
+    assert_same_bits(found, expected)
+
+
+def test_clipping_bounds_the_whole_gradient():
+    seen = {}
+    model = sae(m=M)
+    for size in (1e-3, 1e3):
+        tx = train.recipe(0.1, clip=1.0)
+        grads = jax.tree.map(lambda p, size=size: size * jnp.sin(7 * p), model)
+        seen[size], _ = tx.update(grads, tx.init(model), model)
+    # Adam's first step has the size of the rate, whatever the gradient's: clipping must not have touched the direction.
+    np.testing.assert_allclose(seen[1e-3].b_enc, seen[1e3].b_enc, rtol=1e-3)
+
+
+def test_the_average_of_parameters_is_free_of_its_start():
+    x, tx = activations(batch=(B,)), train.average(train.recipe(1e-2), decay=0.9)
+    state = train.init_state(sae(m=M), tx)
+    step, total, weight = train.make_step(Objective(), tx), 0.0, 0.0
+    for _ in range(5):
+        state, _ = step(state, x)
+        total, weight = 0.9 * total + 0.1 * f64(state.sae.W_dec), 0.9 * weight + 0.1
+        np.testing.assert_allclose(train.averaged(state.opt_state).W_dec, total / weight, rtol=1e-4, atol=1e-6)
+
+
+def test_the_geometric_median_is_the_point_of_least_mean_distance():
+    rng = np.random.default_rng(0)
+    x = np.concatenate([rng.normal(size=(200, 4)), 1000 + rng.normal(size=(20, 4))])
+
+    def distance(c):
+        return np.linalg.norm(x - c, axis=1).mean()
+
+    best = scipy.optimize.minimize(distance, np.median(x, axis=0), tol=1e-10).x
+    found = f64(train.geometric_median(jnp.asarray(x, jnp.float32)))
+    assert distance(found) < distance(best) * (1 + 1e-5)
+    assert np.linalg.norm(found) < 1
+
+
+def test_resampling_gives_dead_latents_a_new_start_and_no_other():
+    tx, x = train.recipe(1e-2), activations(batch=(64,))
+    state, _ = train.make_step(Objective((L1(0.1),)), tx)(train.init_state(sae(m=M, activation=jaxsae.ReLU()), tx), x)
+    state = state.replace(idle=jnp.where(jnp.arange(M) < 5, 1000, 0))
+    new = train.resample(jax.random.key(0), state, x, dead_after=1000)
+    adam, fresh = (s.opt_state[0] for s in (state, new))
+    for before, after in ((state.sae, new.sae), (adam.mu, fresh.mu), (adam.nu, fresh.nu)):
+        assert_same_bits(
+            (after.W_dec[5:], after.W_enc[:, 5:], after.b_enc[5:], after.b_dec),
+            (before.W_dec[5:], before.W_enc[:, 5:], before.b_enc[5:], before.b_dec),
+        )
+    for moments in (fresh.mu, fresh.nu):
+        assert not np.any(moments.W_dec[:5])
+        assert not np.any(moments.W_enc[:, :5])
+    np.testing.assert_allclose(np.linalg.norm(new.sae.W_dec[:5], axis=1), 1, rtol=1e-5)
+    size = 0.2 * np.linalg.norm(state.sae.W_enc[:, 5:], axis=0).mean()
+    np.testing.assert_allclose(np.linalg.norm(new.sae.W_enc[:, :5], axis=0), size, rtol=1e-5)
+    error = f64(x - jaxsae.decode(state.sae, jaxsae.encode_dense(state.sae, x)))
+    cosine = f64(new.sae.W_dec[:5]) @ (error / np.linalg.norm(error, axis=1, keepdims=True)).T
+    np.testing.assert_allclose(cosine.max(1), 1, rtol=1e-5)
+    assert not np.any(new.idle[:5])
+
+
+def test_resampling_changes_nothing_while_all_live():
+    tx = train.recipe(1e-2)
+    state = train.init_state(sae(m=M, activation=jaxsae.ReLU()), tx)
+    assert_same_bits(train.resample(jax.random.key(0), state, activations(batch=(64,)), dead_after=1), state)
+
+
+# --- sweeps
+
+
+def test_a_sweep_equals_its_members_one_by_one():
+    rows, _ = sparse_rows(512, d=D)
+    weights, rates, keeps = (0.01, 0.02, 0.05), (1e-2, 5e-3, 2e-2), (2.0, 3.0, 4.0)
+    members = [sae(seed, m=M, activation=jaxsae.TopK(K, jnp.float32(keep))) for seed, keep in enumerate(keeps)]
+    history = []
+    state = train.sweep(
+        train.stack(members),
+        jaxsae.data.batches(rows, 64, seed=0),
+        loss=Objective((L1(jnp.array(weights)), AuxK(4)), dead_after=128),
+        tx=train.recipe,
+        rates=jnp.array(rates),
+        steps=20,
+        callback=lambda step, shown: history.append(shown),
+    )
+    for number, (model, weight, rate) in enumerate(zip(members, weights, rates, strict=True)):
+        alone = []
+        train.fit(
+            model,
+            jaxsae.data.batches(rows, 64, seed=0),
+            loss=Objective((L1(weight), AuxK(4)), dead_after=128),
+            tx=train.recipe(rate),
+            steps=20,
+            callback=lambda step, shown, alone=alone: alone.append(shown),
+        )
+        for together, single in zip(history, alone, strict=True):
+            for name in single:
+                np.testing.assert_allclose(together[name][number], single[name], rtol=1e-4, err_msg=name)
+        assert alone[-1]["l0"] <= keeps[number]
+    assert train.member(state, 1).sae.W_dec.shape == (M, D)
+
+
+def test_a_member_that_diverges_disturbs_no_other():
+    rows, _ = sparse_rows(512, d=D)
+
+    def losses_of(rates):
+        history = []
+        train.sweep(
+            train.stack([sae(seed, m=M) for seed in range(3)]),
+            jaxsae.data.batches(rows, 64, seed=0),
+            loss=Objective(),
+            tx=train.recipe,
+            rates=jnp.array(rates),
+            steps=30,
+            callback=lambda step, shown: history.append(np.asarray(shown["loss"])),
+        )
+        return np.array(history)
+
+    good, bad = losses_of([1e-3, 1e-3, 1e-3]), losses_of([1e-3, np.nan, 1e-3])
+    np.testing.assert_array_equal(good[:, [0, 2]], bad[:, [0, 2]])
+    assert not np.isfinite(bad[1:, 1]).any()
+
+
+def test_a_sweep_wants_one_number_a_member():
+    with pytest.raises(ValueError, match=r"`sweep` got leading axes of lengths \[2, 3\]; give every array one row"):
+        train.sweep(train.stack([sae(), sae()]), [], loss=Objective(), tx=train.recipe, rates=jnp.ones(3), steps=0)

@@ -1,0 +1,238 @@
+"""What training minimises: the reconstruction error and a few terms, each a small pytree with its weight.
+
+    objective = Objective((L1(0.1),))                                    # ReLU
+    objective = Objective((AuxK(k_aux=512),), dead_after=10_000_000)     # TopK, BatchTopK
+    objective = Objective((L0(1.0, target=32.0),))                       # JumpReLU
+    objective = Objective((Gate(0.1),))                                  # Gated
+    objective = Objective((MultiTopK(), AuxK(k_aux=512)))                # terms add up
+
+A term is any callable pytree `term(p: Pass) -> scalar`. Its numbers are leaves, so that a weight can change, or be
+swept, without a retrace; a schedule is any of optax's, from the step to a factor.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxsae import losses
+from jaxsae.activations import Activation, TopK
+from jaxsae.codes import SparseCode
+from jaxsae.sae import SAE, encode, pre_activations, reconstruct
+
+
+class Pass(NamedTuple):
+    """One forward pass, for terms to read.
+
+    Attributes:
+      sae: the autoencoder.
+      x: the batch, `[b d]`.
+      target: what to reconstruct, `[b d_out]`; `x`, but in transcoders.
+      code: its code: sparse where the activation fixes its slots, dense elsewhere.
+      x_hat: its reconstruction, `[b d_out]`.
+      dead: which latents are dead, `[m]`.
+      step: steps taken.
+    """
+
+    sae: SAE
+    x: Float[Array, "b d"]
+    target: Float[Array, "b d_out"]
+    code: SparseCode | Float[Array, "b m"]
+    x_hat: Float[Array, "b d_out"]
+    dead: Bool[Array, " m"]
+    step: Int[Array, ""]
+
+
+class Measured(NamedTuple):
+    """What a training step learns from a pass, beside the derivative.
+
+    Attributes:
+      fired: which latents were active, `[m]`.
+      metrics: named scalars.
+      activation: the activation to go on with, if the pass estimated something of it.
+    """
+
+    fired: Bool[Array, " m"]
+    metrics: dict[str, Array]
+    activation: Activation | None = None
+
+
+@struct.dataclass
+class Objective:
+    """The reconstruction error `mean_b ‖target − x̂‖²`, and terms.
+
+    Attributes:
+      terms: what to add.
+      dead_after: a latent is dead once this many rows (tokens, in a language model) went by without it.
+      keep: schedule of how many latents a row `TopK` keeps; static.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsae
+      >>> from jaxsae import objectives
+      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.ReLU())
+      >>> objective = objectives.Objective((objectives.L1(0.1),))
+      >>> state = jaxsae.train.init_state(sae, jaxsae.train.recipe(1e-3))
+      >>> value, measured = objective(sae, jnp.ones((2, 4)), state)
+      >>> sorted(measured.metrics)
+      ['l0', 'nmse']
+    """
+
+    terms: tuple[Any, ...] = ()
+    dead_after: int | Array = 10_000_000
+    keep: optax.Schedule | None = struct.field(pytree_node=False, default=None)
+
+    def __call__(self, sae: SAE, batch: Any, state: Any) -> tuple[Float[Array, ""], Measured]:
+        """The loss of a batch `x [b d]`, or `(x [b d], target [b d_out])`, in a `train.TrainState`."""
+        x, target = batch if isinstance(batch, tuple) else (batch, batch)
+        if self.keep is not None:
+            kept = dataclasses.replace(sae.activation, keep=self.keep(state.step))  # pyright: ignore[reportArgumentType]
+            sae = dataclasses.replace(sae, activation=kept)
+        code, after = _code(sae, x)
+        p = Pass(sae, x, target, code, reconstruct(sae, x, code), state.idle >= self.dead_after, state.step)
+        value = losses.mse(target, p.x_hat) + sum(term(p) for term in self.terms)
+        metrics = {"nmse": losses.nmse(target, p.x_hat), "l0": jnp.mean(_l0(code).astype(jnp.float32))}
+        return value, Measured(_fired(code), metrics, after)
+
+
+def _code(sae: SAE, x) -> tuple[SparseCode | Array, Activation | None]:
+    if sae.activation.slots is not None:
+        return encode(sae, x), None
+    z, after = sae.activation.train(pre_activations(sae, x))
+    return z, None if after is sae.activation else after
+
+
+def _l0(code) -> Array:
+    return code.l0 if isinstance(code, SparseCode) else jnp.sum(code != 0, axis=-1)
+
+
+def _fired(code) -> Array:
+    if not isinstance(code, SparseCode):
+        return (code != 0).any(0)
+    return jnp.zeros(code.num_latents, bool).at[code.indices].max(code.values != 0, mode="drop")
+
+
+def _dense(code) -> Array:
+    return code.dense() if isinstance(code, SparseCode) else code
+
+
+def _without_skip(p: Pass) -> Array:
+    """What is left for the latents to reconstruct."""
+    return p.target if p.sae.W_skip is None else p.target - p.x @ p.sae.W_skip
+
+
+def _at(weight, schedule: optax.Schedule | None, step) -> Array:
+    return jnp.asarray(weight if schedule is None else weight * schedule(step))
+
+
+@struct.dataclass
+class L1:
+    """Decoder-norm weighted L1 penalty, `losses.l1`.
+
+    Attributes:
+      weight: of the penalty.
+      schedule: factor of the weight by step, for example `optax.linear_schedule(0, 1, 1000)`; static.
+    """
+
+    weight: float | Array
+    schedule: optax.Schedule | None = struct.field(pytree_node=False, default=None)
+
+    def __call__(self, p: Pass) -> Array:
+        """The term."""
+        return _at(self.weight, self.schedule, p.step) * losses.l1(_dense(p.code), p.sae.W_dec)
+
+
+@struct.dataclass
+class L0:
+    """Hold `JumpReLU`'s L0 at a target, `losses.l0_target`.
+
+    Attributes:
+      weight: of the term.
+      target: mean number of active latents a row.
+      schedule: factor of the weight by step; static.
+    """
+
+    weight: float | Array
+    target: float | Array
+    schedule: optax.Schedule | None = struct.field(pytree_node=False, default=None)
+
+    def __call__(self, p: Pass) -> Array:
+        """The term."""
+        l0 = p.sae.activation.l0(pre_activations(p.sae, p.x))  # pyright: ignore[reportAttributeAccessIssue]
+        return _at(self.weight, self.schedule, p.step) * losses.l0_target(l0, self.target)
+
+
+@struct.dataclass
+class Gate:
+    """What `Gated` learns its gate by: an L1 penalty on the gate alone, and `losses.gate`.
+
+    Attributes:
+      weight: of the penalty.
+      schedule: factor of the weight by step; static.
+    """
+
+    weight: float | Array
+    schedule: optax.Schedule | None = struct.field(pytree_node=False, default=None)
+
+    def __call__(self, p: Pass) -> Array:
+        """The term."""
+        gated = p.sae.activation.gate(pre_activations(p.sae, p.x))  # pyright: ignore[reportAttributeAccessIssue]
+        penalty = losses.l1(jax.nn.relu(gated), p.sae.W_dec)
+        return _at(self.weight, self.schedule, p.step) * penalty + losses.gate(p.sae, _without_skip(p), gated)
+
+
+@struct.dataclass
+class AuxK:
+    """Let dead latents reconstruct the residual, `losses.auxk`.
+
+    Attributes:
+      k_aux: how many dead latents to use a row, a power of two near `d/2`; static.
+      weight: of the term.
+    """
+
+    k_aux: int = struct.field(pytree_node=False)
+    weight: float | Array = 1 / 32
+
+    def __call__(self, p: Pass) -> Array:
+        """The term."""
+        return self.weight * losses.auxk(p.sae, p.x, p.target - p.x_hat, p.dead, k_aux=self.k_aux)
+
+
+@struct.dataclass
+class MultiTopK:
+    """Add the error of `TopK` with `factor · k` latents, so that it is good at other sparsities: `L(k) + L(4k)/8`.
+
+    Attributes:
+      factor: times as many latents; static.
+      weight: of the term.
+
+    Source: Gao et al. (2024), Section 5.2 and Appendix A.
+    """
+
+    factor: int = struct.field(pytree_node=False, default=4)
+    weight: float | Array = 1 / 8
+
+    def __call__(self, p: Pass) -> Array:
+        """The term."""
+        topk: Any = p.sae.activation
+        keep = None if topk.keep is None else self.factor * topk.keep
+        sae = dataclasses.replace(p.sae, activation=TopK(min(self.factor * topk.k, p.sae.m), keep))
+        return self.weight * losses.mse(p.target, reconstruct(sae, p.x, encode(sae, p.x)))
+
+
+@struct.dataclass
+class Matryoshka:
+    """Add the errors of the first latents alone, `losses.matryoshka`.
+
+    Attributes:
+      prefixes: numbers of latents, each less than `m`; static.
+    """
+
+    prefixes: tuple[int, ...] = struct.field(pytree_node=False)
+
+    def __call__(self, p: Pass) -> Array:
+        """The term."""
+        return losses.matryoshka(p.sae, _without_skip(p), p.code, self.prefixes)

@@ -1,0 +1,181 @@
+"""Training runs from the command line, and the measurement of what they made."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import activations, f64, sae
+
+import jaxsae
+from jaxsae import pretrained, runs
+from jaxsae.cli import main
+from jaxsae.files import InputError
+
+D, M, K = 16, 32, 4
+CENTRE, SIZE = 100.0, 50.0  # raw activations are neither centred nor of unit size
+
+
+def rows(n=600, seed=0):
+    """Rows that are sparse sums of atoms, in units of their own."""
+    rng = np.random.default_rng(seed)
+    atoms = np.random.default_rng(1).normal(size=(M, D))
+    z = rng.exponential(size=(n, M)) * (rng.random((n, M)) < K / M)
+    return (CENTRE + SIZE * z @ atoms).astype(np.float32)
+
+
+@pytest.fixture
+def data(tmp_path):
+    np.save(tmp_path / "x.npy", rows())
+    return tmp_path / "x.npy"
+
+
+FEW = ("--latents", M, "--batch", 64, "--steps", 60, "--heldout", 100, "--learning-rate", 1e-2)
+WAYS = {
+    "relu": ("--l1", 0.05),
+    "topk": ("--k", K, "--multi-topk"),
+    "abstopk": ("--k", K),
+    "groupmax": ("--k", K),
+    "batchtopk": ("--k", K, "--dead-after", 200),
+    "jumprelu": ("--k", K),
+    "gated": ("--l1", 0.05, "--no-auxk"),
+}
+
+
+def train(data, out, activation, *more):
+    options = ("--data", data, "--out", out, "--activation", activation, *WAYS.get(activation, ()), *FEW, *more)
+    return main(["train", *map(str, options)])
+
+
+@pytest.mark.parametrize("activation", WAYS)
+def test_a_run_makes_an_autoencoder_of_the_raw_activations(activation, data, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train(data, out, activation) == 0
+    told = capsys.readouterr()
+    assert "100 held-out rows: NMSE 0." in told.out
+    assert "rows/s" in told.err
+    report = json.loads((out / "report.json").read_text())
+    assert (report["steps"], report["skipped"], report["data"]["rows"]) == (60, 0, 500)
+    model = pretrained.load(out)
+    assert type(model.activation).__name__.lower() == activation
+    x = jnp.asarray(rows()[-100:])
+    z = jaxsae.encode_dense(model, x)
+    error, spread = f64(x) - f64(jaxsae.decode(model, z)), f64(x) - f64(x).mean(0)
+    measured = report["heldout"]
+    np.testing.assert_allclose(measured["nmse"], (error**2).sum() / (spread**2).sum(), rtol=1e-3)
+    np.testing.assert_allclose(measured["l0"], (f64(z) != 0).sum(1).mean(), rtol=1e-6)
+    np.testing.assert_allclose(measured["dead"], (f64(z) == 0).all(0).mean(), atol=1e-6)
+    assert measured["nmse"] < 0.9
+    (events,) = out.glob("events.out.tfevents*")
+    assert b"nmse" in events.read_bytes()
+
+
+def test_eval_prints_what_the_run_measured(data, tmp_path, capsys):
+    train(data, tmp_path / "run", "topk")
+    np.save(tmp_path / "heldout.npy", rows()[-100:])
+    capsys.readouterr()
+    assert main(["eval", "--sae", str(tmp_path / "run"), "--data", str(tmp_path / "heldout.npy"), "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    assert measured == json.loads((tmp_path / "run" / "report.json").read_text())["heldout"]
+    assert main(["eval", "--sae", str(tmp_path / "run"), "--data", str(tmp_path / "heldout.npy")]) == 0
+    out = capsys.readouterr().out
+    assert f"{measured['nmse']:.4f}" in out
+    assert f"4: {measured['nmse_at']['4']:.4f}" in out
+
+
+def test_eval_of_a_progressive_code_is_that_of_its_largest_values():
+    model, x = sae(m=M), activations(batch=(50,))
+    found = runs.evaluate(model, np.asarray(x))["nmse_at"]
+    z = f64(jaxsae.encode_dense(model, x))
+    for n in (1, 2, 4):
+        cut = np.where(z >= np.sort(z, axis=1)[:, [-n]], z, 0)
+        error = f64(x) - cut @ f64(model.W_dec) - f64(model.b_dec)
+        np.testing.assert_allclose(found[str(n)], (error**2).sum() / ((f64(x) - f64(x).mean(0)) ** 2).sum(), rtol=1e-4)
+    assert sorted(found) == ["1", "2", "4"]
+
+
+def test_eval_leaves_out_and_counts_rows_that_are_not_finite():
+    x = np.array(activations(batch=(50,)))
+    clean = runs.evaluate(sae(m=M), x[2:])
+    x[0, 3], x[1, 0] = np.nan, np.inf
+    spoilt = runs.evaluate(sae(m=M), x)
+    assert spoilt["nonfinite"] == 2
+    np.testing.assert_allclose(spoilt["nmse"], clean["nmse"], rtol=1e-5)
+
+
+def test_the_same_seed_makes_the_same_autoencoder(data, tmp_path):
+    for name in ("a", "b"):
+        train(data, tmp_path / name, "topk")
+    weights = [(tmp_path / name / "sae/sae.safetensors").read_bytes() for name in "ab"]
+    assert weights[0] == weights[1]
+
+
+def test_batches_with_nan_are_skipped_and_told(data, tmp_path, capsys):
+    x = rows()
+    x[7, 3] = np.nan
+    np.save(data, x)
+    assert train(data, tmp_path / "run", "topk") == 0
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert report["skipped"] > 0
+    assert report["steps"] + report["skipped"] == 60
+    assert f"warning: {report['skipped']} batches were skipped" in capsys.readouterr().err
+    assert all(np.isfinite(leaf).all() for leaf in (pretrained.load(tmp_path / "run").W_enc,))
+
+
+def test_a_run_that_diverges_keeps_the_last_good_autoencoder(data, tmp_path, capsys):
+    x = rows()
+    x[:500:3] = np.nan  # in every batch
+    np.save(data, x)
+    assert train(data, tmp_path / "run", "topk") == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert "training diverged" in err
+    assert str(tmp_path / "run/sae") in err
+    assert np.isfinite(pretrained.load(tmp_path / "run").W_dec).all()
+
+
+BAD = {
+    "no k": (["--activation", "topk"], "topk is made sparse by k; pass k, and no l1."),
+    "both": (["--activation", "topk", "--k", 4, "--l1", 1], "topk is made sparse by k; pass k, and no l1."),
+    "no l1": (["--activation", "relu", "--k", 4], "relu is made sparse by l1; pass l1, and no k."),
+    "k = 0": (["--activation", "topk", "--k", 0], "got k 0 for 32 latents; pass k from 1 to 32."),
+    "k > m": (["--activation", "topk", "--k", 33], "got k 33 for 32 latents; pass k from 1 to 32."),
+    "name": (["--activation", "softplus", "--k", 4], "got activation 'softplus', expected one of: relu, topk,"),
+    "groups": (["--activation", "groupmax", "--k", 5], "groupmax needs a k that divides them."),
+    "multi": (["--activation", "batchtopk", "--k", 5, "--multi-topk"], "got multi-topk for batchtopk; it is for topk."),
+    "rows": (["--activation", "topk", "--k", 4, "--batch", 501], "holds 600 rows, but a batch and the held-out rows"),
+    "batch": (["--activation", "topk", "--k", 4, "--batch", 0], "got batch 0; pass at least 1."),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_option_is_one_clear_line(case, data, tmp_path, capsys):
+    options, message = BAD[case]
+    argv = ("train", "--data", data, "--out", tmp_path / "run", *FEW, *options)
+    assert main([str(argument) for argument in argv]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_eval_of_another_width(tmp_path, capsys):
+    pretrained.save(sae(m=M), tmp_path / "sae")
+    np.save(tmp_path / "x.npy", np.ones((4, 7), np.float32))
+    assert main(["eval", "--sae", str(tmp_path / "sae"), "--data", str(tmp_path / "x.npy")]) == 2
+    assert capsys.readouterr().err == "jaxsae: got rows of width 7 for an SAE of 16; pass those of its own layer.\n"
+
+
+def test_data_with_nothing_to_learn(tmp_path):
+    np.save(tmp_path / "x.npy", np.ones((600, D), np.float32))
+    options = runs.Options("topk", M, k=K, batch=64, heldout=100)
+    with pytest.raises(InputError, match="all rows are equal, or none is finite"):
+        runs.run(tmp_path / "run", data=tmp_path / "x.npy", options=options)
+
+
+def test_rethresholding_keeps_the_latents_and_moves_the_l0():
+    model, x = sae(m=M), activations(batch=(400,))
+    for l0 in (2.0, 4.0, 7.5):
+        thresholded = jaxsae.sae.rethreshold(model, x, l0)
+        code = jaxsae.encode(thresholded, x, capacity=M)
+        np.testing.assert_allclose(code.l0.mean(), l0, atol=1e-6)
+    with pytest.raises(ValueError, match=r"got l0 = 33\.0 for 32 latents"):
+        jaxsae.sae.rethreshold(model, x, 33.0)
