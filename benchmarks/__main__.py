@@ -12,10 +12,10 @@ from typing import Any
 
 import jax
 
-from benchmarks import cases, judge, plot, refine, table
+from benchmarks import cases, clock, judge, plot, refine, table, train
 
 ROOT = Path(__file__).parents[1]
-_PEERS = ("scipy", "jaxnnls", "jaxopt", "optax", "overcomplete", "torch")
+_PEERS = ("scipy", "jaxnnls", "jaxopt", "optax", "overcomplete", "torch", "eai-sparsify", "sae-lens")
 
 
 def main() -> None:
@@ -27,6 +27,10 @@ def main() -> None:
     command.add_argument("--peers", action="store_true", help="other libraries' solvers too; pip install '.[peers]'")
     command.add_argument("--real", action="store_true", help="a trained autoencoder too")
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here, case by case")
+    command = commands.add_parser("train", help="training steps of a TopK autoencoder: seconds, and bytes")
+    command.add_argument("--size", choices=train.SIZES, default="paper")
+    command.add_argument("--peers", action="store_true", help="other libraries' steps too; pip install '.[peers]'")
+    command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
     command = commands.add_parser("table", help="what was measured, as markdown")
     command.add_argument("files", type=Path, nargs="+", metavar="FILE")
     command.add_argument("--readme", action="store_true", help="put it into the README")
@@ -37,6 +41,8 @@ def main() -> None:
 
     if args.command == "refine":
         _refine(args)
+    elif args.command == "train":
+        _train(args)
     elif args.command == "plot":
         plot.speed_against_accuracy(json.loads(args.file.read_text()), args.out)
     else:
@@ -49,7 +55,7 @@ def main() -> None:
 
 
 def _refine(args: argparse.Namespace) -> None:
-    bandwidth = refine.copy_bandwidth()
+    bandwidth = clock.copy_bandwidth()
     report: dict[str, Any] = {
         **_environment(),
         "copy_bandwidth": {"bytes_per_s": bandwidth, "counted": "bytes read and bytes written"},
@@ -65,6 +71,15 @@ def _refine(args: argparse.Namespace) -> None:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
     print(table.markdown(report))
+
+
+def _train(args: argparse.Namespace) -> None:
+    rows = list(train.run(args.size, with_peers=args.peers))
+    report = {**_environment(), "size": args.size, "rows": rows}
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    print(table.training(report))
 
 
 def _environment() -> dict[str, Any]:

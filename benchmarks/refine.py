@@ -3,17 +3,16 @@
 import functools
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import jaxsae
 from benchmarks import cases, peers
+from benchmarks.clock import clock, name_missing, say, timings
 from benchmarks.judge import Judge, Verdict, padded
 from jaxsae.files import InputError
 
@@ -32,7 +31,6 @@ COLUMNS = (
 _TUNING = 60.0  # seconds to find a peer's settings in
 _LONG = 3.0  # seconds of a run, beyond which it gets fewer rows
 _FEWEST = 64
-_FAST = 15.0  # seconds of a round of all solvers, up to which there are more rounds
 
 
 class Run(NamedTuple):
@@ -67,18 +65,18 @@ def run(size: str, *, with_peers: bool, real: bool, bandwidth: float) -> Iterato
 
 def measure(problem: cases.Problem, *, with_peers: bool, bandwidth: float) -> tuple[dict, list[dict]]:
     """Measure every solver on one problem."""
-    _say(f"{problem.name}: optimum of the sample")
+    say(f"{problem.name}: optimum of the sample")
     judge = Judge(problem)
     runs = [_ours(name, solver, problem, judge) for name, solver in SOLVERS.items()]
     missing = []
     for peer in peers.PEERS if with_peers else ():
         try:
             runs.append(tune(peer, problem, judge))
-            _say(f"{problem.name}: {peer.name} {runs[-1].setting}, {runs[-1].verdict.excess:.2g} times the gate")
+            say(f"{problem.name}: {peer.name} {runs[-1].setting}, {runs[-1].verdict.excess:.2g} times the gate")
         except ImportError as error:
-            missing.append(_row(case=problem.name, kind=peer.kind, solver=peer.name, note=_name_missing(error)))
+            missing.append(_row(case=problem.name, kind=peer.kind, solver=peer.name, note=name_missing(error)))
 
-    _say(f"{problem.name}: timing")
+    say(f"{problem.name}: timing")
     encode = jax.jit(functools.partial(jaxsae.encode, capacity=problem.code.indices.shape[1]))
     encode, *_ = _compile(encode, problem.sae, problem.x)
     seconds = timings([encode, *(each.call for each in runs)])
@@ -115,16 +113,6 @@ def _row(**known: Any) -> dict[str, Any]:
     # JSON has no NaN and no infinity: a solver that diverged has null.
     finite = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in known.items()}
     return dict.fromkeys(COLUMNS) | finite
-
-
-def _name_missing(error: ImportError) -> str:
-    if isinstance(error, ModuleNotFoundError) and error.name:
-        return f"{error.name.split('.')[0]}: not installed"
-    return f"cannot be imported: {error}"
-
-
-def _say(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
 # --- Making runs
@@ -203,7 +191,7 @@ def _attempt(peer: peers.Peer, solve: peers.Solve, arrays: tuple, rows, judge: J
     start = time.perf_counter()
     values = jax.block_until_ready(call())
     first = time.perf_counter() - start
-    seconds = min(_clock(call) for _ in range(3)) if first < 1 else first
+    seconds = min(clock(call) for _ in range(3)) if first < 1 else first
     verdict = judge(np.asarray(values), rows)
     return Run(peer.name, peer.kind, setting, rows, call, verdict, seconds, compile_s, scratch, [])
 
@@ -211,39 +199,3 @@ def _attempt(peer: peers.Peer, solve: peers.Solve, arrays: tuple, rows, judge: J
 def _trial(each: Run) -> dict[str, Any]:
     numbers = {"rows_per_s": len(each.rows) / each.seconds, **each.verdict._asdict()}
     return {**each.setting, **{name: x if x is not None and math.isfinite(x) else None for name, x in numbers.items()}}
-
-
-# --- Clocks
-
-
-def _clock(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(call())
-    return time.perf_counter() - start
-
-
-def timings(calls: list[Callable[[], Any]]) -> list[list[float]]:
-    """Seconds of each, warm, in rounds over all of them: the machine's drift then meets all alike.
-
-    Each round has an order of its own, so that nobody always follows the same other.
-    """
-    warm_up = sum(map(_clock, calls))
-    order = np.random.default_rng(0)
-    seconds: list[list[float]] = [[] for _ in calls]
-    for _ in range(7 if warm_up < _FAST else 5):
-        for number in order.permutation(len(calls)):
-            seconds[number].append(_clock(calls[number]))
-    return seconds
-
-
-def copy_bandwidth(size: int = 256 << 20) -> float:
-    """Bytes a second, read and written ones both counted, at which a large array is copied over another."""
-    # A negation, since XLA's copy runs on one core; into a buffer that exists, since new pages cost more than a copy.
-    copy = jax.jit(lambda source, target: -source, donate_argnums=1, keep_unused=True)
-    source, target = jnp.ones(size // 4, jnp.float32), jnp.zeros(size // 4, jnp.float32)
-    seconds = []
-    for _ in range(8):
-        start = time.perf_counter()
-        target = jax.block_until_ready(copy(source, target))
-        seconds.append(time.perf_counter() - start)
-    return 2 * size / min(seconds)

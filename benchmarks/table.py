@@ -24,6 +24,25 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def training(report: dict[str, Any]) -> str:
+    """Training steps of one run as GitHub markdown, the fastest first; ratios are to our own."""
+    rows = sorted(report["rows"], key=lambda row: row["seconds"] or float("inf"))
+    (ours,) = (row["seconds"] for row in rows if row["step"] == "jaxsae")
+    lines = ["| step | ms | quartiles | times ours | NMSE | MiB |", "|---|--:|--:|--:|--:|--:|"]
+    for row in rows:
+        if row["seconds"] is None:
+            lines.append(f"| {row['step']} | {row['note']} | | | | |")
+            continue
+        low, high = (f"{1000 * value:.0f}" for value in row["quartiles"])
+        memory = "" if row["bytes"] is None else f"{row['bytes'] / 2**20:.0f}"
+        lines.append(
+            f"| {row['step']} | {1000 * row['seconds']:.0f} | {low} to {high} | {row['seconds'] / ours:.2f} | "
+            f"{row['nmse']:.5f} | {memory} |"
+        )
+    case = ", ".join(f"{name} {value:,}" for name, value in rows[0]["case"].items())
+    return f"{report['device']}, {report['cores']} cores, jax {report['jax']}; {case}.\n\n" + "\n".join(lines)
+
+
 def insert(readme: str, reports: list[dict[str, Any]]) -> str:
     """A README with the tables of some runs between its two markers, in place of what stands there."""
     before, begin, rest = readme.partition(BEGIN)

@@ -145,7 +145,14 @@ class TopK(_Selection):
         return jnp.where(_dropped(pre, self.k, self.keep), 0, jax.nn.relu(pre))
 
     def _chosen(self, pre: Float[Array, "*b m"]) -> SparseCode:
-        return _first(codes.from_dense(jax.nn.relu(pre), self.k), self.keep)
+        m = pre.shape[-1]
+        values, indices = jax.lax.top_k(pre, self.k)
+        kept = values > 0
+        if self.keep is not None:
+            kept &= jnp.arange(self.k) < self.keep
+        # NaN is no reason to leave a latent out: it stays visible.
+        kept |= jnp.isnan(values)
+        return SparseCode(jnp.where(kept, values, 0), jnp.where(kept, indices, m), m)
 
 
 @struct.dataclass
@@ -358,15 +365,3 @@ class Gated(Activation):
     def rescale(self, scale: float | Array) -> "Gated":
         """The activation in other units."""
         return dataclasses.replace(self, b_gate=self.b_gate / scale, b_mag=self.b_mag / scale)
-
-
-def _first(code: SparseCode, keep: float | Array | None) -> SparseCode:
-    """The first `keep` slots of a code; the others become empty."""
-    if keep is None:
-        return code
-    kept = jnp.arange(code.values.shape[-1]) < keep
-    return dataclasses.replace(
-        code,
-        values=jnp.where(kept, code.values, 0),
-        indices=jnp.where(kept, code.indices, code.num_latents),
-    )

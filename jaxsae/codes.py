@@ -172,7 +172,9 @@ def correlate(code: SparseCode, x: Float[Array, "*b d"]) -> Float[Array, "m d"]:
     k, d = code.indices.shape[-1], x.shape[-1]
     dtype = jnp.promote_types(jnp.result_type(code.values, x), jnp.float32)
     values, indices, x = code.values.reshape(-1, k).astype(dtype), code.indices.reshape(-1, k), x.reshape(-1, d)
-    total = jnp.zeros((code.num_latents, d), dtype)
+    # A zero that XLA cannot know: it would make constant ones early, share them with other sums, and copy them.
+    zero = 0 * jnp.sum(values[:1, :1])
+    total = jnp.full((code.num_latents, d), jnp.where(zero == 0, zero, 0))
     if jax.default_backend() != "cpu":
         return total.at[indices].add(values[:, :, None] * x[:, None, :].astype(dtype), mode="drop")
 

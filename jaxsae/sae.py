@@ -193,7 +193,7 @@ def _selected_backward(residuals, values_bar):
         codes.combine(W_enc.T, bar).astype(x.dtype),
         codes.correlate(bar, x - b_dec).T.astype(W_enc.dtype),
         b_enc_bar.astype(b_enc.dtype),
-        (-W_enc @ b_enc_bar).astype(b_dec.dtype),
+        -(W_enc @ b_enc_bar).astype(b_dec.dtype),
     )
 
 

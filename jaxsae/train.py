@@ -231,20 +231,22 @@ def _advance(tx: Any, loss: Any, state: TrainState, batch: Any) -> tuple[TrainSt
     fired, metrics, activation = Measured(*measured)
     # What is not finite anywhere in the gradient is not in the biases', which sum over all of it.
     good = jnp.isfinite(value) & jnp.isfinite(grads.b_enc).all() & jnp.isfinite(grads.b_dec).all()
-    updates, opt_state = tx.update(grads, state.opt_state, state.sae)
-    sae: Any = optax.apply_updates(state.sae, updates)  # pyright: ignore[reportArgumentType]
-    if activation is not None:
-        sae = sae.replace(activation=activation)
-
     count = len(jax.tree.leaves(batch)[0])
-    most = jnp.iinfo(state.idle.dtype).max - count
-    idle = jnp.where(fired, 0, jnp.minimum(state.idle, most) + count)
-    new = (sae, opt_state, state.step + 1, idle)
-    old = (state.sae, state.opt_state, state.step, state.idle)
-    sae, opt_state, step, idle = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)
-    skipped_last = jnp.where(good, 0, state.skipped_last + 1)
-    state = TrainState(sae, opt_state, step, idle, state.skipped + ~good, skipped_last)
-    dead = jnp.mean(idle >= getattr(loss, "dead_after", jnp.inf))
+
+    def learn(state: TrainState) -> TrainState:
+        updates, opt_state = tx.update(grads, state.opt_state, state.sae)
+        sae: Any = optax.apply_updates(state.sae, updates)  # pyright: ignore[reportArgumentType]
+        if activation is not None:
+            sae = sae.replace(activation=activation)
+        most = jnp.iinfo(state.idle.dtype).max - count
+        idle = jnp.where(fired, 0, jnp.minimum(state.idle, most) + count)
+        return TrainState(sae, opt_state, state.step + 1, idle, state.skipped, jnp.zeros_like(state.skipped_last))
+
+    def skip(state: TrainState) -> TrainState:
+        return dataclasses.replace(state, skipped=state.skipped + 1, skipped_last=state.skipped_last + 1)
+
+    state = jax.lax.cond(good, learn, skip, state)
+    dead = jnp.mean(state.idle >= getattr(loss, "dead_after", jnp.inf))
     return state, {"loss": value, "dead": dead, "skipped": state.skipped, **metrics}
 
 

@@ -1,0 +1,155 @@
+"""Time training steps of a TopK autoencoder, ours and others', from the same weights on the same batches.
+
+A step is forward, backward, Adam, and what keeps the decoder's norm; each contestant does it its own way.
+"""
+
+import os
+import statistics
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxsae
+from benchmarks.clock import name_missing, say, timings
+from jaxsae import objectives, train
+
+
+class Case(NamedTuple):
+    """Shapes of a step."""
+
+    d: int
+    m: int
+    k: int
+    B: int
+
+
+SIZES = {"tiny": Case(32, 256, 4, 64), "paper": Case(768, 16384, 32, 1024)}
+RATE = 2e-4
+STEPS = 5  # after which the losses are compared
+
+Step = Callable[[], Any]  # takes one step and waits for it; returns NMSE
+
+
+class Contestant(NamedTuple):
+    """A library's training step, and the memory that it needs where that is known."""
+
+    step: Step
+    bytes: int | None = None
+
+
+def _ours(loss, case: Case, weights: dict[str, np.ndarray], x: np.ndarray) -> Contestant:
+    tx = train.recipe(RATE)
+    arrays: dict[str, Any] = {name: jnp.asarray(array) for name, array in weights.items()}
+    sae = jaxsae.SAE(**arrays, activation=jaxsae.TopK(case.k))
+    state, batch = train.init_state(sae, tx), jnp.asarray(x)
+    step = train.make_step(loss, tx)
+    memory = step.func.lower(*step.args, state, batch).compile().memory_analysis()  # pyright: ignore[reportFunctionMemberAccess]
+
+    def once():
+        nonlocal state
+        state, shown = jax.block_until_ready(step(state, batch))
+        return float(shown["nmse"])
+
+    return Contestant(once, memory.argument_size_in_bytes + memory.temp_size_in_bytes)
+
+
+def dense(sae: jaxsae.SAE, x, state):
+    """The same objective by autodiff of the dense code."""
+    z = jaxsae.encode_dense(sae, x)
+    x_hat = jaxsae.decode(sae, z)
+    return jaxsae.losses.mse(x, x_hat), ((z != 0).any(0), {"nmse": jaxsae.losses.nmse(x, x_hat)})
+
+
+def _sparsify(case: Case, weights: dict[str, np.ndarray], x: np.ndarray) -> Contestant:
+    import torch  # pyright: ignore[reportMissingImports]
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")
+    from sparsify import SparseCoder, SparseCoderConfig  # pyright: ignore[reportMissingImports]
+
+    model = SparseCoder(case.d, SparseCoderConfig(num_latents=case.m, k=case.k))
+    with torch.no_grad():
+        model.encoder.weight.copy_(torch.tensor(weights["W_enc"].T.copy()))
+        model.W_dec.copy_(torch.tensor(weights["W_dec"]))
+        model.b_dec.copy_(torch.tensor(weights["b_dec"]))
+    adam = torch.optim.Adam(model.parameters(), lr=RATE, betas=(0.9, 0.999), eps=6.25e-10, fused=True)
+    batch = torch.tensor(x)
+
+    def once():
+        adam.zero_grad()
+        out = model(batch)
+        out.fvu.backward()
+        model.remove_gradient_parallel_to_decoder_directions()
+        adam.step()
+        model.set_decoder_norm_to_unit_norm()
+        return float(out.fvu.detach())
+
+    return Contestant(once)
+
+
+def _saelens(case: Case, weights: dict[str, np.ndarray], x: np.ndarray) -> Contestant:
+    import torch  # pyright: ignore[reportMissingImports]
+    from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig  # pyright: ignore[reportMissingImports]
+    from sae_lens.saes.sae import TrainStepInput  # pyright: ignore[reportMissingImports]
+
+    model = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=case.d, d_sae=case.m, k=case.k, apply_b_dec_to_input=True))
+    with torch.no_grad():
+        for name, array in weights.items():
+            getattr(model, name).copy_(torch.tensor(array))
+    adam = torch.optim.Adam(model.parameters(), lr=RATE, betas=(0.9, 0.999), eps=6.25e-10, fused=True)
+    batch = torch.tensor(x)
+    spread = ((batch - batch.mean(0)) ** 2).sum()
+
+    def once():
+        adam.zero_grad()
+        given = TrainStepInput(
+            sae_in=batch, coefficients={}, dead_neuron_mask=None, n_training_steps=0, is_logging_step=False
+        )
+        out = model.training_forward_pass(given)
+        out.loss.backward()
+        adam.step()
+        return float(((out.sae_out - batch) ** 2).sum().detach() / spread)
+
+    return Contestant(once)
+
+
+PEERS = {"eai-sparsify": _sparsify, "SAELens": _saelens}
+
+
+def run(size: str, *, with_peers: bool) -> Iterator[dict[str, Any]]:
+    """Measure every contestant: seconds a step (median, quartiles), NMSE after some steps, memory; a row each."""
+    case, rng = SIZES[size], np.random.default_rng(0)
+    atoms = rng.normal(size=(case.m, case.d)).astype(np.float32)
+    atoms /= np.linalg.norm(atoms, axis=1, keepdims=True)
+    weights = {
+        "W_enc": atoms.T.copy(),
+        "b_enc": np.zeros(case.m, np.float32),
+        "W_dec": atoms,
+        "b_dec": np.zeros(case.d, np.float32),
+    }
+    x = rng.normal(size=(case.B, case.d)).astype(np.float32)
+    makers: dict[str, Callable[[], Contestant]] = {
+        "jaxsae": lambda: _ours(objectives.Objective(), case, weights, x),
+        "jaxsae, dense autodiff": lambda: _ours(dense, case, weights, x),
+    }
+    if with_peers:
+        makers |= {name: lambda make=make: make(case, weights, x) for name, make in PEERS.items()}
+    ready, rows = {}, {}
+    for name, make in makers.items():
+        say(f"{name}: {STEPS} steps")
+        try:
+            contestant = make()
+            nmse = [contestant.step() for _ in range(STEPS)][-1]
+        except ImportError as error:
+            rows[name] = {"nmse": None, "bytes": None, "note": name_missing(error)}
+            continue
+        ready[name] = contestant
+        rows[name] = {"nmse": nmse, "bytes": contestant.bytes, "note": None}
+    say("timing")
+    times = dict(zip(ready, timings([each.step for each in ready.values()]), strict=True))
+    for name, row in rows.items():
+        quartiles = statistics.quantiles(times[name], n=4) if name in times else [None] * 3
+        yield {"step": name, "case": case._asdict(), "seconds": quartiles[1], "quartiles": quartiles[::2], **row}
