@@ -1,5 +1,6 @@
 """The hard set: supports on which a solver may fail, cycle or lie. Each row must end honest, finite, and no worse."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -401,6 +402,8 @@ CHANGES = ["rows permuted", "y scaled by a power of two", "support permuted", "y
     ],
 )  # fmt: skip
 def test_what_is_told_otherwise_is_answered_alike(case, change, solver):
+    if solver is not None:  # at 1e-5, answers along the pairs' eigenvalue λ of 2e-4 may differ by √(k/λ)·1e-5: 2e-3
+        solver = dataclasses.replace(solver, tol=1e-6)
     p = hard(case)
     told, rows, unit = changed(p, change)
     answer, again = (f64(jaxsae.refit(*q, solver)[0].values) for q in (p, told))
