@@ -109,7 +109,7 @@ class _Selection(Activation):
 def _dropped(pre: Float[Array, "*b m"], k: int, keep: float | Array | None) -> Bool[Array, "*b m"]:
     """What is not among the `k` largest of its row, or the first `keep` of these, by comparison with the last."""
     # The barrier keeps all of the top-k in use, without which XLA's CPU backend sorts whole rows instead.
-    top, indices = jax.lax.optimization_barrier(jax.lax.top_k(jax.lax.stop_gradient(pre), k))
+    top, indices = jax.lax.optimization_barrier(codes.top_k(jax.lax.stop_gradient(pre), k))
     at = k - 1 if keep is None else jnp.clip(keep, 1, k).astype(jnp.int32) - 1
     least, last = top[..., at, None], indices[..., at, None]
     # Equal values are taken in order of index, here as in `top_k`; NaN stays NaN.
@@ -146,7 +146,7 @@ class TopK(_Selection):
 
     def _chosen(self, pre: Float[Array, "*b m"]) -> SparseCode:
         m = pre.shape[-1]
-        values, indices = jax.lax.top_k(pre, self.k)
+        values, indices = codes.top_k(pre, self.k)
         kept = values > 0
         if self.keep is not None:
             kept &= jnp.arange(self.k) < self.keep
