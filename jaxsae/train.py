@@ -25,6 +25,7 @@ from flax import struct
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from jaxsae.linalg import divide
 from jaxsae.objectives import Measured
 from jaxsae.sae import SAE, decode, encode_dense
 
@@ -95,19 +96,12 @@ def unit_norm_decoder(tx: optax.GradientTransformation) -> optax.GradientTransfo
         if params is None:
             raise ValueError("`unit_norm_decoder` got no params; pass them, tx.update(grads, state, params).")
         atoms, slope = params.W_dec, updates.W_dec
-        along, norm = _row_sums(slope * atoms, atoms * atoms)
-        parallel = (along / norm)[:, None]
+        parallel = divide(jnp.sum(slope * atoms, axis=-1), jnp.sum(atoms**2, axis=-1))[:, None]
         updates, state = tx.update(updates.replace(W_dec=slope - parallel * atoms), state, params)
         moved = atoms + updates.W_dec
         return updates.replace(W_dec=moved / jnp.linalg.norm(moved, axis=-1, keepdims=True) - atoms), state
 
     return optax.GradientTransformation(tx.init, update)
-
-
-def _row_sums(*arrays: Array) -> tuple[Array, ...]:
-    """Sums over the last axis, in one pass; XLA's CPU backend fuses `jnp.sum` with its use, and writes out more."""
-    zeros = tuple(jnp.zeros((), x.dtype) for x in arrays)
-    return jax.lax.reduce(arrays, zeros, lambda a, b: jax.tree.map(jnp.add, a, b), (arrays[0].ndim - 1,))
 
 
 def learning_rate(m: int) -> float:
