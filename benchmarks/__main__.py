@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from benchmarks import cases, clock, judge, plot, refine, table, train
+from benchmarks import cases, clock, families, judge, plot, refine, table, train
 
 ROOT = Path(__file__).parents[1]
 _PEERS = ("scipy", "jaxnnls", "jaxopt", "optax", "overcomplete", "torch", "eai-sparsify", "sae-lens")
@@ -28,8 +28,16 @@ def main() -> None:
     command.add_argument("--real", action="store_true", help="a trained autoencoder too")
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here, case by case")
     command = commands.add_parser("train", help="training steps of a TopK autoencoder: seconds, and bytes")
-    command.add_argument("--size", choices=train.SIZES, default="paper")
+    command.add_argument("--size", choices=train.SIZES, default="tiny")
     command.add_argument("--peers", action="store_true", help="other libraries' steps too; pip install '.[peers]'")
+    command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
+    command = commands.add_parser(
+        "families", help="what each family of autoencoders reaches on one file of activations"
+    )
+    command.add_argument("--data", type=Path, required=True, metavar="FILE", help=".npy or .npz of activations")
+    command.add_argument("--steps", type=int, default=1000)
+    command.add_argument("--latents", type=int, default=4096)
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="for the trained autoencoders")
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
     command = commands.add_parser("table", help="what was measured, as markdown")
     command.add_argument("files", type=Path, nargs="+", metavar="FILE")
@@ -43,6 +51,8 @@ def main() -> None:
         _refine(args)
     elif args.command == "train":
         _train(args)
+    elif args.command == "families":
+        _families(args)
     elif args.command == "plot":
         plot.speed_against_accuracy(json.loads(args.file.read_text()), args.out)
     else:
@@ -57,7 +67,7 @@ def main() -> None:
 def _refine(args: argparse.Namespace) -> None:
     bandwidth = clock.copy_bandwidth()
     report: dict[str, Any] = {
-        **_environment(),
+        **_environment("refine"),
         "copy_bandwidth": {"bytes_per_s": bandwidth, "counted": "bytes read and bytes written"},
         "size": args.size,
         "gate": {"worst_kkt": judge.KKT, "added_nmse": judge.ADDED_NMSE},
@@ -67,23 +77,33 @@ def _refine(args: argparse.Namespace) -> None:
     for case, rows in refine.run(args.size, with_peers=args.peers, real=args.real, bandwidth=bandwidth):
         report["cases"].append(case)
         report["rows"] += rows
-        if args.json:  # after each case: an interruption leaves what is finished
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+        _write(args.json, report)  # after each case: an interruption leaves what is finished
     print(table.markdown(report))
 
 
 def _train(args: argparse.Namespace) -> None:
     rows = list(train.run(args.size, with_peers=args.peers))
-    report = {**_environment(), "size": args.size, "rows": rows}
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-    print(table.training(report))
+    report = {**_environment("train"), "size": args.size, "rows": rows, "sweep": train.sweep(args.size)}
+    _write(args.json, report)
+    print(table.markdown(report))
 
 
-def _environment() -> dict[str, Any]:
+def _families(args: argparse.Namespace) -> None:
+    rows = list(families.run(args.data, args.out, latents=args.latents, steps=args.steps))
+    report = {**_environment("families"), "rows": rows, "matched": families.matched(rows)}
+    _write(args.json, report)
+    print(table.markdown(report))
+
+
+def _write(out: Path | None, report: dict[str, Any]) -> None:
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+
+
+def _environment(benchmark: str) -> dict[str, Any]:
     return {
+        "benchmark": benchmark,
         "device": _device(),
         "cores": os.cpu_count(),
         "jax": jax.__version__,

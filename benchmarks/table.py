@@ -1,31 +1,34 @@
-"""The README's table of refits, made from the JSON of benchmark runs."""
+"""The README's tables, made from the JSON of benchmark runs."""
 
 from typing import Any
 
-BEGIN, END = "<!-- benchmark: refine -->", "<!-- end -->"
+END = "<!-- end -->"
 _HEAD = ("solver", "rows", "rows/s", "quartiles", "compile s", "worst KKT", "99.9% KKT", "added NMSE", "scratch MiB")
 _HEAD += ("roofline", "time / encoder", "")
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """One run as GitHub markdown: what it ran on, then a table for each case, the fastest first."""
+    """One run as GitHub markdown: what it ran on, then its tables."""
     commit, *dirty = report["commit"].split("-")
     commit = "-".join([commit[:10], *dirty])
-    parts = [
-        f"{report['device']}, {report['cores']} cores, jax {report['jax']}, commit `{commit}`; copies "
-        f"run at {report['copy_bandwidth']['bytes_per_s'] / 1e9:.1f} GB/s."
-    ]
+    machine = f"{report['device']}, {report['cores']} cores, jax {report['jax']}, commit `{commit}`"
+    return "\n\n".join([*_TABLES[report["benchmark"]](report, machine)])
+
+
+def _refine(report: dict[str, Any], machine: str) -> list[str]:
+    """A table for each case, the fastest first."""
+    parts = [f"{machine}; copies run at {report['copy_bandwidth']['bytes_per_s'] / 1e9:.1f} GB/s."]
     for case in report["cases"]:
         rows = [row for row in report["rows"] if row["case"] == case["case"]]
         rows.sort(key=lambda row: -(row["rows_per_s"] or 0))
         lines = ["| " + " | ".join(_HEAD) + " |", "|---|" + "--:|" * (len(_HEAD) - 2) + "---|"]
         lines += ["| " + " | ".join(_cells(row)) + " |" for row in rows]
         parts += [_caption(case), "\n".join(lines)]
-    return "\n\n".join(parts)
+    return parts
 
 
-def training(report: dict[str, Any]) -> str:
-    """Training steps of one run as GitHub markdown, the fastest first; ratios are to our own."""
+def _train(report: dict[str, Any], machine: str) -> list[str]:
+    """Steps, the fastest first, with ratios to our own; then the sweep."""
     rows = sorted(report["rows"], key=lambda row: row["seconds"] or float("inf"))
     (ours,) = (row["seconds"] for row in rows if row["step"] == "jaxsae")
     lines = ["| step | ms | quartiles | times ours | NMSE | MiB |", "|---|--:|--:|--:|--:|--:|"]
@@ -39,17 +42,54 @@ def training(report: dict[str, Any]) -> str:
             f"| {row['step']} | {1000 * row['seconds']:.0f} | {low} to {high} | {row['seconds'] / ours:.2f} | "
             f"{row['nmse']:.5f} | {memory} |"
         )
-    case = ", ".join(f"{name} {value:,}" for name, value in rows[0]["case"].items())
-    return f"{report['device']}, {report['cores']} cores, jax {report['jax']}; {case}.\n\n" + "\n".join(lines)
+    sweep = report["sweep"]
+    return [
+        f"{machine}; {_sizes(rows[0]['case'])}.",
+        "\n".join(lines),
+        f"A sweep of {sweep['members']} ReLU members ({_sizes(sweep['case'])}): {1000 * sweep['seconds']:.0f} ms a "
+        f"step of all, {sweep['seconds'] / sweep['seconds_in_turn']:.2f} of the time of as many trainings in turn, "
+        f"{sweep['compile_s']:.1f} s to compile; losses of the first {sweep['steps']} steps differ by "
+        f"{sweep['difference']:.0e} at most, relatively.",
+    ]
+
+
+def _sizes(case: dict[str, int]) -> str:
+    return ", ".join(f"{name} {value:,}" for name, value in case.items())
+
+
+def _families(report: dict[str, Any], machine: str) -> list[str]:
+    """A row for each training, then what families amount to at one sparsity."""
+    kept = ("1", "8", "32", "128")
+    head = ("family", "L0", "NMSE", "dead", *(f"NMSE at {n}" for n in kept))
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "--:|" * (len(head) - 1)]
+    for row in report["rows"]:
+        heldout = row["heldout"]
+        at = [heldout["nmse_at"].get(n) for n in kept]
+        cells = [f"{heldout['l0']:.1f}", f"{heldout['nmse']:.4f}", f"{row['dead_in_training']:.1%}"]
+        lines.append("| " + " | ".join([row["name"], *cells, *(_shown(value, "{:.4f}") for value in at)]) + " |")
+    matched = ", ".join(f"{name} {value:.4f}" for name, value in report["matched"]["nmse"].items())
+    o = report["rows"][0]["options"]
+    return [
+        f"{machine}; {report['rows'][0]['data']['rows']:,} rows of width {report['rows'][0]['data']['width']}, "
+        f"{o['latents']:,} latents, {o['steps']:,} steps of {o['batch']} rows.",
+        "\n".join(lines),
+        f"NMSE at L0 {report['matched']['l0']}, interpolated in log L0: {matched}.",
+    ]
+
+
+_TABLES = {"refine": _refine, "train": _train, "families": _families}
 
 
 def insert(readme: str, reports: list[dict[str, Any]]) -> str:
-    """A README with the tables of some runs between its two markers, in place of what stands there."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"README.md has no {BEGIN} ... {END}; put these markers where the tables belong.")
-    return "\n\n".join([before + BEGIN, *map(markdown, reports), END + after])
+    """A README with each run's tables between its markers, in place of what stands there."""
+    for report in reports:
+        begin = f"<!-- benchmark: {report['benchmark']} -->"
+        before, found, rest = readme.partition(begin)
+        _, end, after = rest.partition(END)
+        if not found or not end:
+            raise SystemExit(f"README.md has no {begin} ... {END}; put these markers where the tables belong.")
+        readme = "\n\n".join([before + begin, markdown(report), END + after])
+    return readme
 
 
 def _caption(case: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 A step is forward, backward, Adam, and what keeps the decoder's norm; each contestant does it its own way.
 """
 
+import itertools
 import os
 import statistics
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxsae
-from benchmarks.clock import name_missing, say, timings
+from benchmarks.clock import clock, name_missing, say, timings
 from jaxsae import objectives, train
 
 
@@ -27,6 +28,8 @@ class Case(NamedTuple):
 
 
 SIZES = {"tiny": Case(32, 256, 4, 64), "paper": Case(768, 16384, 32, 1024)}
+SWEEPS = {"tiny": {"d": 32, "m": 256, "B": 64}, "paper": {"d": 256, "m": 2048, "B": 512}}
+MEMBERS = 8
 RATE = 2e-4
 STEPS = 5  # after which the losses are compared
 
@@ -153,3 +156,57 @@ def run(size: str, *, with_peers: bool) -> Iterator[dict[str, Any]]:
     for name, row in rows.items():
         quartiles = statistics.quantiles(times[name], n=4) if name in times else [None] * 3
         yield {"step": name, "case": case._asdict(), "seconds": quartiles[1], "quartiles": quartiles[::2], **row}
+
+
+def sweep(size: str) -> dict[str, Any]:
+    """Measure a sweep over L1 weights against as many trainings in turn: seconds a step of all, and agreement."""
+    case, rng = SWEEPS[size], np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(case["B"], case["d"])), jnp.float32)
+    weights, rates = np.geomspace(0.001, 0.1, MEMBERS), np.geomspace(1e-4, 1e-3, MEMBERS)
+    members = [
+        jaxsae.init(jax.random.key(seed), d=case["d"], m=case["m"], activation=jaxsae.ReLU()) for seed in range(MEMBERS)
+    ]
+    stacked, recipes = train.stack(members), [train.recipe(rate) for rate in rates]
+    loss = objectives.Objective((objectives.L1(jnp.asarray(weights)),))
+
+    def together():
+        history = []
+        train.sweep(
+            stacked,
+            itertools.repeat(x),
+            loss=loss,
+            tx=train.recipe,
+            rates=rates,
+            steps=STEPS,
+            callback=lambda step, shown: history.append(shown["loss"]),
+        )
+        return history
+
+    def in_turn():
+        histories = []
+        for member, weight, tx in zip(members, weights, recipes, strict=True):
+            history, alone = [], objectives.Objective((objectives.L1(weight),))
+            train.fit(
+                member,
+                itertools.repeat(x),
+                loss=alone,
+                tx=tx,
+                steps=STEPS,
+                callback=lambda step, shown, history=history: history.append(shown["loss"]),
+            )
+            histories.append(history)
+        return histories
+
+    say(f"a sweep of {MEMBERS}")
+    first, answers = clock(together), np.asarray(together())
+    apart = np.asarray(in_turn()).T
+    seconds = [statistics.median(times) / STEPS for times in timings([together, in_turn])]
+    return {
+        "case": case,
+        "members": MEMBERS,
+        "steps": STEPS,
+        "seconds": seconds[0],
+        "seconds_in_turn": seconds[1],
+        "compile_s": first - STEPS * seconds[0],
+        "difference": float(np.max(np.abs(answers / apart - 1))),
+    }

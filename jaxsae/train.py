@@ -363,8 +363,13 @@ def sweep(
     n = len(rates)
     numbers, structure = jax.tree.flatten(loss)
     loss = structure.unflatten([jnp.broadcast_to(jnp.asarray(number), (n,)) for number in numbers])
-    state = jax.jit(jax.vmap(lambda sae, rate: init_state(sae, tx(rate))))(saes, rates)
-    return _run(functools.partial(_sweep_step, tx, loss, rates), state, batches, steps, callback)
+    step = functools.partial(_sweep_step, tx, loss, rates)
+    return _run(step, _sweep_state(tx, saes, rates), batches, steps, callback)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _sweep_state(tx: Any, saes: SAE, rates: Array) -> TrainState:
+    return jax.vmap(lambda sae, rate: init_state(sae, tx(rate)))(saes, rates)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)

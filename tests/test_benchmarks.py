@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import cases, judge, peers, refine, table
+from benchmarks import cases, families, judge, peers, refine, table, train
 
 ROOT = Path(__file__).parent.parent
 
@@ -223,7 +223,7 @@ def test_every_row_has_every_column(tiny):
 
 
 def test_the_readme_is_filled_between_its_markers(tiny):
-    empty = f"above\n{table.BEGIN}\n{table.END}\nbelow"
+    empty = f"above\n<!-- benchmark: refine -->\n{table.END}\nbelow"
     filled = table.insert(empty, [tiny[1]])
     assert filled.startswith("above") and filled.endswith("below")
     assert table.markdown(tiny[1]) in filled
@@ -237,6 +237,44 @@ def test_a_gate_that_is_not_met_is_said(tiny):
     text = table.markdown(report(tiny[1]["cases"][0], [row]))
     assert "gate not met" in text
     assert "0123456789-dirty" in text
+
+
+def test_training_steps_agree_and_are_told():
+    rows = list(train.run("tiny", with_peers=False))
+    assert [row["step"] for row in rows] == ["jaxsae", "jaxsae, dense autodiff"]
+    np.testing.assert_allclose(rows[0]["nmse"], rows[1]["nmse"], rtol=1e-5)
+    sweep = train.sweep("tiny")
+    assert sweep["difference"] <= 1e-4
+    machine = {"benchmark": "train", "device": "a", "cores": 2, "jax": "0", "commit": "0123456789abc-dirty"}
+    text = table.markdown({**machine, "rows": rows, "sweep": sweep})
+    assert "| jaxsae, dense autodiff |" in text and "A sweep of 8" in text
+
+
+def test_a_peer_that_is_missing_has_a_row(monkeypatch):
+    def missing(*args):
+        raise ModuleNotFoundError(name="torch.nn")
+
+    monkeypatch.setattr(train, "PEERS", {"other": missing})
+    *_, row = train.run("tiny", with_peers=True)
+    assert row["note"] == "torch: not installed" and row["seconds"] is None
+
+
+def test_families_are_trained_measured_and_matched(tmp_path, monkeypatch):
+    settings = [("ReLU", {"activation": "relu", "l1": 0.1}), ("TopK 4", {"activation": "topk", "k": 4})]
+    monkeypatch.setattr(families, "SETTINGS", settings)
+    monkeypatch.setattr(families, "BATCH", 64)
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(2048 + 128, 8)).astype(np.float32))
+    rows = list(families.run(tmp_path / "x.npy", tmp_path / "out", latents=32, steps=3))
+    machine = {"benchmark": "families", "device": "a", "cores": 2, "jax": "0", "commit": "0123456789abc"}
+    assert "| TopK 4 | 4.0 |" in table.markdown({**machine, "rows": rows, "matched": families.matched(rows)})
+
+
+def test_families_are_matched_between_runs_on_both_sides():
+    def row(activation, l0, nmse):
+        return {"options": {"activation": activation}, "heldout": {"l0": l0, "nmse": nmse}}
+
+    rows = [row("relu", 16.0, 0.4), row("relu", 64.0, 0.2), row("gated", 64.0, 0.1), row("gated", 50.0, 0.2)]
+    assert families.matched(rows) == {"l0": 32, "nmse": {"relu": pytest.approx(0.3)}}
 
 
 def test_the_figure_has_a_panel_for_each_case(tiny, tmp_path):
