@@ -59,12 +59,12 @@ def _sizes(case: dict[str, int]) -> str:
 
 def _families(report: dict[str, Any], machine: str) -> list[str]:
     """A row for each training, then what families amount to at one sparsity."""
-    kept = ("1", "8", "32", "128")
+    kept = ("8", "16", "32", "64", "128")
     head = ("family", "L0", "NMSE", "dead", *(f"NMSE at {n}" for n in kept))
     lines = ["| " + " | ".join(head) + " |", "|---|" + "--:|" * (len(head) - 1)]
     for row in report["rows"]:
         heldout = row["heldout"]
-        at = [heldout["nmse_at"].get(n) for n in kept]
+        at = [row["nmse_at"].get(n) for n in kept]
         cells = [f"{heldout['l0']:.1f}", f"{heldout['nmse']:.4f}", f"{row['dead_in_training']:.1%}"]
         lines.append("| " + " | ".join([row["name"], *cells, *(_shown(value, "{:.4f}") for value in at)]) + " |")
     matched = ", ".join(f"{name} {value:.4f}" for name, value in report["matched"]["nmse"].items())

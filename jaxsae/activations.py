@@ -106,7 +106,7 @@ class _Selection(Activation):
         )
 
 
-def _dropped(pre: Float[Array, "*b m"], k: int, keep: float | Array | None) -> Bool[Array, "*b m"]:
+def dropped(pre: Float[Array, "*b m"], k: int, keep: float | Array | None = None) -> Bool[Array, "*b m"]:
     """What is not among the `k` largest of its row, or the first `keep` of these, by comparison with the last."""
     # The barrier keeps all of the top-k in use, without which XLA's CPU backend sorts whole rows instead.
     top, indices = jax.lax.optimization_barrier(codes.top_k(jax.lax.stop_gradient(pre), k))
@@ -142,7 +142,7 @@ class TopK(_Selection):
     def __call__(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
         """The dense code, by comparison with the k-th largest: no scatter, forwards or backwards."""
         self._validate(pre.shape[-1])
-        return jnp.where(_dropped(pre, self.k, self.keep), 0, jax.nn.relu(pre))
+        return jnp.where(dropped(pre, self.k, self.keep), 0, jax.nn.relu(pre))
 
     def _chosen(self, pre: Float[Array, "*b m"]) -> SparseCode:
         m = pre.shape[-1]
@@ -179,7 +179,7 @@ class AbsTopK(_Selection):
     def __call__(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
         """The dense code."""
         self._validate(pre.shape[-1])
-        return jnp.where(_dropped(jnp.abs(pre), self.k, None), 0, pre)
+        return jnp.where(dropped(jnp.abs(pre), self.k), 0, pre)
 
     def _chosen(self, pre: Float[Array, "*b m"]) -> SparseCode:
         return codes.from_dense(pre, self.k)
@@ -270,8 +270,7 @@ class BatchTopK(Activation):
         if count > pre.size:
             raise ValueError(f"BatchTopK got k = {self.k} for {pre.shape[-1]} latents; pass k of at most that.")
         flat = z.reshape(-1)
-        dropped = _dropped(flat, count, None)
-        z = jnp.where(dropped, 0, flat).reshape(pre.shape)
+        z = jnp.where(dropped(flat, count), 0, flat).reshape(pre.shape)
         least = jnp.min(jax.lax.stop_gradient(z), where=z > 0, initial=jnp.inf).astype(jnp.float32)
         threshold = jnp.where(self.threshold < 0, least, 0.999 * self.threshold + 0.001 * least)
         return z, dataclasses.replace(self, threshold=jnp.where(jnp.isfinite(least), threshold, self.threshold))

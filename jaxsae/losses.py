@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxsae.activations import TopK
+from jaxsae.activations import dropped
 from jaxsae.codes import SparseCode
 from jaxsae.sae import SAE, decode
 
@@ -112,8 +112,9 @@ def auxk(
 ) -> Float[Array, ""]:
     """AuxK: reconstruct the residual with the `k_aux` most active dead latents, so that they learn something.
 
-        mean_b ‖e − ê‖²,   ê = ReLU(top-k_aux of pre-activations over dead latents) W_dec
+        mean_b ‖e − ê‖²,   ê = (the k_aux largest pre-activations of dead latents, of either sign) W_dec
 
+    Negative ones count, since a latent that is negative on all rows would have no derivative otherwise, and stay dead.
     The residual is a constant here, and `b_dec` takes no part: it is not added to `ê`, and has no derivative. 0 if
     nothing is dead, or if the term is not finite.
 
@@ -129,16 +130,20 @@ def auxk(
     residual, x = jax.lax.stop_gradient((residual, x - sae.b_dec if sae.centred else x))
     k_aux = min(k_aux, sae.m)
 
-    def term(select):
+    def term(left_out):
         def value(W_enc, b_enc, W_dec):
-            pre = jnp.where(dead, x @ W_enc + b_enc, -jnp.inf)
-            error = mse(residual, select(pre) @ W_dec)
+            pre = x @ W_enc + b_enc
+            error = mse(residual, jnp.where(left_out(pre), 0, pre) @ W_dec)
             return jnp.where(jnp.isfinite(error), error, 0)
 
         return jax.checkpoint(value)  # else what it keeps for the derivative is written, as zeros, while none is dead
 
     # Selecting costs as much as a training step: skip it where all that is dead is taken, and all where nothing is.
-    branches = (lambda W_enc, b_enc, W_dec: jnp.zeros((), W_dec.dtype), term(jax.nn.relu), term(TopK(k_aux)))
+    branches = (
+        lambda W_enc, b_enc, W_dec: jnp.zeros((), W_dec.dtype),
+        term(lambda pre: ~dead),
+        term(lambda pre: dropped(jnp.where(dead, pre, -jnp.inf), k_aux)),
+    )
     usable = jnp.isfinite(residual).all() & jnp.isfinite(x).all()
     count = jnp.where(usable, jnp.sum(dead), 0)
     chosen = (count > 0).astype(jnp.int32) + (count > k_aux)

@@ -270,8 +270,8 @@ def test_families_are_trained_measured_and_matched(tmp_path, monkeypatch):
 
 
 def test_families_are_matched_between_runs_on_both_sides():
-    def row(activation, l0, nmse):
-        return {"options": {"activation": activation}, "heldout": {"l0": l0, "nmse": nmse}}
+    def row(name, l0, nmse):
+        return {"name": f"{name}, L1 1", "options": {"activation": name}, "heldout": {"l0": l0, "nmse": nmse}}
 
     rows = [row("relu", 16.0, 0.4), row("relu", 64.0, 0.2), row("gated", 64.0, 0.1), row("gated", 50.0, 0.2)]
     assert families.matched(rows) == {"l0": 32, "nmse": {"relu": pytest.approx(0.3)}}

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,7 +87,7 @@ def test_auxk_is_numpys(k_aux):
     for row, values in enumerate(pre):
         dead = np.flatnonzero(DEAD)
         chosen = dead[np.argsort(-values[dead])[:k_aux]]  # more than there are dead latents takes them all
-        z[row, chosen] = np.maximum(values[chosen], 0)
+        z[row, chosen] = values[chosen]
     error = f64(residual) - z @ f64(model.W_dec)  # b_dec is in x̂ already, and is not counted again
     np.testing.assert_allclose(auxk(model, x, residual, k_aux=k_aux), (error**2).sum() / B, rtol=1e-5)
 
@@ -108,6 +110,13 @@ def test_auxk_moves_dead_latents_alone_and_never_b_dec():
     assert not np.any(by_model.b_dec)
     assert not np.any(by_x)
     assert not np.any(by_residual)
+
+
+def test_auxk_reaches_dead_latents_that_are_negative_on_all_rows():
+    model, (x, residual) = sae(m=M), x_and_residual()
+    model = dataclasses.replace(model, b_enc=jnp.full(M, -100.0))
+    slope = jax.grad(auxk)(model, x, residual, k_aux=M)
+    np.testing.assert_array_equal(slope.b_enc != 0, DEAD)
 
 
 def test_auxk_does_not_reach_what_made_the_residual():
