@@ -47,8 +47,8 @@ def load(path: str | os.PathLike, *, format: str | None = None) -> SAE:
       >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.TopK(2))
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     jaxsae.pretrained.save(sae, f"{folder}/sae")
-      ...     jaxsae.pretrained.load(f"{folder}/sae").activation
-      TopK(k=2)
+      ...     jaxsae.pretrained.load(f"{folder}/sae").activation.k
+      2
     """
     path = Path(path)
     if not path.exists():

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint
 import pytest
 import scipy.optimize
 from flax import struct
@@ -396,6 +397,36 @@ def test_a_sweep_equals_its_members_one_by_one():
                 np.testing.assert_allclose(together[name][number], single[name], rtol=1e-4, err_msg=name)
         assert alone[-1]["l0"] <= keeps[number]
     assert train.member(state, 1).sae.W_dec.shape == (M, D)
+
+
+def test_a_sweep_compiles_once_whatever_its_numbers(monkeypatch):
+    rows, _ = sparse_rows(512, d=D)
+    traces, mse = [], losses.mse
+    monkeypatch.setattr(losses, "mse", lambda *args: traces.append(1) or mse(*args))
+    counts = []
+    for steps, weight, rate in ((1, 0.1, 1e-2), (5, 0.2, 1e-3)):
+        train.sweep(
+            train.stack([sae(seed, m=M) for seed in range(3)]),
+            jaxsae.data.batches(rows, 32, seed=0),
+            loss=Objective((L1(weight * jnp.arange(3.0)),)),
+            tx=train.recipe,
+            rates=jnp.full(3, rate),
+            steps=steps,
+        )
+        counts.append(len(traces))
+    assert counts[0] == counts[1] > 0
+
+
+def test_a_sweep_is_one_checkpoint(tmp_path):
+    rows, _ = sparse_rows(512, d=D)
+    saes, rates = train.stack([sae(seed, m=M) for seed in range(3)]), jnp.full(3, 1e-2)
+    options = {"loss": Objective(), "tx": train.recipe, "rates": rates, "steps": 2}
+    state = train.sweep(saes, jaxsae.data.batches(rows, 32, seed=0), **options)
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "state", jax.tree.map(jnp.zeros_like, state))
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
 
 
 def test_a_member_that_diverges_disturbs_no_other():
