@@ -455,6 +455,8 @@ def resample(key: PRNGKeyArray, state: TrainState, x: Float[Array, "n d"], *, de
     )
 
     def forget(moments):
+        if isinstance(moments, AveragedState):  # an average of weights, and no moment
+            return moments._replace(inner=forget_all(moments.inner))
         if not isinstance(moments, SAE):
             return moments
         return dataclasses.replace(
@@ -464,5 +466,8 @@ def resample(key: PRNGKeyArray, state: TrainState, x: Float[Array, "n d"], *, de
             W_dec=jnp.where(dead[:, None], 0, moments.W_dec),
         )
 
-    opt_state = jax.tree.map(forget, state.opt_state, is_leaf=lambda node: isinstance(node, SAE))
+    def forget_all(opt_state):
+        return jax.tree.map(forget, opt_state, is_leaf=lambda node: isinstance(node, SAE | AveragedState))
+
+    opt_state = forget_all(state.opt_state)
     return dataclasses.replace(state, sae=sae, opt_state=opt_state, idle=jnp.where(dead, 0, state.idle))

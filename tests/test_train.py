@@ -337,11 +337,12 @@ def test_the_geometric_median_is_the_point_of_least_mean_distance():
 
 
 def test_resampling_gives_dead_latents_a_new_start_and_no_other():
-    tx, x = train.recipe(1e-2), activations(batch=(64,))
+    tx, x = train.average(train.recipe(1e-2), decay=0.9), activations(batch=(64,))
     state, _ = train.make_step(Objective((L1(0.1),)), tx)(train.init_state(sae(m=M, activation=jaxsae.ReLU()), tx), x)
     state = state.replace(idle=jnp.where(jnp.arange(M) < 5, 1000, 0))
     new = train.resample(jax.random.key(0), state, x, dead_after=1000)
-    adam, fresh = (s.opt_state[0] for s in (state, new))
+    assert_same_bits(new.opt_state.total, state.opt_state.total)
+    adam, fresh = (s.opt_state.inner[0] for s in (state, new))
     for before, after in ((state.sae, new.sae), (adam.mu, fresh.mu), (adam.nu, fresh.nu)):
         assert_same_bits(
             (after.W_dec[5:], after.W_enc[:, 5:], after.b_enc[5:], after.b_dec),
