@@ -189,7 +189,7 @@ class AbsTopK(_Selection):
 class GroupMax(_Selection):
     """Split the latents into `k` groups of neighbours and keep the largest of each, if it is positive.
 
-    Cheaper than TopK, without a sort; the groups decide what may be active together.
+    Cheaper than TopK, without a sort of all latents; the groups decide what may be active together.
 
     Attributes:
       k: number of groups, and of slots a row; divides `m`; static.
@@ -223,6 +223,8 @@ class GroupMax(_Selection):
         first = jnp.argmax(groups, axis=-1)
         values = jax.nn.relu(jnp.take_along_axis(groups, first[..., None], axis=-1)[..., 0])
         indices = first.astype(jnp.int32) + groups.shape[-1] * jnp.arange(self.k, dtype=jnp.int32)
+        values, order = jax.lax.top_k(values, self.k)
+        indices = jnp.take_along_axis(indices, order, axis=-1)
         return SparseCode(values, jnp.where(values > 0, indices, pre.shape[-1]), pre.shape[-1])
 
 

@@ -149,7 +149,7 @@ def encode(sae: SAE, x: Float[Array, "*b d"], *, capacity: int | None = None) ->
         left out, smallest first, and counted in `code.overflow`.
 
     Returns:
-      `SparseCode` `[*b k]`, in descending order of value.
+      `SparseCode` `[*b k]`, in descending order of magnitude.
 
     Raises:
       TypeError, ValueError: at trace time, if `x` or `capacity` does not fit the SAE.

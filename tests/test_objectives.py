@@ -203,6 +203,7 @@ def test_a_code_is_its_dense_form(name):
     code = jaxsae.encode(model, x, capacity=M if activation.slots is None else None)
     np.testing.assert_allclose(code.dense(), jaxsae.encode_dense(model, x), rtol=1e-5, atol=1e-6)
     assert not np.any(code.overflow)
+    assert np.all(np.diff(np.abs(code.values), axis=-1) <= 0)
 
 
 @pytest.mark.parametrize("name", NAMES)
