@@ -1,6 +1,7 @@
 """Train each family of autoencoders on one file of activations and compare them at one sparsity."""
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from jaxsae.data import open_rows
 K, BATCH = 32, 512
 # Settings on both sides of the sparsity compared at; rows held out are less sparse than those trained on.
 SETTINGS: list[tuple[str, dict[str, Any]]] = [
-    *((f"ReLU, L1 {l1}", {"activation": "relu", "l1": l1}) for l1 in (0.08, 0.13)),
-    *((f"Gated, L1 {l1}", {"activation": "gated", "l1": l1}) for l1 in (0.12, 0.2)),
-    *((f"JumpReLU, L0 {l0}", {"activation": "jumprelu", "k": l0}) for l0 in (16, 24)),
+    *((f"ReLU, L1 {l1}", {"activation": "relu", "l1": l1}) for l1 in (0.04, 0.055)),
+    *((f"Gated, L1 {l1}", {"activation": "gated", "l1": l1}) for l1 in (0.1, 0.12)),
+    *((f"JumpReLU, L0 {l0}", {"activation": "jumprelu", "k": l0}) for l0 in (24, 32)),
     ("TopK 32", {"activation": "topk", "k": K}),
     ("TopK 32 without AuxK", {"activation": "topk", "k": K, "auxk": False}),
     ("TopK 32 with Multi-TopK", {"activation": "topk", "k": K, "multi_topk": True}),
@@ -26,14 +27,17 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
 
 
 def run(data: Path, out: Path, *, latents: int, steps: int) -> Iterator[dict[str, Any]]:
-    """Train every setting with the same steps and batches; a row each."""
+    """Train every setting with the same steps and batches; a row each. What is in `out` already is not made again."""
     for name, changes in SETTINGS:
         say(name)
         place = out / name.replace(", ", "-").replace(" ", "-").lower()
         options = runs.Options(
             latents=latents, steps=steps, batch=BATCH, learning_rate=3e-3, dead_after=50 * BATCH, **changes
         )
-        report = runs.run(place, data=data, options=options)
+        done = place / "report.json"
+        report = json.loads(done.read_text()) if done.exists() else {}
+        if report.get("options") != options._asdict():
+            report = runs.run(place, data=data, options=options)
         yield {
             "name": name,
             **report,

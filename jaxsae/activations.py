@@ -235,7 +235,7 @@ class BatchTopK(Activation):
         training: the B·k largest positive entries of the batch;   inference: z = pre where pre > threshold
 
     Rows may then differ in how many latents they need. The threshold follows the smallest value kept, as a running
-    mean with momentum 0.999 that begins at the first one.
+    mean over some hundred steps that begins at the first one.
 
     Attributes:
       k: mean number of active latents a row, in training; static.
@@ -274,7 +274,7 @@ class BatchTopK(Activation):
         flat = z.reshape(-1)
         z = jnp.where(dropped(flat, count), 0, flat).reshape(pre.shape)
         least = jnp.min(jax.lax.stop_gradient(z), where=z > 0, initial=jnp.inf).astype(jnp.float32)
-        threshold = jnp.where(self.threshold < 0, least, 0.999 * self.threshold + 0.001 * least)
+        threshold = jnp.where(self.threshold < 0, least, 0.99 * self.threshold + 0.01 * least)
         return z, dataclasses.replace(self, threshold=jnp.where(jnp.isfinite(least), threshold, self.threshold))
 
     def rescale(self, scale: float | Array) -> "BatchTopK":
