@@ -29,7 +29,7 @@ class Case(NamedTuple):
 
 SIZES = {"tiny": Case(32, 256, 4, 64), "paper": Case(768, 16384, 32, 1024)}
 SWEEPS = {"tiny": {"d": 32, "m": 256, "B": 64}, "paper": {"d": 256, "m": 2048, "B": 512}}
-MEMBERS = 8
+MEMBERS, SWEPT = 8, 20  # members, and steps of each
 RATE = 2e-4
 STEPS = 5  # after which the losses are compared
 
@@ -177,7 +177,7 @@ def sweep(size: str) -> dict[str, Any]:
             loss=loss,
             tx=train.recipe,
             rates=rates,
-            steps=STEPS,
+            steps=SWEPT,
             callback=lambda step, shown: history.append(shown["loss"]),
         )
         return history
@@ -191,7 +191,7 @@ def sweep(size: str) -> dict[str, Any]:
                 itertools.repeat(x),
                 loss=alone,
                 tx=tx,
-                steps=STEPS,
+                steps=SWEPT,
                 callback=lambda step, shown, history=history: history.append(shown["loss"]),
             )
             histories.append(history)
@@ -200,13 +200,13 @@ def sweep(size: str) -> dict[str, Any]:
     say(f"a sweep of {MEMBERS}")
     first, answers = clock(together), np.asarray(together())
     apart = np.asarray(in_turn()).T
-    seconds = [statistics.median(times) / STEPS for times in timings([together, in_turn])]
+    seconds = [statistics.median(times) / SWEPT for times in timings([together, in_turn])]
     return {
         "case": case,
         "members": MEMBERS,
-        "steps": STEPS,
+        "steps": SWEPT,
         "seconds": seconds[0],
         "seconds_in_turn": seconds[1],
-        "compile_s": first - STEPS * seconds[0],
+        "compile_s": first - SWEPT * seconds[0],
         "difference": float(np.max(np.abs(answers / apart - 1))),
     }

@@ -62,8 +62,8 @@ class Diverged(RuntimeError):
     def __init__(self, state: TrainState):
         """Tell what happened to a run that ended in `state`."""
         super().__init__(
-            f"training diverged: the loss of {int(state.skipped_last)} batches in a row was not finite, "
-            f"{int(state.skipped)} in all, after {int(state.step)} steps; lower the learning rate or mend the data."
+            f"training diverged: the loss of {np.min(state.skipped_last)} batches in a row was not finite, "
+            f"{np.min(state.skipped)} in all, after {np.max(state.step)} steps; lower the learning rate or mend the data."
         )
         self.state = state
 
@@ -374,12 +374,18 @@ def _sweep_state(tx: Any, saes: SAE, rates: Array) -> TrainState:
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
 def _sweep_step(tx: Any, loss: Any, rates: Array, state: TrainState, batch: Any):
-    def one(member):
-        loss, rate, state = member
+    def one(loss, rate, state):
         return _advance(tx(rate), loss, state, batch)
 
-    each = functools.partial(jax.lax.map, one) if jax.default_backend() == "cpu" else jax.vmap(one)
-    return each((loss, rates, state))
+    if jax.default_backend() != "cpu":
+        return jax.vmap(one)(loss, rates, state)
+
+    def in_turn(state, each):  # in place, which `lax.map` is not
+        number, loss, rate = each
+        new, shown = one(loss, rate, member(state, number))
+        return jax.tree.map(lambda leaf, new: leaf.at[number].set(new), state, new), shown
+
+    return jax.lax.scan(in_turn, state, (jnp.arange(len(rates)), loss, rates))
 
 
 def stack(members: Sequence[Any]) -> Any:

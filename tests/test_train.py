@@ -451,6 +451,13 @@ def test_a_member_that_diverges_disturbs_no_other():
     assert not np.isfinite(bad[1:, 1]).any()
 
 
+def test_a_sweep_stops_once_all_its_members_have_diverged():
+    batches = itertools.repeat(jnp.full((4, D), jnp.nan))
+    saes = train.stack([sae(seed, m=M) for seed in range(3)])
+    with pytest.raises(train.Diverged, match="of 1[0-9] batches in a row was not finite, 1[0-9] in all, after 0 steps"):
+        train.sweep(saes, batches, loss=Objective(), tx=train.recipe, rates=jnp.full(3, 1e-2), steps=40)
+
+
 def test_a_sweep_wants_one_number_a_member():
     with pytest.raises(ValueError, match=r"`sweep` got leading axes of lengths \[2, 3\]; give every array one row"):
         train.sweep(train.stack([sae(), sae()]), [], loss=Objective(), tx=train.recipe, rates=jnp.ones(3), steps=0)
