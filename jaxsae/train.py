@@ -63,7 +63,8 @@ class Diverged(RuntimeError):
         """Tell what happened to a run that ended in `state`."""
         super().__init__(
             f"training diverged: the loss of {np.min(state.skipped_last)} batches in a row was not finite, "
-            f"{np.min(state.skipped)} in all, after {np.max(state.step)} steps; lower the learning rate or mend the data."
+            f"{np.min(state.skipped)} in all, after {np.max(state.step)} steps; lower the learning rate or mend the "
+            "data."
         )
         self.state = state
 
@@ -393,7 +394,7 @@ def stack(members: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
 
 
-def member(stacked: Any, number: int) -> Any:
+def member(stacked: Any, number: int | Int[Array, ""]) -> Any:
     """Take one pytree out of a stack."""
     return jax.tree.map(lambda leaf: leaf[number], stacked)
 

@@ -454,7 +454,7 @@ def test_a_member_that_diverges_disturbs_no_other():
 def test_a_sweep_stops_once_all_its_members_have_diverged():
     batches = itertools.repeat(jnp.full((4, D), jnp.nan))
     saes = train.stack([sae(seed, m=M) for seed in range(3)])
-    with pytest.raises(train.Diverged, match="of 1[0-9] batches in a row was not finite, 1[0-9] in all, after 0 steps"):
+    with pytest.raises(train.Diverged, match=r"of 1\d batches in a row was not finite, 1\d in all, after 0"):
         train.sweep(saes, batches, loss=Objective(), tx=train.recipe, rates=jnp.full(3, 1e-2), steps=40)
 
 
