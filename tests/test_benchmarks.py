@@ -183,7 +183,7 @@ def test_the_condition_number_is_that_of_the_support():
 
 
 def report(case, rows):
-    machine = {"device": "abacus", "cores": 1, "jax": "0", "commit": "0123456789abcdef-dirty"}
+    machine = {"benchmark": "refine", "device": "abacus", "cores": 1, "jax": "0", "commit": "0123456789abcdef-dirty"}
     return {**machine, "copy_bandwidth": {"bytes_per_s": 1e9}, "cases": [case], "rows": rows}
 
 
