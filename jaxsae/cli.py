@@ -194,7 +194,8 @@ def refine(
 
     model, rows = pretrained.load(sae), data_module.open_rows(data)
     if capacity is not None and (capacity < 1 or (model.activation.slots or capacity) != capacity):
-        raise InputError(f"got --capacity {capacity} for {model.activation}; leave it out.")
+        name, slots = type(model.activation).__name__, model.activation.slots
+        raise InputError(f"got --capacity {capacity} for {name}({f'k={slots}' if slots else ''}); leave it out.")
     if not (0 < max_steps < 2**31 and tol >= 0):
         raise InputError(
             f"got --max-steps {max_steps} and --tol {tol}; pass steps from 1 to 2³¹ − 1 and tol of at least 0."
