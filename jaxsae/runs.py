@@ -180,7 +180,7 @@ def _validate(options: Options) -> _Family:
     return family
 
 
-def _load(path, options: Options) -> tuple[np.ndarray, np.ndarray]:
+def _load(path, options: Options) -> tuple[data_module.Rows, data_module.Rows]:
     everything = data_module.open_rows(path)
     needed = options.batch + options.heldout
     if len(everything) < needed:
@@ -193,7 +193,7 @@ def _load(path, options: Options) -> tuple[np.ndarray, np.ndarray]:
     return everything[: -options.heldout], heldout
 
 
-def _centre_and_scale(rows: np.ndarray, name: str) -> tuple[jax.Array, float]:
+def _centre_and_scale(rows: data_module.Rows, name: str) -> tuple[jax.Array, float]:
     """Geometric median of a sample, and what scales it to unit mean square about that."""
     sample = np.asarray(rows[:: max(1, len(rows) // _SAMPLE)][:_SAMPLE], np.float32)
     sample = sample[np.isfinite(sample).all(1)]
@@ -217,7 +217,7 @@ def _schedule(options: Options) -> optax.Schedule:
     return optax.join_schedules(parts, [options.steps - decay])
 
 
-def evaluate(sae: SAE, rows: np.ndarray) -> dict[str, Any]:
+def evaluate(sae: SAE, rows: data_module.Rows) -> dict[str, Any]:
     """Measure an autoencoder on rows: `nmse`, `explained_variance`, `l0`, `dead`, and `nmse_at`.
 
     `nmse_at` is the NMSE with the 1, 2, 4 … largest latents of each row alone, the progressive code.

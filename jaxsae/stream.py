@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxsae.codes import SparseCode
+from jaxsae.data import Rows
 from jaxsae.files import InputError, atomic_file
 from jaxsae.metrics import Shrinkage, shrinkage
 from jaxsae.refit import RefitInfo, Status
@@ -34,7 +35,7 @@ class Block(NamedTuple):
     info: RefitInfo
 
 
-def chunks(sae: SAE, rows: np.ndarray) -> Iterator[tuple[int, Array]]:
+def chunks(sae: SAE, rows: Rows) -> Iterator[tuple[int, Array]]:
     """Rows `[n d]` in chunks whose pre-activations fit in memory, each with the number of its first row."""
     size = max(_BLOCK, _PRE_ACTIVATIONS // (4 * sae.m) // _BLOCK * _BLOCK)
     # At least float32, whatever the SAE's: what is certified is then what is written.
@@ -49,7 +50,7 @@ def _max_l0(sae, x):
     return jnp.max(jnp.where(jnp.isfinite(x).all(1), l0, 0))
 
 
-def max_l0(sae: SAE, rows: np.ndarray) -> int:
+def max_l0(sae: SAE, rows: Rows) -> int:
     """The number of active latents of the densest row: the capacity that loses nothing, at least 1.
 
     Args:
@@ -59,7 +60,7 @@ def max_l0(sae: SAE, rows: np.ndarray) -> int:
     return max([1, *(int(_max_l0(sae, x)) for _, x in chunks(sae, rows))])
 
 
-def refine_blocks(sae: SAE, rows: np.ndarray, solver: Any = None, *, capacity: int | None = None) -> Iterator[Block]:
+def refine_blocks(sae: SAE, rows: Rows, solver: Any = None, *, capacity: int | None = None) -> Iterator[Block]:
     """Encode and refine rows, a block at a time.
 
     Rows of similar L0 go together, in as few slots as hold them, 32, 128 or all: the cost of a refit grows with the
@@ -111,7 +112,7 @@ class RefineSummary(NamedTuple):
 
 def refine_file(
     sae: SAE,
-    rows: np.ndarray,
+    rows: Rows,
     out: str | os.PathLike,
     solver: Any = None,
     *,

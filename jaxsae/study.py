@@ -1,7 +1,8 @@
 """The main job, Section 5.1 of Gao et al. (2024): does refinement raise activations, and whose.
 
 Train ReLU autoencoders at several L1 weights and TopK ones at the L0s that these reached; refine the codes of held-out
-rows with a certificate for each row; compare.
+rows with a certificate for each row; compare. In a language model, the rows are its residual stream, and the comparison
+goes on to what each code does to the next-token loss.
 """
 
 import functools
@@ -9,7 +10,7 @@ import json
 import operator
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,19 +21,21 @@ import numpy as np
 import optax
 
 from jaxsae import data as data_module
-from jaxsae import metrics, plots, pretrained, train
+from jaxsae import harvest, language_model, metrics, model_files, plots, pretrained, train
 from jaxsae.activations import ReLU, TopK
 from jaxsae.certificate import certify
 from jaxsae.files import InputError, atomic_file
+from jaxsae.language_model import LanguageModel, NextToken, loss_recovered
 from jaxsae.objectives import L1, AuxK, Objective
-from jaxsae.sae import SAE, init, rescale
+from jaxsae.sae import SAE, decode, init, rescale
 from jaxsae.solvers import ConjugateGradient
 from jaxsae.stream import refine_blocks
 
 CERTIFIED = 1e-5  # the KKT residual that certifies a row
 _SOLVER = ConjugateGradient(tol=1e-6, max_steps=5000)  # tighter, so that the certificate does not hang on rounding
-_TRAIN_ROWS = 100_000
 _REPORT_EVERY = 25  # steps
+_CONTEXT = 256  # tokens in a context, of which the first gives no row
+_TOGETHER = 4  # contexts whose logits are in memory together
 
 
 class Plan(NamedTuple):
@@ -44,18 +47,30 @@ class Plan(NamedTuple):
     heldout: int
     l1: tuple[float, ...]  # weights for rows scaled to unit mean square
     learning_rate: float = 1e-3
+    train_rows: int = 100_000  # at most
 
 
 FULL = Plan(latents=2048, steps=500, batch=512, heldout=2048, l1=(0.02, 0.05, 0.1, 0.2))
 QUICK = Plan(latents=512, steps=200, batch=512, heldout=512, l1=(0.05, 0.2))
+# In a language model; whole contexts are held out.
+FULL_MODEL = Plan(4096, 800, 512, 16 * (_CONTEXT - 1), l1=(0.03, 0.06, 0.12), train_rows=200_000)
+QUICK_MODEL = Plan(1024, 200, 512, 4 * (_CONTEXT - 1), l1=(0.05, 0.2), train_rows=20_000)
 
 Progress = Callable[[str, int], None]
+
+
+class Site(NamedTuple):
+    """Where in a language model, and on which text, rows are harvested."""
+
+    model: str | os.PathLike  # as for `language_model.load`
+    layer: int = 8
+    text: Sequence[Path] | None = None  # Python's standard library, if None
 
 
 def run(
     out: str | os.PathLike,
     *,
-    data: str | os.PathLike | None = None,
+    data: str | os.PathLike | Site | None = None,
     plan: Plan = FULL,
     seed: int = 0,
     progress: Progress = lambda text, steps: None,
@@ -64,10 +79,11 @@ def run(
 
     Args:
       out: directory, made if missing.
-      data: file of activations; patches of photographs by default.
-      plan: sizes; `FULL` or `QUICK`.
+      data: file or directory of activations; or a `Site`, harvested to `out/activations`; patches of photographs by
+        default.
+      plan: sizes; `FULL` or `QUICK`, and `FULL_MODEL` or `QUICK_MODEL` of a `Site`.
       seed: of initialisation, shuffles and patches.
-      progress: called with what is going on and how many steps that took; `total_steps(plan)` in all.
+      progress: called with what is going on and how many steps that took; `total_steps(plan, data)` in all.
 
     Returns:
       The report: `rows`, one for each SAE, with the data, the configuration and versions.
@@ -77,7 +93,9 @@ def run(
     """
     if not 0 <= seed < 2**32:
         raise InputError(f"got seed {seed}, expected one from 0 to 2³² − 1; pass another.")
-    out = Path(out)
+    out, probe = Path(out), None
+    if isinstance(data, Site):
+        probe, data = _harvest(data, out / "activations", plan, progress), out / "activations"
     rows, heldout, scale, source = _load(data, plan, seed)
     report: dict[str, Any] = {
         "rows": [],
@@ -88,7 +106,11 @@ def run(
         | {"python": platform.python_version(), "backend": jax.default_backend()},
         "ratio_edges": metrics.RATIO_EDGES.tolist(),
     }
+    if probe is not None:
+        report["data"]["source"] = probe.source
+        report["config"]["context"] = _CONTEXT
     _write(report, out)
+    reconstructed: dict[str, np.ndarray] = {}
 
     def add(family: str, value: int | float, activation, loss) -> None:
         name = f"{type(activation).__name__} {'k' if family == 'topk' else 'λ'}={value:g}"
@@ -96,6 +118,8 @@ def run(
         sae = rescale(sae, scale)
         pretrained.save(sae, out / "sae" / f"{family}-{value:g}")
         report["rows"].append({"family": family, "k_or_l1": value, **measure(sae, heldout)})
+        if probe is not None:
+            reconstructed.update(_reconstruct(sae, heldout, len(report["rows"]) - 1))
         progress(f"{name}  refined", plan.heldout // _REPORT_EVERY)
         _write(report, out)
 
@@ -106,6 +130,11 @@ def run(
         k_aux = min(2 ** max(0, round(np.log2(width / 2))), plan.latents)
         for k in _matching_k([row["l0"] for row in report["rows"]], most=min(plan.latents, width)):
             add("topk", k, TopK(k), Objective((AuxK(k_aux),), dead_after=plan.steps * plan.batch // 10))
+        if probe is not None:
+            mean = np.broadcast_to(rows.mean(axis=0) / scale, heldout.shape)
+            _add_losses(
+                report, _losses(probe, reconstructed | {"zero": np.zeros_like(heldout), "mean": mean}, progress)
+            )
         report["complete"] = True
     finally:  # an interruption leaves what is finished
         if report["rows"]:
@@ -115,22 +144,52 @@ def run(
     return report
 
 
-def total_steps(plan: Plan) -> int:
+def total_steps(plan: Plan, data: Any = None) -> int:
     """How many steps a study reports as progress in all."""
-    return 2 * len(plan.l1) * (plan.steps + plan.heldout // _REPORT_EVERY)
+    steps = 2 * len(plan.l1) * (plan.steps + plan.heldout // _REPORT_EVERY)
+    if isinstance(data, Site):
+        steps += _contexts(plan.train_rows + plan.heldout) + _contexts(plan.heldout) * (4 * len(plan.l1) + 2)
+    return steps
+
+
+def _contexts(rows: int) -> int:
+    return -(-rows // (_CONTEXT - 1))
+
+
+class _Probe(NamedTuple):
+    """A language model, and the contexts of the held-out rows."""
+
+    model: LanguageModel
+    layer: int
+    contexts: np.ndarray  # [n s]
+    source: str
+
+
+def _harvest(site: Site, folder: Path, plan: Plan, progress: Progress) -> _Probe:
+    tokenizer = model_files.read_tokenizer(site.model)
+    model = language_model.load(site.model)
+    wanted = _contexts(plan.train_rows + plan.heldout)
+    files = harvest.standard_library() if site.text is None else site.text
+    text = harvest.pack(files, tokenizer, context=_CONTEXT, tokens=wanted * _CONTEXT)
+    of = "the sources of Python's standard library" if site.text is None else ", ".join(text.files)
+    source = {"model": str(site.model), "text": of}
+    tell = functools.partial(progress, f"{site.model}  harvesting")
+    harvest.run(folder, model, text.contexts, layer=site.layer, source=source, progress=tell)
+    name = f"residual of {site.model} after block {site.layer}, on {of}"
+    return _Probe(model, site.layer, text.contexts[-_contexts(plan.heldout) :], name)
 
 
 def _load(path, plan: Plan, seed: int) -> tuple[np.ndarray, np.ndarray, float, str]:
     """Training rows scaled to unit mean square about their mean, held-out rows as they are, the scale, a name."""
     if path is None:
-        rows, heldout = data_module.image_patches(_TRAIN_ROWS, plan.heldout, side=8, seed=seed)
+        rows, heldout = data_module.image_patches(plan.train_rows, plan.heldout, side=8, seed=seed)
         return rows, heldout, 1.0, "8 × 8 colour patches of scikit-learn's two photographs"
     everything = data_module.open_rows(path)
     needed = plan.batch + plan.heldout
     if len(everything) < needed:
         raise InputError(f"{path}: holds {len(everything)} rows, the study needs at least {needed}; pass more.")
     data_module.require_finite(everything, str(path))
-    rows = np.asarray(everything[: min(len(everything) - plan.heldout, _TRAIN_ROWS)], np.float32)
+    rows = np.asarray(everything[: min(len(everything) - plan.heldout, plan.train_rows)], np.float32)
     heldout = np.asarray(everything[-plan.heldout :], np.float32)
     if (rows == rows[0]).all():
         raise InputError(f"{path}: all rows are equal, there is nothing to learn; pass activations of varied inputs.")
@@ -214,6 +273,42 @@ def measure(sae: SAE, rows: np.ndarray) -> dict[str, Any]:
 @jax.jit
 def _certified_kkt(dictionary, y, code):
     return certify(dictionary, y, code).kkt  # the gap, not asked for, is not computed
+
+
+def _reconstruct(sae: SAE, rows: np.ndarray, number: int) -> dict[str, np.ndarray]:
+    """What the codes of rows decode to, before and after refinement."""
+    before, after = np.empty_like(rows), np.empty_like(rows)
+    for block in refine_blocks(sae, rows, _SOLVER):
+        before[block.rows], after[block.rows] = decode(sae, block.code), decode(sae, block.refined)
+    return {f"before {number}": before, f"after {number}": after}
+
+
+def _losses(probe: _Probe, replaced: dict[str, np.ndarray], progress: Progress) -> dict[str, NextToken]:
+    """Next-token losses with rows `[n d]` in place of the residual stream, by name, and `"clean"` ones."""
+
+    def put(rows, h):
+        return h.at[:, 1:].set(rows.reshape(h.shape[0], -1, h.shape[2]))
+
+    found = []
+    for start in range(0, len(probe.contexts), _TOGETHER):
+        contexts = probe.contexts[start : start + _TOGETHER]
+        of = slice(start * (_CONTEXT - 1), (start + len(contexts)) * (_CONTEXT - 1))
+        splices = {name: functools.partial(put, rows[of]) for name, rows in replaced.items()}
+        found.append(language_model.cross_entropy(probe.model, [jnp.asarray(contexts)], probe.layer, splices))
+        progress("next-token loss", len(contexts) * len(replaced))
+    return {name: functools.reduce(operator.add, (part[name] for part in found)) for name in found[0]}
+
+
+def _add_losses(report: dict[str, Any], found: dict[str, NextToken]) -> None:
+    clean = found["clean"]
+    report |= {f"ce_{name}": float(found[name].cross_entropy) for name in ("clean", "zero", "mean")}
+    for number, row in enumerate(report["rows"]):
+        for when in ("before", "after"):
+            spliced = found[f"{when} {number}"]
+            row |= {f"ce_{when}": float(spliced.cross_entropy), f"kl_{when}": float(spliced.kl)}
+            for ablation in ("zero", "mean"):
+                recovered = loss_recovered(clean, spliced, found[ablation])
+                row[f"recovered_{ablation}_{when}"] = float(recovered)
 
 
 def _write(report: dict[str, Any], out: Path) -> None:
