@@ -136,7 +136,7 @@ def real_problem(real: Real, path: Path, seed: int = 0) -> Problem:
 def _activations(path: Path, heldout: int, seed: int) -> tuple[np.ndarray, np.ndarray, str]:
     if path.exists():
         rows = jaxsae.data.open_rows(path)
-        return rows[:-heldout].astype(np.float32), rows[-heldout:].astype(np.float32), path.stem
+        return np.asarray(rows[:-heldout], np.float32), np.asarray(rows[-heldout:], np.float32), path.stem
     return *jaxsae.data.image_patches(20_000, heldout, seed=seed), "10 × 10 colour patches of two photographs"
 
 

