@@ -188,7 +188,6 @@ def _damage_in_one_line(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        reason = f"it lacks {reason}" if isinstance(error, KeyError) else reason
         raise InputError(f"{path}: is damaged or truncated ({reason}); get the file again.") from error
 
 
@@ -275,6 +274,8 @@ def _read_gguf(path: Path, dtype) -> tuple[Config, Arrays]:
         return _field(reader, f"llama.{name}", path, default)
 
     def get(parameter: str, name: str) -> np.ndarray:
+        if name not in tensors:
+            raise InputError(f"{path}: has no tensor {name}; get the file again.")
         tensor = tensors.pop(name)
         try:
             array = dequantize(tensor.data, tensor.tensor_type)
@@ -289,9 +290,8 @@ def _read_gguf(path: Path, dtype) -> tuple[Config, Arrays]:
 
     heads, width = number("attention.head_count"), number("embedding_length")
     head_width = number("attention.key_length", width // heads)
-    _refuse(
-        {"rope.dimension_count": number("rope.dimension_count", head_width)}, {"rope.dimension_count": head_width}, path
-    )
+    rotated = "rope.dimension_count"
+    _refuse({rotated: number(rotated, head_width)}, {rotated: head_width}, path)
     scaling = number("rope.scaling.type", "none")
     rope = {"rope_theta": number("rope.freq_base", 10000.0), "factor": number("rope.scaling.factor", 1.0)}
     rope = np.array(_rope(rope | {"rope_type": "default" if scaling == "none" else scaling}, head_width, path))
@@ -397,7 +397,10 @@ def _read_directory(path: Path, dtype) -> tuple[Config, Arrays]:
     kind = options.get("model_type")
     if kind not in ("llama", "gpt2"):
         raise InputError(f"{path}: is of model type {kind!r}, expected 'llama' or 'gpt2'; pass one of those.")
-    config = _llama_config(options, path) if kind == "llama" else _gpt2_config(options, path)
+    try:
+        config = _llama_config(options, path) if kind == "llama" else _gpt2_config(options, path)
+    except KeyError as error:
+        raise InputError(f"{path}: its config.json has no {error}; save the model again.") from error
     files = _open_shards(path)
     if kind == "gpt2":  # saved with a language-modelling head, or without
         files = {name.removeprefix("transformer."): file for name, file in files.items()}

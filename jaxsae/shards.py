@@ -125,7 +125,9 @@ class Writer:
         name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
         new = Manifest(int(width), name, json.loads(json.dumps(source, allow_nan=False)))
         if new.width < 1 or new.dtype not in _DTYPES:
-            raise InputError(f"{folder}: got width {width} and dtype {name}; pass at least 1, and {' or '.join(_DTYPES)}.")
+            raise InputError(
+                f"{folder}: got width {width} and dtype {name}; pass at least 1, and {' or '.join(_DTYPES)}."
+            )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
