@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from benchmarks import cases, clock, families, judge, plot, refine, table, train
+from benchmarks import cases, clock, families, harvest, judge, plot, refine, table, train
 
 ROOT = Path(__file__).parents[1]
 _PEERS = ("scipy", "jaxnnls", "jaxopt", "optax", "overcomplete", "torch", "eai-sparsify", "sae-lens")
@@ -39,6 +39,12 @@ def main() -> None:
     command.add_argument("--latents", type=int, default=4096)
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="for the trained autoencoders")
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
+    command = commands.add_parser("harvest", help="a harvest beside the forward pass alone; pip install '.[lm]'")
+    command.add_argument("--model", default="smollm2")
+    command.add_argument("--layer", type=int, default=8)
+    command.add_argument("--context", type=int, default=256)
+    command.add_argument("--batch", type=int, default=8)
+    command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
     command = commands.add_parser("table", help="what was measured, as markdown")
     command.add_argument("files", type=Path, nargs="+", metavar="FILE")
     command.add_argument("--readme", action="store_true", help="put it into the README")
@@ -53,6 +59,8 @@ def main() -> None:
         _train(args)
     elif args.command == "families":
         _families(args)
+    elif args.command == "harvest":
+        _harvest(args)
     elif args.command == "plot":
         plot.speed_against_accuracy(json.loads(args.file.read_text()), args.out)
     else:
@@ -91,6 +99,13 @@ def _train(args: argparse.Namespace) -> None:
 def _families(args: argparse.Namespace) -> None:
     rows = list(families.run(args.data, args.out, latents=args.latents, steps=args.steps))
     report = {**_environment("families"), "rows": rows, "matched": families.matched(rows)}
+    _write(args.json, report)
+    print(table.markdown(report))
+
+
+def _harvest(args: argparse.Namespace) -> None:
+    row = harvest.run(args.model, layer=args.layer, context=args.context, batch=args.batch)
+    report = {**_environment("harvest"), "row": row}
     _write(args.json, report)
     print(table.markdown(report))
 

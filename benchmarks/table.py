@@ -77,7 +77,16 @@ def _families(report: dict[str, Any], machine: str) -> list[str]:
     ]
 
 
-_TABLES = {"refine": _refine, "train": _train, "families": _families}
+def _harvest(report: dict[str, Any], machine: str) -> list[str]:
+    row = report["row"]
+    return [
+        f"{machine}: {row['model']} up to layer {row['layer']}, {row['batch']} contexts of {row['context']} tokens a "
+        f"step: {_three(row['forward_tokens_per_s'])} tokens/s forward alone, {_three(row['harvest_tokens_per_s'])} "
+        f"harvested to disk, {row['ratio']:.2f} times as long."
+    ]
+
+
+_TABLES = {"refine": _refine, "train": _train, "families": _families, "harvest": _harvest}
 
 
 def insert(readme: str, reports: list[dict[str, Any]]) -> str:

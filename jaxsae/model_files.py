@@ -342,10 +342,15 @@ def _gguf_tokenizer(path: Path, reader):
         )
     tokens = _field(reader, "tokenizer.ggml.tokens", path)
     merges = [tuple(merge.split(" ")) for merge in _field(reader, "tokenizer.ggml.merges", path)]
-    tokenizer = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    for merge in merges:  # of which tokenizers would panic, past any `except`
+        if len(merge) != 2 or not vocabulary.keys() >= {*merge, "".join(merge)}:
+            raise InputError(f"{path}: has a merge that makes no token: {' '.join(merge)!r}; get the file again.")
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
     tokenizer.pre_tokenizer, tokenizer.decoder = known[kind], decoders.ByteLevel()
-    control = [tokens[i] for i, of in enumerate(_field(reader, "tokenizer.ggml.token_type", path)) if of == 3]
-    tokenizer.add_special_tokens(control)
+    kinds = dict(zip(tokens, _field(reader, "tokenizer.ggml.token_type", path), strict=True))
+    tokenizer.add_special_tokens([token for token, of in kinds.items() if of == 3])  # control
+    tokenizer.add_tokens([token for token, of in kinds.items() if of == 4])  # of a user: never split
     if reader.get_field("tokenizer.ggml.add_bos_token") and _field(reader, "tokenizer.ggml.add_bos_token", path):
         bos = _field(reader, "tokenizer.ggml.bos_token_id", path)
         tokenizer.post_processor = processors.TemplateProcessing(

@@ -1,17 +1,20 @@
 import json
 import operator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
 import scipy.optimize
+import scipy.special
 from problems import f64
 
 import jaxsae
-from jaxsae import cli, data, pretrained, study
+from jaxsae import cli, data, language_model, pretrained, shards, study
 from jaxsae.files import InputError
 from jaxsae.stream import refine_blocks
 
@@ -321,3 +324,81 @@ def test_a_diverged_autoencoder_is_reported_and_printed(tmp_path, monkeypatch, c
     assert "not certified" in capsys.readouterr().err
     assert strict(tmp_path / "out" / "report.json")["complete"] is True
     assert (tmp_path / "out" / "shrinkage.png").exists()
+
+
+# --- A language model
+
+MODEL = Path(__file__).parent / "language_models" / "llama"
+WHEN = ("before", "after")
+MODEL_PLAN = study.Plan(latents=64, steps=40, batch=64, heldout=6 * 15, l1=(0.1,), train_rows=1500)
+
+
+@pytest.fixture(scope="session")
+def spliced(tmp_path_factory):
+    """A small study of a tiny model, in contexts of 16 tokens."""
+    folder, told = tmp_path_factory.mktemp("spliced"), []
+    (folder / "text.txt").write_text("".join(map(chr, np.random.default_rng(0).integers(32, 127, 3000))))
+    site = study.Site(MODEL, layer=1, text=[folder / "text.txt"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "_CONTEXT", 16)
+        run = partial(study.run, folder / "out", data=site, plan=MODEL_PLAN)
+        report = run(progress=lambda *args: told.append(args))
+        total = study.total_steps(MODEL_PLAN, site)
+        again = run()
+    assert again == report  # what was harvested is there already
+    return Study(folder / "out", report, told, np.asarray(data.open_rows(folder / "out" / "activations"))), total
+
+
+def test_a_study_of_a_model_has_its_losses(spliced):
+    done, total = spliced
+    report = done.report
+    assert strict(done.out / "report.json") == json.loads(json.dumps(report))
+    assert report["data"] == {
+        "source": f"residual of {MODEL} after block 1, on {done.out.parent / 'text.txt'}",
+        **{"rows": 1500, "heldout": 90, "width": 24},
+    }
+    losses = [f"{name}_{when}" for name in ("ce", "kl", "recovered_zero", "recovered_mean") for when in WHEN]
+    assert all(np.isfinite(row[name]) for row in report["rows"] for name in (*NUMBERS, *losses))
+    assert all(row[f"kl_{when}"] >= 0 for row in report["rows"] for when in WHEN)
+    assert sum(steps for _, steps in done.told) == total
+    with PIL.Image.open(done.out / "shrinkage.png") as image:
+        assert image.width > 2 * image.height  # three panels
+
+
+def test_the_losses_are_those_of_spliced_reconstructions(spliced):
+    done, _ = spliced
+    model = language_model.load(MODEL)
+    contexts = jnp.asarray(shards.column(done.out / "activations", "tokens")[-6:])
+    heldout = jnp.asarray(done.rows[-90:], jnp.float32)
+
+    def loss(rows):
+        def put(h):
+            return h.at[:, 1:].set(jnp.asarray(rows).reshape(6, 15, 24))
+
+        logits = f64(language_model.splice(model, contexts, 1, put))
+        log_p = scipy.special.log_softmax(logits[:, :-1], axis=-1)
+        return -np.take_along_axis(log_p, np.asarray(contexts)[:, 1:, None], -1).mean()
+
+    mean = done.rows[:1500].astype(np.float64).mean(axis=0)
+    np.testing.assert_allclose(done.report["ce_zero"], loss(jnp.zeros_like(heldout)), rtol=1e-5)
+    np.testing.assert_allclose(done.report["ce_mean"], loss(np.broadcast_to(mean, heldout.shape)), rtol=1e-5)
+    for row in done.report["rows"]:
+        sae = pretrained.load(done.out / "sae" / f"{row['family']}-{row['k_or_l1']:g}")
+        (block,) = refine_blocks(sae, np.asarray(heldout), study._SOLVER)  # as compiled already
+        for when, code in zip(WHEN, (block.code, block.refined), strict=True):
+            wanted = loss(heldout.at[block.rows].set(jaxsae.decode(sae, code)))
+            np.testing.assert_allclose(row[f"ce_{when}"], wanted, rtol=1e-4)
+            for name in ("zero", "mean"):
+                ablated, clean = done.report[f"ce_{name}"], done.report["ce_clean"]
+                share = (ablated - wanted) / (ablated - clean)
+                np.testing.assert_allclose(row[f"recovered_{name}_{when}"], share, atol=1e-3)
+
+
+def test_too_little_text_is_told(tmp_path):
+    (tmp_path / "text.txt").write_text("a short text of a line or two, and no more than that. " * 8)
+    site = study.Site(MODEL, layer=1, text=[tmp_path / "text.txt"])
+    with pytest.raises(InputError, match="the model takes 64"):
+        study.run(tmp_path / "out", data=site, plan=MODEL_PLAN)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match="holds 405 rows, the study needs at"):
+        patch.setattr(study, "_CONTEXT", 16)
+        study.run(tmp_path / "out", data=site, plan=MODEL_PLAN._replace(train_rows=10_000, heldout=30 * 15))
