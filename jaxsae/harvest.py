@@ -86,7 +86,7 @@ def pack(files: Sequence[Path], tokenizer: Any, *, context: int, tokens: int | N
         of_file = [tokenizer.encode(piece, add_special_tokens=False).ids for piece in _pieces(text)]
         of_file += [[separator]] if separator is not None and text else []
         parts += [np.asarray(ids, np.int32) for ids in of_file]
-        count = sum(map(len, parts))
+        count += sum(map(len, of_file))
     ids = np.concatenate([np.zeros(0, np.int32), *parts])[:wanted]
     rows = ids[: len(ids) // body * body].reshape(-1, body)
     if not len(rows):
@@ -111,11 +111,12 @@ def _read(file: Path) -> tuple[str, int]:
 
 def _pieces(text: str) -> Iterator[str]:
     """Cut a long text after line breaks."""
-    while len(text) > _PIECE:
-        cut = text.rfind("\n", 0, _PIECE) + 1 or _PIECE
-        yield text[:cut]
-        text = text[cut:]
-    yield text
+    start = 0
+    while len(text) - start > _PIECE:
+        cut = text.rfind("\n", start, start + _PIECE) + 1 or start + _PIECE
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
 
 
 def run(

@@ -211,8 +211,8 @@ def _stack(names: dict[str, str], layers: int, get: Callable[[str, str], np.ndar
 
     def one(parameter, pattern):
         if not parameter.startswith("blocks."):
-            return get(parameter, pattern).astype(dtype)
-        return np.stack([get(parameter, pattern.format(i)).astype(dtype) for i in range(layers)])
+            return get(parameter, pattern).astype(dtype, copy=False)
+        return np.stack([get(parameter, pattern.format(i)).astype(dtype, copy=False) for i in range(layers)])
 
     return {parameter: one(parameter, pattern) for parameter, pattern in names.items()}
 

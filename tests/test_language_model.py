@@ -1,0 +1,304 @@
+import functools
+import json
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from problems import atoms_of, f64, optimum, sae
+
+import jaxsae
+from jaxsae import language_model as lm
+from jaxsae import model_files
+
+SAVED = Path(__file__).parent / "language_models"
+GOLDEN = Path(__file__).parents[2] / "shared" / "fixtures" / "smollm2" / "golden.npz"
+EVERY_MODEL = pytest.mark.parametrize("name", ["gpt2", "llama", "llama3"])
+LAYERS = range(3)  # of every model here
+
+# Compiled, since op by op every shape costs dozens of small compilations.
+residual = jax.jit(lm.residual, static_argnums=2)
+logits = jax.jit(lm.logits, static_argnums=2)
+splice = jax.jit(lm.splice, static_argnums=(2, 3), static_argnames="skip_first")
+
+
+@jax.jit
+def everything(model, ids):
+    """The residual after every block, and the logits that follow from the first and the last."""
+    hidden = [lm.residual(model, ids, layer) for layer in LAYERS]
+    return hidden, [lm.logits(model, hidden[layer], layer) for layer in (0, 2)]
+
+
+@functools.cache
+def saved(name, dtype="float32"):
+    return lm.load(SAVED / name, dtype=dtype), np.load(SAVED / name / "expected.npz")
+
+
+tiny = functools.cache(lm.tiny)
+
+
+def tokens(batch=2, length=6, seed=0, vocab=16):
+    return jnp.asarray(np.random.default_rng(seed).integers(0, vocab, (batch, length)), jnp.int32)
+
+
+# --- residual and logits
+
+
+@EVERY_MODEL
+def test_every_residual_and_the_logits_are_those_of_transformers(name):
+    model, expected = saved(name)
+    hidden, found = everything(model, expected["ids"])
+    np.testing.assert_allclose(np.stack(hidden), expected["hidden"], atol=1e-5)
+    for each in found:
+        assert each.dtype == jnp.float32
+        np.testing.assert_allclose(each, expected["logits"], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama3"])
+def test_bfloat16_is_close(name):
+    model, expected = saved(name, "bfloat16")
+    hidden, found = everything(model, expected["ids"])
+    assert {h.dtype for h in hidden} == {jnp.dtype(jnp.bfloat16)}
+    for got, wanted in [*zip(hidden, expected["hidden"], strict=True), (found[0], expected["logits"])]:
+        assert np.linalg.norm(f64(got) - wanted) < 0.05 * np.linalg.norm(wanted)
+    # Summed in bfloat16, logits would be of few values.
+    assert found[0].dtype == jnp.float32
+    assert np.any(found[0] != found[0].astype(jnp.bfloat16))
+
+
+def test_a_model_is_traced_once():
+    # Its configuration is static, and must be the same for models that are loaded apart.
+    traced = jax.jit(chex.assert_max_traces(lambda model, ids: lm.residual(model, ids, 0), 1))
+    for seed in range(2):
+        traced(lm.load(SAVED / "llama"), tokens(seed=seed))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_batch_on_eight_devices_stays_there(name):
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    assert mesh.size == 8
+    split = NamedSharding(mesh, PartitionSpec("data"))
+    model, expected = saved(name)
+    rows = np.random.default_rng(0).integers(0, 2, 16)
+    everywhere = jax.device_put(model, NamedSharding(mesh, PartitionSpec()))
+    ids = jax.device_put(expected["ids"][rows], split)
+    compiled = everything.lower(everywhere, ids).compile()
+    hidden, found = compiled(everywhere, ids)
+    wanted_ones = [*expected["hidden"], *[expected["logits"]] * 2]
+    for got, wanted in zip([*hidden, *found], [one[rows] for one in wanted_ones], strict=True):
+        assert got.sharding.is_equivalent_to(split, got.ndim)
+        np.testing.assert_allclose(got, wanted, atol=1e-5)
+    assert "all-gather" not in compiled.as_text()
+
+
+@pytest.mark.parametrize(
+    ("ids", "layer", "error", "message"),
+    [
+        (jnp.ones((2, 6)), 1, TypeError, "got ids of dtype float32, expected integers; pass tokens"),
+        (tokens()[0], 1, ValueError, r"got ids of shape \(6,\); pass \(b, s\) with s from 1 to 32"),
+        (tokens()[None], 1, ValueError, r"got ids of shape \(1, 2, 6\); pass \(b, s\)"),
+        (tokens(length=33), 1, ValueError, r"got ids of shape \(2, 33\); pass \(b, s\) with s from 1 to 32"),
+        (tokens()[:, :0], 1, ValueError, r"got ids of shape \(2, 0\); pass \(b, s\) with s from 1 to 32"),
+        (tokens(), -1, ValueError, "got layer -1 for 3 blocks; pass 0 to 2"),
+        (tokens(), 3, ValueError, "got layer 3 for 3 blocks; pass 0 to 2"),
+    ],
+)
+def test_what_does_not_fit_is_refused(ids, layer, error, message, unchecked):
+    for call in (residual, functools.partial(splice, skip_first=1)):
+        arguments = (tiny(), ids, layer) if call is residual else (tiny(), ids, layer, jnp.zeros_like)
+        with pytest.raises(error, match=message):
+            call(*arguments)
+    with pytest.raises(error, match=message):
+        lm.cross_entropy(tiny(), [ids], layer, {})
+
+
+# --- splice
+
+
+def by_hand(model, ids, layer, new, skip_first=1):
+    """The logits of a residual of which the positions from `skip_first` on are replaced."""
+    h = np.array(residual(model, ids, layer))
+    h[:, skip_first:] = np.broadcast_to(new, h.shape)[:, skip_first:]
+    return f64(logits(model, jnp.asarray(h), layer))
+
+
+def same(h):
+    return h
+
+
+def mean(h):
+    return jnp.broadcast_to(jnp.mean(h, axis=(0, 1)), h.shape)
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_splicing_the_residual_itself_changes_nothing(layer):
+    model, ids = tiny(), tokens()
+    plain = logits(model, residual(model, ids, 0), 0)
+    np.testing.assert_allclose(splice(model, ids, layer, same), plain, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("layer", "fn", "skip_first"),
+    [(0, mean, 1), (1, jnp.zeros_like, 0), (1, jnp.zeros_like, 1), (1, mean, 3), (2, jnp.zeros_like, 3)],
+)
+def test_zeros_and_means(layer, fn, skip_first):
+    model, ids = tiny(), tokens()
+    h = f64(residual(model, ids, layer))
+    new = h.mean(axis=(0, 1)) if fn is mean else 0.0
+    found = splice(model, ids, layer, fn, skip_first=skip_first)
+    np.testing.assert_allclose(found, by_hand(model, ids, layer, new, skip_first), atol=1e-5)
+    plain = logits(model, residual(model, ids, 0), 0)
+    np.testing.assert_allclose(found[:, :skip_first], plain[:, :skip_first], atol=1e-6)
+    assert np.abs(found - plain)[:, skip_first:].max() > 0.01
+
+
+@pytest.mark.parametrize("fn", [lambda h: h[..., :4], lambda h: h[:, 1:], lambda h: h[0], jnp.sum])
+def test_a_splice_of_another_shape_is_refused(fn):
+    with pytest.raises(ValueError, match=r"`splice` got \(.*\) from fn for residuals \(2, 6, 8\); return one for each"):
+        lm.splice(tiny(), tokens(), 1, fn)
+
+
+def test_the_past_does_not_see_a_splice():
+    model, ids = tiny(), tokens()
+    plain = logits(model, residual(model, ids, 0), 0)
+    found = splice(model, ids, 1, lambda h: h.at[:, 3].set(7.0))
+    np.testing.assert_allclose(found[:, :3], plain[:, :3], atol=1e-6)
+    assert np.all(np.abs(found - plain)[:, 3:].max(axis=(0, 2)) > 1e-4)
+
+
+def test_the_derivative_goes_through_a_splice():
+    model, ids = tiny(), tokens()
+
+    def loss(new):
+        return jnp.sum(lm.splice(model, ids, 1, lambda h: new)[:, :, 3])
+
+    new = 0.9 * residual(model, ids, 1)
+    value, gradient = jax.jit(jax.value_and_grad(loss))(new)
+    assert np.isfinite(value)
+    assert np.all(np.isfinite(gradient))
+    assert np.all(np.linalg.norm(gradient[:, 1:], axis=-1) > 1e-4)
+    assert not np.any(gradient[:, 0])  # where the residual was left alone
+
+
+@pytest.mark.parametrize("activation", [jaxsae.TopK(4), jaxsae.ReLU()], ids=["TopK", "ReLU"])
+def test_the_refined_code_of_an_sae_is_spliced(activation):
+    model, ids = tiny(), tokens()
+    autoencoder = sae(d=8, m=16, activation=activation)
+    capacity = activation.slots or 16
+
+    def refined(h):
+        return jaxsae.decode(autoencoder, jaxsae.refine(autoencoder, h, capacity=capacity)[0])
+
+    h, (dictionary, b_dec) = residual(model, ids, 1), map(f64, (autoencoder.W_dec, autoencoder.b_dec))
+    best = optimum(dictionary, h - b_dec, jaxsae.encode(autoencoder, h, capacity=capacity))
+    new = np.einsum("...k,...kd->...d", best.values, atoms_of(dictionary, best)) + b_dec
+    np.testing.assert_allclose(splice(model, ids, 1, refined), by_hand(model, ids, 1, new), atol=1e-3)
+
+
+# --- cross-entropy
+
+
+def oracle(model, ids, layer, fn):
+    """Surprise and KL from the clean predictions, token by token, in float64."""
+    h = residual(model, ids, layer)
+    clean, spliced = (scipy.special.log_softmax(by_hand(model, ids, layer, new)[:, :-1], axis=-1) for new in (h, fn(h)))
+    surprise = -np.take_along_axis(spliced, np.asarray(ids)[:, 1:, None], axis=-1)
+    return surprise.ravel(), np.sum(np.exp(clean) * (clean - spliced), axis=-1).ravel()
+
+
+def test_cross_entropy_is_a_mean_over_tokens():
+    model, batches = tiny(), [tokens(), tokens(1, 20, seed=1)]
+    splices = {"zero": jnp.zeros_like, "mean": mean, "same": same}
+    found = lm.cross_entropy(model, iter(batches), 1, splices)
+    assert found.keys() == {"clean", *splices}
+    for name, fn in {"clean": same, **splices}.items():
+        parts = [oracle(model, ids, 1, fn) for ids in batches]
+        surprise, divergence = (np.concatenate(each) for each in zip(*parts, strict=True))
+        assert found[name].tokens == surprise.size == 2 * 5 + 19
+        np.testing.assert_allclose(found[name].cross_entropy, surprise.mean(), rtol=1e-6)
+        np.testing.assert_allclose(found[name].kl, divergence.mean(), rtol=1e-5, atol=1e-6)
+        means = [part[0].mean() for part in parts]
+        assert abs(np.mean(means) - surprise.mean()) > 1e-3  # so that the two are told apart
+    assert found["zero"].kl > 0.01
+    assert found["same"] == found["clean"]
+    assert abs(found["clean"].kl) < 1e-6
+
+
+@pytest.mark.parametrize("skip_first", [0, 3])
+def test_cross_entropy_leaves_the_first_positions_alone(skip_first):
+    model, ids = tiny(), tokens()
+    found = lm.cross_entropy(model, [ids], 1, {"zero": jnp.zeros_like}, skip_first=skip_first)["zero"]
+    spliced = scipy.special.log_softmax(by_hand(model, ids, 1, 0.0, skip_first)[:, :-1], axis=-1)
+    expected = -np.take_along_axis(spliced, np.asarray(ids)[:, 1:, None], axis=-1).mean()
+    np.testing.assert_allclose(found.cross_entropy, expected, rtol=1e-6)
+
+
+def test_cross_entropy_needs_batches():
+    with pytest.raises(ValueError, match="`cross_entropy` got no batches; pass at least one"):
+        lm.cross_entropy(tiny(), [], 1, {"zero": jnp.zeros_like})
+
+
+def test_loss_recovered():
+    clean, spliced, ablated = (lm.NextToken(10.0, surprise, 0.0) for surprise in (20.0, 30.0, 60.0))
+    assert lm.loss_recovered(clean, clean, ablated) == 1
+    assert lm.loss_recovered(clean, ablated, ablated) == 0
+    assert lm.loss_recovered(clean, spliced, ablated) == 0.75
+    assert (clean + ablated).cross_entropy == 4
+
+
+# --- the real one
+
+
+@pytest.fixture(scope="module")
+def real():
+    if not model_files.cached("smollm2").is_file():
+        pytest.skip("SmolLM2 is not in the cache; run: jaxsae fetch smollm2")
+    if not GOLDEN.is_file():
+        pytest.skip(f"{GOLDEN} is missing: what transformers computed")
+    return lm.load("smollm2"), np.load(GOLDEN)
+
+
+@pytest.mark.lm
+def test_the_residual_of_smollm2(real):
+    model, golden = real
+    for layer in (0, 8, 15):
+        expected = golden[f"hidden{layer}"]
+        found = residual(model, golden["ids"], layer)[:, : expected.shape[1]]
+        # Row by row: the first position's is a thousand times as large as the others.
+        error = np.linalg.norm(found - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+        assert error.max() < 2e-3
+
+
+@pytest.mark.lm
+def test_the_predictions_of_smollm2(real):
+    model, golden = real
+    found = np.asarray(logits(model, residual(model, golden["ids"], 8), 8))
+    top = np.argsort(-found, axis=-1)[..., :5]
+    np.testing.assert_array_equal(top, golden["top5_ids"])
+    np.testing.assert_allclose(np.take_along_axis(found, top, axis=-1), golden["top5_logits"], atol=2e-3)
+
+
+@pytest.mark.lm
+def test_the_cross_entropies_of_smollm2(real):
+    model, golden = real
+    centre = jnp.asarray(golden["splice_mean"])
+    splices = {
+        "zero": jnp.zeros_like,
+        "mean": lambda h: jnp.broadcast_to(centre, h.shape),
+        "scale09": lambda h: centre + 0.9 * (h - centre),
+    }
+    found = lm.cross_entropy(model, [jnp.asarray(golden["ids"])], 8, splices)
+    expected = json.loads(str(golden["ce"]))
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert abs(found[name].cross_entropy - value) < 1e-3
+
+
+@pytest.mark.lm
+def test_the_tokens_of_smollm2(real):
+    _, golden = real
+    assert model_files.read_tokenizer("smollm2").encode(str(golden["text"])).ids == golden["ids"].ravel().tolist()
