@@ -139,7 +139,7 @@ def load(path: str | os.PathLike, *, dtype: Any = jnp.float32) -> LanguageModel:
     Example:
       >>> load("no-such-place")
       Traceback (most recent call last):
-      jaxsae.files.InputError: no-such-place: no such file; expected a GGUF file, a Hugging Face directory, or smollm2.
+      jaxsae.files.InputError: no-such-place: no such file; expected a GGUF file, a Hugging Face directory, or ...
     """
     config, arrays = model_files.read(path, jnp.dtype(dtype))
     abstract = nnx.eval_shape(lambda: LanguageModel(config, nnx.Rngs(0)))

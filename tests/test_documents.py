@@ -7,10 +7,12 @@ import pkgutil
 import re
 from pathlib import Path
 
+import jax
 import pytest
 
 import jaxsae
 from benchmarks import table
+from jaxsae import model_files
 
 ROOT = Path(__file__).parent.parent
 
@@ -42,6 +44,18 @@ def test_readme_runs(capsys):
     assert "NMSE" in capsys.readouterr().out
 
 
+@pytest.mark.lm
+def test_readme_runs_on_a_language_model(tmp_path, monkeypatch, capsys):
+    if not model_files.cached("smollm2").is_file():
+        pytest.skip("SmolLM2 is not in the cache; run: jaxsae fetch smollm2")
+    monkeypatch.chdir(tmp_path)
+    sae = jaxsae.init(jax.random.key(0), d=576, m=1024, activation=jaxsae.ReLU())
+    jaxsae.pretrained.save(sae, tmp_path / "jaxsae-study/sae/relu-0.1")  # where the study above it has one
+    run(re.findall(r"```py\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL))
+    clean, *_ = map(float, capsys.readouterr().out.split())
+    assert 0 < clean < 10
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
 def test_notebook_runs_and_keeps_its_outputs(path):
     cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
@@ -49,20 +63,32 @@ def test_notebook_runs_and_keeps_its_outputs(path):
     run(["".join(cell["source"]) for cell in cells])
 
 
-def test_readme_has_the_numbers_of_the_committed_report():
-    text = (ROOT / "README.md").read_text()
-    rows = json.loads((ROOT / "benchmarks/results/study/report.json").read_text())["rows"]
-    assert len(rows) == 8
-    for row in rows:
-        name = f"{'ReLU, L1' if row['family'] == 'relu' else 'TopK, k'} {row['k_or_l1']:g}"
-        (line,) = [line for line in text.splitlines() if line.startswith(f"| {name} |")]
-        shown = [f"{row['l0']:.1f}", *(f"{row[key]:.4f}" for key in ("nmse_before", "nmse_after", "gamma_before"))]
-        assert all(
-            f" {number} |" in line for number in (*shown, f"{row['mean_change']:+.1%}", f"{row['worst_kkt']:.1e}")
-        )
+def formatted(row: dict) -> str:
+    """A line of a study's table in the README."""
+    name = f"{'ReLU, L1' if row['family'] == 'relu' else 'TopK, k'} {row['k_or_l1']:g}"
+    shown = [f"{row['l0']:.1f}", *(f"{row[key]:.4f}" for key in ("nmse_before", "nmse_after"))]
+    shown += [f"{row['mean_before']:.3f}", f"{row['mean_after']:.3f}"]
+    shown += [f"{row['mean_change']:+.1%}", f"{row['rising']:.0%}"]
+    if "ce_before" in row:
+        shown += [f"{row[f'{key}_{when}']:.3f}" for key in ("ce", "kl") for when in ("before", "after")]
+        shown += [f"{row[f'recovered_mean_{when}']:.1%}" for when in ("before", "after")]
+    else:
+        shown += [f"{row[f'gamma_{when}']:.4f}" for when in ("before", "after")]
+    return "| " + " | ".join([name, *shown, f"{row['worst_kkt']:.1e}"]) + " |"
+
+
+@pytest.mark.parametrize("study, methods", [("study", 8), ("study-smollm2", 6)])
+def test_readme_has_the_numbers_of_the_committed_reports(study, methods):
+    lines = (ROOT / "README.md").read_text().splitlines()
+    report = json.loads((ROOT / f"benchmarks/results/{study}/report.json").read_text())
+    assert len(report["rows"]) == methods
+    assert not {formatted(row) for row in report["rows"]} - set(lines)
+    if "ce_clean" in report:
+        numbers = [f"{report[f'ce_{name}']:.3f}" for name in ("clean", "mean", "zero")]
+        assert [line for line in lines if all(number in line for number in numbers)]
 
 
 def test_readme_has_the_tables_of_the_committed_benchmarks():
     text = (ROOT / "README.md").read_text()
-    results = [ROOT / f"benchmarks/results/{name}/paper-cpu.json" for name in ("refine", "train", "families")]
+    results = [ROOT / f"benchmarks/results/{name}/paper-cpu.json" for name in ("refine", "train", "families", "harvest")]
     assert table.insert(text, [json.loads(path.read_text()) for path in results]) == text

@@ -1,6 +1,9 @@
 """Training runs from the command line, and the measurement of what they made."""
 
+import contextlib
 import json
+import sys
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -108,6 +111,31 @@ def test_the_same_seed_makes_the_same_autoencoder(data, tmp_path):
         train(data, tmp_path / name, "topk")
     weights = [(tmp_path / name / "sae/sae.safetensors").read_bytes() for name in "ab"]
     assert weights[0] == weights[1]
+
+
+def test_weights_and_biases_is_told_the_numbers(data, tmp_path, monkeypatch):
+    told = {}
+
+    @contextlib.contextmanager
+    def init(**options):
+        told["options"] = options
+        yield types.SimpleNamespace(log=lambda numbers, step: told.update({step: numbers}))
+        told["closed"] = True
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    assert train(data, tmp_path / "run", "topk", "--wandb") == 0
+    assert told.pop("closed")
+    options = told.pop("options")
+    assert (options["dir"], options["config"]["k"]) == (str(tmp_path / "run"), K)
+    assert list(told) == [10, 20, 30, 40, 50, 60]
+    assert told[60]["nmse"] < told[10]["nmse"]
+
+
+def test_weights_and_biases_that_is_not_installed_is_told(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert train(data, tmp_path / "run", "topk", "--wandb") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "jaxsae: got --wandb, but wandb is missing; pip install wandb."
 
 
 def test_batches_with_nan_are_skipped_and_told(data, tmp_path, capsys):

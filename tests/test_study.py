@@ -282,11 +282,11 @@ def test_data_that_cannot_be_used(case, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_rows_that_are_not_finite_are_named_by_their_place_in_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "_TRAIN_ROWS", 300)  # of a long file the middle is not read
+def test_rows_that_are_not_finite_are_named_by_their_place_in_the_file(tmp_path):
+    plan = SMALL._replace(train_rows=300)  # of a long file the middle is not trained on
     np.save(tmp_path / "x.npy", spoiled(1400))
     with pytest.raises(InputError, match="the first is row 1400"):
-        study.run(tmp_path / "out", data=tmp_path / "x.npy", plan=SMALL)
+        study.run(tmp_path / "out", data=tmp_path / "x.npy", plan=plan)
 
 
 def test_a_place_that_cannot_be_written_is_said_before_the_training(tmp_path, monkeypatch):

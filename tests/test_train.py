@@ -461,3 +461,16 @@ def test_a_sweep_stops_once_all_its_members_have_diverged():
 def test_a_sweep_wants_one_number_a_member():
     with pytest.raises(ValueError, match=r"`sweep` got leading axes of lengths \[2, 3\]; give every array one row"):
         train.sweep(train.stack([sae(), sae()]), [], loss=Objective(), tx=train.recipe, rates=jnp.ones(3), steps=0)
+
+
+def test_a_step_needs_little_more_than_adam_does():
+    d, m, b = 256, 4096, 256
+    start = jaxsae.init(jax.random.key(0), d=d, m=m, activation=jaxsae.TopK(8))
+    tx = train.recipe(1e-3)
+    step = train.make_step(Objective(), tx)
+    state = train.init_state(start, tx)
+    memory = step.func.lower(*step.args, state, jnp.zeros((b, d))).compile().memory_analysis()
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(start))
+    # Weights, their gradient and two moments; outputs take the place of the state that is given away.
+    assert memory.argument_size_in_bytes + memory.temp_size_in_bytes <= 1.25 * 4 * weights
+    assert memory.alias_size_in_bytes > 0.99 * memory.output_size_in_bytes
