@@ -60,7 +60,7 @@ def pursue(
     code = _validated(D, y, method)
     tol = jnp.broadcast_to(jnp.asarray(tol, gram.accumulator(D, y)), y.shape[:-1])
     limit = jnp.broadcast_to(jnp.asarray(method.k if limit is None else limit, jnp.int32), y.shape[:-1])
-    options = jax.tree.map(jnp.asarray, options or {})
+    options = jax.tree.map(lambda x: _number(x, tol.dtype), options or {})
     chosen, finite = _select_jitted(method, *jax.lax.stop_gradient(((D, options), (y, tol, limit))))
     code = dataclasses.replace(code, values=chosen.values.astype(code.values.dtype), indices=chosen.indices)
     solver = None if method.refits else FISTA(max_steps=0)  # which judges the values, and leaves them
@@ -71,6 +71,12 @@ def pursue(
         steps=chosen.steps,
         status=jnp.where(finite, status, Status.NONFINITE).astype(jnp.int32),
     )
+
+
+def _number(x: Any, dtype) -> Array:
+    """A number of the arithmetic's own dtype, or an integer."""
+    x = jnp.asarray(x)
+    return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.inexact) else x
 
 
 def _validated(D: Array, y: Array, method: Method) -> SparseCode:
