@@ -114,7 +114,8 @@ def transitions() -> Iterator[dict[str, Any]]:
     """The share of exact recoveries of each method at each `(δ, ρ) = (d/m, k/d)`, up to where it recovers none.
 
     Each point has a Gaussian matrix of its own and `TRIALS` codes of `k` random signs. Narrower matrices are filled up
-    with columns of zeros, which change no product: one program then serves all points.
+    with columns of zeros, which change no product: one program then serves all points. OMP takes `k` steps, so that one
+    wrong atom is a failure, and signs are its hardest codes: it ends at about the same `ρ` for every `δ`.
     """
     programs = {
         (name, k): jax.jit(lambda D, y, limit, method=method, k=k: method(D, y, k=k, limit=limit)[0].dense())
