@@ -37,6 +37,8 @@ ORDER = [
     "ksvd",
     "lasso",
     "pursuit",
+    "thresholding",
+    "selection",
     "certificate",
     "refit",
     "gram",

@@ -75,6 +75,16 @@ LAWS = {
     ),
     "codes.combine": Law(lambda sae, rows: jaxsae.codes.combine(sae.W_dec, rows.code)),
     "codes.from_dense": Law(lambda sae, rows: jaxsae.codes.from_dense(rows.x, 5), gathers=NO_SHARDED_TOP_K),
+    "pursuit.iti": Law(
+        lambda sae, rows: jaxsae.pursuit.iti(sae.W_dec, rows.x, k=K),
+        smooth="its values have the derivative of the refit: test_pursuit compares them",
+        gathers=NO_SHARDED_TOP_K,
+    ),
+    "pursuit.omp": Law(
+        lambda sae, rows: jaxsae.pursuit.omp(sae.W_dec, rows.x, k=K),
+        smooth="its values have the derivative of the refit: test_pursuit compares them",
+        gathers=NO_SHARDED_CHOLESKY,
+    ),
     "sae.pre_activations": Law(lambda sae, rows: jaxsae.sae.pre_activations(sae, rows.x)),
 }
 
