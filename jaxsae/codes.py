@@ -238,4 +238,5 @@ def by_latent(indices: Int[Array, "b k"], m: int) -> Int[Array, " bk"]:
     if size * (m + 1) >= 2**32:
         return jnp.argsort(indices.ravel())
     # One integer for latent and position sorts five times as fast as a pair.
-    return jnp.sort(indices.ravel().astype(jnp.uint32) * size + jnp.arange(size, dtype=jnp.uint32)) % size
+    keys = jnp.sort(indices.ravel().astype(jnp.uint32) * size + jnp.arange(size, dtype=jnp.uint32))
+    return (keys % size).astype(jnp.int32)
