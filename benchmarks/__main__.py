@@ -12,10 +12,22 @@ from typing import Any
 
 import jax
 
-from benchmarks import cases, clock, families, harvest, judge, plot, refine, table, train
+from benchmarks import cases, clock, families, harvest, judge, ksvd, plot, refine, table, train
 
 ROOT = Path(__file__).parents[1]
-_PEERS = ("scipy", "jaxnnls", "jaxopt", "optax", "overcomplete", "torch", "eai-sparsify", "sae-lens")
+_PEERS = (
+    "scipy",
+    "jaxnnls",
+    "jaxopt",
+    "optax",
+    "overcomplete",
+    "torch",
+    "eai-sparsify",
+    "sae-lens",
+    "dictlearn",
+    "ksvd",
+    "scikit-learn",
+)
 
 
 def main() -> None:
@@ -45,6 +57,11 @@ def main() -> None:
     command.add_argument("--context", type=int, default=256)
     command.add_argument("--batch", type=int, default=8)
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
+    command = commands.add_parser("ksvd", help="dictionaries found again, pictures denoised and filled in")
+    command.add_argument("--size", choices=ksvd.SIZES, default="tiny")
+    command.add_argument("--peers", action="store_true", help="other libraries too; pip install '.[peers]'")
+    command.add_argument("--pictures", type=Path, metavar="DIR", help="write the pictures, before and after")
+    command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
     command = commands.add_parser("table", help="what was measured, as markdown")
     command.add_argument("files", type=Path, nargs="+", metavar="FILE")
     command.add_argument("--readme", action="store_true", help="put it into the README")
@@ -61,6 +78,8 @@ def main() -> None:
         _families(args)
     elif args.command == "harvest":
         _harvest(args)
+    elif args.command == "ksvd":
+        _ksvd(args)
     elif args.command == "plot":
         plot.speed_against_accuracy(json.loads(args.file.read_text()), args.out)
     else:
@@ -107,6 +126,14 @@ def _harvest(args: argparse.Namespace) -> None:
     row = harvest.run(args.model, layer=args.layer, context=args.context, batch=args.batch)
     report = {**_environment("harvest"), "row": row}
     _write(args.json, report)
+    print(table.markdown(report))
+
+
+def _ksvd(args: argparse.Namespace) -> None:
+    environment = _environment("ksvd")
+    for report in ksvd.run(args.size, with_peers=args.peers, out=args.pictures):
+        report = environment | report
+        _write(args.json, report)  # after each part: an interruption leaves what is finished
     print(table.markdown(report))
 
 
