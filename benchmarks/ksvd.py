@@ -74,7 +74,7 @@ def _dictlearn(algorithm: str) -> Callable[[], Learner]:
 
         def learn(seed, y, steps):
             model = DictionaryLearning(M, fit_algorithm=algorithm, n_nonzero_coefs=K, max_iter=steps, random_state=seed)
-            return model.fit(y).components_
+            return np.asarray(model.fit(y).components_)
 
         return learn
 
@@ -86,7 +86,7 @@ def _ksvd_package() -> Learner:
 
     def learn(seed, y, steps):
         np.random.seed(seed)  # the package draws from the global generator
-        return ApproximateKSVD(M, max_iter=steps, transform_n_nonzero_coefs=K).fit(y).components_
+        return np.asarray(ApproximateKSVD(M, max_iter=steps, transform_n_nonzero_coefs=K).fit(y).components_)
 
     return learn
 
