@@ -12,11 +12,11 @@ from typing import Any
 
 import jax
 
-from benchmarks import cases, clock, families, harvest, judge, plot, pursuit, refine, table, train
+from benchmarks import cases, clock, families, harvest, judge, ksvd, plot, pursuit, refine, table, train
 
 ROOT = Path(__file__).parents[1]
 _PEERS = ("scipy", "jaxnnls", "jaxopt", "optax", "overcomplete", "torch", "eai-sparsify", "sae-lens")
-_PEERS += ("scikit-learn", "spams-bin")
+_PEERS += ("scikit-learn", "spams-bin", "dictlearn", "ksvd")
 
 
 def main() -> None:
@@ -54,6 +54,11 @@ def main() -> None:
     command.add_argument("--transitions", action="store_true", help="phase transitions instead")
     command.add_argument("--png", type=Path, metavar="OUT", help="draw them here; needs matplotlib")
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
+    command = commands.add_parser("ksvd", help="dictionaries found again, pictures denoised and filled in")
+    command.add_argument("--size", choices=ksvd.SIZES, default="tiny")
+    command.add_argument("--peers", action="store_true", help="other libraries too; pip install '.[peers]'")
+    command.add_argument("--pictures", type=Path, metavar="DIR", help="write the pictures, before and after")
+    command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
     command = commands.add_parser("table", help="what was measured, as markdown")
     command.add_argument("files", type=Path, nargs="+", metavar="FILE")
     command.add_argument("--readme", action="store_true", help="put it into the README")
@@ -72,6 +77,8 @@ def main() -> None:
         _harvest(args)
     elif args.command == "pursuit":
         _pursuit(args)
+    elif args.command == "ksvd":
+        _ksvd(args)
     elif args.command == "plot":
         plot.speed_against_accuracy(json.loads(args.file.read_text()), args.out)
     else:
@@ -129,6 +136,14 @@ def _pursuit(args: argparse.Namespace) -> None:
         _write(args.json, report)  # after each: an interruption leaves what is finished
     if args.png:
         pursuit.plot_transitions(report["points"], args.png)
+    print(table.markdown(report))
+
+
+def _ksvd(args: argparse.Namespace) -> None:
+    environment = _environment("ksvd")
+    for report in ksvd.run(args.size, with_peers=args.peers, out=args.pictures):
+        report = environment | report
+        _write(args.json, report)  # after each part: an interruption leaves what is finished
     print(table.markdown(report))
 
 

@@ -118,7 +118,45 @@ def _pursuit(report: dict[str, Any], machine: str) -> list[str]:
     return parts
 
 
-_TABLES = {"refine": _refine, "train": _train, "families": _families, "harvest": _harvest, "pursuit": _pursuit}
+def _ksvd(report: dict[str, Any], machine: str) -> list[str]:
+    """Atoms found again, by learner and noise; then pictures, by method."""
+    parts = [f"{machine}."]
+    lines = ["| learner | SNR (dB) | recovered | least | runs | s a run |", "|---|--:|--:|--:|--:|--:|"]
+    for row in report["recovery"]:
+        if row["mean"] is None:
+            lines.append(f"| {row['learner']} | {row['note']} | | | | |")
+            continue
+        snr = "none" if row["snr"] is None else f"{row['snr']:g}"
+        cells = [f"{row['mean']:.1%}", f"{row['least']:.0%}", str(row["runs"]), f"{row['s']:.2f}"]
+        lines.append(f"| {row['learner']} | {snr} | " + " | ".join(cells) + " |")
+    parts.append("\n".join(lines))
+    if report["denoising"]:
+        lines = ["| picture | method | PSNR (dB) | s | first, s |", "|---|---|--:|--:|--:|"]
+        for row in report["denoising"]:
+            cells = [
+                _shown(row[name], form) for name, form in (("psnr", "{:.2f}"), ("s", "{:.1f}"), ("first_s", "{:.1f}"))
+            ]
+            name = f"{row['picture']}, {row['height']} × {row['width']}, noisy {row['noisy']:.2f}"
+            lines.append(
+                f"| {name} | {row['method']}{': ' + row['note'] if row['note'] else ''} | " + " | ".join(cells) + " |"
+            )
+        parts += [f"Noise of σ {report['sigma']:g}, {report['atoms']} atoms:", "\n".join(lines)]
+    if report["inpainting"]:
+        lines = ["| picture | pixels missing | atoms | PSNR (dB) |", "|---|--:|---|--:|"]
+        for row in report["inpainting"]:
+            lines.append(f"| {row['picture']} | {row['missing']:.0%} | {row['method']} | {row['psnr']:.2f} |")
+        parts.append("\n".join(lines))
+    return parts
+
+
+_TABLES = {
+    "refine": _refine,
+    "train": _train,
+    "families": _families,
+    "harvest": _harvest,
+    "pursuit": _pursuit,
+    "ksvd": _ksvd,
+}
 
 
 def insert(readme: str, reports: list[dict[str, Any]]) -> str:

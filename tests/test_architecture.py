@@ -34,6 +34,7 @@ ORDER = [
     "losses",
     "sae",
     "activations",
+    "images",
     "ksvd",
     "lasso",
     "pursuit",
