@@ -308,9 +308,10 @@ def _descend(static: Static, tol, most, D, y, lam, arrival: Arrival) -> Arrival:
         g_w = matmul(D, y - matmul(w, D))
         # Power iteration estimates the curvature from below; each step taken is evidence that can only raise it.
         met = divide(jnp.sum(matmul(z - s.w, D) ** 2), jnp.sum((z - s.w) ** 2))
-        judged = z, *_judge(row, D, z, lam)[:2]
-        best = (jnp.where(judged[2] < s.gap, a, b) for a, b in zip(judged, (s.best, s.kkt, s.gap), strict=True))
-        return _Descent(z, w, g_w, jnp.maximum(s.curvature, met), t, *best, s.steps + 1)
+        kkt, gap, _ = _judge(row, D, z, lam)
+        better = gap < s.gap
+        best, kkt, gap = (jnp.where(better, *pair) for pair in ((z, s.best), (kkt, s.kkt), (gap, s.gap)))
+        return _Descent(z, w, g_w, jnp.maximum(s.curvature, met), t, best, kkt, gap, s.steps + 1)
 
     limit = arrival.steps + most
     end = jax.lax.while_loop(lambda s: (s.gap > tol) & (s.steps < limit), step, begin)

@@ -7,6 +7,7 @@ The penalty chooses the support, and shrinks the values on it: with `S` the supp
 the path is followed.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from jaxsae import codes, gram, homotopy, rows
@@ -24,7 +26,7 @@ from jaxsae.homotopy import Static
 from jaxsae.linalg import matmul
 from jaxsae.refit import RefitInfo, Status, refit
 
-Number = float | Array | np.ndarray
+Number = int | float | Array | np.ndarray
 
 
 @struct.dataclass
@@ -32,8 +34,8 @@ class LassoInfo(RefitInfo):
     """How a lasso ended, row by row.
 
     Attributes:
-      kkt: `[*b]` relative KKT residual, `max_i v_i / (max_i‖a_i‖ ‖y‖)` with `v_i = |g_i − λ sign z_i|` where `z_i` is not
-        0, `max(|g_i| − λ, 0)` elsewhere (`g_i − λ` if non-negative), and `g = D(y − Dᵀz)`; NaN where not finite.
+      kkt: `[*b]` relative KKT residual, `max_i v_i / (max_i‖a_i‖ ‖y‖)`, with `g = D(y − Dᵀz)` and `v_i = |g_i − λ sign
+        z_i|` where `z_i` is not 0, `max(|g_i| − λ, 0)` elsewhere (`g_i − λ` if non-negative); NaN where not finite.
       steps: `[*b]` int32, changes of the support from `λ_max` down to `lam`, and steps of FISTA where needed.
       status: `[*b]` int32, a `Status`: 0 the gap is within `tol`; 1 stopped at `max_steps`, or at `capacity` atoms with
         more to come; 2 not finite, or `lam` negative (an empty code).
@@ -79,10 +81,9 @@ def lasso(
 
     Example:
       >>> import jax.numpy as jnp, jaxsae.lasso
-      >>> D = jnp.array([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
-      >>> code, info = jaxsae.lasso.lasso(D, jnp.array([3.0, -0.1]), 0.5)
+      >>> code, info = jaxsae.lasso.lasso(jnp.eye(3), jnp.array([3.0, -1.0, 0.2]), 0.5)
       >>> code.dense(), int(info.status)
-      (Array([2.5, 0. , 0. ], dtype=float32), 0)
+      (Array([ 2.5, -0.5,  0. ], dtype=float32), 0)
 
     Source: Tibshirani (1996); Osborne, Presnell & Turlach (2000); Efron et al. (2004), "Least angle regression".
     """
@@ -198,7 +199,7 @@ def relaxed(
     last = jax.tree.map(functools.partial(jnp.where, refits), last, eased_info)
     values = jnp.where(refits[..., None], refitted.values, eased.values)
     steps, status = info.steps + last.steps, jnp.maximum(info.status, last.status)
-    return selected.replace(values=values), last.replace(steps=steps, status=status)
+    return dataclasses.replace(selected, values=values), dataclasses.replace(last, steps=steps, status=status)
 
 
 def blend(
@@ -235,8 +236,8 @@ def blend(
 
     Example:
       >>> import jax.numpy as jnp, jaxsae.lasso
-      >>> jaxsae.lasso.blend(jnp.eye(2), jnp.array([3.0, 0.2]), 0.5, 0.5)[0].dense()
-      Array([2.75, 0.  ], dtype=float32)
+      >>> jaxsae.lasso.blend(jnp.eye(3), jnp.array([3.0, 1.0, 0.2]), 0.5, 0.5)[0].dense()
+      Array([2.75, 0.75, 0.  ], dtype=float32)
 
     Source: Hastie, Tibshirani & Tibshirani (2020), "Best subset, forward stepwise or lasso?".
     """
@@ -245,7 +246,8 @@ def blend(
     refitted, refit_info = refit(D, y, selected, nonnegative=nonnegative)
     gamma = jnp.asarray(gamma, selected.values.dtype)[..., None]
     values = gamma * selected.values + (1 - gamma) * refitted.values
-    return selected.replace(values=values), info.replace(status=jnp.maximum(info.status, refit_info.status))
+    status = jnp.maximum(info.status, refit_info.status)
+    return dataclasses.replace(selected, values=values), dataclasses.replace(info, status=status)
 
 
 @struct.dataclass
@@ -254,7 +256,7 @@ class CrossValidation:
 
     Attributes:
       lams: `[L]` penalties, on all samples, in descending order.
-      phis: `[P]`.
+      phis: `[P]`, in descending order.
       error: `[L P]` mean squared error of the samples held out.
       deviation: `[L P]` its standard error, from the spread over the folds.
       lam: the penalty of least error.
@@ -316,7 +318,9 @@ def cross_validate(
       >>> sorted(code.indices[code.mask].tolist()), float(seen.phi)
       ([0, 1], 0.0)
     """
-    phis = jnp.asarray(_share("cross_validate", "phis", phis), gram.accumulator(D, y)).ravel()
+    _prepare("cross_validate", D, y, nonnegative, capacity)
+    phis = jnp.asarray(_share("cross_validate", "phis", phis), gram.accumulator(D, y))
+    phis = jnp.sort(phis.ravel(), descending=True)
     if y.ndim != 1 or not 2 <= folds <= y.size:
         raise ValueError(
             f"`cross_validate` got y of shape {y.shape} and {folds} folds; pass one target of d samples, and from 2 to "
@@ -326,26 +330,25 @@ def cross_validate(
     dealt = jax.random.permutation(key, jnp.arange(y.size) % folds)
     grid = eps ** jnp.linspace(0, 1, n_lambdas, dtype=phis.dtype)
     lams = lambda_max(D, y, nonnegative=nonnegative) * grid
-    order = jnp.argsort(-phis)
 
-    def held_out(fold):
-        """Squared errors of one fold's samples, summed: `[L P]`."""
+    def fit(fold):
+        """Squared errors of one fold's samples, summed `[L P]`, and the codes that the other samples give."""
         kept = dealt != fold
         inside, target = jnp.where(kept, D, 0), jnp.where(kept, y, 0)
         scaled = jnp.mean(kept, dtype=phis.dtype) * lams
         selected, _ = path(inside, target, scaled, capacity=capacity, **options)  # select
         many = jnp.broadcast_to(target, (n_lambdas, y.size))
-        eased, _ = _on_support(inside, many, selected, scaled[:, None] * phis[order], **options)  # then refit, in part
+        eased, _ = _on_support(inside, many, selected, scaled[:, None] * phis, **options)  # then refit, in part
         missed = jnp.where(kept, 0, y - codes.combine(D, eased))
-        return jnp.zeros((n_lambdas, phis.size), phis.dtype).at[:, order].set(jnp.sum(missed**2, axis=-1))
+        return jnp.sum(missed**2, axis=-1), eased
 
-    totals = jax.lax.map(held_out, jnp.arange(folds))
-    sizes = jnp.bincount(dealt, length=folds).astype(phis.dtype)
+    totals, fits = jax.lax.map(fit, jnp.arange(folds + 1))  # the last leaves no sample out
+    totals, sizes = totals[:-1], jnp.bincount(dealt, length=folds).astype(phis.dtype)
     error = jnp.sum(totals, axis=0) / y.size
     deviation = jnp.std(totals / sizes[:, None, None], axis=0, ddof=1) / math.sqrt(folds)
     best = jnp.unravel_index(jnp.argmin(error), error.shape)
-    seen = CrossValidation(lams, phis, error, deviation, lams[best[0]], phis[best[1]])
-    return relaxed(D, y, seen.lam, seen.phi, capacity=capacity, **options)[0], seen
+    code = jax.tree.map(lambda x: x[-1][best], fits)
+    return code, CrossValidation(lams, phis, error, deviation, lams[best[0]], phis[best[1]])
 
 
 def lambda_max(D: Float[Array, "m d"], y: Float[Array, "*b d"], *, nonnegative: bool = False) -> Float[Array, "*b"]:
@@ -388,7 +391,7 @@ def _prepare(name: str, D, y, nonnegative: bool, capacity: int | None) -> Static
 
 def _penalties(name: str, lam: Any, D, y, *, grid: bool = False) -> Array:
     """Penalties `[*b]`, or `[*b L]`, in the dtype of the arithmetic."""
-    if not isinstance(lam, jax.core.Tracer) and np.any(np.asarray(lam) < 0):
+    if not isinstance(lam, Tracer) and np.any(np.asarray(lam) < 0):
         raise ValueError(f"`{name}` got a penalty of {np.min(np.asarray(lam))}; pass penalties of 0 or more.")
     shape = (*y.shape[:-1], *np.shape(lam)[-1:]) if grid else y.shape[:-1]
     if np.ndim(lam) > len(shape) or np.broadcast_shapes(np.shape(lam), shape) != shape:
@@ -400,7 +403,7 @@ def _penalties(name: str, lam: Any, D, y, *, grid: bool = False) -> Array:
 
 
 def _share(name: str, what: str, x: Any) -> Any:
-    if not isinstance(x, jax.core.Tracer) and not np.all((np.asarray(x) >= 0) & (np.asarray(x) <= 1)):
+    if not isinstance(x, Tracer) and not np.all((np.asarray(x) >= 0) & (np.asarray(x) <= 1)):
         raise ValueError(f"`{name}` got {what} {np.asarray(x)}; pass numbers from 0 to 1.")
     return x
 

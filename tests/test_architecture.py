@@ -36,6 +36,7 @@ ORDER = [
     "activations",
     "ksvd",
     "lasso",
+    "homotopy",
     "pursuit",
     "certificate",
     "refit",
