@@ -12,10 +12,11 @@ from typing import Any
 
 import jax
 
-from benchmarks import cases, clock, families, harvest, judge, plot, refine, table, train
+from benchmarks import cases, clock, families, harvest, judge, lasso, plot, refine, table, train
 
 ROOT = Path(__file__).parents[1]
 _PEERS = ("scipy", "jaxnnls", "jaxopt", "optax", "overcomplete", "torch", "eai-sparsify", "sae-lens")
+_PEERS += ("scikit-learn", "celer", "skglm")
 
 
 def main() -> None:
@@ -45,6 +46,10 @@ def main() -> None:
     command.add_argument("--context", type=int, default=256)
     command.add_argument("--batch", type=int, default=8)
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
+    command = commands.add_parser("lasso", help="paths of the lasso, and relaxed regressions tuned by cross-validation")
+    command.add_argument("--size", choices=lasso.SIZES, default="tiny")
+    command.add_argument("--peers", action="store_true", help="other libraries too; pip install '.[peers]'")
+    command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
     command = commands.add_parser("table", help="what was measured, as markdown")
     command.add_argument("files", type=Path, nargs="+", metavar="FILE")
     command.add_argument("--readme", action="store_true", help="put it into the README")
@@ -61,6 +66,8 @@ def main() -> None:
         _families(args)
     elif args.command == "harvest":
         _harvest(args)
+    elif args.command == "lasso":
+        _lasso(args)
     elif args.command == "plot":
         plot.speed_against_accuracy(json.loads(args.file.read_text()), args.out)
     else:
@@ -106,6 +113,12 @@ def _families(args: argparse.Namespace) -> None:
 def _harvest(args: argparse.Namespace) -> None:
     row = harvest.run(args.model, layer=args.layer, context=args.context, batch=args.batch)
     report = {**_environment("harvest"), "row": row}
+    _write(args.json, report)
+    print(table.markdown(report))
+
+
+def _lasso(args: argparse.Namespace) -> None:
+    report = {**_environment("lasso"), "size": args.size, **lasso.run(args.size, with_peers=args.peers)}
     _write(args.json, report)
     print(table.markdown(report))
 

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from benchmarks import lasso
+
 END = "<!-- end -->"
 _HEAD = ("solver", "rows", "rows/s", "quartiles", "compile s", "worst KKT", "99.9% KKT", "added NMSE", "scratch MiB")
 _HEAD += ("roofline", "time / encoder", "")
@@ -86,7 +88,7 @@ def _harvest(report: dict[str, Any], machine: str) -> list[str]:
     ]
 
 
-_TABLES = {"refine": _refine, "train": _train, "families": _families, "harvest": _harvest}
+_TABLES = {"refine": _refine, "train": _train, "families": _families, "harvest": _harvest, "lasso": lasso.markdown}
 
 
 def insert(readme: str, reports: list[dict[str, Any]]) -> str:

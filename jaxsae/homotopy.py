@@ -118,7 +118,7 @@ class _Row(NamedTuple):
 
 def _row(static: Static, D, y) -> _Row:
     scale = jnp.sqrt(jnp.max(jnp.sum(D * D, axis=1))) * jnp.linalg.norm(y)
-    return _Row(D, y, scale, 32 * jnp.finfo(D.dtype).eps * scale, static)
+    return _Row(D, y, scale, 8 * jnp.finfo(D.dtype).eps * scale, static)
 
 
 # --- The walk
@@ -212,7 +212,7 @@ def _step(row: _Row, walk: _Walk, target) -> _Walk:
     chosen, gone = jnp.arange(m) == j, jnp.arange(m) == walk.indices[i]
     standing = jnp.where(joins & chosen, jnp.where(independent, _ACTIVE, _DEPENDENT), walk.standing)
     standing = jnp.where(leaves & (gone | (standing == _DEPENDENT)), _FREE, standing)
-    lost = jnp.max(jnp.abs(g_on - walk.lam * walk.signs)) > 0.1 * walk.lam + row.rounding
+    lost = jnp.max(jnp.abs(g_on - walk.lam * walk.signs)) > 0.1 * walk.lam + 4 * row.rounding
     return _Walk(
         lam=jnp.where(lost, walk.lam, jnp.where(arrives, target, walk.lam - length)),
         values=jnp.where(out, 0, z + length * slope),
@@ -316,8 +316,9 @@ def _descend(static: Static, tol, most, D, y, lam, arrival: Arrival) -> Arrival:
     limit = arrival.steps + most
     end = jax.lax.while_loop(lambda s: (s.gap > tol) & (s.steps < limit), step, begin)
     code = codes.from_dense(end.best, static.capacity)
-    found = Arrival(code.values, code.indices, code.overflow, end.steps, end.kkt, end.gap)
-    keep = usable & (end.gap >= arrival.gap)
+    kkt, gap, _ = _judge(row, D, code.dense(), lam)  # anew, since the slots may not have had room for all of it
+    found = Arrival(code.values, code.indices, code.overflow, end.steps, kkt, gap)
+    keep = usable & ~(gap < arrival.gap)
     return jax.tree.map(lambda a, b: jnp.where(keep, a, b), arrival._replace(steps=end.steps), found)
 
 

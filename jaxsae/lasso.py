@@ -394,7 +394,8 @@ def _penalties(name: str, lam: Any, D, y, *, grid: bool = False) -> Array:
     if not isinstance(lam, Tracer) and np.any(np.asarray(lam) < 0):
         raise ValueError(f"`{name}` got a penalty of {np.min(np.asarray(lam))}; pass penalties of 0 or more.")
     shape = (*y.shape[:-1], *np.shape(lam)[-1:]) if grid else y.shape[:-1]
-    if np.ndim(lam) > len(shape) or np.broadcast_shapes(np.shape(lam), shape) != shape:
+    pairs = zip(np.shape(lam)[::-1], shape[::-1], strict=False)
+    if np.ndim(lam) > len(shape) or any(size not in (1, wanted) for size, wanted in pairs):
         raise ValueError(
             f"`{name}` got penalties of shape {np.shape(lam)} for y of shape {y.shape}; pass one number, or shape "
             f"{shape}."

@@ -51,9 +51,9 @@ def gap_by_definition(atoms, y, z, lam, nonnegative):
     r = f64(y) - f64(z) @ f64(atoms)
     g = r @ f64(atoms).T
     top = (g if nonnegative else np.abs(g)).max(-1)
-    u = r * np.minimum(1, f64(lam) / np.maximum(top, 1e-300))[:, None]
+    u = r * np.where(top > f64(lam), f64(lam) / np.maximum(top, 1e-300), 1)[:, None]
     dual = (u * f64(y)).sum(-1) - 0.5 * (u**2).sum(-1)
-    return (objective(atoms, y, z, lam) - dual) / (0.5 * (f64(y) ** 2).sum(-1))
+    return (objective(atoms, y, z, lam) - dual) / np.maximum(0.5 * (f64(y) ** 2).sum(-1), 1e-300)
 
 
 # --- the lasso and its path
@@ -189,6 +189,7 @@ def test_the_blend_is_a_line_and_relaxed_where_no_sign_changes(x64):
     np.testing.assert_allclose(code.values[same], eased.values[same], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_cross_validation_measures_what_is_held_out(x64):
     rng = np.random.default_rng(7)
     samples, folds = 30, 3
@@ -253,10 +254,9 @@ def test_hard_inputs_are_solved(name, nonnegative):
     assert not np.any(np.asarray(code.dense())[~np.any(y, axis=1)])
     if nonnegative:
         assert np.all(z >= 0)
-    size = 0.5 * (f64(y) ** 2).sum(-1)
     for at in range(len(SHARES)):
         gap = gap_by_definition(atoms, y, z[:, at], info.lam[:, at], nonnegative)
-        assert np.max(gap[size > 0]) <= 1e-5, "by other arithmetic than the solver's"
+        assert np.max(gap) <= 1e-5, "by other arithmetic than the solver's"
 
 
 def test_rows_that_are_not_finite_touch_no_other_and_no_row_depends_on_the_others():
@@ -292,10 +292,11 @@ def test_too_few_slots_are_said_to_be():
     lams = grid(atoms, y)
     enough, _ = path(atoms, y, lams)
     code, info = path(atoms, y, lams, capacity=4)
-    missing = np.asarray(enough.l0 > 4)
-    assert np.all((code.overflow > 0) == missing)
+    missing = np.asarray(code.overflow > 0)
+    assert np.all(missing[np.asarray(enough.l0 > 4)])
     assert np.all(info.status[missing] == Status.MAX_STEPS)
     assert np.all(info.status[~missing] == Status.CONVERGED)
+    np.testing.assert_allclose(code.dense()[~missing], enough.dense()[~missing], atol=1e-5)
     with pytest.raises(RuntimeError, match="more active latents than slots"):
         jaxsae.check(code)
     with pytest.raises(RuntimeError, match="stopped at max_steps"):
