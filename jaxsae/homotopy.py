@@ -55,11 +55,12 @@ def solve(static: Static, shared, per_row) -> Arrival:
     y, lams, support = per_row
     (*batch, d), count, k, itemsize = y.shape, lams.shape[-1], static.capacity, y.dtype.itemsize
     n, m = math.prod(batch), len(D) if support is None else support.shape[-1]
+    valid = jnp.isfinite(D).all()
     unit = gram.power_of_two(jnp.max(jnp.abs(D)))
     D = divide(D, unit)
-    y, y_unit, _ = gram.scaled(y.reshape(n, d))
+    y, y_unit, y_norm = gram.scaled(y.reshape(n, d))
     lams = lams.reshape(n, count)
-    valid = jnp.isfinite(y_unit) & (lams >= 0) & jnp.isfinite(lams)
+    valid &= jnp.isfinite(y_unit) & jnp.isfinite(y_norm) & (lams >= 0) & jnp.isfinite(lams)
     lams = jnp.minimum(divide(divide(lams, y_unit), unit), jnp.finfo(y.dtype).max)
     support = None if support is None else support.reshape(n, m)
 
@@ -81,7 +82,7 @@ def solve(static: Static, shared, per_row) -> Arrival:
     walk_bytes = (6 * k * (k + d) + 12 * m + 4 * count * k + own_bytes) * itemsize
     arrival = rows.map_chunks(follow, y, lams, support, batch=(n,), row_bytes=walk_bytes)
     arrival = jax.tree.map(lambda x: x.reshape(n * count, *x.shape[2:]), arrival)
-    astray = ~(arrival.gap <= tol) & (arrival.overflow == 0)
+    astray = ~(arrival.gap <= tol) & (arrival.overflow == 0) & valid.ravel()
     owner = jnp.repeat(jnp.arange(n), count, total_repeat_length=n * count)
     arrival = rows.revise_rows(
         *(go_on, astray, arrival, owner, lams.ravel(), arrival), row_bytes=(20 * m + 4 * d + own_bytes) * itemsize
@@ -273,11 +274,12 @@ def _judge(row: _Row, A, z, lam):
 
 
 class _Descent(NamedTuple):
-    """Iterate `z [m]`, extrapolation `w [m]` with its correlations, curvature, momentum, and the best iterate."""
+    """Iterate `z [m]`, extrapolation `w [m]`, their residuals `[d]`, curvature, momentum, and the best iterate."""
 
     z: Array
+    r: Array
     w: Array
-    g_w: Array
+    r_w: Array
     curvature: Array
     t: Array
     best: Array
@@ -289,29 +291,27 @@ class _Descent(NamedTuple):
 def _descend(static: Static, tol, most, D, y, lam, arrival: Arrival) -> Arrival:
     """Go on with one row by FISTA with gradient restart, on all atoms, from where its walk ended or from 0."""
     row = _row(static, D, y)
-    reached = SparseCode(arrival.values, arrival.indices, len(D)).dense()
-    nothing = jnp.zeros_like(reached)
-    kkt, gap, _ = _judge(row, D, nothing, lam)
-    usable = arrival.gap <= gap
-    z = jnp.where(usable, reached, nothing)
-    kkt, gap = jnp.where(usable, arrival.kkt, kkt), jnp.where(usable, arrival.gap, gap)
-    g, curvature, one = matmul(D, y - matmul(z, D)), _spectral_norm(D), jnp.ones((), D.dtype)
-    begin = _Descent(z, z, g, curvature, one, z, kkt, gap, arrival.steps)
+    usable = arrival.gap <= 1  # as 0 has it, whose residuals are no larger either
+    kkt, gap = (jnp.where(usable, x, 1) for x in (arrival.kkt, arrival.gap))
+    z = jnp.where(usable, SparseCode(arrival.values, arrival.indices, len(D)).dense(), 0)
+    r, one = y - matmul(z, D), jnp.ones((), D.dtype)
+    begin = _Descent(z, r, z, r, _spectral_norm(D), one, z, kkt, gap, arrival.steps)
 
     def step(s: _Descent) -> _Descent:
-        moved, threshold = s.w + divide(s.g_w, s.curvature), divide(lam, s.curvature)
+        moved, threshold = s.w + divide(matmul(D, s.r_w), s.curvature), divide(lam, s.curvature)
         z = jnp.maximum(moved - threshold, 0)
         z = z if static.nonnegative else z + jnp.minimum(moved + threshold, 0)
+        r = y - matmul(z, D)
         restart = jnp.sum((s.w - z) * (z - s.z)) > 0
         t = jnp.where(restart, 1, (1 + jnp.sqrt(1 + 4 * s.t**2)) / 2)
-        w = z + jnp.where(restart, 0, (s.t - 1) / t) * (z - s.z)
-        g_w = matmul(D, y - matmul(w, D))
+        momentum = jnp.where(restart, 0, (s.t - 1) / t)
         # Power iteration estimates the curvature from below; each step taken is evidence that can only raise it.
-        met = divide(jnp.sum(matmul(z - s.w, D) ** 2), jnp.sum((z - s.w) ** 2))
+        met = divide(jnp.sum((r - s.r_w) ** 2), jnp.sum((z - s.w) ** 2))
         kkt, gap, _ = _judge(row, D, z, lam)
         better = gap < s.gap
         best, kkt, gap = (jnp.where(better, *pair) for pair in ((z, s.best), (kkt, s.kkt), (gap, s.gap)))
-        return _Descent(z, w, g_w, jnp.maximum(s.curvature, met), t, best, kkt, gap, s.steps + 1)
+        w, r_w = z + momentum * (z - s.z), r + momentum * (r - s.r)
+        return _Descent(z, r, w, r_w, jnp.maximum(s.curvature, met), t, best, kkt, gap, s.steps + 1)
 
     limit = arrival.steps + most
     end = jax.lax.while_loop(lambda s: (s.gap > tol) & (s.steps < limit), step, begin)
