@@ -318,7 +318,7 @@ def cross_validate(
       >>> sorted(code.indices[code.mask].tolist()), float(seen.phi)
       ([0, 1], 0.0)
     """
-    _prepare("cross_validate", D, y, nonnegative, capacity)
+    static = _prepare("cross_validate", D, y, nonnegative, capacity)
     phis = jnp.asarray(_share("cross_validate", "phis", phis), gram.accumulator(D, y))
     phis = jnp.sort(phis.ravel(), descending=True)
     if y.ndim != 1 or not 2 <= folds <= y.size:
@@ -326,24 +326,27 @@ def cross_validate(
             f"`cross_validate` got y of shape {y.shape} and {folds} folds; pass one target of d samples, and from 2 to "
             f"d folds."
         )
-    options = {"nonnegative": nonnegative, "tol": tol, "max_steps": max_steps}
     dealt = jax.random.permutation(key, jnp.arange(y.size) % folds)
     grid = eps ** jnp.linspace(0, 1, n_lambdas, dtype=phis.dtype)
     lams = lambda_max(D, y, nonnegative=nonnegative) * grid
 
-    def fit(fold):
-        """Squared errors of one fold's samples, summed `[L P]`, and the codes that the other samples give."""
-        kept = dealt != fold
-        inside, target = jnp.where(kept, D, 0), jnp.where(kept, y, 0)
-        scaled = jnp.mean(kept, dtype=phis.dtype) * lams
-        selected, _ = path(inside, target, scaled, capacity=capacity, **options)  # select
-        many = jnp.broadcast_to(target, (n_lambdas, y.size))
-        eased, _ = _on_support(inside, many, selected, scaled[:, None] * phis, **options)  # then refit, in part
-        missed = jnp.where(kept, 0, y - codes.combine(D, eased))
-        return jnp.sum(missed**2, axis=-1), eased
-
-    totals, fits = jax.lax.map(fit, jnp.arange(folds + 1))  # the last leaves no sample out
-    totals, sizes = totals[:-1], jnp.bincount(dealt, length=folds).astype(phis.dtype)
+    # Each fold is a row with a dictionary of its own, one after another in a large one; the last leaves no sample out.
+    kept = dealt != jnp.arange(folds + 1)[:, None]
+    inside = jnp.where(kept[:, None, :], D, 0).reshape(-1, y.size)
+    targets, scaled = jnp.where(kept, y, 0), jnp.mean(kept, axis=1, keepdims=True, dtype=phis.dtype) * lams
+    atoms = jnp.arange(len(inside)).reshape(folds + 1, -1)
+    selected, _ = _run(static, inside, targets, scaled, atoms, tol, max_steps)  # select
+    own = jnp.where(selected.mask, selected.indices + atoms[:, :1, None], len(inside))
+    targets = jnp.broadcast_to(targets[:, None], (*scaled.shape, y.size))
+    eased_lams = scaled[..., None] * phis
+    support = SparseCode(selected.values, own, len(inside), selected.overflow)
+    options = {"nonnegative": nonnegative, "tol": tol, "max_steps": max_steps}
+    eased, _ = _on_support(inside, targets, support, eased_lams, **options)  # then refit, in part
+    indices = jnp.broadcast_to(selected.indices[:, :, None], eased.indices.shape)
+    fits = SparseCode(eased.values, indices, len(D), eased.overflow)
+    missed = jnp.where(kept[:, None, None], 0, y - codes.combine(D, fits))
+    totals = jnp.sum(missed**2, axis=-1)[:-1]
+    sizes = jnp.bincount(dealt, length=folds).astype(phis.dtype)
     error = jnp.sum(totals, axis=0) / y.size
     deviation = jnp.std(totals / sizes[:, None, None], axis=0, ddof=1) / math.sqrt(folds)
     best = jnp.unravel_index(jnp.argmin(error), error.shape)
