@@ -318,8 +318,14 @@ def _descend(static: Static, tol, most, D, y, lam, arrival: Arrival) -> Arrival:
     code = codes.from_dense(end.best, static.capacity)
     kkt, gap, _ = _judge(row, D, code.dense(), lam)  # anew, since the slots may not have had room for all of it
     found = Arrival(code.values, code.indices, code.overflow, end.steps, kkt, gap)
-    keep = usable & ~(gap < arrival.gap)
-    return jax.tree.map(lambda a, b: jnp.where(keep, a, b), arrival._replace(steps=end.steps), found)
+    # What did not fit may have been what cancelled the rest: an empty code is better than that.
+    empty = jnp.zeros_like(code.values), jnp.full_like(code.indices, len(D)), code.overflow, end.steps
+    found = _choose(gap <= 1, found, Arrival(*empty, jnp.ones_like(kkt), jnp.ones_like(gap)))
+    return _choose(usable & ~(found.gap < arrival.gap), arrival._replace(steps=end.steps), found)
+
+
+def _choose(first, a, b):
+    return jax.tree.map(lambda a, b: jnp.where(first, a, b), a, b)
 
 
 def _spectral_norm(D):

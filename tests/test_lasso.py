@@ -57,10 +57,13 @@ def gap_by_definition(atoms, y, z, lam, nonnegative):
 
 
 def slack(atoms, y, z):
-    """What the gap of float32 may fall short of its definition by: the dual point is feasible to `8 eps max‖a‖ ‖y‖`."""
+    """What the gap of float32 may fall short of its definition by.
+
+    Its dual point is feasible to `8 eps max‖a‖ ‖y‖`, by correlations that are rounded as much.
+    """
     longest = np.linalg.norm(f64(atoms), axis=1).max()
     size = np.maximum(np.linalg.norm(f64(y), axis=-1), 1e-300)
-    return 2 * 8 * np.finfo(np.float32).eps * longest * np.abs(f64(z)).sum(-1) / size
+    return 2 * 16 * np.finfo(np.float32).eps * longest * np.abs(f64(z)).sum(-1) / size
 
 
 # --- the lasso and its path
@@ -314,7 +317,7 @@ def test_too_few_slots_are_said_to_be():
     code, info = path(atoms, y, lams, capacity=4)
     missing = np.asarray(code.overflow > 0)
     assert np.all(missing[np.asarray(enough.l0 > 4)])
-    assert np.all(info.status[missing] == Status.MAX_STEPS)
+    assert np.all((info.status == Status.MAX_STEPS) == (info.gap > 1e-6)) and np.any(info.gap[missing] > 1e-2)
     assert np.all(info.status[~missing] == Status.CONVERGED)
     np.testing.assert_allclose(code.dense()[~missing], enough.dense()[~missing], atol=1e-5)
     with pytest.raises(RuntimeError, match="more active latents than slots"):
