@@ -12,11 +12,11 @@ from typing import Any
 
 import jax
 
-from benchmarks import cases, clock, families, harvest, judge, ksvd, plot, pursuit, refine, table, train
+from benchmarks import cases, clock, families, harvest, judge, ksvd, lasso, plot, pursuit, refine, table, train
 
 ROOT = Path(__file__).parents[1]
 _PEERS = ("scipy", "jaxnnls", "jaxopt", "optax", "overcomplete", "torch", "eai-sparsify", "sae-lens")
-_PEERS += ("scikit-learn", "spams-bin", "dictlearn", "ksvd")
+_PEERS += ("scikit-learn", "spams-bin", "dictlearn", "ksvd", "celer", "skglm")
 
 
 def main() -> None:
@@ -59,6 +59,10 @@ def main() -> None:
     command.add_argument("--peers", action="store_true", help="other libraries too; pip install '.[peers]'")
     command.add_argument("--pictures", type=Path, metavar="DIR", help="write the pictures, before and after")
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
+    command = commands.add_parser("lasso", help="paths of the lasso, and relaxed regressions tuned by cross-validation")
+    command.add_argument("--size", choices=lasso.SIZES, default="tiny")
+    command.add_argument("--peers", action="store_true", help="other libraries too; pip install '.[peers]'")
+    command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
     command = commands.add_parser("table", help="what was measured, as markdown")
     command.add_argument("files", type=Path, nargs="+", metavar="FILE")
     command.add_argument("--readme", action="store_true", help="put it into the README")
@@ -79,6 +83,8 @@ def main() -> None:
         _pursuit(args)
     elif args.command == "ksvd":
         _ksvd(args)
+    elif args.command == "lasso":
+        _lasso(args)
     elif args.command == "plot":
         plot.speed_against_accuracy(json.loads(args.file.read_text()), args.out)
     else:
@@ -144,6 +150,12 @@ def _ksvd(args: argparse.Namespace) -> None:
     for report in ksvd.run(args.size, with_peers=args.peers, out=args.pictures):
         report = environment | report
         _write(args.json, report)  # after each part: an interruption leaves what is finished
+    print(table.markdown(report))
+
+
+def _lasso(args: argparse.Namespace) -> None:
+    report = {**_environment("lasso"), "size": args.size, **lasso.run(args.size, with_peers=args.peers)}
+    _write(args.json, report)
     print(table.markdown(report))
 
 

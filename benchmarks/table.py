@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from benchmarks import lasso
 from benchmarks.pursuit import half_point
 
 END = "<!-- end -->"
@@ -156,6 +157,7 @@ _TABLES = {
     "harvest": _harvest,
     "pursuit": _pursuit,
     "ksvd": _ksvd,
+    "lasso": lasso.markdown,
 }
 
 

@@ -37,6 +37,7 @@ ORDER = [
     "images",
     "ksvd",
     "lasso",
+    "homotopy",
     "pursuit",
     "thresholding",
     "selection",

@@ -59,6 +59,11 @@ LAWS = {
         lambda sae, rows: jaxsae.init(jax.random.key(0), d=D, m=M, activation=sae.activation, b_dec=sae.b_dec),
         whole="it makes one SAE and sees no rows",
     ),
+    "lasso.lasso": Law(
+        lambda sae, rows: jaxsae.lasso.lasso(sae.W_dec, rows.x, 1.0),
+        smooth="it has no derivative; that of `refit` on its support is the one to take",
+        gathers=NO_SHARDED_TOP_K,
+    ),
     "refine": Law(
         lambda sae, rows: jaxsae.refine(sae, rows.x),
         smooth=lambda sae, rows: jaxsae.refine(sae, rows.x, None, EXACT)[0],
