@@ -12,10 +12,11 @@ from typing import Any
 
 import jax
 
-from benchmarks import cases, clock, families, harvest, judge, plot, refine, table, train
+from benchmarks import cases, clock, families, harvest, judge, ksvd, lasso, plot, pursuit, refine, table, train
 
 ROOT = Path(__file__).parents[1]
 _PEERS = ("scipy", "jaxnnls", "jaxopt", "optax", "overcomplete", "torch", "eai-sparsify", "sae-lens")
+_PEERS += ("scikit-learn", "spams-bin", "dictlearn", "ksvd", "celer", "skglm")
 
 
 def main() -> None:
@@ -45,6 +46,23 @@ def main() -> None:
     command.add_argument("--context", type=int, default=256)
     command.add_argument("--batch", type=int, default=8)
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
+    command = commands.add_parser(
+        "pursuit", help="OMP: speed and accuracy; or where each pursuit recovers codes exactly"
+    )
+    command.add_argument("--case", choices=pursuit.CASES, default="small")
+    command.add_argument("--peers", action="store_true", help="other libraries' OMP too; pip install '.[peers]'")
+    command.add_argument("--transitions", action="store_true", help="phase transitions instead")
+    command.add_argument("--png", type=Path, metavar="OUT", help="draw them here; needs matplotlib")
+    command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
+    command = commands.add_parser("ksvd", help="dictionaries found again, pictures denoised and filled in")
+    command.add_argument("--size", choices=ksvd.SIZES, default="tiny")
+    command.add_argument("--peers", action="store_true", help="other libraries too; pip install '.[peers]'")
+    command.add_argument("--pictures", type=Path, metavar="DIR", help="write the pictures, before and after")
+    command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
+    command = commands.add_parser("lasso", help="paths of the lasso, and relaxed regressions tuned by cross-validation")
+    command.add_argument("--size", choices=lasso.SIZES, default="tiny")
+    command.add_argument("--peers", action="store_true", help="other libraries too; pip install '.[peers]'")
+    command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
     command = commands.add_parser("table", help="what was measured, as markdown")
     command.add_argument("files", type=Path, nargs="+", metavar="FILE")
     command.add_argument("--readme", action="store_true", help="put it into the README")
@@ -61,6 +79,12 @@ def main() -> None:
         _families(args)
     elif args.command == "harvest":
         _harvest(args)
+    elif args.command == "pursuit":
+        _pursuit(args)
+    elif args.command == "ksvd":
+        _ksvd(args)
+    elif args.command == "lasso":
+        _lasso(args)
     elif args.command == "plot":
         plot.speed_against_accuracy(json.loads(args.file.read_text()), args.out)
     else:
@@ -106,6 +130,31 @@ def _families(args: argparse.Namespace) -> None:
 def _harvest(args: argparse.Namespace) -> None:
     row = harvest.run(args.model, layer=args.layer, context=args.context, batch=args.batch)
     report = {**_environment("harvest"), "row": row}
+    _write(args.json, report)
+    print(table.markdown(report))
+
+
+def _pursuit(args: argparse.Namespace) -> None:
+    report: dict[str, Any] = {**_environment("pursuit"), "trials": pursuit.TRIALS, "rows": [], "points": []}
+    measured = pursuit.transitions() if args.transitions else pursuit.run(args.case, with_peers=args.peers)
+    for each in measured:
+        report["points" if args.transitions else "rows"].append(each)
+        _write(args.json, report)  # after each: an interruption leaves what is finished
+    if args.png:
+        pursuit.plot_transitions(report["points"], args.png)
+    print(table.markdown(report))
+
+
+def _ksvd(args: argparse.Namespace) -> None:
+    report = _environment("ksvd")
+    for part in ksvd.run(args.size, with_peers=args.peers, out=args.pictures):
+        report |= part
+        _write(args.json, report)  # after each part: an interruption leaves what is finished
+    print(table.markdown(report))
+
+
+def _lasso(args: argparse.Namespace) -> None:
+    report = {**_environment("lasso"), "size": args.size, **lasso.run(args.size, with_peers=args.peers)}
     _write(args.json, report)
     print(table.markdown(report))
 

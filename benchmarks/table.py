@@ -2,6 +2,9 @@
 
 from typing import Any
 
+from benchmarks import lasso
+from benchmarks.pursuit import half_point
+
 END = "<!-- end -->"
 _HEAD = ("solver", "rows", "rows/s", "quartiles", "compile s", "worst KKT", "99.9% KKT", "added NMSE", "scratch MiB")
 _HEAD += ("roofline", "time / encoder", "")
@@ -86,7 +89,76 @@ def _harvest(report: dict[str, Any], machine: str) -> list[str]:
     ]
 
 
-_TABLES = {"refine": _refine, "train": _train, "families": _families, "harvest": _harvest}
+def _pursuit(report: dict[str, Any], machine: str) -> list[str]:
+    """A row for each library, or for each method's phase transition."""
+    parts = [f"{machine}."]
+    if report["rows"]:
+        lines = ["| OMP | rows | ms a row | objective | supports as ours |", "|---|--:|--:|--:|--:|"]
+        for row in report["rows"]:
+            if row["note"]:
+                lines.append(f"| {row['method']} | {row['note']} | | | |")
+                continue
+            lines.append(
+                f"| {row['method']} | {row['rows_timed']:,} | {row['ms_a_row']:.4g} | {row['objective']:.6g} | "
+                f"{row['equal_supports']:.2%} |"
+            )
+        case = report["rows"][0]
+        parts += [f"d {case['d']:,}, m {case['m']:,}, k {case['k']}.", "\n".join(lines)]
+    if report["points"]:
+        points = report["points"]
+        deltas, rhos = (sorted({point[name] for point in points}) for name in ("delta", "rho"))
+        lines = [
+            "| ρ of half at δ = | " + " | ".join(map(str, deltas)) + " |",
+            "|---|" + "--:|" * len(deltas),
+        ]
+        for method in dict.fromkeys(point["method"] for point in points):
+            rates = {(p["delta"], p["rho"]): p["recovered"] for p in points if p["method"] == method}
+            half = [half_point(rhos, [rates.get((delta, rho), 0.0) for rho in rhos]) for delta in deltas]
+            lines.append(f"| {method} | " + " | ".join(f"{rho:.2f}" for rho in half) + " |")
+        parts.append("\n".join(lines))
+    return parts
+
+
+def _ksvd(report: dict[str, Any], machine: str) -> list[str]:
+    """Atoms found again, by learner and noise; then pictures, by method."""
+    parts = [f"{machine}."]
+    lines = ["| learner | SNR (dB) | recovered | least | runs | s a run |", "|---|--:|--:|--:|--:|--:|"]
+    for row in report["recovery"]:
+        if row["mean"] is None:
+            lines.append(f"| {row['learner']} | {row['note']} | | | | |")
+            continue
+        snr = "none" if row["snr"] is None else f"{row['snr']:g}"
+        cells = [f"{row['mean']:.1%}", f"{row['least']:.0%}", str(row["runs"]), f"{row['s']:.2f}"]
+        lines.append(f"| {row['learner']} | {snr} | " + " | ".join(cells) + " |")
+    parts.append("\n".join(lines))
+    if report["denoising"]:
+        lines = ["| picture | method | PSNR (dB) | s | first, s |", "|---|---|--:|--:|--:|"]
+        for row in report["denoising"]:
+            cells = [
+                _shown(row[name], form) for name, form in (("psnr", "{:.2f}"), ("s", "{:.1f}"), ("first_s", "{:.1f}"))
+            ]
+            name = f"{row['picture']}, {row['height']} × {row['width']}, noisy {row['noisy']:.2f}"
+            lines.append(
+                f"| {name} | {row['method']}{': ' + row['note'] if row['note'] else ''} | " + " | ".join(cells) + " |"
+            )
+        parts += [f"Noise of σ {report['sigma']:g}, {report['atoms']} atoms:", "\n".join(lines)]
+    if report["inpainting"]:
+        lines = ["| picture | pixels missing | atoms | PSNR (dB) |", "|---|--:|---|--:|"]
+        for row in report["inpainting"]:
+            lines.append(f"| {row['picture']} | {row['missing']:.0%} | {row['method']} | {row['psnr']:.2f} |")
+        parts.append("\n".join(lines))
+    return parts
+
+
+_TABLES = {
+    "refine": _refine,
+    "train": _train,
+    "families": _families,
+    "harvest": _harvest,
+    "pursuit": _pursuit,
+    "ksvd": _ksvd,
+    "lasso": lasso.markdown,
+}
 
 
 def insert(readme: str, reports: list[dict[str, Any]]) -> str:

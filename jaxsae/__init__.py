@@ -7,7 +7,7 @@ An `SAE` is a pytree of parameters, a `SparseCode` says which latents are active
 everything else is a pure function of the two.
 """
 
-from jaxsae import codes, data, losses, metrics, objectives, pretrained, sae, solvers, train
+from jaxsae import codes, data, ksvd, lasso, losses, metrics, objectives, pretrained, pursuit, sae, solvers, train
 from jaxsae.activations import AbsTopK, BatchTopK, Gated, GroupMax, JumpReLU, ReLU, TopK
 from jaxsae.certificate import Certificate, certify
 from jaxsae.codes import SparseCode
@@ -42,10 +42,13 @@ __all__ = [
     "encode",
     "encode_dense",
     "init",
+    "ksvd",
+    "lasso",
     "losses",
     "metrics",
     "objectives",
     "pretrained",
+    "pursuit",
     "refine",
     "refit",
     "sae",

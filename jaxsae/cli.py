@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "refine": refine,
                 "fetch": fetch,
                 "harvest": harvest,
+                "denoise": denoise,
             },
             prog="jaxsae",
             description="Sparse autoencoders in JAX, and the refinement of their codes with a certificate per row.",
@@ -309,6 +310,33 @@ def harvest(
         _warn(f"{packed.replaced} characters were not UTF-8, and were read as U+FFFD.")
     if packed.empty:
         _warn(f"{packed.empty} files are empty.")
+    return 0
+
+
+def denoise(image: Path, /, *, sigma: float, out: Path, dictionary: Path | None = None, seed: int = 0) -> int:
+    """Remove white noise from a picture, by k-SVD on its own patches.
+
+    Example: jaxsae denoise noisy.png --sigma 25 --out clean.png
+
+    Args:
+        image: PNG, JPEG or the like.
+        sigma: standard deviation of the noise, in levels from 0 to 255.
+        out: the picture to write; its suffix names the format.
+        dictionary: write the atoms as a picture too.
+        seed: of the patches that are learnt from.
+    """
+    from jaxsae import images
+
+    for path in (out, dictionary):
+        if path is not None:
+            images.check_suffix(path)
+    noisy = images.read(image)
+    with _progress(noisy.size // noisy.shape[1]) as advance:
+        quiet, atoms = images.denoise(noisy, sigma, seed=seed, progress=advance)
+    images.write(out, quiet)
+    if dictionary is not None:
+        images.write(dictionary, images.mosaic(atoms))
+    print(f"Written: {out}{'' if dictionary is None else f', {dictionary}'}")
     return 0
 
 

@@ -220,7 +220,7 @@ def correlate(code: SparseCode, x: Float[Array, "*b d"]) -> Float[Array, "m d"]:
     if jax.default_backend() != "cpu":
         return total.at[indices].add(values[:, :, None] * x[:, None, :].astype(dtype), mode="drop")
 
-    order = _by_latent(indices, code.num_latents) if total.nbytes > _CACHE else jnp.arange(indices.size)
+    order = by_latent(indices, code.num_latents) if total.nbytes > _CACHE else jnp.arange(indices.size)
 
     def add(i, total):
         row, slot = order[i] // k, order[i] % k
@@ -232,10 +232,11 @@ def correlate(code: SparseCode, x: Float[Array, "*b d"]) -> Float[Array, "m d"]:
     return jax.lax.fori_loop(0, indices.size, add, total)
 
 
-def _by_latent(indices: Int[Array, "b k"], m: int) -> Int[Array, " bk"]:
+def by_latent(indices: Int[Array, "b k"], m: int) -> Int[Array, " bk"]:
     """Positions in the order of the latents they hold, so that what is written next is near what was written last."""
     size = indices.size
     if size * (m + 1) >= 2**32:
         return jnp.argsort(indices.ravel())
     # One integer for latent and position sorts five times as fast as a pair.
-    return jnp.sort(indices.ravel().astype(jnp.uint32) * size + jnp.arange(size, dtype=jnp.uint32)) % size
+    keys = jnp.sort(indices.ravel().astype(jnp.uint32) * size + jnp.arange(size, dtype=jnp.uint32))
+    return (keys % size).astype(jnp.int32)

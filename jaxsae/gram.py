@@ -52,14 +52,14 @@ class Problem(NamedTuple):
     finite: Array  # [n]  and within range: an answer that overflows or vanishes is none
 
 
-def _power_of_two(x):
+def power_of_two(x):
     """The power of two below each `x`, by which division changes no digit; 0 for 0, and `x` if not finite."""
     return jnp.where(jnp.isfinite(x), jnp.ldexp(jnp.sign(x), jnp.frexp(x)[1] - 1), x)
 
 
-def _scaled(y: Array) -> tuple[Array, Array, Array]:
+def scaled(y: Array) -> tuple[Array, Array, Array]:
     """Targets of a size that can be squared, the powers of two `[n 1]` that they were divided by, and their norms."""
-    scale = _power_of_two(jnp.max(jnp.abs(y), axis=1, keepdims=True, initial=0))
+    scale = power_of_two(jnp.max(jnp.abs(y), axis=1, keepdims=True, initial=0))
     y = divide(y, scale)
     return y, scale, jnp.linalg.norm(y, axis=1, keepdims=True)
 
@@ -68,7 +68,7 @@ def problems(dictionary: Any, y: Array, indices: Array, *, num_latents: int, rid
     """The problems of `n` rows, in the dtype of `ridge`, if the squares of their atoms are within its range."""
     atoms, on = take(dictionary, indices, num_latents, y.dtype), used(indices, num_latents)
     k, d = atoms.shape[1:]
-    y, y_scale, y_norm = _scaled(y)
+    y, y_scale, y_norm = scaled(y)
     gram = rows.each_row(lambda atoms: matmul(atoms, atoms.T), atoms, flops=2 * k * k * d)
     gram = jnp.where(on[:, :, None] & on[:, None, :], gram, 0)
     c = jnp.where(on, jnp.einsum("nid,nd->ni", atoms, y, precision=EXACT), 0)
@@ -102,10 +102,10 @@ def unit_rows(dictionary: Any, y: Array, indices: Array, *, num_latents: int, ri
     on = used(indices, num_latents)
     atoms = jnp.where(on[:, :, None], take(dictionary, indices, num_latents, y.dtype), 0)
     root = jnp.sqrt(ridge)
-    y, *size = _scaled(y)
+    y, *size = scaled(y)
     y_scale, y_norm = (jnp.where(x == 0, 1, x) for x in size)
     largest = jnp.max(jnp.abs(atoms), axis=2, initial=0)
-    atom_scale = jnp.where(largest > 0, jnp.maximum(_power_of_two(largest), _power_of_two(root)), largest)
+    atom_scale = jnp.where(largest > 0, jnp.maximum(power_of_two(largest), power_of_two(root)), largest)
     atoms = divide(atoms, atom_scale[:, :, None])
     length, relative_root = jnp.linalg.norm(atoms, axis=2), divide(root, atom_scale)
     norm = jnp.hypot(length, relative_root)

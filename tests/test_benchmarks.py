@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import cases, families, judge, peers, refine, table, train
+from benchmarks import cases, families, judge, peers, pursuit, refine, table, train
 
 ROOT = Path(__file__).parent.parent
 
@@ -282,3 +282,9 @@ def test_the_figure_has_a_panel_for_each_case(tiny, tmp_path):
 
     plot.speed_against_accuracy(tiny[1], tmp_path / "speed.png")
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_phase_transition_is_where_half_the_trials_recover():
+    assert pursuit.half_point([0.1, 0.2, 0.3], [1.0, 0.75, 0.25]) == pytest.approx(0.25)
+    assert pursuit.half_point([0.1, 0.2], [0.2, 0.0]) == 0.1
+    assert pursuit.half_point([0.1, 0.2], [1.0, 0.9]) == 0.2

@@ -59,6 +59,11 @@ LAWS = {
         lambda sae, rows: jaxsae.init(jax.random.key(0), d=D, m=M, activation=sae.activation, b_dec=sae.b_dec),
         whole="it makes one SAE and sees no rows",
     ),
+    "lasso.lasso": Law(
+        lambda sae, rows: jaxsae.lasso.lasso(sae.W_dec, rows.x, 1.0),
+        smooth="it has no derivative; that of `refit` on its support is the one to take",
+        gathers=NO_SHARDED_TOP_K,
+    ),
     "refine": Law(
         lambda sae, rows: jaxsae.refine(sae, rows.x),
         smooth=lambda sae, rows: jaxsae.refine(sae, rows.x, None, EXACT)[0],
@@ -75,6 +80,16 @@ LAWS = {
     ),
     "codes.combine": Law(lambda sae, rows: jaxsae.codes.combine(sae.W_dec, rows.code)),
     "codes.from_dense": Law(lambda sae, rows: jaxsae.codes.from_dense(rows.x, 5), gathers=NO_SHARDED_TOP_K),
+    "pursuit.iti": Law(
+        lambda sae, rows: jaxsae.pursuit.iti(sae.W_dec, rows.x, k=K),
+        smooth="its values have the derivative of the refit: test_pursuit compares them",
+        gathers=NO_SHARDED_TOP_K,
+    ),
+    "pursuit.omp": Law(
+        lambda sae, rows: jaxsae.pursuit.omp(sae.W_dec, rows.x, k=K),
+        smooth="its values have the derivative of the refit: test_pursuit compares them",
+        gathers=NO_SHARDED_CHOLESKY,
+    ),
     "sae.pre_activations": Law(lambda sae, rows: jaxsae.sae.pre_activations(sae, rows.x)),
 }
 

@@ -1,0 +1,184 @@
+"""Pursuits: the speed of OMP beside other libraries', and where each method recovers sparse codes exactly."""
+
+import functools
+import importlib
+import os
+import statistics
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.clock import name_missing, say, timings
+from jaxsae import pursuit
+
+CASES = {
+    "small": {"d": 64, "m": 256, "k": 8, "rows": 10_000},
+    "large": {"d": 768, "m": 16384, "k": 32, "rows": 500},
+}
+_SKLEARN_ROWS = {"small": 2000, "large": 2}  # it takes each row alone, and a large Gram matrix is copied for each
+
+
+def problem(d: int, m: int, k: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Unit atoms `[m d]`, and rows of `k` of them with noise of a tenth `[n d]`, in float32."""
+    rng = np.random.default_rng(0)
+    atoms = rng.normal(size=(m, d))
+    atoms /= np.linalg.norm(atoms, axis=1, keepdims=True)
+    support = np.argsort(rng.random((rows, m)), axis=1)[:, :k]
+    y = np.einsum("nk,nkd->nd", rng.normal(size=(rows, k)), atoms[support]) + 0.1 * rng.normal(size=(rows, d))
+    return atoms.astype(np.float32), y.astype(np.float32)
+
+
+# --- Speed
+
+
+def ours(D: np.ndarray, y: np.ndarray, k: int) -> Callable[[], np.ndarray]:
+    """The dense codes of `jaxsae.pursuit.omp`."""
+    run = jax.jit(functools.partial(pursuit.omp, k=k)).lower(D, y).compile()
+    arrays = jnp.asarray(D), jnp.asarray(y)
+    return lambda: run(*arrays)[0]
+
+
+def scikit_learn(D: np.ndarray, y: np.ndarray, k: int) -> Callable[[], np.ndarray]:
+    """`sklearn.linear_model.orthogonal_mp_gram`; the Gram matrix is not counted."""
+    solve = importlib.import_module("sklearn.linear_model").orthogonal_mp_gram
+    gram = np.asfortranarray(D @ D.T)
+    return lambda: solve(gram, D @ y.T, n_nonzero_coefs=k).T
+
+
+def spams(D: np.ndarray, y: np.ndarray, k: int) -> Callable[[], np.ndarray]:
+    """`spams.omp` on all cores, which is the optimised OMP: it may choose other atoms."""
+    solve = importlib.import_module("spams").omp
+    atoms, targets = np.asfortranarray(D.T), np.asfortranarray(y.T)
+    return lambda: solve(targets, atoms, L=k, eps=0.0, numThreads=os.cpu_count()).T
+
+
+PEERS = {"scikit-learn orthogonal_mp_gram": scikit_learn, "spams omp": spams}
+
+
+def run(name: str, *, with_peers: bool) -> Iterator[dict[str, Any]]:
+    """Rows of the table: milliseconds a row, and the mean objective, of one case."""
+    case = CASES[name]
+    D, y = problem(**case)
+    makers = {"jaxsae omp": ours, **(PEERS if with_peers else {})}
+    calls, rows, missing = {}, {}, {}
+    for who, make in makers.items():
+        rows[who] = min(case["rows"], _SKLEARN_ROWS[name]) if make is scikit_learn else case["rows"]
+        try:
+            calls[who] = make(D, y[: rows[who]], case["k"])
+        except ImportError as error:
+            missing[who] = name_missing(error)
+        say(f"{name}: {who}")
+    seconds = dict(zip(calls, timings(list(calls.values())), strict=True))
+    reference = _dense(calls["jaxsae omp"]())
+    for who, call in calls.items():
+        z = _dense(call())
+        left = y[: rows[who]] - z @ D
+        yield {
+            **{"case": name, **case, "method": who, "rows_timed": rows[who], "note": ""},
+            "ms_a_row": 1e3 * statistics.median(seconds[who]) / rows[who],
+            "quartiles": [1e3 * q / rows[who] for q in statistics.quantiles(seconds[who], n=4)[::2]],
+            "objective": float(0.5 * np.mean(np.sum(left**2, axis=1))),
+            "equal_supports": float(np.mean(np.all((z != 0) == (reference[: rows[who]] != 0), axis=1))),
+        }
+    for who, note in missing.items():
+        yield {"case": name, **case, "method": who, "note": note}
+
+
+def _dense(codes: Any) -> np.ndarray:
+    """Codes of ours, or arrays, sparse or not, as an array `[n m]`."""
+    for convert in ("dense", "toarray"):
+        codes = getattr(codes, convert)() if hasattr(codes, convert) else codes
+    return np.asarray(codes)
+
+
+# --- Phase transitions
+
+ATOMS, TRIALS = 400, 50
+DELTAS = tuple(round(0.1 * i, 1) for i in range(1, 10))  # d / m
+RHOS = tuple(round(0.05 * i, 2) for i in range(1, 14))  # k / d
+_WIDEST = round(DELTAS[-1] * ATOMS)
+_SLOTS = (80, round(RHOS[-1] * _WIDEST))
+SUCCESS = 1e-2  # relative error of the code, as Maleki and Donoho count
+METHODS: dict[str, Callable] = {
+    "OMP": pursuit.omp,
+    "ITI": functools.partial(pursuit.iti, max_steps=30),
+    "NIHT": pursuit.niht,
+    "IHT, κ = 0.65": functools.partial(pursuit.iht, relaxation=0.65),
+}
+
+
+def transitions() -> Iterator[dict[str, Any]]:
+    """The share of exact recoveries of each method at each `(δ, ρ) = (d/m, k/d)`, up to where it recovers none.
+
+    Each point has a Gaussian matrix of its own and `TRIALS` codes of `k` random signs. Narrower matrices are filled up
+    with columns of zeros, which change no product: one program then serves all points. OMP takes `k` steps, so that one
+    wrong atom is a failure, and signs are its hardest codes: it ends at about the same `ρ` for every `δ`.
+    """
+    programs = {
+        (name, k): jax.jit(lambda D, y, limit, method=method, k=k: method(D, y, k=k, limit=limit)[0].dense())
+        for name, method in METHODS.items()
+        for k in _SLOTS
+    }
+    for name in METHODS:
+        say(f"phase transition of {name}")
+        for delta in DELTAS:
+            rate = 1.0
+            for rho in RHOS:
+                rate = _recovered(programs, name, delta, rho) if rate > 0 else 0.0  # more atoms are no easier
+                yield {"method": name, "delta": delta, "rho": rho, "recovered": rate}
+
+
+def _recovered(programs: dict, name: str, delta: float, rho: float) -> float:
+    """The share of trials whose code comes back."""
+    d = round(delta * ATOMS)
+    k = max(1, round(rho * d))
+    rng = np.random.default_rng([round(100 * delta), round(100 * rho)])
+    D = np.zeros((ATOMS, _WIDEST))
+    D[:, :d] = rng.normal(size=(ATOMS, d)) / np.sqrt(d)
+    z = np.zeros((TRIALS, ATOMS))
+    support = np.argsort(rng.random(z.shape), axis=1)[:, :k]
+    np.put_along_axis(z, support, rng.choice([-1.0, 1.0], support.shape), axis=1)
+    slots = next(slots for slots in _SLOTS if slots >= k)
+    found = programs[name, slots](*(jnp.asarray(x, jnp.float32) for x in (D, z @ D)), jnp.full(TRIALS, k))
+    error = np.linalg.norm(np.asarray(found) - z, axis=1) / np.sqrt(k)
+    return float(np.mean(error < SUCCESS))
+
+
+def plot_transitions(points: list[dict[str, Any]], path: str | os.PathLike) -> None:
+    """Draw how often each method recovers, a panel each, and at which `ρ` every second trial does, all in one."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(point["method"] for point in points))
+    figure = Figure(figsize=(3.2 * (len(names) + 1), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(names) + 1, sharey=True)
+    for panel, name in zip(axes, names, strict=False):
+        rates = {(p["delta"], p["rho"]): p["recovered"] for p in points if p["method"] == name}
+        deltas, rhos = (sorted({key[i] for key in rates}) for i in (0, 1))
+        grid = [[rates[delta, rho] for delta in deltas] for rho in rhos]
+        panel.pcolormesh(deltas, rhos, grid, shading="nearest", vmin=0, vmax=1, cmap="viridis")
+        half = [half_point(rhos, [rates[delta, rho] for rho in rhos]) for delta in deltas]
+        panel.plot(deltas, half, color="white", linewidth=1)
+        panel.set(title=name, xlabel="δ = d / m")
+        axes[-1].plot(deltas, half, marker="o", markersize=3, label=name)
+    axes[0].set_ylabel("ρ = k / d")
+    axes[-1].set(title="half of the trials recovered", xlabel="δ = d / m")
+    axes[-1].legend(fontsize=8)
+    axes[-1].grid(alpha=0.25)
+    figure.colorbar(axes[0].collections[0], ax=list(axes[:-1]), label=f"share of {TRIALS} trials recovered")
+    figure.savefig(path, dpi=130, format="png")
+
+
+def half_point(rhos: list[float], rates: list[float]) -> float:
+    """The `ρ` at which a falling rate of recovery passes ½, by interpolation; the first or last if it never does."""
+    for number, rate in enumerate(rates):
+        if rate < 0.5:
+            if number == 0:
+                return rhos[0]
+            before = rates[number - 1]
+            return rhos[number - 1] + (before - 0.5) / (before - rate) * (rhos[number] - rhos[number - 1])
+    return rhos[-1]
