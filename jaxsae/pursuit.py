@@ -62,9 +62,9 @@ def omp(
 
         w = Qa,   q = (a − Qᵀw) / ρ,   ρ = ‖a − Qᵀw‖,   r ← r − ⟨q, r⟩ q
 
-    The same elimination, applied to `Da` and to coordinates, keeps `Dr` and the values. So with the Gram matrix `DDᵀ`
-    no step costs a product with `D`; it is formed if it has 4 MiB at most and `4k ≤ d`, and else the rows of a chunk
-    share one product `D r` a step. The rule asks nothing about the batch: a row's answer does not depend on it.
+    The same elimination, applied to `Da`, keeps `Dr`. So with the Gram matrix `DDᵀ` no step costs a product with `D`; it
+    is formed if it has 4 MiB at most and `4k ≤ d`, and else the rows of a chunk share one product `D r` a step. The rule
+    asks nothing about the batch: a row's answer does not depend on it.
     Non-negative values are refitted after each choice, and an atom whose value fell to 0 keeps its slot.
 
     Args:
@@ -100,13 +100,13 @@ def omp(
 def _omp(problem: Problem) -> Chosen:
     """Choose with free signs, by updates of a Cholesky factorisation.
 
-    A row `q` of the basis is followed by `Dq`, if there is a Gram matrix, and by its coordinates in the atoms chosen;
-    the residual, by the same of its own.
+    A row `q` of the basis is followed by `Dq`, if there is a Gram matrix, and the residual `r` by `Dr`. Nothing here
+    needs the values: the refit finds them.
     """
     (m, d), k = problem.D.shape, problem.k
     precomputed = 4 * k <= d and m * m * problem.D.dtype.itemsize <= _GRAM_BYTES
     table = jnp.concatenate([problem.D, matmul(problem.D, problem.D.T)], axis=1) if precomputed else problem.D
-    width = table.shape[1] + k
+    width = table.shape[1]
 
     def correlations(state):
         return state[:, d : d + m] if precomputed else matmul(state[:, :d], problem.D.T)
@@ -120,8 +120,7 @@ def _omp(problem: Problem) -> Chosen:
             score, at = largest(jnp.where(free, jnp.abs(correlations(state)), 0))
             atom = table[at]
             w = basis[:, jnp.arange(n), d + at] if precomputed else jnp.sum(basis[:, :, :d] * atom, axis=2)
-            rest = jnp.pad(atom, ((0, 0), (0, k))) + (jnp.arange(width) == width - k + number)
-            rest = jax.lax.fori_loop(0, number, lambda i, rest: rest - w[i][:, None] * basis[i], rest)
+            rest = jax.lax.fori_loop(0, number, lambda i, rest: rest - w[i][:, None] * basis[i], atom)
             pivot = square(rest[:, :d])
             running = running & (score > rounding(y)) & (square(state[:, :d]) > part.tol**2) & (number < part.limit)
             running &= pivot > jnp.finfo(y.dtype).eps  # else it depends on the others, to rounding
@@ -133,7 +132,7 @@ def _omp(problem: Problem) -> Chosen:
 
         start = _Greedy(
             jnp.int32(0),
-            jnp.concatenate([y, products, jnp.zeros((n, k), y.dtype)], axis=1),
+            jnp.concatenate([y, products], axis=1),
             jnp.zeros((k, n, width), y.dtype),
             jnp.ones((n, m), bool),
             jnp.full((n, k), m, jnp.int32),
@@ -141,10 +140,10 @@ def _omp(problem: Problem) -> Chosen:
         )
         end = jax.lax.while_loop(lambda carry: (carry.number < k) & jnp.any(carry.running), step, start)
         steps = jnp.sum(end.indices < m, axis=1, dtype=jnp.int32)
-        return Chosen(-end.state[:, width - k :], end.indices, steps, jnp.ones(n, bool))
+        return Chosen(jnp.zeros((n, k), y.dtype), end.indices, steps, jnp.ones(n, bool))
 
-    # A Gram matrix is read from the cache along with a few rows; without one, rows share the reading of the dictionary.
-    return by_chunks(chunk, problem, row_bytes=4 * (k * width + 2 * m), cpu_rows=16 if precomputed else 256)
+    # With a Gram matrix a step is arithmetic on rows, which XLA spreads over the cores if there are enough of them.
+    return by_chunks(chunk, problem, row_bytes=4 * (k * width + 2 * m), cpu_rows=512 if precomputed else 256)
 
 
 class _Greedy(NamedTuple):
