@@ -46,12 +46,11 @@ def main() -> None:
     command.add_argument("--context", type=int, default=256)
     command.add_argument("--batch", type=int, default=8)
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
-    command = commands.add_parser(
-        "pursuit", help="OMP: speed and accuracy; or where each pursuit recovers codes exactly"
-    )
-    command.add_argument("--case", choices=pursuit.CASES, default="small")
+    command = commands.add_parser("pursuit", help="OMP: milliseconds a row, and what it reaches")
+    command.add_argument("--size", choices=pursuit.SIZES, default="tiny")
     command.add_argument("--peers", action="store_true", help="other libraries' OMP too; pip install '.[peers]'")
-    command.add_argument("--transitions", action="store_true", help="phase transitions instead")
+    command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
+    command = commands.add_parser("transitions", help="where each pursuit recovers codes exactly")
     command.add_argument("--png", type=Path, metavar="OUT", help="draw them here; needs matplotlib")
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
     command = commands.add_parser("ksvd", help="dictionaries found again, pictures denoised and filled in")
@@ -81,6 +80,8 @@ def main() -> None:
         _harvest(args)
     elif args.command == "pursuit":
         _pursuit(args)
+    elif args.command == "transitions":
+        _transitions(args)
     elif args.command == "ksvd":
         _ksvd(args)
     elif args.command == "lasso":
@@ -135,10 +136,16 @@ def _harvest(args: argparse.Namespace) -> None:
 
 
 def _pursuit(args: argparse.Namespace) -> None:
-    report: dict[str, Any] = {**_environment("pursuit"), "trials": pursuit.TRIALS, "rows": [], "points": []}
-    measured = pursuit.transitions() if args.transitions else pursuit.run(args.case, with_peers=args.peers)
-    for each in measured:
-        report["points" if args.transitions else "rows"].append(each)
+    rows = list(pursuit.run(args.size, with_peers=args.peers))
+    report = {**_environment("pursuit"), "size": args.size, "rows": rows}
+    _write(args.json, report)
+    print(table.markdown(report))
+
+
+def _transitions(args: argparse.Namespace) -> None:
+    report: dict[str, Any] = {**_environment("transitions"), "trials": pursuit.TRIALS, "m": pursuit.ATOMS, "points": []}
+    for point in pursuit.transitions():
+        report["points"].append(point)
         _write(args.json, report)  # after each: an interruption leaves what is finished
     if args.png:
         pursuit.plot_transitions(report["points"], args.png)

@@ -14,11 +14,14 @@ import numpy as np
 from benchmarks.clock import name_missing, say, timings
 from jaxsae import pursuit
 
-CASES = {
-    "small": {"d": 64, "m": 256, "k": 8, "rows": 10_000},
-    "large": {"d": 768, "m": 16384, "k": 32, "rows": 500},
+SIZES = {
+    "tiny": ({"d": 16, "m": 64, "k": 4, "rows": 64, "few": 8},),
+    # scikit-learn takes few rows: it takes each alone, and copies a large Gram matrix for each.
+    "paper": (
+        {"d": 64, "m": 256, "k": 8, "rows": 10_000, "few": 2000},
+        {"d": 768, "m": 16384, "k": 32, "rows": 500, "few": 2},
+    ),
 }
-_SKLEARN_ROWS = {"small": 2000, "large": 2}  # it takes each row alone, and a large Gram matrix is copied for each
 
 
 def problem(d: int, m: int, k: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
@@ -58,33 +61,41 @@ def spams(D: np.ndarray, y: np.ndarray, k: int) -> Callable[[], np.ndarray]:
 PEERS = {"scikit-learn orthogonal_mp_gram": scikit_learn, "spams omp": spams}
 
 
-def run(name: str, *, with_peers: bool) -> Iterator[dict[str, Any]]:
-    """Rows of the table: milliseconds a row, and the mean objective, of one case."""
-    case = CASES[name]
-    D, y = problem(**case)
+def run(size: str, *, with_peers: bool) -> Iterator[dict[str, Any]]:
+    """Rows of the tables: milliseconds a row, and the mean objective, of each case."""
+    for case in SIZES[size]:
+        yield from _run(**case, with_peers=with_peers)
+
+
+def _run(*, d: int, m: int, k: int, rows: int, few: int, with_peers: bool) -> Iterator[dict[str, Any]]:
+    D, y = problem(d, m, k, rows)
+    case = {"d": d, "m": m, "k": k}
     makers = {"jaxsae omp": ours, **(PEERS if with_peers else {})}
-    calls, rows, missing = {}, {}, {}
+    calls, taken, missing = {}, {}, {}
     for who, make in makers.items():
-        rows[who] = min(case["rows"], _SKLEARN_ROWS[name]) if make is scikit_learn else case["rows"]
+        taken[who] = few if make is scikit_learn else rows
         try:
-            calls[who] = make(D, y[: rows[who]], case["k"])
+            calls[who] = make(D, y[: taken[who]], k)
         except ImportError as error:
             missing[who] = name_missing(error)
-        say(f"{name}: {who}")
+        say(f"d {d}, m {m}, k {k}: {who}")
     seconds = dict(zip(calls, timings(list(calls.values())), strict=True))
     reference = _dense(calls["jaxsae omp"]())
     for who, call in calls.items():
         z = _dense(call())
-        left = y[: rows[who]] - z @ D
+        left = y[: taken[who]] - z @ D
         yield {
-            **{"case": name, **case, "method": who, "rows_timed": rows[who], "note": ""},
-            "ms_a_row": 1e3 * statistics.median(seconds[who]) / rows[who],
-            "quartiles": [1e3 * q / rows[who] for q in statistics.quantiles(seconds[who], n=4)[::2]],
+            **case,
+            "method": who,
+            "rows_timed": taken[who],
+            "note": "",
+            "ms_a_row": 1e3 * statistics.median(seconds[who]) / taken[who],
+            "quartiles": [1e3 * q / taken[who] for q in statistics.quantiles(seconds[who], n=4)[::2]],
             "objective": float(0.5 * np.mean(np.sum(left**2, axis=1))),
-            "equal_supports": float(np.mean(np.all((z != 0) == (reference[: rows[who]] != 0), axis=1))),
+            "equal_supports": float(np.mean(np.all((z != 0) == (reference[: taken[who]] != 0), axis=1))),
         }
     for who, note in missing.items():
-        yield {"case": name, **case, "method": who, "note": note}
+        yield {**case, "method": who, "note": note}
 
 
 def _dense(codes: Any) -> np.ndarray:

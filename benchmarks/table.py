@@ -90,11 +90,13 @@ def _harvest(report: dict[str, Any], machine: str) -> list[str]:
 
 
 def _pursuit(report: dict[str, Any], machine: str) -> list[str]:
-    """A row for each library, or for each method's phase transition."""
+    """A row for each library, by case."""
     parts = [f"{machine}."]
-    if report["rows"]:
+    for d, m, k in dict.fromkeys((row["d"], row["m"], row["k"]) for row in report["rows"]):
         lines = ["| OMP | rows | ms a row | objective | supports as ours |", "|---|--:|--:|--:|--:|"]
         for row in report["rows"]:
+            if (row["d"], row["m"], row["k"]) != (d, m, k):
+                continue
             if row["note"]:
                 lines.append(f"| {row['method']} | {row['note']} | | | |")
                 continue
@@ -102,21 +104,20 @@ def _pursuit(report: dict[str, Any], machine: str) -> list[str]:
                 f"| {row['method']} | {row['rows_timed']:,} | {row['ms_a_row']:.4g} | {row['objective']:.6g} | "
                 f"{row['equal_supports']:.2%} |"
             )
-        case = report["rows"][0]
-        parts += [f"d {case['d']:,}, m {case['m']:,}, k {case['k']}.", "\n".join(lines)]
-    if report["points"]:
-        points = report["points"]
-        deltas, rhos = (sorted({point[name] for point in points}) for name in ("delta", "rho"))
-        lines = [
-            "| ρ of half at δ = | " + " | ".join(map(str, deltas)) + " |",
-            "|---|" + "--:|" * len(deltas),
-        ]
-        for method in dict.fromkeys(point["method"] for point in points):
-            rates = {(p["delta"], p["rho"]): p["recovered"] for p in points if p["method"] == method}
-            half = [half_point(rhos, [rates.get((delta, rho), 0.0) for rho in rhos]) for delta in deltas]
-            lines.append(f"| {method} | " + " | ".join(f"{rho:.2f}" for rho in half) + " |")
-        parts.append("\n".join(lines))
+        parts += [f"d {d:,}, m {m:,}, k {k}:", "\n".join(lines)]
     return parts
+
+
+def _transitions(report: dict[str, Any], machine: str) -> list[str]:
+    """A row for each method: the `ρ` at which half of the trials are recovered."""
+    points = report["points"]
+    deltas, rhos = (sorted({point[name] for point in points}) for name in ("delta", "rho"))
+    lines = ["| ρ of half at δ = | " + " | ".join(map(str, deltas)) + " |", "|---|" + "--:|" * len(deltas)]
+    for method in dict.fromkeys(point["method"] for point in points):
+        rates = {(p["delta"], p["rho"]): p["recovered"] for p in points if p["method"] == method}
+        half = [half_point(rhos, [rates[delta, rho] for rho in rhos]) for delta in deltas]
+        lines.append(f"| {method} | " + " | ".join(f"{rho:.2f}" for rho in half) + " |")
+    return [f"{machine}; {report['m']} atoms, {report['trials']} trials a point.", "\n".join(lines)]
 
 
 def _ksvd(report: dict[str, Any], machine: str) -> list[str]:
@@ -156,6 +157,7 @@ _TABLES = {
     "families": _families,
     "harvest": _harvest,
     "pursuit": _pursuit,
+    "transitions": _transitions,
     "ksvd": _ksvd,
     "lasso": lasso.markdown,
 }

@@ -62,9 +62,9 @@ def omp(
 
         w = Qa,   q = (a − Qᵀw) / ρ,   ρ = ‖a − Qᵀw‖,   r ← r − ⟨q, r⟩ q
 
-    The same elimination, applied to `Da`, keeps `Dr`. So with the Gram matrix `DDᵀ` no step costs a product with `D`; it
-    is formed if it has 4 MiB at most and `4k ≤ d`, and else the rows of a chunk share one product `D r` a step. The rule
-    asks nothing about the batch: a row's answer does not depend on it.
+    The same elimination, applied to `Da`, keeps `Dr`. So with the Gram matrix `DDᵀ` no step costs a product with `D`;
+    it is formed if it has 4 MiB at most and `4k ≤ d`, and else the rows of a chunk share one product `D r` a step. The
+    rule asks nothing about the batch: a row's answer does not depend on it.
     Non-negative values are refitted after each choice, and an atom whose value fell to 0 keeps its slot.
 
     Args:
