@@ -12,7 +12,21 @@ from typing import Any
 
 import jax
 
-from benchmarks import cases, clock, families, harvest, judge, ksvd, lasso, plot, pursuit, refine, table, train
+from benchmarks import (
+    cases,
+    clock,
+    families,
+    harvest,
+    judge,
+    ksvd,
+    lasso,
+    pictures,
+    plot,
+    pursuit,
+    refine,
+    table,
+    train,
+)
 
 ROOT = Path(__file__).parents[1]
 _PEERS = ("scipy", "jaxnnls", "jaxopt", "optax", "overcomplete", "torch", "eai-sparsify", "sae-lens")
@@ -53,10 +67,13 @@ def main() -> None:
     command = commands.add_parser("transitions", help="where each pursuit recovers codes exactly")
     command.add_argument("--png", type=Path, metavar="OUT", help="draw them here; needs matplotlib")
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
-    command = commands.add_parser("ksvd", help="dictionaries found again, pictures denoised and filled in")
+    command = commands.add_parser("pictures", help="photographs denoised and filled in; pip install '.[peers]'")
+    command.add_argument("--peers", action="store_true", help="scikit-learn's pipeline too, minutes a photograph")
+    command.add_argument("--out", type=Path, metavar="DIR", help="write the pictures, before and after")
+    command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
+    command = commands.add_parser("ksvd", help="dictionaries found again from signals with noise")
     command.add_argument("--size", choices=ksvd.SIZES, default="tiny")
     command.add_argument("--peers", action="store_true", help="other libraries too; pip install '.[peers]'")
-    command.add_argument("--pictures", type=Path, metavar="DIR", help="write the pictures, before and after")
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
     command = commands.add_parser("lasso", help="paths of the lasso, and relaxed regressions tuned by cross-validation")
     command.add_argument("--size", choices=lasso.SIZES, default="tiny")
@@ -84,6 +101,8 @@ def main() -> None:
         _transitions(args)
     elif args.command == "ksvd":
         _ksvd(args)
+    elif args.command == "pictures":
+        _pictures(args)
     elif args.command == "lasso":
         _lasso(args)
     elif args.command == "plot":
@@ -153,8 +172,15 @@ def _transitions(args: argparse.Namespace) -> None:
 
 
 def _ksvd(args: argparse.Namespace) -> None:
-    report = _environment("ksvd")
-    for part in ksvd.run(args.size, with_peers=args.peers, out=args.pictures):
+    rows = list(ksvd.run(args.size, with_peers=args.peers))
+    report = {**_environment("ksvd"), "size": args.size, "rows": rows}
+    _write(args.json, report)
+    print(table.markdown(report))
+
+
+def _pictures(args: argparse.Namespace) -> None:
+    report = _environment("pictures")
+    for part in pictures.run(with_peers=args.peers, out=args.out):
         report |= part
         _write(args.json, report)  # after each part: an interruption leaves what is finished
     print(table.markdown(report))

@@ -121,17 +121,21 @@ def _transitions(report: dict[str, Any], machine: str) -> list[str]:
 
 
 def _ksvd(report: dict[str, Any], machine: str) -> list[str]:
-    """Atoms found again, by learner and noise; then pictures, by method."""
-    parts = [f"{machine}."]
+    """Atoms found again, by learner and noise."""
     lines = ["| learner | SNR (dB) | recovered | least | runs | s a run |", "|---|--:|--:|--:|--:|--:|"]
-    for row in report["recovery"]:
+    for row in report["rows"]:
         if row["mean"] is None:
             lines.append(f"| {row['learner']} | {row['note']} | | | | |")
             continue
         snr = "none" if row["snr"] is None else f"{row['snr']:g}"
         cells = [f"{row['mean']:.1%}", f"{row['least']:.0%}", str(row["runs"]), f"{row['s']:.2f}"]
         lines.append(f"| {row['learner']} | {snr} | " + " | ".join(cells) + " |")
-    parts.append("\n".join(lines))
+    return [f"{machine}.", "\n".join(lines)]
+
+
+def _pictures(report: dict[str, Any], machine: str) -> list[str]:
+    """Photographs denoised and filled in, by method."""
+    parts = [f"{machine}."]
     if report["denoising"]:
         lines = ["| picture | method | PSNR (dB) | s | first, s |", "|---|---|--:|--:|--:|"]
         for row in report["denoising"]:
@@ -139,9 +143,7 @@ def _ksvd(report: dict[str, Any], machine: str) -> list[str]:
                 _shown(row[name], form) for name, form in (("psnr", "{:.2f}"), ("s", "{:.1f}"), ("first_s", "{:.1f}"))
             ]
             name = f"{row['picture']}, {row['height']} × {row['width']}, noisy {row['noisy']:.2f}"
-            lines.append(
-                f"| {name} | {row['method']}{': ' + row['note'] if row['note'] else ''} | " + " | ".join(cells) + " |"
-            )
+            lines.append(f"| {name} | {row['method']} | " + " | ".join(cells) + " |")
         parts += [f"Noise of σ {report['sigma']:g}, {report['atoms']} atoms:", "\n".join(lines)]
     if report["inpainting"]:
         lines = ["| picture | pixels missing | atoms | PSNR (dB) |", "|---|--:|---|--:|"]
@@ -159,6 +161,7 @@ _TABLES = {
     "pursuit": _pursuit,
     "transitions": _transitions,
     "ksvd": _ksvd,
+    "pictures": _pictures,
     "lasso": lasso.markdown,
 }
 

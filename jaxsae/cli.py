@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "fetch": fetch,
                 "harvest": harvest,
                 "denoise": denoise,
+                "inpaint": inpaint,
             },
             prog="jaxsae",
             description="Sparse autoencoders in JAX, and the refinement of their codes with a certificate per row.",
@@ -334,6 +335,32 @@ def denoise(image: Path, /, *, sigma: float, out: Path, dictionary: Path | None 
     with _progress(noisy.size // noisy.shape[1]) as advance:
         quiet, atoms = images.denoise(noisy, sigma, seed=seed, progress=advance)
     images.write(out, quiet)
+    if dictionary is not None:
+        images.write(dictionary, images.mosaic(atoms))
+    print(f"Written: {out}{'' if dictionary is None else f', {dictionary}'}")
+    return 0
+
+
+def inpaint(image: Path, /, *, missing: Path, out: Path, dictionary: Path | None = None, seed: int = 0) -> int:
+    """Fill in the missing pixels of a picture, by k-SVD on those that are known.
+
+    Example: jaxsae inpaint scratched.png --missing scratches.png --out whole.png
+
+    Args:
+        image: PNG, JPEG or the like.
+        missing: a picture as large as that, white where its pixels are missing.
+        out: the picture to write; its suffix names the format.
+        dictionary: write the atoms as a picture too.
+        seed: of the patches that are learnt from.
+    """
+    from jaxsae import images
+
+    for path in (out, dictionary):
+        if path is not None:
+            images.check_suffix(path)
+    mask = images.read(missing)
+    filled, atoms = images.inpaint(images.read(image), (mask if mask.ndim == 2 else mask.mean(2)) > 127.5, seed=seed)
+    images.write(out, filled)
     if dictionary is not None:
         images.write(dictionary, images.mosaic(atoms))
     print(f"Written: {out}{'' if dictionary is None else f', {dictionary}'}")

@@ -239,6 +239,28 @@ def test_the_command_says_in_one_line_what_is_wrong(prepare, options, message, t
     assert not (tmp_path / "out.png").exists()
 
 
+def test_a_mask_of_another_size_is_told(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images.write("in.png", chequered())
+    images.write("mask.png", np.zeros((8, 8)))
+    assert main(["inpaint", "in.png", "--missing", "mask.png", "--out", "out.png"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "mask of shape (8, 8)" in line
+    assert not (tmp_path / "out.png").exists()
+
+
+@pytest.mark.slow  # at the command's own size, 256 atoms
+def test_the_command_fills_in(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    clean = chequered()
+    missing = np.random.default_rng(0).random(clean.shape) < 0.5
+    images.write("in.png", np.where(missing, 0, clean))
+    images.write("mask.png", 255.0 * missing)
+    assert main(["inpaint", "in.png", "--missing", "mask.png", "--out", "out.png"]) == 0
+    assert mse(images.read("out.png")[missing], clean[missing]) < 0.1 * np.var(clean)
+    assert "Written: out.png" in capsys.readouterr().out
+
+
 @pytest.mark.slow  # at the command's own size, 256 atoms
 def test_the_command_denoises(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
