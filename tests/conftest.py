@@ -12,7 +12,7 @@ os.environ["XLA_FLAGS"] = " ".join(
     [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
 ).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# The suite's time is XLA's compiling, and a third of that LLVM's optimisations; `.ci/run` has them on in its last step.
+# The suite's time is XLA's compiling, and a third of that LLVM's optimisations; `.ci/run` has them on for slow tests.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
