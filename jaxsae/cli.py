@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 done, but a certificate failed (or, with --strict, a warni
 """
 
 import contextlib
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -101,7 +102,7 @@ def study(
 
 def train(
     *,
-    data: Path,
+    data: tuple[Path, ...],
     activation: str,
     latents: int,
     out: Path,
@@ -115,16 +116,20 @@ def train(
     dead_after: int = 10_000_000,
     heldout: int = 2048,
     seed: int = 0,
+    weights: tuple[float, ...] = (),
+    save_every: float = 60.0,
+    resume: bool = False,
     wandb: bool = False,
 ) -> int:
-    """Train an autoencoder on a file of activations, with the recipe of Gao et al. (2024), and measure it.
+    """Train an autoencoder on activations, with the recipe of Gao et al. (2024), and measure it.
 
-    Writes sae/, report.json and TensorBoard event files. Rows are centred and scaled to unit mean square for training;
-    the saved autoencoder takes them as they are. Example:
+    Writes sae/, report.json, checkpoints/ and TensorBoard event files. Rows are centred and scaled to unit mean square
+    for training; the saved autoencoder takes them as they are. Ended by anything, the same command goes on, to the bit;
+    SIGTERM saves first, and exits with 0. Example:
     jaxsae train --data x.npy --activation topk --k 32 --latents 4096 --out run
 
     Args:
-        data: .npy or .npz file of activations (rows, width).
+        data: files or directories of activations (rows, width).
         activation: relu, topk, abstopk, groupmax, batchtopk, jumprelu or gated.
         latents: how many.
         out: directory for the results.
@@ -138,21 +143,37 @@ def train(
         dead_after: rows without firing after which a latent is dead.
         heldout: last rows of the data, to measure on.
         seed: of initialisation and shuffles.
+        weights: in which proportions to mix several --data, whatever their lengths; by default in those.
+        save_every: seconds from one save to the next.
+        resume: go on with the run in --out, and fail if there is none.
         wandb: log to Weights & Biases too; with WANDB_MODE=offline, to files.
     """
-    from jaxsae import runs
+    from jaxsae import job, runs
 
     options = runs.Options(
         activation, latents, k, l1, not no_auxk, multi_topk, batch, steps, learning_rate, dead_after, heldout, seed
     )
-    with _progress(steps, rows=batch) as advance:
-        log = runs.logs(out, options, wandb=wandb)
-        report = runs.run(out, data=data, options=options, progress=advance, log=log)
+    try:
+        with _progress(steps, rows=batch) as advance:
+            report = runs.run(
+                out,
+                data=data,
+                options=options,
+                weights=weights or None,
+                save_every=save_every,
+                resume=resume,
+                progress=advance,
+                warn=_warn,
+                log=runs.logs(out, options, wandb=wandb),
+            )
+    except job.Stopped as stopped:
+        print(f"Stopped after {stopped.step} steps; all is saved: the same command goes on.")
+        return 0 if stopped.signum == signal.SIGTERM else 130
     measured = report["heldout"]
     print(f"{heldout} held-out rows: NMSE {measured['nmse']:.4f}, L0 {measured['l0']:.1f}, dead {measured['dead']:.1%}")
     print(f"Written: {out / 'sae'}/, {out / 'report.json'}")
     if report["skipped"]:
-        _warn(f"{report['skipped']} batches were skipped, since their loss was not finite.")
+        _warn(f"{report['skipped']} batches were skipped, since their loss was not finite. {runs.blame(report)}")
     return 0
 
 

@@ -21,6 +21,7 @@ ORDER = [
     "runs",
     "plots",
     "stream",
+    "job",
     "pretrained",
     "train",
     "checkpoint",
