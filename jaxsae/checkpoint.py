@@ -47,6 +47,13 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in names} | {"python": platform.python_version()}
 
 
+def steps(folder: str | os.PathLike) -> list[int]:
+    """The steps that are in a directory of checkpoints, damaged or not, the last one first."""
+    folder = Path(folder)
+    names = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    return sorted((int(name) for name in names if re.fullmatch("[0-9]+", name)), reverse=True)
+
+
 class Checkpoints:
     """The checkpoints of a run, in a directory: the last ones, and the best.
 
@@ -89,9 +96,10 @@ class Checkpoints:
             except _ANY:
                 continue  # `restore` tells
             if manifest["version"] != _VERSION:
+                by = manifest.get("versions", {}).get("jaxsae", "unknown")
                 raise InputError(
-                    f"{self.folder / str(step)}: is of version {manifest['version']!r}, expected {_VERSION}; go on with "
-                    f"the jaxsae that wrote it ({manifest.get('versions', {}).get('jaxsae', 'unknown')})."
+                    f"{self.folder / str(step)}: is of version {manifest['version']!r}, expected {_VERSION}; go on "
+                    f"with the jaxsae that wrote it ({by})."
                 )
             self._require_equal(manifest["config"])
             break
@@ -101,7 +109,9 @@ class Checkpoints:
         for name in sorted(got | expected):
             if got.get(name) != expected.get(name):
                 what = f"got {name} {got.get(name, 'nothing')}, expected {expected.get(name, 'nothing')}"
-                raise InputError(f"{self.folder.parent}: holds another run ({what}); choose another --out, or remove it.")
+                raise InputError(
+                    f"{self.folder.parent}: holds another run ({what}); choose another --out, or remove it."
+                )
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -113,9 +123,8 @@ class Checkpoints:
                 manager.close()
 
     def steps(self) -> list[int]:
-        """The steps that are there, damaged or not, the last one first."""
-        names = [path.name for path in self.folder.iterdir() if path.is_dir()] if self.folder.is_dir() else []
-        return sorted((int(name) for name in names if re.fullmatch("[0-9]+", name)), reverse=True)
+        """As the function."""
+        return steps(self.folder)
 
     def save(self, step: int, state: Any, *, progress: Any, loss: float | None = None, wait: bool = False) -> None:
         """Save a step, in the background but for a copy of the state; one that is there already is left as it is.
@@ -242,8 +251,10 @@ def _without_echoes() -> Iterator[None]:
     before, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
     try:
         yield
-    finally:
+    except Exception:
         gc.collect()
+        raise
+    finally:
         sys.unraisablehook = before
 
 

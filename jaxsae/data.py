@@ -128,6 +128,7 @@ class Batches:
 
     @property
     def position(self) -> int:
+        """Of the attributes."""
         return self._iterator.get_state()["next_index"]
 
     @position.setter
@@ -151,7 +152,7 @@ class _Numbered:
         return (1 << 62) // self._size
 
     def parts(self, number: int) -> list[tuple[int, np.ndarray, np.ndarray]]:
-        """Of each source that a batch draws from: its number, places in the batch, and row numbers in ascending order."""
+        """Of each source that a batch draws from: its number, places in the batch, and row numbers, ascending."""
         flat = np.array([self._order[number * self._size + place] for place in self._part])
         sources = np.searchsorted(self._edges, flat, side="right") - 1
         order = np.argsort(flat, kind="stable")  # a memory-mapped file is then read forwards
@@ -159,9 +160,9 @@ class _Numbered:
         found = [(source, order[cuts[source] : cuts[source + 1]]) for source in range(len(self._sources))]
         return [(source, at, flat[at] - self._edges[source]) for source, at in found if len(at)]
 
-    def __getitem__(self, number: int) -> np.ndarray:
+    def __getitem__(self, index: int) -> np.ndarray:
         batch = np.empty((len(self._part), self._sources[0].shape[1]), np.float32)
-        for source, at, numbers in self.parts(number):
+        for source, at, numbers in self.parts(index):
             batch[at] = self._sources[source][numbers]
         return batch
 
@@ -193,7 +194,7 @@ def batches(
     """
     import grain
 
-    sources = [rows] if hasattr(rows, "shape") else list(rows)
+    sources: list[Any] = [rows] if hasattr(rows, "shape") else list(rows)  # pyright: ignore[reportArgumentType]
     total = sum(map(len, sources))
     if total < size:
         raise InputError(f"got {total} rows for batches of {size}; pass more rows or a smaller batch.")

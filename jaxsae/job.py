@@ -93,7 +93,7 @@ def run(
     """
     like = jax.eval_shape(fresh)
     saved = checkpoints.restore(like)
-    state, progress = (fresh(), Progress()) if saved is None else (saved.state, Progress(**saved.progress))
+    state, progress = (fresh(), Progress()) if saved is None else (saved.state, _restored(saved.progress))
     batches.position = progress.position
     watch = _Watch(state)
 
@@ -131,6 +131,10 @@ def run(
     return state, progress
 
 
+def _restored(record: dict[str, Any]) -> Progress:
+    return Progress(**{**record, "bad": tuple(record["bad"])})
+
+
 def _back(state, progress: Progress, saved, fresh, warn) -> tuple[TrainState, Progress]:
     """The state last saved, and on with the batches that come next."""
     old = fresh() if saved is None else saved.state
@@ -148,13 +152,13 @@ class _Watch:
         self.patience_is_over = False
 
     def see(self, number: int, state: TrainState) -> list[int]:
-        """Batch `number` led to `state`; which of the batches before were skipped?"""
+        """Batch `number` led to `state`: tells which of the batches before were skipped."""
         # The state itself is given away.
         self._pending.append((number, jnp.copy(state.skipped), jnp.copy(state.skipped_last)))
         return self._read() if len(self._pending) > PATIENCE else []
 
     def flush(self) -> list[int]:
-        """Which others were?"""
+        """Tells which others were."""
         return [number for _ in range(len(self._pending)) for number in self._read()]
 
     def _read(self) -> list[int]:

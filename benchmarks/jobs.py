@@ -1,0 +1,114 @@
+"""Training jobs: killed at random moments and gone on with, to the bit; and what saving and loading cost."""
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.clock import say
+from jaxsae import checkpoint, shards
+
+SIZES = {
+    "tiny": {"d": 16, "m": 64, "k": 4, "batch": 64, "rows": 4096, "steps": 30},
+    "paper": {"d": 768, "m": 16384, "k": 32, "batch": 1024, "rows": 1 << 19, "steps": 12},
+}
+_LIMIT = 120  # seconds that one life of a job may take
+
+
+class Job:
+    """A training by the command line, in processes of its own that can be killed; it saves after every step."""
+
+    def __init__(self, folder: Path, *, steps: int, options: Sequence[str] = ()):
+        """`folder` is for its data, made here, and its runs."""
+        self.folder, self.steps = folder, steps
+        self._data = folder / "data"
+        if not self._data.exists():
+            writer = shards.Writer(self._data, width=16, dtype="float16", source="random")
+            generator = np.random.default_rng(0)
+            for _ in range(3):
+                writer.append(generator.standard_normal((300, 16)))
+            writer.finish()
+        self._options = ["--steps", steps, "--batch", 64, "--latents", 64, "--k", 4, "--heldout", 100, *options]
+
+    def start(self, out: str, **options: Any) -> subprocess.Popen:
+        """A process that begins the run `out`, or goes on with it."""
+        command = [sys.executable, "-m", "jaxsae", "train", "--activation", "batchtopk", "--dead-after", 500]
+        command += ["--data", self._data, "--out", self.folder / out, "--save-every", 0, *self._options]
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+        return subprocess.Popen(list(map(str, command)), env=environment, stdout=-1, stderr=-1, text=True, **options)
+
+    def finish(self, out: str) -> str:
+        """Let it run to its end; what it said."""
+        process = self.start(out)
+        said, errors = process.communicate(timeout=_LIMIT)
+        if process.returncode:
+            raise RuntimeError(f"the job ended with {process.returncode}: {errors}")
+        return said + errors
+
+    def end(self, out: str, signum: int, *, after: int, delay: float) -> tuple[int, int, str]:
+        """Start it, and send a signal some seconds after so many more steps; exit code, steps saved, and words."""
+        before, process, began = self.saved(out), self.start(out), time.monotonic()
+        while self.saved(out) < min(before + after, self.steps) and process.poll() is None:
+            if time.monotonic() - began > _LIMIT:
+                process.kill()
+                raise RuntimeError("the job saves nothing")
+            time.sleep(0.002)
+        time.sleep(delay)
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signum)
+        said, errors = process.communicate(timeout=_LIMIT)
+        return process.returncode, self.saved(out), said + errors
+
+    def saved(self, out: str) -> int:
+        """How many batches its last checkpoint has seen."""
+        return next(iter(checkpoint.steps(self.folder / out / "checkpoints")), 0)
+
+    def being_written(self, out: str) -> bool:
+        """Whether it was killed in the middle of a save."""
+        return any("tmp" in path.name for path in (self.folder / out / "checkpoints").glob("*"))
+
+    def outcome(self, out: str) -> dict[str, bytes]:
+        """All numbers that it ended with, as bits, by name: those of the autoencoder and of its last checkpoint."""
+        import orbax.checkpoint as ocp
+
+        path = self.folder / out / "checkpoints" / str(self.saved(out)) / "state"
+        with ocp.StandardCheckpointer() as reader:
+            tree = reader.restore(path)
+        found = {
+            jax.tree_util.keystr(name): np.asarray(leaf).tobytes() for name, leaf in jax.tree.leaves_with_path(tree)
+        }
+        return found | {"sae": (self.folder / out / "sae" / "sae.safetensors").read_bytes()}
+
+
+def survive(kills: int, seed: int = 0, *, steps: int = 400) -> dict[str, Any]:
+    """Kill a job at random moments; compare how it ends with one that was left alone."""
+    generator = random.Random(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        job = Job(Path(folder), steps=steps)
+        say("one left alone")
+        job.finish("alone")
+        moments = []
+        while len(moments) < kills:
+            left = steps - job.saved("killed")
+            after = generator.randint(0, max(1, 2 * left // (kills - len(moments) + 1)))
+            code, saved, said = job.end("killed", signal.SIGKILL, after=after, delay=generator.uniform(0, 0.05))
+            if code != -signal.SIGKILL:
+                raise RuntimeError(
+                    f"it ended with {code} before it was killed for the {len(moments) + 1}th time: {said}"
+                )
+            moments.append({"saved": saved, "in_mid_save": job.being_written("killed")})
+            say(f"killed {len(moments)} times, {saved} steps saved, in mid-save: {moments[-1]['in_mid_save']}")
+        job.finish("killed")
+        a, b = job.outcome("alone"), job.outcome("killed")
+    differ = sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
+    return {"steps": steps, "moments": moments, "leaves": len(a), "differ": differ}
