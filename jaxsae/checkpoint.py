@@ -269,10 +269,12 @@ class _told:
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if isinstance(error, Exception) and not isinstance(error, InputError):
-            reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
+            # TensorStore tells the cause last: "Error writing …: Failed writing …: No space left on device [os…]".
+            text = str(error).strip().partition("\n")[0].partition(" [")[0]
+            reason = getattr(error, "strerror", None) or text.rpartition(": ")[2]
             last = next(iter(self._steps()), None)
             kept = "no step was saved before" if last is None else f"step {last} is kept, and can be gone on from"
-            raise InputError(f"cannot write {self._folder}: {reason[:300]}; {kept}: make room.") from error
+            raise InputError(f"cannot write {self._folder}: {reason}; {kept}: make room.") from error
 
 
 @jax.jit

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jaxsae import sharding
 from jaxsae.checkpoint import Checkpoints
 from jaxsae.data import Batches
 from jaxsae.train import PATIENCE, Diverged, TrainState
@@ -91,9 +92,11 @@ def run(
       Stopped: on SIGTERM or SIGINT, with all saved.
       GivenUp: if it went back too often.
     """
-    like = jax.eval_shape(fresh)
+    like = sharding.abstract(fresh)
     saved = checkpoints.restore(like)
-    state, progress = (fresh(), Progress()) if saved is None else (saved.state, _restored(saved.progress))
+    state, progress = (
+        (sharding.create(fresh), Progress()) if saved is None else (saved.state, _restored(saved.progress))
+    )
     batches.position = progress.position
     watch = _Watch(state)
 
@@ -137,7 +140,7 @@ def _restored(record: dict[str, Any]) -> Progress:
 
 def _back(state, progress: Progress, saved, fresh, warn) -> tuple[TrainState, Progress]:
     """The state last saved, and on with the batches that come next."""
-    old = fresh() if saved is None else saved.state
+    old = sharding.create(fresh) if saved is None else saved.state
     warn(f"the loss of {PATIENCE} batches in a row was not finite: going back to step {int(old.step)}.")
     old = dataclasses.replace(old, skipped=state.skipped, skipped_last=jnp.zeros_like(state.skipped_last))
     return old, progress._replace(rollbacks=progress.rollbacks + 1)

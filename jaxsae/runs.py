@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from jaxsae import data as data_module
-from jaxsae import job, metrics, pretrained, stream, train
+from jaxsae import job, metrics, pretrained, sharding, stream, train
 from jaxsae.activations import AbsTopK, Activation, BatchTopK, Gated, GroupMax, JumpReLU, ReLU, TopK
 from jaxsae.checkpoint import Checkpoints, versions
 from jaxsae.files import InputError, atomic_file
@@ -93,6 +94,7 @@ def run(
     data: str | os.PathLike | Sequence[str | os.PathLike],
     options: Options,
     weights: Sequence[float] | None = None,
+    mesh: Mesh | None = None,
     save_every: float = 60.0,
     resume: bool = False,
     progress: Progress = lambda text, steps: None,
@@ -106,6 +108,7 @@ def run(
       data: file or directory of activations, or several.
       options: what to train, and how.
       weights: in which proportions to mix the data, whatever their lengths; by default in those of the lengths.
+      mesh: of `sharding.make_mesh`, to spread rows and latents over; one device by default.
       save_every: seconds from one save of the whole state to the next.
       resume: refuse to begin anew.
       progress: called with what is going on and how many steps that took; `options.steps` in all.
@@ -120,18 +123,22 @@ def run(
         last good autoencoder is saved.
       job.Stopped: on SIGTERM or SIGINT, with all saved.
     """
-    family = _validate(options)
+    _validate(options)
     paths = [data] if isinstance(data, str | os.PathLike) else list(data)
     sources, heldout = _load(paths, options, weights)
     out, o, name = Path(out), options, ", ".join(map(str, paths))
     told_data = {"path": name, "rows": sum(map(len, sources)), "heldout": len(heldout), "width": heldout.shape[1]}
     config = o._asdict() | {"data": [*map(len, sources), heldout.shape[1]], "weights": weights and list(weights)}
-    batches = data_module.batches(sources, o.batch, seed=o.seed, weights=weights)
-    with Checkpoints(out / "checkpoints", config=config, warn=warn) as checkpoints:
+    with (
+        jax.set_mesh(mesh) if mesh else contextlib.nullcontext(),
+        Checkpoints(out / "checkpoints", config=config, warn=warn) as checkpoints,
+    ):
         if resume and not checkpoints.steps():
             raise InputError(f"{out}: holds no run to resume; leave out --resume to begin one.")
+        part = sharding.rows_needed(o.batch)
+        batches = data_module.batches(sources, o.batch, seed=o.seed, weights=weights, part=part)
         centre, scale = _centre_and_scale(sources, name)
-        objective, tx, fresh = _recipe(family, o, centre, scale)
+        objective, tx, fresh = recipe(o, centre, scale)
 
         def tell(step, shown):
             if step % _REPORT_EVERY and step != o.steps:
@@ -149,14 +156,16 @@ def run(
                     *(train.make_step(objective, tx), fresh, batches, checkpoints),
                     steps=o.steps,
                     save_every=save_every,
-                    put=lambda x: scale * x,
+                    put=lambda x: sharding.place_rows(scale * x, o.batch, part.start),
                     tell=tell,
                     warn=warn,
                 )
             except job.GivenUp as error:
                 state, reached, diverged = error.state, error.progress, error
-    sae = rescale(state.sae, scale)
-    pretrained.save(sae, out / "sae")
+    sae = rescale(sharding.gathered(state.sae), scale)
+    chief = jax.process_index() == 0
+    if chief:
+        pretrained.save(sae, out / "sae")
     bad = _rows_to_blame(sources, paths, batches, reached.bad)
     report = {
         "options": options._asdict(),
@@ -170,17 +179,29 @@ def run(
         "heldout": evaluate(sae, heldout),
         "versions": versions() | {"backend": jax.default_backend()},
     }
-    with atomic_file(out / "report.json") as temporary:
-        temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    if chief:
+        with atomic_file(out / "report.json") as temporary:
+            temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
     if diverged is not None:
         told = f"{name}: {diverged} {blame(report)} The last good autoencoder is in {out / 'sae'}."
         raise InputError(told) from diverged
     return report
 
 
-def _recipe(family: _Family, o: Options, centre: jax.Array, scale: float):
-    """What to minimise, how, and from where."""
-    d = len(centre)
+def recipe(
+    options: Options, centre: jax.Array, scale: float
+) -> tuple[Objective, optax.GradientTransformation, Callable[[], train.TrainState]]:
+    """What `run` minimises, how, and a function that makes the state it starts from.
+
+    Args:
+      options: of the run.
+      centre: of the rows, `[d]`.
+      scale: from rows to those of unit mean square.
+
+    Raises:
+      InputError: if an option cannot be used.
+    """
+    family, o, d = _validate(options), options, len(centre)
     warm = optax.linear_schedule(0.0, 1.0, max(1, o.steps // 5))
     terms = family.terms(o, warm)
     terms += (MultiTopK(),) if o.multi_topk else ()

@@ -18,6 +18,7 @@ ORDER = [
     "__main__",
     "cli",
     "study",
+    "plan",
     "runs",
     "plots",
     "stream",
@@ -47,12 +48,12 @@ ORDER = [
     "gram",
     "kernels",
     "solvers",
-    "sharding",
     "synthetic",
     "codes",
     "linalg",
     "files",
     "rows",
+    "sharding",
 ]
 
 FILES = sorted(PACKAGE.rglob("*.py"))
