@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from benchmarks import cases, clock, families, harvest, judge, ksvd, lasso, plot, pursuit, refine, table, train
+from benchmarks import cases, clock, families, harvest, jobs, judge, ksvd, lasso, plot, pursuit, refine, table, train
 
 ROOT = Path(__file__).parents[1]
 _PEERS = ("scipy", "jaxnnls", "jaxopt", "optax", "overcomplete", "torch", "eai-sparsify", "sae-lens")
@@ -63,6 +63,10 @@ def main() -> None:
     command.add_argument("--size", choices=lasso.SIZES, default="tiny")
     command.add_argument("--peers", action="store_true", help="other libraries too; pip install '.[peers]'")
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
+    command = commands.add_parser("jobs", help="training jobs: what saving and loading cost, and whether they survive")
+    command.add_argument("--size", choices=jobs.SIZES, default="tiny")
+    command.add_argument("--kills", type=int, default=0, metavar="N", help="kill one N times; pip install '.[study]'")
+    command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
     command = commands.add_parser("table", help="what was measured, as markdown")
     command.add_argument("files", type=Path, nargs="+", metavar="FILE")
     command.add_argument("--readme", action="store_true", help="put it into the README")
@@ -85,6 +89,8 @@ def main() -> None:
         _ksvd(args)
     elif args.command == "lasso":
         _lasso(args)
+    elif args.command == "jobs":
+        _jobs(args)
     elif args.command == "plot":
         plot.speed_against_accuracy(json.loads(args.file.read_text()), args.out)
     else:
@@ -155,6 +161,14 @@ def _ksvd(args: argparse.Namespace) -> None:
 
 def _lasso(args: argparse.Namespace) -> None:
     report = {**_environment("lasso"), "size": args.size, **lasso.run(args.size, with_peers=args.peers)}
+    _write(args.json, report)
+    print(table.markdown(report))
+
+
+def _jobs(args: argparse.Namespace) -> None:
+    report = {**_environment("jobs"), "size": args.size, "costs": jobs.costs(args.size)}
+    if args.kills:
+        report["survived"] = jobs.survive(args.kills)
     _write(args.json, report)
     print(table.markdown(report))
 

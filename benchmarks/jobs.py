@@ -112,3 +112,85 @@ def survive(kills: int, seed: int = 0, *, steps: int = 400) -> dict[str, Any]:
         a, b = job.outcome("alone"), job.outcome("killed")
     differ = sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
     return {"steps": steps, "moments": moments, "leaves": len(a), "differ": differ}
+
+
+def costs(size: str) -> dict[str, Any]:
+    """What saving adds to a step at one save a minute, how fast rows are loaded, and how long a resume takes to start."""
+    c = SIZES[size]
+    with tempfile.TemporaryDirectory() as folder:
+        rows = _rows(Path(folder, "data"), c["rows"], c["d"])
+        loader = _loader(rows, c["batch"])
+        saving = _saving(Path(folder, "run"), rows, c)
+    needed = c["batch"] / saving["step_s"]
+    return {"case": c, **loader, **saving, "needed_rows_per_s": needed, "ratio": loader["loaded_rows_per_s"] / needed}
+
+
+def _rows(folder: Path, n: int, d: int) -> shards.Rows:
+    """Activations in float16 on the disk, out of the page cache where that can be had."""
+    writer = shards.Writer(folder, width=d, dtype="float16", source="random")
+    generator = np.random.default_rng(0)
+    for start in range(0, n, 1 << 16):
+        writer.append(generator.standard_normal((min(1 << 16, n - start), d), np.float32))
+    writer.finish()
+    for path in folder.glob("*.npy"):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return shards.open_rows(folder)
+
+
+def _loader(rows: shards.Rows, batch: int) -> dict[str, float]:
+    began = time.perf_counter()
+    stream = data.batches(rows, batch, seed=0)
+    next(stream)  # checks every shard that it touches
+    first = time.perf_counter() - began
+    began = time.perf_counter()
+    for _ in range(100):
+        next(stream)
+    return {"first_batch_s": first, "loaded_rows_per_s": 100 * batch / (time.perf_counter() - began)}
+
+
+def _saving(folder: Path, rows: shards.Rows, c: dict[str, int]) -> dict[str, float]:
+    """Seconds of a step with nothing else to do; how much longer those after a save take, all together; of a resume."""
+    options = runs.Options("topk", c["m"], c["k"], batch=c["batch"], steps=1000)
+    objective, tx, fresh = runs.recipe(options, jnp.zeros(c["d"]), 1.0)
+    step, stream = train.make_step(objective, tx), data.batches(rows, c["batch"], seed=0)
+    state = fresh()
+
+    def steps(count: int) -> list[float]:
+        nonlocal state
+        times = []
+        for _ in range(count):
+            began = time.perf_counter()
+            state, shown = step(state, next(stream))
+            jax.block_until_ready(shown)
+            times.append(time.perf_counter() - began)
+        return times
+
+    steps(3)
+    with checkpoint.Checkpoints(folder, config=None) as checkpoints:
+        checkpoints.save(0, state, progress=None, wait=True)  # the first one compiles
+        added, alone = [], []
+        for number in range(1, 4):
+            alone.append(statistics.median(steps(c["steps"])))
+            began = time.perf_counter()
+            checkpoints.save(number, state, progress=None)
+            count, settled = 0, 0
+            while settled < 3:  # until its writing is over
+                (last,) = steps(1)
+                count, settled = count + 1, settled + 1 if last < 1.2 * alone[-1] else 0
+            added.append(time.perf_counter() - began - count * alone[-1])
+            say(f"a save adds {added[-1]:.2f} s to steps of {alone[-1]:.3f} s")
+    like = jax.eval_shape(fresh)
+    began = time.perf_counter()
+    with checkpoint.Checkpoints(folder, config=None) as checkpoints:
+        jax.block_until_ready(checkpoints.restore(like))
+    resume = time.perf_counter() - began
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
+    return {
+        "step_s": statistics.median(alone),
+        "save_s": statistics.median(added),
+        "overhead_at_one_a_minute": max(0.0, statistics.median(added)) / 60,
+        "restore_s": resume,
+        "state_bytes": size,
+    }

@@ -431,7 +431,7 @@ def plan(
         print(f"  memory   {_gib(program.memory)}, {share:.0%}: {_gib(program.arguments)} of arguments and state")
         print(f"  work     {program.flops:.3g} FLOP, {program.bytes:.3g} bytes read and written")
         for (kind, size), count in program.collectives.items():
-            print(f"  {count:4} {kind:18} of at most {size:,} bytes")
+            print(f"  {count:4} {kind:18} of {size:,} bytes")
         seconds = program.seconds(chip)
         print("  at peak  " + ", ".join(f"{what} {1000 * value:.1f} ms" for what, value in seconds.items()))
         cost = max(seconds.values()) * chips * price / 3600 / batch * 1e9

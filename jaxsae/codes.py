@@ -124,8 +124,8 @@ def top_k(x: Float[Array, "*b m"], k: int) -> tuple[Float[Array, "*b k"], Int[Ar
     # `jnp.max` on XLA's CPU backend passes over NaN.
     lowest = jnp.array(-jnp.inf, x.dtype)
     greatest = jax.lax.reduce(jax.lax.stop_gradient(groups), lowest, _greater, (groups.ndim - 1,))
-    # The barrier keeps the maxima in use, without which XLA's CPU backend sorts all of them instead. (Of a barrier for
-    # the pair alone XLA would make one for the result of the top-k, on which it ends the process: seen in jaxlib 0.10.2.)
+    # The barrier keeps the maxima in use, without which XLA's CPU backend sorts all of them instead. (A barrier for the
+    # pair alone becomes one for the result of the top-k, at which XLA ends the process: seen in jaxlib 0.10.2.)
     _, chosen, _ = jax.lax.optimization_barrier((*jax.lax.top_k(greatest, k), jnp.zeros(())))
     chosen = jnp.sort(chosen, axis=-1)
     members = jnp.take_along_axis(groups, chosen[..., None], axis=-2).reshape(*x.shape[:-1], k * size)

@@ -1,6 +1,8 @@
 """Rows to train and measure on: activations on disk, or patches of two photographs."""
 
+import io
 import itertools
+import json
 import os
 import tokenize
 import zipfile
@@ -9,7 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+import safetensors
 
 from jaxsae import shards
 from jaxsae.files import InputError
@@ -20,21 +24,22 @@ _THREADS, _AHEAD = 2, 8  # of the reading of batches; in number
 # What numpy lets out when a file is not what it says.
 _UNREADABLE = (
     *(ValueError, TypeError, EOFError, OSError, LookupError, SyntaxError, NotImplementedError, MemoryError),
-    *(tokenize.TokenError, zipfile.BadZipFile, zlib.error),
+    *(tokenize.TokenError, zipfile.BadZipFile, zlib.error, safetensors.SafetensorError, RuntimeError),
 )
 
 
 def open_rows(path: str | os.PathLike) -> Rows:
-    """Open activations as rows `[n d]`: a `.npy` (memory-mapped) or `.npz` file, or a directory of shards.
+    """Open activations as rows `[n d]`: a file in one of several formats, or a directory of shards.
 
-    Leading axes are flattened into rows. An `.npz` must hold one array of activations. Of a directory that is still
-    being written, the whole shards are opened.
+    Formats are `.npy` and `.safetensors`, memory-mapped; `.npz`; and `.array_record`, whose records are rows, each as
+    the bytes of an `.npy` file. Leading axes are flattened into rows. There must be one array of activations in a file.
+    Of a directory that is still being written, the whole shards are opened.
 
     Args:
       path: the file, or the directory.
 
     Returns:
-      `[n d]`, float16, float32 or float64.
+      `[n d]`, float16, bfloat16, float32 or float64.
 
     Raises:
       InputError: if the file is missing, truncated, not an array, empty, or not floating point; as `shards.read`.
@@ -48,6 +53,7 @@ def open_rows(path: str | os.PathLike) -> Rows:
     """
     path = Path(path)
     expected = "expected a .npy or .npz array of floating-point activations (rows, width)"
+    kind = {".safetensors": _open_safetensors, ".array_record": _open_records}.get(path.suffix)
     if Path(path, shards.MANIFEST).is_file():
         rows = shards.open_rows(path)
         if not len(rows):
@@ -58,10 +64,12 @@ def open_rows(path: str | os.PathLike) -> Rows:
         raise InputError(f"{path}: {what}; {expected}.")
     with open(path, "rb") as file:
         magic = file.read(6)
-    if magic[:2] != b"PK" and magic != b"\x93NUMPY":
+    if kind is None and magic[:2] != b"PK" and magic != b"\x93NUMPY":
         raise InputError(f"{path}: {'not an array file' if magic else 'the file is empty'}; {expected}.")
     try:
-        if magic[:2] == b"PK":
+        if kind is not None:
+            array = kind(path)
+        elif magic[:2] == b"PK":
             with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
                 array = _only_array(archive, path)
         else:
@@ -71,11 +79,52 @@ def open_rows(path: str | os.PathLike) -> Rows:
     except _UNREADABLE as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{path}: is damaged or holds no plain array ({reason}); {expected}.") from error
-    if array.dtype not in (np.float16, np.float32, np.float64):
+    if array.dtype not in (np.float16, np.float32, np.float64, jnp.bfloat16):
         raise InputError(f"{path}: holds {array.dtype}; {expected}: convert it with .astype('float32').")
     if array.ndim < 2 or array.size == 0:
         raise InputError(f"{path}: has shape {array.shape}; {expected}.")
-    return array.reshape(-1, array.shape[-1])
+    return array if isinstance(array, shards.Rows) else array.reshape(-1, array.shape[-1])
+
+
+def _open_safetensors(path: Path) -> np.ndarray:
+    with safetensors.safe_open(path, "numpy") as file:  # checks the header
+        names = list(file.keys())
+    if len(names) != 1:
+        raise InputError(f"{path}: holds {len(names)} arrays ({', '.join(names) or 'nothing'}); expected one.")
+    with open(path, "rb") as file:
+        start = int.from_bytes(file.read(8), "little")
+        entry = json.loads(file.read(start))[names[0]]
+    dtype = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}.get(entry["dtype"])
+    if dtype is None:
+        raise TypeError(f"its values are {entry['dtype']}")
+    offset = 8 + start + entry["data_offsets"][0]
+    return np.memmap(path, jnp.dtype(dtype), "r", offset, tuple(entry["shape"]))
+
+
+class _Records:
+    """Rows of an ArrayRecord file by their numbers."""
+
+    def __init__(self, path: Path):
+        import grain
+
+        self._source: Any = grain.sources.ArrayRecordDataSource([str(path)])
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, numbers: np.ndarray) -> np.ndarray:
+        records = self._source.__getitems__(np.asarray(numbers).tolist())
+        return np.stack([np.load(io.BytesIO(record), allow_pickle=False) for record in records])
+
+
+def _open_records(path: Path) -> shards.Rows:
+    records = _Records(path)
+    if not len(records):
+        raise ValueError("it has no records")
+    first = records[np.array([0])]
+    if first.ndim != 2:
+        raise ValueError(f"a record has shape {first.shape[1:]}")
+    return shards.Rows(lambda _: records, np.array([0, len(records)]), range(len(records)), first.shape[1], first.dtype)  # pyright: ignore[reportArgumentType]
 
 
 def _only_array(archive, path: Path) -> np.ndarray:

@@ -47,7 +47,7 @@ class Program:
       scratch: bytes it needs beside that, and beside results that take the place of arguments.
       flops: as XLA counts them; the body of a loop of unknown length once.
       bytes: read from memory and written, likewise.
-      collectives: `{(kind, largest array in bytes): how many}`.
+      collectives: `{(kind, bytes of its result): how many}`.
     """
 
     arguments: int
@@ -175,18 +175,19 @@ def _read(lowered) -> Program:
 
 
 _COLLECTIVE = re.compile(
-    r" = (?P<result>.*?) (?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\("
+    r" = (?P<result>.*?) (?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?P<start>-start)?\("
 )
 _ARRAY = re.compile(r"\b[a-z]+(\d+)?[a-z0-9]*\[([\d,]*)\]")
 
 
 def collectives(hlo: str) -> dict[tuple[str, int], int]:
-    """Which collectives a compiled program has, by kind and by the bytes of the largest array that each makes."""
+    """Which collectives a compiled program has, by kind and by the bytes of what each makes."""
     found: collections.Counter = collections.Counter()
-    for line in hlo.splitlines():
-        match = _COLLECTIVE.search(line)
-        if match:
-            found[match["kind"], max(map(_size, _ARRAY.finditer(match["result"])), default=0)] += 1
+    for match in filter(None, map(_COLLECTIVE.search, hlo.splitlines())):
+        sizes = [_size(array) for array in _ARRAY.finditer(match["result"])]
+        # What is started gives its arguments too, but a reduction its results alone.
+        started = match["start"] and match["kind"] != "all-reduce"
+        found[match["kind"], max(sizes, default=0) if started else sum(sizes)] += 1
     return dict(sorted(found.items(), key=lambda item: -item[0][1]))
 
 

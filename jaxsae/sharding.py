@@ -162,7 +162,8 @@ def spread() -> bool:
 
 def rows_spec(x: Any) -> PartitionSpec:
     """How the rows of `x [*b k]` are spread under the mesh in force."""
-    return PartitionSpec("data") if x.ndim > 1 and x.shape[0] % ways("data") == 0 else PartitionSpec()
+    parts = ways("data")
+    return PartitionSpec("data") if x.ndim > 1 and parts > 1 and x.shape[0] % parts == 0 else PartitionSpec()
 
 
 def size(axis: str) -> int:

@@ -1,12 +1,16 @@
 import gc
+import io
 import itertools
 import os
 import zipfile
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 import sklearn.datasets
 import sklearn.utils
+from array_record.python import array_record_module
 
 from jaxsae.data import batches, image_patches, open_rows, require_finite
 from jaxsae.files import InputError
@@ -304,3 +308,63 @@ def test_no_pixel_is_in_both_training_and_heldout_patches(monkeypatch):
         assert not (train & heldout).any()
         assert (train | heldout).all()  # and none is wasted
         assert 0.7 < train.mean() < 0.8
+
+
+# --- other formats
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_a_safetensors_file_is_mapped(dtype, tmp_path):
+    saved = np.asarray(jnp.asarray(array((2, 3, 4)), dtype))
+    safetensors.numpy.save_file({"activations": saved}, tmp_path / "x.safetensors")
+    found = open_rows(tmp_path / "x.safetensors")
+    assert found.dtype == saved.dtype
+    assert isinstance(found.base, np.memmap)
+    np.testing.assert_array_equal(found, saved.reshape(6, 4))
+    np.testing.assert_array_equal(next(batches(found, 6, seed=0)).sum(), saved.astype(np.float32).sum())
+
+
+def records(path, rows):
+    writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+    for row in rows:
+        np.save(buffer := io.BytesIO(), row)
+        writer.write(buffer.getvalue())
+    writer.close()
+
+
+def test_an_array_record_file_is_read_by_row(tmp_path):
+    saved = array((20, 4), np.float16)
+    records(tmp_path / "x.array_record", saved)
+    found = open_rows(tmp_path / "x.array_record")
+    assert (found.shape, found.dtype) == ((20, 4), np.float16)
+    np.testing.assert_array_equal(np.asarray(found), saved)
+    np.testing.assert_array_equal(np.asarray(found[5:9]), saved[5:9])
+    for a, b in itertools.islice(zip(*(batches(rows, 6, seed=0) for rows in (found, saved)), strict=True), 6):
+        np.testing.assert_array_equal(a, b)
+
+
+OTHERS = {
+    "truncated": ("x.safetensors", lambda path: _cut(path, 40)),
+    "no safetensors": ("x.safetensors", lambda path: path.write_bytes(bytes(range(200)))),
+    "two": ("x.safetensors", lambda path: safetensors.numpy.save_file({"a": array(), "b": array()}, path)),
+    "integers": ("x.safetensors", lambda path: safetensors.numpy.save_file({"a": array(dtype=np.int32)}, path)),
+    "missing": ("x.safetensors", lambda path: None),
+    "no records": ("x.array_record", lambda path: records(path, [])),
+    "not a record file": ("x.array_record", lambda path: path.write_bytes(bytes(range(200)))),
+    "no rows": ("x.array_record", lambda path: records(path, array((3, 2, 2)))),
+}
+
+
+def _cut(path, size):
+    safetensors.numpy.save_file({"a": array((100, 4))}, path)
+    path.write_bytes(path.read_bytes()[:-size])
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_a_file_of_another_format_that_is_not_what_it_says(case, tmp_path):
+    name, write = OTHERS[case]
+    write(tmp_path / name)
+    with pytest.raises(InputError) as caught:
+        open_rows(tmp_path / name)
+    assert str(caught.value).startswith(f"{tmp_path / name}: ")
+    assert "\n" not in str(caught.value)

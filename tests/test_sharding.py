@@ -171,4 +171,4 @@ def test_collectives_are_read_from_a_program():
   %ar = (f32[8]{0}, bf16[4,4]{1,0}) all-reduce-start(%a, %b), channel_id=2
   %add = f32[8]{0} add(%a, %all-gather.1)
   %all-gather.2 = f32[64,128]{1,0} all-gather(%y), channel_id=3"""
-    assert collectives(hlo) == {("all-gather", 4 * 64 * 128): 2, ("all-reduce", 32): 1}
+    assert collectives(hlo) == {("all-gather", 4 * 64 * 128): 2, ("all-reduce", 64): 1}

@@ -642,3 +642,46 @@ def test_data_counts_rows_that_are_not_finite(tmp_path):
     into = fill(tmp_path, 2)
     into.append(np.full((1, WIDTH), np.nan), tokens=part(2)[1])
     refused("1 of 11 rows hold NaN or Inf, the first is row 10", data.require_finite, data.open_rows(tmp_path), "x")
+
+
+# --- what is read from a damaged directory
+
+
+def test_bfloat16_rows_come_back_and_are_readable_by_others(tmp_path):
+    jnp = jaxsae.sae.jnp
+    rows = np.asarray(jnp.asarray(ROWS, "bfloat16"))
+    writer = shards.Writer(tmp_path, width=ROWS.shape[1], dtype="bfloat16", source=None)
+    writer.append(ROWS)
+    found = shards.open_rows(tmp_path)
+    assert found.dtype == rows.dtype
+    np.testing.assert_array_equal(np.asarray(found), rows)
+    np.testing.assert_array_equal(np.load(tmp_path / "00000.npy").view(rows.dtype), rows)
+    writer.finish()
+    np.testing.assert_array_equal(next(data.batches(found, 4, seed=0)), next(data.batches(rows, 4, seed=0)))
+
+
+DAMAGES = {
+    "truncated": lambda content: content[: len(content) // 2],
+    "flipped": lambda content: (
+        content[: len(content) // 2] + bytes([content[len(content) // 2] ^ 1]) + content[len(content) // 2 + 1 :]
+    ),
+    "deleted": lambda content: None,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_no_damaged_file_of_a_directory_is_read(damage, tmp_path):
+    folder = fill(tmp_path, 3).folder
+    for path in sorted(folder.iterdir()):
+        whole = path.read_bytes()
+        content = DAMAGES[damage](whole)
+        path.unlink() if content is None else path.write_bytes(content)
+        with pytest.raises(InputError) as caught:
+            stream = data.batches(data.open_rows(folder), 4, seed=0)
+            for _ in range(20):
+                next(stream)
+            shards.verify(folder)  # columns, which training does not read
+        assert str(path.name) in str(caught.value) or str(folder) in str(caught.value)
+        assert "\n" not in str(caught.value)
+        path.write_bytes(whole)
+    next(data.batches(data.open_rows(folder), 4, seed=0))
