@@ -4,6 +4,7 @@ import contextlib
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -13,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.clock import say
-from jaxsae import checkpoint, shards
+from jaxsae import checkpoint, data, runs, shards, train
 
 SIZES = {
     "tiny": {"d": 16, "m": 64, "k": 4, "batch": 64, "rows": 4096, "steps": 30},
@@ -115,7 +117,7 @@ def survive(kills: int, seed: int = 0, *, steps: int = 400) -> dict[str, Any]:
 
 
 def costs(size: str) -> dict[str, Any]:
-    """What saving adds to a step at one save a minute, how fast rows are loaded, and how long a resume takes to start."""
+    """What saving adds to a step at one save a minute, how fast rows are loaded, and how long a resume takes."""
     c = SIZES[size]
     with tempfile.TemporaryDirectory() as folder:
         rows = _rows(Path(folder, "data"), c["rows"], c["d"])
