@@ -450,7 +450,7 @@ def _gib(size: int) -> str:
 def _join(coordinator: str | None, processes: int | None, process: int | None) -> None:
     import jax
 
-    if jax.config.read("jax_platforms") == "cpu":
+    if jax.config.jax_platforms == "cpu":  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(coordinator, processes, process)

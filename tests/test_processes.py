@@ -56,7 +56,7 @@ def test_two_processes_train_like_one(mesh, tmp_path):
     finish(start(tmp_path, "one", (1, 1), 1))
     said = finish(start(tmp_path, "two", mesh, 2))
     assert "held-out rows" in said[0][0]
-    assert said[1] == ("", "")  # one process speaks
+    assert not [line for line in "".join(said[1]).splitlines() if "[Gloo]" not in line]  # one process speaks
     a, b = weights(tmp_path, "one"), weights(tmp_path, "two")
     for name in a:
         np.testing.assert_allclose(a[name], b[name], rtol=1e-3, atol=1e-5, err_msg=name)

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -183,7 +184,7 @@ def test_a_source_may_be_any_json_and_equal_ones_are_equal(tmp_path):
 
 @pytest.mark.parametrize("changes", [{"width": 0}, {"dtype": "float64"}, {"dtype": "int8"}])
 def test_widths_and_dtypes_that_are_none(changes, tmp_path):
-    refused("pass at least 1, and float16 or float32", writer, tmp_path / "x", **changes)
+    refused("pass at least 1, and one of float16, float32, bfloat16", writer, tmp_path / "x", **changes)
     assert not os.listdir(tmp_path)
 
 
@@ -444,7 +445,7 @@ def test_a_manifest_that_differs_by_a_bit_is_refused_or_gives_the_same_rows(tmp_
     for at, bit in itertools.product(range(len(whole)), (1, 4)):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1 :])
         try:
-            found = shards.open_rows(tmp_path)
+            found = np.asarray(shards.open_rows(tmp_path))
         except InputError as error:
             assert "\n" not in str(error)
             continue
@@ -612,7 +613,7 @@ def test_slices_read_nothing_and_few_shards_are_held_open(tmp_path, monkeypatch)
     for number in range(8):
         (tmp_path / f"{number:05d}.npy").rename(tmp_path / f"{number}.away")
     view = found[3:30][2:]
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(InputError, match="00001.npy: cannot be read"):
         view[0]
     for number in range(8):
         (tmp_path / f"{number}.away").rename(tmp_path / f"{number:05d}.npy")
@@ -671,17 +672,16 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_no_damaged_file_of_a_directory_is_read(damage, tmp_path):
-    folder = fill(tmp_path, 3).folder
-    for path in sorted(folder.iterdir()):
-        whole = path.read_bytes()
-        content = DAMAGES[damage](whole)
-        path.unlink() if content is None else path.write_bytes(content)
+    whole = fill(tmp_path / "whole", 3).folder
+    for name in sorted(os.listdir(whole)):
+        folder = tmp_path / name  # one for each: a reader of the one before may still be at it
+        shutil.copytree(whole, folder)
+        content = DAMAGES[damage]((folder / name).read_bytes())
+        (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
         with pytest.raises(InputError) as caught:
             stream = data.batches(data.open_rows(folder), 4, seed=0)
             for _ in range(20):
                 next(stream)
             shards.verify(folder)  # columns, which training does not read
-        assert str(path.name) in str(caught.value) or str(folder) in str(caught.value)
+        assert str(folder) in str(caught.value)
         assert "\n" not in str(caught.value)
-        path.write_bytes(whole)
-    next(data.batches(data.open_rows(folder), 4, seed=0))
