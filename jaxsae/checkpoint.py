@@ -195,6 +195,10 @@ class Checkpoints:
                 reason = (str(error) or type(error).__name__).strip().partition("\n")[0]
                 self._warn(f"{path}: is damaged ({reason[:200]}).")
                 continue
+            now = versions()
+            others = [f"{name} {old}" for name, old in manifest["versions"].items() if now.get(name) != old]
+            if others:
+                self._warn(f"{path}: was saved by {', '.join(others)}; what follows may differ in its last bits.")
             if damaged:
                 self._warn(f"{self.folder}: went back to step {step}.")
                 for later in damaged if jax.process_index() == 0 else ():

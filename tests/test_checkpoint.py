@@ -182,6 +182,16 @@ def test_another_configuration_is_refused(tmp_path):
         Checkpoints(tmp_path / "run/checkpoints", config={"k": 4, "new": 1})
 
 
+def test_other_libraries_are_told(tmp_path, monkeypatch):
+    now = checkpoint.versions()
+    monkeypatch.setattr(checkpoint, "versions", lambda: now | {"optax": "0.0.1"})
+    fill(tmp_path, (1,))
+    monkeypatch.undo()
+    told = []
+    Checkpoints(tmp_path, config={"k": 4}, warn=told.append).restore(LIKE)
+    assert told == [f"{tmp_path / '1'}: was saved by optax 0.0.1; what follows may differ in its last bits."]
+
+
 def test_another_version_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "_VERSION", 99)
     fill(tmp_path, (1,))

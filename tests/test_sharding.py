@@ -10,7 +10,7 @@ from problems import activations, f64
 
 import jaxsae
 from jaxsae import checkpoint, codes, sharding, train
-from jaxsae.objectives import AuxK, MultiTopK, Objective
+from jaxsae.objectives import L0, L1, AuxK, Gate, MultiTopK, Objective
 from jaxsae.plan import collectives
 
 D, M, K, B = 32, 256, 8, 64
@@ -65,11 +65,38 @@ def test_training_has_the_same_numbers(shape):
             assert leaf.addressable_shards[0].data.size == leaf.size // shape[1]
 
 
+WAYS = {
+    "ReLU": (jaxsae.ReLU(), Objective((L1(0.1),))),
+    "JumpReLU": (jaxsae.JumpReLU(jnp.full(M, 0.03), bandwidth=0.1), Objective((L0(1.0, 8.0), AuxK(8)), 100)),
+    "BatchTopK": (jaxsae.BatchTopK(K), Objective((AuxK(8),), 100)),
+    "AbsTopK": (jaxsae.AbsTopK(K), Objective()),
+    "GroupMax": (jaxsae.GroupMax(K), Objective()),
+    "Gated": (jaxsae.Gated(*jnp.zeros((3, M))), Objective((Gate(0.1),))),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_every_family_has_the_same_numbers(way):
+    activation, objective = WAYS[way]
+    step, x, losses = train.make_step(objective, TX), np.asarray(activations(batch=(B,), d=D)), {}
+    for shape in ((1, 1), (2, 4)):
+        with under(shape):
+            state = sharding.create(
+                lambda: train.init_state(jaxsae.init(jax.random.key(0), d=D, m=M, activation=activation), TX)
+            )
+            losses[shape] = []
+            for _ in range(20):
+                state, shown = step(state, sharding.place_rows(x, B, 0))
+                losses[shape].append(float(shown["loss"]))
+    np.testing.assert_allclose(losses[2, 4], losses[1, 1], rtol=1e-5)
+
+
 @pytest.mark.slow
 @every_mesh
 def test_a_refit_has_the_same_numbers(shape):
     model = jaxsae.init(jax.random.key(1), d=D, m=M, activation=jaxsae.TopK(K))
-    for n in (B, 13):  # the exchanges differ
+    for n in (B, 13) if shape == (2, 4) else (B,):  # the exchanges differ
         x = activations(batch=(n,), d=D)
         expected, info = jaxsae.refine(model, x)
         with under(shape):
@@ -80,7 +107,9 @@ def test_a_refit_has_the_same_numbers(shape):
         np.testing.assert_array_equal(info_.status, info.status)
 
 
-@every_mesh
+@pytest.mark.parametrize(
+    "shape", [(2, 4), *(pytest.param(s, marks=pytest.mark.slow) for s in [(1, 8), (8, 1)])], ids=str
+)
 def test_nothing_of_the_size_of_the_pre_activations_or_the_atoms_is_gathered(shape):
     d, m, b = 16, 4096, 256  # that which may be exchanged is much smaller
     model = jaxsae.init(jax.random.key(0), d=d, m=m, activation=jaxsae.TopK(4))

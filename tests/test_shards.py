@@ -613,7 +613,7 @@ def test_slices_read_nothing_and_few_shards_are_held_open(tmp_path, monkeypatch)
     for number in range(8):
         (tmp_path / f"{number:05d}.npy").rename(tmp_path / f"{number}.away")
     view = found[3:30][2:]
-    with pytest.raises(InputError, match="00001.npy: cannot be read"):
+    with pytest.raises(InputError, match=r"00001\.npy: cannot be read"):
         view[0]
     for number in range(8):
         (tmp_path / f"{number}.away").rename(tmp_path / f"{number:05d}.npy")
