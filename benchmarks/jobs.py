@@ -75,9 +75,9 @@ class Job:
         """How many batches its last checkpoint has seen."""
         return next(iter(checkpoint.steps(self.folder / out / "checkpoints")), 0)
 
-    def being_written(self, out: str) -> bool:
-        """Whether it was killed in the middle of a save."""
-        return any("tmp" in path.name for path in (self.folder / out / "checkpoints").glob("*"))
+    def unfinished(self, out: str) -> set[str]:
+        """What saves are there that were not finished."""
+        return {path.name for path in (self.folder / out / "checkpoints").glob("*tmp*")}
 
     def outcome(self, out: str) -> dict[str, bytes]:
         """All numbers that it ended with, as bits, by name: those of the autoencoder and of its last checkpoint."""
@@ -102,13 +102,16 @@ def survive(kills: int, seed: int = 0, *, steps: int = 400) -> dict[str, Any]:
         moments = []
         while len(moments) < kills:
             left = steps - job.saved("killed")
-            after = generator.randint(0, max(1, 2 * left // (kills - len(moments) + 1)))
+            after, before = (
+                generator.randint(1, max(1, 2 * left // (kills - len(moments) + 1))),
+                job.unfinished("killed"),
+            )
             code, saved, said = job.end("killed", signal.SIGKILL, after=after, delay=generator.uniform(0, 0.05))
             if code != -signal.SIGKILL:
                 raise RuntimeError(
                     f"it ended with {code} before it was killed for the {len(moments) + 1}th time: {said}"
                 )
-            moments.append({"saved": saved, "in_mid_save": job.being_written("killed")})
+            moments.append({"saved": saved, "in_mid_save": bool(job.unfinished("killed") - before)})
             say(f"killed {len(moments)} times, {saved} steps saved, in mid-save: {moments[-1]['in_mid_save']}")
         job.finish("killed")
         a, b = job.outcome("alone"), job.outcome("killed")
