@@ -380,8 +380,8 @@ class MatchingPursuit(Activation):
 
         j = argmax ⟨a_j, r⟩,   z_j ← z_j + max(⟨a_j, r⟩, 0),   r ← r − max(⟨a_j, r⟩, 0) a_j,   from r = x − b_dec
 
-    Atoms are meant to have norm 1. A row ends when `‖r‖` falls below a threshold, when a step left its support as it was,
-    or after `max_steps`. (`pursuit.matching_pursuit` is for dictionaries of any norm.)
+    Atoms are meant to have norm 1. A row ends when `‖r‖` falls below a threshold, when a step left its support as it
+    was, or after `max_steps`. (`pursuit.matching_pursuit` is for dictionaries of any norm.)
 
     Attributes:
       residual_threshold: `‖r‖` at which a row ends; 0 for never.

@@ -1,7 +1,7 @@
 """How an autoencoder wants its inputs: small pytrees that act row by row, before anything is subtracted.
 
-Each is called on rows `x [*b d]` and gives what the encoder sees, with the way back: `x = scale · inputs + shift`, where
-`scale` and `shift` are None if they change nothing.
+Each is called on rows `x [*b d]` and gives what the encoder sees, with the way back: `x = scale · inputs + shift`,
+where `scale` and `shift` are None if they change nothing.
 """
 
 from typing import NamedTuple

@@ -90,8 +90,8 @@ class Objective:
         x, target = batch if isinstance(batch, tuple) else (batch, batch)
         if sae.normalisation is not None and sae.normalisation.per_row and self.terms:
             raise ValueError(
-                "got an SAE that normalises each row, and terms, which are for rows as they are; train without terms, or "
-                "on rows normalised beforehand."
+                "got an SAE that normalises each row, and terms, which are for rows as they are; train without terms, "
+                "or on rows normalised beforehand."
             )
         if self.keep is not None:
             kept = dataclasses.replace(sae.activation, keep=self.keep(state.step))  # pyright: ignore[reportArgumentType]

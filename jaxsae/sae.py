@@ -169,8 +169,9 @@ def _unit_rows(key, m: int, d: int, dtype):
 
 
 def pre_activations(sae: SAE, x: Float[Array, "*b d"]) -> Float[Array, "*b m"]:
-    """What the activation acts on: `(x − b_dec) W_enc + b_enc`, with `x` normalised, if it is to be, and `b_dec` left out
-    where it is not subtracted.
+    """What the activation acts on: `(x − b_dec) W_enc + b_enc`, `x` normalised where the SAE wants that.
+
+    `b_dec` is left out where it is not subtracted.
 
     Args:
       sae: the autoencoder.

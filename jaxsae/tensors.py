@@ -1,7 +1,7 @@
 """Arrays in files that others wrote: mapped into memory where they lie, checked before anything is believed.
 
-Whatever a file claims, sizes are compared with its own before memory is taken, nothing outside its folder is opened, and
-what is wrong is said in one `InputError`.
+Whatever a file claims, sizes are compared with its own before memory is taken, nothing outside its folder is opened,
+and what is wrong is said in one `InputError`.
 """
 
 import io

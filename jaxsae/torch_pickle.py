@@ -63,7 +63,7 @@ def read(path: Path, *, check: bool = True) -> Any:
       check: compare storages with their checksums, where the layout has them.
 
     Raises:
-      InputError: if it is damaged, or holds anything but tensors, numbers, strings and plain containers, which is named.
+      InputError: if it is damaged, or holds anything but tensors, numbers, strings and plain containers: it is named.
     """
     start = bytes(map_file(path)[:8])
     try:
@@ -195,6 +195,7 @@ class _Interpreter:
         """The object that a pickle makes; the file is left where it ends."""
         stack: list[Any] = []
         memo: dict[int, Any] = {}
+        argument: Any
         for opcode, argument, _ in pickletools.genops(file):  # pyright: ignore[reportArgumentType]
             name = opcode.name
             if name == "STOP":
@@ -219,6 +220,9 @@ class _Interpreter:
                 stack.append(self._reduce(stack.pop(), arguments))
             elif name == "BINPERSID":
                 stack.append(self._persistent(stack.pop()))
+            elif name in ("NEWOBJ", "NEWOBJ_EX", "OBJ", "INST"):
+                made = argument.replace(" ", ".") if argument else next(n.name for n in stack[::-1] if type(n) is _Name)
+                raise _Refused(f"makes {made}")
             elif name not in ("PROTO", "FRAME"):
                 raise _Refused(f"uses the pickle instruction {name}, which no tensor needs")
         raise EOFError("the pickle does not end")
@@ -270,7 +274,9 @@ class _Interpreter:
         width = storage.dtype.itemsize
         content = content[storage.offset * width : (storage.offset + storage.size) * width]
         if len(content) != storage.size * width:
-            raise ValueError(f"storage {storage.key} is to have {storage.size:,} elements, and has {len(content):,} bytes")
+            raise ValueError(
+                f"storage {storage.key} is to have {storage.size:,} elements, and has {len(content):,} bytes"
+            )
         count = math.prod(shape)
         last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) if count else 0
         if last >= max(storage.size, 1) or (count and not storage.size):
@@ -376,7 +382,7 @@ _ACTIONS: dict[str, Callable[[list[Any]], None]] = {
     "APPEND": _append,
     "APPENDS": lambda stack: _extend(stack, _items(stack)),
     "BUILD": _build,
-    "POP": lambda stack: None if stack.pop() else None,
+    "POP": list.pop,
 }
 
 
@@ -396,7 +402,7 @@ def write(path: Path, thing: Any) -> None:
     storages: list[np.ndarray] = []
     program = b"\x80\x02" + _emit(thing, storages) + b"."
     contents = {"data.pkl": program, "byteorder": b"little"}
-    contents |= {f"data/{key}": memoryview(array).cast("B") for key, array in enumerate(storages)}
+    contents |= {f"data/{key}": array.data.cast("B") for key, array in enumerate(storages)}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for name, content in (contents | {"version": b"3\n"}).items():
             with archive.open(zipfile.ZipInfo(f"archive/{name}"), "w", force_zip64=len(content) >= 2**31) as file:
@@ -427,7 +433,9 @@ def _emit(thing: Any, storages: list[np.ndarray]) -> bytes:
     if isinstance(thing, dict):
         return b"}(" + all_of(*(each for item in thing.items() for each in item)) + b"u"
     if not isinstance(thing, np.ndarray) or thing.dtype not in _DTYPES.values():
-        raise TypeError(f"got {type(thing).__name__}, which torch_pickle.write does not write; pass arrays and containers.")
+        raise TypeError(
+            f"got {type(thing).__name__}, which torch_pickle.write does not write; pass arrays and containers."
+        )
     return _emit_tensor(np.ascontiguousarray(thing).reshape(thing.shape), storages)
 
 
