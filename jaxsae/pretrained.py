@@ -19,7 +19,7 @@ from jaxsae import activations, hub, normalisation
 from jaxsae.files import InputError, atomic_directory
 from jaxsae.formats import dictionary_learning, gemma_scope, llama_scope, openai, saelens, sparsify
 from jaxsae.formats.common import Raw
-from jaxsae.sae import SAE
+from jaxsae.sae import SAE, fold_scale
 from jaxsae.tensors import place, read_json, read_safetensors
 
 _VERSION = 1
@@ -69,15 +69,20 @@ def load(path: str | os.PathLike, *, format: str | None = None, dtype: Any = Non
       ...     jaxsae.pretrained.load(f"{folder}/sae").activation.k
       2
     """
-    local = hub.fetch(path, revision=revision)
+    found = hub.find(path, revision=revision)
+    local = found.path
     name = detect(local) if format is None else format
     row = _row(name)
     local = _within_run(local) if name == "jaxsae" else local
     try:
         raw = row.read(local)
-        return row.convert(raw._replace(dtype=None if dtype is None else np.dtype(jnp.dtype(dtype))))
+        config = raw.config | (found.config if name == "saelens" else {})
+        wanted = None if dtype is None else np.dtype(jnp.dtype(dtype))
+        sae = row.convert(raw._replace(config=config, dtype=wanted))
     except OSError as error:
         raise InputError(f"{local}: {error.strerror or error}; expected files of format {name}.") from error
+    averaged = isinstance(sae.normalisation, normalisation.AverageNorm)
+    return fold_scale(sae, found.scale) if averaged and found.scale is not None else sae
 
 
 def detect(path: str | os.PathLike) -> str:

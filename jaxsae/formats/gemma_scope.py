@@ -94,7 +94,7 @@ def write(sae: SAE, path: Path) -> None:
     sae, threshold = _written(sae, "gemma_scope")
     arrays = {name: np.asarray(getattr(sae, name), np.float32) for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
     with atomic_directory(path) as folder:
-        np.savez(folder / _NPZ, **arrays, threshold=threshold)
+        np.savez(folder / _NPZ, allow_pickle=False, **arrays, threshold=threshold)  # pyright: ignore[reportArgumentType]
 
 
 def _written(sae: SAE, format: str) -> tuple[SAE, np.ndarray]:
