@@ -84,7 +84,7 @@ def _download(address: str, revision: str | None) -> Path:
     repository, inner = "/".join(parts[:2]), "/".join(parts[2:])
     absent = (errors.EntryNotFoundError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError)
     # The base of all that the hub's client for HTTP raises; which client that is changes with the version.
-    transport = errors.HfHubHTTPError.__mro__[1]
+    transport: Any = errors.HfHubHTTPError.__mro__[1]
     try:
         return _fetch(huggingface_hub, repository, inner, revision) / inner
     except InputError:
@@ -99,7 +99,7 @@ def _download(address: str, revision: str | None) -> Path:
         folder = _cached(huggingface_hub, repository, revision)
         if folder is None or not (folder / inner).exists():
             raise InputError(
-                f"{SCHEME}{address}: the hub cannot be reached ({_first_line(error)}), and its cache has no such files; "
+                f"{SCHEME}{address}: the hub cannot be reached ({_first_line(error)}), and its cache has nothing; "
                 "try again, or download them by other means."
             ) from error
         return folder / inner

@@ -122,6 +122,8 @@ def _read_legacy(path: Path) -> Any:
     _Interpreter(lambda key: None).run(file)
     keys = _Interpreter(None).run(file)
     storages, sizes = {}, _Sizes(data, at)
+    if missing := sizes.widths.keys() - set(map(str, keys)):
+        raise _Refused(f"names the storage {min(missing)!r}, which it does not hold")
     for key in keys:
         width = sizes.widths[str(key)]
         (count,) = struct.unpack("<q", file.read(8))

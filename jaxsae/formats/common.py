@@ -53,6 +53,13 @@ def find_config(file: Path, *names: str) -> dict[str, Any]:
     return next((read_json(file.with_name(name)) for name in names if file.with_name(name).is_file()), {})
 
 
+def require_config(file: Path, name: str) -> dict[str, Any]:
+    """The configuration beside a file, which must be there."""
+    if not file.with_name(name).is_file():
+        raise InputError(f"{file.parent}: has no {name}, expected one beside {file.name}; download it too.")
+    return read_json(file.with_name(name))
+
+
 def find_weights(path: Path, *names: str) -> Path | None:
     """A safetensors file, or the index of several: at a path, or of some names in its folder, or the only one there."""
     if path.is_dir():
@@ -115,7 +122,7 @@ def take(raw: Raw, name: str) -> np.ndarray:
     """An array of numbers, which must be there."""
     if name not in raw.arrays:
         there = ", ".join(sorted(raw.arrays)) or "nothing"
-        raise InputError(f"{raw.path}: holds {there}, but no {name}; download it again.")
+        raise InputError(f"{raw.path}: holds {there}, expected {name} too; download it again.")
     array = raw.arrays[name]
     if array.dtype.kind != "f" and array.dtype != ml_dtypes.bfloat16:
         raise InputError(f"{raw.path}: {name} is {array.dtype}, expected floating point; download it again.")

@@ -91,6 +91,10 @@ def _activation(raw: Raw) -> Activation:
 
 def write(sae: SAE, path: Path) -> None:
     """`params.npz`, in float32."""
+    if sae.W_skip is not None:
+        raise refuse("gemma_scope", "skip connections")
+    if sae.transcoder and sae.b_dec.size == sae.d:
+        raise refuse("gemma_scope", "way to tell a transcoder to the same width from an autoencoder")
     sae, threshold = _written(sae, "gemma_scope")
     arrays = {name: np.asarray(getattr(sae, name), np.float32) for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
     with atomic_directory(path) as folder:

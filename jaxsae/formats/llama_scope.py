@@ -54,7 +54,7 @@ def detect(path: Path) -> bool:
 def read(path: Path) -> Raw:
     """Both files; later ones are named `config.json` and `sae_weights.safetensors`."""
     file, config = _find(path)
-    file = require(path, file, f"{_CONFIG} and checkpoints/{_WEIGHTS}")
+    file = require(path, file if config else None, f"{_CONFIG} and checkpoints/{_WEIGHTS}")
     return Raw(file, config, read_safetensors(file))
 
 

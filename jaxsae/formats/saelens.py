@@ -27,6 +27,7 @@ from jaxsae.formats.common import (
     place_threshold,
     refuse,
     require,
+    require_config,
     take,
     take_one,
     write_json,
@@ -63,7 +64,7 @@ def read(path: Path) -> Raw:
     """Both files; configurations before version 6 get the names of later ones."""
     file = require(path, find_weights(path, _WEIGHTS), f"{_CONFIG} and {_WEIGHTS}")
     renamed = {"hook_point": "hook_name", "activation_fn_str": "activation_fn"}
-    config = {renamed.get(name, name): value for name, value in find_config(file, _CONFIG).items()}
+    config = {renamed.get(name, name): value for name, value in require_config(file, _CONFIG).items()}
     options = config.get("activation_fn_kwargs")
     if config.get("activation_fn") == "topk" and isinstance(options, dict) and "k" in options:
         config |= {"architecture": "topk", "k": options["k"]}

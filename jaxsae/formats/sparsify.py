@@ -19,6 +19,7 @@ from jaxsae.formats.common import (
     refuse,
     refuse_unless,
     require,
+    require_config,
     take,
     write_json,
     write_safetensors,
@@ -39,7 +40,7 @@ def detect(path: Path) -> bool:
 def read(path: Path) -> Raw:
     """Both files."""
     file = require(path, find_weights(path, _WEIGHTS), f"{_CONFIG} and {_WEIGHTS}")
-    return Raw(file, find_config(file, _CONFIG), read_safetensors(file))
+    return Raw(file, require_config(file, _CONFIG), read_safetensors(file))
 
 
 def convert(raw: Raw) -> SAE:
