@@ -112,12 +112,12 @@ def _fetch(huggingface_hub: Any, repository: str, inner: str, revision: str | No
     is_file = inner.endswith(_SUFFIXES)
     within = PurePosixPath(inner).parent if is_file else PurePosixPath(inner)
     paths = _list(api, repository, within, revision)
-    if not is_file and str(within / _INNER) in paths:
+    if not is_file and f"{within / _INNER}/" in paths:
         paths += _list(api, repository, within / _INNER, revision)
     weights = [inner] if is_file else [path for path in paths if path.endswith(_SUFFIXES)]
     if not weights:
-        folders = [path for path in paths if "." not in PurePosixPath(path).name]
-        some = ", ".join(folders[:5]) or "nothing else"
+        folders = [path.removesuffix("/") for path in paths if path.endswith("/")]
+        some = ", ".join(folders[:5]) or "no folders either"
         raise InputError(f"{SCHEME}{repository}/{inner}: has no weights, but {some}; name the folder of one SAE.")
     wanted = [*(path for path in paths if path.endswith(".json")), *weights]
     for path in wanted[:-1]:
@@ -127,10 +127,11 @@ def _fetch(huggingface_hub: Any, repository: str, inner: str, revision: str | No
 
 
 def _list(api: Any, repository: str, within: PurePosixPath, revision: str | None) -> list[str]:
-    """What lies directly in a folder of a repository."""
+    """What lies directly in a folder of a repository; folders end with a slash."""
     folder = None if within == PurePosixPath() else str(within)
     entries = api.list_repo_tree(repository, folder, revision=revision)
-    return [entry.path for entry in entries if PurePosixPath(entry.path).parent == within and ".." not in entry.path]
+    inside = [each for each in entries if PurePosixPath(each.path).parent == within and ".." not in each.path]
+    return [each.path + ("/" if hasattr(each, "tree_id") else "") for each in inside]
 
 
 def _cached(huggingface_hub: Any, repository: str, revision: str | None) -> Path | None:

@@ -20,6 +20,7 @@ from jaxsae.files import InputError, atomic_directory
 from jaxsae.formats import dictionary_learning, gemma_scope, llama_scope, openai, saelens, sparsify
 from jaxsae.formats.common import Raw
 from jaxsae.sae import SAE, fold_scale
+from jaxsae.sae import describe as describe_sae
 from jaxsae.tensors import place, read_json, read_safetensors
 
 _VERSION = 1
@@ -69,6 +70,31 @@ def load(path: str | os.PathLike, *, format: str | None = None, dtype: Any = Non
       ...     jaxsae.pretrained.load(f"{folder}/sae").activation.k
       2
     """
+    return _load(path, format, dtype, revision)[0]
+
+
+def describe(path: str | os.PathLike, *, revision: str | None = None) -> dict[str, str]:
+    """What is at a path, in words: its format, what it computes, and the site that it is for, where that is written.
+
+    Args:
+      path: as for `load`.
+      revision: branch, tag or commit, on the hub.
+
+    Raises:
+      InputError: as for `load`.
+    """
+    sae, format, config = _load(path, None, None, revision)
+    metadata = config.get("metadata")
+    known = config | (metadata if isinstance(metadata, dict) else {})
+    names = ("model_name", "lm_name", "hook_name", "hf_hook_point_in", "hook_point_in", "layer")
+    site = ", ".join(str(known[name]) for name in names if known.get(name) is not None)
+    return {"format": format, **describe_sae(sae)} | ({"site": site} if site else {})
+
+
+def _load(
+    path: str | os.PathLike, format: str | None, dtype: Any, revision: str | None
+) -> tuple[SAE, str, dict[str, Any]]:
+    """The SAE, its format, and its configuration."""
     found = hub.find(path, revision=revision)
     local = found.path
     name = detect(local) if format is None else format
@@ -77,12 +103,23 @@ def load(path: str | os.PathLike, *, format: str | None = None, dtype: Any = Non
     try:
         raw = row.read(local)
         config = raw.config | (found.config if name == "saelens" else {})
-        wanted = None if dtype is None else np.dtype(jnp.dtype(dtype))
+        wanted = None if dtype is None else _dtype(dtype)
         sae = row.convert(raw._replace(config=config, dtype=wanted))
     except OSError as error:
         raise InputError(f"{local}: {error.strerror or error}; expected files of format {name}.") from error
     averaged = isinstance(sae.normalisation, normalisation.AverageNorm)
-    return fold_scale(sae, found.scale) if averaged and found.scale is not None else sae
+    return (fold_scale(sae, found.scale) if averaged and found.scale is not None else sae), name, config
+
+
+def _dtype(dtype: Any) -> np.dtype:
+    known = ("float32", "bfloat16", "float16", "float64")
+    try:
+        found = np.dtype(jnp.dtype(dtype))
+    except TypeError:
+        found = None
+    if found is None or found.name not in known:
+        raise InputError(f"got dtype {dtype!r}, expected one of: {', '.join(known)}.")
+    return found
 
 
 def detect(path: str | os.PathLike) -> str:
