@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from benchmarks import cases, clock, families, harvest, judge, ksvd, lasso, plot, pursuit, refine, table, train
+from benchmarks import cases, clock, families, harvest, judge, ksvd, lasso, load, plot, pursuit, refine, table, train
 
 ROOT = Path(__file__).parents[1]
 _PEERS = ("scipy", "jaxnnls", "jaxopt", "optax", "overcomplete", "torch", "eai-sparsify", "sae-lens")
@@ -63,6 +63,9 @@ def main() -> None:
     command.add_argument("--size", choices=lasso.SIZES, default="tiny")
     command.add_argument("--peers", action="store_true", help="other libraries too; pip install '.[peers]'")
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
+    command = commands.add_parser("load", help="loading a large SAE: time and memory beside its file")
+    command.add_argument("--size", choices=load.SIZES, default="tiny")
+    command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
     command = commands.add_parser("table", help="what was measured, as markdown")
     command.add_argument("files", type=Path, nargs="+", metavar="FILE")
     command.add_argument("--readme", action="store_true", help="put it into the README")
@@ -85,6 +88,10 @@ def main() -> None:
         _ksvd(args)
     elif args.command == "lasso":
         _lasso(args)
+    elif args.command == "load":
+        report = {**_environment("load"), "size": args.size, "rows": load.run(args.size)}
+        _write(args.json, report)
+        print(json.dumps(report["rows"], indent=1))
     elif args.command == "plot":
         plot.speed_against_accuracy(json.loads(args.file.read_text()), args.out)
     else:

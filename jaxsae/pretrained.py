@@ -104,7 +104,8 @@ def _load(
         raw = row.read(local)
         config = raw.config | (found.config if name == "saelens" else {})
         wanted = None if dtype is None else _dtype(dtype)
-        sae = row.convert(raw._replace(config=config, dtype=wanted))
+        with np.errstate(all="ignore"):  # numbers that overflow are what is in the file
+            sae = row.convert(raw._replace(config=config, dtype=wanted))
     except OSError as error:
         raise InputError(f"{local}: {error.strerror or error}; expected files of format {name}.") from error
     averaged = isinstance(sae.normalisation, normalisation.AverageNorm)

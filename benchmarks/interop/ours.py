@@ -5,6 +5,7 @@ import json
 import platform
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,14 +31,14 @@ def sae(activation, *, transcoder=False, skip=False, dtype=jnp.float32, d_out=D,
     rng = np.random.default_rng(1)
     d_out = d_out if transcoder else D
     shapes = {"W_enc": (D, M), "b_enc": (M,), "W_dec": (M, d_out), "b_dec": (d_out,), "W_skip": (D, d_out)}
-    arrays = {name: jnp.asarray(rng.normal(size=shape) / 2, dtype) for name, shape in shapes.items()}
+    arrays: dict[str, Any] = {name: jnp.asarray(rng.normal(size=shape) / 2, dtype) for name, shape in shapes.items()}
     if not skip:
         del arrays["W_skip"]
     if isinstance(activation, MatchingPursuit):  # whose atoms have norm 1, and whose encoder they are
         W_dec = arrays["W_dec"] / jnp.linalg.norm(arrays["W_dec"], axis=1, keepdims=True)
         arrays |= {"W_dec": W_dec, "W_enc": W_dec.T, "b_enc": jnp.zeros(M)}
-    more = {"centred": not transcoder} | more
-    return jaxsae.SAE(**arrays, activation=activation, transcoder=transcoder, **more)
+    arrays |= {"centred": not transcoder} | more
+    return jaxsae.SAE(**arrays, activation=activation, transcoder=transcoder)
 
 
 def cases() -> dict[str, tuple[str, jaxsae.SAE]]:

@@ -163,7 +163,7 @@ def main() -> None:
     """Read, then write."""
     folder = Path(sys.argv[1])
     with torch.no_grad():
-        report = {"they_read_us": read(folder)}
+        report: dict[str, Any] = {"they_read_us": read(folder)}
         with np.load(next((folder / "ours").iterdir()) / "io.npz") as io:
             write(folder, torch.tensor(io["x"]))
     names = ("torch", "sae-lens", "eai-sparsify", "dictionary-learning")
