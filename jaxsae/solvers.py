@@ -277,6 +277,63 @@ class BlockPivoting:
         )
 
 
+def violation(z, gradient, nonnegative: bool):
+    """How far each coordinate is from optimal, `z` in units where the Gram matrix has ones on its diagonal."""
+    if not nonnegative:
+        return jnp.abs(gradient)
+    return jnp.where(z > 0, jnp.abs(gradient), jnp.maximum(jnp.maximum(-gradient, -z), 0))
+
+
+class _Carry(NamedTuple):
+    state: Any  # the solver's
+    best: Array  # [k] the iterate to return, the best so far
+    best_gradient: Array  # [k]
+    steps: Array
+    running: Array
+
+
+def drive(solver, G, c, weight, z, most, nonnegative: bool):
+    """Run a solver on one unit-free problem, for at most `most` steps, until its KKT residual is within tolerance.
+
+    It stops on a residual that is at least the one it returns: as if every atom were as long as the longest, so that
+    short atoms are solved as well as long ones.
+
+    The objective's change between two points of a quadratic is `½(z − z')ᵀ(g + g')`, exactly; so "better" is decided
+    without subtracting two nearly equal objectives.
+    """
+    lower = 0.0 if nonnegative else -jnp.inf
+
+    def residual(z, gradient, weight):
+        return jnp.max(weight * violation(z, gradient, nonnegative), initial=0)
+
+    strict = jnp.maximum(weight, 1)
+
+    def improvement(state, z, gradient):
+        return -0.5 * jnp.sum((state.z - z) * (state.gradient + gradient))
+
+    start = solver.init(G, c, z, lower)
+
+    def step(carry: _Carry) -> _Carry:
+        state = solver.step(G, c, carry.state, lower)
+        within = residual(state.z, state.gradient, strict) <= solver.tol
+        done = within & (improvement(state, start.z, start.gradient) >= 0)
+        better = done | (improvement(state, carry.best, carry.best_gradient) > 0)
+        steps = carry.steps + 1
+        return _Carry(
+            state,
+            jnp.where(better, state.z, carry.best),
+            jnp.where(better, state.gradient, carry.best_gradient),
+            steps,
+            ~done & (steps < most),
+        )
+
+    # NaN compares false: a row that is not finite never runs.
+    running = (residual(start.z, start.gradient, strict) > solver.tol) & (most > 0)
+    carry = _Carry(start, start.z, start.gradient, jnp.zeros((), jnp.int32), running)
+    carry = jax.lax.while_loop(lambda carry: carry.running, step, carry)
+    return carry.best, residual(carry.best, carry.best_gradient, weight), carry.steps
+
+
 def default(k: int, d: int) -> Any:
     """The solver of rows with `k` active atoms of width `d`, by measurement (`python -m benchmarks refine`).
 
