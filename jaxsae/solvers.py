@@ -128,7 +128,8 @@ class FISTA:
     def init(self, gram: Array, c: Array, z: Array, lower: float) -> FISTAState:
         """The state at a feasible start `z`, without momentum."""
         gradient = _matvec(gram, z) - c
-        return FISTAState(z, gradient, z, gradient, spectral_norm(gram), jnp.ones((), gram.dtype))
+        curvature = spectral_norm(gram)
+        return FISTAState(z, gradient, z, gradient, curvature, jnp.ones_like(curvature))
 
     def step(self, gram: Array, c: Array, state: FISTAState, lower: float) -> FISTAState:
         """One accelerated step, at the cost of one product with `G`: the gradient is affine, so `w`'s is free."""
@@ -329,7 +330,7 @@ def drive(solver, G, c, weight, z, most, nonnegative: bool):
 
     # NaN compares false: a row that is not finite never runs.
     running = (residual(start.z, start.gradient, strict) > solver.tol) & (most > 0)
-    carry = _Carry(start, start.z, start.gradient, jnp.zeros((), jnp.int32), running)
+    carry = _Carry(start, start.z, start.gradient, jnp.zeros_like(running, jnp.int32), running)
     carry = jax.lax.while_loop(lambda carry: carry.running, step, carry)
     return carry.best, residual(carry.best, carry.best_gradient, weight), carry.steps
 

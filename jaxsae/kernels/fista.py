@@ -20,7 +20,7 @@ class Space(NamedTuple):
       matvec: `v -> Gv`.
       total: sum over the slots, in a shape that broadcasts against a vector.
       largest: the same for the maximum.
-      any: from a row's mask (int32, in the shape of `total`) to one scalar.
+      any: from a row's mask (1 or 0 in float32, in the shape of `total`) to one scalar.
       slot: the number of each slot, in float32.
     """
 
@@ -35,7 +35,7 @@ def spectral_norm(space: Space, columns, *, iterations: int = 8):
     """`solvers.spectral_norm`, given the squared norms of the columns of `G`."""
     longest = columns == space.largest(columns)
     first = -space.largest(jnp.where(longest, -space.slot, -1e9))
-    v = space.matvec(jnp.where(space.slot == first, 1.0, 0.0))
+    v = space.matvec((space.slot == first).astype(jnp.float32))
 
     def iterate(_, carry):
         v, norm = carry
@@ -76,7 +76,7 @@ def solve(space: Space, columns, c, weight, start, *, tol, most, nonnegative: bo
     curvature = spectral_norm(space, columns)
     start_gradient = gradient
     # NaN compares false: a row that is not finite never runs.
-    running = jnp.where((residual(start, gradient, strict) > tol) & (most > 0), 1, 0)
+    running = ((residual(start, gradient, strict) > tol) & (most > 0)).astype(jnp.float32)
 
     def step(carry):
         z_old, g_old, w, g_w, curvature, t_old, best, best_gradient, steps, running = carry
@@ -102,11 +102,11 @@ def solve(space: Space, columns, c, weight, start, *, tol, most, nonnegative: bo
             jnp.where(better, z, best),
             jnp.where(better, g, best_gradient),
             steps,
-            jnp.where(on & ~done & (steps < most), 1, 0),
+            (on & ~done & (steps < most)).astype(jnp.float32),
         )
 
     t, steps = jnp.ones_like(curvature), jnp.zeros_like(running)
     carry = (start, gradient, start, gradient, curvature, t, start, gradient, steps, running)
     carry = jax.lax.while_loop(lambda carry: space.any(carry[-1]), step, carry)
     *_, best, best_gradient, steps, _ = carry
-    return best, residual(best, best_gradient, weight), steps
+    return best, residual(best, best_gradient, weight), steps.astype(jnp.int32)

@@ -202,7 +202,7 @@ def solve(
         plgpu.store(x_ref.at[row, slot], x, mask=slot < k)
         plgpu.store(square_ref.at[row, slot], squares, mask=slot < k)
         kkt_ref[row], steps_ref[row] = kkt, steps
-        usable_ref[row] = jnp.where(usable, 1, 0)
+        usable_ref[row] = usable.astype(jnp.int32)
 
     x, square, kkt, steps, usable = _call(
         kernel,

@@ -406,7 +406,7 @@ def solve(D, indices, y, y_scale, y_norm, z0, ridge, tol, most, *, nonnegative: 
                 matvec=matvec,
                 total=lambda x: jnp.sum(x, axis=0, keepdims=True),
                 largest=lambda x: jnp.max(x, axis=0, keepdims=True),
-                any=lambda running: jnp.max(running.astype(jnp.float32)) > 0,
+                any=lambda running: jnp.max(running) > 0,
                 slot=slot.astype(jnp.float32),
             )
             x, kkt, steps = fista.solve(
@@ -499,9 +499,9 @@ def scatter_sorted(latents, rows, left, right, *, m: int, entries: int = 256, in
         raise NotImplementedError(f"the TPU kernels take float32 and bfloat16, not {right.dtype}")
     if r > 8:
         raise NotImplementedError(f"the kernel was made for outer products of rank 1 and 2, not {r}")
-    right = right.astype(jnp.float32).reshape(-1, d)
+    right = right.astype(jnp.float32)
     wide = _up(d, LANES)
-    vmem = (2 * 8 * r + 8 * _RING + 16) * wide * 4
+    vmem = (2 * 8 * 8 + 8 * _RING + 16) * wide * 4
     _check(right, vmem, 0)
     padded = _up(N, entries)
     latents, rows = (_pad(x[:, None], padded, value).reshape(1, padded) for x, value in ((latents, m), (rows, 0)))
@@ -509,7 +509,6 @@ def scatter_sorted(latents, rows, left, right, *, m: int, entries: int = 256, in
     blocks = padded // entries
 
     def kernel(latents_ref, rows_ref, left_ref, right_ref, zeros_ref, out_ref, buffer, sums, state, arriving, leaving):
-        fetch = _Fetch(right_ref, buffer, arriving)
         current, started = 0, 1  # of the state: the latent being summed, and how many writes were started
 
         @pl.when(pl.program_id(0) == 0)
@@ -522,8 +521,8 @@ def scatter_sorted(latents, rows, left, right, *, m: int, entries: int = 256, in
 
                 @pl.when(latents_ref[0, at] < m)
                 def _(at=at, e=e):
-                    for j in range(r):
-                        act(fetch.copy(rows_ref[0, at] * r + j, e * r + j, slot))
+                    source = right_ref.at[pl.ds(rows_ref[0, at], 1)]
+                    act(pltpu.make_async_copy(source, buffer.at[slot, pl.ds(e, 1)], arriving.at[slot]))
 
         def write(number):
             place = number % _RING
@@ -554,7 +553,7 @@ def scatter_sorted(latents, rows, left, right, *, m: int, entries: int = 256, in
                 def _(at=at, e=e):
                     place = state[started] % _RING
                     for j in range(r):
-                        sums[place] += left_ref[j, at] * buffer[slot, pl.ds(e * r + j, 1), :]
+                        sums[place] += left_ref[j, at] * buffer[slot, e, pl.ds(j, 1), :]
 
         _pipeline(entries // 8, each, add)
 
@@ -578,7 +577,7 @@ def scatter_sorted(latents, rows, left, right, *, m: int, entries: int = 256, in
         out_specs=pl.BlockSpec(memory_space=pl.ANY),
         out_shape=like((latents, rows, left, right), (m, d), jnp.float32),
         scratch_shapes=[
-            pltpu.VMEM((2, 8 * r, d), jnp.float32),
+            pltpu.VMEM((2, 8, r, d), jnp.float32),
             pltpu.VMEM((_RING, 1, d), jnp.float32),
             pltpu.SMEM((2,), jnp.int32),
             pltpu.SemaphoreType.DMA((2,)),
