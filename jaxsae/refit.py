@@ -28,7 +28,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from jaxsae import gram, implicit, rows, solvers
+from jaxsae import gram, implicit, kernels, rows, solvers
 from jaxsae.codes import SparseCode
 from jaxsae.linalg import EXACT, divide, solve_on
 
@@ -123,10 +123,11 @@ def refit(
     needed = _row_bytes(code.indices.shape[-1], y.shape[-1], gram.accumulator(dictionary, y).itemsize)
     if scratch < needed:
         raise ValueError(f"`refit` got scratch of {scratch} bytes, but one row needs {needed}; pass at least that.")
+    kernel = solver is None and kernels.applies(dictionary, code.indices, y, code.values)
     if solver is None:
-        solver = solvers.default(code.indices.shape[-1], y.shape[-1])
+        solver = solvers.default(code.indices.shape[-1], y.shape[-1], kernel=kernel)
     ridge = jnp.asarray(ridge, gram.accumulator(dictionary, y))
-    static = _Static(nonnegative, code.num_latents, scratch)
+    static = _Static(nonnegative, code.num_latents, scratch, kernel)
     values, info = _refit(static, solver, dictionary, y, code.indices, code.values, ridge)
     return dataclasses.replace(code, values=values), info
 
@@ -182,6 +183,7 @@ class _Static(NamedTuple):
     nonnegative: bool
     num_latents: int
     scratch: int
+    kernel: bool  # whether a kernel solves the rows, before those that it left are gone over
 
 
 def _drive_chain(solver, problem: gram.Problem, z, most, nonnegative: bool):
@@ -235,22 +237,28 @@ class _Outcome(NamedTuple):
 def _solve_rows(static: _Static, shared, y, indices, values) -> _Outcome:
     """Refit `n` rows by the solver alone; those whose atoms are out of range come back as if not finite."""
     solver, dictionary, ridge = shared
-    nonnegative, num_latents, scratch = static
+    nonnegative, num_latents, scratch, kernel = static
     y = y.astype(ridge.dtype)
-    problem = rows.map_chunks(
-        functools.partial(gram.problems, dictionary, num_latents=num_latents, ridge=ridge),
-        *(y, indices),
-        batch=y.shape[:1],
-        row_bytes=gram.row_bytes(indices.shape[1], y.shape[1], y.dtype.itemsize),
-        scratch=scratch // 2,
-    )
-    solved = gram.solved(solver, problem, values.astype(ridge.dtype), nonnegative)
+    problem = None
+    if kernel:
+        solved = kernels.solve(dictionary, indices, y, values, ridge, solver.tol, solver.max_steps, nonnegative)
+    else:
+        problem = rows.map_chunks(
+            functools.partial(gram.problems, dictionary, num_latents=num_latents, ridge=ridge),
+            *(y, indices),
+            batch=y.shape[:1],
+            row_bytes=gram.row_bytes(indices.shape[1], y.shape[1], y.dtype.itemsize),
+            scratch=scratch // 2,
+        )
+        solved = gram.solved(solver, problem, values.astype(ridge.dtype), nonnegative)
     on = gram.used(indices, num_latents)
     finite = solved.finite & (jnp.isfinite(values) | ~on).all(1)
     feasible = jax.nn.relu(values) if nonnegative else values
     refitted = divide(solved.x, solved.unit).astype(values.dtype)
     moved = (solved.steps > 0) | ~solved.usable  # else the start is optimal already, and comes back to the bit
-    if values.dtype != ridge.dtype:  # rounded to fewer bits, the best iterate can be worse than the start
+    if (
+        problem is not None and values.dtype != ridge.dtype
+    ):  # rounded to fewer bits, the best iterate can be worse than the start
         rounded = refitted.astype(ridge.dtype) * solved.unit
         began = feasible.astype(ridge.dtype) * solved.unit
         moved &= ~(jax.vmap(gram.excess)(problem.gram, problem.c, rounded, began) > 0)
@@ -277,7 +285,7 @@ def _revise(static: _Static, shared, y, indices, values, x, info: RefitInfo) -> 
     condition of `G`, which it may even leave indefinite; that of the residual, by the square root of it.
     """
     solver, dictionary, ridge = shared
-    nonnegative, num_latents, _ = static
+    nonnegative, num_latents, *_ = static
     y = y.astype(ridge.dtype)
     atoms, y, ridge, unit, weight, finite = gram.unit_rows(dictionary, y, indices, num_latents=num_latents, ridge=ridge)
 
@@ -342,7 +350,9 @@ def _solve(static: _Static, shared, per_row):
     per_row = y, indices, _ = tuple(x.reshape(n, x.shape[-1]) for x in per_row)
     k, d, itemsize = indices.shape[1], y.shape[1], shared[2].dtype.itemsize
     solve, half = functools.partial(_solve_rows, static, shared), static.scratch // 2
-    if len(_widths(k)) == 1:
+    if static.kernel:
+        outcome = solve(*per_row)  # it needs no scratch
+    elif len(_widths(k)) == 1:
         in_cache = (4 << 20) // max(k * k * itemsize, 1)  # rows whose Gram matrices the cache holds
         outcome = rows.map_chunks(
             *(solve, *per_row),

@@ -111,6 +111,7 @@ class FISTA:
     Attributes:
       tol: stop a row when its KKT residual, relative and without unit, is at most this.
       max_steps: stop a row after this many steps.
+      fallback: solver of the rows that are left, or None.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsae
@@ -123,7 +124,7 @@ class FISTA:
 
     tol: float | Array = 1e-5
     max_steps: int | Array = 2000
-    fallback = None
+    fallback: Any = None
 
     def init(self, gram: Array, c: Array, z: Array, lower: float) -> FISTAState:
         """The state at a feasible start `z`, without momentum."""
@@ -335,7 +336,7 @@ def drive(solver, G, c, weight, z, most, nonnegative: bool):
     return carry.best, residual(carry.best, carry.best_gradient, weight), carry.steps
 
 
-def default(k: int, d: int) -> Any:
+def default(k: int, d: int, *, kernel: bool = False) -> Any:
     """The solver of rows with `k` active atoms of width `d`, by measurement (`python -m benchmarks refine`).
 
     On two CPU cores `ConjugateGradient` is the fastest of these solvers, or level with it, on every case measured but
@@ -343,11 +344,13 @@ def default(k: int, d: int) -> Any:
     `BlockPivoting` is the fastest, and takes the rows that are left after 256 steps. What `k > d` makes singular may
     set pivoting cycling: there `FISTA` answers. Conjugate gradient goes on to a tenth of the usual tolerance, so that
     ill-conditioned rows too end within 1e-6 of their least error (tests/test_hard_set.py); a row counts as converged
-    at 1e-5. No accelerator has been measured yet, so the backend makes no difference.
+    at 1e-5. Where a kernel answers (`jaxsae.kernels`) it is FISTA that it has in fast memory, a step of which reads
+    nothing; no accelerator has been measured yet, so everywhere else the backend makes no difference.
 
     Args:
       k: slots a row.
       d: width.
+      kernel: whether a kernel has been measured to be worth it.
 
     Returns:
       A solver, with its fallbacks.
@@ -359,4 +362,6 @@ def default(k: int, d: int) -> Any:
     """
     if k > d:
         return FISTA()
+    if kernel:
+        return FISTA(tol=1e-6, max_steps=256, fallback=BlockPivoting(tol=1e-6))
     return ConjugateGradient(tol=1e-6, max_steps=256, fallback=BlockPivoting(tol=1e-6))

@@ -210,7 +210,16 @@ def applies(dictionary: Any, indices: Array, y: Array, values: Array) -> bool:
     """Whether `refit_fused` would run a kernel by default, and so a refit had better be made of it."""
     if not gram.is_array(dictionary) or any(x.dtype != jnp.float32 for x in (y, values)):
         return False
-    return _kernel("refit_fused", None, dictionary.shape[1], indices.shape[-1], dictionary.dtype) is not None
+    d, slots = dictionary.shape[1], indices.shape[-1]
+    if indices.size == 0 or _kernel("refit_fused", None, d, slots, dictionary.dtype) is None:
+        return False
+    scalars = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
+    flat = [x.reshape(-1, x.shape[-1]) for x in (indices, y, values)]
+    try:
+        jax.eval_shape(lambda *args: solve(*args, True, "pallas"), dictionary, *flat, *scalars)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def solve(
