@@ -103,7 +103,7 @@ def on(monkeypatch):
         device = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform=platform)
         module = interpreted(platform)
         monkeypatch.setattr(kernels, "_device", lambda: (platform, device.device_kind))
-        monkeypatch.setattr(kernels.importlib, "import_module", lambda name: module)
+        monkeypatch.setattr(kernels, "_module", lambda name: module)
         jax.clear_caches()
         kernels._scatter.cache_clear()
 
@@ -377,7 +377,7 @@ def test_a_refit_by_the_kernel_is_that_of_the_library(on, monkeypatch):
     wide = jnp.zeros((6, 200), jnp.int32)  # more slots than a kernel holds
     assert not kernels.applies(c.D, wide, c.y, wide.astype(jnp.float32))
     refitted, by_kernel = jaxsae.refit(c.D, c.y, code)
-    np.testing.assert_allclose(refitted.values[:5], wanted.values[:5], atol=1e-5)
+    np.testing.assert_allclose(refitted.values[:5], wanted.values[:5], atol=1e-4)
     np.testing.assert_array_equal(by_kernel.status, info.status)
     assert float(jaxsae.certify(c.D, c.y, refitted).kkt[4]) < 1e-5
     assert not np.array_equal(by_kernel.steps, info.steps)  # FISTA takes more of them
@@ -401,7 +401,7 @@ def test_only_a_kernel_that_was_measured_is_the_default(on, monkeypatch):
     assert kernels._kernel("gather_gram", "pallas", 64, 6, jnp.float32)[1] == {"samples": 8}
 
 
-def test_a_batch_of_another_size_meets_the_program_that_is_there(on):
+def test_a_batch_of_another_size_meets_the_program_that_is_there(on, monkeypatch):
     c = sound((5, 16, 32, 4, "float32"))
     on("gpu")
     traces = []
@@ -412,7 +412,7 @@ def test_a_batch_of_another_size_meets_the_program_that_is_there(on):
         return module.gather_gram(D, indices, y, **options)
 
     fake = SimpleNamespace(gather_gram=counted)
-    kernels.importlib.import_module = lambda name: fake
+    monkeypatch.setattr(kernels, "_module", lambda name: fake)
     for n in (5, 3, 1):
         part = c._replace(indices=c.indices[:n], y=c.y[:n])
         G, _ = kernels.gather_gram(*part[:3], implementation="pallas")

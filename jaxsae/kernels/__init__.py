@@ -216,7 +216,7 @@ def applies(dictionary: Any, indices: Array, y: Array, values: Array) -> bool:
     scalars = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
     flat = [x.reshape(-1, x.shape[-1]) for x in (indices, y, values)]
     try:
-        jax.eval_shape(lambda *args: solve(*args, True, "pallas"), dictionary, *flat, *scalars)
+        jax.eval_shape(functools.partial(solve, nonnegative=True, implementation="pallas"), dictionary, *flat, *scalars)
     except NotImplementedError:
         return False
     return True
@@ -290,7 +290,12 @@ def _kernel(op: str, implementation: str | None, d: int, k: int, dtype) -> tuple
     row = tuning.nearest(op, module, kind, d=d, k=k, dtype=str(jnp.dtype(dtype)))
     if implementation is None and (_divided() or not tuning.worth_it(row, kind)):
         return None
-    return importlib.import_module(f"jaxsae.kernels.{module}"), {} if row is None else row["options"]
+    return _module(module), {} if row is None else row["options"]
+
+
+def _module(name: str) -> Any:
+    """Kernels of a platform; Pallas is imported only where they are to be used."""
+    return importlib.import_module(f"jaxsae.kernels.{name}")
 
 
 def _choose(op: str, implementation: str | None, d: int, k: int, dtype, by_kernel, by_xla, n: int):
