@@ -31,6 +31,17 @@ def x64():
 
 
 @pytest.fixture
+def optimised():
+    """Programs as users have them: LLVM's optimisations change the order of sums, and so how they are rounded."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+    jax.clear_caches()
+
+
+@pytest.fixture
 def unchecked():
     """The library as users have it, without run-time annotations: for what is passed wrong on purpose."""
     jaxtyping.config.update("jaxtyping_disable", True)

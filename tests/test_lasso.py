@@ -269,7 +269,7 @@ def test_hard_inputs_are_solved(name, nonnegative):
         assert np.all(gap <= 2e-6 + slack(atoms, y, z[:, at])), "by other arithmetic than the solver's"
 
 
-def test_what_float32_cannot_solve_is_said_to_be_unsolved():
+def test_what_float32_cannot_solve_is_said_to_be_unsolved(optimised):
     normal, y = HARD["targets that are atoms"][0], HARD["coherent"][1]
     atoms, y = (jnp.asarray(x, jnp.float32) for x in (0.01 * normal + 0.99 * normal[0], y))
     code, info = path(atoms, y, grid(atoms, y))
