@@ -156,8 +156,8 @@ def _jobs(report: dict[str, Any], machine: str) -> list[str]:
     parts = [
         f"{machine}; {_sizes(c['case'])}.",
         f"Loading: {c['loaded_rows_per_s']:,.0f} rows/s of float16 on disk, {c['ratio']:.0f} times what a step of "
-        f"{1000 * c['step_s']:.0f} ms needs; the first batch, for which every shard is read and checked (and so is in the page cache after it), came "
-        f"after {c['first_batch_s']:.1f} s.",
+        f"{1000 * c['step_s']:.0f} ms needs; the first batch, for which every shard is read and checked (and so is in "
+        f"the page cache after it), came after {c['first_batch_s']:.1f} s.",
         f"Saving {c['state_bytes'] / 2**20:,.0f} MiB adds {c['save_s']:.2f} s in all to the steps beside it, "
         f"{c['overhead_at_one_a_minute']:.1%} of the time at one save a minute; reading it back takes "
         f"{c['restore_s']:.1f} s.",
