@@ -14,11 +14,11 @@ def test_a_run_that_is_interrupted_in_every_way_ends_like_one_left_alone(tmp_pat
     job = Job(tmp_path, steps=50)
     job.finish("alone")
     code, saved, said = job.end("run", signal.SIGINT, after=8, delay=0)
-    assert code == 130
+    assert code == 130, said
     assert f"Stopped after {saved} steps; all is saved: the same command goes on." in said
     assert 8 <= saved < 50
     code, saved, said = job.end("run", signal.SIGTERM, after=8, delay=0)
-    assert code == 0
+    assert code == 0, said
     assert f"Stopped after {saved} steps" in said
     code, saved, said = job.end("run", signal.SIGKILL, after=5, delay=0.01)  # in the middle of a save, most likely
     assert (code, "Traceback" in said) == (-signal.SIGKILL, False)
@@ -27,7 +27,7 @@ def test_a_run_that_is_interrupted_in_every_way_ends_like_one_left_alone(tmp_pat
     before = job.saved("run")
     process = job.start("run", "bash", "-c", 'ulimit -f 8; exec "$@"', "bash")
     errors = process.communicate(timeout=60)[1].splitlines()
-    assert process.returncode == 2
+    assert process.returncode == 2, errors
     assert "cannot write" in errors[-1]
     assert f"step {before} is kept, and can be gone on from" in errors[-1]
     assert not any("Traceback" in line for line in errors)
