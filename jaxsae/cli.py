@@ -100,7 +100,7 @@ def study(
     failed = [row for row in report["rows"] if row["certified"] < 1]
     for row in failed:
         count = round((1 - row["certified"]) * report["data"]["heldout"])
-        name = _name(row)
+        name = row.get("sae") or f"{row['family']} {row['k_or_l1']:g}"
         worst = "NaN" if row["worst_kkt"] is None else f"{row['worst_kkt']:.1e}"
         _warn(f"{name}: {count} rows are not certified, the worst at KKT {worst}.")
     return 1 if failed else 0

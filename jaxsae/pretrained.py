@@ -230,15 +230,18 @@ def _shapes(config: dict[str, Any]) -> dict[str, tuple]:
 
 
 def _read_own(path: Path) -> Raw:
-    if not (path / _CONFIG).is_file():
-        raise InputError(f"{path}: not a whole SAE; expected {_CONFIG} and {_WEIGHTS}: save it again.")
-    config = read_json(path / _CONFIG)
+    try:
+        config, arrays = read_json(path / _CONFIG), read_safetensors(path / _WEIGHTS)
+    except InputError as error:
+        raise InputError(
+            f"{path}: not a whole SAE ({str(error).split('; ')[0]}); expected {_CONFIG} and {_WEIGHTS}: save it again."
+        ) from error
     if (config.get("format"), config.get("version")) != ("jaxsae", _VERSION):
         raise InputError(
             f"{path / _CONFIG}: says {config.get('format')!r} version {config.get('version')!r}, expected 'jaxsae' "
             f"version {_VERSION}; load it with the version of jaxsae that wrote it."
         )
-    return Raw(path / _WEIGHTS, config, read_safetensors(path / _WEIGHTS))
+    return Raw(path / _WEIGHTS, config, arrays)
 
 
 def _convert_own(raw: Raw) -> SAE:
