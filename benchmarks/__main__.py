@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from benchmarks import cases, clock, families, harvest, judge, ksvd, lasso, plot, pursuit, refine, table, train
+from benchmarks import cases, clock, families, harvest, judge, kernels, ksvd, lasso, plot, pursuit, refine, table, train
 
 ROOT = Path(__file__).parents[1]
 _PEERS = ("scipy", "jaxnnls", "jaxopt", "optax", "overcomplete", "torch", "eai-sparsify", "sae-lens")
@@ -63,6 +63,10 @@ def main() -> None:
     command.add_argument("--size", choices=lasso.SIZES, default="tiny")
     command.add_argument("--peers", action="store_true", help="other libraries too; pip install '.[peers]'")
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
+    command = commands.add_parser("kernels", help="gathers, Gram matrices, refits and top-k: kernels beside XLA")
+    command.add_argument("--size", choices=kernels.SIZES, default="tiny")
+    command.add_argument("--tune", action="store_true", help="first fill jaxsae/kernels/blocks.json for this device")
+    command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
     command = commands.add_parser("table", help="what was measured, as markdown")
     command.add_argument("files", type=Path, nargs="+", metavar="FILE")
     command.add_argument("--readme", action="store_true", help="put it into the README")
@@ -85,6 +89,8 @@ def main() -> None:
         _ksvd(args)
     elif args.command == "lasso":
         _lasso(args)
+    elif args.command == "kernels":
+        _kernels(args)
     elif args.command == "plot":
         plot.speed_against_accuracy(json.loads(args.file.read_text()), args.out)
     else:
@@ -156,6 +162,23 @@ def _ksvd(args: argparse.Namespace) -> None:
 def _lasso(args: argparse.Namespace) -> None:
     report = {**_environment("lasso"), "size": args.size, **lasso.run(args.size, with_peers=args.peers)}
     _write(args.json, report)
+    print(table.markdown(report))
+
+
+def _kernels(args: argparse.Namespace) -> None:
+    if args.tune:
+        kernels.tune(args.size)
+    bandwidth, peak = clock.copy_bandwidth(), kernels.matmul_peak()
+    report: dict[str, Any] = {
+        **_environment("kernels"),
+        "copy_bandwidth": {"bytes_per_s": bandwidth, "counted": "bytes read and bytes written"},
+        "matmul_peak": peak,
+        "size": args.size,
+        "rows": [],
+    }
+    for row in kernels.run(args.size, bandwidth=bandwidth, peak=peak):
+        report["rows"].append(row)
+        _write(args.json, report)  # after each: an interruption leaves what is finished
     print(table.markdown(report))
 
 

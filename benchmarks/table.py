@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from benchmarks import lasso
+from benchmarks import kernels, lasso
 from benchmarks.pursuit import half_point
 
 END = "<!-- end -->"
@@ -158,6 +158,7 @@ _TABLES = {
     "pursuit": _pursuit,
     "ksvd": _ksvd,
     "lasso": lasso.markdown,
+    "kernels": kernels.markdown,
 }
 
 

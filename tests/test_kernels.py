@@ -443,6 +443,46 @@ def test_a_kernel_inside_shard_map(platform, on):
     np.testing.assert_allclose(jax.jit(divided)(c), reference.gather_decode(c.D, c.indices, c.z0), atol=1e-5)
 
 
+# --- The benchmark and its table
+
+
+def test_the_table_of_block_sizes_is_what_its_script_writes(monkeypatch, tmp_path):
+    from benchmarks import kernels as benchmark
+
+    measured = {"op": "gather_gram", "platform": "gpu", "device": "abacus", "d": 8, "k": 2, "dtype": "float32"}
+    measured |= {"options": {"block": 64}, "speedup": 2.5}
+    committed = tuning.table()
+    (tmp_path / "blocks.json").write_text(json.dumps([*committed, measured]))
+    monkeypatch.setattr(tuning, "TABLE", tmp_path / "blocks.json")
+    tuning.table.cache_clear()
+    try:
+        benchmark.tune("paper")
+        written = tuning.table()
+    finally:
+        monkeypatch.undo()
+        tuning.table.cache_clear()
+    key = functools.partial(json.dumps, sort_keys=True)
+    untuned = [row for row in committed if row["device"] is None]
+    assert sorted(written, key=key) == sorted([*committed, measured], key=key)
+    assert untuned and all(row["speedup"] is None for row in untuned)
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_where_there_is_no_kernel():
+    from benchmarks import kernels as benchmark
+    from benchmarks import table
+
+    rows = list(benchmark.run("tiny", bandwidth=1e9, peak=1e9))
+    assert all(tuple(row) == benchmark.COLUMNS for row in rows)
+    by = {(row["op"], row["implementation"]): row for row in rows}
+    assert "cpu" in by["refit_fused", "pallas"]["note"]
+    assert by["refit_fused", "xla"]["worst_kkt"] <= 1e-5
+    assert by["top_k, two stages", "xla"]["recall"] == 1
+    machine = {"benchmark": "kernels", "device": "abacus", "cores": 1, "jax": "0", "commit": "0123456789abcdef"}
+    text = table.markdown({**machine, "rows": rows, "copy_bandwidth": {"bytes_per_s": 1e9}, "matmul_peak": 1e9})
+    assert "| scatter_rows | xla |" in text
+
+
 # --- Lowered and compiled, without a device
 
 ISSUE = [(768, 16384, 32), (2304, 131072, 64), (4096, 1048576, 128)]

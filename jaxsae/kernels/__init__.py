@@ -271,6 +271,12 @@ def _device() -> tuple[str, str]:
     return jax.default_backend(), jax.devices()[0].device_kind
 
 
+def default_device() -> tuple[str | None, str]:
+    """The platform whose kernels would be used, or None, and the kind of its device."""
+    platform, kind = _device()
+    return _PLATFORMS.get(platform), kind
+
+
 def _divided() -> bool:
     """Whether the compiler may have to divide a batch over devices, which it cannot do with a kernel."""
     mesh = get_abstract_mesh()
@@ -290,7 +296,7 @@ def _kernel(op: str, implementation: str | None, d: int, k: int, dtype) -> tuple
     row = tuning.nearest(op, module, kind, d=d, k=k, dtype=str(jnp.dtype(dtype)))
     if implementation is None and (_divided() or not tuning.worth_it(row, kind)):
         return None
-    return _module(module), {} if row is None else row["options"]
+    return _module(module), tuning.options(row)
 
 
 def _module(name: str) -> Any:

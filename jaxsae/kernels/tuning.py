@@ -5,13 +5,16 @@ device, `d`, `k` and dtype; a call takes that of the nearest shape. `speedup` is
 that device; where it is null nobody has measured it, and the reference stays the default.
 """
 
+import contextlib
 import functools
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 TABLE = Path(__file__).with_name("blocks.json")
+_forced: list[dict[str, Any]] = []
 WORTH = 2.0  # times the reference's speed, for a kernel to be the default
 
 
@@ -28,6 +31,23 @@ def nearest(op: str, platform: str, device: str, *, d: int, k: int, dtype: str) 
     if not rows:
         return None
     return min(rows, key=lambda row: abs(math.log(row["d"] / max(d, 1))) + abs(math.log(row["k"] / max(k, 1))))
+
+
+@contextlib.contextmanager
+def forced(options: dict[str, Any]) -> Iterator[None]:
+    """Use these block sizes for what is traced meanwhile, whatever the table says: for the script that fills it."""
+    _forced.append(options)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def options(row: dict[str, Any] | None) -> dict[str, Any]:
+    """Block sizes by a row of the table."""
+    if _forced:
+        return _forced[-1]
+    return {} if row is None else row["options"]
 
 
 def worth_it(row: dict[str, Any] | None, device: str) -> bool:
