@@ -1,7 +1,10 @@
 """Pallas kernels for GPUs (Triton): one program a row, its atoms gathered by pointer, its Gram matrix in registers.
 
 Sizes are padded to powers of two and masked: an unused slot reads nothing and is a row of zeros. Products of float32
-are three of TF32, whose error is that of float32; those of bfloat16 are exact, and summed in float32.
+are three of TF32, whose error is near that of float32; those of bfloat16 are exact, and summed in float32.
+
+From 0.11 on jax warns that Triton will leave Pallas, in favour of Mosaic GPU. That one needs warp groups and barriers
+laid out by hand, which nobody should write without a GPU to run them on.
 """
 
 from typing import Any
