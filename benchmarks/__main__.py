@@ -90,21 +90,23 @@ def main() -> None:
     if args.command == "refine":
         _refine(args)
     elif args.command == "train":
-        _train(args)
+        rows = list(train.run(args.size, with_peers=args.peers))
+        _tell(args, size=args.size, rows=rows, sweep=train.sweep(args.size))
     elif args.command == "families":
         _families(args)
     elif args.command == "harvest":
-        _harvest(args)
+        row = harvest.run(args.model, layer=args.layer, context=args.context, batch=args.batch)
+        _tell(args, row=row)
     elif args.command == "pursuit":
-        _pursuit(args)
+        _tell(args, size=args.size, rows=list(pursuit.run(args.size, with_peers=args.peers)))
     elif args.command == "transitions":
         _transitions(args)
     elif args.command == "ksvd":
-        _ksvd(args)
+        _tell(args, size=args.size, rows=list(ksvd.run(args.size, with_peers=args.peers)))
     elif args.command == "pictures":
         _pictures(args)
     elif args.command == "lasso":
-        _lasso(args)
+        _tell(args, size=args.size, **lasso.run(args.size, with_peers=args.peers))
     elif args.command == "plot":
         plot.speed_against_accuracy(json.loads(args.file.read_text()), args.out)
     else:
@@ -133,32 +135,16 @@ def _refine(args: argparse.Namespace) -> None:
     print(table.markdown(report))
 
 
-def _train(args: argparse.Namespace) -> None:
-    rows = list(train.run(args.size, with_peers=args.peers))
-    report = {**_environment("train"), "size": args.size, "rows": rows, "sweep": train.sweep(args.size)}
+def _tell(args: argparse.Namespace, **measured: Any) -> None:
+    """Write and print what was measured at once."""
+    report = {**_environment(args.command), **measured}
     _write(args.json, report)
     print(table.markdown(report))
 
 
 def _families(args: argparse.Namespace) -> None:
     rows = list(families.run(args.data, args.out, latents=args.latents, steps=args.steps))
-    report = {**_environment("families"), "rows": rows, "matched": families.matched(rows)}
-    _write(args.json, report)
-    print(table.markdown(report))
-
-
-def _harvest(args: argparse.Namespace) -> None:
-    row = harvest.run(args.model, layer=args.layer, context=args.context, batch=args.batch)
-    report = {**_environment("harvest"), "row": row}
-    _write(args.json, report)
-    print(table.markdown(report))
-
-
-def _pursuit(args: argparse.Namespace) -> None:
-    rows = list(pursuit.run(args.size, with_peers=args.peers))
-    report = {**_environment("pursuit"), "size": args.size, "rows": rows}
-    _write(args.json, report)
-    print(table.markdown(report))
+    _tell(args, rows=rows, matched=families.matched(rows))
 
 
 def _transitions(args: argparse.Namespace) -> None:
@@ -171,24 +157,11 @@ def _transitions(args: argparse.Namespace) -> None:
     print(table.markdown(report))
 
 
-def _ksvd(args: argparse.Namespace) -> None:
-    rows = list(ksvd.run(args.size, with_peers=args.peers))
-    report = {**_environment("ksvd"), "size": args.size, "rows": rows}
-    _write(args.json, report)
-    print(table.markdown(report))
-
-
 def _pictures(args: argparse.Namespace) -> None:
     report = _environment("pictures")
     for part in pictures.run(with_peers=args.peers, out=args.out):
         report |= part
         _write(args.json, report)  # after each part: an interruption leaves what is finished
-    print(table.markdown(report))
-
-
-def _lasso(args: argparse.Namespace) -> None:
-    report = {**_environment("lasso"), "size": args.size, **lasso.run(args.size, with_peers=args.peers)}
-    _write(args.json, report)
     print(table.markdown(report))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.clock import say
+from benchmarks.clock import name_missing, say
 from jaxsae import images
 
 SIGMA, SIDE, ATOMS, MOST = 25.0, 8, 256, 16  # at most so many atoms a patch
@@ -33,7 +33,10 @@ def run(*, with_peers: bool, out: Path | None) -> Iterator[dict[str, Any]]:
 
 def photograph(name: str) -> np.ndarray:
     """A photograph of scikit-image as grey levels `[h w]`, by the weights of its `rgb2gray`."""
-    from skimage import color, data  # pyright: ignore[reportMissingImports]
+    try:
+        from skimage import color, data  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise SystemExit(f"{name_missing(error)}; it has the photographs: pip install '.[peers]'.") from error
 
     pixels = getattr(data, name)()
     return np.rint(255 * color.rgb2gray(pixels) if pixels.ndim == 3 else pixels).astype(np.float32)

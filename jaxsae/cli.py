@@ -328,17 +328,11 @@ def denoise(image: Path, /, *, sigma: float, out: Path, dictionary: Path | None 
     """
     from jaxsae import images
 
-    for path in (out, dictionary):
-        if path is not None:
-            images.check_suffix(path)
+    images.check_suffix(out, dictionary)
     noisy = images.read(image)
     with _progress(noisy.size // noisy.shape[1]) as advance:
         quiet, atoms = images.denoise(noisy, sigma, seed=seed, progress=advance)
-    images.write(out, quiet)
-    if dictionary is not None:
-        images.write(dictionary, images.mosaic(atoms))
-    print(f"Written: {out}{'' if dictionary is None else f', {dictionary}'}")
-    return 0
+    return _write_picture(out, quiet, dictionary, atoms)
 
 
 def inpaint(image: Path, /, *, missing: Path, out: Path, dictionary: Path | None = None, seed: int = 0) -> int:
@@ -355,12 +349,16 @@ def inpaint(image: Path, /, *, missing: Path, out: Path, dictionary: Path | None
     """
     from jaxsae import images
 
-    for path in (out, dictionary):
-        if path is not None:
-            images.check_suffix(path)
+    images.check_suffix(out, dictionary)
     mask = images.read(missing)
     filled, atoms = images.inpaint(images.read(image), (mask if mask.ndim == 2 else mask.mean(2)) > 127.5, seed=seed)
-    images.write(out, filled)
+    return _write_picture(out, filled, dictionary, atoms)
+
+
+def _write_picture(out: Path, picture, dictionary: Path | None, atoms) -> int:
+    from jaxsae import images
+
+    images.write(out, picture)
     if dictionary is not None:
         images.write(dictionary, images.mosaic(atoms))
     print(f"Written: {out}{'' if dictionary is None else f', {dictionary}'}")

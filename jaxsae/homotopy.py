@@ -21,7 +21,7 @@ from jaxtyping import Array
 
 from jaxsae import codes, gram, rows
 from jaxsae.codes import SparseCode
-from jaxsae.linalg import divide, matmul
+from jaxsae.linalg import divide, matmul, squared_norm
 
 
 class Static(NamedTuple):
@@ -295,7 +295,8 @@ def _descend(static: Static, tol, most, D, y, lam, arrival: Arrival) -> Arrival:
     kkt, gap = (jnp.where(usable, x, 1) for x in (arrival.kkt, arrival.gap))
     z = jnp.where(usable, SparseCode(arrival.values, arrival.indices, len(D)).dense(), 0)
     r, one = y - matmul(z, D), jnp.ones((), D.dtype)
-    begin = _Descent(z, r, z, r, _spectral_norm(D), one, z, kkt, gap, arrival.steps)
+    curvature = squared_norm(D, jnp.max(jnp.abs(D), axis=0), 8)
+    begin = _Descent(z, r, z, r, curvature, one, z, kkt, gap, arrival.steps)
 
     def step(s: _Descent) -> _Descent:
         moved, threshold = s.w + divide(matmul(D, s.r_w), s.curvature), divide(lam, s.curvature)
@@ -326,14 +327,3 @@ def _descend(static: Static, tol, most, D, y, lam, arrival: Arrival) -> Arrival:
 
 def _choose(first, a, b):
     return jax.tree.map(lambda a, b: jnp.where(first, a, b), a, b)
-
-
-def _spectral_norm(D):
-    """`‖D‖₂²` by power iteration, from below."""
-
-    def iterate(_, carry):
-        v = matmul(matmul(carry[0], D.T), D)
-        norm = jnp.linalg.norm(v)
-        return divide(v, norm), norm
-
-    return jax.lax.fori_loop(0, 8, iterate, (jnp.max(jnp.abs(D), axis=0), jnp.zeros((), D.dtype)))[1]

@@ -83,14 +83,15 @@ def write(path: str | os.PathLike, picture: np.ndarray) -> None:
         pillow.fromarray(levels).save(temporary)
 
 
-def check_suffix(path: str | os.PathLike) -> None:
-    """Raise `InputError` if `write` would know no format for this path, before there is something to write.
+def check_suffix(*paths: str | os.PathLike | None) -> None:
+    """Raise `InputError` if `write` would know no format for one of these paths, before there is something to write.
 
     Example:
       >>> check_suffix("clean.png")
     """
-    if Path(path).suffix.lower() not in _pillow().registered_extensions():
-        raise InputError(f"{path}: a suffix that Pillow does not know; use .png or .jpg.")
+    for path in paths:
+        if path is not None and Path(path).suffix.lower() not in _pillow().registered_extensions():
+            raise InputError(f"{path}: a suffix that Pillow does not know; use .png or .jpg.")
 
 
 def _pillow() -> Any:

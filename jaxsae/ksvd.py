@@ -18,13 +18,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jaxsae import codes, gram, pursuit, rows
+from jaxsae import codes, gram, pursuit, rank_one, rows
 from jaxsae.codes import SparseCode
 from jaxsae.linalg import divide, matmul, solve_semidefinite
 from jaxsae.refit import RefitInfo, refit
 
 _ALIKE = 0.99  # the cosine from which on two atoms count as one, as in the authors' own code
-_ROUNDS = 10  # of a rank-one fit under constraints
 
 
 class History(NamedTuple):
@@ -98,7 +97,7 @@ def fit(
         raise ValueError(f"`fit` got a start of shape {start.shape}; pass one of shape ({m}, {d}), one atom a row.")
     start = _signals(key, y, m) if start is None else start
     static = _Static(k, steps, update or exact, nonnegative, nonnegative_atoms)
-    return _fit(static, _unit(jax.nn.relu(start) if nonnegative_atoms else start), y, jnp.full(n, tol, y.dtype))
+    return _fit(static, rank_one.unit(jax.nn.relu(start) if nonnegative_atoms else start), y, jnp.full(n, tol, y.dtype))
 
 
 class _Static(NamedTuple):
@@ -142,10 +141,6 @@ def _on(code: SparseCode, rows: Array) -> SparseCode:
     return dataclasses.replace(
         code, values=jnp.where(on, code.values, 0), indices=jnp.where(on, code.indices, code.num_latents)
     )
-
-
-def _unit(atoms):
-    return divide(atoms, jnp.linalg.norm(atoms, axis=-1, keepdims=True))
 
 
 # --- Updates of a dictionary and the values of a code, the supports given
@@ -214,9 +209,9 @@ def exact(
     Source: Aharon, Elad & Bruckstein (2006), "K-SVD"; Aharon, Elad & Bruckstein (2005), "K-SVD and its non-negative
     variant for dictionary design".
     """
-    fit_atom = _alternating if nonnegative or nonnegative_atoms else _leading
+    fit_atom = rank_one.alternating if nonnegative or nonnegative_atoms else rank_one.leading
     gram.validate(D, y, code, "exact")
-    return _sweep(fit_atom, _Signs(nonnegative, nonnegative_atoms), D, y, code)
+    return rank_one.sweep(fit_atom, rank_one.Signs(nonnegative, nonnegative_atoms), D, y, code)
 
 
 def approximate(
@@ -258,7 +253,7 @@ def approximate(
     orthogonal matching pursuit".
     """
     gram.validate(D, y, code, "approximate")
-    return _sweep(_power_step, _Signs(nonnegative, nonnegative_atoms), D, y, code)
+    return rank_one.sweep(rank_one.power_step, rank_one.Signs(nonnegative, nonnegative_atoms), D, y, code)
 
 
 def mod(
@@ -305,7 +300,7 @@ def mod(
 
 @jax.jit
 def _mod(D, y, code: SparseCode):
-    finite, known, learnt = _known(D, y, code)
+    finite, known, learnt = rank_one.learnable(D, y, code)
     m, dtype = len(D), known.dtype
 
     def add(total, values, indices):
@@ -325,7 +320,8 @@ def _mod(D, y, code: SparseCode):
     error, error_before = (jnp.sum((known - codes.combine(atoms, learnt)) ** 2) for atoms in (best, D.astype(dtype)))
     best = jnp.where(error < error_before, best, D)
     size = jnp.linalg.norm(best, axis=1).at[learnt.indices].get(mode="fill", fill_value=0)
-    return _unit(best).astype(D.dtype), _put(code, dataclasses.replace(learnt, values=learnt.values * size), finite)
+    learnt = dataclasses.replace(learnt, values=learnt.values * size)
+    return rank_one.unit(best).astype(D.dtype), rank_one.put(code, learnt, finite)
 
 
 def replace(
@@ -365,8 +361,8 @@ def replace(
 @functools.partial(jax.jit, static_argnums=0)
 def _replace(nonnegative_atoms: bool, D, y, code: SparseCode):
     m = len(D)
-    _, known, learnt = _known(D, y, code)
-    atoms = _unit(D.astype(known.dtype))
+    _, known, learnt = rank_one.learnable(D, y, code)
+    atoms = rank_one.unit(D.astype(known.dtype))
 
     def repeats(some, number):
         return jnp.any((jnp.abs(matmul(some, atoms.T)) > _ALIKE) & (jnp.arange(m) < number[:, None]), axis=1)
@@ -381,160 +377,6 @@ def _replace(nonnegative_atoms: bool, D, y, code: SparseCode):
     turn = jnp.cumsum(useless) - 1
     error, worst = (x.at[turn].get(mode="fill", fill_value=0) for x in (error, worst))
     new = known[worst]
-    new = _unit(jax.nn.relu(new) if nonnegative_atoms else new)
+    new = rank_one.unit(jax.nn.relu(new) if nonnegative_atoms else new)
     useless &= (error > 0) & (new != 0).any(axis=1)
     return jnp.where(useless[:, None], new, atoms).astype(D.dtype), jnp.sum(useless, dtype=jnp.int32)
-
-
-# --- One sweep over the atoms
-
-
-class _Signs(NamedTuple):
-    """Which factors of a rank-one fit are constrained, `v ≥ 0` and `d ≥ 0`."""
-
-    values: bool
-    atoms: bool
-
-    def project_values(self, v):
-        return jax.nn.relu(v) if self.values else v
-
-    def project_atom(self, d):
-        return jax.nn.relu(d) if self.atoms else d
-
-
-def _known(D, y, code: SparseCode) -> tuple[Array, Array, SparseCode]:
-    """Which rows are finite; the signals, and the code they can be learnt from, in float32 or better.
-
-    The others are 0 and empty, and so are later slots of an index that stands twice.
-    """
-    dtype, m = gram.accumulator(D, y), code.num_latents
-    finite = jnp.isfinite(y).all(axis=1) & (jnp.isfinite(code.values) | ~code.mask).all(axis=1)
-    on = code.mask & finite[:, None]
-    values, indices = jnp.where(on, code.values, 0).astype(dtype), jnp.where(on, code.indices, m)
-    same = (indices[:, :, None] == indices[:, None, :]) & on[:, None, :]
-    first = on & (jnp.argmax(same, axis=2) == jnp.arange(indices.shape[1]))
-    values = jnp.where(first, jnp.einsum("nij,nj->ni", same.astype(dtype), values), 0)
-    return finite, jnp.where(finite[:, None], y, 0).astype(dtype), SparseCode(values, jnp.where(first, indices, m), m)
-
-
-def _put(code: SparseCode, learnt: SparseCode, finite: Array) -> SparseCode:
-    """What was learnt, in the rows that are finite."""
-    values = jnp.where(finite[:, None], learnt.values.astype(code.values.dtype), code.values)
-    return dataclasses.replace(code, values=values, indices=jnp.where(finite[:, None], learnt.indices, code.indices))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _sweep(fit_atom: Callable, signs: _Signs, D, y, code: SparseCode):
-    """Fit each atom and its values in turn to the residual of the rows that use it.
-
-    A fit sees these rows through `fold(f, total)`, `total ← f(total, E, v)` over blocks of them, the last one padded
-    with zeros; it takes the atom before, of norm 1, and returns the one after.
-    """
-    m, (n, k) = len(D), code.indices.shape
-    finite, known, learnt = _known(D, y, code)
-    size = _block_size(n * k / m)
-    order = codes.by_latent(learnt.indices, m)
-    bounds = jnp.searchsorted(learnt.indices.ravel()[order], jnp.arange(m + 1))
-    order = jnp.pad(order, (0, size))
-
-    def sweep(j, carry):
-        D, values, residual = carry
-        start, end = bounds[j], bounds[j + 1]
-        atom = D[j]
-
-        def block(number, values, residual):
-            """Slots and rows of a block, past the end where it is padding, and the rows without the atom."""
-            at = start + number * size
-            slots = jax.lax.dynamic_slice_in_dim(order, at, size)
-            slots = jnp.where(at + jnp.arange(size) < end, slots, n * k)
-            v = values.at[slots].get(mode="fill", fill_value=0)
-            E = residual.at[slots // k].get(mode="fill", fill_value=0) + v[:, None] * atom
-            return slots, E, v
-
-        def fold(f, total):
-            def add(number, total):
-                _, E, v = block(number, values, residual)
-                return f(total, E, v)
-
-            return jax.lax.fori_loop(0, blocks, add, total)
-
-        def put(number, carry):
-            slots, E, _ = block(number, *carry)
-            v = signs.project_values(matmul(E, new))
-            values, residual = carry
-            values = values.at[slots].set(v, mode="drop")
-            return values, residual.at[slots // k].set(E - v[:, None] * new, mode="drop")
-
-        blocks = (end - start + size - 1) // size
-        new = fit_atom(fold, signs, atom)
-        values, residual = jax.lax.fori_loop(0, blocks, put, (values, residual))
-        return D.at[j].set(new), values, residual
-
-    atoms = signs.project_atom(D.astype(known.dtype))
-    length = jnp.linalg.norm(atoms, axis=1)
-    # The values of a zero atom change nothing, and say in what direction it is to go.
-    scale = jnp.where(length > 0, length, 1).at[learnt.indices].get(mode="fill", fill_value=0)
-    carry = _unit(atoms), (learnt.values * scale).ravel(), known - codes.combine(atoms, learnt)
-    atoms, values, _ = jax.lax.fori_loop(0, m, sweep, carry)
-    return atoms.astype(D.dtype), _put(code, dataclasses.replace(learnt, values=values.reshape(n, k)), finite)
-
-
-def _block_size(uses: float) -> int:
-    """Rows of a block: many enough for few blocks an atom, few enough for little padding; 256 is best, measured."""
-    size = 32
-    while size < min(uses / 2, 256):
-        size *= 2
-    return size
-
-
-def _leading(fold, signs: _Signs, atom):
-    """The leading right singular vector of `E`, of the atom's sign; the atom itself where rounding leaves it better."""
-    covariance = fold(lambda total, E, _: total + matmul(E.T, E), jnp.zeros((atom.size, atom.size), atom.dtype))
-    new = _eigenvector(covariance)
-    new = jnp.where(jnp.sum(new * atom) < 0, -new, new)
-    gain, gain_before = (jnp.sum(x * matmul(covariance, x)) for x in (new, atom))
-    return jnp.where(gain > gain_before, new, atom)
-
-
-def _eigenvector(covariance: Float[Array, "d d"]) -> Float[Array, " d"]:
-    """The leading eigenvector of a positive semi-definite matrix, by squaring it until it has rank one.
-
-    After `p` squarings what is lost of the eigenvalue is at most `d/(2e 2ᵖ)` of it, whatever the gap to the next one.
-    """
-
-    def square(carry):
-        power, _, count = carry
-        power = matmul(power, power)
-        return divide(power, jnp.trace(power)), jnp.sum(jnp.diagonal(power)), count + 1
-
-    # For a trace of 1, the trace of the square is 1 at rank one alone.
-    carry = (divide(covariance, jnp.trace(covariance)), jnp.zeros((), covariance.dtype), 0)
-    power, _, _ = jax.lax.while_loop(lambda carry: (carry[1] < 1 - 1e-6) & (carry[2] < 24), square, carry)
-    return _unit(matmul(covariance, power[jnp.argmax(jnp.diagonal(power))]))
-
-
-def _power_step(fold, signs: _Signs, atom):
-    """`Eᵀv`, of norm 1."""
-    return _step_to(fold(lambda total, E, v: total + matmul(v, E), jnp.zeros_like(atom)), signs, atom)
-
-
-def _step_to(direction, signs: _Signs, atom):
-    """A direction as an atom; the atom before where that is 0, or out of range."""
-    new = _unit(signs.project_atom(direction))
-    return jnp.where(jnp.isfinite(new).all() & (new != 0).any(), new, atom)
-
-
-def _alternating(fold, signs: _Signs, atom):
-    """Under constraints: `v` and `d` in turn, from the atom or the leading singular vector, whichever fits better."""
-    singular = _leading(fold, signs, atom)
-    starts = jnp.stack([atom, *(_step_to(sign * singular, signs, atom) for sign in (1, -1))])
-    gain = fold(
-        lambda total, E, _: total + jnp.sum(signs.project_values(matmul(E, starts.T)) ** 2, axis=0),
-        jnp.zeros(3, atom.dtype),
-    )
-
-    def alternate(_, d):
-        towards = fold(lambda total, E, _: total + matmul(signs.project_values(matmul(E, d)), E), jnp.zeros_like(d))
-        return _step_to(towards, signs, d)
-
-    return jax.lax.fori_loop(0, _ROUNDS, alternate, starts[jnp.argmax(gain)])

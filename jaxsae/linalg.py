@@ -1,4 +1,4 @@
-"""Small dense linear algebra of one row, in full precision on every backend."""
+"""Small dense linear algebra, in full precision on every backend."""
 
 import functools
 
@@ -13,6 +13,17 @@ matmul = functools.partial(jnp.matmul, precision=EXACT)
 def divide(x, by):
     """`x / by`, and 0 where `by` is 0."""
     return jnp.where(by == 0, 0, x / jnp.where(by == 0, 1, by))
+
+
+def squared_norm(D: Float[Array, "m d"], start: Float[Array, " d"], steps: int) -> Float[Array, ""]:
+    """`‖D‖₂²` by power iteration, from below."""
+
+    def iterate(_, carry):
+        v = matmul(matmul(carry[0], D.T), D)
+        norm = jnp.linalg.norm(v)
+        return divide(v, norm), norm
+
+    return jax.lax.fori_loop(0, steps, iterate, (start, jnp.zeros((), D.dtype)))[1]
 
 
 def _solve_semidefinite(gram, rhs):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxsae.codes import SparseCode
-from jaxsae.linalg import EXACT, divide, matmul
+from jaxsae.linalg import EXACT, divide, matmul, squared_norm
 from jaxsae.refit import RefitInfo
 from jaxsae.selection import (
     Chosen,
@@ -153,7 +153,9 @@ def iht(
 def _iht(problem: Problem) -> Chosen:
     relaxation = problem.options["relaxation"]
     if relaxation is None:
-        relaxation = divide(1.0, _squared_norm(problem.D))
+        # Power iteration sees the norm from below: a little more of it is on the safe side.
+        start = jnp.ones(problem.D.shape[1], problem.D.dtype)
+        relaxation = divide(1.0, 1.05 * squared_norm(problem.D, start, 50))
 
     def step(part, r, code):
         code = keep(part, code.dense() + relaxation * matmul(r, problem.D.T))
@@ -336,16 +338,3 @@ class _Iteration(NamedTuple):
     steps: Array  # [n]
     running: Array  # [n]
     ended: Array  # [n]  settled
-
-
-def _squared_norm(D: Array) -> Array:
-    """`‖D‖₂²`, and a little more: power iteration sees it from below."""
-
-    def iterate(_, carry):
-        v, _ = carry
-        v = matmul(D.T, matmul(D, v))
-        norm = jnp.linalg.norm(v)
-        return divide(v, norm), norm
-
-    start = jnp.ones(D.shape[1], D.dtype)
-    return 1.05 * jax.lax.fori_loop(0, 50, iterate, (start / jnp.linalg.norm(start), jnp.zeros((), D.dtype)))[1]

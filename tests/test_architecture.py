@@ -36,6 +36,7 @@ ORDER = [
     "activations",
     "images",
     "ksvd",
+    "rank_one",
     "lasso",
     "homotopy",
     "pursuit",
