@@ -62,9 +62,9 @@ def omp(
 
         w = Qa,   q = (a − Qᵀw) / ρ,   ρ = ‖a − Qᵀw‖,   r ← r − ⟨q, r⟩ q
 
-    The same elimination, applied to `Da`, keeps `Dr`. So with the Gram matrix `DDᵀ` no step costs a product with `D`;
-    it is formed if it has 4 MiB at most and `4k ≤ d`, and else the rows of a chunk share one product `D r` a step. The
-    rule asks nothing about the batch: a row's answer does not depend on it.
+    The same elimination, applied to `Da` and to coordinates, keeps `Dr` and the values. So with the Gram matrix `DDᵀ`
+    no step costs a product with `D`; it is formed if it has 4 MiB at most and `4k ≤ d`, and else the rows of a chunk
+    share one product `D r` a step. The rule asks nothing about the batch: a row's answer does not depend on it.
     Non-negative values are refitted after each choice, and an atom whose value fell to 0 keeps its slot.
 
     Args:
@@ -100,8 +100,8 @@ def omp(
 def _omp(problem: Problem) -> Chosen:
     """Choose with free signs, by updates of a Cholesky factorisation.
 
-    A row `q` of the basis is followed by `Dq`, if there is a Gram matrix, and the residual `r` by `Dr`. Nothing here
-    needs the values: the refit finds them.
+    A row `q` of the basis is followed by `Dq`, if there is a Gram matrix, and the residual `r` by `Dr`. Coordinates in
+    the atoms chosen are kept apart, in arrays of their own: in one with the basis they make it too wide for vectors.
     """
     (m, d), k = problem.D.shape, problem.k
     precomputed = 4 * k <= d and m * m * problem.D.dtype.itemsize <= _GRAM_BYTES
@@ -116,34 +116,45 @@ def _omp(problem: Problem) -> Chosen:
         products = matmul(y, problem.D.T) if precomputed else y[:, :0]
 
         def step(carry: _Greedy) -> _Greedy:
-            number, state, basis, free, indices, running = carry
+            number, state, basis, coordinates, values, free, indices, running = carry
             score, at = largest(jnp.where(free, jnp.abs(correlations(state)), 0))
             atom = table[at]
             w = basis[:, jnp.arange(n), d + at] if precomputed else jnp.sum(basis[:, :, :d] * atom, axis=2)
-            rest = jax.lax.fori_loop(0, number, lambda i, rest: rest - w[i][:, None] * basis[i], atom)
+
+            def without(i, pair):
+                rest, x = pair
+                return rest - w[i][:, None] * basis[i], x - w[i][:, None] * coordinates[i]
+
+            itself = jnp.broadcast_to(jnp.arange(k) == number, (n, k)).astype(y.dtype)
+            rest, x = jax.lax.fori_loop(0, number, without, (atom, itself))
             pivot = square(rest[:, :d])
             running = running & (score > rounding(y)) & (square(state[:, :d]) > part.tol**2) & (number < part.limit)
             running &= pivot > jnp.finfo(y.dtype).eps  # else it depends on the others, to rounding
-            q = jnp.where(running[:, None], rest / jnp.sqrt(jnp.where(running, pivot, 1))[:, None], 0)
-            state = state - jnp.sum(q[:, :d] * state[:, :d], axis=1, keepdims=True) * q
+            size = jnp.sqrt(jnp.where(running, pivot, 1))[:, None]
+            q, x = (jnp.where(running[:, None], v / size, 0) for v in (rest, x))
+            explained = jnp.sum(q[:, :d] * state[:, :d], axis=1, keepdims=True)
+            state, values = state - explained * q, values + explained * x
+            basis, coordinates = basis.at[number].set(q), coordinates.at[number].set(x)
             here = running[:, None] & (jnp.arange(m) == at[:, None])
             indices = indices.at[:, number].set(jnp.where(running, at, m))
-            return _Greedy(number + 1, state, basis.at[number].set(q), free & ~here, indices, running)
+            return _Greedy(number + 1, state, basis, coordinates, values, free & ~here, indices, running)
 
         start = _Greedy(
             jnp.int32(0),
             jnp.concatenate([y, products], axis=1),
             jnp.zeros((k, n, width), y.dtype),
+            jnp.zeros((k, n, k), y.dtype),
+            jnp.zeros((n, k), y.dtype),
             jnp.ones((n, m), bool),
             jnp.full((n, k), m, jnp.int32),
             jnp.ones(n, bool),
         )
         end = jax.lax.while_loop(lambda carry: (carry.number < k) & jnp.any(carry.running), step, start)
         steps = jnp.sum(end.indices < m, axis=1, dtype=jnp.int32)
-        return Chosen(jnp.zeros((n, k), y.dtype), end.indices, steps, jnp.ones(n, bool))
+        return Chosen(end.values, end.indices, steps, jnp.ones(n, bool))
 
     # With a Gram matrix a step is arithmetic on rows, which XLA spreads over the cores if there are enough of them.
-    return by_chunks(chunk, problem, row_bytes=4 * (k * width + 2 * m), cpu_rows=512 if precomputed else 256)
+    return by_chunks(chunk, problem, row_bytes=4 * (k * (width + k) + 2 * m), cpu_rows=512 if precomputed else 256)
 
 
 class _Greedy(NamedTuple):
@@ -152,6 +163,8 @@ class _Greedy(NamedTuple):
     number: Array  # of the step
     state: Array  # [n width]  the residual and what is kept beside it
     basis: Array  # [k n width]
+    coordinates: Array  # [k n k]  of the basis, in the atoms chosen
+    values: Array  # [n k]
     free: Array  # [n m]  which atoms are not chosen yet
     indices: Array  # [n k]
     running: Array  # [n]
