@@ -317,7 +317,10 @@ def _descend(static: Static, tol, most, D, y, lam, arrival: Arrival) -> Arrival:
     limit = arrival.steps + most
     end = jax.lax.while_loop(lambda s: (s.gap > tol) & (s.steps < limit), step, begin)
     code = codes.from_dense(end.best, static.capacity)
-    kkt, gap, _ = _judge(row, D, code.dense(), lam)  # anew, since the slots may not have had room for all of it
+    # Judged anew only where the slots had no room for all of it: other sums of the same code may round past `tol`.
+    cut = code.overflow > 0
+    kkt, gap, _ = _judge(row, D, code.dense(), lam)
+    kkt, gap = jnp.where(cut, kkt, end.kkt), jnp.where(cut, gap, end.gap)
     found = Arrival(code.values, code.indices, code.overflow, end.steps, kkt, gap)
     # What did not fit may have been what cancelled the rest: an empty code is better than that.
     empty = jnp.zeros_like(code.values), jnp.full_like(code.indices, len(D)), code.overflow, end.steps
