@@ -20,6 +20,7 @@ from benchmarks import (
     judge,
     ksvd,
     lasso,
+    load,
     pictures,
     plot,
     pursuit,
@@ -79,6 +80,9 @@ def main() -> None:
     command.add_argument("--size", choices=lasso.SIZES, default="tiny")
     command.add_argument("--peers", action="store_true", help="other libraries too; pip install '.[peers]'")
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
+    command = commands.add_parser("load", help="loading a large SAE: time and memory beside its file")
+    command.add_argument("--size", choices=load.SIZES, default="tiny")
+    command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
     command = commands.add_parser("table", help="what was measured, as markdown")
     command.add_argument("files", type=Path, nargs="+", metavar="FILE")
     command.add_argument("--readme", action="store_true", help="put it into the README")
@@ -107,6 +111,8 @@ def main() -> None:
         _pictures(args)
     elif args.command == "lasso":
         _tell(args, size=args.size, **lasso.run(args.size, with_peers=args.peers))
+    elif args.command == "load":
+        _tell(args, size=args.size, rows=load.run(args.size))
     elif args.command == "plot":
         plot.speed_against_accuracy(json.loads(args.file.read_text()), args.out)
     else:

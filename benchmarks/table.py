@@ -89,6 +89,18 @@ def _harvest(report: dict[str, Any], machine: str) -> list[str]:
     ]
 
 
+def _load(report: dict[str, Any], machine: str) -> list[str]:
+    """A row for each layout of the file, in units of the file."""
+    first = report["rows"][0]
+    size = f"{first['m']:,} × {first['d']:,} in float32, {first['bytes'] / 1e9:.2g} GB"
+    lines = ["| encoder stored as in | time, of reading the file | peak memory, of its size |", "|---|--:|--:|"]
+    lines += [
+        f"| {row['format']} | {row['load_s'] / row['read_s']:.2f} | {row['peak'] / row['bytes']:.2f} |"
+        for row in report["rows"]
+    ]
+    return [f"{machine}; {size}.", "\n".join(lines)]
+
+
 def _pursuit(report: dict[str, Any], machine: str) -> list[str]:
     """A row for each library, by case."""
     parts = [f"{machine}."]
@@ -158,6 +170,7 @@ _TABLES = {
     "train": _train,
     "families": _families,
     "harvest": _harvest,
+    "load": _load,
     "pursuit": _pursuit,
     "transitions": _transitions,
     "ksvd": _ksvd,

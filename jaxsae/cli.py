@@ -34,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "harvest": harvest,
                 "denoise": denoise,
                 "inpaint": inpaint,
+                "convert": convert,
+                "info": info,
             },
             prog="jaxsae",
             description="Sparse autoencoders in JAX, and the refinement of their codes with a certificate per row.",
@@ -59,13 +61,15 @@ def study(
     model: str | None = None,
     layer: int = 8,
     text: tuple[Path, ...] = (),
+    sae: tuple[str, ...] = (),
     quick: bool = False,
     seed: int = 0,
 ) -> int:
-    """Train ReLU and TopK autoencoders, refine their codes, and measure the shrinkage.
+    """Train ReLU and TopK autoencoders, or take others, refine their codes, and measure the shrinkage.
 
     Writes report.json, shrinkage.png and the trained SAEs; with a language model, its activations too, and what the
-    codes do to its next-token loss. Example: jaxsae study --quick --out study
+    codes do to its next-token loss. Examples: jaxsae study --quick --out study;
+    jaxsae study --sae hf://org/repository/path --data x.npy
 
     Args:
         out: directory for the results.
@@ -75,6 +79,7 @@ def study(
             directory.
         layer: block of the model after which the residual is taken, from 0.
         text: UTF-8 files for the model to read; by default Python's standard library.
+        sae: SAEs of these activations, of any format or on the hub, to measure instead of training any.
         quick: small autoencoders, under a minute (with a model, a few).
         seed: of initialisation, shuffles and patches.
     """
@@ -84,17 +89,19 @@ def study(
         raise InputError("got --data and --model; pass one of them.")
     if text and model is None:
         raise InputError("got --text without --model; pass the model that is to read it.")
+    if sae and data is None and model is None:
+        raise InputError("got --sae without --data or --model; pass the activations that they are for.")
     site = None if model is None else job.Site(model, layer, text or None)
     full, small = (job.FULL, job.QUICK) if site is None else (job.FULL_MODEL, job.QUICK_MODEL)
     plan, source = small if quick else full, site or data
-    with _progress(job.total_steps(plan, source)) as advance:
-        report = job.run(out, data=source, plan=plan, seed=seed, progress=advance)
+    with _progress(job.total_steps(plan, source, sae)) as advance:
+        report = job.run(out, data=source, plan=plan, seed=seed, saes=sae, progress=advance)
     _print_study(report)
-    print(f"Written: {out / 'report.json'}, {out / 'shrinkage.png'}, {out / 'sae'}/")
+    print(f"Written: {out / 'report.json'}, {out / 'shrinkage.png'}" + ("" if sae else f", {out / 'sae'}/"))
     failed = [row for row in report["rows"] if row["certified"] < 1]
     for row in failed:
         count = round((1 - row["certified"]) * report["data"]["heldout"])
-        name = f"{row['family']} {row['k_or_l1']:g}"
+        name = row.get("sae") or f"{row['family']} {row['k_or_l1']:g}"
         worst = "NaN" if row["worst_kkt"] is None else f"{row['worst_kkt']:.1e}"
         _warn(f"{name}: {count} rows are not certified, the worst at KKT {worst}.")
     return 1 if failed else 0
@@ -157,13 +164,13 @@ def train(
     return 0
 
 
-def evaluate(*, sae: Path, data: Path, json: bool = False) -> int:
+def evaluate(*, sae: str, data: Path, json: bool = False) -> int:
     """Measure an autoencoder on a file of activations.
 
     Example: jaxsae eval --sae run --data x.npy --json
 
     Args:
-        sae: a saved SAE, or a training run.
+        sae: a training run, or an SAE of any format, on disk or on the hub (hf://organisation/repository/path).
         data: .npy or .npz file of activations (rows, width).
         json: print one JSON object instead of lines.
     """
@@ -189,7 +196,7 @@ def evaluate(*, sae: Path, data: Path, json: bool = False) -> int:
 
 def refine(
     *,
-    sae: Path,
+    sae: str,
     data: Path,
     out: Annotated[Path, "an .npz file"],
     capacity: int | None = None,
@@ -203,7 +210,7 @@ def refine(
     Example: jaxsae refine --sae study/sae/topk-20 --data x.npy --out codes.npz
 
     Args:
-        sae: a saved SAE.
+        sae: a training run, or an SAE of any format, on disk or on the hub (hf://organisation/repository/path).
         data: .npy or .npz file of activations (rows, width).
         out: the .npz file to write.
         capacity: slots a row; by default what the densest row needs.
@@ -365,6 +372,41 @@ def _write_picture(out: Path, picture, dictionary: Path | None, atoms) -> int:
     return 0
 
 
+def convert(src: str, dst: Path, /, *, to: str, dtype: str | None = None, revision: str | None = None) -> int:
+    """Write an SAE in the format of another library.
+
+    Example: jaxsae convert run published --to saelens
+
+    Args:
+        src: a training run, or an SAE of any format, on disk or on the hub (hf://organisation/repository/path).
+        dst: where to write; a directory, but a file for openai.
+        to: jaxsae, saelens, gemma_scope, gemma_scope_2, sparsify, dictionary_learning, openai or llama_scope.
+        dtype: of the weights, float32, bfloat16 or float16; as they are if left out.
+        revision: branch, tag or commit, on the hub.
+    """
+    from jaxsae import pretrained
+
+    pretrained.save(pretrained.load(src, dtype=dtype, revision=revision), dst, format=to)
+    print(f"Written: {dst}, {to}")
+    return 0
+
+
+def info(path: str, /, *, revision: str | None = None) -> int:
+    """Say what an SAE is: its format, its sizes, and every convention that decides what it computes.
+
+    Example: jaxsae info run
+
+    Args:
+        path: a training run, or an SAE of any format, on disk or on the hub (hf://organisation/repository/path).
+        revision: branch, tag or commit, on the hub.
+    """
+    from jaxsae import pretrained
+
+    for name, value in pretrained.describe(path, revision=revision).items():
+        print(f"{name:14}{value}")
+    return 0
+
+
 def _warn(text: str) -> None:
     print(f"jaxsae: warning: {text}", file=sys.stderr)
 
@@ -399,6 +441,12 @@ def _progress(total: int, *, rows: int | None = None, unit: str = "rows"):
         yield advance
 
 
+def _name(row) -> str:
+    if "sae" in row:
+        return row["sae"]
+    return f"ReLU, L1 {row['k_or_l1']:g}" if row["family"] == "relu" else f"TopK, k {row['k_or_l1']:g}"
+
+
 def _print_study(report) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -421,7 +469,6 @@ def _print_study(report) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     for row in report["rows"]:
-        name = f"ReLU, L1 {row['k_or_l1']:g}" if row["family"] == "relu" else f"TopK, k {row['k_or_l1']:g}"
         shown = {"l0": ".1f", "nmse_before": ".4f", "nmse_after": ".4f", "mean_before": ".3f", "mean_after": ".3f"}
         shown |= {
             "mean_change": "+.1%",
@@ -435,7 +482,7 @@ def _print_study(report) -> None:
             cells[-1] += f" ({1 - row['certified']:.1%} fail)"
         if "ce_clean" in report:
             cells += [format(row[name], ".4f") for name in ("ce_before", "ce_after")]
-        table.add_row(name, *cells)
+        table.add_row(_name(row), *cells)
     if "ce_clean" in report:
         clean, mean, zero = (f"{report[f'ce_{name}']:.4f}" for name in ("clean", "mean", "zero"))
         table.caption = (

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxsae import codes
 from jaxsae.codes import SparseCode
-from jaxsae.sae import SAE, decode
+from jaxsae.sae import SAE, Fit, reconstruct, to_fit
 
 
 def _ratio(a, b):
@@ -152,7 +152,7 @@ def progressive(sae: SAE, x: Float[Array, "*b d"], code: SparseCode, keep: Seque
 
     def cut(n: int) -> Reconstruction:
         first = dataclasses.replace(code, values=jnp.where(slots < n, code.values, 0))
-        return reconstruction(x, decode(sae, first))
+        return reconstruction(x, reconstruct(sae, x, first))
 
     return Progressive(tuple(cut(n) for n in keep))
 
@@ -306,7 +306,14 @@ class Shrinkage:
         return "\n".join(lines) + f"{float(self.l0):.1f} a row over {float(self.data.rows):.0f} rows"
 
 
-def shrinkage(sae: SAE, x: Float[Array, "*b d"], code: SparseCode, refined: SparseCode) -> Shrinkage:
+def shrinkage(
+    sae: SAE,
+    x: Float[Array, "*b d"],
+    code: SparseCode,
+    refined: SparseCode,
+    *,
+    target: Float[Array, "*b d_out"] | None = None,
+) -> Shrinkage:
     """Measure how refinement moved the values of a code. Rows with NaN or Inf are left out.
 
     Args:
@@ -314,6 +321,7 @@ def shrinkage(sae: SAE, x: Float[Array, "*b d"], code: SparseCode, refined: Spar
       x: activations `[*b d]`.
       code: the encoder's code of them, `[*b k]`.
       refined: the same support, refined.
+      target: `[*b d_out]`, what was to be reconstructed; `x` itself by default, but in transcoders.
 
     Returns:
       `Shrinkage`: add those of several batches to merge them, `print` it as a table.
@@ -338,17 +346,18 @@ def shrinkage(sae: SAE, x: Float[Array, "*b d"], code: SparseCode, refined: Spar
             f"`shrinkage` got a code of shape {code.values.shape} and a refined one of {refined.values.shape}; pass "
             "the refinement of that very code."
         )
-    return _shrinkage(sae.W_dec, sae.b_dec, x, code, refined)
+    return _shrinkage(sae.W_dec, to_fit(sae, x, target), x if target is None else target, code, refined)
 
 
 @jax.jit
-def _shrinkage(W_dec, b_dec, x, code: SparseCode, refined: SparseCode) -> Shrinkage:
+def _shrinkage(W_dec, fit: Fit, x, code: SparseCode, refined: SparseCode) -> Shrinkage:
     keep = jnp.isfinite(x).all(-1) & jnp.isfinite(code.values).all(-1) & jnp.isfinite(refined.values).all(-1)
-    target = jnp.where(keep[..., None], x - b_dec, 0)
+    scale = 1 if fit.scale is None else fit.scale  # errors are in the units of the rows
+    target = jnp.where(keep[..., None], scale * fit.y, 0)
     target = target.astype(jnp.promote_types(target.dtype, jnp.float32))
 
     def sums(code):
-        x_hat = jnp.where(keep[..., None], codes.combine(W_dec, code), 0)
+        x_hat = jnp.where(keep[..., None], scale * codes.combine(W_dec, code), 0)
         return jnp.sum((target - x_hat) ** 2), jnp.sum(x_hat**2), jnp.sum(target * x_hat)
 
     error_before, power_before, cross_before = sums(code)

@@ -88,6 +88,11 @@ class Objective:
     def __call__(self, sae: SAE, batch: Any, state: Any) -> tuple[Float[Array, ""], Measured]:
         """The loss of a batch `x [b d]`, or `(x [b d], target [b d_out])`, in a `train.TrainState`."""
         x, target = batch if isinstance(batch, tuple) else (batch, batch)
+        if sae.normalisation is not None and sae.normalisation.per_row and self.terms:
+            raise ValueError(
+                "got an SAE that normalises each row, and terms, which are for rows as they are; train without terms, "
+                "or on rows normalised beforehand."
+            )
         if self.keep is not None:
             kept = dataclasses.replace(sae.activation, keep=self.keep(state.step))  # pyright: ignore[reportArgumentType]
             sae = dataclasses.replace(sae, activation=kept)

@@ -5,7 +5,16 @@ from typing import Any
 
 import numpy as np
 
-_FAMILIES = {"relu": ("ReLU + L1", "#d1495b"), "topk": ("TopK", "#00798c")}
+_FAMILIES = {
+    "relu": ("ReLU + L1", "#d1495b"),
+    "topk": ("TopK", "#00798c"),
+    "batchtopk": ("BatchTopK", "#30638e"),
+    "jumprelu": ("JumpReLU", "#edae49"),
+    "gated": ("Gated", "#6a4c93"),
+    "abstopk": ("AbsTopK", "#5f7d4f"),
+    "groupmax": ("GroupMax", "#8d6346"),
+    "matchingpursuit": ("matching pursuit", "#555555"),
+}
 
 
 def shrinkage(report: dict[str, Any], path: str | os.PathLike) -> None:

@@ -1,4 +1,7 @@
-"""SAEs on disk. Our own format is a directory: `sae.json` says what it is, `sae.safetensors` holds the arrays."""
+"""SAEs on disk and on the hub: our own format, and those of other libraries, in one table.
+
+Our own is a directory: `sae.json` says what it is, `sae.safetensors` holds the arrays.
+"""
 
 import dataclasses
 import json
@@ -7,13 +10,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import safetensors.flax
-from safetensors import SafetensorError
 
-from jaxsae import activations
+from jaxsae import activations, hub, normalisation
 from jaxsae.files import InputError, atomic_directory
-from jaxsae.sae import SAE
+from jaxsae.formats import dictionary_learning, gemma_scope, llama_scope, openai, saelens, sparsify
+from jaxsae.formats.common import Raw
+from jaxsae.sae import SAE, fold_scale
+from jaxsae.sae import describe as describe_sae
+from jaxsae.tensors import place, read_json, read_safetensors
 
 _VERSION = 1
 _CONFIG, _WEIGHTS = "sae.json", "sae.safetensors"
@@ -21,77 +29,169 @@ _ACTIVATIONS = {
     cls.__name__: cls
     for cls in (
         *(activations.ReLU, activations.TopK, activations.AbsTopK, activations.BatchTopK),
-        *(activations.JumpReLU, activations.Gated, activations.GroupMax),
+        *(activations.JumpReLU, activations.Gated, activations.GroupMax, activations.MatchingPursuit),
     )
+}
+_NORMALISATIONS = {
+    cls.__name__: cls for cls in (normalisation.LayerNorm, normalisation.ConstantNorm, normalisation.AverageNorm)
 }
 
 
 class _Format(NamedTuple):
     detect: Callable[[Path], bool]
-    read: Callable[[Path], SAE]
-    write: Callable[[SAE, Path], None]
+    read: Callable[[Path], Raw]
+    convert: Callable[[Raw], SAE]
+    write: Callable[[SAE, Path], None] | None
 
 
-def load(path: str | os.PathLike, *, format: str | None = None) -> SAE:
-    """Load an SAE from disk.
+def load(path: str | os.PathLike, *, format: str | None = None, dtype: Any = None, revision: str | None = None) -> SAE:
+    """Load an SAE from disk, or from the Hugging Face hub: one that computes what its origin computes.
+
+    Large arrays are mapped and copied piece by piece, so that hardly more than the SAE itself is in memory. Torch
+    pickles are read without torch, and without running what is in them.
 
     Args:
-      path: what `save` wrote, or a training run.
-      format: `"jaxsae"`; found out from the contents by default.
+      path: what `save` wrote, a training run, or a directory or file of another library; on the hub,
+        `"hf://org/repository/path"`, or a release and id of SAELens', `"gpt2-small-res-jb/blocks.8.hook_resid_pre"`, if
+        sae-lens is installed.
+      format: a name from `FORMATS`; found out from the contents by default.
+      dtype: of the weights, such as `"float32"`; that of the files by default. Thresholds stay in float32 or better.
+      revision: branch, tag or commit, on the hub.
 
     Raises:
-      InputError: if nothing is there, or it is of no known format, of a newer version, truncated or inconsistent.
+      InputError: if nothing is there, or it is of no known format, of a newer version, truncated, inconsistent, or
+        wants to run code.
 
     Example:
       >>> import tempfile, jax, jaxsae
       >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.TopK(2))
       >>> with tempfile.TemporaryDirectory() as folder:
-      ...     jaxsae.pretrained.save(sae, f"{folder}/sae")
+      ...     jaxsae.pretrained.save(sae, f"{folder}/sae", format="saelens")
       ...     jaxsae.pretrained.load(f"{folder}/sae").activation.k
       2
     """
+    return _load(path, format, dtype, revision)[0]
+
+
+def describe(path: str | os.PathLike, *, revision: str | None = None) -> dict[str, str]:
+    """What is at a path, in words: its format, what it computes, and the site that it is for, where that is written.
+
+    Args:
+      path: as for `load`.
+      revision: branch, tag or commit, on the hub.
+
+    Raises:
+      InputError: as for `load`.
+    """
+    sae, format, config = _load(path, None, None, revision)
+    metadata = config.get("metadata")
+    known = config | (metadata if isinstance(metadata, dict) else {})
+    names = ("model_name", "lm_name", "hook_name", "hf_hook_point_in", "hook_point_in", "layer")
+    site = ", ".join(str(known[name]) for name in names if known.get(name) is not None)
+    return {"format": format, **describe_sae(sae)} | ({"site": site} if site else {})
+
+
+def _load(
+    path: str | os.PathLike, format: str | None, dtype: Any, revision: str | None
+) -> tuple[SAE, str, dict[str, Any]]:
+    """The SAE, its format, and its configuration."""
+    found = hub.find(path, revision=revision)
+    local = found.path
+    name = detect(local) if format is None else format
+    row = _row(name)
+    local = _within_run(local) if name == "jaxsae" else local
+    try:
+        raw = row.read(local)
+        config = raw.config | (found.config if name == "saelens" else {})
+        wanted = None if dtype is None else _dtype(dtype)
+        with np.errstate(all="ignore"):  # numbers that overflow are what is in the file
+            sae = row.convert(raw._replace(config=config, dtype=wanted))
+    except OSError as error:
+        raise InputError(f"{local}: {error.strerror or error}; expected files of format {name}.") from error
+    averaged = isinstance(sae.normalisation, normalisation.AverageNorm)
+    return (fold_scale(sae, found.scale) if averaged and found.scale is not None else sae), name, config
+
+
+def _dtype(dtype: Any) -> np.dtype:
+    known = ("float32", "bfloat16", "float16", "float64")
+    try:
+        found = np.dtype(jnp.dtype(dtype))
+    except TypeError:
+        found = None
+    if found is None or found.name not in known:
+        raise InputError(f"got dtype {dtype!r}, expected one of: {', '.join(known)}.")
+    return found
+
+
+def detect(path: str | os.PathLike) -> str:
+    """The name of the format that files are in, found out from their contents.
+
+    Args:
+      path: a directory or file.
+
+    Raises:
+      InputError: if there is nothing, or nothing known.
+    """
     path = Path(path)
     if not path.exists():
-        raise InputError(f"{path}: no such file or directory; expected a saved SAE ({', '.join(_FORMATS)}).")
-    if (path / "sae" / _CONFIG).is_file():  # a training run
-        path = path / "sae"
-    names = [format] if format else [name for name, row in _FORMATS.items() if row.detect(path)]
-    if not names:
-        raise InputError(f"{path}: not an SAE of a known format; expected one of: {', '.join(_FORMATS)}.")
-    return _row(names[0]).read(path)
+        raise InputError(f"{path}: no such file or directory; expected a saved SAE ({', '.join(FORMATS)}).")
+    damaged: InputError | None = None
+    for name, row in FORMATS.items():
+        try:
+            if row.detect(path):
+                return name
+        except InputError as error:
+            damaged = damaged or error
+    raise damaged or InputError(f"{path}: not an SAE of a known format; expected one of: {', '.join(FORMATS)}.")
 
 
 def save(sae: SAE, path: str | os.PathLike, *, format: str = "jaxsae") -> None:
-    """Save an SAE, whole or not at all; what was at `path` is replaced.
+    """Save an SAE, whole or not at all; what was at `path` is replaced, if it is an SAE of the same format.
 
     Args:
       sae: the autoencoder.
-      path: where to; for the format `"jaxsae"` a directory.
-      format: `"jaxsae"`.
+      path: where to; a directory, but a file for `"openai"`.
+      format: a name from `FORMATS` that is written.
 
     Raises:
-      InputError: if the format is unknown or the place cannot be written.
+      InputError: if the format is unknown or cannot say what this SAE computes, or the place cannot be written.
     """
-    _row(format).write(sae, Path(path))
+    path, row = Path(path), _row(format)
+    if row.write is None:
+        written = ", ".join(name for name, row in FORMATS.items() if row.write)
+        raise InputError(f"{format} is read, not written; expected one of: {written}.")
+    if path.exists() and not _is(row, path):
+        raise InputError(f"{path}: exists and is not a saved SAE; choose another place, or remove it.")
+    row.write(sae, path)
+
+
+def _is(row: _Format, path: Path) -> bool:
+    try:
+        return row.detect(path)
+    except InputError:
+        return False
 
 
 def _row(format: str) -> _Format:
-    if format not in _FORMATS:
-        raise InputError(f"got format {format!r}, expected one of: {', '.join(_FORMATS)}.")
-    return _FORMATS[format]
+    if format not in FORMATS:
+        raise InputError(f"got format {format!r}, expected one of: {', '.join(FORMATS)}.")
+    return FORMATS[format]
+
+
+# --- our own
+
+
+def _within_run(path: Path) -> Path:
+    return path / "sae" if (path / "sae" / _CONFIG).is_file() else path
 
 
 def _detect_own(path: Path) -> bool:
-    return (path / _CONFIG).is_file()
+    return (_within_run(path) / _CONFIG).is_file()
 
 
 def _write_own(sae: SAE, path: Path) -> None:
-    if path.exists() and not _detect_own(path):
-        raise InputError(f"{path}: exists and is not a saved SAE; choose another place, or remove it.")
-    fields = dataclasses.fields(sae.activation)  # pyright: ignore[reportArgumentType]
-    values = {field.name: getattr(sae.activation, field.name) for field in fields}
-    static = {f.name for f in fields if not f.metadata.get("pytree_node", True)}
-    unset = {name for name, value in values.items() if value is None}
+    values, static = _options(sae.activation)
+    unset = {name for name, value in values.items() if value is None} - static
     config = {
         "format": "jaxsae",
         "version": _VERSION,
@@ -99,17 +199,27 @@ def _write_own(sae: SAE, path: Path) -> None:
         "m": sae.m,
         "d_out": sae.b_dec.size,
         "centred": sae.centred,
+        "transcoder": sae.transcoder,
         "skip": sae.W_skip is not None,
         "activation": {
             "name": type(sae.activation).__name__,
             **{name: value for name, value in values.items() if name in static},
         },
     }
+    if sae.normalisation is not None:
+        config["normalisation"] = {"name": type(sae.normalisation).__name__, **_options(sae.normalisation)[0]}
     arrays = {name: getattr(sae, name) for name in _shapes(config)}
     arrays |= {f"activation.{name}": jnp.asarray(v) for name, v in values.items() if name not in static | unset}
     with atomic_directory(path) as folder:
         safetensors.flax.save_file(arrays, folder / _WEIGHTS)
         (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _options(part: Any) -> tuple[dict[str, Any], set[str]]:
+    """The fields of an activation or normalisation, and the names of those that are static."""
+    fields = dataclasses.fields(part)
+    static = {field.name for field in fields if not field.metadata.get("pytree_node", True)}
+    return {field.name: getattr(part, field.name) for field in fields}, static
 
 
 def _shapes(config: dict[str, Any]) -> dict[str, tuple]:
@@ -119,31 +229,62 @@ def _shapes(config: dict[str, Any]) -> dict[str, tuple]:
     return shapes | {"W_skip": (d, d_out)} if config.get("skip") else shapes
 
 
-def _read_own(path: Path) -> SAE:
+def _read_own(path: Path) -> Raw:
     try:
-        config = json.loads((path / _CONFIG).read_text())
-        arrays = safetensors.flax.load_file(path / _WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
+        config, arrays = read_json(path / _CONFIG), read_safetensors(path / _WEIGHTS)
+    except InputError as error:
         raise InputError(
-            f"{path}: not a whole SAE ({str(error).splitlines()[0]}); expected {_CONFIG} and {_WEIGHTS}: save it again."
+            f"{path}: not a whole SAE ({str(error).split('; ')[0]}); expected {_CONFIG} and {_WEIGHTS}: save it again."
         ) from error
-    if not isinstance(config, dict) or (config.get("format"), config.get("version")) != ("jaxsae", _VERSION):
-        says = [config.get("format"), config.get("version")] if isinstance(config, dict) else [config, None]
+    if (config.get("format"), config.get("version")) != ("jaxsae", _VERSION):
         raise InputError(
-            f"{path / _CONFIG}: says {says[0]!r} version {says[1]!r}, expected 'jaxsae' version {_VERSION}; load it "
-            "with the version of jaxsae that wrote it."
+            f"{path / _CONFIG}: says {config.get('format')!r} version {config.get('version')!r}, expected 'jaxsae' "
+            f"version {_VERSION}; load it with the version of jaxsae that wrote it."
         )
-    config = {"d_out": config.get("d"), "centred": True} | config  # as those of 0.1 before transcoders
+    return Raw(path / _WEIGHTS, config, arrays)
+
+
+def _convert_own(raw: Raw) -> SAE:
+    arrays, centred = raw.arrays, raw.config.get("centred", True)
+    # As those of 0.1 before transcoders, and before autoencoders that subtract nothing.
+    config = {"d_out": raw.config.get("d"), "centred": centred, "transcoder": not centred} | raw.config
     shapes = _shapes(config)
     found = {name: arrays[name].shape if name in arrays else None for name in shapes}
     if found != shapes:
-        raise InputError(f"{path / _WEIGHTS}: holds shapes {found}, but {_CONFIG} says {shapes}; save it again.")
+        raise InputError(f"{raw.path}: holds shapes {found}, but {_CONFIG} says {shapes}; save it again.")
     dtypes = {str(arrays[name].dtype) for name in shapes if not jnp.issubdtype(arrays[name].dtype, jnp.floating)}
     if dtypes:
-        raise InputError(f"{path / _WEIGHTS}: holds {', '.join(dtypes)}, expected floating point; save it again.")
-    parameters = {name: array for name, array in arrays.items() if name not in shapes}
-    activation = _activation(config, parameters, path)
-    return SAE(**{name: arrays[name] for name in shapes}, activation=activation, centred=bool(config["centred"]))
+        raise InputError(f"{raw.path}: holds {', '.join(dtypes)}, expected floating point; save it again.")
+    parameters = {name: _placed(raw, name, array) for name, array in arrays.items() if name not in shapes}
+    return SAE(
+        **{name: place(arrays[name], raw.dtype) for name in shapes},
+        activation=_activation(config, parameters, raw.path.parent),
+        normalisation=_normalisation(config, raw.path.parent),
+        centred=bool(config["centred"]),
+        transcoder=bool(config["transcoder"]),
+    )
+
+
+def _placed(raw: Raw, name: str, array: np.ndarray) -> jax.Array:
+    if raw.dtype is not None and "threshold" in name:
+        return place(array, np.promote_types(raw.dtype, np.float32))
+    return place(array, raw.dtype)
+
+
+def _normalisation(config: dict[str, Any], path: Path) -> normalisation.Normalisation | None:
+    options = config.get("normalisation")
+    if options is None:
+        return None
+    name = options.get("name") if isinstance(options, dict) else options
+    if not isinstance(name, str) or name not in _NORMALISATIONS:
+        raise InputError(
+            f"{path / _CONFIG}: normalisation {name!r} is unknown, expected one of {', '.join(_NORMALISATIONS)}; "
+            "update jaxsae."
+        )
+    try:
+        return _NORMALISATIONS[name](**{option: float(value) for option, value in options.items() if option != "name"})
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: its normalisation does not fit ({error}); save it again.") from error
 
 
 def _activation(config: dict[str, Any], parameters: dict[str, Any], path: Path):
@@ -165,4 +306,21 @@ def _activation(config: dict[str, Any], parameters: dict[str, Any], path: Path):
     return activation
 
 
-_FORMATS = {"jaxsae": _Format(_detect_own, _read_own, _write_own)}
+FORMATS = {
+    "jaxsae": _Format(_detect_own, _read_own, _convert_own, _write_own),
+    "saelens": _Format(saelens.detect, saelens.read, saelens.convert, saelens.write),
+    "gemma_scope_embedding": _Format(
+        gemma_scope.detect_embedding, gemma_scope.read, gemma_scope.convert_embedding, None
+    ),
+    "gemma_scope_transcoder": _Format(
+        gemma_scope.detect_transcoder, gemma_scope.read, gemma_scope.convert_transcoder, None
+    ),
+    "gemma_scope": _Format(gemma_scope.detect, gemma_scope.read, gemma_scope.convert, gemma_scope.write),
+    "gemma_scope_2": _Format(gemma_scope.detect_2, gemma_scope.read_2, gemma_scope.convert_2, gemma_scope.write_2),
+    "sparsify": _Format(sparsify.detect, sparsify.read, sparsify.convert, sparsify.write),
+    "dictionary_learning": _Format(
+        dictionary_learning.detect, dictionary_learning.read, dictionary_learning.convert, dictionary_learning.write
+    ),
+    "openai": _Format(openai.detect, openai.read, openai.convert, openai.write),
+    "llama_scope": _Format(llama_scope.detect, llama_scope.read, llama_scope.convert, llama_scope.write),
+}

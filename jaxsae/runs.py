@@ -25,7 +25,7 @@ from jaxsae import metrics, pretrained, stream, train
 from jaxsae.activations import AbsTopK, Activation, BatchTopK, Gated, GroupMax, JumpReLU, ReLU, TopK
 from jaxsae.files import InputError, atomic_file
 from jaxsae.objectives import L0, L1, AuxK, Gate, MultiTopK, Objective
-from jaxsae.sae import SAE, decode, encode, init, rescale
+from jaxsae.sae import SAE, encode, init, reconstruct, rescale
 
 _SAMPLE = 10_000  # rows from which centre and scale are estimated
 _REPORT_EVERY = 10  # steps
@@ -231,7 +231,7 @@ def evaluate(sae: SAE, rows: data_module.Rows) -> dict[str, Any]:
     """
     if rows.shape[1] != sae.d:
         raise InputError(f"got rows of width {rows.shape[1]} for an SAE of {sae.d}; pass those of its own layer.")
-    if not sae.centred:
+    if sae.transcoder:
         raise InputError("got a transcoder, whose target is not its input; measure it with `sae.reconstruct`.")
     capacity = sae.activation.slots or stream.max_l0(sae, rows)
     keep = tuple(2**n for n in range(capacity.bit_length()))
@@ -261,7 +261,7 @@ def _number(value) -> float | None:
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _measure(sae: SAE, x, capacity: int, keep: tuple[int, ...]):
     code = encode(sae, jnp.where(jnp.isfinite(x).all(1, keepdims=True), x, jnp.nan), capacity=capacity)
-    whole = metrics.reconstruction(x, decode(sae, code))
+    whole = metrics.reconstruction(x, reconstruct(sae, x, code))
     return whole, metrics.activity(code), metrics.progressive(sae, x, code, keep)
 
 

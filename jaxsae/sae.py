@@ -1,7 +1,7 @@
 """The sparse autoencoder: its parameters, and the pure functions that act on them."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jaxsae import codes
 from jaxsae.activations import Activation, JumpReLU
 from jaxsae.codes import SparseCode
+from jaxsae.normalisation import Normalisation
 from jaxsae.refit import RefitInfo, refit
 
 
@@ -20,9 +21,11 @@ class SAE:
 
         z = activation((x − b_dec) W_enc + b_enc),   x̂ = z W_dec + b_dec
 
-    A transcoder maps to a target other than its input: `W_dec` and `b_dec` then have the target's width, nothing is
-    subtracted from `x`, and a skip connection may add `x W_skip` to `x̂`. A crosscoder is an SAE of rows in which
-    several sites lie side by side: `W_dec.reshape(m, sites, -1)` has its atoms by site.
+    Conventions differ in whether `b_dec` is subtracted from `x`, and in whether each row of `x` is normalised first
+    (and `x̂` put back into its units). A transcoder maps to a target other than its input: `W_dec` and `b_dec` then have
+    the target's width, nothing is subtracted from `x`, `x̂` is in units of the target, and a skip connection may add
+    `x W_skip` to it. A crosscoder is an SAE of rows in which several sites lie side by side:
+    `W_dec.reshape(m, sites, -1)` has its atoms by site. `print(sae)` says all of this.
 
     Attributes:
       W_enc: `[d m]`.
@@ -31,7 +34,9 @@ class SAE:
       b_dec: `[d_out]`.
       activation: a pytree of `activations.py`.
       W_skip: `[d d_out]`, or None.
+      normalisation: a pytree of `normalisation.py`, or None.
       centred: whether `b_dec` is subtracted from `x`; not in transcoders; static.
+      transcoder: whether the target is another than the input; static.
     """
 
     W_enc: Float[Array, "d m"]
@@ -40,7 +45,9 @@ class SAE:
     b_dec: Float[Array, " d_out"]
     activation: Activation
     W_skip: Float[Array, "d d_out"] | None = None
+    normalisation: Normalisation | None = None
     centred: bool = struct.field(pytree_node=False, default=True)
+    transcoder: bool = struct.field(pytree_node=False, default=False)
 
     @property
     def d(self) -> int:
@@ -51,6 +58,49 @@ class SAE:
     def m(self) -> int:
         """Number of latents."""
         return self.W_dec.shape[-2]
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name:14}{value}" for name, value in describe(self).items())
+
+
+def describe(sae: SAE) -> dict[str, str]:
+    """An SAE in words: its kind, sizes, and every convention that decides what it computes.
+
+    Args:
+      sae: the autoencoder.
+
+    Example:
+      >>> import jax, jaxsae
+      >>> print(jaxsae.init(jax.random.key(0), d=64, m=512, activation=jaxsae.TopK(8)))
+      kind          autoencoder, 64 wide, 512 latents, float32
+      activation    TopK(k=8)
+      input         x
+      encoder       (input - b_dec) W_enc + b_enc
+      decoder       z W_dec + b_dec
+    """
+    d_out = sae.W_dec.shape[-1]
+    kind = f"transcoder, {sae.d} to {d_out} wide" if sae.transcoder else f"autoencoder, {sae.d} wide"
+    decoder = "z W_dec + b_dec" + (" + x W_skip" if sae.W_skip is not None else "")
+    inputs = "(input - b_dec)" if sae.centred else "input"
+    return {
+        "kind": f"{kind}, {sae.m} latents, {sae.W_dec.dtype}",
+        "activation": _shown(sae.activation),
+        "input": "x" if sae.normalisation is None else f"{_shown(sae.normalisation)} of x",
+        "encoder": f"none: {inputs} is pursued on W_dec" if sae.activation.pursues else f"{inputs} W_enc + b_enc",
+        "decoder": f"{decoder}, in the units of the row" if _restores(sae) else decoder,
+    }
+
+
+def _shown(options: Any) -> str:
+    """`TopK(k=8)`: numbers as they are, arrays by their range."""
+
+    def shown(value) -> str:
+        if getattr(value, "size", 1) == 1:
+            return f"{float(value):.4g}" if hasattr(value, "dtype") else f"{value}"
+        return f"{float(jnp.min(value)):.4g} to {float(jnp.max(value)):.4g}"
+
+    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+    return f"{type(options).__name__}({', '.join(f'{n}={shown(v)}' for n, v in values.items() if v is not None)})"
 
 
 def init(
@@ -109,6 +159,7 @@ def init(
         activation=activation,
         W_skip=jnp.zeros((d, b_dec.size), b_dec.dtype) if skip else None,
         centred=not transcoder,
+        transcoder=transcoder,
     )
 
 
@@ -118,7 +169,9 @@ def _unit_rows(key, m: int, d: int, dtype):
 
 
 def pre_activations(sae: SAE, x: Float[Array, "*b d"]) -> Float[Array, "*b m"]:
-    """What the activation acts on: `(x − b_dec) W_enc + b_enc`, or `x W_enc + b_enc` in a transcoder.
+    """What the activation acts on: `(x − b_dec) W_enc + b_enc`, `x` normalised where the SAE wants that.
+
+    `b_dec` is left out where it is not subtracted.
 
     Args:
       sae: the autoencoder.
@@ -133,8 +186,14 @@ def pre_activations(sae: SAE, x: Float[Array, "*b d"]) -> Float[Array, "*b m"]:
       >>> jaxsae.sae.pre_activations(sae, jnp.ones((3, 4))).shape
       (3, 8)
     """
+    return _inputs(sae, x) @ sae.W_enc + sae.b_enc
+
+
+def _inputs(sae: SAE, x):
+    """What the encoder multiplies: rows normalised and centred, as the conventions have it."""
     _validate(sae, x, "encode")
-    return (x - sae.b_dec if sae.centred else x) @ sae.W_enc + sae.b_enc
+    x = x if sae.normalisation is None else sae.normalisation(x).inputs
+    return x - sae.b_dec if sae.centred else x
 
 
 def encode(sae: SAE, x: Float[Array, "*b d"], *, capacity: int | None = None) -> SparseCode:
@@ -166,10 +225,13 @@ def encode(sae: SAE, x: Float[Array, "*b d"], *, capacity: int | None = None) ->
             f"`encode` got no capacity, and {type(sae.activation).__name__} does not fix how many latents are active; "
             "pass capacity, the number of slots a row."
         )
+    if sae.activation.pursues:
+        return codes.from_dense(encode_dense(sae, x), capacity)
     if sae.activation.slots is None:
         return sae.activation.code(pre_activations(sae, x), capacity)
     code = sae.activation.code(jax.lax.stop_gradient(pre_activations(sae, x)), capacity)
     b_dec = sae.b_dec if sae.centred else jnp.zeros(sae.d, sae.b_dec.dtype)
+    x = x if sae.normalisation is None else sae.normalisation(x).inputs
     values = _selected(code.values, code.indices, x, sae.W_enc, sae.b_enc, b_dec)
     return dataclasses.replace(code, values=values)
 
@@ -216,6 +278,8 @@ def encode_dense(sae: SAE, x: Float[Array, "*b d"]) -> Float[Array, "*b m"]:
       >>> jaxsae.encode_dense(sae, jnp.ones((3, 4))).shape
       (3, 8)
     """
+    if sae.activation.pursues:
+        return sae.activation.pursue(_inputs(sae, x), sae.W_dec)
     return sae.activation(pre_activations(sae, x))
 
 
@@ -230,7 +294,8 @@ def decode(sae: SAE, code: SparseCode | Float[Array, "*b m"]) -> Float[Array, "*
       Reconstruction `[*b d]`.
 
     Raises:
-      ValueError: at trace time, if the code has another number of latents.
+      ValueError: at trace time, if the code has another number of latents; or if the SAE normalises each row, whose
+        units the code does not know: see `reconstruct`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsae
@@ -238,6 +303,20 @@ def decode(sae: SAE, code: SparseCode | Float[Array, "*b m"]) -> Float[Array, "*
       >>> jaxsae.decode(sae, jaxsae.encode(sae, jnp.ones((3, 4)))).shape
       (3, 4)
     """
+    if _restores(sae):
+        raise ValueError(
+            f"`decode` got a code alone, but this SAE normalises each row ({type(sae.normalisation).__name__}) and its "
+            "output is in the row's units; call sae.reconstruct(sae, x, code)."
+        )
+    return _decode(sae, code)
+
+
+def _restores(sae: SAE) -> bool:
+    """Whether the output is put back into the units of each row."""
+    return sae.normalisation is not None and sae.normalisation.per_row and not sae.transcoder
+
+
+def _decode(sae: SAE, code):
     m = code.num_latents if isinstance(code, SparseCode) else code.shape[-1]
     if m != sae.m:
         raise ValueError(f"`decode` got a code of {m} latents for an SAE of {sae.m}; pass a code that this SAE made.")
@@ -245,7 +324,7 @@ def decode(sae: SAE, code: SparseCode | Float[Array, "*b m"]) -> Float[Array, "*
 
 
 def reconstruct(sae: SAE, x: Float[Array, "*b d"], code: SparseCode | Float[Array, "*b m"]) -> Float[Array, "*b d_out"]:
-    """What an SAE makes of an input and its code: `decode`, and the skip connection of those that have one.
+    """What an SAE makes of an input and its code: `decode` in the units of the row, and the skip connection, if any.
 
     Args:
       sae: the autoencoder or transcoder.
@@ -264,8 +343,57 @@ def reconstruct(sae: SAE, x: Float[Array, "*b d"], code: SparseCode | Float[Arra
       >>> jaxsae.sae.reconstruct(sae, x, jaxsae.encode(sae, x)).shape
       (3, 6)
     """
-    x_hat = decode(sae, code)
+    x_hat = _decode(sae, code)
+    if sae.normalisation is not None and _restores(sae):
+        _, scale, shift = sae.normalisation(x)
+        x_hat = x_hat if scale is None else x_hat * scale
+        x_hat = x_hat if shift is None else x_hat + shift
     return x_hat if sae.W_skip is None else x_hat + x @ sae.W_skip
+
+
+class Fit(NamedTuple):
+    """What the atoms of a code are to sum to, row by row.
+
+    Attributes:
+      y: `[*b d_out]`, so that the reconstruction is the target where `z W_dec = y`.
+      scale: `[*b 1]`, how many units of the target one of `y` is, or None for 1.
+    """
+
+    y: Float[Array, "*b d_out"]
+    scale: Float[Array, "*b 1"] | None = None
+
+
+def to_fit(sae: SAE, x: Float[Array, "*b d"], target: Float[Array, "*b d_out"] | None = None) -> Fit:
+    """What is left for the atoms, once biases, skip connection and normalisation are taken off: `y ≈ z W_dec`.
+
+        y = (target − shift) / scale − b_dec − x W_skip
+
+    Args:
+      sae: the autoencoder.
+      x: activations `[*b d]`.
+      target: `[*b d_out]`, what to reconstruct; `x` itself by default, but in transcoders.
+
+    Raises:
+      ValueError: if a transcoder gets no target.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=2, m=4, activation=jaxsae.ReLU(), b_dec=jnp.ones(2))
+      >>> jaxsae.sae.to_fit(sae, jnp.array([3.0, 4.0])).y
+      Array([2., 3.], dtype=float32)
+    """
+    if target is None:
+        if sae.transcoder:
+            raise ValueError("got a transcoder and no target; pass target, what it is to reconstruct from x.")
+        target = x
+    scale = None
+    if sae.normalisation is not None and _restores(sae):
+        _, scale, shift = sae.normalisation(x)
+        target = target if shift is None else target - shift
+        # A row without spread is its own mean, whatever the code.
+        target = target if scale is None else jnp.where(scale == 0, 0, target / jnp.where(scale == 0, 1, scale))
+    y = target - sae.b_dec
+    return Fit(y if sae.W_skip is None else y - x @ sae.W_skip, scale)
 
 
 def refine(
@@ -310,14 +438,10 @@ def refine(
     Source: Gao et al. (2024), "Scaling and evaluating sparse autoencoders", Section 5.1.
     """
     _validate(sae, x, "refine")
-    if target is None:
-        if not sae.centred:
-            raise ValueError("`refine` got a transcoder and no target; pass target, what it is to reconstruct from x.")
-        target = x
+    y, _ = to_fit(sae, x, target)
     if code is None:
         code = encode(sae, x, capacity=capacity)
-    rest = target - sae.b_dec if sae.W_skip is None else target - sae.b_dec - x @ sae.W_skip
-    return refit(sae.W_dec, rest, code, solver, nonnegative=not sae.activation.signed)
+    return refit(sae.W_dec, y, code, solver, nonnegative=not sae.activation.signed)
 
 
 def rescale(sae: SAE, scale: float | Float[Array, ""]) -> SAE:
@@ -338,6 +462,34 @@ def rescale(sae: SAE, scale: float | Float[Array, ""]) -> SAE:
     """
     activation = sae.activation.rescale(scale)
     return dataclasses.replace(sae, b_enc=sae.b_enc / scale, b_dec=sae.b_dec / scale, activation=activation)
+
+
+def fold_scale(sae: SAE, scale: float | Float[Array, ""]) -> SAE:
+    """The SAE that takes `x` as it is, of one that wants `scale · x`; codes keep their values.
+
+        W_enc ← scale · W_enc,   W_dec ← W_dec / scale,   b_dec ← b_dec / scale
+
+    Unlike `rescale`, which keeps the weights and changes the units of the codes.
+
+    Args:
+      sae: an autoencoder of scaled activations, as one with `AverageNorm`, which is then done with.
+      scale: positive factor from raw to scaled activations, such as `√d / mean ‖x‖`.
+
+    Raises:
+      ValueError: if it has no encoder.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.ReLU(), b_dec=jnp.ones(4))
+      >>> jaxsae.sae.fold_scale(sae, 0.5).b_dec
+      Array([2., 2., 2., 2.], dtype=float32)
+
+    Source: SAELens, `fold_activation_norm_scaling_factor`.
+    """
+    if sae.activation.pursues:
+        raise ValueError("`fold_scale` got a pursuit, which has no encoder to fold into; scale its rows instead.")
+    weights = {"W_enc": sae.W_enc * scale, "W_dec": sae.W_dec / scale, "b_dec": sae.b_dec / scale}
+    return dataclasses.replace(sae, **weights, normalisation=None)
 
 
 def rethreshold(sae: SAE, x: Float[Array, "n d"], l0: float) -> SAE:

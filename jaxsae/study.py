@@ -27,7 +27,7 @@ from jaxsae.certificate import certify
 from jaxsae.files import InputError, atomic_file
 from jaxsae.language_model import LanguageModel, NextToken, loss_recovered
 from jaxsae.objectives import L1, AuxK, Objective
-from jaxsae.sae import SAE, decode, init, rescale
+from jaxsae.sae import SAE, init, reconstruct, rescale, to_fit
 from jaxsae.solvers import ConjugateGradient
 from jaxsae.stream import refine_blocks
 
@@ -35,6 +35,7 @@ CERTIFIED = 1e-5  # the KKT residual that certifies a row
 _SOLVER = ConjugateGradient(tol=1e-6, max_steps=5000)  # tighter, so that the certificate does not hang on rounding
 _REPORT_EVERY = 25  # steps
 _CONTEXT = 256  # tokens in a context, of which the first gives no row
+_MEAN_ROWS = 10_000  # rows from which the mean is taken, where nothing is trained
 _TOGETHER = 4  # contexts whose logits are in memory together
 
 
@@ -73,6 +74,7 @@ def run(
     data: str | os.PathLike | Site | None = None,
     plan: Plan = FULL,
     seed: int = 0,
+    saes: Sequence[str] = (),
     progress: Progress = lambda text, steps: None,
 ) -> dict[str, Any]:
     """Run the study and write `report.json`, `shrinkage.png` and the SAEs under `out`, each as soon as it is known.
@@ -83,7 +85,9 @@ def run(
         default.
       plan: sizes; `FULL` or `QUICK`, and `FULL_MODEL` or `QUICK_MODEL` of a `Site`.
       seed: of initialisation, shuffles and patches.
-      progress: called with what is going on and how many steps that took; `total_steps(plan, data)` in all.
+      saes: published or saved autoencoders of these activations, as `pretrained.load` takes them, to measure instead of
+        training any.
+      progress: called with what is going on and how many steps that took; `total_steps(plan, data, saes)` in all.
 
     Returns:
       The report: `rows`, one for each SAE, with the data, the configuration and versions.
@@ -94,6 +98,11 @@ def run(
     if not 0 <= seed < 2**32:
         raise InputError(f"got seed {seed}, expected one from 0 to 2³² − 1; pass another.")
     out, probe = Path(out), None
+    loaded = {name: _published(name) for name in saes}
+    if saes:
+        if data is None:
+            raise InputError("got autoencoders and no activations; pass those of the site that they are for.")
+        plan = plan._replace(batch=1, train_rows=min(plan.train_rows, _MEAN_ROWS))
     if isinstance(data, Site):
         probe, data = _harvest(data, out / "activations", plan, progress), out / "activations"
     rows, heldout, scale, source = _load(data, plan, seed)
@@ -112,23 +121,33 @@ def run(
     _write(report, out)
     reconstructed: dict[str, np.ndarray] = {}
 
-    def add(family: str, value: int | float, activation, loss) -> None:
-        name = f"{type(activation).__name__} {'k' if family == 'topk' else 'λ'}={value:g}"
-        sae = _train(rows, activation, loss, plan, seed, lambda text, steps: progress(f"{name}  {text}", steps))
-        sae = rescale(sae, scale)
-        pretrained.save(sae, out / "sae" / f"{family}-{value:g}")
-        report["rows"].append({"family": family, "k_or_l1": value, **measure(sae, heldout)})
+    def tell(sae: SAE, row: dict[str, Any], name: str) -> None:
+        report["rows"].append({**row, **measure(sae, heldout)})
         if probe is not None:
             reconstructed.update(_reconstruct(sae, heldout, len(report["rows"]) - 1))
         progress(f"{name}  refined", plan.heldout // _REPORT_EVERY)
         _write(report, out)
 
+    def add(family: str, value: int | float, activation, loss) -> None:
+        name = f"{type(activation).__name__} {'k' if family == 'topk' else 'λ'}={value:g}"
+        sae = _train(rows, activation, loss, plan, seed, lambda text, steps: progress(f"{name}  {text}", steps))
+        sae = rescale(sae, scale)
+        pretrained.save(sae, out / "sae" / f"{family}-{value:g}")
+        tell(sae, {"family": family, "k_or_l1": value}, name)
+
+    width = rows.shape[1]
+    for name, sae in loaded.items():
+        if sae.d != width:
+            raise InputError(f"{name}: is {sae.d} wide, and the rows {width}; pass the activations of its own site.")
     try:
-        for weight in plan.l1:
+        for name, sae in loaded.items():
+            family, k = type(sae.activation).__name__.lower(), getattr(sae.activation, "k", None)
+            tell(sae, {"family": family, "k_or_l1": k, "sae": name}, name)
+        for weight in () if saes else plan.l1:
             add("relu", weight, ReLU(), Objective((L1(weight, _warmup(plan)),)))
-        width = rows.shape[1]
         k_aux = min(2 ** max(0, round(np.log2(width / 2))), plan.latents)
-        for k in _matching_k([row["l0"] for row in report["rows"]], most=min(plan.latents, width)):
+        reached = [] if saes else [row["l0"] for row in report["rows"]]
+        for k in _matching_k(reached, most=min(plan.latents, width)):
             add("topk", k, TopK(k), Objective((AuxK(k_aux),), dead_after=plan.steps * plan.batch // 10))
         if probe is not None:
             mean = np.broadcast_to(rows.mean(axis=0) / scale, heldout.shape)
@@ -144,12 +163,21 @@ def run(
     return report
 
 
-def total_steps(plan: Plan, data: Any = None) -> int:
+def total_steps(plan: Plan, data: Any = None, saes: Sequence[str] = ()) -> int:
     """How many steps a study reports as progress in all."""
-    steps = 2 * len(plan.l1) * (plan.steps + plan.heldout // _REPORT_EVERY)
+    count = len(saes) or 2 * len(plan.l1)
+    steps = count * (plan.heldout // _REPORT_EVERY + (0 if saes else plan.steps))
     if isinstance(data, Site):
-        steps += _contexts(plan.train_rows + plan.heldout) + _contexts(plan.heldout) * (4 * len(plan.l1) + 2)
+        harvested = min(plan.train_rows, _MEAN_ROWS) if saes else plan.train_rows
+        steps += _contexts(harvested + plan.heldout) + _contexts(plan.heldout) * (2 * count + 2)
     return steps
+
+
+def _published(name: str) -> SAE:
+    sae = pretrained.load(name)
+    if sae.transcoder:
+        raise InputError(f"{name}: is a transcoder, whose target is not its input; pass an autoencoder.")
+    return sae
 
 
 def _contexts(rows: int) -> int:
@@ -244,7 +272,8 @@ def measure(sae: SAE, rows: np.ndarray) -> dict[str, Any]:
     """
 
     def measure_block(block):
-        kkt = _certified_kkt(sae.W_dec, block.x - sae.b_dec, block.refined)
+        y, _ = to_fit(sae, block.x)
+        kkt = _certified_kkt(sae.W_dec, y, block.refined, nonnegative=not sae.activation.signed)
         shrunk = metrics.shrinkage(sae, block.x, block.code, block.refined)
         return shrunk, metrics.activity(block.code), np.asarray(kkt)
 
@@ -270,16 +299,17 @@ def measure(sae: SAE, rows: np.ndarray) -> dict[str, Any]:
     return numbers | {"change": np.asarray(shrunk.change).tolist()}
 
 
-@jax.jit
-def _certified_kkt(dictionary, y, code):
-    return certify(dictionary, y, code).kkt  # the gap, not asked for, is not computed
+@functools.partial(jax.jit, static_argnames="nonnegative")
+def _certified_kkt(dictionary, y, code, *, nonnegative: bool = True):
+    return certify(dictionary, y, code, nonnegative=nonnegative).kkt  # the gap, not asked for, is not computed
 
 
 def _reconstruct(sae: SAE, rows: np.ndarray, number: int) -> dict[str, np.ndarray]:
     """What the codes of rows decode to, before and after refinement."""
     before, after = np.empty_like(rows), np.empty_like(rows)
     for block in refine_blocks(sae, rows, _SOLVER):
-        before[block.rows], after[block.rows] = decode(sae, block.code), decode(sae, block.refined)
+        codes = (block.code, block.refined)
+        before[block.rows], after[block.rows] = (reconstruct(sae, block.x, code) for code in codes)
     return {f"before {number}": before, f"after {number}": after}
 
 

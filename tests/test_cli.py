@@ -146,7 +146,7 @@ def test_study_passes_its_options_and_prints_the_table(quick, fake_study, tmp_pa
     (call,) = calls
     del call["progress"]
     plan = study.QUICK if quick else study.FULL
-    assert call == {"out": tmp_path / "out", "data": tmp_path / "x.npy", "plan": plan, "seed": 7}
+    assert call == {"out": tmp_path / "out", "data": tmp_path / "x.npy", "plan": plan, "seed": 7, "saes": ()}
     out, err = capsys.readouterr()
     assert "1000 held-out rows of width 16: x.npy" in out
     for text in ("ReLU, L1 0.05", "TopK, k 20", "20.5", "0.5000", "0.2500", "+50.0%", "75%", "0.8125", "1.0e-06"):

@@ -84,8 +84,8 @@ def test_an_sae_that_fails_to_save_leaves_the_old_one(tmp_path, monkeypatch):
 @pytest.mark.parametrize("call", [pretrained.load, lambda path, format: pretrained.save(sae(), path, format=format)])
 def test_an_unknown_format(call, tmp_path):
     pretrained.save(sae(), tmp_path / "sae")
-    with pytest.raises(InputError, match="got format 'saelens', expected one of: jaxsae"):
-        call(tmp_path / "sae", format="saelens")
+    with pytest.raises(InputError, match="got format 'numpy', expected one of: jaxsae"):
+        call(tmp_path / "sae", format="numpy")
 
 
 # --- Damage: each entry spoils a saved TopK SAE.

@@ -1,0 +1,298 @@
+"""What formats share: where their files are, checks of what is in them, and folds from one convention to another."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import ml_dtypes
+import numpy as np
+import safetensors.numpy
+
+from jaxsae import torch_pickle
+from jaxsae.activations import Activation, Gated, GroupMax
+from jaxsae.files import InputError
+from jaxsae.normalisation import Normalisation
+from jaxsae.sae import SAE
+from jaxsae.tensors import Arrays, place, read_json, read_safetensors, safetensors_file
+
+
+class Raw(NamedTuple):
+    """A saved autoencoder as it is in its files.
+
+    Attributes:
+      path: the file of its arrays.
+      config: its configuration, or {}.
+      arrays: its arrays, by the names that its library gave them.
+      dtype: of the weights to be made; the files' own if None.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    arrays: Arrays
+    dtype: Any = None
+
+
+# --- finding
+
+
+def find_file(path: Path, names: tuple[str, ...], suffix: str) -> Path | None:
+    """The file at a path: itself, the first of some names in a folder, or the only one of a suffix there."""
+    if not path.is_dir():
+        return path if path.is_file() else None
+    named = [path / name for name in names if (path / name).is_file()]
+    of_kind = [file for file in path.glob(f"*{suffix}") if file.is_file()]
+    return named[0] if named else of_kind[0] if len(of_kind) == 1 else None
+
+
+def find_config(file: Path, *names: str) -> dict[str, Any]:
+    """The first of some configurations beside a file, or {}."""
+    return next((read_json(file.with_name(name)) for name in names if file.with_name(name).is_file()), {})
+
+
+def require_config(file: Path, name: str) -> dict[str, Any]:
+    """The configuration beside a file, which must be there."""
+    if not file.with_name(name).is_file():
+        raise InputError(f"{file.parent}: has no {name}, expected one beside {file.name}; download it too.")
+    return read_json(file.with_name(name))
+
+
+def find_weights(path: Path, *names: str) -> Path | None:
+    """A safetensors file, or the index of several: at a path, or of some names in its folder, or the only one there."""
+    if path.is_dir():
+        found = [file for name in names if (file := safetensors_file(path / name))]
+        return found[0] if found else find_file(path, (), ".safetensors")
+    if path.name.endswith((".safetensors", ".safetensors.index.json")):
+        return safetensors_file(path)
+    start = first_bytes(path, 9)
+    return path if start[8:] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size else None
+
+
+def find_torch(path: Path, *names: str) -> Path | None:
+    """A file of `torch.save`: at a path, or of some names in its folder, or the only one there."""
+    file = find_file(path, names, ".pt")
+    return file if file is not None and is_torch(file) else None
+
+
+def is_torch(file: Path) -> bool:
+    """Whether a file is a zip of torch's, or begins as a pickle does."""
+    start = first_bytes(file, 512)
+    return start.startswith(b"\x80\x02") or (is_zip(file) and b"/data.pkl" in start)
+
+
+def is_zip(file: Path) -> bool:
+    """Whether a file begins as a zip does."""
+    return first_bytes(file, 4) == b"PK\x03\x04"
+
+
+def first_bytes(file: Path, count: int) -> bytes:
+    """How a file begins."""
+    with open(file, "rb") as opened:
+        return opened.read(count)
+
+
+def array_names(file: Path | None) -> set[str]:
+    """The names of the arrays in a safetensors file."""
+    return set() if file is None else set(read_safetensors(file))
+
+
+def read_state(file: Path, *, check: bool) -> tuple[Arrays, dict[str, Any]]:
+    """The arrays of a state dict in a torch pickle, and what else is in it."""
+    found = torch_pickle.read(file, check=check)
+    if not isinstance(found, dict):
+        raise InputError(f"{file}: holds a {type(found).__name__}, expected a state dict; save model.state_dict().")
+    arrays = {str(name): value for name, value in found.items() if isinstance(value, np.ndarray)}
+    return arrays, {str(name): value for name, value in found.items() if not isinstance(value, np.ndarray)}
+
+
+def require(path: Path, file: Path | None, what: str) -> Path:
+    """The file, which must have been found."""
+    if file is None:
+        raise InputError(f"{path}: not an SAE of this format; expected {what}.")
+    return file
+
+
+# --- checking
+
+
+def take(raw: Raw, name: str) -> np.ndarray:
+    """An array of numbers, which must be there."""
+    if name not in raw.arrays:
+        there = ", ".join(sorted(raw.arrays)) or "nothing"
+        raise InputError(f"{raw.path}: holds {there}, expected {name} too; download it again.")
+    array = raw.arrays[name]
+    if array.dtype.kind != "f" and array.dtype != ml_dtypes.bfloat16:
+        raise InputError(f"{raw.path}: {name} is {array.dtype}, expected floating point; download it again.")
+    return array
+
+
+def take_one(raw: Raw, name: str) -> np.ndarray:
+    """An array of one number, which must be there, without axes."""
+    array = take(raw, name)
+    if array.size != 1:
+        raise InputError(f"{raw.path}: {name} has shape {array.shape}, expected one number; download it again.")
+    return array.reshape(())
+
+
+def number(raw: Raw, value: Any, name: str) -> float:
+    """A finite number of a configuration, or of an array of one."""
+    value = value.item() if isinstance(value, np.ndarray) and value.size == 1 else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 2**62:
+        shown = value if isinstance(value, int | float | str | None) else type(value).__name__
+        raise InputError(f"{raw.path}: {name} is {shown!r}, expected a number; mend its configuration.")
+    return float(value)
+
+
+def positive(raw: Raw, value: Any, name: str) -> float:
+    """A number above 0."""
+    found = number(raw, value, name)
+    if found <= 0:
+        raise InputError(f"{raw.path}: {name} is {found}, expected more than 0; mend its configuration.")
+    return found
+
+
+def integer(raw: Raw, value: Any, name: str) -> int:
+    """A whole number from 1."""
+    found = number(raw, value, name)
+    if found != int(found) or not 1 <= found < 2**31:
+        raise InputError(f"{raw.path}: {name} is {found:g}, expected a whole number from 1; mend its configuration.")
+    return int(found)
+
+
+def choice(raw: Raw, what: str, value: Any, known: Iterable[Any]) -> Any:
+    """A value, which must be among those known."""
+    known = list(known)
+    if isinstance(value, dict | list) or value not in known:
+        shown = value if isinstance(value, int | float | str | None) else type(value).__name__
+        raise InputError(
+            f"{raw.path}: its {what} is {shown!r}, expected one of: {', '.join(str(name) for name in known)}; jaxsae "
+            "cannot compute it."
+        )
+    return value
+
+
+# --- making
+
+
+class Weights(NamedTuple):
+    """`[d m]`, `[m]`, `[m d_out]`, `[d_out]` and `[d d_out]`, still in the file."""
+
+    W_enc: np.ndarray
+    b_enc: np.ndarray
+    W_dec: np.ndarray
+    b_dec: np.ndarray
+    W_skip: np.ndarray | None = None
+
+
+def assemble(
+    raw: Raw,
+    activation: Activation,
+    weights: Weights,
+    *,
+    centred: bool,
+    transcoder: bool = False,
+    normalisation: Normalisation | None = None,
+) -> SAE:
+    """Check that arrays fit together, and make the SAE of them."""
+    W_enc, W_dec = weights.W_enc, weights.W_dec
+    if W_enc.ndim != 2 or W_dec.ndim != 2:
+        raise InputError(f"{raw.path}: weights of shapes {W_enc.shape} and {W_dec.shape}, expected two axes each.")
+    (d, m), d_out = W_enc.shape, W_dec.shape[1] if transcoder else W_enc.shape[0]
+    expected = {"W_dec": (m, d_out), "b_enc": (m,), "b_dec": (d_out,), "W_skip": (d, d_out)}
+    found = {name: array.shape for name, array in weights._asdict().items() if name in expected and array is not None}
+    wrong = {name: shape for name, shape in found.items() if shape != expected[name]}
+    parameters = [leaf.shape for leaf in jax.tree.leaves(activation) if leaf.shape not in ((), (m,))]
+    wrong |= {"activation": parameters[0]} if parameters else {}
+    if wrong or not d * m * d_out:
+        shown = ", ".join(f"{name} {shape}" for name, shape in wrong.items()) or "nothing"
+        raise InputError(f"{raw.path}: {shown} does not fit {m} latents, {d} to {d_out} wide; download it again.")
+    k = activation.slots or 1
+    if k > m or (isinstance(activation, GroupMax) and m % k):
+        raise InputError(f"{raw.path}: k is {k}, which does not fit {m} latents; mend its configuration.")
+    arrays = {name: place(array, raw.dtype) for name, array in weights._asdict().items() if array is not None}
+    return SAE(**arrays, activation=activation, centred=centred, transcoder=transcoder, normalisation=normalisation)
+
+
+def place_threshold(raw: Raw, array: np.ndarray) -> jax.Array:
+    """Thresholds in float32 or better, whatever the weights."""
+    return place(array, np.promote_types(raw.dtype or array.dtype, np.float32))
+
+
+def gated(raw: Raw, r_mag: str, b_gate: str, b_mag: str) -> Gated:
+    """`Gated` of arrays of these names."""
+    return Gated(*(place(take(raw, name), raw.dtype) for name in (r_mag, b_gate, b_mag)))
+
+
+def zeros(raw: Raw, size: int) -> np.ndarray:
+    """For a bias that the format has not."""
+    return np.zeros(size, raw.dtype or np.float32)
+
+
+def fold_norms(weights: Weights) -> Weights:
+    """The autoencoder that chooses by `pre`, of one that chooses by `pre · ‖atom‖`: with atoms of norm 1."""
+    wide = np.promote_types(weights.W_dec.dtype, np.float32)
+    norms = np.linalg.norm(weights.W_dec.astype(wide), axis=1)
+    safe = np.where(norms > 0, norms, 1)
+    return weights._replace(
+        W_enc=weights.W_enc * norms, b_enc=weights.b_enc * norms, W_dec=weights.W_dec / safe[:, None]
+    )
+
+
+# --- writing
+
+
+def host(array: Any) -> np.ndarray:
+    """An array as files want it."""
+    return np.ascontiguousarray(np.asarray(array)).reshape(np.shape(array))
+
+
+def refuse(format: str, what: str) -> InputError:
+    """Why an SAE cannot be saved so."""
+    return InputError(f"{format} has no {what}; save it in another format, such as jaxsae.")
+
+
+def refuse_unless(format: str, sae: SAE, *, transcoder: bool = False, normalised: tuple[type, ...] = ()) -> None:
+    """Refuse a transcoder, a skip connection, or a normalisation that a format has not."""
+    if sae.transcoder and not transcoder:
+        raise refuse(format, "transcoders")
+    if sae.W_skip is not None and not transcoder:
+        raise refuse(format, "skip connections")
+    if sae.normalisation is not None and not isinstance(sae.normalisation, normalised):
+        raise refuse(format, type(sae.normalisation).__name__)
+
+
+def centre(sae: SAE, centred: bool) -> SAE:
+    """The same function with `b_dec` subtracted from `x`, or not, as a format has it: the encoder's biases differ."""
+    if sae.centred == centred:
+        return sae
+    if sae.activation.pursues or (sae.normalisation is not None and sae.normalisation.per_row and sae.transcoder):
+        raise InputError("this SAE cannot be written with another centre; save it in another format, such as jaxsae.")
+    wide = np.promote_types(np.asarray(sae.W_enc).dtype, np.float32)
+    shift = (np.asarray(sae.b_dec, np.float64) @ np.asarray(sae.W_enc, np.float64)).astype(wide)
+    bias = np.asarray(sae.b_enc, wide) + (shift if centred else -shift)
+    return dataclasses.replace(sae, b_enc=jax.numpy.asarray(bias, sae.b_enc.dtype), centred=centred)
+
+
+def gate_biases(sae: SAE) -> tuple[np.ndarray, np.ndarray]:
+    """The biases of `Gated`, of the gate and of the values, with `b_enc` in them."""
+    gate: Any = sae.activation
+    b_enc = np.asarray(sae.b_enc)
+    return host(gate.b_gate + b_enc), host(gate.b_mag + np.exp(np.asarray(gate.r_mag)) * b_enc)
+
+
+def write_safetensors(file: Path, arrays: Mapping[str, Any]) -> None:
+    """Arrays, without metadata."""
+    safetensors.numpy.save_file({name: host(array) for name, array in arrays.items()}, file)
+
+
+def write_json(file: Path, config: Mapping[str, Any]) -> None:
+    """A configuration."""
+    file.write_text(json.dumps(config, indent=2, allow_nan=False) + "\n")
+
+
+def mean_k(raw: Raw, k: Any) -> int:
+    """`k` of BatchTopK, which may be a fraction: it matters in training alone."""
+    return max(1, round(min(number(raw, k, "k"), math.exp2(31))))

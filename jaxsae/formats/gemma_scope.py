@@ -1,0 +1,155 @@
+"""Gemma Scope, `params.npz`, and Gemma Scope 2, `config.json` and `params.safetensors`: JumpReLU without a centre."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import numpy as np
+
+from jaxsae.activations import Activation, BatchTopK, JumpReLU, ReLU
+from jaxsae.files import InputError, atomic_directory
+from jaxsae.formats.common import (
+    Raw,
+    Weights,
+    array_names,
+    assemble,
+    centre,
+    choice,
+    find_config,
+    find_file,
+    find_weights,
+    host,
+    is_torch,
+    is_zip,
+    place_threshold,
+    refuse,
+    refuse_unless,
+    require,
+    take,
+    write_json,
+    write_safetensors,
+)
+from jaxsae.sae import SAE, fold_scale
+from jaxsae.tensors import read_npz, read_safetensors
+
+_NPZ, _CONFIG, _WEIGHTS = "params.npz", "config.json", "params.safetensors"
+
+
+def _find_npz(path: Path) -> Path | None:
+    file = find_file(path, (_NPZ,), ".npz")
+    return file if file is not None and is_zip(file) and not is_torch(file) else None
+
+
+def detect(path: Path) -> bool:
+    """An `.npz` of encoder, decoder and threshold."""
+    file = _find_npz(path)
+    if file is None:
+        return False
+    names = {name.lower() for name in read_npz(file, check=False)}
+    return {"w_enc", "w_dec", "threshold"} <= names and "group_sizes" not in names
+
+
+def detect_embedding(path: Path) -> bool:
+    """The same, where Gemma Scope has those of the embedding: their files do not say so."""
+    layout = re.search(r"(^|/)embedding/width_[^/]+/average_l0_[^/]+(/[^/]*\.npz)?$", path.absolute().as_posix())
+    return layout is not None and detect(path)
+
+
+def detect_transcoder(path: Path) -> bool:
+    """The same, in a repository of Gemma Scope's transcoders: their files do not say so."""
+    return re.search(r"gemma-scope[^/]*transcoder", path.absolute().as_posix()) is not None and detect(path)
+
+
+def read(path: Path) -> Raw:
+    """`params.npz`; some files have names in lower case."""
+    file = require(path, _find_npz(path), _NPZ)
+    names = {"w_enc": "W_enc", "w_dec": "W_dec"}
+    return Raw(file, {}, {names.get(name, name): array for name, array in read_npz(file).items()})
+
+
+def convert(raw: Raw) -> SAE:
+    """An autoencoder, unless input and output differ in width."""
+    weights = Weights(*(take(raw, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")))
+    transcoder = weights.W_dec.shape[-1:] != weights.W_enc.shape[:1]
+    return assemble(raw, _activation(raw), weights, centred=False, transcoder=transcoder)
+
+
+def convert_embedding(raw: Raw) -> SAE:
+    """Trained on embeddings that the model had yet to multiply by `√d`."""
+    sae = convert(raw)
+    return dataclasses.replace(fold_scale(sae, float(1 / np.sqrt(sae.d))), b_dec=sae.b_dec)
+
+
+def convert_transcoder(raw: Raw) -> SAE:
+    """A transcoder."""
+    return dataclasses.replace(convert(raw), transcoder=True)
+
+
+def _activation(raw: Raw) -> Activation:
+    return JumpReLU(place_threshold(raw, take(raw, "threshold")))
+
+
+def write(sae: SAE, path: Path) -> None:
+    """`params.npz`, in float32."""
+    if sae.W_skip is not None:
+        raise refuse("gemma_scope", "skip connections")
+    if sae.transcoder and sae.b_dec.size == sae.d:
+        raise refuse("gemma_scope", "way to tell a transcoder to the same width from an autoencoder")
+    sae, threshold = _written(sae, "gemma_scope")
+    arrays = {name: np.asarray(getattr(sae, name), np.float32) for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
+    with atomic_directory(path) as folder:
+        np.savez(folder / _NPZ, allow_pickle=False, **arrays, threshold=threshold)  # pyright: ignore[reportArgumentType]
+
+
+def _written(sae: SAE, format: str) -> tuple[SAE, np.ndarray]:
+    """The SAE without a centre, and a threshold for each latent."""
+    refuse_unless(format, sae, transcoder=True)
+    sae = centre(sae, False)
+    match sae.activation:
+        case JumpReLU() | BatchTopK():
+            return sae, np.broadcast_to(np.asarray(sae.activation.threshold, np.float32), (sae.m,)).copy()
+        case ReLU():
+            return sae, np.zeros(sae.m, np.float32)
+    raise refuse(format, type(sae.activation).__name__)
+
+
+# --- Gemma Scope 2
+
+
+def detect_2(path: Path) -> bool:
+    """Safetensors with `w_enc`, `w_dec` and `threshold`."""
+    return {"w_enc", "w_dec", "threshold"} <= array_names(find_weights(path, _WEIGHTS))
+
+
+def read_2(path: Path) -> Raw:
+    """`params.safetensors` and, where there is one, `config.json`."""
+    file = require(path, find_weights(path, _WEIGHTS), f"{_CONFIG} and {_WEIGHTS}")
+    return Raw(file, find_config(file, _CONFIG), read_safetensors(file))
+
+
+def convert_2(raw: Raw) -> SAE:
+    """An autoencoder, or a transcoder to another site, perhaps with a skip connection."""
+    choice(raw, "architecture", raw.config.get("architecture", "jump_relu"), ["jump_relu"])
+    if take(raw, "w_dec").ndim == 3:
+        raise InputError(
+            f"{raw.path}: w_dec has shape {raw.arrays['w_dec'].shape}, of a cross-layer transcoder, which writes to "
+            "several layers; expected one layer: choose another."
+        )
+    skip = take(raw, "affine_skip_connection") if "affine_skip_connection" in raw.arrays else None
+    weights = Weights(*(take(raw, name) for name in ("w_enc", "b_enc", "w_dec", "b_dec")))._replace(W_skip=skip)
+    out = raw.config.get("hf_hook_point_out")
+    elsewhere = out not in (None, raw.config.get("hf_hook_point_in"))
+    transcoder = elsewhere or skip is not None or weights.W_dec.shape[-1:] != weights.W_enc.shape[:1]
+    return assemble(raw, _activation(raw), weights, centred=False, transcoder=transcoder)
+
+
+def write_2(sae: SAE, path: Path) -> None:
+    """`config.json` and `params.safetensors`."""
+    sae, threshold = _written(sae, "gemma_scope_2")
+    config = {"architecture": "jump_relu", "width": sae.m, "affine_connection": sae.W_skip is not None}
+    config |= {"hf_hook_point_in": "input", "hf_hook_point_out": "output"} if sae.transcoder else {}
+    arrays = {"w_enc": sae.W_enc, "w_dec": sae.W_dec, "b_enc": sae.b_enc, "b_dec": sae.b_dec, "threshold": threshold}
+    arrays |= {} if sae.W_skip is None else {"affine_skip_connection": sae.W_skip}
+    with atomic_directory(path) as folder:
+        write_json(folder / _CONFIG, config)
+        write_safetensors(folder / _WEIGHTS, {name: host(array) for name, array in arrays.items()})

@@ -1,0 +1,78 @@
+"""OpenAI's: one `.pt`, a torch pickle of a state dict and of the activation's name and options."""
+
+from pathlib import Path
+
+import numpy as np
+
+from jaxsae import torch_pickle
+from jaxsae.activations import ReLU, TopK
+from jaxsae.files import atomic_file
+from jaxsae.formats.common import (
+    Raw,
+    Weights,
+    assemble,
+    centre,
+    choice,
+    find_torch,
+    host,
+    integer,
+    read_state,
+    refuse,
+    refuse_unless,
+    require,
+    take,
+)
+from jaxsae.normalisation import LayerNorm
+from jaxsae.sae import SAE
+
+
+def detect(path: Path) -> bool:
+    """A torch pickle with `pre_bias` and `latent_bias`."""
+    file = find_torch(path)
+    return file is not None and {"pre_bias", "latent_bias"} <= read_state(file, check=False)[0].keys()
+
+
+def read(path: Path) -> Raw:
+    """One `.pt`."""
+    file = require(path, find_torch(path), "one .pt of OpenAI's")
+    arrays, config = read_state(file, check=True)
+    return Raw(file, config, arrays)
+
+
+def convert(raw: Raw) -> SAE:
+    """Rows are layer-normalised exactly where the activation is TopK."""
+    named = (take(raw, "encoder.weight").T, take(raw, "latent_bias"), take(raw, "decoder.weight").T)
+    weights = Weights(*named, take(raw, "pre_bias"))
+    if choice(raw, "activation", raw.config.get("activation", "ReLU"), ["TopK", "ReLU"]) == "ReLU":
+        return assemble(raw, ReLU(), weights, centred=True)
+    options = raw.config.get("activation_state_dict")
+    options = options if isinstance(options, dict) else {}
+    choice(raw, "postact_fn", options.get("postact_fn", "ReLU"), ["ReLU"])
+    activation = TopK(integer(raw, options.get("k"), "k"))
+    return assemble(raw, activation, weights, centred=True, normalisation=LayerNorm())
+
+
+def write(sae: SAE, path: Path) -> None:
+    """One `.pt`; statistics of its latents, which are not known, as zeros."""
+    activation = sae.activation
+    refuse_unless("openai", sae, normalised=(LayerNorm,))
+    if not isinstance(activation, ReLU | TopK) or isinstance(activation, TopK) != (sae.normalisation is not None):
+        raise refuse("openai", f"{type(activation).__name__} {'on' if sae.normalisation else 'without'} layer norm")
+    if isinstance(sae.normalisation, LayerNorm) and sae.normalisation.eps != 1e-5:
+        raise refuse("openai", f"layer norm with eps {sae.normalisation.eps}")
+    sae = centre(sae, True)
+    state = {
+        "pre_bias": host(sae.b_dec),
+        "latent_bias": host(sae.b_enc),
+        "stats_last_nonzero": np.zeros(sae.m, np.int64),
+        "latents_activation_frequency": np.zeros(sae.m, np.float32),
+        "latents_mean_square": np.zeros(sae.m, np.float32),
+        "encoder.weight": host(np.asarray(sae.W_enc).T),
+        "decoder.weight": host(np.asarray(sae.W_dec).T),
+        "activation": type(activation).__name__,
+    }
+    if isinstance(activation, TopK):
+        k = activation.k if activation.keep is None else int(activation.keep)
+        state["activation_state_dict"] = {"k": k, "postact_fn": "ReLU"}
+    with atomic_file(path) as temporary:
+        torch_pickle.write(temporary, state)

@@ -1,0 +1,221 @@
+"""SAELens: `cfg.json` and `sae_weights.safetensors`, of version 6 and of those before."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from jaxsae.activations import AbsTopK, Activation, BatchTopK, Gated, JumpReLU, MatchingPursuit, ReLU, TopK
+from jaxsae.files import InputError, atomic_directory
+from jaxsae.formats.common import (
+    Raw,
+    Weights,
+    array_names,
+    assemble,
+    choice,
+    find_config,
+    find_weights,
+    fold_norms,
+    gate_biases,
+    gated,
+    integer,
+    mean_k,
+    number,
+    place_threshold,
+    refuse,
+    require,
+    require_config,
+    take,
+    take_one,
+    write_json,
+    write_safetensors,
+    zeros,
+)
+from jaxsae.normalisation import AverageNorm, ConstantNorm, LayerNorm, Normalisation
+from jaxsae.sae import SAE
+from jaxsae.tensors import read_safetensors
+
+_CONFIG, _WEIGHTS = "cfg.json", "sae_weights.safetensors"
+_VERSION = "6.54.12"  # whose files these are
+_NORMALISATIONS: dict[Any, Normalisation | None] = {
+    "none": None,
+    "expected_average_only_in": AverageNorm(),
+    "constant_norm_rescale": ConstantNorm(),
+    "layer_norm": LayerNorm(),
+}
+_DTYPES = {"float32": np.float32, "float64": np.float64, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+def detect(path: Path) -> bool:
+    """A `cfg.json` with `d_in`, and `W_dec` beside it, but no layer of torch's."""
+    file = find_weights(path, _WEIGHTS)
+    return (
+        file is not None
+        and "W_dec" in (names := array_names(file))
+        and "encoder.weight" not in names
+        and ("d_in" in find_config(file, _CONFIG))
+    )
+
+
+def read(path: Path) -> Raw:
+    """Both files; configurations before version 6 get the names of later ones."""
+    file = require(path, find_weights(path, _WEIGHTS), f"{_CONFIG} and {_WEIGHTS}")
+    renamed = {"hook_point": "hook_name", "activation_fn_str": "activation_fn"}
+    config = {renamed.get(name, name): value for name, value in require_config(file, _CONFIG).items()}
+    options = config.get("activation_fn_kwargs")
+    if config.get("activation_fn") == "topk" and isinstance(options, dict) and "k" in options:
+        config |= {"architecture": "topk", "k": options["k"]}
+    if isinstance(config.get("normalize_activations"), bool | None):
+        config["normalize_activations"] = "expected_average_only_in" if config.get("normalize_activations") else "none"
+    return Raw(file, {"architecture": "standard"} | config, read_safetensors(file))
+
+
+def convert(raw: Raw) -> SAE:
+    """An autoencoder or a transcoder."""
+    config = raw.config
+    kind = choice(raw, "architecture", config["architecture"], _ACTIVATIONS)
+    choice(raw, "activation_fn", config.get("activation_fn") or "relu", ("relu", "topk"))
+    dtype = choice(raw, "dtype", str(config.get("dtype", "float32")).removeprefix("torch."), _DTYPES)
+    raw = raw._replace(dtype=raw.dtype or _DTYPES[dtype])
+    normalisation = _NORMALISATIONS[
+        choice(raw, "normalize_activations", config["normalize_activations"], _NORMALISATIONS)
+    ]
+    transcoder = kind.endswith("transcoder")
+    centred = bool(config.get("apply_b_dec_to_input", True)) and not transcoder
+    weights = _weights(raw, kind)
+    if config.get("rescale_acts_by_decoder_norm") and kind in ("topk", "batchtopk", "matryoshka_batchtopk"):
+        weights = fold_norms(weights)
+    if kind == "matching_pursuit" and not centred:  # what was not subtracted is not added
+        weights = weights._replace(b_dec=np.zeros_like(weights.b_dec))
+    activation = _ACTIVATIONS[kind](raw)
+    return assemble(raw, activation, weights, centred=centred, transcoder=transcoder, normalisation=normalisation)
+
+
+def _weights(raw: Raw, kind: str) -> Weights:
+    W_dec = take(raw, "W_dec")
+    if W_dec.ndim != 2:
+        raise InputError(f"{raw.path}: W_dec has shape {W_dec.shape}, expected two axes; download it again.")
+    W_enc = W_dec.T if kind == "matching_pursuit" else take(raw, "W_enc")
+    b_enc = zeros(raw, len(W_dec)) if kind in ("gated", "matching_pursuit") else take(raw, "b_enc")
+    W_skip = take(raw, "W_skip").T if "skip" in kind else None
+    if "scaling_factor" in raw.arrays and not np.all(raw.arrays["scaling_factor"] == 1):
+        factor = take(raw, "scaling_factor")
+        if not raw.config.get("finetuning_scaling_factor") or factor.shape != (len(W_dec),):
+            raise InputError(
+                f"{raw.path}: has a scaling_factor that its configuration does not use; set finetuning_scaling_factor, "
+                "or remove it."
+            )
+        W_dec = W_dec * factor[:, None]
+    return Weights(W_enc, b_enc, W_dec, take(raw, "b_dec"), W_skip)
+
+
+def _jumprelu(raw: Raw) -> Activation:
+    """A threshold for each latent; what was trained as BatchTopK says so, and has one for all."""
+    log = "threshold" not in raw.arrays and "log_threshold" in raw.arrays  # as in the midst of training
+    threshold = np.exp(take(raw, "log_threshold")) if log else take(raw, "threshold")
+    metadata = raw.config.get("metadata")
+    metadata = metadata if isinstance(metadata, dict) else {}
+    details = metadata.get("training_architecture_details")
+    k = details.get("k") if isinstance(details, dict) else None
+    trained = k is not None and "batchtopk" in str(metadata.get("training_architecture"))
+    if trained and threshold.size and np.all(threshold == threshold.flat[0]):
+        return BatchTopK(mean_k(raw, k), place_threshold(raw, threshold.reshape(-1)[:1].reshape(())))
+    return JumpReLU(place_threshold(raw, threshold))
+
+
+def _batch_topk(raw: Raw) -> Activation:
+    return BatchTopK(mean_k(raw, raw.config.get("k")), place_threshold(raw, take_one(raw, "topk_threshold")))
+
+
+def _matching_pursuit(raw: Raw) -> Activation:
+    steps = raw.config.get("max_iterations")
+    return MatchingPursuit(
+        jnp.asarray(number(raw, raw.config.get("residual_threshold", 0.01), "residual_threshold"), jnp.float32),
+        None if steps is None else integer(raw, steps, "max_iterations"),
+        bool(raw.config.get("stop_on_duplicate_support", True)),
+    )
+
+
+_ACTIVATIONS: dict[str, Callable[[Raw], Activation]] = {
+    "standard": lambda raw: ReLU(),
+    "topk": lambda raw: TopK(integer(raw, raw.config.get("k"), "k")),
+    "abstopk": lambda raw: AbsTopK(integer(raw, raw.config.get("k"), "k")),
+    "jumprelu": _jumprelu,
+    "gated": lambda raw: gated(raw, "r_mag", "b_gate", "b_mag"),
+    "batchtopk": _batch_topk,
+    "matryoshka_batchtopk": _batch_topk,
+    "transcoder": lambda raw: ReLU(),
+    "skip_transcoder": lambda raw: ReLU(),
+    "jumprelu_transcoder": _jumprelu,
+    "jumprelu_skip_transcoder": _jumprelu,
+    "matching_pursuit": _matching_pursuit,
+}
+
+
+def write(sae: SAE, path: Path) -> None:
+    """As its library saves for inference: BatchTopK as a JumpReLU that says what it was trained as."""
+    if isinstance(sae.normalisation, LayerNorm) and sae.normalisation.eps != 1e-5:
+        raise refuse("saelens", f"layer norm with eps {sae.normalisation.eps}")
+    if sae.W_skip is not None and not sae.transcoder:
+        raise refuse("saelens", "skip connection but in transcoders")
+    kind, options, arrays = _written_activation(sae)
+    metadata = options.pop("metadata", {}) | {"sae_lens_version": _VERSION, "sae_lens_training_version": None}
+    normalisation = next(name for name, value in _NORMALISATIONS.items() if type(value) is type(sae.normalisation))
+    config = {
+        "d_in": sae.d,
+        "d_sae": sae.m,
+        "dtype": str(sae.W_dec.dtype),
+        "device": "cpu",
+        "apply_b_dec_to_input": sae.centred,
+        "normalize_activations": normalisation,
+        "reshape_activations": "none",
+        "metadata": metadata,
+        **options,
+        "architecture": kind,
+    }
+    weights = {"W_enc": sae.W_enc, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec} | arrays
+    with atomic_directory(path) as folder:
+        write_json(folder / _CONFIG, config)
+        write_safetensors(folder / _WEIGHTS, {name: value for name, value in weights.items() if value is not None})
+
+
+def _written_activation(sae: SAE) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Architecture, options, and arrays to add or, where None, to leave out."""
+    activation, transcoder = sae.activation, sae.transcoder
+    threshold = np.zeros(sae.m, np.float32)
+    match activation:
+        case ReLU():
+            kind, options, arrays = "standard", {}, {}
+        case TopK() if not transcoder:
+            k = activation.k if activation.keep is None else int(activation.keep)
+            kind, options, arrays = "topk", {"k": k, "rescale_acts_by_decoder_norm": False}, {}
+        case AbsTopK() if not transcoder:
+            kind, options, arrays = "abstopk", {"k": activation.k, "rescale_acts_by_decoder_norm": False}, {}
+        case JumpReLU():
+            kind, options, arrays = "jumprelu", {}, {"threshold": activation.threshold}
+        case BatchTopK():
+            details = {"k": activation.k}
+            trained = {"training_architecture": "batchtopk", "training_architecture_details": details}
+            arrays = {"threshold": threshold + np.asarray(activation.threshold)}
+            kind, options = "jumprelu", {"metadata": trained}
+        case Gated() if not transcoder:
+            b_gate, b_mag = gate_biases(sae)
+            arrays = {"r_mag": activation.r_mag, "b_gate": b_gate, "b_mag": b_mag, "b_enc": None}
+            kind, options = "gated", {}
+        case MatchingPursuit() if not transcoder:
+            options = {
+                "residual_threshold": float(activation.residual_threshold),
+                "max_iterations": activation.max_steps,
+                "stop_on_duplicate_support": activation.stop_on_duplicate,
+            }
+            kind, arrays = "matching_pursuit", {"W_enc": None, "b_enc": None}
+        case _:
+            raise refuse("saelens", f"{'transcoders' if transcoder else 'autoencoders'} of {type(activation).__name__}")
+    if not transcoder:
+        return kind, options, arrays
+    kind = ("" if kind == "standard" else f"{kind}_") + ("" if sae.W_skip is None else "skip_") + "transcoder"
+    skip = {} if sae.W_skip is None else {"W_skip": np.asarray(sae.W_skip).T}
+    return kind, options | {"d_out": sae.b_dec.size}, arrays | skip

@@ -1,0 +1,89 @@
+"""EleutherAI's sparsify: `cfg.json` and `sae.safetensors`; ReLU, then top-k or the maximum of groups."""
+
+from pathlib import Path
+
+import numpy as np
+
+from jaxsae.activations import GroupMax, TopK
+from jaxsae.files import InputError, atomic_directory
+from jaxsae.formats.common import (
+    Raw,
+    Weights,
+    array_names,
+    assemble,
+    centre,
+    choice,
+    find_config,
+    find_weights,
+    integer,
+    refuse,
+    refuse_unless,
+    require,
+    require_config,
+    take,
+    write_json,
+    write_safetensors,
+)
+from jaxsae.sae import SAE
+from jaxsae.tensors import read_safetensors
+
+_CONFIG, _WEIGHTS = "cfg.json", "sae.safetensors"
+_ACTIVATIONS = {"topk": TopK, "groupmax": GroupMax}
+
+
+def detect(path: Path) -> bool:
+    """A `cfg.json` with `k`, and the arrays of an encoder layer and a decoder matrix."""
+    file = find_weights(path, _WEIGHTS)
+    return file is not None and {"encoder.weight", "W_dec"} <= array_names(file) and "k" in find_config(file, _CONFIG)
+
+
+def read(path: Path) -> Raw:
+    """Both files."""
+    file = require(path, find_weights(path, _WEIGHTS), f"{_CONFIG} and {_WEIGHTS}")
+    return Raw(file, require_config(file, _CONFIG), read_safetensors(file))
+
+
+def convert(raw: Raw) -> SAE:
+    """An autoencoder or a transcoder. The decoder is `[m d]` in the file already."""
+    config = raw.config
+    make = _ACTIVATIONS[choice(raw, "activation", config.get("activation", "topk"), _ACTIVATIONS)]
+    choice(raw, "signed", config.get("signed", False), [False])
+    transcoder = bool(config.get("transcode"))
+    W_skip = take(raw, "W_skip").T if "W_skip" in raw.arrays else None
+    rest = (take(raw, name) for name in ("encoder.bias", "W_dec", "b_dec"))
+    weights = Weights(take(raw, "encoder.weight").T, *rest)._replace(W_skip=W_skip)
+    d = integer(raw, config.get("d_in", weights.W_enc.shape[0]), "d_in")
+    m = config.get("num_latents") or d * integer(raw, config.get("expansion_factor", 32), "expansion_factor")
+    if weights.W_enc.shape != (d, m):
+        raise InputError(
+            f"{raw.path}: its encoder has shape {weights.W_enc.shape[::-1]}, but {_CONFIG} says {m!r} latents of width "
+            f"{d}; download it again."
+        )
+    activation = make(integer(raw, config.get("k"), "k"))
+    return assemble(raw, activation, weights, centred=not transcoder, transcoder=transcoder)
+
+
+def write(sae: SAE, path: Path) -> None:
+    """Both files; an autoencoder gets the biases of one that subtracts `b_dec`."""
+    refuse_unless("sparsify", sae, transcoder=True)
+    kind = next((name for name, made in _ACTIVATIONS.items() if type(sae.activation) is made), None)
+    if kind is None or sae.b_dec.size != sae.d:
+        raise refuse("sparsify", type(sae.activation).__name__ if kind is None else "output of another width")
+    sae = centre(sae, not sae.transcoder)
+    keep = getattr(sae.activation, "keep", None)
+    config = {
+        "activation": kind,
+        "expansion_factor": 32,
+        "normalize_decoder": True,
+        "num_latents": sae.m,
+        "k": sae.activation.slots if keep is None else int(keep),
+        "multi_topk": False,
+        "skip_connection": sae.W_skip is not None,
+        "transcode": sae.transcoder,
+        "d_in": sae.d,
+    }
+    arrays = {"encoder.weight": np.asarray(sae.W_enc).T, "encoder.bias": sae.b_enc, "W_dec": sae.W_dec}
+    arrays |= {"b_dec": sae.b_dec} | ({} if sae.W_skip is None else {"W_skip": np.asarray(sae.W_skip).T})
+    with atomic_directory(path) as folder:
+        write_json(folder / _CONFIG, config)
+        write_safetensors(folder / _WEIGHTS, arrays)

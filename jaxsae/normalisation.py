@@ -1,0 +1,105 @@
+"""How an autoencoder wants its inputs: small pytrees that act row by row, before anything is subtracted.
+
+Each is called on rows `x [*b d]` and gives what the encoder sees, with the way back: `x = scale · inputs + shift`,
+where `scale` and `shift` are None if they change nothing.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float
+
+
+class Normalised(NamedTuple):
+    """Rows in the units of an autoencoder.
+
+    Attributes:
+      inputs: `[*b d]`, what the encoder sees.
+      scale: `[*b 1]`, from these units back to those of the rows, or None.
+      shift: `[*b 1]`, added after that, or None.
+    """
+
+    inputs: Float[Array, "*b d"]
+    scale: Float[Array, "*b 1"] | None = None
+    shift: Float[Array, "*b 1"] | None = None
+
+
+class Normalisation:
+    """What an SAE asks of its normalisation; subclasses are `flax.struct` dataclasses.
+
+    Attributes:
+      per_row: whether the way back needs the row, so that a code alone does not say what it reconstructs.
+    """
+
+    per_row: bool = True
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Normalised:
+        """Normalise rows."""
+        raise NotImplementedError(f"{type(self).__name__} has no __call__; define what it does to rows.")
+
+
+@struct.dataclass
+class LayerNorm(Normalisation):
+    """Each row less its mean, over its standard deviation: `(x − μ) / (σ + ε)`, and back by `σ · x̂ + μ`.
+
+    `σ` is the unbiased estimate (`d − 1` in the denominator), and `ε` is added to it, not to its square.
+
+    Attributes:
+      eps: `ε`; static.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> LayerNorm()(jnp.array([1.0, 3.0])).scale
+      Array([1.4142135], dtype=float32)
+
+    Source: Gao et al. (2024), Section 2.1; SAELens' `layer_norm`.
+    """
+
+    eps: float = struct.field(pytree_node=False, default=1e-5)
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Normalised:
+        """Normalise rows."""
+        mean = jnp.mean(x, axis=-1, keepdims=True)
+        centred = x - mean
+        deviation = jnp.sqrt(jnp.sum(centred**2, axis=-1, keepdims=True) / (x.shape[-1] - 1))
+        return Normalised(centred / (deviation + self.eps), deviation, mean)
+
+
+@struct.dataclass
+class ConstantNorm(Normalisation):
+    """Each row scaled to norm `√d`: `x · √d / ‖x‖`. A row of zeros has no such scale, and becomes NaN.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> ConstantNorm()(jnp.array([3.0, 4.0, 0.0, 0.0])).inputs
+      Array([1.2, 1.6, 0. , 0. ], dtype=float32)
+
+    Source: SAELens' `constant_norm_rescale`; OpenMOSS' `token-wise`.
+    """
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Normalised:
+        """Normalise rows."""
+        scale = jnp.linalg.norm(x, axis=-1, keepdims=True) / jnp.sqrt(jnp.asarray(x.shape[-1], x.dtype))
+        return Normalised(x / scale, scale)
+
+
+@struct.dataclass
+class AverageNorm(Normalisation):
+    """Rows are to come scaled such that their mean norm is `√d`; nothing is done to them here.
+
+    Which scale that is, only the data can tell: `sae.fold_scale(sae, √d / mean ‖x‖)` then takes rows as they are.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> AverageNorm()(jnp.array([3.0, 4.0])).inputs
+      Array([3., 4.], dtype=float32)
+
+    Source: SAELens' `expected_average_only_in`.
+    """
+
+    per_row = False
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Normalised:
+        """Leave rows as they are."""
+        return Normalised(x)
