@@ -17,6 +17,7 @@ from benchmarks import (
     clock,
     families,
     harvest,
+    jobs,
     judge,
     ksvd,
     lasso,
@@ -83,6 +84,10 @@ def main() -> None:
     command = commands.add_parser("load", help="loading a large SAE: time and memory beside its file")
     command.add_argument("--size", choices=load.SIZES, default="tiny")
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
+    command = commands.add_parser("jobs", help="training jobs: what saving and loading cost, and whether they survive")
+    command.add_argument("--size", choices=jobs.SIZES, default="tiny")
+    command.add_argument("--kills", type=int, default=0, metavar="N", help="kill one N times; pip install '.[study]'")
+    command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
     command = commands.add_parser("table", help="what was measured, as markdown")
     command.add_argument("files", type=Path, nargs="+", metavar="FILE")
     command.add_argument("--readme", action="store_true", help="put it into the README")
@@ -113,6 +118,9 @@ def main() -> None:
         _tell(args, size=args.size, **lasso.run(args.size, with_peers=args.peers))
     elif args.command == "load":
         _tell(args, size=args.size, rows=load.run(args.size))
+    elif args.command == "jobs":
+        survived = {"survived": jobs.survive(args.kills)} if args.kills else {}
+        _tell(args, size=args.size, costs=jobs.costs(args.size), **survived)
     elif args.command == "plot":
         plot.speed_against_accuracy(json.loads(args.file.read_text()), args.out)
     else:

@@ -5,6 +5,8 @@ Exit codes: 0 done; 1 done, but a certificate failed (or, with --strict, a warni
 """
 
 import contextlib
+import logging
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -36,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "inpaint": inpaint,
                 "convert": convert,
                 "info": info,
+                "plan": plan,
             },
             prog="jaxsae",
             description="Sparse autoencoders in JAX, and the refinement of their codes with a certificate per row.",
@@ -109,7 +112,7 @@ def study(
 
 def train(
     *,
-    data: Path,
+    data: tuple[Path, ...],
     activation: str,
     latents: int,
     out: Path,
@@ -123,16 +126,25 @@ def train(
     dead_after: int = 10_000_000,
     heldout: int = 2048,
     seed: int = 0,
+    weights: tuple[float, ...] = (),
+    save_every: float = 60.0,
+    resume: bool = False,
+    mesh: tuple[int, int] | None = None,
+    distributed: bool = False,
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
     wandb: bool = False,
 ) -> int:
-    """Train an autoencoder on a file of activations, with the recipe of Gao et al. (2024), and measure it.
+    """Train an autoencoder on activations, with the recipe of Gao et al. (2024), and measure it.
 
-    Writes sae/, report.json and TensorBoard event files. Rows are centred and scaled to unit mean square for training;
-    the saved autoencoder takes them as they are. Example:
+    Writes sae/, report.json, checkpoints/ and TensorBoard event files. Rows are centred and scaled to unit mean square
+    for training; the saved autoencoder takes them as they are. Ended by anything, the same command goes on, to the bit;
+    SIGTERM saves first, and exits with 0. Example:
     jaxsae train --data x.npy --activation topk --k 32 --latents 4096 --out run
 
     Args:
-        data: .npy or .npz file of activations (rows, width).
+        data: files or directories of activations (rows, width).
         activation: relu, topk, abstopk, groupmax, batchtopk, jumprelu or gated.
         latents: how many.
         out: directory for the results.
@@ -146,21 +158,53 @@ def train(
         dead_after: rows without firing after which a latent is dead.
         heldout: last rows of the data, to measure on.
         seed: of initialisation and shuffles.
+        weights: in which proportions to mix several --data, whatever their lengths; by default in those.
+        save_every: seconds from one save to the next.
+        resume: go on with the run in --out, and fail if there is none.
+        mesh: how many ways to split the rows of a batch, and the latents; one device takes all by default.
+        distributed: this is one of several processes; on Cloud TPU, and under SLURM or Open MPI, they find each other.
+        coordinator: elsewhere, HOST:PORT of the first one.
+        processes: how many there are.
+        process: which of them this is, from 0.
         wandb: log to Weights & Biases too; with WANDB_MODE=offline, to files.
     """
-    from jaxsae import runs
+    import jax
+
+    from jaxsae import job, runs, sharding
+
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # what orbax has to say of errors is said below
+    if distributed or coordinator is not None:
+        _join(coordinator, processes, process)
 
     options = runs.Options(
         activation, latents, k, l1, not no_auxk, multi_topk, batch, steps, learning_rate, dead_after, heldout, seed
     )
-    with _progress(steps, rows=batch) as advance:
-        log = runs.logs(out, options, wandb=wandb)
-        report = runs.run(out, data=data, options=options, progress=advance, log=log)
+    try:
+        chief = jax.process_index() == 0
+        with _progress(steps, rows=batch, quiet=not chief) as advance:
+            report = runs.run(
+                out,
+                data=data,
+                options=options,
+                weights=weights or None,
+                mesh=None if mesh is None else sharding.make_mesh(*mesh),
+                save_every=save_every,
+                resume=resume,
+                progress=advance,
+                warn=_warn,
+                log=runs.logs(out, options, wandb=wandb) if chief else None,
+            )
+    except job.Stopped as stopped:
+        if jax.process_index() == 0:
+            print(f"Stopped after {stopped.step} steps; all is saved: the same command goes on.")
+        return 0 if stopped.signum == signal.SIGTERM else 130
+    if not chief:
+        return 0
     measured = report["heldout"]
     print(f"{heldout} held-out rows: NMSE {measured['nmse']:.4f}, L0 {measured['l0']:.1f}, dead {measured['dead']:.1%}")
     print(f"Written: {out / 'sae'}/, {out / 'report.json'}")
     if report["skipped"]:
-        _warn(f"{report['skipped']} batches were skipped, since their loss was not finite.")
+        _warn(f"{report['skipped']} batches were skipped, since their loss was not finite. {runs.blame(report)}")
     return 0
 
 
@@ -407,12 +451,89 @@ def info(path: str, /, *, revision: str | None = None) -> int:
     return 0
 
 
+def plan(
+    *,
+    latents: int,
+    d: int,
+    k: int,
+    batch: int,
+    topology: str,
+    data: int = 1,
+    activation: str = "topk",
+    price: float | None = None,
+) -> int:
+    """Compile a training for a TPU slice, with no TPU, and tell what it needs there.
+
+    Memory, FLOPs, bytes and collectives are read from the compiled programs. Times are the least that each of
+    arithmetic, memory and network need at their peak; a step takes longer. Needs the extra tpu-aot. Example:
+    jaxsae plan --latents 1048576 --d 4096 --k 128 --topology v5e:4x4 --batch 8192
+
+    Args:
+        latents: how many.
+        d: width of the activations.
+        k: active latents a row.
+        batch: rows a step, of all chips together.
+        topology: kind and shape of the slice: v4, v5e, v5p or v6e, like v5e:4x4.
+        data: how many ways to split the rows; the latents are split over the other chips.
+        activation: as of jaxsae train.
+        price: US dollars that a chip costs an hour; by default, what it did on demand in 2025.
+    """
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    from jaxsae import plan as job
+    from jaxsae import runs
+
+    options = runs.Options(activation, latents, k, batch=batch)
+    mesh = job.topology_mesh(topology, data)
+    chips, chip = mesh.size, job.CHIPS[topology.partition(":")[0]]
+    price = chip.price if price is None else price
+    print(f"{chips} chips {topology}: rows {data} ways, latents {chips // data} ways; a chip has {_gib(chip.memory)}")
+    fits = True
+    for name, compiled in (("training step", job.training_step), ("encode and refit", job.refit_step)):
+        program = compiled(options, d, mesh)
+        fits &= program.memory < chip.memory
+        share = program.memory / chip.memory
+        print(f"\n{name}, of each chip:")
+        print(f"  memory   {_gib(program.memory)}, {share:.0%}: {_gib(program.arguments)} of arguments and state")
+        print(f"  work     {program.flops:.3g} FLOP, {program.bytes:.3g} bytes read and written")
+        for (kind, size), count in program.collectives.items():
+            print(f"  {count:4} {kind:18} of {size:,} bytes")
+        seconds = program.seconds(chip)
+        print("  at peak  " + ", ".join(f"{what} {1000 * value:.1f} ms" for what, value in seconds.items()))
+        cost = max(seconds.values()) * chips * price / 3600 / batch * 1e9
+        print(
+            f"  that is at most {batch / max(seconds.values()):,.0f} rows/s, and at least ${cost:,.2f} a billion rows"
+        )
+    if not fits:
+        _warn("this is more memory than a chip has; take more chips, or a smaller batch.")
+    return 0 if fits else 1
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def _join(coordinator: str | None, processes: int | None, process: int | None) -> None:
+    import jax
+
+    if jax.config.jax_platforms == "cpu":  # pyright: ignore[reportAttributeAccessIssue]
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(coordinator, processes, process)
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(
+            f"the processes do not find each other ({reason}); pass --coordinator HOST:PORT --processes N --process I."
+        ) from error
+
+
 def _warn(text: str) -> None:
     print(f"jaxsae: warning: {text}", file=sys.stderr)
 
 
 @contextlib.contextmanager
-def _progress(total: int, *, rows: int | None = None, unit: str = "rows"):
+def _progress(total: int, *, rows: int | None = None, unit: str = "rows", quiet: bool = False):
     """Yield `advance(text, steps)`: a bar with the time left on a terminal, a line every tenth elsewhere.
 
     With `rows`, those of one step, both tell the speed.
@@ -420,7 +541,7 @@ def _progress(total: int, *, rows: int | None = None, unit: str = "rows"):
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, quiet=quiet)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("starting", total=total)
@@ -433,7 +554,7 @@ def _progress(total: int, *, rows: int | None = None, unit: str = "rows"):
                 number, since = began
                 text += f"  {rows * (done + steps - number) / (time.monotonic() - since):,.0f} {unit}/s"
             bar.update(task, description=text, advance=steps)
-            if not console.is_terminal and 10 * (done + steps) // total > 10 * done // total:
+            if not (console.is_terminal or quiet) and 10 * (done + steps) // total > 10 * done // total:
                 print(f"{100 * (done + steps) // total:3}%  {text}", file=sys.stderr, flush=True)
             done += steps
             began = began or (done, time.monotonic())  # compilation is over

@@ -1,37 +1,45 @@
 """Rows to train and measure on: activations on disk, or patches of two photographs."""
 
+import io
+import itertools
+import json
 import os
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+import safetensors
 
 from jaxsae import shards
 from jaxsae.files import InputError
 
 Rows = np.ndarray | shards.Rows  # `[n d]`, in memory or not
 
+_THREADS, _AHEAD = 2, 8  # of the reading of batches; in number
 # What numpy lets out when a file is not what it says.
 _UNREADABLE = (
     *(ValueError, TypeError, EOFError, OSError, LookupError, SyntaxError, NotImplementedError, MemoryError),
-    *(tokenize.TokenError, zipfile.BadZipFile, zlib.error),
+    *(tokenize.TokenError, zipfile.BadZipFile, zlib.error, safetensors.SafetensorError, RuntimeError),
 )
 
 
 def open_rows(path: str | os.PathLike) -> Rows:
-    """Open activations as rows `[n d]`: a `.npy` (memory-mapped) or `.npz` file, or a directory of shards.
+    """Open activations as rows `[n d]`: a file in one of several formats, or a directory of shards.
 
-    Leading axes are flattened into rows. An `.npz` must hold one array of activations. Of a directory that is still
-    being written, the whole shards are opened.
+    Formats are `.npy` and `.safetensors`, memory-mapped; `.npz`; and `.array_record`, whose records are rows, each as
+    the bytes of an `.npy` file. Leading axes are flattened into rows. There must be one array of activations in a file.
+    Of a directory that is still being written, the whole shards are opened.
 
     Args:
       path: the file, or the directory.
 
     Returns:
-      `[n d]`, float16, float32 or float64.
+      `[n d]`, float16, bfloat16, float32 or float64.
 
     Raises:
       InputError: if the file is missing, truncated, not an array, empty, or not floating point; as `shards.read`.
@@ -45,6 +53,7 @@ def open_rows(path: str | os.PathLike) -> Rows:
     """
     path = Path(path)
     expected = "expected a .npy or .npz array of floating-point activations (rows, width)"
+    kind = {".safetensors": _open_safetensors, ".array_record": _open_records}.get(path.suffix)
     if Path(path, shards.MANIFEST).is_file():
         rows = shards.open_rows(path)
         if not len(rows):
@@ -55,10 +64,12 @@ def open_rows(path: str | os.PathLike) -> Rows:
         raise InputError(f"{path}: {what}; {expected}.")
     with open(path, "rb") as file:
         magic = file.read(6)
-    if magic[:2] != b"PK" and magic != b"\x93NUMPY":
+    if kind is None and magic[:2] != b"PK" and magic != b"\x93NUMPY":
         raise InputError(f"{path}: {'not an array file' if magic else 'the file is empty'}; {expected}.")
     try:
-        if magic[:2] == b"PK":
+        if kind is not None:
+            array = kind(path)
+        elif magic[:2] == b"PK":
             with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
                 array = _only_array(archive, path)
         else:
@@ -68,11 +79,52 @@ def open_rows(path: str | os.PathLike) -> Rows:
     except _UNREADABLE as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{path}: is damaged or holds no plain array ({reason}); {expected}.") from error
-    if array.dtype not in (np.float16, np.float32, np.float64):
+    if array.dtype not in (np.float16, np.float32, np.float64, jnp.bfloat16):
         raise InputError(f"{path}: holds {array.dtype}; {expected}: convert it with .astype('float32').")
     if array.ndim < 2 or array.size == 0:
         raise InputError(f"{path}: has shape {array.shape}; {expected}.")
-    return array.reshape(-1, array.shape[-1])
+    return array if isinstance(array, shards.Rows) else array.reshape(-1, array.shape[-1])
+
+
+def _open_safetensors(path: Path) -> np.ndarray:
+    with safetensors.safe_open(path, "numpy") as file:  # checks the header
+        names = list(file.keys())
+    if len(names) != 1:
+        raise InputError(f"{path}: holds {len(names)} arrays ({', '.join(names) or 'nothing'}); expected one.")
+    with open(path, "rb") as file:
+        start = int.from_bytes(file.read(8), "little")
+        entry = json.loads(file.read(start))[names[0]]
+    dtype = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}.get(entry["dtype"])
+    if dtype is None:
+        raise TypeError(f"its values are {entry['dtype']}")
+    offset = 8 + start + entry["data_offsets"][0]
+    return np.memmap(path, jnp.dtype(dtype), "r", offset, tuple(entry["shape"]))
+
+
+class _Records:
+    """Rows of an ArrayRecord file by their numbers."""
+
+    def __init__(self, path: Path):
+        import grain
+
+        self._source: Any = grain.sources.ArrayRecordDataSource([str(path)])
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, numbers: np.ndarray) -> np.ndarray:
+        records = self._source.__getitems__(np.asarray(numbers).tolist())
+        return np.stack([np.load(io.BytesIO(record), allow_pickle=False) for record in records])
+
+
+def _open_records(path: Path) -> shards.Rows:
+    records = _Records(path)
+    if not len(records):
+        raise ValueError("it has no records")
+    first = records[np.array([0])]
+    if first.ndim != 2:
+        raise ValueError(f"a record has shape {first.shape[1:]}")
+    return shards.Rows(lambda _: records, np.array([0, len(records)]), range(len(records)), first.shape[1], first.dtype)  # pyright: ignore[reportArgumentType]
 
 
 def _only_array(archive, path: Path) -> np.ndarray:
@@ -102,32 +154,115 @@ def require_finite(rows: Rows, what: str) -> None:
         )
 
 
-def batches(rows: Rows, size: int, *, seed: int) -> Iterator[np.ndarray]:
-    """Yield batches `[size d]` in float32 for ever, shuffled anew in every pass; a rest that fills no batch waits.
+class Batches:
+    """Batches `[size d]` in float32 for ever, read ahead by grain; the order is a function of the seed alone.
+
+    Attributes:
+      position: how many batches were taken; set it to go on from there, or from anywhere else, to the bit.
+    """
+
+    def __init__(self, source: "_Numbered", seed: int):
+        """Of `batches`."""
+        import grain
+
+        self.source, self.seed = source, seed
+        reading = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_AHEAD)
+        self._iterator = iter(grain.MapDataset.source(source).to_iter_dataset(reading))
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> np.ndarray:
+        return next(self._iterator)
+
+    @property
+    def position(self) -> int:
+        """Of the attributes."""
+        return self._iterator.get_state()["next_index"]
+
+    @position.setter
+    def position(self, number: int) -> None:
+        self._iterator.set_state({"next_index": number})
+
+    def rows(self, number: int) -> list[tuple[int, np.ndarray]]:
+        """Which rows batch `number` holds: `(source, row numbers)`, for those sources that it draws from."""
+        return [(source, numbers) for source, _, numbers in self.source.parts(number)]
+
+
+class _Numbered:
+    """Batch by its number: what grain reads."""
+
+    def __init__(self, sources: Sequence[Rows], order: Any, size: int, part: slice):
+        self._sources, self._order = sources, order
+        self._size, self._part = size, range(size)[part]
+        self._edges = np.cumsum([0, *map(len, sources)])
+
+    def __len__(self) -> int:
+        return (1 << 62) // self._size
+
+    def parts(self, number: int) -> list[tuple[int, np.ndarray, np.ndarray]]:
+        """Of each source that a batch draws from: its number, places in the batch, and row numbers, ascending."""
+        flat = np.array([self._order[number * self._size + place] for place in self._part])
+        sources = np.searchsorted(self._edges, flat, side="right") - 1
+        order = np.argsort(flat, kind="stable")  # a memory-mapped file is then read forwards
+        cuts = np.searchsorted(sources[order], range(len(self._sources) + 1))
+        found = [(source, order[cuts[source] : cuts[source + 1]]) for source in range(len(self._sources))]
+        return [(source, at, flat[at] - self._edges[source]) for source, at in found if len(at)]
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        batch = np.empty((len(self._part), self._sources[0].shape[1]), np.float32)
+        for source, at, numbers in self.parts(index):
+            batch[at] = self._sources[source][numbers]
+        return batch
+
+
+def batches(
+    rows: Rows | Sequence[Rows],
+    size: int,
+    *,
+    seed: int,
+    weights: Sequence[float] | None = None,
+    part: slice = slice(None),
+) -> Batches:
+    """Yield batches `[size d]` in float32 for ever, each row once before any comes again, in an order anew each time.
 
     Args:
-      rows: `[n d]`, may be memory-mapped.
+      rows: `[n d]`, may be memory-mapped; or several of them, to be mixed.
       size: rows a batch, at most `n`.
       seed: of the shuffles.
+      weights: in which proportions to mix, whatever the lengths; by default in those of the lengths, as if joined.
+      part: which rows of each batch to read, those that this process needs; all by default.
 
     Raises:
-      InputError: if there are fewer rows than a batch holds.
+      InputError: if there are fewer rows than a batch holds, or the widths or weights do not fit.
 
     Example:
-      >>> next(batches(np.arange(6.0).reshape(3, 2), 2, seed=0)).shape
-      (2, 2)
+      >>> stream = batches(np.arange(6.0).reshape(3, 2), 2, seed=0)
+      >>> next(stream).shape, stream.position
+      ((2, 2), 1)
     """
-    if len(rows) < size:
-        raise InputError(f"got {len(rows)} rows for batches of {size}; pass more rows or a smaller batch.")
-    return _shuffled(rows, size, np.random.default_rng(seed))
+    import grain
 
+    sources: list[Any] = [rows] if hasattr(rows, "shape") else list(rows)  # pyright: ignore[reportArgumentType]
+    total = sum(map(len, sources))
+    if total < size:
+        raise InputError(f"got {total} rows for batches of {size}; pass more rows or a smaller batch.")
+    widths = {source.shape[1] for source in sources}
+    if len(widths) > 1:
+        raise InputError(f"got sources of widths {sorted(widths)}; pass activations of one layer.")
 
-def _shuffled(rows, size, generator):
-    while True:
-        order = generator.permutation(len(rows))
-        for start in range(0, len(rows) - size + 1, size):
-            # Sorted reads: a memory-mapped file is then read forwards.
-            yield np.asarray(rows[np.sort(order[start : start + size])], np.float32)
+    def shuffled(numbers, seed):
+        return grain.MapDataset.range(*numbers).seed(seed % 2**32).shuffle().repeat()
+
+    if weights is None:
+        order = shuffled((total,), seed)
+    else:
+        if len(weights) != len(sources) or not all(0 < weight < np.inf for weight in weights):
+            raise InputError(f"got weights {list(weights)} for {len(sources)} sources; pass a positive one for each.")
+        edges = np.cumsum([0, *map(len, sources)]).tolist()
+        pairs = enumerate(itertools.pairwise(edges))
+        order = grain.MapDataset.mix([shuffled(pair, seed + number) for number, pair in pairs], weights)
+    return Batches(_Numbered(sources, order, size, part), seed)
 
 
 def image_patches(rows: int, heldout: int, *, side: int = 10, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxsae import sharding
+
 EXACT = jax.lax.Precision.HIGHEST  # a plain float32 dot is TF32 or bfloat16 on accelerators
 matmul = functools.partial(jnp.matmul, precision=EXACT)
 
@@ -45,7 +47,7 @@ def solve_semidefinite(gram: Float[Array, "k k"], rhs: Float[Array, "k n"]) -> F
     """
     # jaxlib's batched LAPACK on a CPU waits, inside the thread pool, for work it queued in that same pool: two of
     # them at once stop a two-core machine for ever (seen with jaxlib 0.10.2). One matrix at a time never queues.
-    if jax.default_backend() == "cpu":
+    if sharding.on_cpu():
         return _solve_semidefinite_in_turn(gram, rhs)
     return _solve_semidefinite(gram, rhs)
 

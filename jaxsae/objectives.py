@@ -19,7 +19,7 @@ import optax
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsae import losses
+from jaxsae import codes, losses
 from jaxsae.activations import Activation, TopK
 from jaxsae.codes import SparseCode
 from jaxsae.sae import SAE, encode, pre_activations, reconstruct
@@ -117,7 +117,7 @@ def _l0(code) -> Array:
 def _fired(code) -> Array:
     if not isinstance(code, SparseCode):
         return (code != 0).any(0)
-    return jnp.zeros(code.num_latents, bool).at[code.indices].max(code.values != 0, mode="drop")
+    return codes.sum_by_latent(dataclasses.replace(code, values=(code.values != 0).astype(jnp.float32))) > 0
 
 
 def _dense(code) -> Array:

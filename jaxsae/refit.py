@@ -28,7 +28,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from jaxsae import gram, rows, solvers
+from jaxsae import gram, rows, sharding, solvers
 from jaxsae.codes import SparseCode
 from jaxsae.linalg import EXACT, divide, matmul, solve_on, solve_semidefinite
 
@@ -126,9 +126,37 @@ def refit(
     if solver is None:
         solver = solvers.default(code.indices.shape[-1], y.shape[-1])
     ridge = jnp.asarray(ridge, gram.accumulator(dictionary, y))
+    if sharding.spread() and gram.is_array(dictionary):
+        static = _Static(nonnegative, code.num_latents, scratch)
+        values, info = _refit_by_devices(static, solver, dictionary, y, code.indices, code.values, ridge)
+        return dataclasses.replace(code, values=values), info
     static = _Static(nonnegative, code.num_latents, scratch)
     values, info = _refit(static, solver, dictionary, y, code.indices, code.values, ridge)
     return dataclasses.replace(code, values=values), info
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _refit_by_devices(static: "_Static", solver, dictionary, y, indices, values, ridge):
+    """Each device refits some of the rows by itself, once it has their atoms from the devices that keep them."""
+    batch, n = y.shape[:-1], math.prod(y.shape[:-1])
+    spare = -n % (sharding.ways("data") * sharding.ways("latent"))
+    empty = (0, static.num_latents, 0)
+    y, indices, values = (
+        jnp.pad(x.reshape(n, x.shape[-1]), [(0, spare), (0, 0)], constant_values=value)
+        for x, value in zip((y, indices, values), empty, strict=True)
+    )
+
+    def here(solver, dictionary, y, indices, values, ridge):
+        atoms = sharding.fetch(dictionary, indices)
+        slots = jnp.arange(indices.size, dtype=indices.dtype).reshape(indices.shape)
+        slots = jnp.where(gram.used(indices, static.num_latents), slots, indices.size)
+        own = static._replace(num_latents=indices.size)
+        return _refit(own, solver, atoms.reshape(-1, atoms.shape[-1]), y, slots, values, ridge)
+
+    row, whole = sharding.BOTH, sharding.WHOLE
+    split = sharding.split(here, (whole, sharding.LATENTS, row, row, row, whole), row)
+    values, info = split(solver, dictionary, y, indices, values, ridge)
+    return values[:n].reshape(*batch, -1), jax.tree.map(lambda x: x[:n].reshape(batch), info)
 
 
 def check(info_or_code: RefitInfo | SparseCode) -> None:
@@ -388,7 +416,7 @@ def _widths(k: int) -> list[int]:
 
     Each width costs more than a second of compilation. On an accelerator its rows would have to fill the device.
     """
-    return [k // 4, k // 2, k] if k >= 192 and jax.default_backend() == "cpu" else [k]
+    return [k // 4, k // 2, k] if k >= 192 and sharding.on_cpu() else [k]
 
 
 def _narrow(solve, num_latents: int, width: int, y, indices, values) -> _Outcome:

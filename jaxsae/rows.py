@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
+from jaxsae import sharding
+
 SCRATCH = 256 << 20  # bytes; the default bound of what a chunk may need
 # Rows of a chunk on a CPU, whatever the batch, so that a row goes through the same arithmetic, to the bit, alone or
 # among thousands. It is also as many as keep what they gather in the cache.
@@ -17,7 +19,7 @@ _CPU_ROWS = 16
 def _chunk_size(total: int, row_bytes: int, scratch: int, cpu_rows: int) -> tuple[int, int]:
     """Rows of a chunk, and how many chunks."""
     most = max(1, scratch // max(row_bytes, 1))
-    if jax.default_backend() == "cpu":
+    if sharding.on_cpu():
         most = min(most, cpu_rows)
     step = min(most, _CPU_ROWS)
     padded = max(step, math.ceil(total / step) * step)
@@ -120,7 +122,7 @@ def each_row(f: Callable[[jax.Array], jax.Array], x: jax.Array, *, flops: int) -
     On a CPU the loop is unrolled if a row costs enough `flops`: XLA runs products that do not wait for each other on
     several cores, and a batch of them on one.
     """
-    if jax.default_backend() != "cpu" or flops < 1 << 18:
+    if not sharding.on_cpu() or flops < 1 << 18:
         return jax.vmap(f)(x)
     # Without the barrier XLA computes each row wherever a result is read, and takes minutes to compile that.
     return jnp.stack(jax.lax.optimization_barrier([f(x[row]) for row in range(x.shape[0])]))

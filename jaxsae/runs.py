@@ -1,7 +1,8 @@
 """A training run: from a file of activations to a saved autoencoder, its measurements, and a log of the way there.
 
 A run is a directory: `sae/`, the autoencoder in the units of the data; `report.json`, options and measurements;
-TensorBoard event files, and if asked for those of Weights & Biases.
+`checkpoints/`, from which it goes on if something ended it; TensorBoard event files, and if asked for those of Weights
+& Biases.
 """
 
 import contextlib
@@ -9,9 +10,7 @@ import functools
 import json
 import operator
 import os
-import platform
-from collections.abc import Callable, Iterator
-from importlib.metadata import version
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,16 +18,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from jaxsae import data as data_module
-from jaxsae import metrics, pretrained, stream, train
+from jaxsae import job, metrics, pretrained, sharding, stream, train
 from jaxsae.activations import AbsTopK, Activation, BatchTopK, Gated, GroupMax, JumpReLU, ReLU, TopK
+from jaxsae.checkpoint import Checkpoints, versions
 from jaxsae.files import InputError, atomic_file
 from jaxsae.objectives import L0, L1, AuxK, Gate, MultiTopK, Objective
 from jaxsae.sae import SAE, encode, init, reconstruct, rescale
 
 _SAMPLE = 10_000  # rows from which centre and scale are estimated
 _REPORT_EVERY = 10  # steps
+_BLAMED = 1000  # batches looked through for what is wrong with them
 Progress = Callable[[str, int], None]
 Log = Callable[[int, dict[str, float]], None]
 
@@ -89,73 +91,150 @@ FAMILIES = {
 def run(
     out: str | os.PathLike,
     *,
-    data: str | os.PathLike,
+    data: str | os.PathLike | Sequence[str | os.PathLike],
     options: Options,
+    weights: Sequence[float] | None = None,
+    mesh: Mesh | None = None,
+    save_every: float = 60.0,
+    resume: bool = False,
     progress: Progress = lambda text, steps: None,
+    warn: Callable[[str], None] = lambda text: None,
     log: contextlib.AbstractContextManager[Log] | None = None,
 ) -> dict[str, Any]:
-    """Train on a file of activations, but its last rows; measure on those; save.
+    """Train on activations, but the last rows; measure on those; save. What was begun in `out` is gone on with.
 
     Args:
       out: directory, made if missing.
-      data: file of activations.
+      data: file or directory of activations, or several.
       options: what to train, and how.
+      weights: in which proportions to mix the data, whatever their lengths; by default in those of the lengths.
+      mesh: of `sharding.make_mesh`, to spread rows and latents over; one device by default.
+      save_every: seconds from one save of the whole state to the next.
+      resume: refuse to begin anew.
       progress: called with what is going on and how many steps that took; `options.steps` in all.
+      warn: told what was amiss and could be done without.
       log: opened when all is well, for example `logs(out, options)`; then called with the step and its numbers.
 
     Returns:
       The report.
 
     Raises:
-      InputError: if an option or the data cannot be used, or if training diverged; the last good autoencoder is saved.
+      InputError: if an option or the data cannot be used, if `out` holds another run, or if training diverged; the
+        last good autoencoder is saved.
+      job.Stopped: on SIGTERM or SIGINT, with all saved.
     """
-    family = _validate(options)
-    rows, heldout = _load(data, options)
-    centre, scale = _centre_and_scale(rows, str(data))
-    d, o = rows.shape[1], options
-    activation = family.activation(o)
-    sae = init(jax.random.key(o.seed), d=d, m=o.latents, activation=activation, b_dec=scale * centre)
+    _validate(options)
+    paths = [data] if isinstance(data, str | os.PathLike) else list(data)
+    sources, heldout = _load(paths, options, weights)
+    out, o, name = Path(out), options, ", ".join(map(str, paths))
+    told_data = {"path": name, "rows": sum(map(len, sources)), "heldout": len(heldout), "width": heldout.shape[1]}
+    config = o._asdict() | {"data": [*map(len, sources), heldout.shape[1]], "weights": weights and list(weights)}
+    with (
+        jax.set_mesh(mesh) if mesh else contextlib.nullcontext(),
+        Checkpoints(out / "checkpoints", config=config, warn=warn) as checkpoints,
+    ):
+        if resume and not checkpoints.steps():
+            raise InputError(f"{out}: holds no run to resume; leave out --resume to begin one.")
+        part = sharding.rows_needed(o.batch)
+        batches = data_module.batches(sources, o.batch, seed=o.seed, weights=weights, part=part)
+        centre, scale = _centre_and_scale(sources, name)
+        objective, tx, fresh = recipe(o, centre, scale)
+
+        def tell(step, shown):
+            if step % _REPORT_EVERY and step != o.steps:
+                return {}
+            numbers = {name: float(value) for name, value in shown.items()}
+            write(step, numbers)
+            text = f"NMSE {numbers['nmse']:.3f}  L0 {numbers['l0']:.0f}  dead {numbers['dead']:.1%}"
+            progress(text, (step - 1) % _REPORT_EVERY + 1)
+            return numbers
+
+        diverged = None
+        with log or contextlib.nullcontext(lambda step, numbers: None) as write:
+            try:
+                state, reached = job.run(
+                    *(train.make_step(objective, tx), fresh, batches, checkpoints),
+                    steps=o.steps,
+                    save_every=save_every,
+                    put=lambda x: sharding.place_rows(scale * x, o.batch, part.start),
+                    tell=tell,
+                    warn=warn,
+                )
+            except job.GivenUp as error:
+                state, reached, diverged = error.state, error.progress, error
+    sae = rescale(sharding.gathered(state.sae), scale)
+    chief = jax.process_index() == 0
+    if chief:
+        pretrained.save(sae, out / "sae")
+    bad = _rows_to_blame(sources, paths, batches, reached.bad)
+    report = {
+        "options": options._asdict(),
+        "data": told_data,
+        "steps": int(state.step),
+        "skipped": int(state.skipped),
+        "skipped_batches": list(reached.bad),
+        "rollbacks": reached.rollbacks,
+        "nonfinite_rows": bad,
+        "dead_in_training": reached.told.get("dead"),
+        "heldout": evaluate(sae, heldout),
+        "versions": versions() | {"backend": jax.default_backend()},
+    }
+    if chief:
+        with atomic_file(out / "report.json") as temporary:
+            temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    if diverged is not None:
+        told = f"{name}: {diverged} {blame(report)} The last good autoencoder is in {out / 'sae'}."
+        raise InputError(told) from diverged
+    return report
+
+
+def recipe(
+    options: Options, centre: jax.Array, scale: float
+) -> tuple[Objective, optax.GradientTransformation, Callable[[], train.TrainState]]:
+    """What `run` minimises, how, and a function that makes the state it starts from.
+
+    Args:
+      options: of the run.
+      centre: of the rows, `[d]`.
+      scale: from rows to those of unit mean square.
+
+    Raises:
+      InputError: if an option cannot be used.
+    """
+    family, o, d = _validate(options), options, len(centre)
     warm = optax.linear_schedule(0.0, 1.0, max(1, o.steps // 5))
     terms = family.terms(o, warm)
     terms += (MultiTopK(),) if o.multi_topk else ()
     terms += (AuxK(_auxk_latents(d, o.latents)),) if o.auxk else ()
-    told = {}
-
-    def tell(step, shown):
-        if step % _REPORT_EVERY == 0 or step == o.steps:
-            numbers = {name: float(value) for name, value in shown.items()}
-            write(step, numbers)
-            told.update(numbers)
-            text = f"NMSE {numbers['nmse']:.3f}  L0 {numbers['l0']:.0f}  dead {numbers['dead']:.1%}"
-            progress(text, (step - 1) % _REPORT_EVERY + 1)
-
-    batches = (scale * x for x in data_module.batches(rows, o.batch, seed=o.seed))
-    objective = Objective(terms, dead_after=o.dead_after)
     tx = train.recipe(_schedule(o), clip=1.0)
-    diverged = None
-    with log or contextlib.nullcontext(lambda step, numbers: None) as write:
-        try:
-            state = train.fit(sae, batches, loss=objective, tx=tx, steps=o.steps, callback=tell)
-        except train.Diverged as error:
-            state, diverged = error.state, error
-    sae = rescale(state.sae, scale)
-    out = Path(out)
-    pretrained.save(sae, out / "sae")
-    report = {
-        "options": options._asdict(),
-        "data": {"path": str(data), "rows": len(rows), "heldout": len(heldout), "width": d},
-        "steps": int(state.step),
-        "skipped": int(state.skipped),
-        "dead_in_training": told.get("dead"),
-        "heldout": evaluate(sae, heldout),
-        "versions": {name: version(name) for name in ("jaxsae", "jax", "flax", "optax", "numpy")}
-        | {"python": platform.python_version(), "backend": jax.default_backend()},
-    }
-    with atomic_file(out / "report.json") as temporary:
-        temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-    if diverged is not None:
-        raise InputError(f"{data}: {diverged} The last good autoencoder is in {out / 'sae'}.") from diverged
-    return report
+
+    def fresh() -> train.TrainState:
+        activation = family.activation(o)
+        sae = init(jax.random.key(o.seed), d=d, m=o.latents, activation=activation, b_dec=scale * centre)
+        return train.init_state(sae, tx)
+
+    return Objective(terms, dead_after=o.dead_after), tx, fresh
+
+
+def _rows_to_blame(sources, paths, batches: data_module.Batches, bad: Sequence[int]) -> dict[str, list[int]]:
+    """Which rows of the batches that were skipped hold NaN or Inf, by file."""
+    found: dict[str, set[int]] = {}
+    for number in bad[-_BLAMED:]:
+        for source, rows in batches.rows(number):
+            wrong = rows[~np.isfinite(np.asarray(sources[source][rows], np.float32)).all(axis=1)]
+            found.setdefault(str(paths[source]), set()).update(wrong.tolist())
+    return {path: sorted(rows) for path, rows in found.items() if rows}
+
+
+def blame(report: dict[str, Any]) -> str:
+    """One sentence on what was wrong with the batches that a run skipped."""
+    parts = []
+    for path, rows in report["nonfinite_rows"].items():
+        shown = ", ".join(map(str, rows[:5])) + (", …" if len(rows) > 5 else "")
+        parts.append(f"row{'s' * (len(rows) > 1)} {shown} of {path}")
+    if not parts:
+        return "No row of them holds NaN or Inf."
+    return f"NaN or Inf: {' and '.join(parts)}."
 
 
 def _validate(options: Options) -> _Family:
@@ -180,22 +259,36 @@ def _validate(options: Options) -> _Family:
     return family
 
 
-def _load(path, options: Options) -> tuple[data_module.Rows, data_module.Rows]:
-    everything = data_module.open_rows(path)
-    needed = options.batch + options.heldout
-    if len(everything) < needed:
+def _load(paths, options: Options, weights) -> tuple[list[data_module.Rows], np.ndarray]:
+    """The rows to train on, file by file, and the last ones of each, of all of them together as many as asked for."""
+    everything = [data_module.open_rows(path) for path in paths]
+    if weights is not None and len(weights) != len(paths):
+        raise InputError(f"got {len(weights)} weights for {len(paths)} files; pass one for each.")
+    total, needed = sum(map(len, everything)), options.batch + options.heldout
+    name = ", ".join(map(str, paths))
+    if total < needed:
         raise InputError(
-            f"{path}: holds {len(everything)} rows, but a batch and the held-out rows are {needed}; pass more rows, or "
-            "less of either."
+            f"{name}: holds {total} rows, but a batch and the held-out rows are {needed}; pass more rows, or less of "
+            "either."
         )
-    heldout = np.asarray(everything[-options.heldout :], np.float32)
-    data_module.require_finite(heldout, f"{path}, held-out part")
-    return everything[: -options.heldout], heldout
+    ends = np.cumsum([0, *map(len, everything)]) * options.heldout // total
+    counts = np.diff(ends)
+    heldout = [
+        np.asarray(rows[len(rows) - count :], np.float32) for rows, count in zip(everything, counts, strict=True)
+    ]
+    if len({rows.shape[1] for rows in everything}) > 1:
+        raise InputError(f"{name}: have widths {', '.join(str(x.shape[1]) for x in everything)}; pass one layer's.")
+    for path, rows in zip(paths, heldout, strict=True):
+        if len(rows):
+            data_module.require_finite(rows, f"{path}, held-out part")
+    rest = [rows[: len(rows) - count] for rows, count in zip(everything, counts, strict=True)]
+    return rest, np.concatenate(heldout)
 
 
-def _centre_and_scale(rows: data_module.Rows, name: str) -> tuple[jax.Array, float]:
+def _centre_and_scale(sources: Sequence[data_module.Rows], name: str) -> tuple[jax.Array, float]:
     """Geometric median of a sample, and what scales it to unit mean square about that."""
-    sample = np.asarray(rows[:: max(1, len(rows) // _SAMPLE)][:_SAMPLE], np.float32)
+    every = max(1, sum(map(len, sources)) // _SAMPLE)
+    sample = np.concatenate([np.asarray(rows[::every][:_SAMPLE], np.float32) for rows in sources])
     sample = sample[np.isfinite(sample).all(1)]
     if len(sample) == 0 or (sample == sample[0]).all():
         raise InputError(f"{name}: all rows are equal, or none is finite; pass activations of varied inputs.")

@@ -249,7 +249,7 @@ def _selected_forward(values, indices, x, W_enc, b_enc, b_dec):
 def _selected_backward(residuals, values_bar):
     indices, x, W_enc, b_enc, b_dec = residuals
     bar = SparseCode(values_bar, indices, b_enc.size)
-    b_enc_bar = jnp.zeros(b_enc.shape, values_bar.dtype).at[indices].add(values_bar, mode="drop")
+    b_enc_bar = codes.sum_by_latent(bar)
     return (
         *(None, None),
         codes.combine(W_enc.T, bar).astype(x.dtype),

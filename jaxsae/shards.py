@@ -1,7 +1,7 @@
 """A directory of activations that others can read: plain `.npy` shards and a JSON manifest, never half-valid.
 
     manifest.json     width, dtype, rows, complete, source; the rows of each shard, size and CRC-32 of its files
-    00000.npy         [n d], float16 or float32
+    00000.npy         [n d], float16 or float32; bfloat16, which .npy does not know, as uint16 of the same bits
     00000.tokens.npy  a column beside it, of any shape and dtype
 
 A shard is there once the manifest names it: the manifest is replaced, in one step, when the files are on the disk.
@@ -19,12 +19,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxsae.files import InputError
 
 MANIFEST = "manifest.json"
-_FORMAT, _VERSION, _DTYPES = "jaxsae-activations", 1, ("float16", "float32")
+_FORMAT, _VERSION, _DTYPES = "jaxsae-activations", 1, ("float16", "float32", "bfloat16")
 _SHARD = re.compile(r"([0-9]{5,})(?:\.([A-Za-z_][A-Za-z0-9_]*))?\.npy")  # its number; the column that it is
 _PARTIAL = re.compile(rf"\.(?:{_SHARD.pattern}|{re.escape(MANIFEST)})\.partial")
 _MOST_MAPS = 128  # each holds a file descriptor, of which some systems allow 256
@@ -115,7 +116,7 @@ class Writer:
         Args:
           folder: the directory, made if missing.
           width: of the rows.
-          dtype: float16 or float32.
+          dtype: float16, float32 or bfloat16.
           source: any JSON, where the rows come from; a directory is only continued with an equal one.
 
         Raises:
@@ -126,7 +127,7 @@ class Writer:
         new = Manifest(int(width), name, json.loads(json.dumps(source, allow_nan=False)))
         if new.width < 1 or new.dtype not in _DTYPES:
             raise InputError(
-                f"{folder}: got width {width} and dtype {name}; pass at least 1, and {' or '.join(_DTYPES)}."
+                f"{folder}: got width {width} and dtype {name}; pass at least 1, and one of {', '.join(_DTYPES)}."
             )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -217,11 +218,16 @@ def _cast(rows: Any, manifest: Manifest, folder: Path) -> np.ndarray:
     if rows.ndim != 2 or rows.shape[1] != manifest.width or not len(rows):
         raise InputError(f"{folder}: got rows of shape {rows.shape}; pass at least one, {manifest.width} wide.")
     with np.errstate(over="ignore"):
-        cast = rows.astype(manifest.dtype)
-    count = np.count_nonzero(np.isinf(cast) & np.isfinite(rows))
+        cast = rows.astype(jnp.dtype(manifest.dtype))
+    count = np.count_nonzero(~np.isfinite(cast) & np.isfinite(rows))
     if count:
         raise InputError(f"{folder}: {count} finite values overflow {manifest.dtype}; pass --dtype float32.")
-    return cast
+    return cast.view(_stored(manifest.dtype))
+
+
+def _stored(dtype: str) -> str:
+    """As what values are in a `.npy` file."""
+    return "uint16" if dtype == "bfloat16" else dtype
 
 
 def _serialised(array: Any, column: str | None) -> bytes:
@@ -288,9 +294,25 @@ def verify(folder: str | os.PathLike) -> None:
 
 def _checked(path: Path, crc32: str) -> bytes:
     content = path.read_bytes()
-    if _crc32(content) != crc32:
-        raise InputError(f"{path}: is damaged, its CRC-32 is {_crc32(content)}, expected {crc32}; {_MEND}.")
+    _require(path, _crc32(content), crc32)
     return content
+
+
+def _check(path: Path, crc32: str) -> None:
+    """The same of a file that need not be in memory."""
+    total = 0
+    try:
+        with open(path, "rb") as file:
+            while piece := file.read(1 << 22):
+                total = zlib.crc32(piece, total)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); {_MEND}.") from error
+    _require(path, f"{total:08x}", crc32)
+
+
+def _require(path: Path, got: str, expected: str) -> None:
+    if got != expected:
+        raise InputError(f"{path}: is damaged, its CRC-32 is {got}, expected {expected}; {_MEND}.")
 
 
 class Rows:
@@ -347,22 +369,27 @@ def open_rows(folder: str | os.PathLike) -> Rows:
       folder: the directory.
 
     Returns:
-      `[n d]`, float16 or float32.
+      `[n d]`, float16, float32 or bfloat16. A shard is checked when it is first read, and an `InputError` if damaged.
 
     Raises:
       InputError: as `read`, or if a shard is no array of the shape and dtype that the manifest tells.
     """
     manifest = read(folder)
     paths = [Path(folder, _name(number)) for number in range(len(manifest.shards))]
-    shapes = [(shard["rows"], manifest.width) for shard in manifest.shards]
+    shapes, dtype = [(shard["rows"], manifest.width) for shard in manifest.shards], jnp.dtype(manifest.dtype)
     offsets = [_offset(path, shape, manifest.dtype) for path, shape in zip(paths, shapes, strict=True)]
+
+    checked: set[int] = set()
 
     @functools.lru_cache(_MOST_MAPS)
     def load(number):
-        return np.asarray(np.memmap(paths[number], manifest.dtype, "r", offsets[number], shapes[number]))
+        if number not in checked:
+            _check(paths[number], manifest.files[paths[number].name]["crc32"])
+            checked.add(number)
+        return np.asarray(np.memmap(paths[number], dtype, "r", offsets[number], shapes[number]))
 
     edges = np.cumsum([0, *(rows for rows, _ in shapes)])
-    return Rows(load, edges, range(manifest.rows), manifest.width, manifest.dtype)
+    return Rows(load, edges, range(manifest.rows), manifest.width, dtype)
 
 
 def _offset(path: Path, shape: tuple[int, int], dtype: str) -> int:
@@ -370,6 +397,6 @@ def _offset(path: Path, shape: tuple[int, int], dtype: str) -> int:
     with open(path, "rb") as file:
         head = file.read(10)  # magic number, version, length of the header
     offset = 10 + int.from_bytes(head[8:], "little")
-    if head[:8] != b"\x93NUMPY\x01\x00" or offset + math.prod(shape) * np.dtype(dtype).itemsize != path.stat().st_size:
+    if head[:8] != b"\x93NUMPY\x01\x00" or offset + math.prod(shape) * jnp.dtype(dtype).itemsize != path.stat().st_size:
         raise InputError(f"{path}: holds no array {shape} of {dtype}; {_MEND}.")
     return offset

@@ -25,6 +25,7 @@ from flax import struct
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from jaxsae import sharding
 from jaxsae.linalg import divide
 from jaxsae.objectives import Measured
 from jaxsae.sae import SAE, decode, encode_dense
@@ -378,7 +379,7 @@ def _sweep_step(tx: Any, loss: Any, rates: Array, state: TrainState, batch: Any)
     def one(loss, rate, state):
         return _advance(tx(rate), loss, state, batch)
 
-    if jax.default_backend() != "cpu":
+    if not sharding.on_cpu():
         return jax.vmap(one)(loss, rates, state)
 
     def in_turn(state, each):  # in place, which `lax.map` is not

@@ -18,9 +18,11 @@ ORDER = [
     "__main__",
     "cli",
     "study",
+    "plan",
     "runs",
     "plots",
     "stream",
+    "job",
     "pretrained",
     "hub",
     "formats",
@@ -52,12 +54,12 @@ ORDER = [
     "gram",
     "kernels",
     "solvers",
-    "sharding",
     "synthetic",
     "codes",
     "linalg",
     "files",
     "rows",
+    "sharding",
 ]
 
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -1,12 +1,16 @@
 import gc
+import io
 import itertools
 import os
 import zipfile
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 import sklearn.datasets
 import sklearn.utils
+from array_record.python import array_record_module
 
 from jaxsae.data import batches, image_patches, open_rows, require_finite
 from jaxsae.files import InputError
@@ -164,11 +168,62 @@ def test_every_pass_covers_every_row_once_in_float32(dtype):
     assert not np.array_equal(passes[0], passes[1])
 
 
-def test_a_rest_that_fills_no_batch_waits():
+def test_a_batch_may_span_two_passes():
     stream = batches(array((11, 1)), 4, seed=0)
-    seen = [set(np.concatenate(list(itertools.islice(stream, 2)))[:, 0]) for _ in range(20)]
-    assert {len(rows) for rows in seen} == {8}  # no row twice in a pass
-    assert len(set.union(*seen)) == 11  # and none waits for ever
+    seen = np.concatenate(list(itertools.islice(stream, 33)))[:, 0].reshape(12, 11)  # pass by pass
+    np.testing.assert_array_equal(np.sort(seen), np.tile(np.arange(11), (12, 1)))
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, 2.0]])
+def test_batches_go_on_from_any_position_to_the_bit(weights):
+    sources = [array((9, 2)), 100 + array((20, 2), np.float16)]
+    stream = batches(sources, 4, seed=3, weights=weights)
+    first = list(itertools.islice(stream, 12))
+    assert stream.position == 12
+    for position in (0, 5, 11):
+        stream = batches(sources, 4, seed=3, weights=weights)
+        stream.position = position
+        np.testing.assert_array_equal(list(itertools.islice(stream, 12 - position)), first[position:])
+    stream.position = 2  # also backwards
+    np.testing.assert_array_equal(next(stream), first[2])
+
+
+def test_processes_read_parts_of_the_same_batches():
+    whole = batches(array((30, 2)), 6, seed=0)
+    parts = [batches(array((30, 2)), 6, seed=0, part=slice(at, at + 3)) for at in (0, 3)]
+    for _ in range(9):
+        np.testing.assert_array_equal(next(whole), np.concatenate([next(part) for part in parts]))
+
+
+def test_sources_are_mixed_by_weight_or_by_length():
+    sources = [np.zeros((10, 1)), np.ones((30, 1))]
+
+    def share(weights):
+        return np.mean(list(itertools.islice(batches(sources, 8, seed=0, weights=weights), 50)))
+
+    np.testing.assert_allclose([share(None), share([3.0, 1.0]), share([1.0, 1.0])], [0.75, 0.25, 0.5])
+
+
+def test_a_batch_tells_which_rows_it_holds():
+    sources = [array((9, 2)), 100 + array((20, 2))]
+    stream = batches(sources, 5, seed=0)
+    for number in range(8):
+        found = np.concatenate([sources[source][rows] for source, rows in stream.rows(number)])
+        np.testing.assert_array_equal(np.sort(found[:, 0]), np.sort(next(stream)[:, 0]))
+
+
+@pytest.mark.parametrize(
+    ("sources", "weights", "message"),
+    [
+        ([array((9, 2)), array((9, 3))], None, r"got sources of widths \[2, 3\]"),
+        ([array((9, 2)), array((9, 2))], [1.0], r"got weights \[1.0\] for 2 sources"),
+        ([array((9, 2)), array((9, 2))], [1.0, 0.0], r"got weights \[1.0, 0.0\] for 2 sources"),
+        ([array((9, 2)), array((9, 2))], [1.0, np.nan], r"got weights \[1.0, nan\] for 2 sources"),
+    ],
+)
+def test_sources_that_cannot_be_mixed(sources, weights, message):
+    with pytest.raises(InputError, match=message):
+        batches(sources, 4, seed=0, weights=weights)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -253,3 +308,63 @@ def test_no_pixel_is_in_both_training_and_heldout_patches(monkeypatch):
         assert not (train & heldout).any()
         assert (train | heldout).all()  # and none is wasted
         assert 0.7 < train.mean() < 0.8
+
+
+# --- other formats
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_a_safetensors_file_is_mapped(dtype, tmp_path):
+    saved = np.asarray(jnp.asarray(array((2, 3, 4)), dtype))
+    safetensors.numpy.save_file({"activations": saved}, tmp_path / "x.safetensors")
+    found = open_rows(tmp_path / "x.safetensors")
+    assert found.dtype == saved.dtype
+    assert isinstance(found.base, np.memmap)
+    np.testing.assert_array_equal(found, saved.reshape(6, 4))
+    np.testing.assert_array_equal(next(batches(found, 6, seed=0)).sum(), saved.astype(np.float32).sum())
+
+
+def records(path, rows):
+    writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+    for row in rows:
+        np.save(buffer := io.BytesIO(), row)
+        writer.write(buffer.getvalue())
+    writer.close()
+
+
+def test_an_array_record_file_is_read_by_row(tmp_path):
+    saved = array((20, 4), np.float16)
+    records(tmp_path / "x.array_record", saved)
+    found = open_rows(tmp_path / "x.array_record")
+    assert (found.shape, found.dtype) == ((20, 4), np.float16)
+    np.testing.assert_array_equal(np.asarray(found), saved)
+    np.testing.assert_array_equal(np.asarray(found[5:9]), saved[5:9])
+    for a, b in itertools.islice(zip(*(batches(rows, 6, seed=0) for rows in (found, saved)), strict=True), 6):
+        np.testing.assert_array_equal(a, b)
+
+
+OTHERS = {
+    "truncated": ("x.safetensors", lambda path: _cut(path, 40)),
+    "no safetensors": ("x.safetensors", lambda path: path.write_bytes(bytes(range(200)))),
+    "two": ("x.safetensors", lambda path: safetensors.numpy.save_file({"a": array(), "b": array()}, path)),
+    "integers": ("x.safetensors", lambda path: safetensors.numpy.save_file({"a": array(dtype=np.int32)}, path)),
+    "missing": ("x.safetensors", lambda path: None),
+    "no records": ("x.array_record", lambda path: records(path, [])),
+    "not a record file": ("x.array_record", lambda path: path.write_bytes(bytes(range(200)))),
+    "no rows": ("x.array_record", lambda path: records(path, array((3, 2, 2)))),
+}
+
+
+def _cut(path, size):
+    safetensors.numpy.save_file({"a": array((100, 4))}, path)
+    path.write_bytes(path.read_bytes()[:-size])
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_a_file_of_another_format_that_is_not_what_it_says(case, tmp_path):
+    name, write = OTHERS[case]
+    write(tmp_path / name)
+    with pytest.raises(InputError) as caught:
+        open_rows(tmp_path / name)
+    assert str(caught.value).startswith(f"{tmp_path / name}: ")
+    assert "\n" not in str(caught.value)

@@ -145,7 +145,7 @@ def test_batches_with_nan_are_skipped_and_told(data, tmp_path, capsys):
     assert train(data, tmp_path / "run", "topk") == 0
     report = json.loads((tmp_path / "run/report.json").read_text())
     assert report["skipped"] > 0
-    assert report["steps"] + report["skipped"] == 60
+    assert report["steps"] == 60
     assert f"warning: {report['skipped']} batches were skipped" in capsys.readouterr().err
     assert all(np.isfinite(leaf).all() for leaf in (pretrained.load(tmp_path / "run").W_enc,))
 

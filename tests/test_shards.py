@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -183,7 +184,7 @@ def test_a_source_may_be_any_json_and_equal_ones_are_equal(tmp_path):
 
 @pytest.mark.parametrize("changes", [{"width": 0}, {"dtype": "float64"}, {"dtype": "int8"}])
 def test_widths_and_dtypes_that_are_none(changes, tmp_path):
-    refused("pass at least 1, and float16 or float32", writer, tmp_path / "x", **changes)
+    refused("pass at least 1, and one of float16, float32, bfloat16", writer, tmp_path / "x", **changes)
     assert not os.listdir(tmp_path)
 
 
@@ -444,7 +445,7 @@ def test_a_manifest_that_differs_by_a_bit_is_refused_or_gives_the_same_rows(tmp_
     for at, bit in itertools.product(range(len(whole)), (1, 4)):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1 :])
         try:
-            found = shards.open_rows(tmp_path)
+            found = np.asarray(shards.open_rows(tmp_path))
         except InputError as error:
             assert "\n" not in str(error)
             continue
@@ -612,7 +613,7 @@ def test_slices_read_nothing_and_few_shards_are_held_open(tmp_path, monkeypatch)
     for number in range(8):
         (tmp_path / f"{number:05d}.npy").rename(tmp_path / f"{number}.away")
     view = found[3:30][2:]
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(InputError, match=r"00001\.npy: cannot be read"):
         view[0]
     for number in range(8):
         (tmp_path / f"{number}.away").rename(tmp_path / f"{number:05d}.npy")
@@ -642,3 +643,45 @@ def test_data_counts_rows_that_are_not_finite(tmp_path):
     into = fill(tmp_path, 2)
     into.append(np.full((1, WIDTH), np.nan), tokens=part(2)[1])
     refused("1 of 11 rows hold NaN or Inf, the first is row 10", data.require_finite, data.open_rows(tmp_path), "x")
+
+
+# --- what is read from a damaged directory
+
+
+def test_bfloat16_rows_come_back_and_are_readable_by_others(tmp_path):
+    jnp = jaxsae.sae.jnp
+    rows = np.asarray(jnp.asarray(ROWS, "bfloat16"))
+    writer = shards.Writer(tmp_path, width=ROWS.shape[1], dtype="bfloat16", source=None)
+    writer.append(ROWS)
+    found = shards.open_rows(tmp_path)
+    assert found.dtype == rows.dtype
+    np.testing.assert_array_equal(np.asarray(found), rows)
+    np.testing.assert_array_equal(np.load(tmp_path / "00000.npy").view(rows.dtype), rows)
+    writer.finish()
+    np.testing.assert_array_equal(next(data.batches(found, 4, seed=0)), next(data.batches(rows, 4, seed=0)))
+
+
+DAMAGES = {
+    "truncated": lambda content: content[: len(content) // 2],
+    "flipped": lambda content: (
+        content[: len(content) // 2] + bytes([content[len(content) // 2] ^ 1]) + content[len(content) // 2 + 1 :]
+    ),
+    "deleted": lambda content: None,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_no_damaged_file_of_a_directory_is_read(damage, tmp_path):
+    whole = fill(tmp_path / "whole", 3).folder
+    for name in sorted(os.listdir(whole)):
+        folder = tmp_path / name  # one for each: a reader of the one before may still be at it
+        shutil.copytree(whole, folder)
+        content = DAMAGES[damage]((folder / name).read_bytes())
+        (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
+        with pytest.raises(InputError) as caught:
+            stream = data.batches(data.open_rows(folder), 4, seed=0)
+            for _ in range(20):
+                next(stream)
+            shards.verify(folder)  # columns, which training does not read
+        assert str(folder) in str(caught.value)
+        assert "\n" not in str(caught.value)

@@ -1,0 +1,207 @@
+"""One mesh for all: rows of a batch over its axis `data`, latents over its axis `latent`.
+
+    mesh = sharding.make_mesh(data=2, latent=4)
+    with jax.set_mesh(mesh):
+        state = sharding.create(lambda: train.init_state(jaxsae.init(...), tx))    # each device makes its part
+        state, metrics = step(state, jax.device_put(x, sharding.rows_sharding(x, mesh)))
+
+Under a mesh the library computes what it computes without one. XLA splits most of it by itself. What must not be
+gathered (pre-activations, atoms) is split by hand in `codes` and `refit`: each device works on its own latents, and
+candidates or sums are exchanged.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+LATENTS = PartitionSpec("latent")
+WHOLE = PartitionSpec()
+BOTH = PartitionSpec(("data", "latent"))  # rows over all devices
+
+# Which axis of each array is spread over which axis of the mesh, whatever holds the array: an autoencoder, its
+# gradient, its moments, its average. What is not here is on every device.
+TABLE = {
+    "W_enc": PartitionSpec(None, "latent"),
+    "b_enc": LATENTS,
+    "W_dec": LATENTS,
+    "threshold": LATENTS,
+    "r_mag": LATENTS,
+    "b_gate": LATENTS,
+    "b_mag": LATENTS,
+    "idle": LATENTS,
+}
+
+
+def make_mesh(data: int = 1, latent: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh: rows over `data`, latents over `latent` devices.
+
+    Args:
+      data: how many parts the rows of a batch are in; each has all latents.
+      latent: how many parts the latents are in.
+      devices: `data · latent` of them; the first ones by default.
+
+    Raises:
+      ValueError: if there are not so many devices.
+
+    Example:
+      >>> dict(make_mesh(1, 1).shape)
+      {'data': 1, 'latent': 1}
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    if data < 1 or latent < 1 or data * latent > len(devices):
+        raise ValueError(f"got a mesh of {data} × {latent} for {len(devices)} devices; pass one of at most as many.")
+    if data * latent == len(devices):
+        return jax.make_mesh((data, latent), ("data", "latent"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    return Mesh(np.array(devices[: data * latent]).reshape(data, latent), ("data", "latent"))
+
+
+def specs(tree: Any) -> Any:
+    """How the arrays of a tree are spread: a `PartitionSpec` for each, of `TABLE`."""
+
+    def spec(path, leaf):
+        names = [str(getattr(key, "name", getattr(key, "key", ""))) for key in path]
+        found = TABLE.get(names[-1], PartitionSpec()) if names else PartitionSpec()
+        return found if leaf.ndim >= len(found) else PartitionSpec()  # BatchTopK's threshold is one for all
+
+    return jax.tree.map_with_path(spec, tree)
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """The same as shardings.
+
+    Raises:
+      ValueError: if the latents cannot be split evenly.
+    """
+
+    def place(leaf, spec):
+        for size, axis in zip(leaf.shape, spec, strict=False):
+            if axis is not None and size % mesh.shape[axis]:
+                raise ValueError(
+                    f"got {size} latents for a mesh that splits them {mesh.shape[axis]} ways; pass a multiple of that."
+                )
+        return NamedSharding(mesh, spec)
+
+    return jax.tree.map(place, tree, specs(tree))
+
+
+def create(make: Callable[[], Any]) -> Any:
+    """What `make()` returns, each device making its own part under the mesh in force: none ever holds the whole."""
+    if jax.sharding.get_mesh().empty:
+        return make()
+    return jax.jit(make, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract(make)))()
+
+
+def abstract(make: Callable[[], Any]) -> Any:
+    """The shapes, dtypes and shardings of what `create(make)` returns."""
+    tree, mesh = jax.eval_shape(make), jax.sharding.get_mesh()
+    if mesh.empty:
+        return tree
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree, shardings(tree, mesh)
+    )
+
+
+def rows_sharding(x: Any, mesh: Mesh) -> NamedSharding:
+    """How rows `[n …]` are spread, if they can be split evenly."""
+    return NamedSharding(mesh, PartitionSpec("data") if x.shape[0] % mesh.shape["data"] == 0 else PartitionSpec())
+
+
+def place_rows(x: np.ndarray, size: int, first: int) -> jax.Array:
+    """Rows `first` to `first + len(x)` of a batch of `size`, those that this process has, put on its devices."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return jnp.asarray(x)
+    shape = (size, *x.shape[1:])
+    spread = rows_sharding(jax.ShapeDtypeStruct(shape, x.dtype), mesh)
+
+    def part(index):
+        start, stop, _ = index[0].indices(size)
+        return x[start - first : stop - first]
+
+    return jax.make_array_from_callback(shape, spread, part)
+
+
+def rows_needed(size: int) -> slice:
+    """Which rows of a batch of `size` this process needs for its devices."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return slice(0, size)
+    spread = rows_sharding(jax.ShapeDtypeStruct((size,), bool), mesh)
+    parts = [index[0].indices(size) for index in spread.addressable_devices_indices_map((size,)).values() if index]
+    return slice(min(start for start, _, _ in parts), max(stop for _, stop, _ in parts))
+
+
+def gathered(tree: Any) -> Any:
+    """The arrays of a tree on the first device, whole, wherever their parts are; of all processes, on each."""
+    if jax.process_count() > 1:
+        return jax.tree.map(jnp.asarray, multihost_utils.process_allgather(tree, tiled=True))
+    return jax.device_put(tree, jax.devices()[0])
+
+
+def on_cpu() -> bool:
+    """Whether what is being traced is for CPUs: those of the mesh in force, or the default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (jax.default_backend() if device is None else device.platform) == "cpu"
+
+
+def ways(axis: str) -> int:
+    """How many ways the mesh in force splits an axis; 1 without one, and where each device is already on its own."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty or axis in mesh.manual_axes else mesh.shape.get(axis, 1)
+
+
+def spread() -> bool:
+    """Whether there is a mesh of more than one device in force."""
+    return ways("data") * ways("latent") > 1
+
+
+def rows_spec(x: Any) -> PartitionSpec:
+    """How the rows of `x [*b k]` are spread under the mesh in force."""
+    parts = ways("data")
+    return PartitionSpec("data") if x.ndim > 1 and parts > 1 and x.shape[0] % parts == 0 else PartitionSpec()
+
+
+def size(axis: str) -> int:
+    """How many devices an axis has. In `split`."""
+    return jax.lax.axis_size(axis)
+
+
+def sum_rows(total: jax.Array, row: PartitionSpec) -> jax.Array:
+    """A sum over the rows of this device, made one over all rows, if they were spread. In `split`."""
+    return jax.lax.psum(total, "data") if len(row) else total
+
+
+def mine(indices: jax.Array, m: int) -> jax.Array:
+    """Indices counted from the first of the `m` latents that this device has; `m` for those of others. In `split`."""
+    at = indices - m * jax.lax.axis_index("latent")
+    return jnp.where((at >= 0) & (at < m), at, m)
+
+
+def fetch(dictionary: jax.Array, indices: jax.Array) -> jax.Array:
+    """Atoms `[n k d]` of this device's own rows, from the devices that have them; 0 for unused slots. In `split`.
+
+    Of two exchanges the one of fewer bytes: every device sums up what it has of the rows of all, `(devices · n) k d`
+    numbers each; or latents for all are traded for parts of the width, `m d + n k d` with the device's own `m`.
+
+    Args:
+      dictionary: `[m d]`, the atoms of this device.
+      indices: `[n k]`, among the latents of all devices.
+    """
+    devices, (n, k), (m, d) = jax.lax.axis_size("latent"), indices.shape, dictionary.shape
+    everyone = jax.lax.all_gather(indices, "latent", axis=0, tiled=True)
+    if devices * n * k <= m + n * k or d % devices:
+        atoms = dictionary.at[mine(everyone, m)].get(mode="fill", fill_value=0)
+        return jax.lax.psum_scatter(atoms, "latent", scatter_dimension=0, tiled=True)
+    columns = jax.lax.all_to_all(dictionary, "latent", split_axis=1, concat_axis=0, tiled=True)
+    parts = columns.at[everyone].get(mode="fill", fill_value=0)
+    return jax.lax.all_to_all(parts, "latent", split_axis=0, concat_axis=2, tiled=True)
+
+
+def split(f: Callable, in_specs: Any, out_specs: Any) -> Callable:
+    """`f` of each device's own part."""
+    return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, check_vma=False)

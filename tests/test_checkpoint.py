@@ -1,0 +1,209 @@
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from problems import activations, assert_same_bits, sae
+
+import jaxsae
+from jaxsae import checkpoint, train
+from jaxsae.checkpoint import Checkpoints, fingerprint
+from jaxsae.files import InputError
+from jaxsae.objectives import AuxK, Objective
+
+TX = train.average(train.recipe(optax.linear_schedule(1e-2, 0.0, 100), clip=1.0), decay=0.9)
+
+
+def state(steps=3):
+    """A training's state in which nothing is zero, a PRNG key beside it."""
+    model = sae(d=16, m=32, activation=jaxsae.JumpReLU(jnp.full(32, 0.1)))
+    step = train.make_step(Objective((AuxK(4),), dead_after=10), TX)
+    trained = train.init_state(model, TX)
+    for _ in range(steps):
+        trained, _ = step(trained, activations(batch=(8,)))
+    return {"train": trained, "key": jax.random.key(7)}
+
+
+STATE = state()
+LIKE = jax.eval_shape(lambda: jax.tree.map(lambda x: x, STATE))
+
+
+def fill(folder, numbers=(1, 2, 3), **options):
+    with Checkpoints(folder, config={"k": 4}, **options) as checkpoints:
+        for number in numbers:
+            checkpoints.save(number, STATE, progress={"position": number}, loss=10.0 - number)
+
+
+def same(a, b):
+    def bits(tree):
+        return [
+            jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x for x in jax.tree.leaves(tree)
+        ]
+
+    assert_same_bits(bits(a), bits(b))
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+
+
+def test_every_leaf_comes_back_to_the_bit(tmp_path):
+    fill(tmp_path)
+    with Checkpoints(tmp_path, config={"k": 4}) as checkpoints:
+        saved = checkpoints.restore(LIKE)
+        assert (saved.step, saved.progress) == (3, {"position": 3})
+        same(saved.state, STATE)
+        assert checkpoints.restore(STATE).step == 3  # arrays serve as well
+
+
+def test_what_is_saved_is_the_state_of_that_moment_though_its_buffers_are_given_away(tmp_path):
+    step = train.make_step(Objective(), TX)
+    model = jaxsae.init(jax.random.key(0), d=64, m=2048, activation=jaxsae.TopK(4))
+    trained, x, kept = train.init_state(model, TX), activations(batch=(8,), d=64), {}
+    with Checkpoints(tmp_path, config=None, keep=9) as checkpoints:
+        for number in range(4):
+            trained, _ = step(trained, x)
+            kept[number] = jax.tree.map(np.array, trained)
+            checkpoints.save(number, trained, progress=None)
+        like = jax.eval_shape(lambda: trained)
+    for number in (3, 2, 1, 0):
+        assert_same_bits(Checkpoints(tmp_path, config=None).restore(like).state, kept[number])
+        shutil.rmtree(tmp_path / str(number))
+
+
+def test_the_last_steps_are_kept_and_the_best(tmp_path):
+    with Checkpoints(tmp_path, config=None, keep=2) as checkpoints:
+        for number, loss in enumerate([5.0, 1.0, None, 3.0, float("nan"), 4.0]):
+            checkpoints.save(number, {"x": jnp.ones(3)}, progress=None, loss=loss)
+        checkpoints.save(5, {"x": jnp.zeros(3)}, progress=None)  # is there already
+    assert checkpoint.steps(tmp_path) == [5, 4, 1]
+    assert Checkpoints(tmp_path, config=None).restore({"x": jnp.ones(3)}).state["x"].tolist() == [1, 1, 1]
+
+
+def test_an_empty_directory_holds_nothing(tmp_path):
+    with Checkpoints(tmp_path / "none", config=None) as checkpoints:
+        assert checkpoints.restore(LIKE) is None
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_a_state_comes_back_onto_another_number_of_devices(devices, tmp_path):
+    def placed(x, n):
+        mesh = Mesh(np.array(jax.devices()[:n]), ("latent",))
+        return jax.device_put(x, NamedSharding(mesh, PartitionSpec("latent")))
+
+    x = jax.random.normal(jax.random.key(0), (16, 8))
+    with Checkpoints(tmp_path, config=None) as checkpoints:
+        checkpoints.save(1, placed(x, 4), progress=None)
+    like = placed(jnp.zeros((16, 8)), devices)
+    found = Checkpoints(tmp_path, config=None).restore(like).state
+    assert found.sharding == like.sharding
+    np.testing.assert_array_equal(found, x)
+    assert fingerprint(found).tolist() == fingerprint(x).tolist()
+
+
+def test_a_fingerprint_changes_with_any_bit_and_any_place():
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.int32, jnp.uint8, bool):
+        x = jnp.arange(24).reshape(2, 3, 4).astype(dtype)
+        (one,) = fingerprint([x])
+        others = [
+            x.at[1, 2, 3].set(~x[1, 2, 3] if dtype is bool else x[1, 2, 3] - 1),
+            x[::-1],
+            x[:, ::-1],
+            x[:, :, ::-1],
+        ]
+        if dtype is not bool:
+            assert all(fingerprint([other])[0] != one for other in others)
+        assert fingerprint([others[0]])[0] != one
+    assert fingerprint({}).shape == (0,)
+
+
+def files_of(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+DAMAGES = {
+    "truncated": lambda content: content[: len(content) // 2],
+    "flipped": lambda content: b"".join([content[: len(content) // 2], *_flipped(content[len(content) // 2 :])]),
+    "deleted": lambda content: None,
+}
+
+
+def _flipped(rest):
+    return [bytes([rest[0] ^ 0x40]), rest[1:]] if rest else []
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_any_file_of_the_last_step_may_be_damaged(damage, tmp_path):
+    fill(tmp_path / "whole", (1, 2))
+    fell_back = 0
+    for name in files_of(tmp_path / "whole/2"):
+        folder, told = tmp_path / "damaged", []
+        shutil.copytree(tmp_path / "whole", folder)
+        path = folder / "2" / name
+        content = DAMAGES[damage](path.read_bytes())
+        path.unlink() if content is None else path.write_bytes(content)
+        with Checkpoints(folder, config={"k": 4}, warn=told.append) as checkpoints:
+            saved = checkpoints.restore(LIKE)
+            same(saved.state, STATE)
+            assert saved.progress == {"position": saved.step}
+            if saved.step == 1:
+                fell_back += 1
+                assert told[0].startswith(f"{folder / '2'}: is damaged (")
+                assert told[1] == f"{folder}: went back to step 1."
+                assert checkpoint.steps(folder) == [1]
+            else:  # a file that nothing depends on
+                assert (saved.step, told) == (2, [])
+            checkpoints.save(3, saved.state, progress=None, wait=True)
+        assert checkpoint.steps(folder)[0] == 3
+        shutil.rmtree(folder)
+    assert fell_back >= 4
+
+
+def test_if_every_step_is_damaged_that_is_an_error_and_nothing_is_removed(tmp_path):
+    fill(tmp_path, (1, 2))
+    for number in (1, 2):
+        (tmp_path / str(number) / "state/_METADATA").unlink()
+    told = []
+    with (
+        Checkpoints(tmp_path, config={"k": 4}, warn=told.append) as checkpoints,
+        pytest.raises(InputError, match="every step is damaged; remove it to begin anew"),
+    ):
+        checkpoints.restore(LIKE)
+    assert len(told) == 2
+    assert checkpoint.steps(tmp_path) == [2, 1]
+
+
+def test_another_configuration_is_refused(tmp_path):
+    fill(tmp_path / "run/checkpoints", (1,))
+    with pytest.raises(InputError, match=r"run: holds another run \(got k 5, expected 4\); choose another --out"):
+        Checkpoints(tmp_path / "run/checkpoints", config={"k": 5})
+    with pytest.raises(InputError, match=r"got new 1, expected nothing"):
+        Checkpoints(tmp_path / "run/checkpoints", config={"k": 4, "new": 1})
+
+
+def test_other_libraries_are_told(tmp_path, monkeypatch):
+    now = checkpoint.versions()
+    monkeypatch.setattr(checkpoint, "versions", lambda: now | {"optax": "0.0.1"})
+    fill(tmp_path, (1,))
+    monkeypatch.undo()
+    told = []
+    Checkpoints(tmp_path, config={"k": 4}, warn=told.append).restore(LIKE)
+    assert told == [f"{tmp_path / '1'}: was saved by optax 0.0.1; what follows may differ in its last bits."]
+
+
+def test_another_version_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_VERSION", 99)
+    fill(tmp_path, (1,))
+    monkeypatch.undo()
+    with pytest.raises(InputError, match=r"1: is of version 99, expected 1; go on with the jaxsae that wrote it \(0"):
+        Checkpoints(tmp_path, config={"k": 4})
+
+
+def test_a_place_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    checkpoints = Checkpoints(tmp_path / "file/checkpoints", config=None)
+    with pytest.raises(
+        InputError, match=r"cannot write .*: no step was saved before|cannot write .*; no step was saved"
+    ):
+        checkpoints.save(1, STATE, progress=None, wait=True)

@@ -1,0 +1,74 @@
+"""Two real processes on one machine train together, and one goes on with what they saved."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.slow
+
+STEPS = 40
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def command(folder, out, *more):
+    options = ["--data", folder / "x.npy", "--out", folder / out, "--activation", "topk", "--k", 4, "--latents", 64]
+    options += ["--batch", 64, "--heldout", 100, "--steps", STEPS, "--save-every", 0.2, "--learning-rate", 1e-3, *more]
+    return [sys.executable, "-m", "jaxsae", "train", *map(str, options)]
+
+
+def start(folder, out, mesh, processes):
+    """As many processes, of two devices each."""
+    port, together = free_port(), []
+    for process in range(processes):
+        join = ["--coordinator", f"127.0.0.1:{port}", "--processes", processes, "--process", process]
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+        argv = command(folder, out, "--mesh", *mesh, *(join if processes > 1 else []))
+        together.append(subprocess.Popen(argv, env=environment, stdout=-1, stderr=-1, text=True))
+    return together
+
+
+def finish(together):
+    said = [process.communicate(timeout=120) for process in together]
+    assert [process.returncode for process in together] == [0] * len(together), said
+    return said
+
+
+def weights(folder, out):
+    import safetensors.numpy
+
+    return safetensors.numpy.load_file(folder / out / "sae/sae.safetensors")
+
+
+@pytest.mark.parametrize("mesh", [(1, 4), (2, 2)])
+def test_two_processes_train_like_one(mesh, tmp_path):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).standard_normal((900, 16)).astype(np.float32))
+    finish(start(tmp_path, "one", (1, 1), 1))
+    said = finish(start(tmp_path, "two", mesh, 2))
+    assert "held-out rows" in said[0][0]
+    assert not [line for line in "".join(said[1]).splitlines() if "[Gloo]" not in line]  # one process speaks
+    a, b = weights(tmp_path, "one"), weights(tmp_path, "two")
+    for name in a:
+        np.testing.assert_allclose(a[name], b[name], rtol=1e-3, atol=1e-5, err_msg=name)
+    # Both are told to stop: they save together, and go on together to the same end, to the bit.
+    together = start(tmp_path, "stopped", mesh, 2)
+    while not list((tmp_path / "stopped").glob("checkpoints/[1-9]*[0-9]")) and together[0].poll() is None:
+        pass
+    for process in together:
+        process.send_signal(signal.SIGTERM)
+    finish(together)
+    finish(start(tmp_path, "stopped", mesh, 2))
+    for name, value in weights(tmp_path, "stopped").items():
+        np.testing.assert_array_equal(value, b[name])
+    reports = [json.loads((tmp_path / out / "report.json").read_text()) for out in ("two", "stopped")]
+    assert reports[0] == reports[1]

@@ -1,0 +1,203 @@
+"""The same numbers on one device and on many, however rows and latents are split."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import activations, f64
+
+import jaxsae
+from jaxsae import checkpoint, codes, sharding, train
+from jaxsae.objectives import L0, L1, AuxK, Gate, MultiTopK, Objective
+from jaxsae.plan import collectives
+
+D, M, K, B = 32, 256, 8, 64
+MESHES = [(data, latent) for data in (1, 2, 4, 8) for latent in (1, 2, 4, 8) if 1 < data * latent <= 8]
+every_mesh = pytest.mark.parametrize(
+    "shape", [shape if shape == (2, 4) else pytest.param(shape, marks=pytest.mark.slow) for shape in MESHES], ids=str
+)
+TX = train.recipe(1e-2, clip=1.0)
+OBJECTIVE = Objective((AuxK(8), MultiTopK()), dead_after=3 * B)
+STEP = train.make_step(OBJECTIVE, TX)
+
+
+def under(shape):
+    return jax.set_mesh(sharding.make_mesh(*shape))
+
+
+def fresh():
+    model = jaxsae.init(jax.random.key(0), d=D, m=M, activation=jaxsae.TopK(K))
+    return train.init_state(model, TX)
+
+
+def learn(shape, steps=20):
+    """Losses of a training, its final state, and the supports of some rows."""
+    x = np.asarray(activations(batch=(4 * B,), d=D)).reshape(4, B, D)
+    with under(shape):
+        state, told = sharding.create(fresh), []
+        for number in range(steps):
+            state, shown = STEP(state, sharding.place_rows(x[number % 4], B, 0))
+            told.append({name: float(value) for name, value in shown.items()})
+        support = jax.jit(lambda sae, x: jaxsae.encode(sae, x))(state.sae, sharding.place_rows(x[0], B, 0))
+    return told, state, support
+
+
+@functools.cache
+def alone():
+    return learn((1, 1))
+
+
+@every_mesh
+def test_training_has_the_same_numbers(shape):
+    expected, state, code = alone()
+    assert expected[-1]["dead"] > 0  # AuxK had something to do
+    told, split, found = learn(shape)
+    for name in ("loss", "nmse", "l0", "dead"):
+        np.testing.assert_allclose([x[name] for x in told], [x[name] for x in expected], rtol=1e-5, err_msg=name)
+    np.testing.assert_array_equal(np.sort(found.indices), np.sort(code.indices))
+    np.testing.assert_array_equal(split.idle, state.idle)
+    np.testing.assert_allclose(split.sae.W_dec, state.sae.W_dec, atol=2e-5)
+    # Each device has its own part of every array of the size of W_dec.
+    for leaf in jax.tree.leaves(split):
+        if leaf.ndim and M in leaf.shape:
+            assert leaf.addressable_shards[0].data.size == leaf.size // shape[1]
+
+
+WAYS = {
+    "ReLU": (jaxsae.ReLU(), Objective((L1(0.1),))),
+    "JumpReLU": (jaxsae.JumpReLU(jnp.full(M, 0.03), bandwidth=0.1), Objective((L0(1.0, 8.0), AuxK(8)), 100)),
+    "BatchTopK": (jaxsae.BatchTopK(K), Objective((AuxK(8),), 100)),
+    "AbsTopK": (jaxsae.AbsTopK(K), Objective()),
+    "GroupMax": (jaxsae.GroupMax(K), Objective()),
+    "Gated": (jaxsae.Gated(*jnp.zeros((3, M))), Objective((Gate(0.1),))),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_every_family_has_the_same_numbers(way):
+    activation, objective = WAYS[way]
+    step, x, losses = train.make_step(objective, TX), np.asarray(activations(batch=(B,), d=D)), {}
+    for shape in ((1, 1), (2, 4)):
+        with under(shape):
+            state = sharding.create(
+                lambda: train.init_state(jaxsae.init(jax.random.key(0), d=D, m=M, activation=activation), TX)
+            )
+            losses[shape] = []
+            for _ in range(20):
+                state, shown = step(state, sharding.place_rows(x, B, 0))
+                losses[shape].append(float(shown["loss"]))
+    np.testing.assert_allclose(losses[2, 4], losses[1, 1], rtol=1e-5)
+
+
+@pytest.mark.slow
+@every_mesh
+def test_a_refit_has_the_same_numbers(shape):
+    model = jaxsae.init(jax.random.key(1), d=D, m=M, activation=jaxsae.TopK(K))
+    for n in (B, 13) if shape == (2, 4) else (B,):  # the exchanges differ
+        x = activations(batch=(n,), d=D)
+        expected, info = jaxsae.refine(model, x)
+        with under(shape):
+            placed = jax.device_put(model, sharding.shardings(model, jax.sharding.get_mesh()))
+            found, info_ = jaxsae.refine(placed, sharding.place_rows(np.asarray(x), n, 0))
+        np.testing.assert_array_equal(found.indices, expected.indices)
+        np.testing.assert_allclose(found.values, expected.values, rtol=1e-4, atol=1e-6)
+        np.testing.assert_array_equal(info_.status, info.status)
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 4), *(pytest.param(s, marks=pytest.mark.slow) for s in [(1, 8), (8, 1)])], ids=str
+)
+def test_nothing_of_the_size_of_the_pre_activations_or_the_atoms_is_gathered(shape):
+    d, m, b = 16, 4096, 256  # that which may be exchanged is much smaller
+    model = jaxsae.init(jax.random.key(0), d=d, m=m, activation=jaxsae.TopK(4))
+    with under(shape):
+        state = sharding.abstract(lambda: train.init_state(model, TX))
+        mesh = jax.sharding.get_mesh()
+        x = jax.ShapeDtypeStruct((b, d), jnp.float32)
+        x = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.rows_sharding(x, mesh))
+        program = STEP.func.lower(TX, Objective((AuxK(8),), 1000), state, x).compile()
+    found = collectives(program.as_text())
+    assert found
+    gathered = [size for kind, size in found if kind == "all-gather"]
+    assert max(gathered, default=0) < 4 * m * d // 8
+    reduced = [size for kind, size in found if kind == "all-reduce"]
+    whole = [size for size in reduced if size >= 4 * m * d // shape[1]]
+    assert len(whole) <= 2  # the gradients of encoder and decoder, once, where rows are split
+    assert not whole or shape[0] > 1
+
+
+@pytest.mark.slow
+def test_the_gradient_of_a_refit_is_the_same():
+    D_ = jax.random.normal(jax.random.key(0), (M, D))
+    x = activations(batch=(16,), d=D)
+    _, support = jax.lax.top_k(x @ D_.T, 4)
+    code = jaxsae.SparseCode(jnp.ones((16, 4)), support, M)
+
+    def loss(dictionary, y):
+        return jnp.sum(jaxsae.refit(dictionary, y, code)[0].values ** 2)
+
+    expected = jax.grad(loss, (0, 1))(D_, x)
+    with under((2, 2)):
+        found = jax.jit(jax.grad(loss, (0, 1)))(D_, x)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(64,), (6, 64), (8, 64), (2, 3, 64)])
+def test_top_k_of_split_latents_is_that_of_all(shape):
+    x = jnp.round(4 * jax.random.normal(jax.random.key(0), shape)).at[..., 7].set(jnp.nan)  # many ties
+    expected = jax.lax.top_k(x, 9)
+    with under((2, 4)):
+        found = jax.jit(codes.top_k, static_argnums=1)(x, 9)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_sums_over_slots_are_those_of_one_device():
+    rng = np.random.default_rng(0)
+    indices = jnp.asarray(rng.integers(0, M + 1, (12, 19)), jnp.int32)
+    code = jaxsae.SparseCode(jnp.asarray(rng.normal(size=(12, 19)), jnp.float32), indices, M)
+    D_, x = jax.random.normal(jax.random.key(0), (M, D)), jax.random.normal(jax.random.key(1), (12, D))
+
+    def all_of_it(D_, code, x):
+        slope = jax.grad(lambda D_, v: jnp.sum(x * codes.combine(D_, code.replace(values=v))), (0, 1))
+        return codes.combine(D_, code), codes.correlate(code, x), codes.sum_by_latent(code), slope(D_, code.values)
+
+    expected = all_of_it(D_, code, x)
+    for shape in ((2, 4), (8, 1)):
+        with under(shape):
+            found = jax.jit(all_of_it)(D_, code, x)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, f64(b), rtol=1e-5, atol=1e-4)
+
+
+def test_a_checkpoint_of_one_mesh_is_gone_on_from_on_another(tmp_path):
+    with under((1, 4)):
+        state = sharding.create(fresh)
+        with checkpoint.Checkpoints(tmp_path, config=None) as checkpoints:
+            checkpoints.save(0, state, progress=None)
+    with under((2, 2)):
+        like = sharding.abstract(fresh)
+        found = checkpoint.Checkpoints(tmp_path, config=None).restore(like)
+    assert found.state.sae.W_dec.sharding.spec == jax.P("latent")
+    assert dict(found.state.sae.W_dec.sharding.mesh.shape) == {"data": 2, "latent": 2}
+    np.testing.assert_array_equal(found.state.sae.W_dec, np.asarray(state.sae.W_dec))
+
+
+def test_what_cannot_be_split_is_refused():
+    with pytest.raises(ValueError, match="got a mesh of 3 × 3 for 8 devices"):
+        sharding.make_mesh(3, 3)
+    with under((1, 3)), pytest.raises(ValueError, match="got 256 latents for a mesh that splits them 3 ways"):
+        sharding.create(fresh)
+
+
+def test_collectives_are_read_from_a_program():
+    hlo = """
+  %all-gather.1 = f32[64,128]{1,0} all-gather(%x), channel_id=1
+  %ar = (f32[8]{0}, bf16[4,4]{1,0}) all-reduce-start(%a, %b), channel_id=2
+  %add = f32[8]{0} add(%a, %all-gather.1)
+  %all-gather.2 = f32[64,128]{1,0} all-gather(%y), channel_id=3"""
+    assert collectives(hlo) == {("all-gather", 4 * 64 * 128): 2, ("all-reduce", 64): 1}

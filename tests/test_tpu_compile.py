@@ -1,0 +1,65 @@
+"""The real training step and refit compile for TPU slices, fit into their chips, and gather nothing large."""
+
+import pytest
+
+from jaxsae import plan, runs
+from jaxsae.cli import main
+
+pytestmark = pytest.mark.tpu
+
+GIB = 1 << 30
+CASES = {
+    "v5e:4x4": (1 << 20, 4096, 128, 8192, 16),
+    "v5e:16x16": (1 << 23, 4096, 128, 16384, 256),
+    "v5e:1x1": (1 << 16, 2304, 64, 1024, 1),
+}
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return lambda topology: plan.topology_mesh(topology)
+
+
+@pytest.mark.parametrize("program", ["training_step", "refit_step"])
+@pytest.mark.parametrize("topology", CASES)
+def test_it_fits_and_gathers_nothing_large(topology, program, mesh):
+    latents, d, k, batch, chips = CASES[topology]
+    options = runs.Options("topk", latents, k, batch=batch)
+    found = getattr(plan, program)(options, d, mesh(topology))
+    assert found.memory < 16 * GIB
+    if program == "training_step":
+        # Parameters, two moments and the batch: 6 arrays of the atoms' size, split over the chips.
+        assert found.arguments >= 6 * 4 * latents * d // chips
+    gathered = [size for kind, size in found.collectives if kind == "all-gather"]
+    assert max(gathered, default=0) < min(4 * latents * d, 4 * batch * latents) // 16
+    assert (chips == 1) == (not found.collectives)
+
+
+def command(capsys, *options):
+    argv = ["plan", "--d", 64, "--k", 4, "--batch", 64, *options]
+    return main([str(argument) for argument in argv]), *capsys.readouterr()
+
+
+def test_the_command_tells_what_a_slice_is_used_for(capsys):
+    code, out, err = command(capsys, "--latents", 4096, "--topology", "v5e:2x2", "--data", 2)
+    assert (code, err) == (0, "")
+    assert out.startswith("4 chips v5e:2x2: rows 2 ways, latents 2 ways; a chip has 16.00 GiB\n")
+    assert out.count("a billion rows") == 2
+    assert " all-reduce " in out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--latents", 1 << 26, "--topology", "v5e:1x1"], "does not fit into a chip: "),
+        (["--latents", 1000, "--topology", "v5e:4x4"], "got 1000 latents for a mesh that splits them 16 ways"),
+        (["--latents", 1024, "--topology", "v5e:3x3"], "cannot compile for v5e:3x3 ("),
+        (["--latents", 1024, "--topology", "v9:1"], "got topology 'v9:1'; pass a kind of v4, v5e, v5p, v6e"),
+        (["--latents", 1024, "--topology", "v5e:2x2", "--data", 3], "got 3 parts of the rows for 4 chips"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_clear_line(options, message, capsys):
+    code, _, err = command(capsys, *options)
+    (line,) = err.splitlines()
+    assert code == 2
+    assert line.startswith(f"jaxsae: {message}")
