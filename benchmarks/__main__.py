@@ -19,6 +19,7 @@ from benchmarks import (
     harvest,
     jobs,
     judge,
+    kernels,
     ksvd,
     lasso,
     load,
@@ -88,6 +89,10 @@ def main() -> None:
     command.add_argument("--size", choices=jobs.SIZES, default="tiny")
     command.add_argument("--kills", type=int, default=0, metavar="N", help="kill one N times; pip install '.[study]'")
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
+    command = commands.add_parser("kernels", help="gathers, Gram matrices, refits and top-k: kernels beside XLA")
+    command.add_argument("--size", choices=kernels.SIZES, default="tiny")
+    command.add_argument("--tune", action="store_true", help="first fill jaxsae/kernels/blocks.json for this device")
+    command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
     command = commands.add_parser("table", help="what was measured, as markdown")
     command.add_argument("files", type=Path, nargs="+", metavar="FILE")
     command.add_argument("--readme", action="store_true", help="put it into the README")
@@ -121,6 +126,8 @@ def main() -> None:
     elif args.command == "jobs":
         survived = {"survived": jobs.survive(args.kills)} if args.kills else {}
         _tell(args, size=args.size, costs=jobs.costs(args.size), **survived)
+    elif args.command == "kernels":
+        _kernels(args)
     elif args.command == "plot":
         plot.speed_against_accuracy(json.loads(args.file.read_text()), args.out)
     else:
@@ -176,6 +183,23 @@ def _pictures(args: argparse.Namespace) -> None:
     for part in pictures.run(with_peers=args.peers, out=args.out):
         report |= part
         _write(args.json, report)  # after each part: an interruption leaves what is finished
+    print(table.markdown(report))
+
+
+def _kernels(args: argparse.Namespace) -> None:
+    if args.tune:
+        kernels.tune(args.size)
+    bandwidth, peak = clock.copy_bandwidth(), kernels.matmul_peak()
+    report: dict[str, Any] = {
+        **_environment("kernels"),
+        "copy_bandwidth": {"bytes_per_s": bandwidth, "counted": "bytes read and bytes written"},
+        "matmul_peak": peak,
+        "size": args.size,
+        "rows": [],
+    }
+    for row in kernels.run(args.size, bandwidth=bandwidth, peak=peak):
+        report["rows"].append(row)
+        _write(args.json, report)  # after each: an interruption leaves what is finished
     print(table.markdown(report))
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from benchmarks import lasso
+from benchmarks import kernels, lasso
 from benchmarks.pursuit import half_point
 
 END = "<!-- end -->"
@@ -199,6 +199,7 @@ _TABLES = {
     "ksvd": _ksvd,
     "pictures": _pictures,
     "lasso": lasso.markdown,
+    "kernels": kernels.markdown,
 }
 
 

@@ -7,7 +7,21 @@ An `SAE` is a pytree of parameters, a `SparseCode` says which latents are active
 everything else is a pure function of the two.
 """
 
-from jaxsae import codes, data, ksvd, lasso, losses, metrics, objectives, pretrained, pursuit, sae, solvers, train
+from jaxsae import (
+    codes,
+    data,
+    kernels,
+    ksvd,
+    lasso,
+    losses,
+    metrics,
+    objectives,
+    pretrained,
+    pursuit,
+    sae,
+    solvers,
+    train,
+)
 from jaxsae.activations import AbsTopK, BatchTopK, Gated, GroupMax, JumpReLU, ReLU, TopK
 from jaxsae.certificate import Certificate, certify
 from jaxsae.codes import SparseCode
@@ -42,6 +56,7 @@ __all__ = [
     "encode",
     "encode_dense",
     "init",
+    "kernels",
     "ksvd",
     "lasso",
     "losses",

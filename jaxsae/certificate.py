@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
-from jaxsae import gram, rows
+from jaxsae import gram, rows, solvers
 from jaxsae.codes import SparseCode
 from jaxsae.linalg import matmul, solve_on
 
@@ -101,7 +101,7 @@ def _certify_row(nonnegative: bool, atoms, weight, y, z):
 
     r = y - matmul(z, atoms)
     slope = matmul(atoms, r)
-    kkt = relative(jnp.max(weight * gram.violation(z, -slope, nonnegative), initial=0), y_norm)
+    kkt = relative(jnp.max(weight * solvers.violation(z, -slope, nonnegative), initial=0), y_norm)
     atoms_atoms = matmul(atoms, atoms.T)
 
     def gap(on, rhs):

@@ -3,6 +3,7 @@
 A dictionary is an array `[m d]`, or any pytree with `take(indices [*b k]) -> atoms [*b k d]`.
 """
 
+import functools
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxsae import rows
+from jaxsae import rows, solvers
 from jaxsae.codes import SparseCode
 from jaxsae.linalg import EXACT, divide, matmul
 
@@ -73,17 +74,64 @@ def problems(dictionary: Any, y: Array, indices: Array, *, num_latents: int, rid
     gram = jnp.where(on[:, :, None] & on[:, None, :], gram, 0)
     c = jnp.where(on, jnp.einsum("nid,nd->ni", atoms, y, precision=EXACT), 0)
     square = jnp.diagonal(gram, axis1=1, axis2=2)
+    norm, units = measure(square, on, y_scale, y_norm, ridge)
+    return Problem(
+        gram=divide(gram + ridge * jnp.eye(k, dtype=gram.dtype), norm[:, :, None] * norm[:, None, :]),
+        c=divide(c, norm * y_norm),
+        **units._asdict(),
+    )
+
+
+class Units(NamedTuple):
+    """What makes the problems of `n` rows free of units, and back; as of `Problem`."""
+
+    unit: Array  # [n k]
+    weight: Array  # [n k]
+    finite: Array  # [n]
+
+
+def measure(square: Array, on: Array, y_scale: Array, y_norm: Array, ridge: Array) -> tuple[Array, Units]:
+    """The norms `[n k]` of atoms with their ridge, and units, from the atoms' squares and what `scaled` returned."""
     norm = jnp.sqrt(square + jnp.where(on, ridge, 0))  # the ridge joins the diagonal before it is made 1
     unit = divide(divide(norm, y_norm), y_scale)
     determined = jnp.isfinite(unit) & ((unit > 0) | (y_scale == 0)) & jnp.isfinite(y_scale)
     in_range = ~on | ((square > 2.0**-60) & (square < 2.0**60) & determined)
-    return Problem(
-        gram=divide(gram + ridge * jnp.eye(k, dtype=gram.dtype), norm[:, :, None] * norm[:, None, :]),
-        c=divide(c, norm * y_norm),
-        unit=unit,
-        weight=norm / jnp.sqrt(jnp.max(square, axis=1, keepdims=True, initial=2.0**-60)),
-        finite=in_range.all(1) & (ridge >= 0) & (ridge < 2.0**60),
-    )
+    longest = jnp.sqrt(jnp.max(square, axis=1, keepdims=True, initial=2.0**-60))
+    return norm, Units(unit, norm / longest, in_range.all(1) & (ridge >= 0) & (ridge < 2.0**60))
+
+
+class Solved(NamedTuple):
+    """What a solver made of the problems of `n` rows."""
+
+    x: Array  # [n k]  values without units
+    unit: Array  # [n k]  as of `Problem`
+    finite: Array  # [n]  as of `Problem`
+    usable: Array  # [n]  whether the starting values were better than being far from the answer
+    kkt: Array  # [n]
+    steps: Array  # [n]
+
+
+def drive_rows(solver, problem: Problem, z, most, nonnegative: bool):
+    """Run a solver on `n` rows, each for at most `most [n]` steps."""
+    drive = functools.partial(solvers.drive, solver, nonnegative=nonnegative)
+    return jax.vmap(drive)(problem.gram, problem.c, problem.weight, z, most)
+
+
+def solved(solver, problem: Problem, values: Array, nonnegative: bool) -> Solved:
+    """Run a solver on `n` rows, from starting values `[n k]` with units."""
+    start = values * problem.unit
+    start = jnp.maximum(start, 0) if nonnegative else start
+    # From far away (‖y‖² is 1 here) rounding follows the solver; NaN, and what is too large to square, are far too.
+    usable = jax.vmap(excess)(problem.gram, problem.c, start, jnp.zeros_like(start)) < 10
+    start = jnp.where(usable[:, None], start, 0)
+    most = jnp.full(values.shape[:1], solver.max_steps, jnp.int32)
+    x, kkt, steps = drive_rows(solver, problem, start, most, nonnegative)
+    return Solved(x, problem.unit, problem.finite, usable, kkt, steps)
+
+
+def excess(G, c, z, other):
+    """How much higher the objective of one row is at `z` than at `other`."""
+    return 0.5 * jnp.sum((z - other) * (matmul(G, z + other) - 2 * c))
 
 
 class UnitRows(NamedTuple):
@@ -125,13 +173,6 @@ def unit_rows(dictionary: Any, y: Array, indices: Array, *, num_latents: int, ri
 def row_bytes(k: int, d: int, itemsize: int) -> int:
     """Scratch of one row whose atoms are gathered."""
     return (k * (2 * d + 4 * k) + 2 * d) * itemsize
-
-
-def violation(z, gradient, nonnegative: bool):
-    """How far each coordinate is from optimal, `z` in units where the Gram matrix has ones on its diagonal."""
-    if not nonnegative:
-        return jnp.abs(gradient)
-    return jnp.where(z > 0, jnp.abs(gradient), jnp.maximum(jnp.maximum(-gradient, -z), 0))
 
 
 def zero_cotangent(dictionary: Any, dtype) -> Any:

@@ -28,9 +28,9 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from jaxsae import gram, rows, sharding, solvers
+from jaxsae import gram, implicit, kernels, rows, sharding, solvers
 from jaxsae.codes import SparseCode
-from jaxsae.linalg import EXACT, divide, matmul, solve_on, solve_semidefinite
+from jaxsae.linalg import EXACT, divide, solve_on
 
 
 class Status(enum.IntEnum):
@@ -123,14 +123,14 @@ def refit(
     needed = _row_bytes(code.indices.shape[-1], y.shape[-1], gram.accumulator(dictionary, y).itemsize)
     if scratch < needed:
         raise ValueError(f"`refit` got scratch of {scratch} bytes, but one row needs {needed}; pass at least that.")
+    kernel = solver is None and kernels.applies(dictionary, code.indices, y, code.values)
     if solver is None:
-        solver = solvers.default(code.indices.shape[-1], y.shape[-1])
+        solver = solvers.default(code.indices.shape[-1], y.shape[-1], kernel=kernel)
     ridge = jnp.asarray(ridge, gram.accumulator(dictionary, y))
+    static = _Static(nonnegative, code.num_latents, scratch, kernel)
     if sharding.spread() and gram.is_array(dictionary):
-        static = _Static(nonnegative, code.num_latents, scratch)
         values, info = _refit_by_devices(static, solver, dictionary, y, code.indices, code.values, ridge)
         return dataclasses.replace(code, values=values), info
-    static = _Static(nonnegative, code.num_latents, scratch)
     values, info = _refit(static, solver, dictionary, y, code.indices, code.values, ridge)
     return dataclasses.replace(code, values=values), info
 
@@ -210,67 +210,12 @@ class _Static(NamedTuple):
     nonnegative: bool
     num_latents: int
     scratch: int
-
-
-class _Carry(NamedTuple):
-    state: Any  # the solver's
-    best: Array  # [k] the iterate to return, the best so far
-    best_gradient: Array  # [k]
-    steps: Array
-    running: Array
-
-
-def _drive(solver, G, c, weight, z, most, nonnegative: bool):
-    """Run a solver on one unit-free problem, for at most `most` steps, until its KKT residual is within tolerance.
-
-    It stops on a residual that is at least the one it returns: as if every atom were as long as the longest, so that
-    short atoms are solved as well as long ones.
-
-    The objective's change between two points of a quadratic is `½(z − z')ᵀ(g + g')`, exactly; so "better" is decided
-    without subtracting two nearly equal objectives.
-    """
-    lower = 0.0 if nonnegative else -jnp.inf
-
-    def residual(z, gradient, weight):
-        return jnp.max(weight * gram.violation(z, gradient, nonnegative), initial=0)
-
-    strict = jnp.maximum(weight, 1)
-
-    def improvement(state, z, gradient):
-        return -0.5 * jnp.sum((state.z - z) * (state.gradient + gradient))
-
-    start = solver.init(G, c, z, lower)
-
-    def step(carry: _Carry) -> _Carry:
-        state = solver.step(G, c, carry.state, lower)
-        within = residual(state.z, state.gradient, strict) <= solver.tol
-        done = within & (improvement(state, start.z, start.gradient) >= 0)
-        better = done | (improvement(state, carry.best, carry.best_gradient) > 0)
-        steps = carry.steps + 1
-        return _Carry(
-            state,
-            jnp.where(better, state.z, carry.best),
-            jnp.where(better, state.gradient, carry.best_gradient),
-            steps,
-            ~done & (steps < most),
-        )
-
-    # NaN compares false: a row that is not finite never runs.
-    running = (residual(start.z, start.gradient, strict) > solver.tol) & (most > 0)
-    carry = _Carry(start, start.z, start.gradient, jnp.zeros((), jnp.int32), running)
-    carry = jax.lax.while_loop(lambda carry: carry.running, step, carry)
-    return carry.best, residual(carry.best, carry.best_gradient, weight), carry.steps
-
-
-def _drive_rows(solver, problem: gram.Problem, z, most, nonnegative: bool):
-    """Run a solver on `n` rows, each for at most `most [n]` steps."""
-    drive = functools.partial(_drive, solver, nonnegative=nonnegative)
-    return jax.vmap(drive)(problem.gram, problem.c, problem.weight, z, most)
+    kernel: bool  # whether a kernel solves the rows, before those that it left are gone over
 
 
 def _drive_chain(solver, problem: gram.Problem, z, most, nonnegative: bool):
     """Run a solver on `n` rows, then its fallback on those that it left."""
-    best, kkt, steps = _drive_rows(solver, problem, z, most, nonnegative)
+    best, kkt, steps = gram.drive_rows(solver, problem, z, most, nonnegative)
     if solver.fallback is None:
         return best, kkt, steps
 
@@ -298,11 +243,6 @@ def _last_tol(solver):
     return solver.tol if solver.fallback is None else _last_tol(solver.fallback)
 
 
-def _excess(G, c, z, other):
-    """How much higher the objective is at `z` than at `other`."""
-    return 0.5 * jnp.sum((z - other) * (matmul(G, z + other) - 2 * c))
-
-
 def _solver_bytes(k: int, d: int, itemsize: int) -> int:
     """Scratch of one row while it is solved."""
     return (4 * k * k + 16 * (k + d)) * itemsize
@@ -324,33 +264,34 @@ class _Outcome(NamedTuple):
 def _solve_rows(static: _Static, shared, y, indices, values) -> _Outcome:
     """Refit `n` rows by the solver alone; those whose atoms are out of range come back as if not finite."""
     solver, dictionary, ridge = shared
-    nonnegative, num_latents, scratch = static
+    nonnegative, num_latents, scratch, kernel = static
     y = y.astype(ridge.dtype)
-    problem = rows.map_chunks(
-        functools.partial(gram.problems, dictionary, num_latents=num_latents, ridge=ridge),
-        *(y, indices),
-        batch=y.shape[:1],
-        row_bytes=gram.row_bytes(indices.shape[1], y.shape[1], y.dtype.itemsize),
-        scratch=scratch // 2,
-    )
-    start = values.astype(ridge.dtype) * problem.unit
-    start = jnp.maximum(start, 0) if nonnegative else start
-    # From far away (‖y‖² is 1 here) rounding follows the solver; NaN, and what is too large to square, are far too.
-    usable = jax.vmap(_excess)(problem.gram, problem.c, start, jnp.zeros_like(start)) < 10
-    start = jnp.where(usable[:, None], start, 0)
-    most = jnp.full(y.shape[:1], solver.max_steps, jnp.int32)
-    best, kkt, steps = _drive_rows(solver, problem, start, most, nonnegative)
+    problem = None
+    if kernel:
+        solved = kernels.solve(dictionary, indices, y, values, ridge, solver.tol, solver.max_steps, nonnegative)
+    else:
+        problem = rows.map_chunks(
+            functools.partial(gram.problems, dictionary, num_latents=num_latents, ridge=ridge),
+            *(y, indices),
+            batch=y.shape[:1],
+            row_bytes=gram.row_bytes(indices.shape[1], y.shape[1], y.dtype.itemsize),
+            scratch=scratch // 2,
+        )
+        solved = gram.solved(solver, problem, values.astype(ridge.dtype), nonnegative)
     on = gram.used(indices, num_latents)
-    finite = problem.finite & (jnp.isfinite(values) | ~on).all(1)
+    finite = solved.finite & (jnp.isfinite(values) | ~on).all(1)
     feasible = jax.nn.relu(values) if nonnegative else values
-    refitted = divide(best, problem.unit).astype(values.dtype)
-    moved = (steps > 0) | ~usable  # else the start is optimal already, and comes back to the bit
-    if values.dtype != ridge.dtype:  # rounded to fewer bits, the best iterate can be worse than the start
-        rounded = refitted.astype(ridge.dtype) * problem.unit
-        began = feasible.astype(ridge.dtype) * problem.unit
-        moved &= ~(jax.vmap(_excess)(problem.gram, problem.c, rounded, began) > 0)
-    refitted = jnp.where(moved[:, None] | (problem.unit == 0), refitted, feasible)
-    return _Outcome(jnp.where(finite[:, None], refitted, values), best, _info(solver, kkt, steps, finite))
+    refitted = divide(solved.x, solved.unit).astype(values.dtype)
+    moved = (solved.steps > 0) | ~solved.usable  # else the start is optimal already, and comes back to the bit
+    if (
+        problem is not None and values.dtype != ridge.dtype
+    ):  # rounded to fewer bits, the best iterate can be worse than the start
+        rounded = refitted.astype(ridge.dtype) * solved.unit
+        began = feasible.astype(ridge.dtype) * solved.unit
+        moved &= ~(jax.vmap(gram.excess)(problem.gram, problem.c, rounded, began) > 0)
+    refitted = jnp.where(moved[:, None] | (solved.unit == 0), refitted, feasible)
+    info = _info(solver, solved.kkt, solved.steps, finite)
+    return _Outcome(jnp.where(finite[:, None], refitted, values), solved.x, info)
 
 
 def _info(solver, kkt, steps, finite) -> RefitInfo:
@@ -371,7 +312,7 @@ def _revise(static: _Static, shared, y, indices, values, x, info: RefitInfo) -> 
     condition of `G`, which it may even leave indefinite; that of the residual, by the square root of it.
     """
     solver, dictionary, ridge = shared
-    nonnegative, num_latents, _ = static
+    nonnegative, num_latents, *_ = static
     y = y.astype(ridge.dtype)
     atoms, y, ridge, unit, weight, finite = gram.unit_rows(dictionary, y, indices, num_latents=num_latents, ridge=ridge)
 
@@ -407,7 +348,7 @@ def _revise(static: _Static, shared, y, indices, values, x, info: RefitInfo) -> 
     feasible = jax.nn.relu(values) if nonnegative else values
     refitted = jnp.where(moved | (unit == 0), refitted, jnp.where(usable, feasible, 0))
     finite &= (jnp.isfinite(values) | ~gram.used(indices, num_latents)).all(1)
-    kkt = jnp.max(weight * gram.violation(best, gradient, nonnegative), axis=1, initial=0)
+    kkt = jnp.max(weight * solvers.violation(best, gradient, nonnegative), axis=1, initial=0)
     return _Outcome(jnp.where(finite[:, None], refitted, values), best, _info(solver, kkt, steps, finite))
 
 
@@ -436,7 +377,9 @@ def _solve(static: _Static, shared, per_row):
     per_row = y, indices, _ = tuple(x.reshape(n, x.shape[-1]) for x in per_row)
     k, d, itemsize = indices.shape[1], y.shape[1], shared[2].dtype.itemsize
     solve, half = functools.partial(_solve_rows, static, shared), static.scratch // 2
-    if len(_widths(k)) == 1:
+    if static.kernel:
+        outcome = solve(*per_row)  # it needs no scratch
+    elif len(_widths(k)) == 1:
         in_cache = (4 << 20) // max(k * k * itemsize, 1)  # rows whose Gram matrices the cache holds
         outcome = rows.map_chunks(
             *(solve, *per_row),
@@ -489,50 +432,14 @@ def _refit_forward(static, solver, dictionary, y, indices, values, ridge):
 
 
 def _refit_backward(static: _Static, residuals, cotangents):
-    """The implicit derivative on the active set `F`, the coordinates that the constraint leaves free.
-
-    From `G_FF z_F = c_F`, with `u = G_FF⁻¹ z̄_F` and `r = y − Aᵀz`:  `ȳ = Aᵀu`, `Ā = u rᵀ − z (Aᵀu)ᵀ`, `ridge‾ = −uᵀz`.
-    """
     dictionary, y, indices, values, ridge, finite = residuals
-    nonnegative, num_latents, scratch = static
-    k, d = indices.shape[-1], y.shape[-1]
-    finite = finite & jnp.isfinite(cotangents[0]).all(-1)
-
-    def chunk(carry, y, indices, z, z_bar, finite):
-        dictionary_bar, ridge_bar = carry
-        # Rows that are not finite, and padding rows, become empty supports: no derivative, no NaN.
-        free = gram.used(indices, num_latents) & finite[:, None] & ((z > 0) | (not nonnegative))
-        atoms = gram.take(dictionary, indices, num_latents, ridge.dtype)
-        atoms = jnp.where(free[:, :, None], atoms, 0)
-        y, z, z_bar = (
-            jnp.where(keep, x, 0).astype(ridge.dtype) for x, keep in ((y, finite[:, None]), (z, free), (z_bar, free))
-        )
-        u = _solve_free(jnp.einsum("nid,njd->nij", atoms, atoms, precision=EXACT), free, z_bar, ridge)
-        y_bar, x = (jnp.einsum("nkd,nk->nd", atoms, v, precision=EXACT) for v in (u, z))
-        atoms_bar = u[:, :, None] * (y - x)[:, None, :] - z[:, :, None] * y_bar[:, None, :]
-        dictionary_bar = gram.accumulate(dictionary_bar, dictionary, indices, num_latents, free, atoms_bar)
-        return (dictionary_bar, ridge_bar - jnp.sum(u * z)), y_bar
-
-    (dictionary_bar, ridge_bar), y_bar = rows.scan_chunks(
-        chunk,
-        (gram.zero_cotangent(dictionary, ridge.dtype), jnp.zeros_like(ridge)),
-        *(y, indices, values, cotangents[0], finite),
-        batch=y.shape[:-1],
-        row_bytes=2 * gram.row_bytes(k, d, ridge.dtype.itemsize),
-        scratch=scratch,
+    bars = implicit.backward(
+        *(dictionary, y, indices, values, cotangents[0], ridge, finite),
+        nonnegative=static.nonnegative,
+        num_latents=static.num_latents,
+        scratch=static.scratch,
     )
-    dictionary_bar = gram.cotangent(dictionary_bar, dictionary)
-    return None, dictionary_bar, y_bar.astype(y.dtype), None, None, ridge_bar
+    return None, bars.dictionary, bars.y, None, None, bars.ridge
 
 
 _refit.defvjp(_refit_forward, jax.jit(_refit_backward, static_argnums=0))
-
-
-def _solve_free(G, free, rhs, ridge):
-    """Solve `(G_FF + ridge) u = rhs` for each row; `u` is 0 off `F`, where G and rhs are 0."""
-    diagonal = jnp.diagonal(G, axis1=1, axis2=2) + ridge
-    norm = jnp.sqrt(jnp.where(free & (diagonal > 0), diagonal, 1))
-    eye = jnp.eye(G.shape[-1], dtype=G.dtype)
-    unit = jnp.where(eye > 0, 1, G / (norm[:, :, None] * norm[:, None, :]))
-    solved = jax.vmap(solve_semidefinite)(unit, (rhs / norm)[:, :, None])[:, :, 0]
-    return jnp.where(free, solved / norm, 0)

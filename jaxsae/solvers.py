@@ -111,6 +111,7 @@ class FISTA:
     Attributes:
       tol: stop a row when its KKT residual, relative and without unit, is at most this.
       max_steps: stop a row after this many steps.
+      fallback: solver of the rows that are left, or None.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsae
@@ -123,12 +124,13 @@ class FISTA:
 
     tol: float | Array = 1e-5
     max_steps: int | Array = 2000
-    fallback = None
+    fallback: Any = None
 
     def init(self, gram: Array, c: Array, z: Array, lower: float) -> FISTAState:
         """The state at a feasible start `z`, without momentum."""
         gradient = _matvec(gram, z) - c
-        return FISTAState(z, gradient, z, gradient, spectral_norm(gram), jnp.ones((), gram.dtype))
+        curvature = spectral_norm(gram)
+        return FISTAState(z, gradient, z, gradient, curvature, jnp.ones_like(curvature))
 
     def step(self, gram: Array, c: Array, state: FISTAState, lower: float) -> FISTAState:
         """One accelerated step, at the cost of one product with `G`: the gradient is affine, so `w`'s is free."""
@@ -277,7 +279,64 @@ class BlockPivoting:
         )
 
 
-def default(k: int, d: int) -> Any:
+def violation(z, gradient, nonnegative: bool):
+    """How far each coordinate is from optimal, `z` in units where the Gram matrix has ones on its diagonal."""
+    if not nonnegative:
+        return jnp.abs(gradient)
+    return jnp.where(z > 0, jnp.abs(gradient), jnp.maximum(jnp.maximum(-gradient, -z), 0))
+
+
+class _Carry(NamedTuple):
+    state: Any  # the solver's
+    best: Array  # [k] the iterate to return, the best so far
+    best_gradient: Array  # [k]
+    steps: Array
+    running: Array
+
+
+def drive(solver, G, c, weight, z, most, nonnegative: bool):
+    """Run a solver on one unit-free problem, for at most `most` steps, until its KKT residual is within tolerance.
+
+    It stops on a residual that is at least the one it returns: as if every atom were as long as the longest, so that
+    short atoms are solved as well as long ones.
+
+    The objective's change between two points of a quadratic is `½(z − z')ᵀ(g + g')`, exactly; so "better" is decided
+    without subtracting two nearly equal objectives.
+    """
+    lower = 0.0 if nonnegative else -jnp.inf
+
+    def residual(z, gradient, weight):
+        return jnp.max(weight * violation(z, gradient, nonnegative), initial=0)
+
+    strict = jnp.maximum(weight, 1)
+
+    def improvement(state, z, gradient):
+        return -0.5 * jnp.sum((state.z - z) * (state.gradient + gradient))
+
+    start = solver.init(G, c, z, lower)
+
+    def step(carry: _Carry) -> _Carry:
+        state = solver.step(G, c, carry.state, lower)
+        within = residual(state.z, state.gradient, strict) <= solver.tol
+        done = within & (improvement(state, start.z, start.gradient) >= 0)
+        better = done | (improvement(state, carry.best, carry.best_gradient) > 0)
+        steps = carry.steps + 1
+        return _Carry(
+            state,
+            jnp.where(better, state.z, carry.best),
+            jnp.where(better, state.gradient, carry.best_gradient),
+            steps,
+            ~done & (steps < most),
+        )
+
+    # NaN compares false: a row that is not finite never runs.
+    running = (residual(start.z, start.gradient, strict) > solver.tol) & (most > 0)
+    carry = _Carry(start, start.z, start.gradient, jnp.zeros_like(running, jnp.int32), running)
+    carry = jax.lax.while_loop(lambda carry: carry.running, step, carry)
+    return carry.best, residual(carry.best, carry.best_gradient, weight), carry.steps
+
+
+def default(k: int, d: int, *, kernel: bool = False) -> Any:
     """The solver of rows with `k` active atoms of width `d`, by measurement (`python -m benchmarks refine`).
 
     On two CPU cores `ConjugateGradient` is the fastest of these solvers, or level with it, on every case measured but
@@ -285,11 +344,13 @@ def default(k: int, d: int) -> Any:
     `BlockPivoting` is the fastest, and takes the rows that are left after 256 steps. What `k > d` makes singular may
     set pivoting cycling: there `FISTA` answers. Conjugate gradient goes on to a tenth of the usual tolerance, so that
     ill-conditioned rows too end within 1e-6 of their least error (tests/test_hard_set.py); a row counts as converged
-    at 1e-5. No accelerator has been measured yet, so the backend makes no difference.
+    at 1e-5. Where a kernel answers (`jaxsae.kernels`) it is FISTA that it has in fast memory, a step of which reads
+    nothing; no accelerator has been measured yet, so everywhere else the backend makes no difference.
 
     Args:
       k: slots a row.
       d: width.
+      kernel: whether a kernel has been measured to be worth it.
 
     Returns:
       A solver, with its fallbacks.
@@ -301,4 +362,6 @@ def default(k: int, d: int) -> Any:
     """
     if k > d:
         return FISTA()
+    if kernel:
+        return FISTA(tol=1e-6, max_steps=256, fallback=BlockPivoting(tol=1e-6))
     return ConjugateGradient(tol=1e-6, max_steps=256, fallback=BlockPivoting(tol=1e-6))
