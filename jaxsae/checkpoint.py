@@ -16,6 +16,7 @@ import platform
 import re
 import shutil
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -251,12 +252,23 @@ def _read_state(path: Path, like: Any) -> Any:
 
 @contextlib.contextmanager
 def _without_echoes() -> Iterator[None]:
-    """When one read of a file fails, orbax drops the others, which then complain where nothing can be caught."""
-    before, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
+    """When one read of a file fails, orbax drops the others, which then complain where nothing can be caught.
+
+    They come from threads of their own; they are over when none has come for a while.
+    """
+    before, last = sys.unraisablehook, [0.0]
+
+    def hear(unraisable):
+        last[0] = time.monotonic()
+
+    sys.unraisablehook = hear
     try:
         yield
     except Exception:
         gc.collect()
+        last[0] = time.monotonic()
+        while time.monotonic() < last[0] + 0.3:
+            time.sleep(0.05)
         raise
     finally:
         sys.unraisablehook = before
