@@ -16,6 +16,7 @@ import platform
 import re
 import shutil
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -30,6 +31,7 @@ from jaxtyping import Array, UInt32
 from jaxsae.files import InputError
 
 _VERSION = 1
+_ECHOES = ("Event loop is closed", "Encountered error while reading array index")
 _ANY = (Exception,)  # what orbax lets out when a file is not what it says, plain `Exception` among it
 
 
@@ -90,6 +92,7 @@ class Checkpoints:
         self.folder, self._warn, self._keep = Path(folder).absolute(), warn, keep
         self._config = json.loads(json.dumps(config, allow_nan=False))
         self._manager: Any = None
+        self._open_until_exit = contextlib.ExitStack()
         for step in self.steps():
             try:
                 manifest = _read_manifest(self.folder / str(step))
@@ -114,12 +117,13 @@ class Checkpoints:
                 )
 
     def __enter__(self) -> "Checkpoints":
+        self._open_until_exit.enter_context(_without_echoes())
         return self
 
     def __exit__(self, *error: Any) -> None:
-        if self._manager is not None:
-            manager, self._manager = self._manager, None
-            with _told(self.folder, self.steps):
+        manager, self._manager = self._manager, None
+        with self._open_until_exit, _told(self.folder, self.steps):
+            if manager is not None:
                 manager.close()
 
     def steps(self) -> list[int]:
@@ -251,14 +255,28 @@ def _read_state(path: Path, like: Any) -> Any:
 
 @contextlib.contextmanager
 def _without_echoes() -> Iterator[None]:
-    """When one read of a file fails, orbax drops the others, which then complain where nothing can be caught."""
-    before, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
+    """When one file cannot be read or written, orbax drops the others, which then complain where nothing is caught.
+
+    They come from threads of their own; they are over when none has come for a while.
+    """
+    before, last = sys.unraisablehook, [-math.inf]
+
+    def hear(unraisable):
+        if str(unraisable.exc_value).startswith(_ECHOES):
+            last[0] = time.monotonic()
+        else:
+            before(unraisable)
+
+    sys.unraisablehook = hear
     try:
         yield
     except Exception:
         gc.collect()
+        last[0] = time.monotonic()
         raise
     finally:
+        while time.monotonic() < last[0] + 0.3:
+            time.sleep(0.05)
         sys.unraisablehook = before
 
 

@@ -30,7 +30,7 @@ def test_a_run_that_is_interrupted_in_every_way_ends_like_one_left_alone(tmp_pat
     assert process.returncode == 2, errors
     assert "cannot write" in errors[-1]
     assert f"step {before} is kept, and can be gone on from" in errors[-1]
-    assert not any("Traceback" in line for line in errors)
+    assert not any("Traceback" in line for line in errors), "\n".join(errors)
     assert job.saved("run") == before
 
     job.finish("run")
