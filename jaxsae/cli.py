@@ -112,10 +112,16 @@ def study(
 
 def train(
     *,
-    data: tuple[Path, ...],
     activation: str,
     latents: int,
     out: Path,
+    data: tuple[Path, ...] = (),
+    model: str | None = None,
+    layer: int | None = None,
+    text: tuple[Path, ...] = (),
+    tokens: int | None = None,
+    context: int = 256,
+    window: int = 1 << 16,
     k: int | None = None,
     l1: float | None = None,
     batch: int = 1024,
@@ -143,11 +149,19 @@ def train(
     SIGTERM saves first, and exits with 0. Example:
     jaxsae train --data x.npy --activation topk --k 32 --latents 4096 --out run
 
+    With --model instead of --data, activations are harvested while it trains, and never written.
+
     Args:
-        data: files or directories of activations (rows, width).
         activation: relu, topk, abstopk, groupmax, batchtopk, jumprelu or gated.
         latents: how many.
         out: directory for the results.
+        data: files or directories of activations (rows, width).
+        model: instead of them, a language model: smollm2, a GGUF file or a Hugging Face directory.
+        layer: block of it after which the residual is taken, from 0.
+        text: UTF-8 files it reads; by default Python's standard library, four million tokens.
+        tokens: stop after so many; all by default.
+        context: tokens it sees at a time.
+        window: its rows that are shuffled among themselves.
         k: active latents a row: of each row, on average over a batch (batchtopk), or aimed at (jumprelu).
         l1: weight of the L1 penalty (relu, gated).
         batch: rows a step.
@@ -176,6 +190,8 @@ def train(
     if distributed or coordinator is not None:
         _join(coordinator, processes, process)
 
+    if bool(data) == (model is not None) or (model is None) != (layer is None):
+        raise InputError("pass --data, or --model and --layer.")
     options = runs.Options(
         activation, latents, k, l1, not no_auxk, multi_topk, batch, steps, learning_rate, dead_after, heldout, seed
     )
@@ -184,9 +200,10 @@ def train(
         with _progress(steps, rows=batch, quiet=not chief) as advance:
             report = runs.run(
                 out,
-                data=data,
+                data=data if model is None or layer is None else _live(model, layer, text, tokens, context, window),
                 options=options,
                 weights=weights or None,
+                window=None if model is None else window,
                 mesh=None if mesh is None else sharding.make_mesh(*mesh),
                 save_every=save_every,
                 resume=resume,
@@ -339,12 +356,11 @@ def harvest(
         dtype: of the rows, float16 or float32.
     """
     from jaxsae import harvest as job
-    from jaxsae import language_model, model_files
+    from jaxsae import language_model
 
-    if min(context, batch, 1 if tokens is None else tokens) < 1:
-        raise InputError(f"got --context {context}, --batch {batch}, --tokens {tokens}; pass at least 1.")
-    tokenizer, net = model_files.read_tokenizer(model), language_model.load(model)
-    packed = job.pack(text or job.standard_library(), tokenizer, context=context, tokens=tokens)
+    if batch < 1:
+        raise InputError(f"got --batch {batch}; pass at least 1.")
+    packed, net = _pack(model, text, tokens, context), language_model.load(model)
     source = {"model": model, "text": packed.files}
     with _progress(len(packed.contexts), rows=context, unit="tokens") as advance:
         rows = job.run(
@@ -358,11 +374,37 @@ def harvest(
             progress=lambda contexts: advance("harvesting", contexts),
         )
     print(f"Written: {out}, {len(rows)} rows of width {rows.shape[1]}, {dtype}, from {len(packed.files)} files")
+    return 0
+
+
+def _pack(model: str, text: tuple[Path, ...], tokens: int | None, context: int):
+    """Text as tokens of a model; what was amiss with it is told."""
+    from jaxsae import harvest as job
+    from jaxsae import model_files
+
+    if min(context, 1 if tokens is None else tokens) < 1:
+        raise InputError(f"got --context {context}, --tokens {tokens}; pass at least 1.")
+    files = text or job.standard_library()
+    packed = job.pack(files, model_files.read_tokenizer(model), context=context, tokens=tokens)
     if packed.replaced:
         _warn(f"{packed.replaced} characters were not UTF-8, and were read as U+FFFD.")
     if packed.empty:
         _warn(f"{packed.empty} files are empty.")
-    return 0
+    return packed
+
+
+def _live(model: str, layer: int, text: tuple[Path, ...], tokens: int | None, context: int, window: int):
+    """What a model makes of text, by the name of both."""
+    import zlib
+
+    from jaxsae import harvest as job
+    from jaxsae import language_model
+
+    if window < 1:
+        raise InputError(f"got --window {window}; pass at least 1.")
+    contexts = _pack(model, text, tokens, context).contexts
+    name = f"{model}, layer {layer}, text {zlib.crc32(contexts.tobytes()):08x}"
+    return {name: job.live(language_model.load(model), contexts, layer=layer, window=window)}
 
 
 def denoise(image: Path, /, *, sigma: float, out: Path, dictionary: Path | None = None, seed: int = 0) -> int:

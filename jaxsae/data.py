@@ -222,6 +222,7 @@ def batches(
     *,
     seed: int,
     weights: Sequence[float] | None = None,
+    window: int | None = None,
     part: slice = slice(None),
 ) -> Batches:
     """Yield batches `[size d]` in float32 for ever, each row once before any comes again, in an order anew each time.
@@ -231,6 +232,8 @@ def batches(
       size: rows a batch, at most `n`.
       seed: of the shuffles.
       weights: in which proportions to mix, whatever the lengths; by default in those of the lengths, as if joined.
+      window: rows that are shuffled among themselves, one window after the other, where rows had better be read
+        forwards (`harvest.live`); by default all are.
       part: which rows of each batch to read, those that this process needs; all by default.
 
     Raises:
@@ -252,7 +255,11 @@ def batches(
         raise InputError(f"got sources of widths {sorted(widths)}; pass activations of one layer.")
 
     def shuffled(numbers, seed):
-        return grain.MapDataset.range(*numbers).seed(seed % 2**32).shuffle().repeat()
+        ordered = grain.MapDataset.range(*numbers)
+        if window is None:
+            return ordered.seed(seed % 2**32).shuffle().repeat()
+        seed %= 2**31  # the number of the window is added to it, and the sum has 32 bits
+        return grain.experimental.WindowShuffleMapDataset(ordered.repeat(), window_size=window, seed=seed)
 
     if weights is None:
         order = shuffled((total,), seed)

@@ -10,6 +10,7 @@ import itertools
 import os
 import random
 import sysconfig
+import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxsae import shards
 from jaxsae.files import InputError
@@ -168,15 +169,60 @@ def run(
     if first:
         progress(first)
     if not writer.manifest.complete:
-        devices = len(jax.devices())
-        batch = -(-batch // devices) * devices
+        mesh, batch = _spread(jax.devices(), batch)
         steps = _steps_per_shard(batch * (length - 1) * model.config.width)
-        residuals = _residuals(model, contexts[first:], layer, batch, progress)
+        residuals = _residuals(model, contexts[first:], layer, batch, mesh, progress)
         for start in range(first, n, steps * batch):
             rows = np.concatenate(list(itertools.islice(residuals, steps)))
             writer.append(rows.reshape(-1, rows.shape[-1]), tokens=contexts[start : start + len(rows)])
         writer.finish()
     return shards.open_rows(out)
+
+
+def live(
+    model: LanguageModel, contexts: np.ndarray, *, layer: int, batch: int = 8, window: int = 1 << 16
+) -> shards.Rows:
+    """The residual stream of a language model over contexts, computed when it is asked for: nothing is written.
+
+    Row `r` belongs to position `1 + r mod (s − 1)` of context `r // (s − 1)`. Contexts are computed a step at a time,
+    and kept as long as a reader needs them that takes rows in windows, `data.batches(rows, …, window=window)`: each is
+    computed once a pass. The position is all there is to save of such a reader; the window it is in is computed anew.
+
+    Args:
+      model: the language model.
+      contexts: tokens `[n s]`.
+      layer: block after which the residual is taken, from 0.
+      batch: contexts in a step, rounded up to a multiple of this process' devices, over which they are spread.
+      window: rows that are shuffled among themselves; two windows are kept in memory, in float32.
+
+    Returns:
+      `[n·(s − 1) d]`, float32.
+
+    Raises:
+      InputError: if an argument does not fit the model.
+
+    Example:
+      >>> from jaxsae.language_model import tiny
+      >>> live(tiny(), np.arange(12, dtype=np.int32).reshape(2, 6), layer=1)[np.array([3, 9])].shape
+      (2, 8)
+    """
+    require_fit(model, contexts, layer)
+    mesh, batch = _spread(jax.local_devices(), batch)
+    model = jax.device_put(model, NamedSharding(mesh, PartitionSpec()))
+    (n, length), alone = contexts.shape, threading.Lock()
+    step = batch * (length - 1)
+
+    @functools.lru_cache(2 * (-(-window // step) + 1))
+    def compute(number):
+        some = contexts[number * batch : (number + 1) * batch]
+        return np.asarray(_step(model, some, layer, batch, mesh)).reshape(-1, model.config.width)
+
+    def load(number):
+        with alone:  # readers that want the same one
+            return compute(number)
+
+    edges = np.minimum(np.arange(-(-n // batch) + 1) * step, n * (length - 1))
+    return shards.Rows(load, edges, range(n * (length - 1)), model.config.width, np.float32)
 
 
 def require_fit(model: LanguageModel, contexts: np.ndarray, layer: int) -> None:
@@ -204,22 +250,32 @@ def _steps_per_shard(values: int) -> int:
     return max(1, min(_MOST_STEPS, _SHARD // (4 * values)))
 
 
-def _residuals(model, contexts, layer: int, batch: int, progress) -> Iterator[np.ndarray]:
+def _spread(devices, batch: int) -> tuple[Mesh, int]:
+    """A mesh of devices, and a number of contexts that can be split evenly over them."""
+    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    return mesh, -(-batch // len(devices)) * len(devices)
+
+
+def _residuals(model, contexts, layer: int, batch: int, mesh: Mesh, progress) -> Iterator[np.ndarray]:
     """Residuals `[batch s − 1 d]`, without those of the first position; the last batch may be smaller."""
-    mesh = jax.make_mesh((len(jax.devices()),), ("data",), axis_types=(AxisType.Auto,))
     model = jax.device_put(model, NamedSharding(mesh, PartitionSpec()))
     pending = None
     for start in range(0, len(contexts), batch):
         some = contexts[start : start + batch]
-        ids = np.pad(some, [(0, batch - len(some)), (0, 0)])
-        rows = _after_first(model, jax.device_put(ids, NamedSharding(mesh, PartitionSpec("data"))), layer)
+        rows = _step(model, some, layer, batch, mesh)
         # One step ahead: the device computes while rows are fetched and written.
         if pending is not None:
             yield np.asarray(pending)
-        pending = rows[: len(some)]
+        pending = rows
         progress(len(some))
     if pending is not None:
         yield np.asarray(pending)
+
+
+def _step(model, some: np.ndarray, layer: int, batch: int, mesh: Mesh) -> jax.Array:
+    """Residuals of at most `batch` contexts."""
+    ids = np.pad(some, [(0, batch - len(some)), (0, 0)])
+    return _after_first(model, jax.device_put(ids, NamedSharding(mesh, PartitionSpec("data"))), layer)[: len(some)]
 
 
 @functools.partial(jax.jit, static_argnames="layer")

@@ -10,7 +10,7 @@ import functools
 import json
 import operator
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,9 +91,10 @@ FAMILIES = {
 def run(
     out: str | os.PathLike,
     *,
-    data: str | os.PathLike | Sequence[str | os.PathLike],
+    data: str | os.PathLike | Sequence[str | os.PathLike] | Mapping[str, data_module.Rows],
     options: Options,
     weights: Sequence[float] | None = None,
+    window: int | None = None,
     mesh: Mesh | None = None,
     save_every: float = 60.0,
     resume: bool = False,
@@ -105,9 +106,10 @@ def run(
 
     Args:
       out: directory, made if missing.
-      data: file or directory of activations, or several.
+      data: file or directory of activations, or several; or rows, each with a name that says where they come from.
       options: what to train, and how.
       weights: in which proportions to mix the data, whatever their lengths; by default in those of the lengths.
+      window: as of `data.batches`.
       mesh: of `sharding.make_mesh`, to spread rows and latents over; one device by default.
       save_every: seconds from one save of the whole state to the next.
       resume: refuse to begin anew.
@@ -124,11 +126,14 @@ def run(
       job.Stopped: on SIGTERM or SIGINT, with all saved.
     """
     _validate(options)
-    paths = [data] if isinstance(data, str | os.PathLike) else list(data)
-    sources, heldout = _load(paths, options, weights)
-    out, o, name = Path(out), options, ", ".join(map(str, paths))
+    names, everything = _open(data)
+    sources, heldout = _split(names, everything, options, weights)
+    out, o, name = Path(out), options, ", ".join(names)
     told_data = {"path": name, "rows": sum(map(len, sources)), "heldout": len(heldout), "width": heldout.shape[1]}
     config = o._asdict() | {"data": [*map(len, sources), heldout.shape[1]], "weights": weights and list(weights)}
+    config |= {"window": window, "rows of": names if isinstance(data, Mapping) else None}  # files may have been moved
+    read = functools.partial(data_module.batches, sources, o.batch, seed=o.seed, weights=weights, window=window)
+    centre, scale = _centre_and_scale(_sample(read(), sum(map(len, sources))), name)
     with (
         jax.set_mesh(mesh) if mesh else contextlib.nullcontext(),
         Checkpoints(out / "checkpoints", config=config, warn=warn) as checkpoints,
@@ -136,8 +141,7 @@ def run(
         if resume and not checkpoints.steps():
             raise InputError(f"{out}: holds no run to resume; leave out --resume to begin one.")
         part = sharding.rows_needed(o.batch)
-        batches = data_module.batches(sources, o.batch, seed=o.seed, weights=weights, part=part)
-        centre, scale = _centre_and_scale(sources, name)
+        batches = read(part=part)
         objective, tx, fresh = recipe(o, centre, scale)
 
         def tell(step, shown):
@@ -166,7 +170,7 @@ def run(
     chief = jax.process_index() == 0
     if chief:
         pretrained.save(sae, out / "sae")
-    bad = _rows_to_blame(sources, paths, batches, reached.bad)
+    bad = _rows_to_blame(sources, names, batches, reached.bad)
     report = {
         "options": options._asdict(),
         "data": told_data,
@@ -216,13 +220,13 @@ def recipe(
     return Objective(terms, dead_after=o.dead_after), tx, fresh
 
 
-def _rows_to_blame(sources, paths, batches: data_module.Batches, bad: Sequence[int]) -> dict[str, list[int]]:
+def _rows_to_blame(sources, names, batches: data_module.Batches, bad: Sequence[int]) -> dict[str, list[int]]:
     """Which rows of the batches that were skipped hold NaN or Inf, by file."""
     found: dict[str, set[int]] = {}
     for number in bad[-_BLAMED:]:
         for source, rows in batches.rows(number):
             wrong = rows[~np.isfinite(np.asarray(sources[source][rows], np.float32)).all(axis=1)]
-            found.setdefault(str(paths[source]), set()).update(wrong.tolist())
+            found.setdefault(names[source], set()).update(wrong.tolist())
     return {path: sorted(rows) for path, rows in found.items() if rows}
 
 
@@ -259,17 +263,23 @@ def _validate(options: Options) -> _Family:
     return family
 
 
-def _load(paths, options: Options, weights) -> tuple[list[data_module.Rows], np.ndarray]:
-    """The rows to train on, file by file, and the last ones of each, of all of them together as many as asked for."""
-    everything = [data_module.open_rows(path) for path in paths]
-    if weights is not None and len(weights) != len(paths):
-        raise InputError(f"got {len(weights)} weights for {len(paths)} files; pass one for each.")
+def _open(data) -> tuple[list[str], list[data_module.Rows]]:
+    """Names and rows of all that is to be trained on."""
+    if isinstance(data, Mapping):
+        return list(data), list(data.values())
+    paths = [data] if isinstance(data, str | os.PathLike) else list(data)
+    return list(map(str, paths)), [data_module.open_rows(path) for path in paths]
+
+
+def _split(names, everything, options: Options, weights) -> tuple[list[data_module.Rows], np.ndarray]:
+    """The rows to train on, source by source, and the last ones of each, in all as many as asked for."""
+    if weights is not None and len(weights) != len(names):
+        raise InputError(f"got {len(weights)} weights for {len(names)} files; pass one for each.")
     total, needed = sum(map(len, everything)), options.batch + options.heldout
-    name = ", ".join(map(str, paths))
     if total < needed:
         raise InputError(
-            f"{name}: holds {total} rows, but a batch and the held-out rows are {needed}; pass more rows, or less of "
-            "either."
+            f"{', '.join(names)}: holds {total} rows, but a batch and the held-out rows are {needed}; pass more rows, "
+            "or less of either."
         )
     ends = np.cumsum([0, *map(len, everything)]) * options.heldout // total
     counts = np.diff(ends)
@@ -277,18 +287,25 @@ def _load(paths, options: Options, weights) -> tuple[list[data_module.Rows], np.
         np.asarray(rows[len(rows) - count :], np.float32) for rows, count in zip(everything, counts, strict=True)
     ]
     if len({rows.shape[1] for rows in everything}) > 1:
-        raise InputError(f"{name}: have widths {', '.join(str(x.shape[1]) for x in everything)}; pass one layer's.")
-    for path, rows in zip(paths, heldout, strict=True):
+        raise InputError(
+            f"{', '.join(names)}: have widths {', '.join(str(x.shape[1]) for x in everything)}; pass one layer's."
+        )
+    for name, rows in zip(names, heldout, strict=True):
         if len(rows):
-            data_module.require_finite(rows, f"{path}, held-out part")
+            data_module.require_finite(rows, f"{name}, held-out part")
     rest = [rows[: len(rows) - count] for rows, count in zip(everything, counts, strict=True)]
     return rest, np.concatenate(heldout)
 
 
-def _centre_and_scale(sources: Sequence[data_module.Rows], name: str) -> tuple[jax.Array, float]:
+def _sample(batches: data_module.Batches, rows: int) -> np.ndarray:
+    """Some of so many rows, those of the first batches."""
+    first = batches.source[0]
+    more = range(1, -(-min(_SAMPLE, rows) // len(first)))
+    return np.concatenate([first, *(batches.source[number] for number in more)])[:_SAMPLE]
+
+
+def _centre_and_scale(sample: np.ndarray, name: str) -> tuple[jax.Array, float]:
     """Geometric median of a sample, and what scales it to unit mean square about that."""
-    every = max(1, sum(map(len, sources)) // _SAMPLE)
-    sample = np.concatenate([np.asarray(rows[::every][:_SAMPLE], np.float32) for rows in sources])
     sample = sample[np.isfinite(sample).all(1)]
     if len(sample) == 0 or (sample == sample[0]).all():
         raise InputError(f"{name}: all rows are equal, or none is finite; pass activations of varied inputs.")

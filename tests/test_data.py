@@ -204,6 +204,21 @@ def test_sources_are_mixed_by_weight_or_by_length():
     np.testing.assert_allclose([share(None), share([3.0, 1.0]), share([1.0, 1.0])], [0.75, 0.25, 0.5])
 
 
+@pytest.mark.parametrize("weights", [None, [1.0, 1.0]])
+def test_windows_are_shuffled_one_after_the_other(weights):
+    sources = [array((24, 1)), 100 + array((24, 1))]
+    taken = batches(sources, 8, seed=2**32 - 1, weights=weights, window=6)
+    rows = np.concatenate(list(itertools.islice(taken, 18)))[:, 0]  # three passes
+    first = rows[rows < 100]
+    windows = first[: len(first) // 6 * 6].reshape(-1, 6)
+    expected = np.tile(np.arange(24).reshape(4, 6), (len(windows) // 4 + 1, 1))[: len(windows)]
+    np.testing.assert_array_equal(np.sort(windows), expected)
+    assert not np.array_equal(windows, expected)
+    assert not np.array_equal(windows[:4], windows[4:8])
+    taken.position = 5
+    np.testing.assert_array_equal(next(taken)[:, 0], rows[40:48])
+
+
 def test_a_batch_tells_which_rows_it_holds():
     sources = [array((9, 2)), 100 + array((20, 2))]
     stream = batches(sources, 5, seed=0)

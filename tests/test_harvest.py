@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import json
 import os
@@ -14,6 +15,7 @@ import tokenizers
 
 from jaxsae import harvest, language_model, model_files, shards
 from jaxsae.cli import main
+from jaxsae.data import batches
 from jaxsae.files import InputError
 
 MODEL = Path(__file__).parent / "language_models" / "llama"
@@ -238,6 +240,76 @@ def test_what_was_harvested_can_be_trained_on(tmp_path):
     assert cli("train", "--data", out, *options, "--out", sae) == 0
     assert cli("eval", "--sae", sae, "--data", out) == 0
     assert cli("refine", "--sae", sae, "--data", out, "--out", tmp_path / "codes.npz") == 0
+
+
+# --- Live
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """How many contexts each step was of."""
+    real, taken = harvest._step, []
+
+    def step(model, some, *more):
+        taken.append(len(some))
+        return real(model, some, *more)
+
+    monkeypatch.setattr(harvest, "_step", step)
+    return taken
+
+
+def test_live_rows_are_those_that_are_written(tmp_path, model, steps):
+    contexts = contexts_of(19)
+    written = run(tmp_path / "out", model, contexts, dtype="float32", batch=8)
+    steps.clear()
+    rows = harvest.live(model, contexts, layer=1, batch=8)
+    assert (rows.shape, rows.dtype, steps) == (written.shape, np.float32, [])
+    np.testing.assert_array_equal(rows[[280, 3, 3]], written[[280, 3, 3]])
+    assert sorted(steps) == [3, 8]
+    np.testing.assert_array_equal(np.asarray(rows), np.asarray(written))
+
+
+def test_a_pass_in_windows_computes_each_context_once_and_keeps_two_windows(model, steps):
+    contexts = contexts_of(128)
+    rows = harvest.live(model, contexts, layer=1, batch=8, window=480)  # four steps
+    taken = batches(rows, 96, seed=0, window=480)
+    a_pass = [next(taken) for _ in range(len(rows) // 96)]
+    ahead = steps.count(8) - 16  # of the next pass, read ahead
+    assert 0 <= ahead <= 2 * 4
+    np.testing.assert_array_equal(np.sort(np.concatenate(a_pass)[:, 0]), np.sort(np.asarray(rows)[:, 0]))
+
+
+def test_a_live_training_that_is_stopped_goes_on_to_the_bit(tmp_path, capsys):
+    files = write(tmp_path, bytes(range(32, 127)) * 60)
+    options = ["--model", MODEL, "--layer", 1, "--text", *files, "--context", 16, "--window", 500]
+    options += ["--activation", "topk", "--k", 4, "--latents", 32, "--batch", 64, "--steps", 60, "--heldout", 64]
+    assert cli("train", *options, "--out", tmp_path / "alone") == 0
+    code, began = None, json.loads((tmp_path / "alone/report.json").read_text())
+    assert began["data"]["path"].startswith(f"{MODEL}, layer 1, text ")
+
+    def stop(text, steps):
+        if steps and not (tmp_path / "run/report.json").exists():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jaxsae.cli._progress", lambda *_, **__: contextlib.nullcontext(stop))
+        code = cli("train", *options, "--out", tmp_path / "run")
+    printed = capsys.readouterr().out
+    assert (code, "Stopped after" in printed) == (0, True)
+    assert not (tmp_path / "run/report.json").exists()
+    assert cli("train", *options, "--out", tmp_path / "run") == 0
+    of = [(tmp_path / name / "sae/sae.safetensors").read_bytes() for name in ("alone", "run")]
+    assert of[0] == of[1]
+    capsys.readouterr()
+    options[5] = MODEL / "config.json"
+    assert cli("train", *options, "--out", tmp_path / "run") == 2
+    assert "holds another run (got " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [[], ["--model", MODEL], ["--layer", 1, "--data", "x.npy"]])
+def test_a_training_takes_data_or_a_model(options, tmp_path, capsys):
+    assert cli("train", *options, "--activation", "topk", "--latents", 32, "--out", tmp_path / "run") == 2
+    assert capsys.readouterr().err == "jaxsae: pass --data, or --model and --layer.\n"
 
 
 BAD = {
