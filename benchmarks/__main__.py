@@ -95,7 +95,7 @@ def main() -> None:
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
     command = commands.add_parser("table", help="what was measured, as markdown")
     command.add_argument("files", type=Path, nargs="+", metavar="FILE")
-    command.add_argument("--readme", action="store_true", help="put it into the README")
+    command.add_argument("--readme", action="store_true", help="put it into benchmarks/README.md")
     command = commands.add_parser("plot", help="speed against accuracy; needs matplotlib")
     command.add_argument("file", type=Path, metavar="FILE")
     command.add_argument("out", type=Path, metavar="PNG")
@@ -133,7 +133,7 @@ def main() -> None:
     else:
         reports = [json.loads(path.read_text()) for path in args.files]
         if args.readme:
-            readme = ROOT / "README.md"
+            readme = ROOT / "benchmarks/README.md"
             readme.write_text(table.insert(readme.read_text(), reports))
         else:
             print("\n\n".join(map(table.markdown, reports)))

@@ -33,6 +33,7 @@ class Case(NamedTuple):
 
 SIZES = {
     "tiny": [Case(64, 1024, 8, 256)],
+    "small": [Case(768, 16384, 32, 1024)],
     "paper": [
         Case(768, 131072, 32, 16384),
         Case(2304, 65536, 64, 8192),

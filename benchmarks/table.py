@@ -1,4 +1,4 @@
-"""The README's tables, made from the JSON of benchmark runs."""
+"""The tables of benchmarks/README.md, made from the JSON of benchmark runs."""
 
 from typing import Any
 
@@ -210,7 +210,7 @@ def insert(readme: str, reports: list[dict[str, Any]]) -> str:
         before, found, rest = readme.partition(begin)
         _, end, after = rest.partition(END)
         if not found or not end:
-            raise SystemExit(f"README.md has no {begin} ... {END}; put these markers where the tables belong.")
+            raise SystemExit(f"benchmarks/README.md has no {begin} ... {END}; put them where the tables belong.")
         readme = "\n\n".join([before + begin, markdown(report), END + after])
     return readme
 

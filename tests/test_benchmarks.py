@@ -228,7 +228,7 @@ def test_the_readme_is_filled_between_its_markers(tiny):
     assert filled.startswith("above") and filled.endswith("below")
     assert table.markdown(tiny[1]) in filled
     assert table.insert(filled, [tiny[1]]) == filled
-    with pytest.raises(SystemExit, match="markers"):
+    with pytest.raises(SystemExit, match="has no <!-- benchmark"):
         table.insert("no place", [tiny[1]])
 
 
