@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from jaxsae import gram, rows, solvers
 from jaxsae.codes import SparseCode
-from jaxsae.linalg import matmul, solve_on
+from jaxsae.linalg import matmul, max_or_nan, solve_on
 
 
 @struct.dataclass
@@ -101,14 +101,14 @@ def _certify_row(nonnegative: bool, atoms, weight, y, z):
 
     r = y - matmul(z, atoms)
     slope = matmul(atoms, r)
-    kkt = relative(jnp.max(weight * solvers.violation(z, -slope, nonnegative), initial=0), y_norm)
+    kkt = relative(max_or_nan(weight * solvers.violation(z, -slope, nonnegative)), y_norm)
     atoms_atoms = matmul(atoms, atoms.T)
 
     def gap(on, rhs):
         """The gap of the dual point `u = r − Aᵀδ`, with `δ` on a set of coordinates and `A Aᵀδ = rhs` there."""
         moved = matmul(solve_on(atoms_atoms, on, rhs), atoms)
         dual = slope - matmul(atoms, moved)
-        infeasible = jnp.max(project(dual) if nonnegative else jnp.abs(dual), initial=0)
+        infeasible = max_or_nan(project(dual) if nonnegative else jnp.abs(dual))
         # P − D = ½‖r − u‖² − zᵀAu, free of the cancellation between two nearly equal objectives.
         value = relative(jnp.sum(moved**2) - 2 * jnp.sum(z * dual), y_norm**2)
         return jnp.where(infeasible <= 32 * jnp.finfo(y.dtype).eps * y_norm, value, jnp.inf)

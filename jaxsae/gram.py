@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxsae import rows, solvers
 from jaxsae.codes import SparseCode
-from jaxsae.linalg import EXACT, divide, matmul
+from jaxsae.linalg import EXACT, divide, matmul, max_or_nan
 
 
 @runtime_checkable
@@ -60,7 +60,7 @@ def power_of_two(x):
 
 def scaled(y: Array) -> tuple[Array, Array, Array]:
     """Targets of a size that can be squared, the powers of two `[n 1]` that they were divided by, and their norms."""
-    scale = power_of_two(jnp.max(jnp.abs(y), axis=1, keepdims=True, initial=0))
+    scale = power_of_two(max_or_nan(jnp.abs(y), 1, keepdims=True))
     y = divide(y, scale)
     return y, scale, jnp.linalg.norm(y, axis=1, keepdims=True)
 
@@ -152,13 +152,13 @@ def unit_rows(dictionary: Any, y: Array, indices: Array, *, num_latents: int, ri
     root = jnp.sqrt(ridge)
     y, *size = scaled(y)
     y_scale, y_norm = (jnp.where(x == 0, 1, x) for x in size)
-    largest = jnp.max(jnp.abs(atoms), axis=2, initial=0)
+    largest = max_or_nan(jnp.abs(atoms), 2)
     atom_scale = jnp.where(largest > 0, jnp.maximum(power_of_two(largest), power_of_two(root)), largest)
     atoms = divide(atoms, atom_scale[:, :, None])
     length, relative_root = jnp.linalg.norm(atoms, axis=2), divide(root, atom_scale)
     norm = jnp.hypot(length, relative_root)
     unit = norm / y_norm * atom_scale / y_scale
-    longest = jnp.max(length * atom_scale, axis=1, keepdims=True, initial=0)
+    longest = max_or_nan(length * atom_scale, 1, keepdims=True)
     determined = jnp.isfinite(unit) & ((unit > 0) | (norm == 0)) & jnp.isfinite(y_scale)
     return UnitRows(
         atoms=divide(atoms, norm[:, :, None]),

@@ -21,7 +21,7 @@ from jaxtyping import Array
 
 from jaxsae import codes, gram, rows
 from jaxsae.codes import SparseCode
-from jaxsae.linalg import divide, matmul, squared_norm
+from jaxsae.linalg import divide, matmul, max_or_nan, squared_norm
 
 
 class Static(NamedTuple):
@@ -161,7 +161,7 @@ def _start(row: _Row) -> _Walk:
     k, m, dtype = row.static.capacity, len(row.D), row.D.dtype
     c = matmul(row.D, row.y)
     return _Walk(
-        lam=jnp.max(c if row.static.nonnegative else jnp.abs(c), initial=0),
+        lam=max_or_nan(c if row.static.nonnegative else jnp.abs(c)),
         values=jnp.zeros(k, dtype),
         indices=jnp.full(k, m, jnp.int32),
         signs=jnp.zeros(k, dtype),
@@ -261,10 +261,10 @@ def _judge(row: _Row, A, z, lam):
     r = row.y - matmul(z, A)
     g, g_on = matmul(row.D, r), matmul(A, r)
     g = g if row.static.nonnegative else jnp.abs(g)
-    top = jnp.max(g, initial=0)
+    top = max_or_nan(g)
     alpha = jnp.where(top > lam + row.rounding, divide(lam, top), 1)
     gap = 0.5 * (1 - alpha) ** 2 * jnp.sum(r * r) + jnp.sum(lam * jnp.abs(z) - alpha * g_on * z)
-    off = jnp.max(jnp.where(z != 0, jnp.abs(g_on - lam * jnp.sign(z)), 0), initial=0)
+    off = max_or_nan(jnp.where(z != 0, jnp.abs(g_on - lam * jnp.sign(z)), 0))
     kkt = divide(jnp.maximum(off, top - lam), row.scale)
     gap = divide(gap, 0.5 * jnp.sum(row.y * row.y))
     return jnp.maximum(kkt, 0), jnp.maximum(gap, 0), jnp.sum(g > lam + row.rounding, dtype=jnp.int32)

@@ -23,7 +23,7 @@ from jaxsae import codes, gram, homotopy, rows
 from jaxsae.certificate import certify
 from jaxsae.codes import SparseCode
 from jaxsae.homotopy import Static
-from jaxsae.linalg import matmul
+from jaxsae.linalg import matmul, max_or_nan
 from jaxsae.refit import RefitInfo, Status, refit
 
 Number = int | float | Array | np.ndarray
@@ -371,7 +371,7 @@ def lambda_max(D: Float[Array, "m d"], y: Float[Array, "*b d"], *, nonnegative: 
 
     def chunk(y):
         c = matmul(y, D.T)
-        return jnp.max(c if nonnegative else jnp.abs(c), axis=1, initial=0)
+        return max_or_nan(c if nonnegative else jnp.abs(c), 1)
 
     return rows.map_chunks(chunk, y, batch=y.shape[:-1], row_bytes=len(D) * y.dtype.itemsize)
 

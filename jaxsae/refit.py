@@ -30,7 +30,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxsae import gram, implicit, kernels, rows, sharding, solvers
 from jaxsae.codes import SparseCode
-from jaxsae.linalg import EXACT, divide, solve_on
+from jaxsae.linalg import EXACT, divide, max_or_nan, solve_on
 
 
 class Status(enum.IntEnum):
@@ -348,7 +348,7 @@ def _revise(static: _Static, shared, y, indices, values, x, info: RefitInfo) -> 
     feasible = jax.nn.relu(values) if nonnegative else values
     refitted = jnp.where(moved | (unit == 0), refitted, jnp.where(usable, feasible, 0))
     finite &= (jnp.isfinite(values) | ~gram.used(indices, num_latents)).all(1)
-    kkt = jnp.max(weight * solvers.violation(best, gradient, nonnegative), axis=1, initial=0)
+    kkt = max_or_nan(weight * solvers.violation(best, gradient, nonnegative), 1)
     return _Outcome(jnp.where(finite[:, None], refitted, values), best, _info(solver, kkt, steps, finite))
 
 

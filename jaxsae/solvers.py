@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
-from jaxsae.linalg import divide, solve_on
+from jaxsae.linalg import divide, max_or_nan, solve_on
 from jaxsae.linalg import matmul as _matvec
 
 
@@ -306,7 +306,7 @@ def drive(solver, G, c, weight, z, most, nonnegative: bool):
     lower = 0.0 if nonnegative else -jnp.inf
 
     def residual(z, gradient, weight):
-        return jnp.max(weight * violation(z, gradient, nonnegative), initial=0)
+        return max_or_nan(weight * violation(z, gradient, nonnegative))
 
     strict = jnp.maximum(weight, 1)
 

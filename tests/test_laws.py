@@ -222,3 +222,31 @@ def test_rows_sharded_over_eight_devices_give_the_same_where_they_are(name):
     compiled = jax.jit(LAWS[name].call).lower(model, rows).compile()
     assert_close(compiled(model, rows), expected(name))
     assert "all-gather" not in compiled.as_text() or LAWS[name].gathers
+
+
+# XLA's maximum on a CPU passes over NaN in shapes like these, and only in programs as users have them.
+@pytest.mark.parametrize("shape", [(64, 64), (16, 768)], ids=str)
+def test_a_row_of_nan_alone_is_named_by_all_whatever_the_shape(shape, optimised):
+    n, d = shape
+    rng = np.random.default_rng(0)
+    D, y = (jnp.asarray(rng.normal(size=(rows, d)), jnp.float32) for rows in (M, n))
+    y = y.at[3].set(jnp.nan).at[5, 0].set(jnp.nan)
+    code = SparseCode(jnp.ones((n, K)), jnp.asarray(rng.integers(0, M, (n, K))), M)
+    statuses = {
+        "refit": jaxsae.refit(D, y, code)[1].status,
+        "signed": jaxsae.refit(D, y, code, nonnegative=False)[1].status,
+        "omp": jaxsae.pursuit.omp(D, y, k=K)[1].status,
+        "iti": jaxsae.pursuit.iti(D, y, k=K)[1].status,
+        "lasso": jaxsae.lasso.lasso(D, y, 1.0)[1].status,
+    }
+    bad = np.isin(np.arange(n), [3, 5])
+    for name, status in statuses.items():
+        np.testing.assert_array_equal(status == jaxsae.Status.NONFINITE, bad, err_msg=name)
+    np.testing.assert_array_equal(np.isnan(jaxsae.certify(D, y, code).kkt), bad)
+    np.testing.assert_array_equal(np.isnan(jaxsae.lasso.lambda_max(D, y)), bad)
+    # The same of a dictionary: rows that have an atom of NaN.
+    has = np.asarray((code.indices == 7).any(1))
+    broken = D.at[7].set(jnp.nan)
+    y = y.at[3].set(1.0).at[5, 0].set(1.0)
+    np.testing.assert_array_equal(jaxsae.refit(broken, y, code)[1].status == jaxsae.Status.NONFINITE, has)
+    np.testing.assert_array_equal(np.isnan(jaxsae.certify(broken, y, code).kkt), has)
