@@ -40,6 +40,8 @@ SLOW = [
     (1, 4096, 1024, 512, "float32"),
 ]
 TABLE = [*QUICK, *(pytest.param(shape, marks=pytest.mark.slow) for shape in SLOW)]
+SCATTERS = [(1, QUICK[0]), *((2, shape) for shape in QUICK)]
+SCATTERS += [pytest.param(2, shape, marks=pytest.mark.slow) for shape in SLOW]
 over_shapes = pytest.mark.parametrize("shape", TABLE, ids=lambda shape: "-".join(map(str, shape)))
 both = pytest.mark.parametrize("platform", ["tpu", "gpu"])
 
@@ -190,8 +192,7 @@ def test_the_fused_refit_is_that_of_the_reference(platform, shape):
 
 
 @both
-@over_shapes
-@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize(("rank", "shape"), SCATTERS, ids=str)
 def test_scattered_rows_are_those_of_float64(platform, shape, rank):
     n, d, m, k, _ = shape
     c = case(shape)
