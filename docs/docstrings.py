@@ -8,7 +8,7 @@ _CONSTRUCTED = {"flax.struct.dataclass", "typing.NamedTuple"}
 
 
 class Habits(griffe.Extension):
-    """`Example:` holds a session, as `Examples:` does elsewhere; flax's dataclasses and named tuples have signatures."""
+    """`Example:` holds a session, as `Examples:` elsewhere; flax's dataclasses and named tuples have signatures."""
 
     def on_object(self, *, obj: griffe.Object, **options: Any) -> None:
         """Rename the section."""
@@ -18,10 +18,15 @@ class Habits(griffe.Extension):
     def on_class(self, *, cls: griffe.Class, **options: Any) -> None:
         """Make the constructor that the decorator, or the base, makes."""
         sources = [*(decorator.value for decorator in cls.decorators), *cls.bases]
-        if "__init__" in cls.members or not _CONSTRUCTED & {getattr(source, "canonical_path", "") for source in sources}:
+        if "__init__" in cls.members or not _CONSTRUCTED & {
+            getattr(source, "canonical_path", "") for source in sources
+        }:
             return
         fields = [member for member in cls.members.values() if member.is_attribute and member.annotation]
-        parameters = [_parameter("self"), *(_parameter(field.name, field.annotation, _default(field)) for field in fields)]
+        parameters = [
+            _parameter("self"),
+            *(_parameter(field.name, field.annotation, _default(field)) for field in fields),
+        ]
         cls.set_member("__init__", griffe.Function("__init__", parameters=griffe.Parameters(*parameters), parent=cls))
 
 

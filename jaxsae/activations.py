@@ -15,6 +15,18 @@ from jaxtyping import Array, Bool, Float
 from jaxsae import codes
 from jaxsae.codes import SparseCode
 
+__all__ = [
+    "AbsTopK",
+    "Activation",
+    "BatchTopK",
+    "Gated",
+    "GroupMax",
+    "JumpReLU",
+    "MatchingPursuit",
+    "ReLU",
+    "TopK",
+]
+
 
 class Activation:
     """What an SAE asks of its activation; subclasses are `flax.struct` dataclasses.

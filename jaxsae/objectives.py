@@ -140,6 +140,8 @@ class L1:
     Attributes:
       weight: of the penalty.
       schedule: factor of the weight by step, for example `optax.linear_schedule(0, 1, 1000)`; static.
+
+    Source: Conerly et al. (2024), "Update on how we train SAEs".
     """
 
     weight: float | Array
@@ -158,6 +160,8 @@ class L0:
       weight: of the term.
       target: mean number of active latents a row.
       schedule: factor of the weight by step; static.
+
+    Source: Rajamanoharan et al. (2024), "Jumping ahead: improving reconstruction fidelity with JumpReLU SAEs".
     """
 
     weight: float | Array
@@ -177,6 +181,8 @@ class Gate:
     Attributes:
       weight: of the penalty.
       schedule: factor of the weight by step; static.
+
+    Source: Rajamanoharan et al. (2024), "Improving dictionary learning with gated sparse autoencoders", Section 3.2.
     """
 
     weight: float | Array
@@ -196,6 +202,8 @@ class AuxK:
     Attributes:
       k_aux: how many dead latents to use a row, a power of two near `d/2`; static.
       weight: of the term.
+
+    Source: Gao et al. (2024), Appendix A.2.
     """
 
     k_aux: int = struct.field(pytree_node=False)
@@ -234,6 +242,8 @@ class Matryoshka:
 
     Attributes:
       prefixes: numbers of latents, each less than `m`; static.
+
+    Source: Bussmann et al. (2025), "Learning multi-level features with matryoshka sparse autoencoders".
     """
 
     prefixes: tuple[int, ...] = struct.field(pytree_node=False)

@@ -34,7 +34,13 @@ from jaxsae.linalg import EXACT, divide, solve_on
 
 
 class Status(enum.IntEnum):
-    """How the refit of a row ended."""
+    """How the refit of a row ended.
+
+    Example:
+      >>> import jaxsae
+      >>> jaxsae.Status(1).name
+      'MAX_STEPS'
+    """
 
     CONVERGED = 0
     MAX_STEPS = 1
@@ -51,6 +57,13 @@ class RefitInfo:
       steps: `[*b]` int32, solver steps taken.
       status: `[*b]` int32, a `Status`: 0 converged, to the tolerance of the solver or of its last fallback; 1 stopped
         at `max_steps`; 2 not finite, or out of the dtype's range (row returned unchanged).
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> code = jaxsae.SparseCode(values=jnp.zeros((2, 1)), indices=jnp.zeros((2, 1), int), num_latents=2)
+      >>> _, info = jaxsae.refit(jnp.eye(2), jnp.array([[1.0, 0.0], [jnp.nan, 0.0]]), code)
+      >>> [jaxsae.Status(status).name for status in info.status.tolist()]
+      ['CONVERGED', 'NONFINITE']
     """
 
     kkt: Float[Array, "*b"]

@@ -40,15 +40,25 @@ _TOGETHER = 4  # contexts whose logits are in memory together
 
 
 class Plan(NamedTuple):
-    """Sizes of a study."""
+    """Sizes of a study.
+
+    Attributes:
+      latents: of each autoencoder.
+      steps: of each training.
+      batch: rows of a step.
+      heldout: rows that are measured.
+      l1: weights of ReLU's penalty, for rows scaled to unit mean square.
+      learning_rate: of all trainings, after a warm-up.
+      train_rows: at most.
+    """
 
     latents: int
     steps: int
     batch: int
     heldout: int
-    l1: tuple[float, ...]  # weights for rows scaled to unit mean square
+    l1: tuple[float, ...]
     learning_rate: float = 1e-3
-    train_rows: int = 100_000  # at most
+    train_rows: int = 100_000
 
 
 FULL = Plan(latents=2048, steps=500, batch=512, heldout=2048, l1=(0.02, 0.05, 0.1, 0.2))
@@ -61,11 +71,17 @@ Progress = Callable[[str, int], None]
 
 
 class Site(NamedTuple):
-    """Where in a language model, and on which text, rows are harvested."""
+    """Where in a language model, and on which text, rows are harvested.
 
-    model: str | os.PathLike  # as for `language_model.load`
+    Attributes:
+      model: as for `language_model.load`.
+      layer: block after which, from 0.
+      text: files; Python's standard library, if None.
+    """
+
+    model: str | os.PathLike
     layer: int = 8
-    text: Sequence[Path] | None = None  # Python's standard library, if None
+    text: Sequence[Path] | None = None
 
 
 def run(
@@ -164,7 +180,17 @@ def run(
 
 
 def total_steps(plan: Plan, data: Any = None, saes: Sequence[str] = ()) -> int:
-    """How many steps a study reports as progress in all."""
+    """How many steps a study reports as progress in all.
+
+    Args:
+      plan: as for `run`.
+      data: as for `run`.
+      saes: as for `run`.
+
+    Example:
+      >>> total_steps(QUICK)
+      880
+    """
     count = len(saes) or 2 * len(plan.l1)
     steps = count * (plan.heldout // _REPORT_EVERY + (0 if saes else plan.steps))
     if isinstance(data, Site):
@@ -269,6 +295,13 @@ def measure(sae: SAE, rows: np.ndarray) -> dict[str, Any]:
     Args:
       sae: the autoencoder.
       rows: `[n d]`, finite.
+
+    Example:
+      >>> import jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.TopK(2))
+      >>> row = measure(sae, np.random.default_rng(0).normal(size=(64, 4)))
+      >>> row["nmse_after"] < row["nmse_before"], row["certified"]
+      (True, 1.0)
     """
 
     def measure_block(block):

@@ -1,0 +1,131 @@
+"""The reference holds every public name once, its docstring says what it must, and what the documents name exists."""
+
+import enum
+import functools
+import importlib
+import inspect
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import jaxsae
+
+DOCS = Path(__file__).parent.parent / "docs"
+if not DOCS.is_dir():
+    pytest.skip("the documents come with a checkout", allow_module_level=True)
+
+# What the others are made of, and the command, whose reference is `jaxsae --help`. All else is public: what a module
+# has in `__all__`, or else its functions and classes without an underscore.
+INTERNAL = {
+    *("cli", "formats", "homotopy", "implicit", "linalg", "rank_one", "rows", "selection", "tensors", "thresholding"),
+    *("__main__", "kernels.fista", "kernels.gpu", "kernels.reference", "kernels.shapes", "kernels.tpu"),
+    "kernels.tuning",
+}
+
+
+def find(name: str):
+    """What a dotted name of ours stands for."""
+    parts = name.split(".")
+    for size in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:size]))
+        except ModuleNotFoundError:
+            continue
+        return functools.reduce(getattr, parts[size:], found)
+    raise AttributeError(name)
+
+
+def public() -> dict[str, object]:
+    """Every public function and class, by the name that a user has for it."""
+    exported = {id(getattr(jaxsae, name)): f"jaxsae.{name}" for name in jaxsae.__all__}
+    found = {}
+    for info in pkgutil.walk_packages(jaxsae.__path__, "jaxsae."):
+        within = info.name.removeprefix("jaxsae.")
+        if within in INTERNAL or within.partition(".")[0] in INTERNAL:
+            continue
+        module = importlib.import_module(info.name)
+        own = [
+            name
+            for name, thing in vars(module).items()
+            if getattr(thing, "__module__", None) == info.name and callable(thing) and not name.startswith("_")
+        ]
+        things = {name: getattr(module, name) for name in getattr(module, "__all__", own)}
+        found |= {exported.get(id(thing), f"{info.name}.{name}"): thing for name, thing in things.items()}
+    return found
+
+
+PUBLIC = public()
+# Functions that take minutes, or what tests do not have; and whose mathematics is from nobody's paper.
+NO_EXAMPLE = {"jaxsae.study.run"}
+NO_SOURCE = {
+    *("jaxsae.Certificate", "jaxsae.ReLU", "jaxsae.RefitInfo", "jaxsae.Status", "jaxsae.check"),
+    *("jaxsae.activations.Activation", "jaxsae.lasso.LassoInfo", "jaxsae.lasso.CrossValidation"),
+    *("jaxsae.ksvd.History", "jaxsae.lasso.lambda_max", "jaxsae.losses.mse", "jaxsae.losses.nmse"),
+    *("jaxsae.objectives.Measured", "jaxsae.objectives.Objective", "jaxsae.objectives.Pass"),
+    *("jaxsae.normalisation.Normalisation", "jaxsae.normalisation.Normalised", "jaxsae.solvers.default"),
+}
+OF_PAPERS = {
+    *("activations", "certificate", "ksvd", "lasso", "losses", "normalisation", "objectives", "refit", "solvers"),
+    *("pursuit", "thresholding"),
+}
+
+
+def listed(text: str) -> list[str]:
+    # A function that is named like its module has a heading of its own: the module would answer to the short name.
+    text = re.sub(r"^::: \S+\n    options:\n      heading: ", "::: ", text, flags=re.MULTILINE)
+    return re.findall(r"^::: (\S+)", text, flags=re.MULTILINE)
+
+
+def docstring(thing) -> str:
+    own = thing.__dict__.get("__init__") if inspect.isclass(thing) else None
+    return "\n\n".join(filter(None, [inspect.getdoc(thing), inspect.getdoc(own)])) + "\n"
+
+
+def section(thing, names: str) -> str:
+    return "\n".join(re.findall(rf"^(?:{names}):\n((?: .*\n|\n)*)", docstring(thing), flags=re.MULTILINE))
+
+
+def parameters(thing) -> set[str]:
+    if inspect.isclass(thing) and (issubclass(thing, enum.Enum) or getattr(thing, "_is_protocol", False)):
+        return set()
+    try:
+        return set(inspect.signature(thing).parameters) - {"self", "args", "kwargs"}
+    except ValueError:  # of an exception that takes what `Exception` takes
+        return set()
+
+
+def told(thing) -> set[str]:
+    """What the sections of arguments say something about: `a:`, `a, b:` or `*a:`."""
+    entries = re.findall(r"^  ([\w*]+(?:, \w+)*): ", section(thing, "Args|Attributes"), flags=re.MULTILINE)
+    return {word.lstrip("*") for entry in entries for word in entry.split(", ")}
+
+
+def test_the_reference_has_every_public_name_once():
+    names = [name for path in sorted(DOCS.rglob("*.md")) for name in listed(path.read_text())]
+    assert not sorted(set(PUBLIC) - set(names)), "give these a place in docs/reference, or in INTERNAL"
+    assert not sorted(set(names) - set(PUBLIC)), "the reference has these, and the library does not"
+    assert len(names) == len(set(names))
+
+
+def test_docstrings_say_what_every_parameter_is():
+    assert not {name: missing for name, thing in PUBLIC.items() if (missing := parameters(thing) - told(thing))}
+
+
+def test_docstrings_have_examples():
+    names = {name for name, thing in PUBLIC.items() if inspect.isfunction(thing) or name.count(".") == 1}
+    without = {name for name in names if ">>> " not in section(PUBLIC[name], "Example")}
+    assert without == NO_EXAMPLE
+
+
+def test_docstrings_of_mathematics_name_their_source():
+    names = {name for name, thing in PUBLIC.items() if thing.__module__.removeprefix("jaxsae.") in OF_PAPERS}
+    assert {name for name in names if "\nSource: " not in docstring(PUBLIC[name])} == NO_SOURCE
+
+
+@pytest.mark.parametrize("path", sorted(DOCS.rglob("*.md")), ids=lambda path: path.stem)
+def test_what_a_page_names_exists(path):
+    names = set(re.findall(r"\bjaxsae(?:\.[A-Za-z]\w*)+", path.read_text()))
+    for name in names - {"jaxsae.md"}:
+        find(name)
