@@ -25,16 +25,15 @@ class Dictionary(Protocol):
     """A dictionary that need not be an array: sharded, quantised, factored.
 
     Example:
-      >>> import flax, jax, jax.numpy as jnp, jaxsae
+      >>> import flax, jax, jax.numpy as jnp
       >>> @flax.struct.dataclass
       ... class Halves:
       ...     atoms: jax.Array
       ...
       ...     def take(self, indices):
       ...         return 0.5 * self.atoms[indices]
-      >>> code = jaxsae.SparseCode(values=jnp.zeros(1), indices=jnp.array([1]), num_latents=2)
-      >>> jaxsae.refit(Halves(jnp.eye(2)), jnp.array([1.0, 3.0]), code)[0].values
-      Array([6.], dtype=float32)
+      >>> isinstance(Halves(jnp.eye(2)), Dictionary)  # and so `jaxsae.refit` and `jaxsae.certify` take it
+      True
     """
 
     def take(self, indices: Int[Array, "*b k"]) -> Float[Array, "*b k d"]:

@@ -237,7 +237,7 @@ class Shrinkage:
       >>> sae = jaxsae.SAE(jnp.eye(2), jnp.array([-1.0, 0.0]), jnp.eye(2), jnp.zeros(2), jaxsae.ReLU())
       >>> x = jnp.array([[3.0, 1.0], [2.0, 4.0]])
       >>> code = jaxsae.encode(sae, x, capacity=2)
-      >>> refined, _ = jaxsae.refine(sae, x, code)
+      >>> refined = code.replace(values=code.values + (code.indices == 0))
       >>> print(jaxsae.shrinkage(sae, x, code, refined))
                           before     after    change
       mean activation     2.0000    2.5000    +25.0%

@@ -145,9 +145,9 @@ def detect(path: str | os.PathLike) -> str:
       >>> import tempfile, jax, jaxsae
       >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.TopK(2))
       >>> with tempfile.TemporaryDirectory() as folder:
-      ...     jaxsae.pretrained.save(sae, f"{folder}/sae.pt", format="openai")
-      ...     jaxsae.pretrained.detect(f"{folder}/sae.pt")
-      'openai'
+      ...     jaxsae.pretrained.save(sae, f"{folder}/sae", format="dictionary_learning")
+      ...     jaxsae.pretrained.detect(f"{folder}/sae")
+      'dictionary_learning'
     """
     path = Path(path)
     if not path.exists():

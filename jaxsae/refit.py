@@ -60,10 +60,10 @@ class RefitInfo:
 
     Example:
       >>> import jax.numpy as jnp, jaxsae
-      >>> code = jaxsae.SparseCode(values=jnp.zeros((2, 1)), indices=jnp.zeros((2, 1), int), num_latents=2)
-      >>> _, info = jaxsae.refit(jnp.eye(2), jnp.array([[1.0, 0.0], [jnp.nan, 0.0]]), code)
-      >>> [jaxsae.Status(status).name for status in info.status.tolist()]
-      ['CONVERGED', 'NONFINITE']
+      >>> info = jaxsae.RefitInfo(kkt=jnp.array([1e-6, 1e-2]), steps=jnp.array([4, 100]), status=jnp.array([0, 1]))
+      >>> jaxsae.check(info)
+      Traceback (most recent call last):
+      RuntimeError: 1 of 2 rows stopped at max_steps (rows 1), the worst at KKT 1.0e-02; raise max_steps or tol.
     """
 
     kkt: Float[Array, "*b"]

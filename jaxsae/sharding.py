@@ -79,8 +79,8 @@ def specs(tree: Any) -> Any:
       tree: pytree of arrays, or of their shapes and dtypes, such as an `SAE` or a `TrainState`.
 
     Example:
-      >>> specs({"W_dec": jnp.zeros((8, 4)), "b_dec": jnp.zeros(4)})
-      {'W_dec': PartitionSpec('latent',), 'b_dec': PartitionSpec()}
+      >>> tuple(specs({"W_enc": jnp.zeros((4, 8)), "b_dec": jnp.zeros(4)})["W_enc"])
+      (None, 'latent')
     """
 
     def spec(path, leaf):
@@ -102,8 +102,8 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
       ValueError: if the latents cannot be split evenly.
 
     Example:
-      >>> shardings({"W_dec": jnp.zeros((8, 4))}, make_mesh(1, 1))["W_dec"].spec
-      PartitionSpec('latent',)
+      >>> tuple(shardings({"W_dec": jnp.zeros((8, 4))}, make_mesh(1, 1))["W_dec"].spec)
+      ('latent',)
     """
 
     def place(leaf, spec):
@@ -127,8 +127,8 @@ def create(make: Callable[[], Any]) -> Any:
       >>> import jaxsae
       >>> with jax.set_mesh(make_mesh(1, 1)):
       ...     sae = create(lambda: jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.ReLU()))
-      >>> sae.W_enc.sharding.spec
-      PartitionSpec(None, 'latent')
+      >>> tuple(sae.W_enc.sharding.spec)
+      (None, 'latent')
     """
     if jax.sharding.get_mesh().empty:
         return make()
@@ -161,8 +161,8 @@ def rows_sharding(x: Any, mesh: Mesh) -> NamedSharding:
       mesh: of `make_mesh`.
 
     Example:
-      >>> rows_sharding(jnp.zeros((6, 4)), make_mesh(1, 1)).spec
-      PartitionSpec('data',)
+      >>> tuple(rows_sharding(jnp.zeros((6, 4)), make_mesh(1, 1)).spec)
+      ('data',)
     """
     return NamedSharding(mesh, PartitionSpec("data") if x.shape[0] % mesh.shape["data"] == 0 else PartitionSpec())
 
