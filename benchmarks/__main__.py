@@ -27,6 +27,7 @@ from benchmarks import (
     plot,
     pursuit,
     refine,
+    selectors,
     table,
     train,
 )
@@ -66,6 +67,9 @@ def main() -> None:
     command = commands.add_parser("pursuit", help="OMP: milliseconds a row, and what it reaches")
     command.add_argument("--size", choices=pursuit.SIZES, default="tiny")
     command.add_argument("--peers", action="store_true", help="other libraries' OMP too; pip install '.[peers]'")
+    command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
+    command = commands.add_parser("selectors", help="every selector with as many atoms: error, and milliseconds a row")
+    command.add_argument("--size", choices=selectors.SIZES, default="tiny")
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
     command = commands.add_parser("transitions", help="where each pursuit recovers codes exactly")
     command.add_argument("--png", type=Path, metavar="OUT", help="draw them here; needs matplotlib")
@@ -113,6 +117,8 @@ def main() -> None:
         _tell(args, row=row)
     elif args.command == "pursuit":
         _tell(args, size=args.size, rows=list(pursuit.run(args.size, with_peers=args.peers)))
+    elif args.command == "selectors":
+        _tell(args, size=args.size, rows=selectors.run(args.size))
     elif args.command == "transitions":
         _transitions(args)
     elif args.command == "ksvd":
