@@ -16,6 +16,7 @@ from benchmarks import (
     cases,
     clock,
     families,
+    guide,
     harvest,
     jobs,
     judge,
@@ -100,6 +101,7 @@ def main() -> None:
     command = commands.add_parser("table", help="what was measured, as markdown")
     command.add_argument("files", type=Path, nargs="+", metavar="FILE")
     command.add_argument("--readme", action="store_true", help="put it into the README")
+    commands.add_parser("guide", help="make the tables of docs/which.md anew")
     command = commands.add_parser("plot", help="speed against accuracy; needs matplotlib")
     command.add_argument("file", type=Path, metavar="FILE")
     command.add_argument("out", type=Path, metavar="PNG")
@@ -134,6 +136,9 @@ def main() -> None:
         _tell(args, size=args.size, costs=jobs.costs(args.size), **survived)
     elif args.command == "kernels":
         _kernels(args)
+    elif args.command == "guide":
+        page = ROOT / "docs/which.md"
+        page.write_text(guide.insert(page.read_text()))
     elif args.command == "plot":
         plot.speed_against_accuracy(json.loads(args.file.read_text()), args.out)
     else:

@@ -3,14 +3,21 @@
 import enum
 import functools
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 import jaxsae
+from benchmarks import guide
+from jaxsae.activations import MatchingPursuit
+from jaxsae.files import InputError
+from jaxsae.normalisation import LayerNorm
 
 DOCS = Path(__file__).parent.parent / "docs"
 if not DOCS.is_dir():
@@ -57,8 +64,8 @@ def public() -> dict[str, object]:
 
 
 PUBLIC = public()
-# Functions that take minutes, or what tests do not have; and whose mathematics is from nobody's paper.
-NO_EXAMPLE = {"jaxsae.study.run"}
+# Functions whose example would take long; and what has no mathematics, or nobody's.
+NO_EXAMPLE = {"jaxsae.study.run", "jaxsae.study.measure"}
 NO_SOURCE = {
     *("jaxsae.Certificate", "jaxsae.ReLU", "jaxsae.RefitInfo", "jaxsae.Status", "jaxsae.check"),
     *("jaxsae.activations.Activation", "jaxsae.lasso.LassoInfo", "jaxsae.lasso.CrossValidation"),
@@ -126,6 +133,47 @@ def test_docstrings_of_mathematics_name_their_source():
 
 @pytest.mark.parametrize("path", sorted(DOCS.rglob("*.md")), ids=lambda path: path.stem)
 def test_what_a_page_names_exists(path):
-    names = set(re.findall(r"\bjaxsae(?:\.[A-Za-z]\w*)+", path.read_text()))
-    for name in names - {"jaxsae.md"}:
+    text = path.read_text()
+    for name in re.findall(r"\bjaxsae(?:\.[A-Za-z]\w*)+", text):
         find(name)
+    for module, name in re.findall(r"`(\w+)\.([A-Za-z]\w*)", text):  # `ksvd.exact`
+        if importlib.util.find_spec(f"jaxsae.{module}"):
+            find(f"jaxsae.{module}.{name}")
+
+
+def test_the_guide_has_the_numbers_of_the_committed_benchmarks():
+    page = (DOCS / "which.md").read_text()
+    assert guide.insert(page) == page
+
+
+def test_the_guide_says_what_each_format_can_write(tmp_path):
+    m, one = 8, jnp.full(8, 0.1)
+    activations = {
+        "ReLU": jaxsae.ReLU(),
+        "TopK": jaxsae.TopK(2),
+        "AbsTopK": jaxsae.AbsTopK(2),
+        "BatchTopK": jaxsae.BatchTopK(2, threshold=0.1),
+        "JumpReLU": jaxsae.JumpReLU(jnp.linspace(0.1, 0.2, m)),
+        "GroupMax": jaxsae.GroupMax(2),
+        "Gated": jaxsae.Gated(0 * one, 0 * one, one),
+        "MatchingPursuit": MatchingPursuit(),
+        "JumpReLU of one threshold": jaxsae.JumpReLU(one),
+        "TopK on `LayerNorm` rows": jaxsae.TopK(2),
+    }
+
+    def writes(format, name):
+        sae = jaxsae.init(jax.random.key(0), d=4, m=m, activation=activations[name])
+        if name.endswith("rows"):
+            sae = sae.replace(normalisation=LayerNorm())
+        try:
+            jaxsae.pretrained.save(sae, tmp_path / f"{format}-{name.split()[-1]}.pt", format=format)
+        except InputError:
+            return False
+        return True
+
+    told = dict(re.findall(r"^\| [^|]* \| `(\w+)` \| (.*) \|$", (DOCS / "which.md").read_text(), flags=re.MULTILINE))
+    for format in (name for name, row in jaxsae.pretrained.FORMATS.items() if row.write):
+        can = {name for name in activations if writes(format, name)}
+        plain = can & {name for name in activations if " " not in name}
+        said = set(re.split("[,;] ", told[format]))
+        assert said == ({"everything"} if len(plain) == 8 else plain) | (said & can)
