@@ -1,5 +1,6 @@
 """How the reference reads our docstrings: what mkdocstrings does not know of this library's habits."""
 
+import re
 from typing import Any
 
 import griffe
@@ -11,9 +12,10 @@ class Habits(griffe.Extension):
     """`Example:` holds a session, as `Examples:` elsewhere; flax's dataclasses and named tuples have signatures."""
 
     def on_object(self, *, obj: griffe.Object, **options: Any) -> None:
-        """Rename the section."""
+        """Rename the section; a source is a paragraph, however its lines are indented."""
         if obj.docstring:
-            obj.docstring.value = obj.docstring.value.replace("\nExample:\n", "\nExamples:\n")
+            text = obj.docstring.value.replace("\nExample:\n", "\nExamples:\n")
+            obj.docstring.value = re.sub(r"^Source: (.+(?:\n.+)*)", _paragraph, text, flags=re.MULTILINE)
 
     def on_class(self, *, cls: griffe.Class, **options: Any) -> None:
         """Make the constructor that the decorator, or the base, makes."""
@@ -22,12 +24,17 @@ class Habits(griffe.Extension):
             getattr(source, "canonical_path", "") for source in sources
         }:
             return
-        fields = [member for member in cls.members.values() if member.is_attribute and member.annotation]
+        attributes = [member for member in cls.members.values() if member.is_attribute]
+        fields = [member for member in attributes if member.annotation and "property" not in member.labels]
         parameters = [
             _parameter("self"),
             *(_parameter(field.name, field.annotation, _default(field)) for field in fields),
         ]
         cls.set_member("__init__", griffe.Function("__init__", parameters=griffe.Parameters(*parameters), parent=cls))
+
+
+def _paragraph(source: re.Match) -> str:
+    return f"**Source:** {' '.join(source[1].split())}"
 
 
 def _parameter(name: str, annotation: Any = None, default: Any = None) -> griffe.Parameter:
