@@ -1,7 +1,7 @@
 """The tables of docs/which.md, each made from the JSON of one benchmark run or study."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ def _markdown(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _best(values: list[float | None], form: str, *, most: bool) -> list[str]:
+def _best(values: Sequence[float | None], form: str, *, most: bool) -> list[str]:
     """Numbers as text, the best one bold; what has none is left blank."""
     known = [value for value in values if value is not None]
     best = (max if most else min)(known)
