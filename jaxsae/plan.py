@@ -168,9 +168,9 @@ def refit_step(options: runs.Options, d: int, mesh: Mesh) -> Program:
       InputError: as `training_step`.
 
     Example:
-      >>> options = runs.Options(activation="topk", latents=32, k=2, batch=16)
-      >>> refit_step(options, 8, sharding.make_mesh()).exchanged
-      0
+      >>> refit_step(runs.Options(activation="topk", latents=32), 8, sharding.make_mesh())
+      Traceback (most recent call last):
+      jaxsae.files.InputError: topk is made sparse by k; pass k, and no l1.
     """
     _, _, fresh = runs.recipe(options, jnp.zeros(d), 1.0)
     with jax.set_mesh(mesh):

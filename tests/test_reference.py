@@ -141,6 +141,11 @@ def test_what_a_page_names_exists(path):
             find(f"jaxsae.{module}.{name}")
 
 
+def test_code_of_every_page_is_run():
+    with_code = {path.stem for path in DOCS.rglob("*.md") if "```python" in path.read_text()}
+    assert with_code == {"index", "paper_to_code"}  # of tests/test_documents.py
+
+
 def test_the_guide_has_the_numbers_of_the_committed_benchmarks():
     page = (DOCS / "which.md").read_text()
     assert guide.insert(page) == page
