@@ -43,9 +43,7 @@ def _refits(report: dict[str, Any]) -> str:
     head, columns = ["rows a second"], []
     solvers = list(dict.fromkeys(row["solver"] for row in ours))
     for case in report["cases"]:
-        head.append(
-            f"k {case['k']}, {case['mean_l0']:.0f} in use, d {case['d']}, condition {case['condition'][1]:,.0f}"
-        )
+        head.append(f"{case['case']}; d {case['d']}, condition {case['condition'][1]:,.0f}")
         of_case = {row["solver"]: row for row in ours if row["case"] == case["case"]}
         rates = [of_case[name]["rows_per_s"] if of_case[name]["gate_met"] else None for name in solvers]
         columns.append([text or "not finished" for text in _best(rates, "{:,.0f}", most=True)])
