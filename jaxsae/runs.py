@@ -51,6 +51,10 @@ class Options(NamedTuple):
       dead_after: rows without it after which a latent is dead.
       heldout: rows that are measured on, the last ones.
       seed: of initialisation and shuffles.
+
+    Example:
+      >>> Options("topk", latents=4096, k=32).batch
+      1024
     """
 
     activation: str

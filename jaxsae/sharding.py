@@ -142,8 +142,8 @@ def abstract(make: Callable[[], Any]) -> Any:
       make: as for `create`; it is traced, not run.
 
     Example:
-      >>> abstract(lambda: jnp.zeros((2, 3)))
-      ShapeDtypeStruct(shape=(2, 3), dtype=float32)
+      >>> abstract(lambda: jnp.zeros((2, 3))).shape
+      (2, 3)
     """
     tree, mesh = jax.eval_shape(make), jax.sharding.get_mesh()
     if mesh.empty:

@@ -50,6 +50,10 @@ class Plan(NamedTuple):
       l1: weights of ReLU's penalty, for rows scaled to unit mean square.
       learning_rate: of all trainings, after a warm-up.
       train_rows: at most.
+
+    Example:
+      >>> QUICK._replace(steps=50).latents
+      512
     """
 
     latents: int
@@ -77,6 +81,10 @@ class Site(NamedTuple):
       model: as for `language_model.load`.
       layer: block after which, from 0.
       text: files; Python's standard library, if None.
+
+    Example:
+      >>> Site("smollm2").layer
+      8
     """
 
     model: str | os.PathLike

@@ -138,7 +138,7 @@ def learning_rate(m: int) -> float:
       >>> learning_rate(2**14), learning_rate(2**16)
       (0.0002, 0.0001)
 
-    Source: Gao et al. (2024), Section 2.4 and Appendix A.
+    Source: Gao et al. (2024), Appendix A.
     """
     return 2e-4 / (m / 2**14) ** 0.5
 
