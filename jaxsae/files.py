@@ -16,6 +16,12 @@ class InputError(ValueError):
 def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it takes its name when the block ends well, else it is removed.
 
+    Args:
+      path: of the file; directories that are missing are made.
+
+    Raises:
+      InputError: if nothing can be written there.
+
     Example:
       >>> import tempfile
       >>> with tempfile.TemporaryDirectory() as folder:
@@ -33,6 +39,12 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
 @contextlib.contextmanager
 def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary directory beside `path`; it takes its name, and its place, when the block ends well.
+
+    Args:
+      path: of the directory; those above it that are missing are made.
+
+    Raises:
+      InputError: if nothing can be written there.
 
     Example:
       >>> import tempfile

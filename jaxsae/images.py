@@ -86,6 +86,12 @@ def write(path: str | os.PathLike, picture: np.ndarray) -> None:
 def check_suffix(*paths: str | os.PathLike | None) -> None:
     """Raise `InputError` if `write` would know no format for one of these paths, before there is something to write.
 
+    Args:
+      *paths: files to be written; None is passed over.
+
+    Raises:
+      InputError: naming the first one with a suffix that Pillow does not know.
+
     Example:
       >>> check_suffix("clean.png")
     """

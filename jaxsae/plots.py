@@ -27,6 +27,13 @@ def shrinkage(report: dict[str, Any], path: str | os.PathLike) -> None:
     Args:
       report: as `study.run` returns it.
       path: a PNG file.
+
+    Example:
+      >>> import tempfile
+      >>> row = {"family": "topk", "l0": 8.0, "nmse_before": 0.3, "nmse_after": 0.2, "change": [1] * 80}
+      >>> edges = [2 ** (i / 8 - 4) for i in range(81)]
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     shrinkage({"rows": [row], "ratio_edges": edges}, f"{folder}/shrinkage.png")
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

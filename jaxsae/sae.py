@@ -37,6 +37,17 @@ class SAE:
       normalisation: a pytree of `normalisation.py`, or None.
       centred: whether `b_dec` is subtracted from `x`; not in transcoders; static.
       transcoder: whether the target is another than the input; static.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> sae = jaxsae.SAE(
+      ...     W_enc=jnp.eye(2), b_enc=jnp.zeros(2), W_dec=jnp.eye(2), b_dec=jnp.ones(2), activation=jaxsae.ReLU()
+      ... )
+      >>> jaxsae.encode_dense(sae, jnp.array([3.0, 0.0]))
+      Array([2., 0.], dtype=float32)
+
+    Source: Bricken et al. (2023), "Towards monosemanticity"; Cunningham et al. (2023), "Sparse autoencoders find
+      highly interpretable features in language models".
     """
 
     W_enc: Float[Array, "d m"]

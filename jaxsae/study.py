@@ -40,15 +40,29 @@ _TOGETHER = 4  # contexts whose logits are in memory together
 
 
 class Plan(NamedTuple):
-    """Sizes of a study."""
+    """Sizes of a study.
+
+    Attributes:
+      latents: of each autoencoder.
+      steps: of each training.
+      batch: rows of a step.
+      heldout: rows that are measured.
+      l1: weights of ReLU's penalty, for rows scaled to unit mean square.
+      learning_rate: of all trainings, after a warm-up.
+      train_rows: at most.
+
+    Example:
+      >>> QUICK._replace(steps=50).latents
+      512
+    """
 
     latents: int
     steps: int
     batch: int
     heldout: int
-    l1: tuple[float, ...]  # weights for rows scaled to unit mean square
+    l1: tuple[float, ...]
     learning_rate: float = 1e-3
-    train_rows: int = 100_000  # at most
+    train_rows: int = 100_000
 
 
 FULL = Plan(latents=2048, steps=500, batch=512, heldout=2048, l1=(0.02, 0.05, 0.1, 0.2))
@@ -61,11 +75,21 @@ Progress = Callable[[str, int], None]
 
 
 class Site(NamedTuple):
-    """Where in a language model, and on which text, rows are harvested."""
+    """Where in a language model, and on which text, rows are harvested.
 
-    model: str | os.PathLike  # as for `language_model.load`
+    Attributes:
+      model: as for `language_model.load`.
+      layer: block after which, from 0.
+      text: files; Python's standard library, if None.
+
+    Example:
+      >>> Site("smollm2").layer
+      8
+    """
+
+    model: str | os.PathLike
     layer: int = 8
-    text: Sequence[Path] | None = None  # Python's standard library, if None
+    text: Sequence[Path] | None = None
 
 
 def run(
@@ -164,7 +188,17 @@ def run(
 
 
 def total_steps(plan: Plan, data: Any = None, saes: Sequence[str] = ()) -> int:
-    """How many steps a study reports as progress in all."""
+    """How many steps a study reports as progress in all.
+
+    Args:
+      plan: as for `run`.
+      data: as for `run`.
+      saes: as for `run`.
+
+    Example:
+      >>> total_steps(QUICK)
+      880
+    """
     count = len(saes) or 2 * len(plan.l1)
     steps = count * (plan.heldout // _REPORT_EVERY + (0 if saes else plan.steps))
     if isinstance(data, Site):

@@ -1,4 +1,4 @@
-"""The Python code of the docstrings, of the README and of the notebooks runs."""
+"""The Python code of the docstrings, of the README, of the pages and of the notebooks runs."""
 
 import doctest
 import importlib
@@ -25,9 +25,9 @@ def run(blocks: list[str]) -> None:
 
 
 def examples():
-    names = [module.name for module in pkgutil.iter_modules(jaxsae.__path__) if module.name != "__main__"]
-    for name in names:
-        module = importlib.import_module(f"jaxsae.{name}")
+    names = [module.name for module in pkgutil.walk_packages(jaxsae.__path__, "jaxsae.")]
+    for name in (name for name in names if name != "jaxsae.__main__"):
+        module = importlib.import_module(name)
         yield from (test for test in doctest.DocTestFinder().find(module) if test.examples)
 
 
@@ -37,6 +37,11 @@ def test_docstring_example_runs(example, unchecked):
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS, verbose=False)
     said = []
     assert runner.run(example, out=said.append).failed == 0, "".join(said)
+
+
+@pytest.mark.parametrize("page", ["index", pytest.param("paper_to_code", marks=pytest.mark.slow)])
+def test_code_of_a_page_runs(page):
+    run(re.findall(r"```python\n(.*?)```", (ROOT / f"docs/{page}.md").read_text(), flags=re.DOTALL))
 
 
 def test_readme_runs(capsys):
