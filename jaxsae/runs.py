@@ -311,9 +311,10 @@ def _schedule(options: Options) -> optax.Schedule:
 
 
 def evaluate(sae: SAE, rows: data_module.Rows) -> dict[str, Any]:
-    """Measure an autoencoder on rows: `nmse`, `explained_variance`, `l0`, `dead`, and `nmse_at`.
+    """Measure an autoencoder on rows: `nmse`, `explained_variance`, `l0`, `dead`, `nmse_at` and `firing`.
 
-    `nmse_at` is the NMSE with the 1, 2, 4 … largest latents of each row alone, the progressive code.
+    `nmse_at` is the NMSE with the 1, 2, 4 … largest latents of each row alone, the progressive code; `firing` counts the
+    latents that fire on no row, on 1, on 2 or 3, on 4 to 7 …
 
     Args:
       sae: the autoencoder.
@@ -341,6 +342,7 @@ def evaluate(sae: SAE, rows: data_module.Rows) -> dict[str, Any]:
     }
     return {name: _number(value) for name, value in numbers.items()} | {
         "nmse_at": {str(n): _number(value) for n, value in zip(keep, progressive.nmse, strict=True)},
+        "firing": active.octaves,
         "rows": len(rows),
         "nonfinite": nonfinite,
     }
@@ -382,6 +384,35 @@ def logs(folder: str | os.PathLike, options: Options, *, wandb: bool = False) ->
                 active.log(numbers, step=step)
 
         yield log
+
+
+def curves(folder: str | os.PathLike) -> dict[str, dict[int, float]]:
+    """The numbers that `logs` wrote to the event files of a folder, by name and step; those of a step, the last told.
+
+    A record that is cut off, as the last one of a run that was killed, ends its file.
+
+    Args:
+      folder: of a run, maybe one that is still going on.
+    """
+    from tensorboardX.proto.event_pb2 import Event
+
+    found: dict[str, dict[int, float]] = {}
+    for path in sorted(Path(folder).glob("events.out.tfevents.*")):  # the name has the time
+        for record in _records(path.read_bytes()):
+            event = Event.FromString(record)
+            for value in event.summary.value:
+                found.setdefault(value.tag, {})[event.step] = value.simple_value
+    return {name: dict(sorted(curve.items())) for name, curve in found.items()}
+
+
+def _records(content: bytes) -> Iterator[bytes]:
+    """Of a TFRecord file: length, its checksum, the record, its checksum."""
+    at = 0
+    while at + 12 <= len(content):
+        start = at + 12
+        at = start + int.from_bytes(content[at : at + 8], "little") + 4
+        if at <= len(content):
+            yield content[start : at - 4]
 
 
 def _wandb(folder, options: Options):

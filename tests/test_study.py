@@ -300,7 +300,7 @@ def test_a_dead_autoencoder_is_reported_in_valid_json(tmp_path, monkeypatch):
     # As an L1 weight that is too large makes it.
     def dead(rows, activation, *_):
         sae = jaxsae.init(jax.random.key(0), d=rows.shape[1], m=SMALL.latents, activation=activation)
-        return sae.replace(b_enc=sae.b_enc - 1e6)
+        return sae.replace(b_enc=sae.b_enc - 1e6), {}
 
     monkeypatch.setattr(study, "_train", dead)
     np.save(tmp_path / "x.npy", raw_rows())
@@ -314,7 +314,7 @@ def test_a_dead_autoencoder_is_reported_in_valid_json(tmp_path, monkeypatch):
 def test_a_diverged_autoencoder_is_reported_and_printed(tmp_path, monkeypatch, capsys):
     def diverged(rows, activation, *_):
         sae = jaxsae.init(jax.random.key(0), d=rows.shape[1], m=SMALL.latents, activation=activation)
-        return sae.replace(b_enc=sae.b_enc * np.nan)
+        return sae.replace(b_enc=sae.b_enc * np.nan), {}
 
     monkeypatch.setattr(study, "_train", diverged)
     monkeypatch.setattr(study, "QUICK", SMALL)
