@@ -272,9 +272,9 @@ def _train(rows, activation, loss, plan: Plan, seed: int, progress: Progress) ->
 def measure(sae: SAE, rows: np.ndarray) -> dict[str, Any]:
     """Refine the codes of rows and measure the shrinkage: one row of the report, without its name.
 
-    Beside the numbers: `change` and `latent_change`, histograms over `metrics.RATIO_EDGES` of refined/original, of active
-    values and of latents' means; `firing`, of the latents that fire on no row, on 1, on 2 or 3, on 4 to 7 …; `worst_rows`,
-    those of the largest KKT residuals.
+    Beside the numbers: `change` and `latent_change`, histograms over `metrics.RATIO_EDGES` of refined/original, of
+    active values and of latents' means; `firing`, how many latents fire on no row, on 1, on 2 or 3, on 4 to 7 …;
+    `worst_rows`, those of the largest KKT residuals.
 
     Args:
       sae: the autoencoder.
