@@ -10,7 +10,7 @@ FAMILIES = {
     "relu": ("ReLU + L1", "#c93a4c", "#f0808c"),
     "topk": ("TopK", "#00798c", "#4cc3d4"),
     "batchtopk": ("BatchTopK", "#30638e", "#7eb2e0"),
-    "jumprelu": ("JumpReLU", "#a86e00", "#edae49"),
+    "jumprelu": ("JumpReLU", "#8f5d00", "#edae49"),
     "gated": ("Gated", "#6a4c93", "#b79be0"),
     "abstopk": ("AbsTopK", "#5f7d4f", "#a3c48f"),
     "groupmax": ("GroupMax", "#8d6346", "#d0a583"),

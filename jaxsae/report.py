@@ -101,6 +101,11 @@ def _read(path: Path) -> dict[str, Any]:
     return found
 
 
+def _configuration(report: dict[str, Any], options: dict[str, Any] | None) -> str:
+    beside = pages.pairs("Data", report.get("data")) + pages.pairs("Versions", report.get("versions"))
+    return pages.grid([pages.pairs("Options", options), beside])
+
+
 # --- A study
 
 
@@ -121,18 +126,16 @@ def _study(report: dict[str, Any]) -> str:
     ]
     if not report.get("complete", True):
         warnings.insert(0, "This study is not complete: it goes on, or was interrupted.")
-    configuration = [pages.pairs("Options", report.get("config")), pages.pairs("Data", data)]
     sections = {
         "Findings": _findings(rows),
         "Results": _results(report),
-        "Error against sparsity": _frontier(rows),
+        "Error against sparsity": _frontier(report),
         "Shrinkage of active values": _distributions(report, "change", "active values"),
         "Shrinkage, latent by latent": _distributions(report, "latent_change", "latents"),
         "How often latents fire": _all_firing(report),
         "Training": _study_curves(rows),
         "Rows furthest from optimal": _worst_rows(rows),
-        "Configuration": pages.grid(configuration),
-        "Versions": pages.grid([pages.pairs("What made these numbers", report.get("versions"))]),
+        "Configuration and versions": _configuration(report, report.get("config")),
     }
     return pages.document("Refinement study", str(data.get("source", "")), facts, warnings, sections)
 
@@ -157,14 +160,14 @@ def _findings(rows: list[dict[str, Any]]) -> str:
         if measured:
             activations, errors = (_range(values, "+.0%") for values in zip(*measured, strict=True))
             items += (
-                f'<li class="{pages.colour(family)}"><strong>{escape(pages.label(family))}.</strong> Refinement changes '
-                f"the mean activation by {activations}, and the error by {errors}.</li>"
+                f'<li class="{pages.colour(family)}"><strong>{escape(pages.label(family))}.</strong> Refinement '
+                f"changes the mean activation by {activations}, and the error by {errors}.</li>"
             )
     told = "The encoder chooses which latents are active; refinement gives those, and no others, their best values."
     return f'{pages.note(told)}<ul class="findings">{items}</ul>' if items else ""
 
 
-def _range(values: Sequence[float], how: str) -> str:
+def _range(values: Sequence[svg.Real], how: str) -> str:
     low, high = form(min(values), how), form(max(values), how)
     return low if low == high else f"{low} to {high}"
 
@@ -194,27 +197,34 @@ def _columns(caption: str, rows: list[dict[str, Any]], groups: Any) -> str:
     return pages.table(caption, ["method", *(name for name, _, _ in columns)], cells, over)
 
 
-def _decimals(values: Iterable[float | None]) -> str:
+def _decimals(values: Iterable[svg.Real | None]) -> str:
     """The form that shows four digits of the largest."""
     largest = max((abs(value) for value in values if value), default=1.0)
     return f",.{min(max(3 - math.floor(math.log10(largest)), 0), 12)}f"
 
 
-def _frontier(rows: list[dict[str, Any]]) -> str:
-    families = _by_family(row for row in rows if row.get("l0"))
+def _frontier(report: dict[str, Any]) -> str:
+    families, clean = _by_family(row for row in report["rows"] if row.get("l0")), report.get("ce_clean")
     figures = [
         _against_l0(families, ("nmse_before", "nmse_after"), "NMSE on held-out rows", ".4f", log=True),
         _against_l0(families, ("mean_change",), "change of the mean activation", "+.1%"),
-        _against_l0(families, ("ce_before", "ce_after"), "next-token cross-entropy (nats)", ".3f"),
+        _against_l0(families, ("ce_before", "ce_after"), "next-token cross-entropy (nats)", ".3f", base=clean),
     ]
     told = "Open marks: the encoder’s values. Full marks: the same latents, refined."
+    told += "" if clean is None else " Grey: the model itself."
     return pages.note(told) + pages.legend(families) + pages.grid(figures) if any(figures) else ""
 
 
 def _against_l0(
-    families: dict[str, list[dict[str, Any]]], keys: Sequence[str], label: str, how: str, *, log: bool = False
+    families: dict[str, list[dict[str, Any]]],
+    keys: Sequence[str],
+    label: str,
+    how: str,
+    *,
+    log: bool = False,
+    base: svg.Real | None = None,
 ) -> str:
-    """Numbers of the rows against their L0, a line for each family and key."""
+    """Numbers of the rows against their L0, a line for each family and key, and one at `base`."""
     series, told = [], []
     for family, members in families.items():
         for key in keys:
@@ -228,17 +238,17 @@ def _against_l0(
     if not told:
         return ""
     x = svg.axis("L0: active latents a row", [value for line in series for value in line.x], log=True)
-    y = svg.axis(
-        label, [value for line in series for value in line.y], log=log, form=_percent if "%" in how else _plain
-    )
-    return pages.figure(svg.lines(series, x, y, f"{label} against L0. {'; '.join(told)}."))
+    values = [base, *(value for line in series for value in line.y)]
+    y = svg.axis(label, values, log=log, form=_percent if "%" in how else _plain)
+    across = [] if base is None else [svg.Line([x.low, x.high], [base, base], "c-other")]
+    return pages.figure(svg.lines(across + series, x, y, f"{label} against L0. {'; '.join(told)}."))
 
 
-def _plain(value: float) -> str:
+def _plain(value: svg.Real) -> str:
     return form(value, ",g")
 
 
-def _percent(value: float) -> str:
+def _percent(value: svg.Real) -> str:
     return form(value, ".4g%")
 
 
@@ -261,7 +271,7 @@ def _distributions(report: dict[str, Any], key: str, what: str) -> str:
     return pages.note(told) + text if text else ""
 
 
-def _ratios(row: dict[str, Any], shares: list[float], edges: list[float], y: svg.Axis, what: str) -> str:
+def _ratios(row: dict[str, Any], shares: list[svg.Real], edges: list[svg.Real], y: svg.Axis, what: str) -> str:
     css = pages.colour(row["family"])
     bins = list(zip(edges[:-1], edges[1:], shares, strict=True))
     drawn = [
@@ -297,12 +307,18 @@ def _firing(counts: list[int], family: str, name: str = "") -> str:
         for n, (count, share) in enumerate(zip(counts, shares, strict=True))
     ]
     ticks = [0, *range(1, len(counts), 2)]
-    marks = tuple((n + 0.5, f"{2 ** (n - 1) if n else 0:,}") for n in ticks)
+    marks = tuple((n + 0.5, _short(2 ** (n - 1) if n else 0)) for n in ticks)
     x = svg.Axis("rows on which it is active", 0, len(counts), False, marks)
     y = svg.axis("" if name else "share of the latents", shares, zero=True, form=_percent, ticks=3)
     told = f"{counts[0]:,} of {sum(counts):,} dead"
     box = svg.SMALL if name else svg.LARGE
     return pages.figure(svg.bars(drawn, x, y, f"{name} latents: {told}.".strip(), box), name, told)
+
+
+def _short(count: int) -> str:
+    """A power of two, or 0, in few letters."""
+    thousands = max(count.bit_length() - 1, 0) // 10
+    return f"{count >> 10 * thousands}{' kMGT'[thousands].strip()}"
 
 
 def _study_curves(rows: list[dict[str, Any]]) -> str:
@@ -327,7 +343,8 @@ def _worst_rows(rows: list[dict[str, Any]]) -> str:
         for row, worst in found[:most]
     ]
     told = "The refined codes with the largest relative KKT residuals. Held-out rows are numbered from 0."
-    return pages.table(told, ["method", "row", "L0", "KKT residual"], cells) if cells else ""
+    table = pages.table("Largest KKT residuals", ["method", "row", "L0", "KKT residual"], cells)
+    return pages.note(told) + table if cells else ""
 
 
 # --- A training run
@@ -354,14 +371,12 @@ def _run(report: dict[str, Any], curves: dict[str, dict[int, float]], path: Path
     if heldout.get("nonfinite"):
         warnings.append(f"{heldout['nonfinite']:,} held-out rows hold NaN or Inf, and are left out.")
     latents = _firing_note(heldout["rows"]) + pages.grid([_firing(firing, family)]) if sum(firing) else ""
-    configuration = [pages.pairs("Options", options), pages.pairs("Data", report.get("data"))]
     sections = {
         "Training": _run_curves(curves, family),
         "Error against sparsity": _progressive(heldout, family),
         "How often latents fire": latents,
         "Shrinkage": _hint(path) if report else "",
-        "Configuration": pages.grid(configuration),
-        "Versions": pages.grid([pages.pairs("What made these numbers", report.get("versions"))]),
+        "Configuration and versions": _configuration(report, options),
     }
     sizes = [f"{name} {form(options.get(name), ',g')}" for name in ("k", "l1", "latents") if options.get(name)]
     subtitle = ", ".join([pages.label(family) or path.name, *sizes])
@@ -393,7 +408,8 @@ def _curve(name: str, series: list[svg.Line], box: svg.Box) -> str:
         return ""
     log = name in ("nmse", "loss") and min(values) > 0
     x = svg.axis("step", [step for line in series for step in line.x], zero=True)
-    y = svg.axis(label, values, log=log, zero=not log, form=_percent if name == "dead" else _plain)
+    least = [0.01] if name == "dead" else []  # an axis for none at all
+    y = svg.axis(label, values + least, log=log, zero=not log, form=_percent if name == "dead" else _plain)
     ends = "; ".join(f"{line.name} ends at {form(line.y[-1], '.4g')}".strip() for line in series if line.y)
     return pages.figure(svg.lines(series, x, y, f"{label}, by training step. {ends}.", box))
 

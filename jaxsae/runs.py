@@ -401,7 +401,7 @@ def curves(folder: str | os.PathLike) -> dict[str, dict[int, float]]:
         return {}
     try:
         from google.protobuf.message import DecodeError
-        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
     except ImportError as error:
         raise InputError(_NO_TENSORBOARD) from error
     found: dict[str, dict[int, float]] = {}

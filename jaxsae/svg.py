@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from typing import NamedTuple
 
+Real = int | float
+
 
 class Box(NamedTuple):
     """The size of a chart, and the margins around what is drawn."""
@@ -30,12 +32,12 @@ class Axis(NamedTuple):
     """From values to shares of a side; `ticks` are values, and what is written at them."""
 
     label: str
-    low: float
-    high: float
+    low: Real
+    high: Real
     log: bool
-    ticks: tuple[tuple[float, str], ...]
+    ticks: tuple[tuple[Real, str], ...]
 
-    def __call__(self, value: float) -> float:
+    def __call__(self, value: Real) -> Real:
         """Where a value is: 0 at the low end, 1 at the high one."""
         scale = math.log if self.log else float
         low, high = scale(self.low), scale(self.high)
@@ -52,8 +54,8 @@ class Line(NamedTuple):
       titles: one for each point, which then has a mark; shown when the mouse is over it.
     """
 
-    x: Sequence[float]
-    y: Sequence[float | None]
+    x: Sequence[Real]
+    y: Sequence[Real | None]
     css: str
     name: str = ""
     titles: Sequence[str] = ()
@@ -62,9 +64,9 @@ class Line(NamedTuple):
 class Bar(NamedTuple):
     """A bar from `low` to `high` on the x axis; one higher than the axis is cut off, and has its `note` beside it."""
 
-    low: float
-    high: float
-    height: float
+    low: Real
+    high: Real
+    height: Real
     css: str
     title: str = ""
     note: str = ""
@@ -72,11 +74,11 @@ class Bar(NamedTuple):
 
 def axis(
     label: str,
-    values: Iterable[float | None],
+    values: Iterable[Real | None],
     *,
     log: bool = False,
     zero: bool = False,
-    form: Callable[[float], str] = "{:,g}".format,
+    form: Callable[[Real], str] = "{:,g}".format,
     ticks: int = 5,
 ) -> Axis:
     """An axis that holds some values with a margin, and has about so many round ticks.
@@ -95,8 +97,8 @@ def axis(
       >>> [text for _, text in axis("steps", [1, 1000], zero=True).ticks]
       ['0', '200', '400', '600', '800', '1,000']
     """
-    seen = [value for value in values if _shown(value, log)] or [1.0]
-    low, high = float(min(seen)), float(max(seen))
+    seen = [float(value) for value in values if value is not None and _shown(value, log)] or [1.0]
+    low, high = min(seen), max(seen)
     if log:
         margin = (high / low) ** 0.06 if high > low else 1.5
         low, high = low / margin, high * margin
@@ -109,23 +111,23 @@ def axis(
     return Axis(label, low, high, log, tuple((value, form(value)) for value in found))
 
 
-def _shown(value: float | None, log: bool = False) -> bool:
+def _shown(value: Real | None, log: bool = False) -> bool:
     return value is not None and math.isfinite(value) and (value > 0 or not log)
 
 
-def _linear_ticks(low: float, high: float, count: int) -> list[float]:
+def _linear_ticks(low: Real, high: Real, count: int) -> list[Real]:
     least = (high - low) / count
     power = 10.0 ** math.floor(math.log10(least))
     step = next(step for step in (power, 2 * power, 5 * power, 10 * power) if step >= 0.9 * least)
     return [step * n for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def _log_ticks(low: float, high: float, count: int) -> list[float]:
+def _log_ticks(low: Real, high: Real, count: int) -> list[Real]:
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for digits in ("1", "13", "135", "12357", "123456789"):
+    for digits in ("1", "13", "125", "1235", "12357", "123456789"):
         found = [float(f"{digit}e{power}") for power in powers for digit in digits]
         found = [value for value in found if low <= value <= high]
-        if len(found) >= count - 1:
+        if len(found) >= 3:
             return found[:: math.ceil(len(found) / (count + 1))]
     return _linear_ticks(low, high, count)
 
@@ -164,11 +166,11 @@ def _svg(parts: Iterable[str], label: str, box: Box) -> str:
     return start + "".join(parts) + "</svg>"
 
 
-def _across(x: Axis, value: float, box: Box) -> float:
+def _across(x: Axis, value: Real, box: Box) -> Real:
     return round(box.left + x(value) * (box.width - box.left - box.right), 1)
 
 
-def _down(y: Axis, value: float, box: Box) -> float:
+def _down(y: Axis, value: Real, box: Box) -> Real:
     return round(box.height - box.bottom - y(value) * (box.height - box.top - box.bottom), 1)
 
 
@@ -190,7 +192,7 @@ def _frame(x: Axis, y: Axis, box: Box) -> str:
     return "".join(parts)
 
 
-def _text(x: float, y: float, text: str, anchor: str, css: str = "tick") -> str:
+def _text(x: Real, y: Real, text: str, anchor: str, css: str = "tick") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{css}">{escape(text)}</text>'
 
 
@@ -217,7 +219,7 @@ def _names(series: Sequence[Line], x: Axis, y: Axis, box: Box) -> str:
         if line.name and points:
             ends.append((_down(y, points[-1][1] or 0.0, box) + 4, line))
     ends.sort(key=lambda end: end[0])
-    room, lowest, places = 14, box.height - box.bottom, []
+    room, lowest, places = 17, box.height - box.bottom, []
     for at, _ in ends:
         places.append(max(at, places[-1] + room) if places else at)
     for n in reversed(range(len(places))):  # those pushed out at the bottom push back
