@@ -159,5 +159,5 @@ def document(
 def _style() -> str:
     light, dark = ("".join(f"--{name}:{colour};" for name, colour in side.items()) for side in (LIGHT, DARK))
     scheme = f":root{{color-scheme:light dark;{light}}}\n@media(prefers-color-scheme:dark){{:root{{{dark}}}}}\n"
-    families = "".join(f".c-{name}{{--c:var(--{name})}}\n" for name in (*FAMILIES, "other", "bad"))
+    families = "".join(f".c-{name}{{--c:var(--{name})}}\n" for name in (*FAMILIES, "other"))
     return scheme + families + Path(__file__).with_suffix(".css").read_text()

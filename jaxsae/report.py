@@ -103,7 +103,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _configuration(report: dict[str, Any], options: dict[str, Any] | None) -> str:
     beside = pages.pairs("Data", report.get("data")) + pages.pairs("Versions", report.get("versions"))
-    return pages.grid([pages.pairs("Options", options), beside])
+    return pages.grid([pages.pairs("Options", options), f"<div>{beside}</div>"])
 
 
 # --- A study
@@ -295,7 +295,7 @@ def _all_firing(report: dict[str, Any]) -> str:
 def _firing_note(rows: int) -> str:
     return pages.note(
         f"Share of the latents by the number of the {form(rows, ',d')} held-out rows on which they are active: 0, 1, "
-        "2 or 3, 4 to 7, and so on. Latents of the first bar, if there is one, are dead on these rows."
+        "2 or 3, 4 to 7, and so on. The grey bar, if there is one, is of those that are dead on these rows."
     )
 
 
@@ -303,7 +303,7 @@ def _firing(counts: list[int], family: str, name: str = "") -> str:
     """Bar `n` is of the latents that fire on `2ⁿ⁻¹` rows or more, but less than `2ⁿ`; bar 0, of the dead."""
     shares = [count / sum(counts) for count in counts]
     drawn = [
-        svg.Bar(n + 0.08, n + 0.92, share, pages.colour(family) if n else "c-bad", f"{count:,}: {form(share, '.1%')}")
+        svg.Bar(n + 0.08, n + 0.92, share, pages.colour(family) if n else "c-other", f"{count:,}: {form(share, '.1%')}")
         for n, (count, share) in enumerate(zip(counts, shares, strict=True))
     ]
     ticks = [0, *range(1, len(counts), 2)]
@@ -378,7 +378,8 @@ def _run(report: dict[str, Any], curves: dict[str, dict[int, float]], path: Path
         "Shrinkage": _hint(path) if report else "",
         "Configuration and versions": _configuration(report, options),
     }
-    sizes = [f"{name} {form(options.get(name), ',g')}" for name in ("k", "l1", "latents") if options.get(name)]
+    named = {"k": "k", "l1": "L1 weight", "latents": "latents"}
+    sizes = [f"{name} {form(options[key], ',g')}" for key, name in named.items() if options.get(key) is not None]
     subtitle = ", ".join([pages.label(family) or path.name, *sizes])
     return pages.document("Training run", subtitle, facts, warnings, sections)
 

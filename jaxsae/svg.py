@@ -203,7 +203,7 @@ def _line(line: Line, x: Axis, y: Axis, box: Box) -> str:
             pen = "M"
             continue
         across, down = _across(x, a, box), _down(y, b, box)
-        path += f"{pen}{across:g} {down:g}"
+        path += f"{pen}{across:g} {down:g}" + "h0" * (pen == "M")  # a point between two gaps is a dot
         pen = "L"
         if line.titles:
             title = f"<title>{escape(line.titles[n])}</title>"

@@ -118,6 +118,13 @@ def test_activity_is_numpys():
     z = f64(dense(code))
     found = activity(code)
     np.testing.assert_allclose(found.density, (z != 0).mean(0), rtol=1e-6)
+    assert sum(found.octaves) == z.shape[1]
+    assert found.octaves[0] == (z == 0).all(0).sum()
+
+
+def test_octaves_are_counts_of_ranges_twice_as_long():
+    fired = jnp.array([0, 0, 1, 2, 3, 4, 7, 8, 2**20], jnp.float32)
+    assert metrics.Activity(jnp.float32(2**20), fired).octaves == [2, 1, 2, 2, 1, *[0] * 16, 1]
     np.testing.assert_allclose(found.l0, (z != 0).sum(1).mean(), rtol=1e-6)
     np.testing.assert_allclose(found.dead, (z == 0).all(0).mean(), rtol=1e-6)
 
