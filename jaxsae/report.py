@@ -103,7 +103,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _configuration(report: dict[str, Any], options: dict[str, Any] | None) -> str:
     beside = pages.pairs("Data", report.get("data")) + pages.pairs("Versions", report.get("versions"))
-    return pages.grid([pages.pairs("Options", options), f"<div>{beside}</div>"])
+    return pages.grid([pages.pairs("Options", options), f"<div>{beside}</div>" if beside else ""])
 
 
 # --- A study

@@ -127,7 +127,9 @@ def test_the_rows_that_are_told_have_their_numbers_in_the_file(done):
     row, sae = next(saved_saes(done))
     told = {worst["row"]: worst["l0"] for worst in row["worst_rows"]}
     x = done.rows[-PLAN.heldout :][list(told)]
-    np.testing.assert_allclose((jaxsae.encode_dense(sae, x) > 0).sum(axis=1), list(told.values()), atol=1)
+    np.testing.assert_allclose(
+        (f64(jaxsae.encode_dense(sae, jnp.asarray(x))) > 0).sum(axis=1), list(told.values()), atol=1
+    )
 
 
 def test_progress_adds_up(done):
