@@ -6,6 +6,7 @@ Each section is a function from the report to HTML, and "" where the report, as 
 import json
 import math
 import os
+import shlex
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -431,5 +432,5 @@ def _progressive(heldout: dict[str, Any], family: str) -> str:
 
 def _hint(path: Path) -> str:
     told = "Training does not refine codes. How far this encoder shrinks its values, a study measures:"
-    command = escape(f"jaxsae study --sae {path} --data DATA.npy --out DIRECTORY")
+    command = escape(f"jaxsae study --sae {shlex.quote(str(path))} --data DATA.npy --out DIRECTORY")
     return f'{pages.note(told)}<pre tabindex="0"><code>{command}</code></pre>'
