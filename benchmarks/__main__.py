@@ -100,12 +100,8 @@ def main() -> None:
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
     command = commands.add_parser("table", help="what was measured, as markdown")
     command.add_argument("files", type=Path, nargs="+", metavar="FILE")
-<<<<<<< HEAD
     command.add_argument("--readme", action="store_true", help="put it into benchmarks/README.md")
-=======
-    command.add_argument("--readme", action="store_true", help="put it into the README")
     commands.add_parser("guide", help="make the tables of docs/which.md anew")
->>>>>>> h-docs
     command = commands.add_parser("plot", help="speed against accuracy; needs matplotlib")
     command.add_argument("file", type=Path, metavar="FILE")
     command.add_argument("out", type=Path, metavar="PNG")

@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "convert": convert,
                 "info": info,
                 "plan": plan,
+                "report": report,
             },
             prog="jaxsae",
             description="Sparse autoencoders in JAX, and the refinement of their codes with a certificate per row.",
@@ -552,6 +553,24 @@ def plan(
     return 0 if fits else 1
 
 
+def report(run: Path, /, *, out: Path | None = None) -> int:
+    """Make one HTML page of a training run or a study: figures, tables, configuration, versions.
+
+    It needs no network and no other file, and follows the reader's choice of light or dark. Of a run that goes on, it
+    shows the curves so far. Example: jaxsae report jaxsae-study --out study.html
+
+    Args:
+        run: directory that jaxsae train or jaxsae study wrote.
+        out: the page to write; report.html in that directory if left out.
+    """
+    from jaxsae import report as job
+
+    page = run / "report.html" if out is None else out
+    job.write(run, page)
+    print(f"Written: {page}")
+    return 0
+
+
 def _gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB"
 
@@ -604,15 +623,11 @@ def _progress(total: int, *, rows: int | None = None, unit: str = "rows", quiet:
         yield advance
 
 
-def _name(row) -> str:
-    if "sae" in row:
-        return row["sae"]
-    return f"ReLU, L1 {row['k_or_l1']:g}" if row["family"] == "relu" else f"TopK, k {row['k_or_l1']:g}"
-
-
 def _print_study(report) -> None:
     from rich.console import Console
     from rich.table import Table
+
+    from jaxsae.plots import method
 
     columns = (
         "method",
@@ -645,7 +660,7 @@ def _print_study(report) -> None:
             cells[-1] += f" ({1 - row['certified']:.1%} fail)"
         if "ce_clean" in report:
             cells += [format(row[name], ".4f") for name in ("ce_before", "ce_after")]
-        table.add_row(_name(row), *cells)
+        table.add_row(method(row), *cells)
     if "ce_clean" in report:
         clean, mean, zero = (f"{report[f'ce_{name}']:.4f}" for name in ("clean", "mean", "zero"))
         table.caption = (

@@ -193,6 +193,11 @@ class Activity:
         """Share of the latents that never fire."""
         return jnp.mean(self.fired == 0)
 
+    @property
+    def octaves(self) -> list[int]:
+        """How many latents fire on no row, on 1, on 2 or 3, on 4 to 7 …, each range twice as long."""
+        return np.bincount(np.frexp(np.asarray(self.fired))[1]).tolist()
+
 
 def activity(code: SparseCode) -> Activity:
     """Count the rows on which each latent is active.

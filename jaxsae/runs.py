@@ -31,6 +31,7 @@ from jaxsae.sae import SAE, encode, init, reconstruct, rescale
 _SAMPLE = 10_000  # rows from which centre and scale are estimated
 _REPORT_EVERY = 10  # steps
 _BLAMED = 1000  # batches looked through for what is wrong with them
+_NO_TENSORBOARD = "TensorBoard files need tensorboardX, which is missing; pip install 'jaxsae[study]'."
 Progress = Callable[[str, int], None]
 Log = Callable[[int, dict[str, float]], None]
 
@@ -369,9 +370,10 @@ def _schedule(options: Options) -> optax.Schedule:
 
 
 def evaluate(sae: SAE, rows: data_module.Rows) -> dict[str, Any]:
-    """Measure an autoencoder on rows: `nmse`, `explained_variance`, `l0`, `dead`, and `nmse_at`.
+    """Measure an autoencoder on rows: `nmse`, `explained_variance`, `l0`, `dead`, `nmse_at` and `firing`.
 
-    `nmse_at` is the NMSE with the 1, 2, 4 … largest latents of each row alone, the progressive code.
+    `nmse_at` is the NMSE with the 1, 2, 4 … largest latents of each row alone, the progressive code; `firing` counts
+    the latents that fire on no row, on 1, on 2 or 3, on 4 to 7 …
 
     Args:
       sae: the autoencoder.
@@ -405,6 +407,7 @@ def evaluate(sae: SAE, rows: data_module.Rows) -> dict[str, Any]:
     }
     return {name: _number(value) for name, value in numbers.items()} | {
         "nmse_at": {str(n): _number(value) for n, value in zip(keep, progressive.nmse, strict=True)},
+        "firing": active.octaves,
         "rows": len(rows),
         "nonfinite": nonfinite,
     }
@@ -442,9 +445,7 @@ def logs(folder: str | os.PathLike, options: Options, *, wandb: bool = False) ->
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:
-        raise InputError(
-            "TensorBoard files need tensorboardX, which is missing; pip install 'jaxsae[study]'."
-        ) from error
+        raise InputError(_NO_TENSORBOARD) from error
     with contextlib.ExitStack() as stack:
         writer = stack.enter_context(SummaryWriter(str(folder)))
         active = stack.enter_context(_wandb(folder, options)) if wandb else None
@@ -456,6 +457,46 @@ def logs(folder: str | os.PathLike, options: Options, *, wandb: bool = False) ->
                 active.log(numbers, step=step)
 
         yield log
+
+
+def curves(folder: str | os.PathLike) -> dict[str, dict[int, float]]:
+    """The numbers that `logs` wrote to the event files of a folder, by name and step; those of a step, as last told.
+
+    A file ends at a record that is cut off, as the last one of a run that was killed.
+
+    Args:
+      folder: of a run, maybe one that is still going on.
+
+    Raises:
+      InputError: if what reads them is not installed.
+    """
+    paths = sorted(Path(folder).glob("events.out.tfevents.*"))  # in order of time, which is in the name
+    if not paths:
+        return {}
+    try:
+        from google.protobuf.message import DecodeError
+        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+    except ImportError as error:
+        raise InputError(_NO_TENSORBOARD) from error
+    found: dict[str, dict[int, float]] = {}
+    for path in paths:
+        with contextlib.suppress(DecodeError):
+            for record in _records(path.read_bytes()):
+                event = Event.FromString(record)
+                for value in event.summary.value:
+                    found.setdefault(value.tag, {})[event.step] = value.simple_value
+    return {name: dict(sorted(curve.items())) for name, curve in found.items()}
+
+
+def _records(content: bytes) -> Iterator[bytes]:
+    """Of a TFRecord file, where each is a length, its checksum, the record, and its checksum."""
+    at = 0
+    while at + 12 <= len(content):
+        start = at + 12
+        end = start + int.from_bytes(content[at : at + 8], "little")
+        at = end + 4
+        if at <= len(content):
+            yield content[start:end]
 
 
 def _wandb(folder, options: Options):

@@ -68,6 +68,10 @@ def test_a_run_makes_an_autoencoder_of_the_raw_activations(activation, data, tmp
     np.testing.assert_allclose(measured["nmse"], (error**2).sum() / (spread**2).sum(), rtol=1e-3)
     np.testing.assert_allclose(measured["l0"], (f64(z) != 0).sum(1).mean(), rtol=1e-6)
     np.testing.assert_allclose(measured["dead"], (f64(z) == 0).all(0).mean(), atol=1e-6)
+    fires = (f64(z) != 0).sum(0)
+    octaves = [np.sum(fires == 0), *(np.sum((fires >= 2**n) & (fires < 2 ** (n + 1))) for n in range(7))]
+    assert measured["firing"] == octaves[: len(measured["firing"])]
+    assert sum(measured["firing"]) == M
     assert measured["nmse"] < 0.9
     (events,) = out.glob("events.out.tfevents*")
     assert b"nmse" in events.read_bytes()
