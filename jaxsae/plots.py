@@ -21,6 +21,9 @@ FAMILIES = {
 def method(row: dict[str, Any]) -> str:
     """What a row of a study is called.
 
+    Args:
+      row: of a study's report.
+
     Example:
       >>> method({"family": "topk", "k_or_l1": 32}), method({"family": "relu", "k_or_l1": 0.1})
       ('TopK, k 32', 'ReLU, L1 0.1')

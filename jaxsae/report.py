@@ -55,6 +55,13 @@ def write(run: str | os.PathLike, out: str | os.PathLike) -> None:
 
     Raises:
       InputError: if there is nothing to show in the directory, or the file cannot be written.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as run:
+      ...     with runs.logs(run, runs.Options("topk", 8, k=2)) as log:
+      ...         log(10, {"nmse": 0.5})
+      ...     write(run, f"{run}/report.html")
     """
     run, out = Path(run), Path(out)
     if out.resolve() == (run / "report.json").resolve():
@@ -72,6 +79,14 @@ def page(run: str | os.PathLike) -> str:
 
     Raises:
       InputError: if there is nothing to show in the directory.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as run:
+      ...     with runs.logs(run, runs.Options("topk", 8, k=2)) as log:
+      ...         log(10, {"nmse": 0.5})
+      ...     page(run).startswith("<!doctype html>")
+      True
     """
     run = Path(run)
     path = run / "report.json"

@@ -469,6 +469,14 @@ def curves(folder: str | os.PathLike) -> dict[str, dict[int, float]]:
 
     Raises:
       InputError: if what reads them is not installed.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     with logs(folder, Options("relu", 8, l1=0.1)) as log:
+      ...         log(10, {"nmse": 0.5})
+      ...     curves(folder)
+      {'nmse': {10: 0.5}}
     """
     paths = sorted(Path(folder).glob("events.out.tfevents.*"))  # in order of time, which is in the name
     if not paths:
