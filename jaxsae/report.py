@@ -85,7 +85,7 @@ def page(run: str | os.PathLike) -> str:
       >>> with tempfile.TemporaryDirectory() as run:
       ...     with runs.logs(run, runs.Options("topk", 8, k=2)) as log:
       ...         log(10, {"nmse": 0.5})
-      ...     page(run).startswith("<!doctype html>")
+      ...     page(run).lower().startswith("<!doctype html>")
       True
     """
     run = Path(run)
