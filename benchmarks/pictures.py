@@ -98,7 +98,13 @@ def inpainting(clean: np.ndarray, name: str, *, out: Path | None) -> Iterator[di
         (filled, _), seconds = _timed(
             lambda steps=steps: images.inpaint(holes, missing, m=ATOMS, k=MOST, side=SIDE, steps=steps, patches=PATCHES)
         )
-        yield {"picture": name, "method": method, "missing": MISSING, "psnr": images.psnr(filled, clean), "first_s": seconds}
+        yield {
+            "picture": name,
+            "method": method,
+            "missing": MISSING,
+            "psnr": images.psnr(filled, clean),
+            "first_s": seconds,
+        }
     if out is not None:
         images.write(out / f"{name}-inpainted.png", _side_by_side(holes, filled))
 
