@@ -108,6 +108,29 @@ def _pillow() -> Any:
     return Image
 
 
+def psnr(picture: np.ndarray, clean: np.ndarray) -> float:
+    """Peak signal-to-noise ratio, in dB: `10 log₁₀(255² / mean (picture − clean)²)`.
+
+    Args:
+      picture: in levels, of any shape; clipped to 0 to 255, as `write` does.
+      clean: what it should be, of the same shape.
+
+    Returns:
+      The ratio; infinite for equal pictures.
+
+    Raises:
+      ValueError: if the shapes differ.
+
+    Example:
+      >>> round(psnr(np.full((8, 8), 110.0), np.full((8, 8), 100.0)), 2)
+      28.13
+    """
+    if np.shape(picture) != np.shape(clean):
+        raise ValueError(f"`psnr` got shapes {np.shape(picture)} and {np.shape(clean)}; pass pictures of one shape.")
+    error = np.mean((np.clip(np.float64(picture), 0, 255) - clean) ** 2)
+    return float(10 * np.log10(255**2 / error)) if error else float("inf")
+
+
 def dct(m: int, side: int) -> np.ndarray:
     """The overcomplete discrete cosine transform: products of cosines of `⌈√m⌉` frequencies in each direction.
 

@@ -88,7 +88,7 @@ def max_l0(sae: SAE, rows: Rows) -> int:
 def refine_blocks(sae: SAE, rows: Rows, solver: Any = None, *, capacity: int | None = None) -> Iterator[Block]:
     """Encode and refine rows, a block at a time.
 
-    Rows of similar L0 go together, in as few slots as hold them, 32, 128 or all: the cost of a refit grows with the
+    Rows of similar L0 go together, in as few slots as hold them, 32, 128, 256 …: the cost of a refit grows with the
     square of its slots, and a ReLU's L0 has a long tail. So blocks are not in the order of the rows: see `Block.rows`.
 
     Args:
@@ -113,16 +113,16 @@ def refine_blocks(sae: SAE, rows: Rows, solver: Any = None, *, capacity: int | N
         order = np.argsort(l0, kind="stable")
         for at in range(0, len(order), _BLOCK):
             block = order[at : at + _BLOCK]
-            slots = _slots(int(l0[block].max()), code.indices.shape[1])
+            slots = _slots(int(l0[block].max()), sae.m)
             values, indices = _resize(code.values[block], slots, 0), _resize(code.indices[block], slots, sae.m)
             part = SparseCode(values, indices, sae.m, code.overflow[block])
             refined, info = refine(sae, x[block], part, solver)
             yield Block(start + block, x[block], part, refined, info)
 
 
-def _slots(l0: int, capacity: int) -> int:
-    # Few sizes, since each is compiled, once for all autoencoders of a shape.
-    return next((size for size in (32, 128) if l0 <= size), capacity)
+def _slots(l0: int, m: int) -> int:
+    # Few sizes, since each is compiled, once for all autoencoders of a shape: 32, 128, 256, 512 …
+    return 32 if l0 <= 32 else min(max(128, 1 << (l0 - 1).bit_length()), m)
 
 
 def _resize(slots, size: int, empty: int):
