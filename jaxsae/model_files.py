@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxsae.files import InputError
+from jaxsae.files import InputError, cache
 
 _EXPECTED = "expected a GGUF file, a Hugging Face directory, or the name of a fetched model"
 
@@ -64,11 +64,7 @@ WHEELS = {
 
 def cached(name: str) -> Path:
     """Where a fetched model is, or would be: in `$JAXSAE_CACHE`, or else in the user's cache directory."""
-    if "JAXSAE_CACHE" in os.environ:
-        folder = Path(os.environ["JAXSAE_CACHE"])
-    else:
-        folder = _import("platformdirs").user_cache_path("jaxsae")
-    return folder / Path(WHEELS[name].member).name
+    return cache() / Path(WHEELS[name].member).name
 
 
 def fetch(name: str) -> Path:
