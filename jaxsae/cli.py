@@ -17,8 +17,8 @@ _ABOUT = """Sparse autoencoders in JAX, and the refinement of their codes with a
 Each command has its options, and an example, in `jaxsae COMMAND --help`. With --json it prints one JSON object on
 stdout, and nothing else there; NaN is null. Progress and warnings go to stderr.
 
-Exit codes: 0 done; 1 done, but a row is not certified, a plan does not fit, or --strict met a warning; 2 bad input;
-130 interrupted."""
+Exit codes: 0 done; 1 done, but a row is not certified, a plan does not fit,
+or --strict met a warning; 2 bad input; 130 interrupted."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

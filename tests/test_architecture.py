@@ -144,6 +144,12 @@ print(sorted((set(sys.modules) - before) & {set(heavy)}))
     assert run_python(script).strip() == "[]"
 
 
+def test_importing_the_library_says_nothing():
+    silent = [sys.executable, "-W", "error", "-c", "import jaxsae"]
+    found = subprocess.run(silent, cwd=PACKAGE.parent, capture_output=True, text=True)
+    assert (found.returncode, found.stdout, found.stderr) == (0, "", "")
+
+
 def test_importing_the_library_costs_little_more_than_what_it_stands_on():
     def seconds(names: str) -> float:
         # Processor time, not the clock: neighbours on the machine do not count.

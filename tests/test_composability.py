@@ -129,19 +129,19 @@ def test_stacked_autoencoders(model, x, refined):
     others = [model, *(sae(seed, d=D, m=M, activation=jaxsae.TopK(K)) for seed in (1, 2))]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *others)
     assert (stacked.d, stacked.m) == (D, M)
+    encode = jax.jit(jaxsae.encode)
     found, _ = jax.jit(jax.vmap(refine, in_axes=(0, None)))(stacked, x)
     np.testing.assert_allclose(found.values[0], refined[0].values, rtol=1e-4, atol=1e-5)
     for number, other in enumerate(others):
-        np.testing.assert_array_equal(found.indices[number], jaxsae.encode(other, x).indices)
+        np.testing.assert_array_equal(found.indices[number], encode(other, x).indices)
         code = jax.tree.map(lambda leaf, number=number: leaf[number], found)
         best = optimum(other.W_dec, x - other.b_dec, code)
         np.testing.assert_allclose(code.values, best.values, rtol=1e-3, atol=1e-3)
 
 
-def test_refine_is_exported_and_loaded_back(model, x):
-    compiled = jax.jit(jaxsae.refine)  # with fallbacks and all
-    data = jax.export.export(compiled)(model, x).serialize()
-    assert_same_bits(jax.export.deserialize(data).call(model, x), compiled(model, x))
+def test_refine_is_exported_and_loaded_back(model, x, refined):
+    data = jax.export.export(jax.jit(refine))(model, x).serialize()
+    assert_same_bits(jax.export.deserialize(data).call(model, x), refined)
 
 
 EACH = np.full(M, 0.1, np.float32)
@@ -187,10 +187,6 @@ def test_bfloat16_weights_and_float32_sums(model, x):
     assert np.all(info.kkt <= 1e-5)
     best = optimum(same.W_dec, x - same.b_dec, found)
     np.testing.assert_allclose(found.values, best.values, rtol=1e-3, atol=1e-4)
-    short, _ = jax.jit(refine)(half, x.astype(jnp.bfloat16))
-    assert short.values.dtype == jnp.bfloat16
-    best = optimum(half.W_dec, x.astype(jnp.bfloat16) - half.b_dec, short)
-    np.testing.assert_allclose(f64(short.values), best.values, rtol=2**-8, atol=1e-3)  # rounded once, at the end
 
 
 def test_float64_all_the_way(x64):
