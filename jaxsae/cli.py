@@ -397,8 +397,8 @@ def harvest(
         )
     n, width = rows.shape
     told = {"out": out, "rows": n, "width": width, "dtype": dtype, "files": packed.files}
-    text = f"Written: {out}, {n} rows of width {width}, {dtype}, from {len(packed.files)} files"
-    console.tell(told | {"replaced": packed.replaced, "empty": packed.empty}, text, as_json=json)
+    written = f"Written: {out}, {n} rows of width {width}, {dtype}, from {len(packed.files)} files"
+    console.tell(told | {"replaced": packed.replaced, "empty": packed.empty}, written, as_json=json)
     if packed.replaced:
         console.warn(f"{packed.replaced} characters were not UTF-8, and were read as U+FFFD.")
     if packed.empty:

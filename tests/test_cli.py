@@ -2,7 +2,6 @@ import contextlib
 import json
 import os
 import pty
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -60,8 +59,7 @@ def test_refine_writes_the_codes_and_prints_the_table(folder, capsys):
     *table, written = out.splitlines()
     assert table == str(jaxsae.shrinkage(model, x, code, refined)).splitlines()
     assert written.startswith(f"Written: {folder / 'codes.npz'}, {ROWS} rows of {K} slots, worst KKT ")
-    assert "warning" not in err
-    assert "Traceback" not in err
+    assert err == "100%  refining\n"  # progress, without a terminal, in plain lines
 
 
 def spoil_rows(folder):
@@ -324,9 +322,9 @@ def help_of(capsys, *argv):
 
 def test_help_is_a_table_of_contents(capsys):
     out = help_of(capsys)
-    contents = [line.strip("│ ") for line in out.splitlines() if line.startswith("│")]
-    contents = contents[contents.index("(required)") + 1 :]
-    assert [line.split()[1] for line in contents] == list(COMMANDS)  # one line each, in our order
+    lines = [line.strip("│ ") for line in out.splitlines()]
+    contents = lines[lines.index("(required)") + 1 :][: len(COMMANDS)]
+    assert [line.split()[:2] for line in contents] == [["•", name] for name in COMMANDS]  # one line each, in our order
     assert "Exit codes: 0 done; 1 done, but" in out
     assert "2 bad input; 130 interrupted." in out
     assert "Compiled programs are not kept." in out  # of a call from Python
@@ -404,14 +402,6 @@ def test_json_of_fetch_and_of_pictures(monkeypatch, tmp_path, capsys):
         monkeypatch.setattr(images, name, lambda *_, **__: (picture, atoms))
         assert run(name, tmp_path / "a.png", *options, "--out", tmp_path / "b.png", "--json") == 0
         assert printed(capsys) == {"out": str(tmp_path / "b.png"), "dictionary": None}
-
-
-def test_progress_without_a_terminal_is_plain_lines(folder, capsys):
-    np.save(folder / "x.npy", rows(1000))
-    assert refine(folder) == 0
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[-1] == "100%  refining"
-    assert all(re.fullmatch(r" *\d+%  refining", line) for line in lines)
 
 
 # --- As a process
