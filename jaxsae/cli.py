@@ -32,12 +32,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if argv is None:  # as a command, not from a process that has its own settings
         argv = sys.argv[1:]
-        compiled.keep()
+        # Processes that work together must not find different programs: they would wait for each other.
+        if not any(word.startswith(("--distributed", "--coordinator")) for word in argv):
+            compiled.keep()
+    asked = argv[0] if argv else ""
     try:
         return tyro.cli(
-            _commands(argv[0] if argv else ""),
+            _commands(asked),
             prog="jaxsae",
-            description=f"{_ABOUT}\n\n{_kept()}",
+            description=f"{_ABOUT}\n\n{_kept()}" if asked in ("-h", "--help") else _ABOUT,
             args=argv,
             config=(tyro.conf.FlagCreatePairsOff,),
         )
@@ -595,7 +598,6 @@ def plan(
 def _join(coordinator: str | None, processes: int | None, process: int | None) -> None:
     import jax
 
-    compiled.forgo()
     if jax.config.jax_platforms == "cpu":  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:

@@ -87,9 +87,3 @@ def test_the_users_own_settings_win(cache, tmp_path):
     jax.config.update("jax_enable_compilation_cache", False)
     compiled.keep()
     assert compiled.kept() is None
-
-
-def test_processes_that_work_together_keep_none(cache):
-    compiled.keep()
-    compiled.forgo()
-    assert compiled.kept() is None
