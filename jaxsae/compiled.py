@@ -5,6 +5,7 @@ and one made for other instructions than this CPU has is loaded all the same, wi
 (jax-ml/jax issue 38445 quotes it). So each kind of CPU has a directory of its own, in a home that machines may share.
 """
 
+import contextlib
 import hashlib
 import platform
 import warnings
@@ -27,10 +28,11 @@ def kept() -> Path | None:
 
 def size(folder: Path) -> int:
     """Bytes that those in a directory take."""
-    try:
-        return sum(file.stat().st_size for file in folder.glob("*-cache"))
-    except OSError:  # one is being dropped just now
-        return 0
+    total = 0
+    for file in folder.glob("*-cache"):
+        with contextlib.suppress(FileNotFoundError):  # another command dropped it just now
+            total += file.stat().st_size
+    return total
 
 
 def keep() -> None:
