@@ -168,7 +168,7 @@ def vary_alike(tree: Any, *others: Any) -> Any:
     In a `shard_map` of a user's own JAX takes a constant to be the same on every device, refuses a loop that makes it
     differ, and wants a derivative to differ as its argument does.
     """
-    if not jax.sharding.get_abstract_mesh().manual_axes:
+    if not (jax.sharding.get_abstract_mesh().manual_axes and jax.tree.leaves(tree)):
         return tree
     known = functools.reduce(operator.or_, [jnp.any(x == x) for x in jax.tree.leaves((tree, others))])
     return jax.tree.map(lambda x: jnp.where(known, x, x), tree)  # which XLA knows to be x
