@@ -185,7 +185,7 @@ def combine(dictionary: Float[Array, "m d"], code: SparseCode) -> Float[Array, "
       >>> jaxsae.codes.combine(jnp.eye(3), code)
       Array([1., 0., 3.], dtype=float32)
     """
-    return _combine(dictionary, code.values, code.indices)
+    return _combine(*sharding.vary_alike((dictionary, code.values, code.indices)))
 
 
 @jax.custom_vjp

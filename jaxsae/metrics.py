@@ -319,6 +319,12 @@ class Shrinkage:
         """`γ` with the refined values: 1, by complementarity, if the refit is exact."""
         return _ratio(self.power_after, self.cross_after)
 
+    def numbers(self) -> dict[str, float]:
+        """What it says as plain numbers, NaN where nothing was active."""
+        names = ("l0", "nmse_before", "nmse_after", "mean_before", "mean_after", "mean_change")
+        values = {name: float(getattr(self, name)) for name in (*names, "gamma_before", "gamma_after")}
+        return values | {"rising": float(self.rising_share)}
+
     def __str__(self) -> str:
         rows = [
             ("mean activation", self.mean_before, self.mean_after),

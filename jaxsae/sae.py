@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxsae import codes
+from jaxsae import codes, sharding
 from jaxsae.activations import Activation, JumpReLU
 from jaxsae.codes import SparseCode
 from jaxsae.normalisation import Normalisation
@@ -243,7 +243,8 @@ def encode(sae: SAE, x: Float[Array, "*b d"], *, capacity: int | None = None) ->
     code = sae.activation.code(jax.lax.stop_gradient(pre_activations(sae, x)), capacity)
     b_dec = sae.b_dec if sae.centred else jnp.zeros(sae.d, sae.b_dec.dtype)
     x = x if sae.normalisation is None else sae.normalisation(x).inputs
-    values = _selected(code.values, code.indices, x, sae.W_enc, sae.b_enc, b_dec)
+    arguments = code.values, code.indices, x, sae.W_enc, sae.b_enc, b_dec
+    values = _selected(*sharding.vary_alike(arguments))
     return dataclasses.replace(code, values=values)
 
 

@@ -10,6 +10,8 @@ gathered (pre-activations, atoms) is split by hand in `codes` and `refit`: each 
 candidates or sums are exchanged.
 """
 
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -240,6 +242,18 @@ def ways(axis: str) -> int:
 def spread() -> bool:
     """Whether there is a mesh of more than one device in force."""
     return ways("data") * ways("latent") > 1
+
+
+def vary_alike(tree: Any, *others: Any) -> Any:
+    """A tree whose arrays are as different from device to device as any of them, or of the others.
+
+    In a `shard_map` of a user's own JAX takes a constant to be the same on every device, refuses a loop that makes it
+    differ, and wants a derivative to differ as its argument does.
+    """
+    if not (jax.sharding.get_abstract_mesh().manual_axes and jax.tree.leaves(tree)):
+        return tree
+    known = functools.reduce(operator.or_, [jnp.any(x == x) for x in jax.tree.leaves((tree, others))])
+    return jax.tree.map(lambda x: jnp.where(known, x, x), tree)  # which XLA knows to be x
 
 
 def rows_spec(x: Any) -> PartitionSpec:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
+from jaxsae import sharding
 from jaxsae.linalg import divide, max_or_nan, solve_on
 from jaxsae.linalg import matmul as _matvec
 
@@ -349,6 +350,7 @@ def drive(solver, G, c, weight, z, most, nonnegative: bool):
     # NaN compares false: a row that is not finite never runs.
     running = (residual(start.z, start.gradient, strict) > solver.tol) & (most > 0)
     carry = _Carry(start, start.z, start.gradient, jnp.zeros_like(running, jnp.int32), running)
+    carry = sharding.vary_alike(carry, G, c, weight, z, most)
     carry = jax.lax.while_loop(lambda carry: carry.running, step, carry)
     return carry.best, residual(carry.best, carry.best_gradient, weight), carry.steps
 

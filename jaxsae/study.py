@@ -328,15 +328,7 @@ def measure(sae: SAE, rows: np.ndarray) -> dict[str, Any]:
     ratio = np.asarray(shrunk.ratio)
     ratio = np.clip(ratio[np.isfinite(ratio)], metrics.RATIO_EDGES[0], metrics.RATIO_EDGES[-1])
     numbers = {
-        "l0": shrunk.l0,
-        "nmse_before": shrunk.nmse_before,
-        "nmse_after": shrunk.nmse_after,
-        "mean_before": shrunk.mean_before,
-        "mean_after": shrunk.mean_after,
-        "mean_change": shrunk.mean_change,
-        "rising": shrunk.rising_share,
-        "gamma_before": shrunk.gamma_before,
-        "gamma_after": shrunk.gamma_after,
+        **shrunk.numbers(),
         "worst_kkt": kkt.max(),
         "certified": np.mean(kkt <= CERTIFIED),
         "dead": active.dead,

@@ -78,9 +78,9 @@ def test_a_run_makes_an_autoencoder_of_the_raw_activations(activation, data, tmp
 
 
 def test_eval_prints_what_the_run_measured(data, tmp_path, capsys):
-    train(data, tmp_path / "run", "topk")
+    assert train(data, tmp_path / "run", "topk", "--json") == 0
     np.save(tmp_path / "heldout.npy", rows()[-100:])
-    capsys.readouterr()
+    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "run" / "report.json").read_text())
     assert main(["eval", "--sae", str(tmp_path / "run"), "--data", str(tmp_path / "heldout.npy"), "--json"]) == 0
     measured = json.loads(capsys.readouterr().out)
     assert measured == json.loads((tmp_path / "run" / "report.json").read_text())["heldout"]
