@@ -17,6 +17,10 @@ def cache() -> Path:
 
     Raises:
       InputError: if neither is known.
+
+    Example:
+      >>> isinstance(cache(), Path)
+      True
     """
     if "JAXSAE_CACHE" in os.environ:
         return Path(os.environ["JAXSAE_CACHE"])
