@@ -225,6 +225,7 @@ def test_rows_sharded_over_eight_devices_give_the_same_where_they_are(name):
 
 
 # XLA's maximum on a CPU passes over NaN in shapes like these, and only in programs as users have them.
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(64, 64), (16, 768)], ids=str)
 def test_a_row_of_nan_alone_is_named_by_all_whatever_the_shape(shape, optimised):
     n, d = shape
