@@ -296,7 +296,7 @@ def test_a_live_training_that_is_stopped_goes_on_to_the_bit(tmp_path, capsys):
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jaxsae.cli._progress", lambda *_, **__: contextlib.nullcontext(stop))
+        patch.setattr("jaxsae.console.progress", lambda *_, **__: contextlib.nullcontext(stop))
         code = cli("train", *options, "--out", tmp_path / "run")
     printed = capsys.readouterr().out
     assert (code, "Stopped after" in printed) == (0, True)
