@@ -640,8 +640,8 @@ def plan(
 def report(run: Path, /, *, out: Path | None = None, json: bool = False) -> int:
     """Make an HTML page of a run or a study.
 
-    Figures, tables, configuration and versions. It needs no network and no other file, and follows the reader's choice of light or dark. Of a run that goes on, it
-    shows the curves so far.
+    Figures, tables, configuration and versions. It needs no network and no other file, and follows the reader's choice
+    of light or dark. Of a run that goes on, it shows the curves so far.
 
     Example: jaxsae report jaxsae-study --out study.html
 
