@@ -283,9 +283,8 @@ def _solve_rows(static: _Static, shared, y, indices, values) -> _Outcome:
     feasible = jax.nn.relu(values) if nonnegative else values
     refitted = divide(solved.x, solved.unit).astype(values.dtype)
     moved = (solved.steps > 0) | ~solved.usable  # else the start is optimal already, and comes back to the bit
-    if (
-        problem is not None and values.dtype != ridge.dtype
-    ):  # rounded to fewer bits, the best iterate can be worse than the start
+    # Rounded to fewer bits, the best iterate can be worse than the start.
+    if problem is not None and values.dtype != ridge.dtype:
         rounded = refitted.astype(ridge.dtype) * solved.unit
         began = feasible.astype(ridge.dtype) * solved.unit
         moved &= ~(jax.vmap(gram.excess)(problem.gram, problem.c, rounded, began) > 0)
