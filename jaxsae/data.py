@@ -161,11 +161,11 @@ class Batches:
       position: how many batches were taken; set it to go on from there, or from anywhere else, to the bit.
     """
 
-    def __init__(self, source: "_Numbered", seed: int):
+    def __init__(self, source: "_Numbered"):
         """Of `batches`."""
         import grain
 
-        self.source, self.seed = source, seed
+        self.source = source
         reading = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_AHEAD)
         self._iterator = iter(grain.MapDataset.source(source).to_iter_dataset(reading))
 
@@ -269,7 +269,7 @@ def batches(
         edges = np.cumsum([0, *map(len, sources)]).tolist()
         pairs = enumerate(itertools.pairwise(edges))
         order = grain.MapDataset.mix([shuffled(pair, seed + number) for number, pair in pairs], weights)
-    return Batches(_Numbered(sources, order, size, part), seed)
+    return Batches(_Numbered(sources, order, size, part))
 
 
 def image_patches(rows: int, heldout: int, *, side: int = 10, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""From text to activations: tokenise, pack into contexts, run a language model, write what is in its residual stream.
+"""From text to activations: tokenise, pack into contexts, run a language model, write or hand on its residual stream.
 
 A context holds `context` tokens, and gives `context − 1` rows: its first position, whose activation is massive in most
 models, is left out. A shard holds the rows of the same contexts however often a harvest was interrupted, so that one
