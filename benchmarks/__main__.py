@@ -16,6 +16,7 @@ from benchmarks import (
     cases,
     clock,
     families,
+    guide,
     harvest,
     jobs,
     judge,
@@ -27,6 +28,7 @@ from benchmarks import (
     plot,
     pursuit,
     refine,
+    selectors,
     table,
     train,
 )
@@ -67,6 +69,9 @@ def main() -> None:
     command.add_argument("--size", choices=pursuit.SIZES, default="tiny")
     command.add_argument("--peers", action="store_true", help="other libraries' OMP too; pip install '.[peers]'")
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
+    command = commands.add_parser("selectors", help="every selector with as many atoms: error, and milliseconds a row")
+    command.add_argument("--size", choices=selectors.SIZES, default="tiny")
+    command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
     command = commands.add_parser("transitions", help="where each pursuit recovers codes exactly")
     command.add_argument("--png", type=Path, metavar="OUT", help="draw them here; needs matplotlib")
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
@@ -96,6 +101,7 @@ def main() -> None:
     command = commands.add_parser("table", help="what was measured, as markdown")
     command.add_argument("files", type=Path, nargs="+", metavar="FILE")
     command.add_argument("--readme", action="store_true", help="put it into benchmarks/README.md")
+    commands.add_parser("guide", help="make the tables of docs/which.md anew")
     command = commands.add_parser("plot", help="speed against accuracy; needs matplotlib")
     command.add_argument("file", type=Path, metavar="FILE")
     command.add_argument("out", type=Path, metavar="PNG")
@@ -113,6 +119,8 @@ def main() -> None:
         _tell(args, row=row)
     elif args.command == "pursuit":
         _tell(args, size=args.size, rows=list(pursuit.run(args.size, with_peers=args.peers)))
+    elif args.command == "selectors":
+        _tell(args, size=args.size, rows=selectors.run(args.size))
     elif args.command == "transitions":
         _transitions(args)
     elif args.command == "ksvd":
@@ -128,6 +136,9 @@ def main() -> None:
         _tell(args, size=args.size, costs=jobs.costs(args.size), **survived)
     elif args.command == "kernels":
         _kernels(args)
+    elif args.command == "guide":
+        page = ROOT / "docs/which.md"
+        page.write_text(guide.insert(page.read_text()))
     elif args.command == "plot":
         plot.speed_against_accuracy(json.loads(args.file.read_text()), args.out)
     else:

@@ -42,11 +42,6 @@ def photograph(name: str) -> np.ndarray:
     return np.rint(255 * color.rgb2gray(pixels) if pixels.ndim == 3 else pixels).astype(np.float32)
 
 
-def psnr(picture: np.ndarray, clean: np.ndarray) -> float:
-    """Peak signal to noise in dB, of 8-bit levels."""
-    return float(10 * np.log10(255**2 / np.mean((np.clip(picture, 0, 255) - clean) ** 2)))
-
-
 def sklearn_denoise(noisy: np.ndarray) -> np.ndarray:
     """scikit-learn's pipeline: `MiniBatchDictionaryLearning` on as many patches and passes, OMP, averaged overlaps.
 
@@ -79,11 +74,11 @@ def _denoise(noisy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def denoising(clean: np.ndarray, name: str, *, with_peers: bool, out: Path | None) -> Iterator[dict[str, Any]]:
     """PSNR and seconds for one picture; ours with its compilation, and again without."""
     noisy = clean + np.random.default_rng(0).normal(0, SIGMA, clean.shape).astype(np.float32)
-    row = {"picture": name, "height": clean.shape[0], "width": clean.shape[1], "noisy": psnr(noisy, clean)}
+    row = {"picture": name, "height": clean.shape[0], "width": clean.shape[1], "noisy": images.psnr(noisy, clean)}
     say(f"{name}: denoising")
     (quiet, atoms), first = _timed(lambda: _denoise(noisy))
     _, seconds = _timed(lambda: _denoise(noisy))
-    yield {**row, "method": "jaxsae", "psnr": psnr(quiet, clean), "s": seconds, "first_s": first}
+    yield {**row, "method": "jaxsae", "psnr": images.psnr(quiet, clean), "s": seconds, "first_s": first}
     if out is not None:
         images.write(out / f"{name}-denoised.png", _side_by_side(noisy, quiet))
         images.write(out / f"{name}-dictionary.png", images.mosaic(atoms, scale=2))
@@ -91,7 +86,7 @@ def denoising(clean: np.ndarray, name: str, *, with_peers: bool, out: Path | Non
         say(f"{name}: scikit-learn")
         row["method"] = "scikit-learn"
         result, seconds = _timed(lambda: sklearn_denoise(noisy))
-        yield {**row, "psnr": psnr(result, clean), "s": seconds, "first_s": seconds}
+        yield {**row, "psnr": images.psnr(result, clean), "s": seconds, "first_s": seconds}
 
 
 def inpainting(clean: np.ndarray, name: str, *, out: Path | None) -> Iterator[dict[str, Any]]:
@@ -103,7 +98,13 @@ def inpainting(clean: np.ndarray, name: str, *, out: Path | None) -> Iterator[di
         (filled, _), seconds = _timed(
             lambda steps=steps: images.inpaint(holes, missing, m=ATOMS, k=MOST, side=SIDE, steps=steps, patches=PATCHES)
         )
-        yield {"picture": name, "method": method, "missing": MISSING, "psnr": psnr(filled, clean), "first_s": seconds}
+        yield {
+            "picture": name,
+            "method": method,
+            "missing": MISSING,
+            "psnr": images.psnr(filled, clean),
+            "first_s": seconds,
+        }
     if out is not None:
         images.write(out / f"{name}-inpainted.png", _side_by_side(holes, filled))
 

@@ -120,6 +120,19 @@ def _pursuit(report: dict[str, Any], machine: str) -> list[str]:
     return parts
 
 
+def _selectors(report: dict[str, Any], machine: str) -> list[str]:
+    """A row for each selector, the smallest error first, by case."""
+    parts = [f"{machine}."]
+    for case in dict.fromkeys(row["case"] for row in report["rows"]):
+        rows = sorted((row for row in report["rows"] if row["case"] == case), key=lambda row: row["nmse"])
+        lines = ["| selector | NMSE | ms a row | quartiles |", "|---|--:|--:|--:|"]
+        for row in rows:
+            low, high = (f"{value:.3g}" for value in row["quartiles"])
+            lines.append(f"| {row['selector']} | {row['nmse']:.4f} | {row['ms_a_row']:.3g} | {low} to {high} |")
+        parts += [f"{case[0].upper()}{case[1:]}, {rows[0]['rows']:,} rows:", "\n".join(lines)]
+    return parts
+
+
 def _transitions(report: dict[str, Any], machine: str) -> list[str]:
     """A row for each method: the `ρ` at which half of the trials are recovered."""
     points = report["points"]
@@ -195,6 +208,7 @@ _TABLES = {
     "harvest": _harvest,
     "load": _load,
     "pursuit": _pursuit,
+    "selectors": _selectors,
     "transitions": _transitions,
     "ksvd": _ksvd,
     "pictures": _pictures,

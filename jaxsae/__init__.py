@@ -22,6 +22,7 @@ from jaxsae import (
     solvers,
     train,
 )
+from jaxsae import exports as exports  # so that `jax.export` knows our pytrees
 from jaxsae.activations import AbsTopK, BatchTopK, Gated, GroupMax, JumpReLU, ReLU, TopK
 from jaxsae.certificate import Certificate, certify
 from jaxsae.codes import SparseCode

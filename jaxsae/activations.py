@@ -15,6 +15,18 @@ from jaxtyping import Array, Bool, Float
 from jaxsae import codes
 from jaxsae.codes import SparseCode
 
+__all__ = [
+    "AbsTopK",
+    "Activation",
+    "BatchTopK",
+    "Gated",
+    "GroupMax",
+    "JumpReLU",
+    "MatchingPursuit",
+    "ReLU",
+    "TopK",
+]
+
 
 class Activation:
     """What an SAE asks of its activation; subclasses are `flax.struct` dataclasses.
@@ -23,6 +35,16 @@ class Activation:
       slots: how many slots a row the activation fixes, or None.
       signed: whether values may be negative, so that refining leaves their sign free.
       pursues: whether it chooses by the dictionary itself, with no encoder: `pursue` then makes the code.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import struct
+      >>> @struct.dataclass
+      ... class Square(Activation):
+      ...     def __call__(self, pre):
+      ...         return jnp.maximum(pre, 0) ** 2
+      >>> Square()(jnp.array([-1.0, 3.0]))
+      Array([0., 9.], dtype=float32)
     """
 
     signed: bool = False

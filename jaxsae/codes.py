@@ -10,6 +10,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsae import rows, sharding
 
+__all__ = [
+    "SparseCode",
+    "combine",
+    "correlate",
+    "from_dense",
+    "sum_by_latent",
+    "top_k",
+]
+
 _CACHE = 2**25  # bytes: sums larger than this are made in the order of their latents on a CPU
 
 
@@ -176,7 +185,7 @@ def combine(dictionary: Float[Array, "m d"], code: SparseCode) -> Float[Array, "
       >>> jaxsae.codes.combine(jnp.eye(3), code)
       Array([1., 0., 3.], dtype=float32)
     """
-    return _combine(dictionary, code.values, code.indices)
+    return _combine(*sharding.vary_alike((dictionary, code.values, code.indices)))
 
 
 @jax.custom_vjp
@@ -274,7 +283,10 @@ def correlate(code: SparseCode, x: Float[Array, "*b d"]) -> Float[Array, "m d"]:
 
 
 def sum_by_latent(code: SparseCode) -> Float[Array, " m"]:
-    """The sum of each latent's values over all rows.
+    """The sum `[m]` of each latent's values over all rows.
+
+    Args:
+      code: `[*b k]`.
 
     Example:
       >>> import jax.numpy as jnp, jaxsae

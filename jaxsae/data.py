@@ -138,7 +138,14 @@ def _only_array(archive, path: Path) -> np.ndarray:
 
 
 def require_finite(rows: Rows, what: str) -> None:
-    """Raise an `InputError` that counts the rows with NaN or Inf, if there are any.
+    """Raise if there are rows with NaN or Inf.
+
+    Args:
+      rows: `[n d]`, may be memory-mapped.
+      what: they are, to be told.
+
+    Raises:
+      InputError: how many there are, and which is the first.
 
     Example:
       >>> require_finite(np.array([[1.0], [np.nan]]), "x.npy")
@@ -162,7 +169,11 @@ class Batches:
     """
 
     def __init__(self, source: "_Numbered"):
-        """Of `batches`."""
+        """As `batches` makes it.
+
+        Args:
+          source: batch by its number.
+        """
         import grain
 
         self.source = source

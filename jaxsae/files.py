@@ -12,9 +12,34 @@ class InputError(ValueError):
     """A file, or a choice, that the user can mend; the message says what was got, what was expected and what to do."""
 
 
+def cache() -> Path:
+    """Where things are kept that can be had again: `$JAXSAE_CACHE`, or else the user's cache directory.
+
+    Raises:
+      InputError: if neither is known.
+
+    Example:
+      >>> isinstance(cache(), Path)
+      True
+    """
+    if "JAXSAE_CACHE" in os.environ:
+        return Path(os.environ["JAXSAE_CACHE"])
+    try:
+        import platformdirs
+    except ImportError as error:
+        raise InputError("got no JAXSAE_CACHE, and platformdirs is missing; pip install 'jaxsae[lm]'.") from error
+    return platformdirs.user_cache_path("jaxsae")
+
+
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it takes its name when the block ends well, else it is removed.
+
+    Args:
+      path: of the file; directories that are missing are made.
+
+    Raises:
+      InputError: if nothing can be written there.
 
     Example:
       >>> import tempfile
@@ -33,6 +58,12 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
 @contextlib.contextmanager
 def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary directory beside `path`; it takes its name, and its place, when the block ends well.
+
+    Args:
+      path: of the directory; those above it that are missing are made.
+
+    Raises:
+      InputError: if nothing can be written there.
 
     Example:
       >>> import tempfile

@@ -15,10 +15,26 @@ from jaxsae import rows, solvers
 from jaxsae.codes import SparseCode
 from jaxsae.linalg import EXACT, divide, matmul, max_or_nan
 
+__all__ = [
+    "Dictionary",
+]
+
 
 @runtime_checkable
 class Dictionary(Protocol):
-    """A dictionary that need not be an array: sharded, quantised, factored."""
+    """A dictionary that need not be an array: sharded, quantised, factored.
+
+    Example:
+      >>> import flax, jax, jax.numpy as jnp
+      >>> @flax.struct.dataclass
+      ... class Halves:
+      ...     atoms: jax.Array
+      ...
+      ...     def take(self, indices):
+      ...         return 0.5 * self.atoms[indices]
+      >>> isinstance(Halves(jnp.eye(2)), Dictionary)  # and so `jaxsae.refit` and `jaxsae.certify` take it
+      True
+    """
 
     def take(self, indices: Int[Array, "*b k"]) -> Float[Array, "*b k d"]:
         """The atoms of these indices, all in range."""

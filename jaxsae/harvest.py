@@ -31,16 +31,28 @@ _PIECE = 1 << 20  # characters tokenised at a time: a tokenizer takes some hundr
 
 
 class Text(NamedTuple):
-    """Tokens of some files, packed."""
+    """Tokens of some files, packed.
 
-    contexts: np.ndarray  # [n s] int32
-    files: list[str]  # read; those after `tokens` was reached are not
-    replaced: int  # characters that were not UTF-8
-    empty: int  # files with nothing in them
+    Attributes:
+      contexts: `[n s]` int32.
+      files: that were read; those after `tokens` was reached were not.
+      replaced: characters that were not UTF-8.
+      empty: files with nothing in them.
+    """
+
+    contexts: np.ndarray
+    files: list[str]
+    replaced: int
+    empty: int
 
 
 def standard_library() -> list[Path]:
-    """The sources of Python's standard library, without its tests, shuffled: a text that is on every machine."""
+    """The sources of Python's standard library, without its tests, shuffled: a text that is on every machine.
+
+    Example:
+      >>> standard_library()[0].suffix
+      '.py'
+    """
     root = Path(sysconfig.get_path("stdlib"))
     left_out = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
     files = [file for file in sorted(root.rglob("*.py")) if not left_out & set(file.relative_to(root).parts)]
@@ -226,7 +238,15 @@ def live(
 
 
 def require_fit(model: LanguageModel, contexts: np.ndarray, layer: int) -> None:
-    """Raise an `InputError` if a model has no such layer, or cannot read such contexts.
+    """Raise if a model has no such layer, or cannot read such contexts.
+
+    Args:
+      model: the language model.
+      contexts: tokens `[n s]`.
+      layer: block after which the residual is to be taken, from 0.
+
+    Raises:
+      InputError: what it is, and what the model has.
 
     Example:
       >>> from jaxsae.language_model import tiny

@@ -36,6 +36,10 @@ def find(path: str | os.PathLike, *, revision: str | None = None) -> Found:
 
     Raises:
       InputError: if there is nothing, or the hub cannot be reached and its cache has nothing, or the extra is missing.
+
+    Example:
+      >>> find("run/sae").path.name
+      'sae'
     """
     name = os.fspath(path)
     if name.startswith(SCHEME):

@@ -86,6 +86,12 @@ def write(path: str | os.PathLike, picture: np.ndarray) -> None:
 def check_suffix(*paths: str | os.PathLike | None) -> None:
     """Raise `InputError` if `write` would know no format for one of these paths, before there is something to write.
 
+    Args:
+      *paths: files to be written; None is passed over.
+
+    Raises:
+      InputError: naming the first one with a suffix that Pillow does not know.
+
     Example:
       >>> check_suffix("clean.png")
     """
@@ -100,6 +106,29 @@ def _pillow() -> Any:
     except ImportError as error:
         raise InputError("pictures need Pillow, which is missing; pip install 'jaxsae[study]'.") from error
     return Image
+
+
+def psnr(picture: np.ndarray, clean: np.ndarray) -> float:
+    """Peak signal-to-noise ratio, in dB: `10 log₁₀(255² / mean (picture − clean)²)`.
+
+    Args:
+      picture: in levels, of any shape; clipped to 0 to 255, as `write` does.
+      clean: what it should be, of the same shape.
+
+    Returns:
+      The ratio; infinite for equal pictures.
+
+    Raises:
+      ValueError: if the shapes differ.
+
+    Example:
+      >>> round(psnr(np.full((8, 8), 110.0), np.full((8, 8), 100.0)), 2)
+      28.13
+    """
+    if np.shape(picture) != np.shape(clean):
+        raise ValueError(f"`psnr` got shapes {np.shape(picture)} and {np.shape(clean)}; pass pictures of one shape.")
+    error = np.mean((np.clip(np.float64(picture), 0, 255) - clean) ** 2)
+    return float(10 * np.log10(255**2 / error)) if error else float("inf")
 
 
 def dct(m: int, side: int) -> np.ndarray:

@@ -27,7 +27,12 @@ class Stopped(Exception):
     """A signal ended a training; all of it is saved."""
 
     def __init__(self, signum: int, step: int):
-        """The signal, and how many steps were taken."""
+        """Tell how far it came.
+
+        Args:
+          signum: the signal.
+          step: how many steps were taken.
+        """
         super().__init__(f"stopped after {step} steps")
         self.signum, self.step = signum, step
 
@@ -36,7 +41,12 @@ class GivenUp(Diverged):
     """A training that went back too often; beside the state, how it was reached."""
 
     def __init__(self, state: TrainState, progress: "Progress"):
-        """The last good state."""
+        """Tell how far it came.
+
+        Args:
+          state: the last good one.
+          progress: how it was reached.
+        """
         super().__init__(state)
         self.progress = progress
 
@@ -91,6 +101,18 @@ def run(
     Raises:
       Stopped: on SIGTERM or SIGINT, with all saved.
       GivenUp: if it went back too often.
+
+    Example:
+      >>> import tempfile, jaxsae
+      >>> from jaxsae import checkpoint, data, objectives, train
+      >>> sae, tx = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.TopK(2)), train.recipe(1e-2)
+      >>> step = train.make_step(objectives.Objective(), tx)
+      >>> batches = data.batches(np.random.default_rng(0).normal(size=(64, 4)), 16, seed=0)
+      >>> with tempfile.TemporaryDirectory() as folder, checkpoint.Checkpoints(folder, config={}) as checkpoints:
+      ...     fresh = lambda: train.init_state(sae, tx)
+      ...     state, progress = run(step, fresh, batches, checkpoints, steps=5, save_every=60)
+      ...     checkpoints.steps(), progress.position
+      ([5], 5)
     """
     like = sharding.abstract(fresh)
     saved = checkpoints.restore(like)

@@ -149,7 +149,7 @@ def _on(code: SparseCode, rows: Array) -> SparseCode:
 def refine(
     D: Float[Array, "m d"], y: Float[Array, "n d"], code: SparseCode, *, nonnegative: bool = False
 ) -> tuple[SparseCode, RefitInfo]:
-    """Update the values alone, supports and dictionary fixed: the shared `refit`, as Section 5.1 of Gao et al. has it.
+    """Update the values alone, supports and dictionary fixed: the shared `refit`.
 
     Args:
       D: dictionary `[m d]`.
@@ -165,6 +165,8 @@ def refine(
       >>> code = jaxsae.SparseCode(values=jnp.array([[1.0]]), indices=jnp.array([[1]]), num_latents=2)
       >>> jaxsae.ksvd.refine(jnp.eye(2), jnp.array([[1.0, 3.0]]), code)[0].values
       Array([[3.]], dtype=float32)
+
+    Source: Gao et al. (2024), "Scaling and evaluating sparse autoencoders", Section 5.1.
     """
     return refit(D, y, code, nonnegative=nonnegative)
 

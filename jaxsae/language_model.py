@@ -22,6 +22,18 @@ from jaxsae import model_files
 from jaxsae.files import InputError
 from jaxsae.model_files import Config
 
+__all__ = [
+    "LanguageModel",
+    "NextToken",
+    "cross_entropy",
+    "load",
+    "logits",
+    "loss_recovered",
+    "residual",
+    "splice",
+    "tiny",
+]
+
 Splice = Callable[[Float[Array, "b s d"]], Float[Array, "b s d"]]
 
 
@@ -112,7 +124,12 @@ class LanguageModel(nnx.Module):
     """
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
-        """Draw parameters at random."""
+        """Draw parameters at random.
+
+        Args:
+          config: sizes, as `model_files` reads them.
+          rngs: of flax.
+        """
         c = config
         block, norm = (GPT2Block, _layer_norm) if c.rope is None else (LlamaBlock, _rms_norm)
         embed = functools.partial(nnx.Embed, features=c.width, param_dtype=c.dtype, rngs=rngs)
@@ -183,8 +200,16 @@ def logits(model: LanguageModel, h: Float[Array, "b s d"], layer: int) -> Float[
 
     Args:
       model: the language model.
-      h: what stands for `residual(model, ids, layer)`.
+      h: what stands for `residual(model, ids, layer)`, `[b s d]`.
       layer: as there.
+
+    Returns:
+      `[b s v]`, before the softmax.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> logits(tiny(), jnp.zeros((1, 3, 8)), 1).shape
+      (1, 3, 16)
     """
     return _unembed(model, _run(model, h, layer + 1, model.config.layers))
 
@@ -306,6 +331,11 @@ def loss_recovered(clean: NextToken, spliced: NextToken, ablated: NextToken) -> 
       clean: the model left alone.
       spliced: the model with a reconstruction.
       ablated: the model with zeros, or with the mean, in its place.
+
+    Example:
+      >>> clean, spliced, ablated = (NextToken(1.0, nats, 0.0) for nats in (2.0, 3.0, 6.0))
+      >>> loss_recovered(clean, spliced, ablated)
+      0.75
     """
     worst = ablated.cross_entropy
     return (worst - spliced.cross_entropy) / (worst - clean.cross_entropy)
@@ -357,6 +387,11 @@ def _validate(model, ids, layer) -> None:
 
 
 def tiny() -> LanguageModel:
-    """A random llama of 3 blocks, width 8 and 16 tokens, for examples."""
+    """A random llama of 3 blocks, width 8 and 16 tokens, for examples.
+
+    Example:
+      >>> tiny().config.layers
+      3
+    """
     config = Config(16, 8, 3, 2, 1, head_width=4, hidden=16, context=32, eps=1e-5, tied=True, rope=(1.0, 0.1))
     return LanguageModel(config, nnx.Rngs(0))

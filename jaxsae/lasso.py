@@ -130,6 +130,9 @@ def path(
       >>> info.lam, code.dense()[1:]
       (Array([4., 2., 1.], dtype=float32), Array([[2., 1.],
              [3., 2.]], dtype=float32))
+
+    Source: Osborne, Presnell & Turlach (2000), "A new approach to variable selection in least squares problems"; Efron
+      et al. (2004), "Least angle regression".
     """
     static = _prepare("path", D, y, nonnegative, capacity)
     if lams is None:
@@ -317,6 +320,8 @@ def cross_validate(
       >>> code, seen = jaxsae.lasso.cross_validate(keys[2], X.T, y, folds=5, n_lambdas=20)
       >>> sorted(code.indices[code.mask].tolist()), float(seen.phi)
       ([0, 1], 0.0)
+
+    Source: Meinshausen (2007), "Relaxed lasso", which tunes `λ` and `φ` so.
     """
     static = _prepare("cross_validate", D, y, nonnegative, capacity)
     phis = jnp.asarray(_share("cross_validate", "phis", phis), gram.accumulator(D, y))

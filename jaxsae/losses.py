@@ -19,6 +19,10 @@ from jaxsae.sae import SAE, decode
 def mse(x: Float[Array, "b d"], x_hat: Float[Array, "b d"]) -> Float[Array, ""]:
     """Squared error, summed over the width and averaged over rows: `mean_b ‖x − x̂‖²`.
 
+    Args:
+      x: `[b d]`.
+      x_hat: its reconstruction, `[b d]`.
+
     Example:
       >>> import jax.numpy as jnp
       >>> mse(jnp.ones((2, 3)), jnp.zeros((2, 3)))
@@ -30,6 +34,10 @@ def mse(x: Float[Array, "b d"], x_hat: Float[Array, "b d"]) -> Float[Array, ""]:
 def nmse(x: Float[Array, "b d"], x_hat: Float[Array, "b d"]) -> Float[Array, ""]:
     """Squared error relative to predicting the batch's mean: `Σ‖x − x̂‖² / Σ‖x − x̄‖²`.
 
+    Args:
+      x: `[b d]`.
+      x_hat: its reconstruction, `[b d]`.
+
     Example:
       >>> import jax.numpy as jnp
       >>> nmse(jnp.array([[0.0], [2.0]]), jnp.ones((2, 1)))
@@ -40,6 +48,10 @@ def nmse(x: Float[Array, "b d"], x_hat: Float[Array, "b d"]) -> Float[Array, ""]
 
 def l1(z: Float[Array, "b m"], W_dec: Float[Array, "m d"] | None = None) -> Float[Array, ""]:
     """L1 penalty: `mean_b Σᵢ |zᵢ| ‖W_dec[i]‖`, so that large atoms with small values gain nothing; or `mean_b ‖z‖₁`.
+
+    Args:
+      z: dense code `[b m]`.
+      W_dec: atoms `[m d]`; without them no norm is taken.
 
     Example:
       >>> import jax.numpy as jnp
@@ -54,6 +66,10 @@ def l1(z: Float[Array, "b m"], W_dec: Float[Array, "m d"] | None = None) -> Floa
 
 def l0_target(l0: Float[Array, " b"], target: float | Array) -> Float[Array, ""]:
     """How far the mean L0 is from a target, relative to it and squared: `(mean_b ‖z‖₀ / target − 1)²`.
+
+    Args:
+      l0: `‖z‖₀` of each row, `[b]`, as `JumpReLU.l0` gives it.
+      target: latents a row.
 
     Example:
       >>> import jax.numpy as jnp
@@ -75,6 +91,12 @@ def gate(sae: SAE, target: Float[Array, "b d"], gated: Float[Array, "b m"]) -> F
       target: what to reconstruct, `[b d]`.
       gated: `Gated.gate(pre)`, `[b m]`.
 
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsae
+      >>> sae = jaxsae.SAE(jnp.eye(2), jnp.zeros(2), jnp.eye(2), jnp.zeros(2), jaxsae.ReLU())
+      >>> gate(sae, jnp.array([[1.0, 2.0]]), jnp.array([[1.0, -2.0]]))
+      Array(4., dtype=float32)
+
     Source: Rajamanoharan et al. (2024), "Improving dictionary learning with gated sparse autoencoders", Section 3.2.
     """
     W_dec, b_dec = jax.lax.stop_gradient((sae.W_dec, sae.b_dec))
@@ -95,6 +117,12 @@ def matryoshka(
       target: what to reconstruct, `[b d]`.
       code: the code, sparse or dense.
       prefixes: numbers of latents.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> sae = jaxsae.SAE(jnp.eye(2), jnp.zeros(2), jnp.eye(2), jnp.zeros(2), jaxsae.ReLU())
+      >>> matryoshka(sae, jnp.array([[1.0, 2.0]]), jnp.array([[1.0, 2.0]]), prefixes=(1,))
+      Array(4., dtype=float32)
 
     Source: Bussmann et al. (2025), "Learning multi-level features with matryoshka sparse autoencoders".
     """
@@ -124,6 +152,12 @@ def auxk(
       residual: `e = x − x̂`, `[b d]`.
       dead: which latents are dead, `[m]`.
       k_aux: how many dead latents to use a row; static.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> sae = jaxsae.SAE(jnp.eye(2), jnp.zeros(2), jnp.eye(2), jnp.zeros(2), jaxsae.ReLU())
+      >>> auxk(sae, jnp.array([[1.0, 2.0]]), jnp.array([[0.0, 2.0]]), jnp.array([False, True]), k_aux=1)
+      Array(0., dtype=float32)
 
     Source: Gao et al. (2024), Appendix A.2.
     """

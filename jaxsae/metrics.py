@@ -23,12 +23,14 @@ def _ratio(a, b):
 
 @struct.dataclass
 class Moments:
-    """Count, mean and spread of rows; merged so that a mean far from zero costs no digits (Chan et al. 1979).
+    """Count, mean and spread of rows; merged so that a mean far from zero costs no digits.
 
     Attributes:
       rows: how many rows.
       mean: `[d]`.
       spread: `Σ ‖x − mean‖²` over the rows.
+
+    Source: Chan, Golub & LeVeque (1979), "Updating formulae and a pairwise algorithm for computing sample variances".
     """
 
     rows: Float[Array, ""]
@@ -50,6 +52,10 @@ class Moments:
 
 def moments(x: Float[Array, "*b d"], keep: Bool[Array, "*b"] | None = None) -> Moments:
     """The moments of a batch, or of the rows of it to `keep`.
+
+    Args:
+      x: `[*b d]`.
+      keep: `[*b]`, which rows count; all by default.
 
     Example:
       >>> import jax.numpy as jnp, jaxsae
@@ -187,6 +193,11 @@ class Activity:
         """Share of the latents that never fire."""
         return jnp.mean(self.fired == 0)
 
+    @property
+    def octaves(self) -> list[int]:
+        """How many latents fire on no row, on 1, on 2 or 3, on 4 to 7 …, each range twice as long."""
+        return np.bincount(np.frexp(np.asarray(self.fired))[1]).tolist()
+
 
 def activity(code: SparseCode) -> Activity:
     """Count the rows on which each latent is active.
@@ -225,6 +236,20 @@ class Shrinkage:
       before, after: `[m]`, their sums.
       rising: how many values rose.
       change: `[80]`, histogram of refined/original over `RATIO_EDGES`: left of the middle falls, right of it rises.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> sae = jaxsae.SAE(jnp.eye(2), jnp.array([-1.0, 0.0]), jnp.eye(2), jnp.zeros(2), jaxsae.ReLU())
+      >>> x = jnp.array([[3.0, 1.0], [2.0, 4.0]])
+      >>> code = jaxsae.encode(sae, x, capacity=2)
+      >>> refined = code.replace(values=code.values + (code.indices == 0))
+      >>> print(jaxsae.shrinkage(sae, x, code, refined))
+                          before     after    change
+      mean activation     2.0000    2.5000    +25.0%
+      NMSE                0.4000    0.0000   -100.0%
+      γ                   0.8800    1.0000    +13.6%
+      50.0% of 4 active values rise,
+      2.0 a row over 2 rows
     """
 
     data: Moments
@@ -293,6 +318,12 @@ class Shrinkage:
     def gamma_after(self) -> Float[Array, ""]:
         """`γ` with the refined values: 1, by complementarity, if the refit is exact."""
         return _ratio(self.power_after, self.cross_after)
+
+    def numbers(self) -> dict[str, float]:
+        """What it says as plain numbers, NaN where nothing was active."""
+        names = ("l0", "nmse_before", "nmse_after", "mean_before", "mean_after", "mean_change")
+        values = {name: float(getattr(self, name)) for name in (*names, "gamma_before", "gamma_after")}
+        return values | {"rising": float(self.rising_share)}
 
     def __str__(self) -> str:
         rows = [

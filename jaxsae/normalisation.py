@@ -18,6 +18,12 @@ class Normalised(NamedTuple):
       inputs: `[*b d]`, what the encoder sees.
       scale: `[*b 1]`, from these units back to those of the rows, or None.
       shift: `[*b 1]`, added after that, or None.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> inputs, scale, shift = LayerNorm()(jnp.array([1.0, 3.0]))
+      >>> bool(jnp.allclose(inputs * scale + shift, jnp.array([1.0, 3.0]), atol=1e-4))
+      True
     """
 
     inputs: Float[Array, "*b d"]
@@ -30,6 +36,17 @@ class Normalisation:
 
     Attributes:
       per_row: whether the way back needs the row, so that a code alone does not say what it reconstructs.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import struct
+      >>> @struct.dataclass
+      ... class Centred(Normalisation):
+      ...     def __call__(self, x):
+      ...         mean = jnp.mean(x, axis=-1, keepdims=True)
+      ...         return Normalised(x - mean, shift=mean)
+      >>> Centred()(jnp.array([1.0, 3.0])).inputs
+      Array([-1.,  1.], dtype=float32)
     """
 
     per_row: bool = True

@@ -140,6 +140,16 @@ class L1:
     Attributes:
       weight: of the penalty.
       schedule: factor of the weight by step, for example `optax.linear_schedule(0, 1, 1000)`; static.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> sae = jaxsae.SAE(jnp.eye(2), jnp.zeros(2), jnp.eye(2), jnp.zeros(2), jaxsae.ReLU())
+      >>> x = jnp.array([[1.0, 2.0]])
+      >>> p = Pass(sae, x, x, code=x, x_hat=x, dead=jnp.zeros(2, bool), step=jnp.int32(0))
+      >>> round(float(L1(0.1)(p)), 5)
+      0.3
+
+    Source: Conerly et al. (2024), "Update on how we train SAEs".
     """
 
     weight: float | Array
@@ -158,6 +168,16 @@ class L0:
       weight: of the term.
       target: mean number of active latents a row.
       schedule: factor of the weight by step; static.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> sae = jaxsae.SAE(jnp.eye(2), jnp.zeros(2), jnp.eye(2), jnp.zeros(2), jaxsae.JumpReLU(jnp.zeros(2)))
+      >>> x = jnp.array([[1.0, 2.0]])
+      >>> p = Pass(sae, x, x, code=x, x_hat=x, dead=jnp.zeros(2, bool), step=jnp.int32(0))
+      >>> round(float(L0(1.0, target=1.0)(p)), 5)
+      1.0
+
+    Source: Rajamanoharan et al. (2024), "Jumping ahead: improving reconstruction fidelity with JumpReLU SAEs".
     """
 
     weight: float | Array
@@ -177,6 +197,16 @@ class Gate:
     Attributes:
       weight: of the penalty.
       schedule: factor of the weight by step; static.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> sae = jaxsae.SAE(jnp.eye(2), jnp.zeros(2), jnp.eye(2), jnp.zeros(2), jaxsae.Gated(*jnp.zeros((3, 2))))
+      >>> x = jnp.array([[1.0, 2.0]])
+      >>> p = Pass(sae, x, x, code=x, x_hat=x, dead=jnp.zeros(2, bool), step=jnp.int32(0))
+      >>> round(float(Gate(0.1)(p)), 5)
+      0.3
+
+    Source: Rajamanoharan et al. (2024), "Improving dictionary learning with gated sparse autoencoders", Section 3.2.
     """
 
     weight: float | Array
@@ -196,6 +226,16 @@ class AuxK:
     Attributes:
       k_aux: how many dead latents to use a row, a power of two near `d/2`; static.
       weight: of the term.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> sae = jaxsae.SAE(jnp.eye(2), jnp.zeros(2), jnp.eye(2), jnp.zeros(2), jaxsae.ReLU())
+      >>> x = jnp.array([[1.0, 2.0]])
+      >>> p = Pass(sae, x, x, code=x, x_hat=jnp.ones((1, 2)), dead=jnp.array([False, True]), step=jnp.int32(0))
+      >>> round(float(AuxK(k_aux=1)(p)), 5)
+      0.03125
+
+    Source: Gao et al. (2024), Appendix A.2.
     """
 
     k_aux: int = struct.field(pytree_node=False)
@@ -213,6 +253,14 @@ class MultiTopK:
     Attributes:
       factor: times as many latents; static.
       weight: of the term.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> sae = jaxsae.SAE(jnp.eye(2), jnp.zeros(2), jnp.eye(2), jnp.zeros(2), jaxsae.TopK(1))
+      >>> x = jnp.array([[1.0, 2.0]])
+      >>> p = Pass(sae, x, x, code=x, x_hat=jnp.array([[0.0, 2.0]]), dead=jnp.zeros(2, bool), step=jnp.int32(0))
+      >>> round(float(MultiTopK()(p)), 5)
+      0.0
 
     Source: Gao et al. (2024), Section 5.2 and Appendix A.
     """
@@ -234,6 +282,16 @@ class Matryoshka:
 
     Attributes:
       prefixes: numbers of latents, each less than `m`; static.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> sae = jaxsae.SAE(jnp.eye(2), jnp.zeros(2), jnp.eye(2), jnp.zeros(2), jaxsae.ReLU())
+      >>> x = jnp.array([[1.0, 2.0]])
+      >>> p = Pass(sae, x, x, code=x, x_hat=x, dead=jnp.zeros(2, bool), step=jnp.int32(0))
+      >>> round(float(Matryoshka(prefixes=(1,))(p)), 5)
+      4.0
+
+    Source: Bussmann et al. (2025), "Learning multi-level features with matryoshka sparse autoencoders".
     """
 
     prefixes: tuple[int, ...] = struct.field(pytree_node=False)

@@ -21,13 +21,23 @@ from jaxsae.sae import refine
 
 
 class Chip(NamedTuple):
-    """One chip, by https://cloud.google.com/tpu/docs; the price on demand in us-central or us-east, in 2025."""
+    """One chip.
 
-    flops: float  # bfloat16, a second
-    memory: int  # bytes
-    bandwidth: float  # bytes a second, of its memory
-    network: float  # bytes a second, of all its links to other chips
-    price: float  # US dollars an hour
+    Attributes:
+      flops: bfloat16 operations a second.
+      memory: bytes.
+      bandwidth: bytes a second, of its memory.
+      network: bytes a second, of all its links to other chips.
+      price: US dollars an hour, on demand in us-central or us-east, in 2025.
+
+    Source: https://cloud.google.com/tpu/docs.
+    """
+
+    flops: float
+    memory: int
+    bandwidth: float
+    network: float
+    price: float
 
 
 CHIPS = {
@@ -84,6 +94,11 @@ def topology_mesh(topology: str, data: int = 1) -> Mesh:
 
     Raises:
       InputError: if libtpu is not there, or knows no such slice.
+
+    Example:
+      >>> topology_mesh("4x4")
+      Traceback (most recent call last):
+      jaxsae.files.InputError: got topology '4x4'; pass a kind of v4, v5e, v5p, v6e and its shape, like v5e:4x4.
     """
     from jax.experimental import topologies
 
@@ -126,6 +141,13 @@ def training_step(options: runs.Options, d: int, mesh: Mesh) -> Program:
 
     Raises:
       InputError: if the options do not fit, or the program does not fit into the memory of a chip.
+
+    Example:
+      For one device of this machine:
+
+      >>> options = runs.Options(activation="topk", latents=32, k=2, batch=16, auxk=False)
+      >>> training_step(options, 8, sharding.make_mesh()).collectives
+      {}
     """
     objective, tx, fresh = runs.recipe(options, jnp.zeros(d), 1.0)
     step: Any = train.make_step(objective, tx)
@@ -135,7 +157,21 @@ def training_step(options: runs.Options, d: int, mesh: Mesh) -> Program:
 
 
 def refit_step(options: runs.Options, d: int, mesh: Mesh) -> Program:
-    """Encoding and refining a batch, compiled; arguments and errors as of `training_step`."""
+    """Encoding and refining a batch, compiled.
+
+    Args:
+      options: of the training.
+      d: width of the activations.
+      mesh: of devices that need not exist.
+
+    Raises:
+      InputError: as `training_step`.
+
+    Example:
+      >>> refit_step(runs.Options(activation="topk", latents=32), 8, sharding.make_mesh())
+      Traceback (most recent call last):
+      jaxsae.files.InputError: topk is made sparse by k; pass k, and no l1.
+    """
     _, _, fresh = runs.recipe(options, jnp.zeros(d), 1.0)
     with jax.set_mesh(mesh):
         sae = _abstract(fresh).sae
@@ -182,7 +218,15 @@ _ARRAY = re.compile(r"\b[a-z]+(\d+)?[a-z0-9]*\[([\d,]*)\]")
 
 
 def collectives(hlo: str) -> dict[tuple[str, int], int]:
-    """Which collectives a compiled program has, by kind and by the bytes of what each makes."""
+    """Which collectives a compiled program has, by kind and by the bytes of what each makes.
+
+    Args:
+      hlo: its text, as `compiled.as_text()` gives it.
+
+    Example:
+      >>> collectives("  %sum = f32[16,8]{1,0} all-reduce(%x), replica_groups={}")
+      {('all-reduce', 512): 1}
+    """
     found: collections.Counter = collections.Counter()
     for match in filter(None, map(_COLLECTIVE.search, hlo.splitlines())):
         sizes = [_size(array) for array in _ARRAY.finditer(match["result"])]

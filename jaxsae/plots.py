@@ -5,16 +5,32 @@ from typing import Any
 
 import numpy as np
 
-_FAMILIES = {
-    "relu": ("ReLU + L1", "#d1495b"),
-    "topk": ("TopK", "#00798c"),
-    "batchtopk": ("BatchTopK", "#30638e"),
-    "jumprelu": ("JumpReLU", "#edae49"),
-    "gated": ("Gated", "#6a4c93"),
-    "abstopk": ("AbsTopK", "#5f7d4f"),
-    "groupmax": ("GroupMax", "#8d6346"),
-    "matchingpursuit": ("matching pursuit", "#555555"),
+# What a family is called, and its colour on white and on black.
+FAMILIES = {
+    "relu": ("ReLU + L1", "#c93a4c", "#f0808c"),
+    "topk": ("TopK", "#00798c", "#4cc3d4"),
+    "batchtopk": ("BatchTopK", "#30638e", "#7eb2e0"),
+    "jumprelu": ("JumpReLU", "#8f5d00", "#edae49"),
+    "gated": ("Gated", "#6a4c93", "#b79be0"),
+    "abstopk": ("AbsTopK", "#5f7d4f", "#a3c48f"),
+    "groupmax": ("GroupMax", "#8d6346", "#d0a583"),
+    "matchingpursuit": ("matching pursuit", "#555555", "#b5b5b5"),
 }
+
+
+def method(row: dict[str, Any]) -> str:
+    """What a row of a study is called.
+
+    Args:
+      row: of a study's report.
+
+    Example:
+      >>> method({"family": "topk", "k_or_l1": 32}), method({"family": "relu", "k_or_l1": 0.1})
+      ('TopK, k 32', 'ReLU, L1 0.1')
+    """
+    if "sae" in row:
+        return row["sae"]
+    return f"ReLU, L1 {row['k_or_l1']:g}" if row["family"] == "relu" else f"TopK, k {row['k_or_l1']:g}"
 
 
 def shrinkage(report: dict[str, Any], path: str | os.PathLike) -> None:
@@ -27,6 +43,13 @@ def shrinkage(report: dict[str, Any], path: str | os.PathLike) -> None:
     Args:
       report: as `study.run` returns it.
       path: a PNG file.
+
+    Example:
+      >>> import tempfile
+      >>> row = {"family": "topk", "l0": 8.0, "nmse_before": 0.3, "nmse_after": 0.2, "change": [1] * 80}
+      >>> edges = [2 ** (i / 8 - 4) for i in range(81)]
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     shrinkage({"rows": [row], "ratio_edges": edges}, f"{folder}/shrinkage.png")
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -39,7 +62,7 @@ def shrinkage(report: dict[str, Any], path: str | os.PathLike) -> None:
     FigureCanvasAgg(figure)
     left, *rights = figure.subplots(1, 1 + len(panels))
     edges = np.asarray(report["ratio_edges"])
-    for family, (label, colour) in _FAMILIES.items():
+    for family, (label, colour, _) in FAMILIES.items():
         rows = sorted((row for row in report["rows"] if row["family"] == family), key=lambda row: row["l0"] or 0)
         if not rows:
             continue

@@ -82,6 +82,15 @@ def describe(path: str | os.PathLike, *, revision: str | None = None) -> dict[st
 
     Raises:
       InputError: as for `load`.
+
+    Example:
+      >>> import tempfile, jax, jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.TopK(2))
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     jaxsae.pretrained.save(sae, f"{folder}/sae", format="sparsify")
+      ...     told = jaxsae.pretrained.describe(f"{folder}/sae")
+      >>> told["format"], told["kind"]
+      ('sparsify', 'autoencoder, 4 wide, 8 latents, float32')
     """
     sae, format, config = _load(path, None, None, revision)
     metadata = config.get("metadata")
@@ -131,6 +140,14 @@ def detect(path: str | os.PathLike) -> str:
 
     Raises:
       InputError: if there is nothing, or nothing known.
+
+    Example:
+      >>> import tempfile, jax, jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.TopK(2))
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     jaxsae.pretrained.save(sae, f"{folder}/sae", format="dictionary_learning")
+      ...     jaxsae.pretrained.detect(f"{folder}/sae")
+      'dictionary_learning'
     """
     path = Path(path)
     if not path.exists():
@@ -155,6 +172,14 @@ def save(sae: SAE, path: str | os.PathLike, *, format: str = "jaxsae") -> None:
 
     Raises:
       InputError: if the format is unknown or cannot say what this SAE computes, or the place cannot be written.
+
+    Example:
+      >>> import tempfile, jax, jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.TopK(2))
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     jaxsae.pretrained.save(sae, f"{folder}/sae")
+      ...     bool((jaxsae.pretrained.load(f"{folder}/sae").W_dec == sae.W_dec).all())
+      True
     """
     path, row = Path(path), _row(format)
     if row.write is None:

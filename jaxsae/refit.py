@@ -34,7 +34,13 @@ from jaxsae.linalg import EXACT, divide, max_or_nan, solve_on
 
 
 class Status(enum.IntEnum):
-    """How the refit of a row ended."""
+    """How the refit of a row ended.
+
+    Example:
+      >>> import jaxsae
+      >>> jaxsae.Status(1).name
+      'MAX_STEPS'
+    """
 
     CONVERGED = 0
     MAX_STEPS = 1
@@ -51,6 +57,13 @@ class RefitInfo:
       steps: `[*b]` int32, solver steps taken.
       status: `[*b]` int32, a `Status`: 0 converged, to the tolerance of the solver or of its last fallback; 1 stopped
         at `max_steps`; 2 not finite, or out of the dtype's range (row returned unchanged).
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> info = jaxsae.RefitInfo(kkt=jnp.array([1e-6, 1e-2]), steps=jnp.array([4, 100]), status=jnp.array([0, 1]))
+      >>> jaxsae.check(info)
+      Traceback (most recent call last):
+      RuntimeError: 1 of 2 rows stopped at max_steps (rows 1), the worst at KKT 1.0e-02; raise max_steps or tol.
     """
 
     kkt: Float[Array, "*b"]
@@ -131,7 +144,8 @@ def refit(
     if sharding.spread() and gram.is_array(dictionary):
         values, info = _refit_by_devices(static, solver, dictionary, y, code.indices, code.values, ridge)
         return dataclasses.replace(code, values=values), info
-    values, info = _refit(static, solver, dictionary, y, code.indices, code.values, ridge)
+    arguments = solver, dictionary, y, code.indices, code.values, ridge
+    values, info = _refit(static, *sharding.vary_alike(arguments))
     return dataclasses.replace(code, values=values), info
 
 

@@ -72,6 +72,7 @@ def scan_chunks(
     def step(carry, number):
         return f(carry, *jax.tree.map(lambda x: read(x, number), arrays))
 
+    carry = sharding.vary_alike(carry, arrays)
     carry, outputs = jax.lax.scan(step, carry, jnp.arange(chunks))
     return carry, jax.tree.map(join, outputs)
 
@@ -113,6 +114,7 @@ def revise_rows(
         new = f(*jax.tree.map(lambda x: x.at[at].get(mode="fill", fill_value=0), arrays))
         return jax.tree.map(lambda x, new: x.at[at].set(new, mode="drop"), outputs, new)
 
+    outputs = sharding.vary_alike(outputs, arrays)
     return jax.lax.fori_loop(0, (jnp.sum(where) + size - 1) // size, visit, outputs)
 
 

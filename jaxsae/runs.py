@@ -31,12 +31,32 @@ from jaxsae.sae import SAE, encode, init, reconstruct, rescale
 _SAMPLE = 10_000  # rows from which centre and scale are estimated
 _REPORT_EVERY = 10  # steps
 _BLAMED = 1000  # batches looked through for what is wrong with them
+_NO_TENSORBOARD = "TensorBoard files need tensorboardX, which is missing; pip install 'jaxsae[study]'."
 Progress = Callable[[str, int], None]
 Log = Callable[[int, dict[str, float]], None]
 
 
 class Options(NamedTuple):
-    """What a run may be told; weights are for rows scaled to unit mean square."""
+    """What a run may be told; weights are for rows scaled to unit mean square.
+
+    Attributes:
+      activation: a name from `FAMILIES`.
+      latents: `m`.
+      k: latents a row, where they make the activation sparse.
+      l1: weight of the penalty, where that does.
+      auxk: whether dead latents learn, by `objectives.AuxK`.
+      multi_topk: whether `objectives.MultiTopK` is added; for topk.
+      batch: rows.
+      steps: of training.
+      learning_rate: `train.learning_rate(latents)` if None.
+      dead_after: rows without it after which a latent is dead.
+      heldout: rows that are measured on, the last ones.
+      seed: of initialisation and shuffles.
+
+    Example:
+      >>> Options("topk", latents=4096, k=32).batch
+      1024
+    """
 
     activation: str
     latents: int
@@ -124,6 +144,15 @@ def run(
       InputError: if an option or the data cannot be used, if `out` holds another run, or if training diverged; the
         last good autoencoder is saved.
       job.Stopped: on SIGTERM or SIGINT, with all saved.
+
+    Example:
+      >>> import tempfile
+      >>> options = Options("topk", latents=16, k=2, batch=32, steps=10, heldout=32, auxk=False)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     np.save(f"{folder}/x.npy", np.random.default_rng(0).normal(size=(256, 4)).astype(np.float32))
+      ...     report = run(f"{folder}/run", data=f"{folder}/x.npy", options=options)
+      >>> report["steps"], report["heldout"]["rows"]
+      (10, 32)
     """
     _validate(options)
     names, everything = _open(data)
@@ -204,6 +233,11 @@ def recipe(
 
     Raises:
       InputError: if an option cannot be used.
+
+    Example:
+      >>> objective, tx, fresh = recipe(Options("relu", latents=8, l1=0.1, auxk=False), jnp.zeros(4), 1.0)
+      >>> [type(term).__name__ for term in objective.terms], fresh().sae.m
+      (['L1'], 8)
     """
     family, o, d = _validate(options), options, len(centre)
     warm = optax.linear_schedule(0.0, 1.0, max(1, o.steps // 5))
@@ -231,7 +265,15 @@ def _rows_to_blame(sources, names, batches: data_module.Batches, bad: Sequence[i
 
 
 def blame(report: dict[str, Any]) -> str:
-    """One sentence on what was wrong with the batches that a run skipped."""
+    """One sentence on what was wrong with the batches that a run skipped.
+
+    Args:
+      report: of `run`.
+
+    Example:
+      >>> blame({"nonfinite_rows": {"x.npy": [3, 7]}})
+      'NaN or Inf: rows 3, 7 of x.npy.'
+    """
     parts = []
     for path, rows in report["nonfinite_rows"].items():
         shown = ", ".join(map(str, rows[:5])) + (", …" if len(rows) > 5 else "")
@@ -328,9 +370,10 @@ def _schedule(options: Options) -> optax.Schedule:
 
 
 def evaluate(sae: SAE, rows: data_module.Rows) -> dict[str, Any]:
-    """Measure an autoencoder on rows: `nmse`, `explained_variance`, `l0`, `dead`, and `nmse_at`.
+    """Measure an autoencoder on rows: `nmse`, `explained_variance`, `l0`, `dead`, `nmse_at` and `firing`.
 
-    `nmse_at` is the NMSE with the 1, 2, 4 … largest latents of each row alone, the progressive code.
+    `nmse_at` is the NMSE with the 1, 2, 4 … largest latents of each row alone, the progressive code; `firing` counts
+    the latents that fire on no row, on 1, on 2 or 3, on 4 to 7 …
 
     Args:
       sae: the autoencoder.
@@ -338,6 +381,12 @@ def evaluate(sae: SAE, rows: data_module.Rows) -> dict[str, Any]:
 
     Raises:
       InputError: if the rows are not of the autoencoder's width.
+
+    Example:
+      >>> import jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.TopK(2))
+      >>> evaluate(sae, np.random.default_rng(0).normal(size=(64, 4)))["l0"]
+      2.0
     """
     if rows.shape[1] != sae.d:
         raise InputError(f"got rows of width {rows.shape[1]} for an SAE of {sae.d}; pass those of its own layer.")
@@ -358,6 +407,7 @@ def evaluate(sae: SAE, rows: data_module.Rows) -> dict[str, Any]:
     }
     return {name: _number(value) for name, value in numbers.items()} | {
         "nmse_at": {str(n): _number(value) for n, value in zip(keep, progressive.nmse, strict=True)},
+        "firing": active.octaves,
         "rows": len(rows),
         "nonfinite": nonfinite,
     }
@@ -379,15 +429,23 @@ def _measure(sae: SAE, x, capacity: int, keep: tuple[int, ...]):
 def logs(folder: str | os.PathLike, options: Options, *, wandb: bool = False) -> Iterator[Log]:
     """Log to TensorBoard event files in a folder and, if asked, to Weights & Biases (or, `WANDB_MODE=offline`, files).
 
+    Args:
+      folder: of the event files.
+      options: of the run, to be told to Weights & Biases.
+      wandb: whether to log there.
+
     Raises:
       InputError: if what writes them is not installed.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder, logs(folder, Options("relu", 8, l1=0.1)) as log:
+      ...     log(1, {"nmse": 0.5})
     """
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:
-        raise InputError(
-            "TensorBoard files need tensorboardX, which is missing; pip install 'jaxsae[study]'."
-        ) from error
+        raise InputError(_NO_TENSORBOARD) from error
     with contextlib.ExitStack() as stack:
         writer = stack.enter_context(SummaryWriter(str(folder)))
         active = stack.enter_context(_wandb(folder, options)) if wandb else None
@@ -399,6 +457,54 @@ def logs(folder: str | os.PathLike, options: Options, *, wandb: bool = False) ->
                 active.log(numbers, step=step)
 
         yield log
+
+
+def curves(folder: str | os.PathLike) -> dict[str, dict[int, float]]:
+    """The numbers that `logs` wrote to the event files of a folder, by name and step; those of a step, as last told.
+
+    A file ends at a record that is cut off, as the last one of a run that was killed.
+
+    Args:
+      folder: of a run, maybe one that is still going on.
+
+    Raises:
+      InputError: if what reads them is not installed.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     with logs(folder, Options("relu", 8, l1=0.1)) as log:
+      ...         log(10, {"nmse": 0.5})
+      ...     curves(folder)
+      {'nmse': {10: 0.5}}
+    """
+    paths = sorted(Path(folder).glob("events.out.tfevents.*"))  # in order of time, which is in the name
+    if not paths:
+        return {}
+    try:
+        from google.protobuf.message import DecodeError
+        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+    except ImportError as error:
+        raise InputError(_NO_TENSORBOARD) from error
+    found: dict[str, dict[int, float]] = {}
+    for path in paths:
+        with contextlib.suppress(DecodeError):
+            for record in _records(path.read_bytes()):
+                event = Event.FromString(record)
+                for value in event.summary.value:
+                    found.setdefault(value.tag, {})[event.step] = value.simple_value
+    return {name: dict(sorted(curve.items())) for name, curve in found.items()}
+
+
+def _records(content: bytes) -> Iterator[bytes]:
+    """Of a TFRecord file, where each is a length, its checksum, the record, and its checksum."""
+    at = 0
+    while at + 12 <= len(content):
+        start = at + 12
+        end = start + int.from_bytes(content[at : at + 8], "little")
+        at = end + 4
+        if at <= len(content):
+            yield content[start:end]
 
 
 def _wandb(folder, options: Options):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxsae import codes
+from jaxsae import codes, sharding
 from jaxsae.activations import Activation, JumpReLU
 from jaxsae.codes import SparseCode
 from jaxsae.normalisation import Normalisation
@@ -37,6 +37,17 @@ class SAE:
       normalisation: a pytree of `normalisation.py`, or None.
       centred: whether `b_dec` is subtracted from `x`; not in transcoders; static.
       transcoder: whether the target is another than the input; static.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> sae = jaxsae.SAE(
+      ...     W_enc=jnp.eye(2), b_enc=jnp.zeros(2), W_dec=jnp.eye(2), b_dec=jnp.ones(2), activation=jaxsae.ReLU()
+      ... )
+      >>> jaxsae.encode_dense(sae, jnp.array([3.0, 0.0]))
+      Array([2., 0.], dtype=float32)
+
+    Source: Bricken et al. (2023), "Towards monosemanticity"; Cunningham et al. (2023), "Sparse autoencoders find
+      highly interpretable features in language models".
     """
 
     W_enc: Float[Array, "d m"]
@@ -232,7 +243,8 @@ def encode(sae: SAE, x: Float[Array, "*b d"], *, capacity: int | None = None) ->
     code = sae.activation.code(jax.lax.stop_gradient(pre_activations(sae, x)), capacity)
     b_dec = sae.b_dec if sae.centred else jnp.zeros(sae.d, sae.b_dec.dtype)
     x = x if sae.normalisation is None else sae.normalisation(x).inputs
-    values = _selected(code.values, code.indices, x, sae.W_enc, sae.b_enc, b_dec)
+    arguments = code.values, code.indices, x, sae.W_enc, sae.b_enc, b_dec
+    values = _selected(*sharding.vary_alike(arguments))
     return dataclasses.replace(code, values=values)
 
 

@@ -10,6 +10,8 @@ gathered (pre-activations, atoms) is split by hand in `codes` and `refit`: each 
 candidates or sums are exchanged.
 """
 
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +20,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+__all__ = [
+    "abstract",
+    "create",
+    "gathered",
+    "make_mesh",
+    "place_rows",
+    "rows_needed",
+    "rows_sharding",
+    "shardings",
+    "specs",
+]
 
 LATENTS = PartitionSpec("latent")
 WHOLE = PartitionSpec()
@@ -61,7 +75,15 @@ def make_mesh(data: int = 1, latent: int = 1, *, devices: Sequence[Any] | None =
 
 
 def specs(tree: Any) -> Any:
-    """How the arrays of a tree are spread: a `PartitionSpec` for each, of `TABLE`."""
+    """How the arrays of a tree are spread: a `PartitionSpec` for each, of `TABLE`.
+
+    Args:
+      tree: pytree of arrays, or of their shapes and dtypes, such as an `SAE` or a `TrainState`.
+
+    Example:
+      >>> tuple(specs({"W_enc": jnp.zeros((4, 8)), "b_dec": jnp.zeros(4)})["W_enc"])
+      (None, 'latent')
+    """
 
     def spec(path, leaf):
         names = [str(getattr(key, "name", getattr(key, "key", ""))) for key in path]
@@ -74,8 +96,16 @@ def specs(tree: Any) -> Any:
 def shardings(tree: Any, mesh: Mesh) -> Any:
     """The same as shardings.
 
+    Args:
+      tree: as for `specs`.
+      mesh: of `make_mesh`.
+
     Raises:
       ValueError: if the latents cannot be split evenly.
+
+    Example:
+      >>> tuple(shardings({"W_dec": jnp.zeros((8, 4))}, make_mesh(1, 1))["W_dec"].spec)
+      ('latent',)
     """
 
     def place(leaf, spec):
@@ -90,14 +120,33 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def create(make: Callable[[], Any]) -> Any:
-    """What `make()` returns, each device making its own part under the mesh in force: none ever holds the whole."""
+    """What `make()` returns, each device making its own part under the mesh in force: none ever holds the whole.
+
+    Args:
+      make: a function that `jit` can trace, to a pytree of arrays.
+
+    Example:
+      >>> import jaxsae
+      >>> with jax.set_mesh(make_mesh(1, 1)):
+      ...     sae = create(lambda: jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.ReLU()))
+      >>> tuple(sae.W_enc.sharding.spec)
+      (None, 'latent')
+    """
     if jax.sharding.get_mesh().empty:
         return make()
     return jax.jit(make, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract(make)))()
 
 
 def abstract(make: Callable[[], Any]) -> Any:
-    """The shapes, dtypes and shardings of what `create(make)` returns."""
+    """The shapes, dtypes and shardings of what `create(make)` returns.
+
+    Args:
+      make: as for `create`; it is traced, not run.
+
+    Example:
+      >>> abstract(lambda: jnp.zeros((2, 3))).shape
+      (2, 3)
+    """
     tree, mesh = jax.eval_shape(make), jax.sharding.get_mesh()
     if mesh.empty:
         return tree
@@ -107,12 +156,31 @@ def abstract(make: Callable[[], Any]) -> Any:
 
 
 def rows_sharding(x: Any, mesh: Mesh) -> NamedSharding:
-    """How rows `[n …]` are spread, if they can be split evenly."""
+    """How rows are spread, if they can be split evenly; else they are whole on every device.
+
+    Args:
+      x: `[n …]`, or its shape and dtype.
+      mesh: of `make_mesh`.
+
+    Example:
+      >>> tuple(rows_sharding(jnp.zeros((6, 4)), make_mesh(1, 1)).spec)
+      ('data',)
+    """
     return NamedSharding(mesh, PartitionSpec("data") if x.shape[0] % mesh.shape["data"] == 0 else PartitionSpec())
 
 
 def place_rows(x: np.ndarray, size: int, first: int) -> jax.Array:
-    """Rows `first` to `first + len(x)` of a batch of `size`, those that this process has, put on its devices."""
+    """Rows of a batch, those that this process has, put on its devices.
+
+    Args:
+      x: `[n …]`, on the host.
+      size: rows of the whole batch.
+      first: which of these `x` begins with.
+
+    Example:
+      >>> place_rows(np.zeros((6, 4)), size=6, first=0).shape
+      (6, 4)
+    """
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return jnp.asarray(x)
@@ -127,7 +195,15 @@ def place_rows(x: np.ndarray, size: int, first: int) -> jax.Array:
 
 
 def rows_needed(size: int) -> slice:
-    """Which rows of a batch of `size` this process needs for its devices."""
+    """Which rows of a batch this process needs for its devices.
+
+    Args:
+      size: rows of the whole batch.
+
+    Example:
+      >>> rows_needed(6)
+      slice(0, 6, None)
+    """
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return slice(0, size)
@@ -137,7 +213,15 @@ def rows_needed(size: int) -> slice:
 
 
 def gathered(tree: Any) -> Any:
-    """The arrays of a tree on the first device, whole, wherever their parts are; of all processes, on each."""
+    """The arrays of a tree on the first device, whole, wherever their parts are; of all processes, on each.
+
+    Args:
+      tree: pytree of arrays.
+
+    Example:
+      >>> gathered({"x": jnp.arange(2)})
+      {'x': Array([0, 1], dtype=int32)}
+    """
     if jax.process_count() > 1:
         return jax.tree.map(jnp.asarray, multihost_utils.process_allgather(tree, tiled=True))
     return jax.device_put(tree, jax.devices()[0])
@@ -158,6 +242,18 @@ def ways(axis: str) -> int:
 def spread() -> bool:
     """Whether there is a mesh of more than one device in force."""
     return ways("data") * ways("latent") > 1
+
+
+def vary_alike(tree: Any, *others: Any) -> Any:
+    """A tree whose arrays are as different from device to device as any of them, or of the others.
+
+    In a `shard_map` of a user's own JAX takes a constant to be the same on every device, refuses a loop that makes it
+    differ, and wants a derivative to differ as its argument does.
+    """
+    if not (jax.sharding.get_abstract_mesh().manual_axes and jax.tree.leaves(tree)):
+        return tree
+    known = functools.reduce(operator.or_, [jnp.any(x == x) for x in jax.tree.leaves((tree, others))])
+    return jax.tree.map(lambda x: jnp.where(known, x, x), tree)  # which XLA knows to be x
 
 
 def rows_spec(x: Any) -> PartitionSpec:

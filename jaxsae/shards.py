@@ -33,11 +33,19 @@ _MEND = "copy or make the directory anew"
 
 
 class Manifest(NamedTuple):
-    """What a directory holds; shards are as in the JSON: `{"rows": n, "files": {name: {"bytes": …, "crc32": …}}}`."""
+    """What a directory holds.
+
+    Attributes:
+      width: of the rows.
+      dtype: of the rows, by name.
+      source: JSON, where the rows come from.
+      complete: whether its writer has finished.
+      shards: as in the JSON, `{"rows": n, "files": {name: {"bytes": …, "crc32": …}}}`.
+    """
 
     width: int
     dtype: str
-    source: Any  # JSON: where the rows come from
+    source: Any
     complete: bool = False
     shards: tuple[dict[str, Any], ...] = ()
 
@@ -55,8 +63,18 @@ class Manifest(NamedTuple):
 def read(folder: str | os.PathLike) -> Manifest:
     """Read the manifest of a directory, complete or not, and check that its files are there.
 
+    Args:
+      folder: the directory.
+
     Raises:
       InputError: if the manifest is missing, damaged or of another format, or a file is missing or of another size.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     Writer(folder, width=4, dtype="float16", source={}).append(np.zeros((6, 4)))
+      ...     read(folder).rows, read(folder).complete
+      (6, False)
     """
     path = Path(folder, MANIFEST)
     try:
@@ -268,8 +286,19 @@ def _flush(folder: Path) -> None:
 def column(folder: str | os.PathLike, name: str) -> np.ndarray:
     """A column of all whole shards, joined along its first axis.
 
+    Args:
+      folder: the directory.
+      name: of the column.
+
     Raises:
       InputError: as `read`, or if a shard has no such column, or it is damaged.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     Writer(folder, width=4, dtype="float16", source={}).append(np.zeros((2, 4)), tokens=np.array([7, 9]))
+      ...     column(folder, "tokens").tolist()
+      [7, 9]
     """
     manifest = read(folder)
     files = [_name(number, name) for number in range(len(manifest.shards))]
@@ -283,10 +312,19 @@ def column(folder: str | os.PathLike, name: str) -> np.ndarray:
 
 
 def verify(folder: str | os.PathLike) -> None:
-    """Read every file of a directory.
+    """Read every file of a directory, and compare it with its checksum.
+
+    Args:
+      folder: the directory.
 
     Raises:
       InputError: as `read`, or at the first file that is not what was written.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     Writer(folder, width=4, dtype="float16", source={}).append(np.zeros((6, 4)))
+      ...     verify(folder)
     """
     for name, file in read(folder).files.items():
         _checked(Path(folder, name), file["crc32"])
@@ -322,7 +360,15 @@ class Rows:
     """
 
     def __init__(self, load: Callable[[int], np.ndarray], edges: np.ndarray, window: range, width: int, dtype: Any):
-        """`load` maps a shard by its number; `edges` are where shards begin, and the end; `window` is what is seen."""
+        """As `open_rows` makes it.
+
+        Args:
+          load: maps a shard by its number.
+          edges: where shards begin, and the end.
+          window: what is seen.
+          width: of the rows.
+          dtype: of the rows.
+        """
         self._load, self._edges, self._window = load, edges, window
         self.shape, self.ndim, self.dtype = (len(window), width), 2, np.dtype(dtype)
         self.size = len(window) * width
@@ -373,6 +419,14 @@ def open_rows(folder: str | os.PathLike) -> Rows:
 
     Raises:
       InputError: as `read`, or if a shard is no array of the shape and dtype that the manifest tells.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     Writer(folder, width=4, dtype="float16", source={}).append(np.ones((6, 4)))
+      ...     rows = open_rows(folder)
+      ...     rows[2:4].shape, rows[0].tolist()
+      ((2, 4), [1.0, 1.0, 1.0, 1.0])
     """
     manifest = read(folder)
     paths = [Path(folder, _name(number)) for number in range(len(manifest.shards))]

@@ -14,8 +14,17 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
+from jaxsae import sharding
 from jaxsae.linalg import divide, max_or_nan, solve_on
 from jaxsae.linalg import matmul as _matvec
+
+__all__ = [
+    "FISTA",
+    "BlockPivoting",
+    "ConjugateGradient",
+    "ProjectedGradient",
+    "default",
+]
 
 
 def spectral_norm(gram: Float[Array, "k k"], *, iterations: int = 8) -> Float[Array, ""]:
@@ -56,8 +65,7 @@ class ProjectedGradientState(NamedTuple):
 class ProjectedGradient:
     """Projected gradient with a spectral step: `z ← P(z − (Gz − c)/L)`, `L = ‖G‖₂` by power iteration.
 
-    The method of Section 5.1 of Gao et al. (2024). Each step lowers the objective; on ill-conditioned
-    supports there are many: prefer `ConjugateGradient`.
+    Each step lowers the objective; on ill-conditioned supports there are many: prefer `ConjugateGradient`.
 
     Attributes:
       tol: stop a row when its KKT residual, relative and without unit, is at most this.
@@ -70,6 +78,8 @@ class ProjectedGradient:
       >>> refit, info = jaxsae.refit(D, jnp.array([2.2, 1.6]), code, jaxsae.ProjectedGradient(tol=1e-6))
       >>> jnp.round(refit.values, 3)
       Array([1., 2.], dtype=float32)
+
+    Source: Gao et al. (2024), "Scaling and evaluating sparse autoencoders", Section 5.1, which uses it.
     """
 
     tol: float | Array = 1e-5
@@ -102,7 +112,7 @@ class FISTAState(NamedTuple):
 
 @struct.dataclass
 class FISTA:
-    """Accelerated projected gradient (Beck & Teboulle 2009) with gradient restart (O'Donoghue & Candès 2015).
+    """Accelerated projected gradient with gradient restart.
 
         z⁺ = P(w − (Gw − c)/L),   t⁺ = (1 + √(1 + 4t²))/2,   w⁺ = z⁺ + (t − 1)/t⁺ · (z⁺ − z),
 
@@ -120,6 +130,9 @@ class FISTA:
       >>> refit, info = jaxsae.refit(D, jnp.array([2.2, 1.6]), code, jaxsae.FISTA(tol=1e-6))
       >>> jnp.round(refit.values, 3)
       Array([1., 2.], dtype=float32)
+
+    Source: Beck & Teboulle (2009), "A fast iterative shrinkage-thresholding algorithm for linear inverse problems";
+      O'Donoghue & Candès (2015), "Adaptive restart for accelerated gradient schemes".
     """
 
     tol: float | Array = 1e-5
@@ -158,7 +171,7 @@ class ConjugateGradientState(NamedTuple):
 
 @struct.dataclass
 class ConjugateGradient:
-    """Conjugate gradient on the free coordinates, bent along the bounds (after Moré & Toraldo 1991, Dostál 1997).
+    """Conjugate gradient on the free coordinates, bent along the bounds.
 
     With `φ` the gradient where `z > 0` and `β = min(g, 0)` elsewhere, each step costs one product `Gp`:
 
@@ -181,6 +194,9 @@ class ConjugateGradient:
       >>> refit, info = jaxsae.refit(D, jnp.array([2.2, 1.6]), code, jaxsae.ConjugateGradient(tol=1e-6))
       >>> jnp.round(refit.values, 3)
       Array([1., 2.], dtype=float32)
+
+    Source: after Moré & Toraldo (1991), "On the solution of large quadratic programming problems with bound
+      constraints", and Dostál (1997), "Box constrained quadratic programming with proportioning and projections".
     """
 
     tol: float | Array = 1e-5
@@ -231,7 +247,7 @@ class BlockPivotingState(NamedTuple):
 
 @struct.dataclass
 class BlockPivoting:
-    """Block principal pivoting (Kim & Park 2011): solve on a set of free coordinates, exchange the wrong ones.
+    """Block principal pivoting: solve on a set of free coordinates, exchange the wrong ones.
 
         G_FF x_F = c_F,   wrong = {i ∈ F: x_i < 0} ∪ {i ∉ F: (Gx − c)_i < 0}
 
@@ -252,6 +268,8 @@ class BlockPivoting:
       >>> refit, info = jaxsae.refit(D, jnp.array([2.2, 1.6]), code, jaxsae.BlockPivoting())
       >>> jnp.round(refit.values, 3), int(info.steps)
       (Array([1., 2.], dtype=float32), 2)
+
+    Source: Kim & Park (2011), "Fast nonnegative matrix factorization: an active-set-like method and comparisons".
     """
 
     tol: float | Array = 1e-5
@@ -332,6 +350,7 @@ def drive(solver, G, c, weight, z, most, nonnegative: bool):
     # NaN compares false: a row that is not finite never runs.
     running = (residual(start.z, start.gradient, strict) > solver.tol) & (most > 0)
     carry = _Carry(start, start.z, start.gradient, jnp.zeros_like(running, jnp.int32), running)
+    carry = sharding.vary_alike(carry, G, c, weight, z, most)
     carry = jax.lax.while_loop(lambda carry: carry.running, step, carry)
     return carry.best, residual(carry.best, carry.best_gradient, weight), carry.steps
 

@@ -26,17 +26,36 @@ _PRE_ACTIVATIONS = 256 << 20  # bytes of pre-activations held at a time
 
 
 class Block(NamedTuple):
-    """Some rows of a stream, refined."""
+    """Some rows of a stream, refined.
 
-    rows: np.ndarray  # [n] where in the stream
-    x: Array  # [n d]
-    code: SparseCode  # the encoder's, [n k]
+    Attributes:
+      rows: `[n]`, where in the stream they are.
+      x: `[n d]`.
+      code: the encoder's, `[n k]`.
+      refined: `[n k]`.
+      info: `[n]`.
+    """
+
+    rows: np.ndarray
+    x: Array
+    code: SparseCode
     refined: SparseCode
     info: RefitInfo
 
 
 def chunks(sae: SAE, rows: Rows) -> Iterator[tuple[int, Array]]:
-    """Rows `[n d]` in chunks whose pre-activations fit in memory, each with the number of its first row."""
+    """Rows in chunks whose pre-activations fit in memory, each with the number of its first row.
+
+    Args:
+      sae: the autoencoder.
+      rows: `[n d]`, may be memory-mapped.
+
+    Example:
+      >>> import jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.ReLU())
+      >>> [(start, x.shape) for start, x in chunks(sae, np.zeros((600, 4)))]
+      [(0, (600, 4))]
+    """
     size = max(_BLOCK, _PRE_ACTIVATIONS // (4 * sae.m) // _BLOCK * _BLOCK)
     # At least float32, whatever the SAE's: what is certified is then what is written.
     dtype = jnp.promote_types(sae.W_dec.dtype, jnp.float32)
@@ -56,6 +75,12 @@ def max_l0(sae: SAE, rows: Rows) -> int:
     Args:
       sae: the autoencoder.
       rows: `[n d]`, may be memory-mapped.
+
+    Example:
+      >>> import jaxsae
+      >>> sae = jaxsae.SAE(jnp.eye(3), jnp.zeros(3), jnp.eye(3), jnp.zeros(3), jaxsae.ReLU())
+      >>> max_l0(sae, np.array([[1.0, 0.0, 0.0], [1.0, 2.0, 0.0]]))
+      2
     """
     return max([1, *(int(_max_l0(sae, x)) for _, x in chunks(sae, rows))])
 
@@ -63,7 +88,7 @@ def max_l0(sae: SAE, rows: Rows) -> int:
 def refine_blocks(sae: SAE, rows: Rows, solver: Any = None, *, capacity: int | None = None) -> Iterator[Block]:
     """Encode and refine rows, a block at a time.
 
-    Rows of similar L0 go together, in as few slots as hold them, 32, 128 or all: the cost of a refit grows with the
+    Rows of similar L0 go together, in as few slots as hold them, 32, 128, 256 …: the cost of a refit grows with the
     square of its slots, and a ReLU's L0 has a long tail. So blocks are not in the order of the rows: see `Block.rows`.
 
     Args:
@@ -71,6 +96,13 @@ def refine_blocks(sae: SAE, rows: Rows, solver: Any = None, *, capacity: int | N
       rows: `[n d]`, may be memory-mapped.
       solver: as for `refine`.
       capacity: most slots a row; `max_l0` by default, unless the activation fixes it.
+
+    Example:
+      >>> import jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.TopK(2))
+      >>> for block in refine_blocks(sae, np.random.default_rng(0).normal(size=(64, 4))):
+      ...     block.refined.values.shape, bool((block.info.kkt <= 1e-5).all())
+      ((64, 32), True)
     """
     if capacity is None and sae.activation.slots is None:
         capacity = max_l0(sae, rows)
@@ -81,16 +113,16 @@ def refine_blocks(sae: SAE, rows: Rows, solver: Any = None, *, capacity: int | N
         order = np.argsort(l0, kind="stable")
         for at in range(0, len(order), _BLOCK):
             block = order[at : at + _BLOCK]
-            slots = _slots(int(l0[block].max()), code.indices.shape[1])
+            slots = _slots(int(l0[block].max()), sae.m)
             values, indices = _resize(code.values[block], slots, 0), _resize(code.indices[block], slots, sae.m)
             part = SparseCode(values, indices, sae.m, code.overflow[block])
             refined, info = refine(sae, x[block], part, solver)
             yield Block(start + block, x[block], part, refined, info)
 
 
-def _slots(l0: int, capacity: int) -> int:
-    # Few sizes, since each is compiled, once for all autoencoders of a shape.
-    return next((size for size in (32, 128) if l0 <= size), capacity)
+def _slots(l0: int, m: int) -> int:
+    # Few sizes, since each is compiled, once for all autoencoders of a shape: 32, 128, 256, 512 …
+    return 32 if l0 <= 32 else min(max(128, 1 << (l0 - 1).bit_length()), m)
 
 
 def _resize(slots, size: int, empty: int):
@@ -99,13 +131,23 @@ def _resize(slots, size: int, empty: int):
 
 
 class RefineSummary(NamedTuple):
-    """What `refine_file` did."""
+    """What `refine_file` did.
+
+    Attributes:
+      rows: how many.
+      capacity: slots a row.
+      shrinkage: of all rows.
+      overflowed: rows with more active latents than slots.
+      nonfinite: rows with NaN or Inf, left as they are.
+      unconverged: rows that stopped at `max_steps`.
+      worst_kkt: the largest relative KKT residual.
+    """
 
     rows: int
     capacity: int
     shrinkage: Shrinkage
-    overflowed: int  # rows with more active latents than slots
-    nonfinite: int  # rows with NaN or Inf, left as they are
+    overflowed: int
+    nonfinite: int
     unconverged: int
     worst_kkt: float
 
@@ -133,6 +175,14 @@ def refine_file(
 
     Raises:
       InputError: if the rows are not as wide as the SAE, or the file cannot be written.
+
+    Example:
+      >>> import tempfile, jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.TopK(2))
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     told = refine_file(sae, np.random.default_rng(0).normal(size=(64, 4)), f"{folder}/codes.npz")
+      ...     told.unconverged, np.load(f"{folder}/codes.npz")["values"].shape
+      (0, (64, 2))
     """
     if not len(rows):
         raise InputError("got no rows; pass at least one.")

@@ -34,21 +34,36 @@ from jaxsae.stream import refine_blocks
 CERTIFIED = 1e-5  # the KKT residual that certifies a row
 _SOLVER = ConjugateGradient(tol=1e-6, max_steps=5000)  # tighter, so that the certificate does not hang on rounding
 _REPORT_EVERY = 25  # steps
+_WORST = 10  # rows of the largest KKT residuals that are told
 _CONTEXT = 256  # tokens in a context, of which the first gives no row
 _MEAN_ROWS = 10_000  # rows from which the mean is taken, where nothing is trained
 _TOGETHER = 4  # contexts whose logits are in memory together
 
 
 class Plan(NamedTuple):
-    """Sizes of a study."""
+    """Sizes of a study.
+
+    Attributes:
+      latents: of each autoencoder.
+      steps: of each training.
+      batch: rows of a step.
+      heldout: rows that are measured.
+      l1: weights of ReLU's penalty, for rows scaled to unit mean square.
+      learning_rate: of all trainings, after a warm-up.
+      train_rows: at most.
+
+    Example:
+      >>> QUICK._replace(steps=50).latents
+      512
+    """
 
     latents: int
     steps: int
     batch: int
     heldout: int
-    l1: tuple[float, ...]  # weights for rows scaled to unit mean square
+    l1: tuple[float, ...]
     learning_rate: float = 1e-3
-    train_rows: int = 100_000  # at most
+    train_rows: int = 100_000
 
 
 FULL = Plan(latents=2048, steps=500, batch=512, heldout=2048, l1=(0.02, 0.05, 0.1, 0.2))
@@ -61,11 +76,21 @@ Progress = Callable[[str, int], None]
 
 
 class Site(NamedTuple):
-    """Where in a language model, and on which text, rows are harvested."""
+    """Where in a language model, and on which text, rows are harvested.
 
-    model: str | os.PathLike  # as for `language_model.load`
+    Attributes:
+      model: as for `language_model.load`.
+      layer: block after which, from 0.
+      text: files; Python's standard library, if None.
+
+    Example:
+      >>> Site("smollm2").layer
+      8
+    """
+
+    model: str | os.PathLike
     layer: int = 8
-    text: Sequence[Path] | None = None  # Python's standard library, if None
+    text: Sequence[Path] | None = None
 
 
 def run(
@@ -130,10 +155,10 @@ def run(
 
     def add(family: str, value: int | float, activation, loss) -> None:
         name = f"{type(activation).__name__} {'k' if family == 'topk' else 'λ'}={value:g}"
-        sae = _train(rows, activation, loss, plan, seed, lambda text, steps: progress(f"{name}  {text}", steps))
+        sae, curve = _train(rows, activation, loss, plan, seed, lambda text, steps: progress(f"{name}  {text}", steps))
         sae = rescale(sae, scale)
         pretrained.save(sae, out / "sae" / f"{family}-{value:g}")
-        tell(sae, {"family": family, "k_or_l1": value}, name)
+        tell(sae, {"family": family, "k_or_l1": value, "curve": curve}, name)
 
     width = rows.shape[1]
     for name, sae in loaded.items():
@@ -164,7 +189,17 @@ def run(
 
 
 def total_steps(plan: Plan, data: Any = None, saes: Sequence[str] = ()) -> int:
-    """How many steps a study reports as progress in all."""
+    """How many steps a study reports as progress in all.
+
+    Args:
+      plan: as for `run`.
+      data: as for `run`.
+      saes: as for `run`.
+
+    Example:
+      >>> total_steps(QUICK)
+      880
+    """
     count = len(saes) or 2 * len(plan.l1)
     steps = count * (plan.heldout // _REPORT_EVERY + (0 if saes else plan.steps))
     if isinstance(data, Site):
@@ -250,21 +285,30 @@ def _warmup(plan: Plan) -> optax.Schedule:
     return optax.linear_schedule(0.0, 1.0, plan.steps // 5)
 
 
-def _train(rows, activation, loss, plan: Plan, seed: int, progress: Progress) -> SAE:
+def _train(rows, activation, loss, plan: Plan, seed: int, progress: Progress) -> tuple[SAE, dict[str, list]]:
+    """An autoencoder, and the curves of its training."""
+    curve: dict[str, list] = {"step": [], "nmse": [], "l0": []}
     centre = jnp.asarray(rows[:10_000].mean(axis=0))
     sae = init(jax.random.key(seed), d=rows.shape[1], m=plan.latents, activation=activation, b_dec=centre)
 
     def tell(step, shown):
         if step % _REPORT_EVERY == 0 or step == plan.steps:
-            text = f"NMSE {float(shown['nmse']):.3f}  L0 {float(shown['l0']):.0f}"
-            progress(text, (step - 1) % _REPORT_EVERY + 1)
+            nmse, l0 = float(shown["nmse"]), float(shown["l0"])
+            for name, value in {"step": step, "nmse": _number(nmse), "l0": _number(l0)}.items():
+                curve[name].append(value)
+            progress(f"NMSE {nmse:.3f}  L0 {l0:.0f}", (step - 1) % _REPORT_EVERY + 1)
 
     stream = data_module.batches(rows, plan.batch, seed=seed)
-    return train.fit(sae, stream, loss=loss, tx=_optimiser(plan), steps=plan.steps, callback=tell).sae
+    state = train.fit(sae, stream, loss=loss, tx=_optimiser(plan), steps=plan.steps, callback=tell)
+    return state.sae, curve
 
 
 def measure(sae: SAE, rows: np.ndarray) -> dict[str, Any]:
     """Refine the codes of rows and measure the shrinkage: one row of the report, without its name.
+
+    Beside the numbers: `change` and `latent_change`, histograms over `metrics.RATIO_EDGES` of refined/original, of
+    active values and of latents' means; `firing`, how many latents fire on no row, on 1, on 2 or 3, on 4 to 7 …;
+    `worst_rows`, those of the largest KKT residuals.
 
     Args:
       sae: the autoencoder.
@@ -275,28 +319,32 @@ def measure(sae: SAE, rows: np.ndarray) -> dict[str, Any]:
         y, _ = to_fit(sae, block.x)
         kkt = _certified_kkt(sae.W_dec, y, block.refined, nonnegative=not sae.activation.signed)
         shrunk = metrics.shrinkage(sae, block.x, block.code, block.refined)
-        return shrunk, metrics.activity(block.code), np.asarray(kkt)
+        return (shrunk, metrics.activity(block.code)), (block.rows, np.asarray(kkt), np.asarray(block.code.l0))
 
-    measured = [measure_block(block) for block in refine_blocks(sae, rows, _SOLVER)]
-    shrunk, active = (functools.reduce(operator.add, part) for part in list(zip(*measured, strict=True))[:2])
-    kkt = np.concatenate([part[2] for part in measured])
+    sums, columns = zip(*map(measure_block, refine_blocks(sae, rows, _SOLVER)), strict=True)
+    shrunk, active = (functools.reduce(operator.add, part) for part in zip(*sums, strict=True))
+    number, kkt, l0 = map(np.concatenate, zip(*columns, strict=True))
+    worst = np.argsort(-np.nan_to_num(kkt, nan=np.inf), kind="stable")[:_WORST]
+    ratio = np.asarray(shrunk.ratio)
+    ratio = np.clip(ratio[np.isfinite(ratio)], metrics.RATIO_EDGES[0], metrics.RATIO_EDGES[-1])
     numbers = {
-        "l0": shrunk.l0,
-        "nmse_before": shrunk.nmse_before,
-        "nmse_after": shrunk.nmse_after,
-        "mean_before": shrunk.mean_before,
-        "mean_after": shrunk.mean_after,
-        "mean_change": shrunk.mean_change,
-        "rising": shrunk.rising_share,
-        "gamma_before": shrunk.gamma_before,
-        "gamma_after": shrunk.gamma_after,
+        **shrunk.numbers(),
         "worst_kkt": kkt.max(),
         "certified": np.mean(kkt <= CERTIFIED),
         "dead": active.dead,
     }
-    # JSON has no NaN: a mean over no active value is null.
-    numbers = {name: float(value) if np.isfinite(value) else None for name, value in numbers.items()}
-    return numbers | {"change": np.asarray(shrunk.change).tolist()}
+    numbers = {name: _number(value) for name, value in numbers.items()}
+    return numbers | {
+        "change": np.asarray(shrunk.change).tolist(),
+        "latent_change": np.histogram(ratio, metrics.RATIO_EDGES)[0].tolist(),
+        "firing": active.octaves,
+        "worst_rows": [{"row": int(number[i]), "l0": int(l0[i]), "kkt": _number(kkt[i])} for i in worst],
+    }
+
+
+def _number(value) -> float | None:
+    """JSON has no NaN: a mean over no active value is null."""
+    return float(value) if np.isfinite(value) else None
 
 
 @functools.partial(jax.jit, static_argnames="nonnegative")

@@ -64,6 +64,13 @@ def read(path: Path, *, check: bool = True) -> Any:
 
     Raises:
       InputError: if it is damaged, or holds anything but tensors, numbers, strings and plain containers: it is named.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     write(Path(folder, "x.pt"), {"k": 2, "W": np.eye(2)})
+      ...     {name: np.shape(thing) for name, thing in read(Path(folder, "x.pt")).items()}
+      {'k': (), 'W': (2, 2)}
     """
     start = bytes(map_file(path)[:8])
     try:
@@ -400,6 +407,13 @@ def write(path: Path, thing: Any) -> None:
 
     Raises:
       TypeError: if it holds anything else.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     write(Path(folder, "x.pt"), {"W": np.zeros((2, 3), np.float32)})
+      ...     read(Path(folder, "x.pt"))["W"].dtype
+      dtype('float32')
     """
     storages: list[np.ndarray] = []
     program = b"\x80\x02" + _emit(thing, storages) + b"."

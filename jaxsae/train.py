@@ -1,6 +1,6 @@
 """Training: an objective, an optax transformation and a stream of batches make an SAE.
 
-    tx = train.recipe(m=sae.m)
+    tx = train.recipe(train.learning_rate(sae.m))
     state = train.init_state(sae, tx)
     step = train.make_step(objective, tx)
     for x in batches:
@@ -29,6 +29,24 @@ from jaxsae import sharding
 from jaxsae.linalg import divide
 from jaxsae.objectives import Measured
 from jaxsae.sae import SAE, decode, encode_dense
+
+__all__ = [
+    "Diverged",
+    "TrainState",
+    "average",
+    "averaged",
+    "fit",
+    "geometric_median",
+    "init_state",
+    "learning_rate",
+    "make_step",
+    "member",
+    "recipe",
+    "resample",
+    "stack",
+    "sweep",
+    "unit_norm_decoder",
+]
 
 PATIENCE = 10  # skipped batches in a row after which `fit` gives up
 
@@ -61,7 +79,11 @@ class Diverged(RuntimeError):
     """Too many batches in a row had a loss that is not finite; `state` is the last good one."""
 
     def __init__(self, state: TrainState):
-        """Tell what happened to a run that ended in `state`."""
+        """Tell what happened to a run.
+
+        Args:
+          state: the last good one.
+        """
         super().__init__(
             f"training diverged: the loss of {np.min(state.skipped_last)} batches in a row was not finite, "
             f"{np.min(state.skipped)} in all, after {np.max(state.step)} steps; lower the learning rate or mend the "
@@ -109,9 +131,14 @@ def unit_norm_decoder(tx: optax.GradientTransformation) -> optax.GradientTransfo
 def learning_rate(m: int) -> float:
     """The learning rate of Gao et al. (2024): `2e-4 / √(m / 2¹⁴)`.
 
+    Args:
+      m: number of latents.
+
     Example:
       >>> learning_rate(2**14), learning_rate(2**16)
       (0.0002, 0.0001)
+
+    Source: Gao et al. (2024), Appendix A.
     """
     return 2e-4 / (m / 2**14) ** 0.5
 
@@ -127,6 +154,8 @@ def recipe(rate: optax.ScalarOrSchedule, *, clip: float | None = None) -> optax.
       >>> import optax
       >>> schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate(4096), warmup_steps=100, decay_steps=1000)
       >>> tx = recipe(schedule, clip=1.0)
+
+    Source: Gao et al. (2024), Appendix A.
     """
     adam = optax.adam(rate, b1=0.9, b2=0.999, eps=6.25e-10)
     return unit_norm_decoder(adam if clip is None else optax.chain(optax.clip_by_global_norm(clip), adam))
@@ -171,7 +200,21 @@ def average(tx: optax.GradientTransformation, decay: float) -> optax.GradientTra
 
 
 def averaged(opt_state: AveragedState) -> SAE:
-    """The average of the parameters, free of the bias to 0 of its first steps; of the state of `average`."""
+    """The average of the parameters, free of the bias to 0 of its first steps.
+
+    Args:
+      opt_state: of `average`.
+
+    Example:
+      >>> import jax, optax, jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.ReLU())
+      >>> tx = average(optax.sgd(1.0), decay=0.9)
+      >>> _, state = tx.update(jax.tree.map(jax.numpy.zeros_like, sae), tx.init(sae), sae)
+      >>> bool(jax.numpy.allclose(averaged(state).W_dec, sae.W_dec))
+      True
+
+    Source: Kingma & Ba (2015), "Adam", Section 3, for the correction of the bias.
+    """
     return jax.tree.map(lambda total: total / opt_state.weight, opt_state.total)
 
 
@@ -184,6 +227,12 @@ def init_state(sae: SAE, tx: optax.GradientTransformation) -> TrainState:
     Args:
       sae: the autoencoder to start from.
       tx: the optax transformation of `make_step`.
+
+    Example:
+      >>> import jax, jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.ReLU())
+      >>> int(init_state(sae, recipe(1e-3)).step)
+      0
     """
     sae = jax.tree.map(lambda x: jnp.array(x, jnp.asarray(x).dtype), sae)
     return TrainState(
@@ -391,12 +440,32 @@ def _sweep_step(tx: Any, loss: Any, rates: Array, state: TrainState, batch: Any)
 
 
 def stack(members: Sequence[Any]) -> Any:
-    """Put pytrees of one structure side by side, along a new leading axis."""
+    """Put pytrees of one structure side by side, along a new leading axis.
+
+    Args:
+      members: pytrees of one structure, with arrays of the same shapes.
+
+    Example:
+      >>> import jax, jaxsae
+      >>> saes = [jaxsae.init(jax.random.key(seed), d=4, m=8, activation=jaxsae.ReLU()) for seed in range(3)]
+      >>> stack(saes).W_dec.shape
+      (3, 8, 4)
+    """
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
 
 
 def member(stacked: Any, number: int | Int[Array, ""]) -> Any:
-    """Take one pytree out of a stack."""
+    """Take one pytree out of a stack.
+
+    Args:
+      stacked: as `stack` makes it, or `sweep`.
+      number: which, from 0; may be traced.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> member({"x": jnp.arange(3)}, 2)
+      {'x': Array(2, dtype=int32)}
+    """
     return jax.tree.map(lambda leaf: leaf[number], stacked)
 
 
@@ -444,6 +513,14 @@ def resample(key: PRNGKeyArray, state: TrainState, x: Float[Array, "n d"], *, de
 
     Returns:
       The state to go on from; unchanged if no latent is dead.
+
+    Example:
+      >>> import jax, jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.ReLU())
+      >>> state = init_state(sae, recipe(1e-3))
+      >>> x = jax.random.normal(jax.random.key(1), (16, 4))
+      >>> bool((resample(jax.random.key(2), state, x, dead_after=1).sae.W_dec == sae.W_dec).all())
+      True
 
     Source: Bricken et al. (2023), "Towards monosemanticity", Appendix.
     """

@@ -14,6 +14,8 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The suite's time is XLA's compiling, and a third of that LLVM's optimisations; `.ci/run` has them on for slow tests.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# Commands that tests start leave nothing in the user's cache.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "0")
 
 import jax
 import jaxtyping

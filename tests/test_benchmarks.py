@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import cases, families, judge, peers, pursuit, refine, table, train
+from benchmarks import cases, families, judge, peers, pursuit, refine, selectors, table, train
 
 ROOT = Path(__file__).parent.parent
 
@@ -288,3 +288,12 @@ def test_a_phase_transition_is_where_half_the_trials_recover():
     assert pursuit.half_point([0.1, 0.2, 0.3], [1.0, 0.75, 0.25]) == pytest.approx(0.25)
     assert pursuit.half_point([0.1, 0.2], [0.2, 0.0]) == 0.1
     assert pursuit.half_point([0.1, 0.2], [1.0, 0.9]) == 0.2
+
+
+@pytest.mark.slow
+def test_selectors_are_compared_and_tabulated(monkeypatch):
+    monkeypatch.setattr(selectors, "SELECTORS", {n: selectors.SELECTORS[n] for n in ("largest correlations", "omp")})
+    once, omp = selectors._run(next(selectors.cases("tiny")))
+    assert 0 < omp["nmse"] < once["nmse"] < 1
+    report = {"benchmark": "selectors", "device": "d", "cores": 2, "jax": "j", "commit": "c", "rows": [once, omp]}
+    assert table.markdown(report).splitlines()[-2].startswith("| omp |")

@@ -232,10 +232,14 @@ def test_the_command_harvests_and_tells(tmp_path, capsys):
     assert json.loads((out / "manifest.json").read_text())["source"]["text"] == [str(file) for file in files]
 
 
-def test_what_was_harvested_can_be_trained_on(tmp_path):
+def test_what_was_harvested_can_be_trained_on(tmp_path, capsys):
     files = write(tmp_path, bytes(range(32, 127)) * 30)
     out, sae = tmp_path / "out", tmp_path / "run"
-    assert cli("harvest", "--model", MODEL, "--layer", 1, "--text", *files, "--context", 16, "--out", out) == 0
+    site = ("--model", MODEL, "--layer", 1, "--text", *files, "--context", 16)
+    assert cli("harvest", *site, "--out", out, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["rows"], told["width"]) == shards.open_rows(out).shape
+    assert (told["out"], told["files"]) == (str(out), [str(file) for file in files])
     options = ["--activation", "topk", "--k", 4, "--latents", 32, "--batch", 64, "--steps", 3, "--heldout", 64]
     assert cli("train", "--data", out, *options, "--out", sae) == 0
     assert cli("eval", "--sae", sae, "--data", out) == 0
@@ -292,7 +296,7 @@ def test_a_live_training_that_is_stopped_goes_on_to_the_bit(tmp_path, capsys):
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jaxsae.cli._progress", lambda *_, **__: contextlib.nullcontext(stop))
+        patch.setattr("jaxsae.console.progress", lambda *_, **__: contextlib.nullcontext(stop))
         code = cli("train", *options, "--out", tmp_path / "run")
     printed = capsys.readouterr().out
     assert (code, "Stopped after" in printed) == (0, True)

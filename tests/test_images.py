@@ -29,6 +29,15 @@ def mse(a, b):
     return np.mean((a - b) ** 2)
 
 
+def test_psnr():
+    clean = chequered()
+    error = np.random.default_rng(1).normal(0, 5, clean.shape)
+    assert images.psnr(clean + error, clean) == pytest.approx(-20 * np.log10(np.sqrt(np.mean(error**2)) / 255))
+    assert images.psnr(np.full((2, 2), 300.0), np.full((2, 2), 255.0)) == np.inf  # levels end at 255
+    with pytest.raises(ValueError, match="pass pictures of one shape"):
+        images.psnr(clean, clean[:1])
+
+
 # --- Patches
 
 

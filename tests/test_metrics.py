@@ -10,7 +10,7 @@ from problems import activations, f64, sae
 
 import jaxsae
 from jaxsae import SparseCode
-from jaxsae.metrics import RATIO_EDGES, activity, moments, reconstruction, shrinkage
+from jaxsae.metrics import RATIO_EDGES, Activity, activity, moments, reconstruction, shrinkage
 
 ROWS, D, M, K = 64, 16, 32, 6
 RELU = jaxsae.ReLU()
@@ -120,6 +120,13 @@ def test_activity_is_numpys():
     np.testing.assert_allclose(found.density, (z != 0).mean(0), rtol=1e-6)
     np.testing.assert_allclose(found.l0, (z != 0).sum(1).mean(), rtol=1e-6)
     np.testing.assert_allclose(found.dead, (z == 0).all(0).mean(), rtol=1e-6)
+    assert sum(found.octaves) == z.shape[1]
+    assert found.octaves[0] == (z == 0).all(0).sum()
+
+
+def test_octaves_count_latents_in_ranges_each_twice_as_long():
+    fired = jnp.array([0, 0, 1, 2, 3, 4, 7, 8, 2**20], jnp.float32)
+    assert Activity(jnp.float32(2**20), fired).octaves == [2, 1, 2, 2, 1, *[0] * 16, 1]
 
 
 def test_a_latent_on_the_support_with_value_0_does_not_fire():

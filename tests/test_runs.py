@@ -68,15 +68,19 @@ def test_a_run_makes_an_autoencoder_of_the_raw_activations(activation, data, tmp
     np.testing.assert_allclose(measured["nmse"], (error**2).sum() / (spread**2).sum(), rtol=1e-3)
     np.testing.assert_allclose(measured["l0"], (f64(z) != 0).sum(1).mean(), rtol=1e-6)
     np.testing.assert_allclose(measured["dead"], (f64(z) == 0).all(0).mean(), atol=1e-6)
+    fires = (f64(z) != 0).sum(0)
+    octaves = [np.sum(fires == 0), *(np.sum((fires >= 2**n) & (fires < 2 ** (n + 1))) for n in range(7))]
+    assert measured["firing"] == octaves[: len(measured["firing"])]
+    assert sum(measured["firing"]) == M
     assert measured["nmse"] < 0.9
     (events,) = out.glob("events.out.tfevents*")
     assert b"nmse" in events.read_bytes()
 
 
 def test_eval_prints_what_the_run_measured(data, tmp_path, capsys):
-    train(data, tmp_path / "run", "topk")
+    assert train(data, tmp_path / "run", "topk", "--json") == 0
     np.save(tmp_path / "heldout.npy", rows()[-100:])
-    capsys.readouterr()
+    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "run" / "report.json").read_text())
     assert main(["eval", "--sae", str(tmp_path / "run"), "--data", str(tmp_path / "heldout.npy"), "--json"]) == 0
     measured = json.loads(capsys.readouterr().out)
     assert measured == json.loads((tmp_path / "run" / "report.json").read_text())["heldout"]

@@ -110,6 +110,28 @@ def test_the_numbers_agree_with_one_another(done):
         np.testing.assert_allclose(row["mean_change"], row["mean_after"] / row["mean_before"] - 1, rtol=1e-4, atol=1e-5)
 
 
+def test_latents_and_rows_are_told(done):
+    for row in done.report["rows"]:
+        assert sum(row["firing"]) == PLAN.latents
+        np.testing.assert_allclose(row["firing"][0] / PLAN.latents, row["dead"], rtol=1e-6)
+        assert sum(row["latent_change"]) == PLAN.latents - row["firing"][0]
+        kkt = [worst["kkt"] for worst in row["worst_rows"]]
+        assert len({worst["row"] for worst in row["worst_rows"]}) == len(kkt) == 10
+        assert kkt == sorted(kkt, reverse=True)
+        assert kkt[0] == row["worst_kkt"]
+        assert row["curve"]["step"] == [25, 50, 60]
+        assert row["curve"]["nmse"][0] > row["curve"]["nmse"][-1]
+
+
+def test_the_rows_that_are_told_have_their_numbers_in_the_file(done):
+    row, sae = next(saved_saes(done))
+    told = {worst["row"]: worst["l0"] for worst in row["worst_rows"]}
+    x = done.rows[-PLAN.heldout :][list(told)]
+    np.testing.assert_allclose(
+        (f64(jaxsae.encode_dense(sae, jnp.asarray(x))) > 0).sum(axis=1), list(told.values()), atol=1
+    )
+
+
 def test_progress_adds_up(done):
     assert sum(steps for _, steps in done.told) == study.total_steps(PLAN)
     assert all(isinstance(text, str) for text, _ in done.told)
@@ -300,7 +322,7 @@ def test_a_dead_autoencoder_is_reported_in_valid_json(tmp_path, monkeypatch):
     # As an L1 weight that is too large makes it.
     def dead(rows, activation, *_):
         sae = jaxsae.init(jax.random.key(0), d=rows.shape[1], m=SMALL.latents, activation=activation)
-        return sae.replace(b_enc=sae.b_enc - 1e6)
+        return sae.replace(b_enc=sae.b_enc - 1e6), {}
 
     monkeypatch.setattr(study, "_train", dead)
     np.save(tmp_path / "x.npy", raw_rows())
@@ -314,7 +336,7 @@ def test_a_dead_autoencoder_is_reported_in_valid_json(tmp_path, monkeypatch):
 def test_a_diverged_autoencoder_is_reported_and_printed(tmp_path, monkeypatch, capsys):
     def diverged(rows, activation, *_):
         sae = jaxsae.init(jax.random.key(0), d=rows.shape[1], m=SMALL.latents, activation=activation)
-        return sae.replace(b_enc=sae.b_enc * np.nan)
+        return sae.replace(b_enc=sae.b_enc * np.nan), {}
 
     monkeypatch.setattr(study, "_train", diverged)
     monkeypatch.setattr(study, "QUICK", SMALL)

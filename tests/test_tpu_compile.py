@@ -1,5 +1,7 @@
 """The real training step and refit compile for TPU slices, fit into their chips, and gather nothing large."""
 
+import json
+
 import pytest
 
 from jaxsae import plan, runs
@@ -46,6 +48,12 @@ def test_the_command_tells_what_a_slice_is_used_for(capsys):
     assert out.startswith("4 chips v5e:2x2: rows 2 ways, latents 2 ways; a chip has 16.00 GiB\n")
     assert out.count("a billion rows") == 2
     assert " all-reduce " in out
+    code, again, _ = command(capsys, "--latents", 4096, "--topology", "v5e:2x2", "--data", 2, "--json")
+    told = json.loads(again)
+    assert (told["chips"], told["latent"], told["fits"]) == (4, 2, True)
+    for program in told["programs"].values():
+        assert f"{program['flops']:.3g} FLOP" in out
+        assert {each["kind"] for each in program["collectives"]} >= {"all-reduce"}
 
 
 @pytest.mark.parametrize(

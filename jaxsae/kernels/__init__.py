@@ -28,6 +28,13 @@ from jaxsae import codes, gram, implicit, rows
 from jaxsae.kernels import reference, tuning
 from jaxsae.linalg import EXACT, divide
 
+__all__ = [
+    "gather_decode",
+    "gather_gram",
+    "refit_fused",
+    "scatter_rows",
+]
+
 _PLATFORMS = {"tpu": "tpu", "gpu": "gpu", "cuda": "gpu"}  # to the module with its kernels
 
 

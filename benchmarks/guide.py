@@ -1,0 +1,150 @@
+"""The tables of docs/which.md, each made from the JSON of one benchmark run or study."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import table
+from benchmarks.pursuit import half_point
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def insert(page: str) -> str:
+    """A page with the tables between their markers, `<!-- guide: name -->`, in place of what stands there."""
+    for name, (file, make) in _TABLES.items():
+        begin = f"<!-- guide: {name} -->"
+        before, found, rest = page.partition(begin)
+        _, end, after = rest.partition(table.END)
+        if not found or not end:
+            raise SystemExit(f"docs/which.md has no {begin} ... {table.END}; put these markers where it belongs.")
+        made = make(json.loads((RESULTS / file).read_text()))
+        page = "\n\n".join([before + begin, made, table.END + after])
+    return page
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
+    """The first column is words, the others are numbers."""
+    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _best(values: Sequence[float | None], form: str, *, most: bool) -> list[str]:
+    """Numbers as text, the best one bold; what has none is left blank."""
+    shown = ["" if value is None else form.format(value) for value in values]
+    best = form.format((max if most else min)(value for value in values if value is not None))
+    return [f"**{text}**" if text == best else text for text in shown]
+
+
+def _refits(report: dict[str, Any]) -> str:
+    """Rows a second of our solvers, by case; none where the gate was not met."""
+    ours = [row for row in report["rows"] if row["kind"] == "ours"]
+    head, columns = ["rows a second"], []
+    solvers = list(dict.fromkeys(row["solver"] for row in ours))
+    for case in report["cases"]:
+        head.append(f"{case['case']}; d {case['d']}, condition {case['condition'][1]:,.0f}")
+        of_case = {row["solver"]: row for row in ours if row["case"] == case["case"]}
+        rates = [of_case[name]["rows_per_s"] if of_case[name]["gate_met"] else None for name in solvers]
+        columns.append([text or "not finished" for text in _best(rates, "{:,.0f}", most=True)])
+    return _markdown(head, [[name, *cells] for name, *cells in zip(solvers, *columns, strict=True)])
+
+
+def _selectors(report: dict[str, Any]) -> str:
+    head, columns = ["selector"], []
+    names = list(dict.fromkeys(row["selector"] for row in report["rows"]))
+    for case in dict.fromkeys(row["case"] for row in report["rows"]):
+        head += [f"NMSE, {case}", "ms a row"]
+        of_case = {row["selector"]: row for row in report["rows"] if row["case"] == case}
+        columns.append(_best([of_case[name]["nmse"] for name in names], "{:.4f}", most=False))
+        columns.append([f"{of_case[name]['ms_a_row']:.3g}" for name in names])
+    return _markdown(head, [[f"`{name}`", *cells] for name, *cells in zip(names, *columns, strict=True)])
+
+
+def _recovery(report: dict[str, Any]) -> str:
+    points, deltas = report["points"], (0.1, 0.5, 0.9)
+    rhos = sorted({point["rho"] for point in points})
+    names = list(dict.fromkeys(point["method"] for point in points))
+    columns = []
+    for delta in deltas:
+        rates = {(p["method"], p["rho"]): p["recovered"] for p in points if p["delta"] == delta}
+        half = [half_point(rhos, [rates[name, rho] for rho in rhos]) for name in names]
+        columns.append(_best(half, "{:.2f}", most=True))
+    head = ["k / d at which half are recovered", *(f"d / m = {delta}" for delta in deltas)]
+    return _markdown(head, [[name, *cells] for name, *cells in zip(names, *columns, strict=True)])
+
+
+def _lasso(report: dict[str, Any]) -> str:
+    rows = [row for row in report["regressions"] if "scikit" not in row["method"]]
+    head = ["tuned by cross-validation", "noise variables chosen", "strong ones, of 5", "test error"]
+    cells = [
+        [row["method"], f"{row['noise_variables']:.1f}", f"{row['strong_variables']:.1f}", f"{row['test_error']:.3f}"]
+        for row in rows
+    ]
+    return _markdown(head, cells)
+
+
+def _ksvd(report: dict[str, Any]) -> str:
+    rows = [row for row in report["rows"] if row["learner"].startswith("jaxsae")]
+    noises = list(dict.fromkeys(row["snr"] for row in rows))
+    head = ["atoms found again", *("no noise" if snr is None else f"{snr:g} dB" for snr in noises), "s a run"]
+    found = []
+    for name in dict.fromkeys(row["learner"] for row in rows):
+        of_name = {row["snr"]: row for row in rows if row["learner"] == name}
+        seconds = max(row["s"] for row in of_name.values())
+        found.append(
+            [name.removeprefix("jaxsae "), *(f"{of_name[snr]['mean']:.1%}" for snr in noises), f"{seconds:.2f}"]
+        )
+    return _markdown(head, found)
+
+
+def _families(report: dict[str, Any]) -> str:
+    head = ["family", "L0", "NMSE", "dead", "NMSE of the 8 largest", "of the 32 largest"]
+    rows = []
+    for row in report["rows"]:
+        at, heldout = row["nmse_at"], row["heldout"]
+        numbers = [f"{heldout['l0']:.1f}", f"{heldout['nmse']:.4f}", f"{row['dead_in_training']:.1%}"]
+        rows.append([row["name"], *numbers, f"{at['8']:.4f}", f"{at['32']:.4f}"])
+    return _markdown(head, rows)
+
+
+def _shrinkage(report: dict[str, Any]) -> str:
+    head = ["autoencoder", "L0", "NMSE", "refined", "mean activation", "next-token loss, nats", "refined"]
+    rows = []
+    for row in report["rows"]:
+        name = f"{'ReLU, L1' if row['family'] == 'relu' else 'TopK, k'} {row['k_or_l1']:g}"
+        numbers = [f"{row['l0']:.0f}", f"{row['nmse_before']:.4f}", f"{row['nmse_after']:.4f}"]
+        numbers += [f"{row['mean_change']:+.1%}", f"{row['ce_before']:.3f}", f"{row['ce_after']:.3f}"]
+        rows.append([name, *numbers])
+    return _markdown(head, rows)
+
+
+def _loading(report: dict[str, Any]) -> str:
+    return _markdown(
+        ["encoder stored as in", "time, of reading the file", "peak memory, of its size"],
+        [
+            [row["format"], f"{row['load_s'] / row['read_s']:.2f}", f"{row['peak'] / row['bytes']:.2f}"]
+            for row in report["rows"]
+        ],
+    )
+
+
+def _steps(report: dict[str, Any]) -> str:
+    names = {"jaxsae": "of active latents alone", "jaxsae, dense autodiff": "of all latents"}
+    rows = {names[row["step"]]: row for row in report["rows"] if row["step"] in names}
+    return _markdown(
+        ["a training step of TopK", "ms"], [[name, f"{1000 * row['seconds']:.0f}"] for name, row in rows.items()]
+    )
+
+
+_TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "refits": ("refine/paper-cpu.json", _refits),
+    "selectors": ("selectors/paper-cpu.json", _selectors),
+    "recovery": ("transitions/paper-cpu.json", _recovery),
+    "lasso": ("lasso/paper-cpu.json", _lasso),
+    "ksvd": ("ksvd/paper-cpu.json", _ksvd),
+    "families": ("families/paper-cpu.json", _families),
+    "shrinkage": ("study-smollm2/report.json", _shrinkage),
+    "steps": ("train/paper-cpu.json", _steps),
+    "loading": ("load/paper-cpu.json", _loading),
+}

@@ -1,0 +1,192 @@
+"""The reference holds every public name once, its docstring says what it must, and what the documents name exists."""
+
+import enum
+import functools
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jaxsae
+from benchmarks import guide
+from jaxsae.activations import MatchingPursuit
+from jaxsae.files import InputError
+from jaxsae.normalisation import LayerNorm
+
+DOCS = Path(__file__).parent.parent / "docs"
+if not DOCS.is_dir():
+    pytest.skip("the documents come with a checkout", allow_module_level=True)
+
+# What the others are made of, and the command, whose reference is `jaxsae --help`. All else is public: what a module
+# has in `__all__`, or else its functions and classes without an underscore.
+INTERNAL = {
+    *("cli", "formats", "homotopy", "implicit", "linalg", "rank_one", "rows", "selection", "tensors", "thresholding"),
+    *("__main__", "kernels.fista", "kernels.gpu", "kernels.reference", "kernels.shapes", "kernels.tpu"),
+    *("kernels.tuning", "pages", "svg", "console", "compiled", "exports"),
+}
+
+
+def find(name: str):
+    """What a dotted name of ours stands for."""
+    parts = name.split(".")
+    for size in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:size]))
+        except ModuleNotFoundError:
+            continue
+        return functools.reduce(getattr, parts[size:], found)
+    raise AttributeError(name)
+
+
+def public() -> dict[str, object]:
+    """Every public function and class, by the name that a user has for it."""
+    exported = {id(getattr(jaxsae, name)): f"jaxsae.{name}" for name in jaxsae.__all__}
+    found = {}
+    for info in pkgutil.walk_packages(jaxsae.__path__, "jaxsae."):
+        within = info.name.removeprefix("jaxsae.")
+        if within in INTERNAL or within.partition(".")[0] in INTERNAL:
+            continue
+        module = importlib.import_module(info.name)
+        own = [
+            name
+            for name, thing in vars(module).items()
+            if getattr(thing, "__module__", None) == info.name and callable(thing) and not name.startswith("_")
+        ]
+        things = {name: getattr(module, name) for name in getattr(module, "__all__", own)}
+        found |= {exported.get(id(thing), f"{info.name}.{name}"): thing for name, thing in things.items()}
+    return found
+
+
+PUBLIC = public()
+# What would take long; and records and errors, whose example is that of what makes or raises them.
+NO_EXAMPLE = {
+    *("jaxsae.study.run", "jaxsae.study.measure"),
+    *("jaxsae.checkpoint.Saved", "jaxsae.data.Batches", "jaxsae.files.InputError", "jaxsae.harvest.Text"),
+    *("jaxsae.hub.Found", "jaxsae.job.GivenUp", "jaxsae.job.Progress", "jaxsae.job.Stopped", "jaxsae.ksvd.History"),
+    *("jaxsae.language_model.LanguageModel", "jaxsae.language_model.NextToken", "jaxsae.lasso.CrossValidation"),
+    *("jaxsae.lasso.LassoInfo", "jaxsae.metrics.Activity", "jaxsae.metrics.Moments", "jaxsae.metrics.Progressive"),
+    *("jaxsae.metrics.Reconstruction", "jaxsae.objectives.Measured", "jaxsae.objectives.Pass", "jaxsae.plan.Chip"),
+    *("jaxsae.plan.Program", "jaxsae.sae.Fit", "jaxsae.shards.Manifest", "jaxsae.shards.Rows", "jaxsae.stream.Block"),
+    *("jaxsae.stream.RefineSummary", "jaxsae.train.Diverged", "jaxsae.train.TrainState"),
+}
+# What has no mathematics, or nobody's.
+NO_SOURCE = {
+    *("jaxsae.Certificate", "jaxsae.ReLU", "jaxsae.RefitInfo", "jaxsae.Status", "jaxsae.check"),
+    *("jaxsae.activations.Activation", "jaxsae.lasso.LassoInfo", "jaxsae.lasso.CrossValidation"),
+    *("jaxsae.ksvd.History", "jaxsae.lasso.lambda_max", "jaxsae.losses.mse", "jaxsae.losses.nmse"),
+    *("jaxsae.objectives.Measured", "jaxsae.objectives.Objective", "jaxsae.objectives.Pass"),
+    *("jaxsae.normalisation.Normalisation", "jaxsae.normalisation.Normalised", "jaxsae.solvers.default"),
+}
+OF_PAPERS = {
+    *("activations", "certificate", "ksvd", "lasso", "losses", "normalisation", "objectives", "refit", "solvers"),
+    *("pursuit", "thresholding"),
+}
+
+
+def listed(text: str) -> list[str]:
+    # A function that is named like its module has a heading of its own: the module would answer to the short name.
+    text = re.sub(r"^::: \S+\n    options:\n      heading: ", "::: ", text, flags=re.MULTILINE)
+    return re.findall(r"^::: (\S+)", text, flags=re.MULTILINE)
+
+
+def docstring(thing) -> str:
+    own = thing.__dict__.get("__init__") if inspect.isclass(thing) else None
+    return "\n\n".join(filter(None, [inspect.getdoc(thing), inspect.getdoc(own)])) + "\n"
+
+
+def section(thing, names: str) -> str:
+    return "\n".join(re.findall(rf"^(?:{names}):\n((?: .*\n|\n)*)", docstring(thing), flags=re.MULTILINE))
+
+
+def parameters(thing) -> set[str]:
+    if inspect.isclass(thing) and (issubclass(thing, enum.Enum) or getattr(thing, "_is_protocol", False)):
+        return set()
+    try:
+        return set(inspect.signature(thing).parameters) - {"self", "args", "kwargs"}
+    except ValueError:  # of an exception that takes what `Exception` takes
+        return set()
+
+
+def told(thing) -> set[str]:
+    """What the sections of arguments say something about: `a:`, `a, b:` or `*a:`."""
+    entries = re.findall(r"^  ([\w*]+(?:, \w+)*): ", section(thing, "Args|Attributes"), flags=re.MULTILINE)
+    return {word.lstrip("*") for entry in entries for word in entry.split(", ")}
+
+
+def test_the_reference_has_every_public_name_once():
+    names = [name for path in sorted(DOCS.rglob("*.md")) for name in listed(path.read_text())]
+    assert not sorted(set(PUBLIC) - set(names)), "give these a place in docs/reference, or in INTERNAL"
+    assert not sorted(set(names) - set(PUBLIC)), "the reference has these, and the library does not"
+    assert len(names) == len(set(names))
+
+
+def test_docstrings_say_what_every_parameter_is():
+    assert not {name: missing for name, thing in PUBLIC.items() if (missing := parameters(thing) - told(thing))}
+
+
+def test_docstrings_have_examples():
+    assert {name for name, thing in PUBLIC.items() if ">>> " not in section(thing, "Example")} == NO_EXAMPLE
+
+
+def test_docstrings_of_mathematics_name_their_source():
+    names = {name for name, thing in PUBLIC.items() if thing.__module__.removeprefix("jaxsae.") in OF_PAPERS}
+    assert {name for name in names if "\nSource: " not in docstring(PUBLIC[name])} == NO_SOURCE
+
+
+@pytest.mark.parametrize("path", sorted(DOCS.rglob("*.md")), ids=lambda path: path.stem)
+def test_what_a_page_names_exists(path):
+    text = path.read_text()
+    for name in re.findall(r"\bjaxsae(?:\.[A-Za-z]\w*)+", text):
+        find(name)
+    for module, name in re.findall(r"`(\w+)\.([A-Za-z]\w*)", text):  # `ksvd.exact`
+        if importlib.util.find_spec(f"jaxsae.{module}"):
+            find(f"jaxsae.{module}.{name}")
+
+
+def test_code_of_every_page_is_run():
+    with_code = {path.stem for path in DOCS.rglob("*.md") if "```python" in path.read_text()}
+    assert with_code == {"index", "paper_to_code"}  # of tests/test_documents.py
+
+
+def test_the_guide_has_the_numbers_of_the_committed_benchmarks():
+    page = (DOCS / "which.md").read_text()
+    assert guide.insert(page) == page
+
+
+def test_the_guide_says_what_each_format_can_write(tmp_path):
+    m, one = 8, jnp.full(8, 0.1)
+    activations = {
+        "ReLU": jaxsae.ReLU(),
+        "TopK": jaxsae.TopK(2),
+        "AbsTopK": jaxsae.AbsTopK(2),
+        "BatchTopK": jaxsae.BatchTopK(2, threshold=0.1),
+        "JumpReLU": jaxsae.JumpReLU(jnp.linspace(0.1, 0.2, m)),
+        "GroupMax": jaxsae.GroupMax(2),
+        "Gated": jaxsae.Gated(0 * one, 0 * one, one),
+        "MatchingPursuit": MatchingPursuit(),
+        "JumpReLU of one threshold": jaxsae.JumpReLU(one),
+        "TopK on `LayerNorm` rows": jaxsae.TopK(2),
+    }
+
+    def writes(format, name):
+        sae = jaxsae.init(jax.random.key(0), d=4, m=m, activation=activations[name])
+        if name.endswith("rows"):
+            sae = sae.replace(normalisation=LayerNorm())
+        try:
+            jaxsae.pretrained.save(sae, tmp_path / f"{format}-{name.split()[-1]}.pt", format=format)
+        except InputError:
+            return False
+        return True
+
+    told = dict(re.findall(r"^\| [^|]* \| `(\w+)` \| (.*) \|$", (DOCS / "which.md").read_text(), flags=re.MULTILINE))
+    for format in (name for name, row in jaxsae.pretrained.FORMATS.items() if row.write):
+        can = {name for name in activations if writes(format, name)}
+        plain = can & {name for name in activations if " " not in name}
+        said = set(re.split("[,;] ", told[format]))
+        assert said == ({"everything"} if len(plain) == 8 else plain) | (said & can)
