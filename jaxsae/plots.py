@@ -1,5 +1,6 @@
 """Figures of a study, drawn from its report."""
 
+import math
 import os
 from typing import Any
 
@@ -94,6 +95,10 @@ def shrinkage(report: dict[str, Any], path: str | os.PathLike) -> None:
             axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.set_minor_formatter(NullFormatter())
+            low, high = axis.get_view_interval()
+            if low < high < 2 * low:  # without a tick, perhaps, and no more than rounding apart
+                middle = math.sqrt(low * high)
+                axes.set(**{f"{axis.axis_name}lim": (middle / math.sqrt(2), middle * math.sqrt(2))})
         axes.grid(which="both", alpha=0.25)
     if "ce_clean" in report:
         label = f"the model itself, {report['ce_clean']:.2f} (its mean instead: {report['ce_mean']:.2f})"

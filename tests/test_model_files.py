@@ -603,14 +603,20 @@ def test_the_cache_of_the_user(tmp_path, monkeypatch):
         ("gguf", lambda file: read_tokenizer(file)),
         ("tokenizers", lambda file: read_tokenizer(file)),
         ("tokenizers", lambda file: read_tokenizer(SAVED / "llama")),
-        ("platformdirs", lambda file: load("smollm2")),
-        ("platformdirs", lambda file: model_files.fetch("smollm2")),
     ],
 )
 def test_a_package_that_is_missing(package, call, tmp_path, monkeypatch):
     file = saved_as_gguf(tmp_path / "a.gguf")
-    monkeypatch.delenv("JAXSAE_CACHE", raising=False)
     monkeypatch.setitem(sys.modules, package, None)
     message = rf"^language models need {package}, which is missing; pip install 'jaxsae\[lm\]'\.$"
     with pytest.raises(InputError, match=message):
         call(file)
+
+
+@pytest.mark.parametrize("call", [load, model_files.fetch])
+def test_no_place_to_keep_a_model(call, monkeypatch):
+    monkeypatch.delenv("JAXSAE_CACHE", raising=False)
+    monkeypatch.setitem(sys.modules, "platformdirs", None)
+    message = r"^got no JAXSAE_CACHE, and platformdirs is missing; pip install 'jaxsae\[lm\]'\.$"
+    with pytest.raises(InputError, match=message):
+        call("smollm2")
