@@ -7,18 +7,16 @@ A step is there once it has its name, which it gets when all of it is on the dis
 has its fingerprint; else the one before it is, and that is told.
 """
 
-import contextlib
-import gc
 import json
+import logging
 import math
 import os
 import platform
 import re
 import shutil
 import sys
-import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +29,7 @@ from jaxtyping import Array, UInt32
 from jaxsae.files import InputError
 
 _VERSION = 1
-_ECHOES = ("Event loop is closed", "Encountered error while reading array index")
+_ECHOES = ("Event loop is closed", "Encountered error while reading array index", "in OCDBT database at")
 _ANY = (Exception,)  # what orbax lets out when a file is not what it says, plain `Exception` among it
 
 
@@ -111,7 +109,6 @@ class Checkpoints:
         self.folder, self._warn, self._keep = Path(folder).absolute(), warn, keep
         self._config = json.loads(json.dumps(config, allow_nan=False))
         self._manager: Any = None
-        self._open_until_exit = contextlib.ExitStack()
         for step in self.steps():
             try:
                 manifest = _read_manifest(self.folder / str(step))
@@ -136,12 +133,12 @@ class Checkpoints:
                 )
 
     def __enter__(self) -> "Checkpoints":
-        self._open_until_exit.enter_context(_without_echoes())
+        _drop_echoes()
         return self
 
     def __exit__(self, *error: Any) -> None:
         manager, self._manager = self._manager, None
-        with self._open_until_exit, _told(self.folder, self.steps):
+        with _told(self.folder, self.steps):
             if manager is not None:
                 manager.close()
 
@@ -261,7 +258,8 @@ def _read_state(path: Path, like: Any) -> Any:
         "state": jax.tree.map(ocp.utils.to_shape_dtype_struct, like),
         "fingerprint": jax.ShapeDtypeStruct((len(jax.tree.leaves(like)),), jnp.uint32),
     }
-    with _without_echoes(), ocp.StandardCheckpointer() as reader:
+    _drop_echoes()
+    with ocp.StandardCheckpointer() as reader:
         found = reader.restore(path / "state", expected)
     leaves, hashes = jax.tree.leaves(found["state"]), np.asarray(fingerprint(found["state"]))
     for (name, old), new, a, b in zip(
@@ -272,31 +270,32 @@ def _read_state(path: Path, like: Any) -> Any:
     return found["state"]
 
 
-@contextlib.contextmanager
-def _without_echoes() -> Iterator[None]:
+def _drop_echoes() -> None:
     """When one file cannot be read or written, orbax drops the others, which then complain where nothing is caught.
 
-    They come from threads of their own; they are over when none has come for a while.
+    They do so from threads of their own, or as asyncio's futures are freed, which may be at the end of the process: so
+    what drops them stays. It is there once, however often this is called.
     """
-    before, last = sys.unraisablehook, [-math.inf]
+    if not isinstance(sys.unraisablehook, _WithoutEchoes):
+        sys.unraisablehook = _WithoutEchoes(sys.unraisablehook)
+    logging.getLogger("asyncio").addFilter(_is_no_echo)
 
-    def hear(unraisable):
-        if str(unraisable.exc_value).startswith(_ECHOES):
-            last[0] = time.monotonic()
-        else:
-            before(unraisable)
 
-    sys.unraisablehook = hear
-    try:
-        yield
-    except Exception:
-        gc.collect()
-        last[0] = time.monotonic()
-        raise
-    finally:
-        while time.monotonic() < last[0] + 0.3:
-            time.sleep(0.05)
-        sys.unraisablehook = before
+class _WithoutEchoes:
+    def __init__(self, hook: Callable[[Any], Any]):
+        self._hook = hook
+
+    def __call__(self, unraisable: Any) -> None:
+        if not _is_echo(unraisable.exc_value):
+            self._hook(unraisable)
+
+
+def _is_echo(error: object) -> bool:
+    return any(words in str(error) for words in _ECHOES)
+
+
+def _is_no_echo(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and _is_echo(record.exc_info[1]))
 
 
 class _told:

@@ -91,12 +91,14 @@ def shrinkage(report: dict[str, Any], path: str | os.PathLike) -> None:
         if any(row["l0"] for row in report["rows"]):
             axes.set(xscale="log", yscale="log" if name == "nmse" else "linear")
         axes.set(xlabel="L0: active latents a row", ylabel=label, title=title)
-        for axis in (axes.xaxis, axes.yaxis) if name == "nmse" else (axes.xaxis,):
+        logarithmic = (axes.xaxis, axes.yaxis) if name == "nmse" else (axes.xaxis,)
+        for axis in logarithmic:
             axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.set_minor_formatter(NullFormatter())
+        for axis in logarithmic:
             low, high = axis.get_view_interval()
-            if low < high < 2 * low:  # without a tick, perhaps, and no more than rounding apart
+            if high < 2 * low:  # too narrow to hold a tick, perhaps
                 middle = math.sqrt(low * high)
                 axes.set(**{f"{axis.axis_name}lim": (middle / math.sqrt(2), middle * math.sqrt(2))})
         axes.grid(which="both", alpha=0.25)
