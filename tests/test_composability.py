@@ -63,6 +63,7 @@ def test_jit_of_vmap_of_grad_of_refine(model, x, slopes):
         np.testing.assert_allclose(slopes.W_dec[row], expected, atol=2e-4 * np.abs(expected).max())
 
 
+@pytest.mark.bits
 def test_scan_over_batches(model, x, refined):
     def body(total, batch):
         code, info = refine(model, batch)
@@ -73,6 +74,7 @@ def test_scan_over_batches(model, x, refined):
     np.testing.assert_allclose(total, f64(refined[0].values).sum(), rtol=1e-5)
 
 
+@pytest.mark.bits
 def test_refine_and_its_derivative_inside_a_shard_map(model, x, refined, slopes):
     assert MESH.size == 8
 
@@ -166,6 +168,7 @@ def test_encode_is_exported_for_any_batch_and_loaded_back(activation, x):
     assert_same_bits(loaded.call(model, x[:5]), jax.jit(encode)(model, x[:5]))
 
 
+@pytest.mark.bits
 def test_donated_arguments(model, x, refined):
     values = jax.jit(jaxsae.encode)(model, x).values + 0
     again = jax.jit(lambda values: refine(model, x, with_code(refined[0], values=values))[0], donate_argnums=0)

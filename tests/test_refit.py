@@ -157,6 +157,7 @@ def test_a_row_that_is_not_finite_comes_back_unchanged_and_touches_no_other(bad,
     assert_same_bits(*others)
 
 
+@pytest.mark.bits
 def test_a_row_is_the_same_to_the_bit_alone_in_a_crowd_and_under_vmap():
     dictionary, y, code = problem(batch=(4096,), coherence=0.5)
     refit = functools.partial(jaxsae.refit, dictionary)
@@ -172,6 +173,7 @@ def test_a_row_is_the_same_to_the_bit_alone_in_a_crowd_and_under_vmap():
         assert_same_bits(alone, jax.tree.map(lambda leaf, row=row: leaf[row], crowd))
 
 
+@pytest.mark.bits
 def test_vmap_over_dictionaries_is_one_refit_each():
     members = [problem(seed) for seed in range(3)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
@@ -180,6 +182,7 @@ def test_vmap_over_dictionaries_is_one_refit_each():
         assert_same_bits(jax.tree.map(lambda leaf, i=i: leaf[i], mapped), jaxsae.refit(*member))
 
 
+@pytest.mark.bits
 def test_vmap_over_tolerances_and_ridges():
     dictionary, y, code = problem()
     tols, ridges = jnp.array([1e-2, 1e-5]), jnp.array([0.0, 0.5])

@@ -84,6 +84,7 @@ def refined(request, tmp_path_factory):
     return Refined(x, model, summary, done, *read(out), encoded, *expected)
 
 
+@pytest.mark.bits
 def test_the_file_holds_what_refine_gives_in_the_order_of_the_rows(refined):
     np.testing.assert_array_equal(refined.info.status, refined.expected_info.status)
     np.testing.assert_allclose(dense(refined.code), dense(refined.expected), rtol=1e-4, atol=1e-5)
