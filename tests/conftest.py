@@ -17,6 +17,7 @@ os.environ["XLA_FLAGS"] = " ".join(
     + ["--xla_cpu_use_fusion_emitters=false"]
     * (os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and version("jaxlib").startswith("0.10."))
 ).strip()
+os.environ.setdefault("PJRT_NPROC", "64")  # threads that devices made of one CPU share: not to run out of them
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Commands that tests start leave nothing in the user's cache.
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "0")
