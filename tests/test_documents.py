@@ -2,6 +2,7 @@
 
 import ast
 import doctest
+import functools
 import importlib
 import json
 import pkgutil
@@ -9,11 +10,12 @@ import re
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 import jaxsae
 from benchmarks import table
-from jaxsae import model_files
+from jaxsae import cli, images, model_files
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,6 +50,53 @@ def test_code_of_a_page_runs(page):
 def test_readme_runs(capsys):
     run(re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL))
     assert "NMSE" in capsys.readouterr().out
+
+
+def commands(text: str) -> list[list[str]]:
+    """The `jaxsae` commands of a page: in blocks of code, and among the words; not what only names one."""
+    blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    words = re.findall(r"`(jaxsae\s[^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    found = [re.search(r"jaxsae\s+([a-z]+(?:\s+[^\s\"#&`]+)*)", line) for line in lines + words]
+    argvs = [match.group(1).split() for match in found if match]
+    return [argv for argv in argvs if len(argv) > 1 and argv[-1] not in ("--help", "--mesh")]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/which.md", "jaxsae/cli.py"])
+def test_commands_of_a_page_are_understood(page, monkeypatch):
+    got = []
+    for name, command in cli.COMMANDS.items():
+
+        def note(*args, name=name, **kwargs):
+            got.append(name)
+            return 0
+
+        monkeypatch.setitem(cli.COMMANDS, name, functools.wraps(command)(note))
+    text = (ROOT / page).read_text()
+    argvs = [line.split()[2:] for line in re.findall(r"Example: jaxsae .*", text)] or commands(text)
+    for argv in argvs:
+        assert cli.main(argv) == 0, argv
+    assert got == [name for name, *_ in argvs]
+    assert argvs
+
+
+@pytest.mark.slow
+def test_commands_of_the_readme_run(tmp_path, monkeypatch):
+    """On small files, a training shorter; but for other machines, the network, and studies, which `.ci/run` runs."""
+    monkeypatch.chdir(tmp_path)
+    generator = np.random.default_rng(0)
+    for name, rows in (("x", 4000), ("y", 300)):
+        np.save(f"{name}.npy", generator.standard_normal((rows, 64)).astype(np.float32))
+    for name in ("noisy", "scratched"):
+        images.write(f"{name}.png", generator.uniform(0, 255, (40, 40)))
+    images.write("scratches.png", 255.0 * (generator.uniform(size=(40, 40)) < 0.1))
+    done = set()
+    for argv in commands((ROOT / "README.md").read_text().replace("hf://organisation/repository/path", "run")):
+        elsewhere = {"smollm2", "--distributed", "--topology"} & set(argv)
+        if not elsewhere and (argv[0] != "study" or "--sae" in argv):
+            assert cli.main(argv + ["--steps", "20"] * (argv[0] == "train")) == 0, argv
+            done.add(argv[0])
+    assert done == set(cli.COMMANDS) - {"fetch", "harvest", "plan"}
 
 
 @pytest.mark.lm
