@@ -5,11 +5,11 @@ from typing import Any
 
 import griffe
 
-_CONSTRUCTED = {"flax.struct.dataclass", "typing.NamedTuple"}
+_CONSTRUCTED = {"jaxsae.pytrees.dataclass", "typing.NamedTuple"}
 
 
 class Habits(griffe.Extension):
-    """`Example:` holds a session, as `Examples:` elsewhere; flax's dataclasses and named tuples have signatures."""
+    """`Example:` holds a session, as `Examples:` elsewhere; our dataclasses and named tuples have signatures."""
 
     def on_object(self, *, obj: griffe.Object, **options: Any) -> None:
         """Rename the section; a source is a paragraph, however its lines are indented."""

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float
 
-from jaxsae import codes
+from jaxsae import codes, pytrees
 from jaxsae.codes import SparseCode
 
 __all__ = [
@@ -29,7 +29,7 @@ __all__ = [
 
 
 class Activation:
-    """What an SAE asks of its activation; subclasses are `flax.struct` dataclasses.
+    """What an SAE asks of its activation; subclasses are made by `pytrees.dataclass`.
 
     Attributes:
       slots: how many slots a row the activation fixes, or None.
@@ -38,8 +38,8 @@ class Activation:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from flax import struct
-      >>> @struct.dataclass
+      >>> from jaxsae import pytrees
+      >>> @pytrees.dataclass
       ... class Square(Activation):
       ...     def __call__(self, pre):
       ...         return jnp.maximum(pre, 0) ** 2
@@ -77,7 +77,7 @@ class Activation:
         return self
 
 
-@struct.dataclass
+@pytrees.dataclass
 class ReLU(Activation):
     """Keep what is positive: `z = max(pre, 0)`.
 
@@ -144,7 +144,7 @@ def dropped(pre: Float[Array, "*b m"], k: int, keep: float | Array | None = None
     return (pre < least) | ((pre == least) & (jnp.arange(pre.shape[-1]) > last))
 
 
-@struct.dataclass
+@pytrees.dataclass
 class TopK(_Selection):
     """Keep the `k` largest pre-activations of each row, those of them that are positive.
 
@@ -183,7 +183,7 @@ class TopK(_Selection):
         return SparseCode(jnp.where(kept, values, 0), jnp.where(kept, indices, m), m)
 
 
-@struct.dataclass
+@pytrees.dataclass
 class AbsTopK(_Selection):
     """Keep the `k` pre-activations of largest magnitude, with their signs: a code that needs no pairs of latents.
 
@@ -213,7 +213,7 @@ class AbsTopK(_Selection):
         return codes.from_dense(pre, self.k)
 
 
-@struct.dataclass
+@pytrees.dataclass
 class GroupMax(_Selection):
     """Split the latents into `k` groups of neighbours and keep the largest of each, if it is positive.
 
@@ -256,7 +256,7 @@ class GroupMax(_Selection):
         return SparseCode(values, jnp.where(values > 0, indices, pre.shape[-1]), pre.shape[-1])
 
 
-@struct.dataclass
+@pytrees.dataclass
 class BatchTopK(Activation):
     """Train on the `B·k` largest of a batch of `B` rows; infer with the threshold that this amounts to.
 
@@ -310,7 +310,7 @@ class BatchTopK(Activation):
         return dataclasses.replace(self, threshold=self.threshold / scale)
 
 
-@struct.dataclass
+@pytrees.dataclass
 class JumpReLU(Activation):
     """Keep what exceeds its latent's threshold: `z = max(pre, 0)` where `pre > θ`, else 0.
 
@@ -356,7 +356,7 @@ class JumpReLU(Activation):
         return dataclasses.replace(self, threshold=self.threshold / scale)
 
 
-@struct.dataclass
+@pytrees.dataclass
 class Gated(Activation):
     """Decide with one bias which latents are active, and with another, and a scale, what their values are.
 
@@ -396,7 +396,7 @@ class Gated(Activation):
         return dataclasses.replace(self, b_gate=self.b_gate / scale, b_mag=self.b_mag / scale)
 
 
-@struct.dataclass
+@pytrees.dataclass
 class MatchingPursuit(Activation):
     """No encoder: take the atom that correlates most with what is left, as often as needed.
 

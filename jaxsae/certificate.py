@@ -4,15 +4,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float
 
-from jaxsae import gram, rows, solvers
+from jaxsae import gram, pytrees, rows, solvers
 from jaxsae.codes import SparseCode
 from jaxsae.linalg import matmul, max_or_nan, solve_on
 
 
-@struct.dataclass
+@pytrees.dataclass
 class Certificate:
     """Bounds on how far a code is from optimal on its support, computed without the solver.
 

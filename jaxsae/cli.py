@@ -218,7 +218,7 @@ def train(
 
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # what orbax has to say of errors is said below
     if mesh is not None:
-        # Devices made of one CPU share threads; where collectives wait in all of them, XLA waits for ever (jaxlib 0.10).
+        # Devices made of one CPU share threads; if collectives wait in all of them, jaxlib 0.10 waits for ever.
         os.environ.setdefault("PJRT_NPROC", str(max(os.cpu_count() or 1, 8 * mesh[0] * mesh[1])))
     if distributed or coordinator is not None:
         _join(coordinator, processes, process)

@@ -8,7 +8,7 @@ from flax import struct
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsae import rows, sharding
+from jaxsae import pytrees, rows, sharding
 
 __all__ = [
     "SparseCode",
@@ -22,7 +22,7 @@ __all__ = [
 _CACHE = 2**25  # bytes: sums larger than this are made in the order of their latents on a CPU
 
 
-@struct.dataclass
+@pytrees.dataclass
 class SparseCode:
     """The active latents of a batch of rows, in `k` slots a row.
 

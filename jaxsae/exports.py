@@ -4,6 +4,7 @@ data = jax.export.export(jax.jit(jaxsae.refine))(sae, x).serialize()
 refined, info = jax.export.deserialize(data).call(sae, x)
 """
 
+import dataclasses
 import importlib
 import inspect
 import json
@@ -13,7 +14,7 @@ from jax import export
 for _name in ("activations", "certificate", "codes", "metrics", "normalisation", "refit", "sae", "solvers"):
     _module = importlib.import_module(f"jaxsae.{_name}")
     for _noun, _class in inspect.getmembers(_module, inspect.isclass):
-        if _class.__module__ == _module.__name__ and hasattr(_class, "_flax_dataclass"):
+        if _class.__module__ == _module.__name__ and dataclasses.is_dataclass(_class):
             export.register_pytree_node_serialization(
                 _class,
                 serialized_name=f"jaxsae.{_noun}",

@@ -25,8 +25,9 @@ class Dictionary(Protocol):
     """A dictionary that need not be an array: sharded, quantised, factored.
 
     Example:
-      >>> import flax, jax, jax.numpy as jnp
-      >>> @flax.struct.dataclass
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxsae import pytrees
+      >>> @pytrees.dataclass
       ... class Halves:
       ...     atoms: jax.Array
       ...

@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Float
 
-from jaxsae import codes, ksvd, pursuit, rows
+from jaxsae import codes, ksvd, pursuit, pytrees, rows
 from jaxsae.codes import SparseCode
 from jaxsae.files import InputError, atomic_file
 from jaxsae.linalg import divide, matmul
@@ -402,7 +401,7 @@ def _denoised(D, tol, y, *, k: int):
 # --- Patches of which not every pixel is known
 
 
-@struct.dataclass
+@pytrees.dataclass
 class _Masked:
     """The atoms as each row sees them: number `row · m + atom` is `known[row] * D[atom]`."""
 

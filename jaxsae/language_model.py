@@ -15,10 +15,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx, struct
+from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxsae import model_files
+from jaxsae import model_files, pytrees
 from jaxsae.files import InputError
 from jaxsae.model_files import Config
 
@@ -250,7 +250,7 @@ def _replace(h, new, skip_first):
     return jnp.where(jnp.arange(h.shape[1])[:, None] < skip_first, h, new.astype(h.dtype))
 
 
-@struct.dataclass
+@pytrees.dataclass
 class NextToken:
     """Sums over the tokens that were predicted; `a + b` is the measurement of both.
 

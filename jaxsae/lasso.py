@@ -15,11 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
-from jaxsae import codes, gram, homotopy, rows
+from jaxsae import codes, gram, homotopy, pytrees, rows
 from jaxsae.certificate import certify
 from jaxsae.codes import SparseCode
 from jaxsae.homotopy import Static
@@ -29,7 +28,7 @@ from jaxsae.refit import RefitInfo, Status, refit
 Number = int | float | Array | np.ndarray
 
 
-@struct.dataclass
+@pytrees.dataclass
 class LassoInfo(RefitInfo):
     """How a lasso ended, row by row.
 
@@ -253,7 +252,7 @@ def blend(
     return dataclasses.replace(selected, values=values), dataclasses.replace(info, status=status)
 
 
-@struct.dataclass
+@pytrees.dataclass
 class CrossValidation:
     """What cross-validation saw.
 

@@ -9,10 +9,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Bool, Float
 
-from jaxsae import codes
+from jaxsae import codes, pytrees
 from jaxsae.codes import SparseCode
 from jaxsae.sae import SAE, Fit, reconstruct, to_fit
 
@@ -21,7 +20,7 @@ def _ratio(a, b):
     return jnp.where(b == 0, jnp.nan, a / jnp.where(b == 0, 1, b))
 
 
-@struct.dataclass
+@pytrees.dataclass
 class Moments:
     """Count, mean and spread of rows; merged so that a mean far from zero costs no digits.
 
@@ -70,7 +69,7 @@ def moments(x: Float[Array, "*b d"], keep: Bool[Array, "*b"] | None = None) -> M
     return Moments(rows, mean, jnp.sum(jnp.where(keep[:, None], x - mean, 0) ** 2))
 
 
-@struct.dataclass
+@pytrees.dataclass
 class Reconstruction:
     """How well `x̂` reconstructs `x`.
 
@@ -116,7 +115,7 @@ def reconstruction(x: Float[Array, "*b d"], x_hat: Float[Array, "*b d"]) -> Reco
     return Reconstruction(moments(x, keep), moments(x - x_hat, keep))
 
 
-@struct.dataclass
+@pytrees.dataclass
 class Progressive:
     """How well the largest latents of each row alone reconstruct it, for several numbers of them.
 
@@ -163,7 +162,7 @@ def progressive(sae: SAE, x: Float[Array, "*b d"], code: SparseCode, keep: Seque
     return Progressive(tuple(cut(n) for n in keep))
 
 
-@struct.dataclass
+@pytrees.dataclass
 class Activity:
     """Which latents fire, and how often.
 
@@ -221,7 +220,7 @@ def activity(code: SparseCode) -> Activity:
 RATIO_EDGES = 2.0 ** np.linspace(-4, 6, 81)
 
 
-@struct.dataclass
+@pytrees.dataclass
 class Shrinkage:
     """What refinement did to the active values of a code; add to merge, print as a table.
 

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
+from jaxsae import pytrees
+
 
 class Normalised(NamedTuple):
     """Rows in the units of an autoencoder.
@@ -32,15 +34,15 @@ class Normalised(NamedTuple):
 
 
 class Normalisation:
-    """What an SAE asks of its normalisation; subclasses are `flax.struct` dataclasses.
+    """What an SAE asks of its normalisation; subclasses are made by `pytrees.dataclass`.
 
     Attributes:
       per_row: whether the way back needs the row, so that a code alone does not say what it reconstructs.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from flax import struct
-      >>> @struct.dataclass
+      >>> from jaxsae import pytrees
+      >>> @pytrees.dataclass
       ... class Centred(Normalisation):
       ...     def __call__(self, x):
       ...         mean = jnp.mean(x, axis=-1, keepdims=True)
@@ -56,7 +58,7 @@ class Normalisation:
         raise NotImplementedError(f"{type(self).__name__} has no __call__; define what it does to rows.")
 
 
-@struct.dataclass
+@pytrees.dataclass
 class LayerNorm(Normalisation):
     """Each row less its mean, over its standard deviation: `(x − μ) / (σ + ε)`, and back by `σ · x̂ + μ`.
 
@@ -83,7 +85,7 @@ class LayerNorm(Normalisation):
         return Normalised(centred / (deviation + self.eps), deviation, mean)
 
 
-@struct.dataclass
+@pytrees.dataclass
 class ConstantNorm(Normalisation):
     """Each row scaled to norm `√d`: `x · √d / ‖x‖`. A row of zeros has no such scale, and becomes NaN.
 
@@ -101,7 +103,7 @@ class ConstantNorm(Normalisation):
         return Normalised(x / scale, scale)
 
 
-@struct.dataclass
+@pytrees.dataclass
 class AverageNorm(Normalisation):
     """Rows are to come scaled such that their mean norm is `√d`; nothing is done to them here.
 

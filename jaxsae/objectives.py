@@ -19,7 +19,7 @@ import optax
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsae import codes, losses
+from jaxsae import codes, losses, pytrees
 from jaxsae.activations import Activation, TopK
 from jaxsae.codes import SparseCode
 from jaxsae.sae import SAE, encode, pre_activations, reconstruct
@@ -61,7 +61,7 @@ class Measured(NamedTuple):
     activation: Activation | None = None
 
 
-@struct.dataclass
+@pytrees.dataclass
 class Objective:
     """The reconstruction error `mean_b ‖target − x̂‖²`, and terms.
 
@@ -133,7 +133,7 @@ def _at(weight, schedule: optax.Schedule | None, step) -> Array:
     return jnp.asarray(weight if schedule is None else weight * schedule(step))
 
 
-@struct.dataclass
+@pytrees.dataclass
 class L1:
     """Decoder-norm weighted L1 penalty, `losses.l1`.
 
@@ -160,7 +160,7 @@ class L1:
         return _at(self.weight, self.schedule, p.step) * losses.l1(_dense(p.code), p.sae.W_dec)
 
 
-@struct.dataclass
+@pytrees.dataclass
 class L0:
     """Hold `JumpReLU`'s L0 at a target, `losses.l0_target`.
 
@@ -190,7 +190,7 @@ class L0:
         return _at(self.weight, self.schedule, p.step) * losses.l0_target(l0, self.target)
 
 
-@struct.dataclass
+@pytrees.dataclass
 class Gate:
     """What `Gated` learns its gate by: an L1 penalty on the gate alone, and `losses.gate`.
 
@@ -219,7 +219,7 @@ class Gate:
         return _at(self.weight, self.schedule, p.step) * penalty + losses.gate(p.sae, _without_skip(p), gated)
 
 
-@struct.dataclass
+@pytrees.dataclass
 class AuxK:
     """Let dead latents reconstruct the residual, `losses.auxk`.
 
@@ -246,7 +246,7 @@ class AuxK:
         return self.weight * losses.auxk(p.sae, p.x, p.target - p.x_hat, p.dead, k_aux=self.k_aux)
 
 
-@struct.dataclass
+@pytrees.dataclass
 class MultiTopK:
     """Add the error of `TopK` with `factor · k` latents, so that it is good at other sparsities: `L(k) + L(4k)/8`.
 
@@ -276,7 +276,7 @@ class MultiTopK:
         return self.weight * losses.mse(p.target, reconstruct(sae, p.x, encode(sae, p.x)))
 
 
-@struct.dataclass
+@pytrees.dataclass
 class Matryoshka:
     """Add the errors of the first latents alone, `losses.matryoshka`.
 

@@ -25,10 +25,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Float, Int
 
-from jaxsae import gram, implicit, kernels, rows, sharding, solvers
+from jaxsae import gram, implicit, kernels, pytrees, rows, sharding, solvers
 from jaxsae.codes import SparseCode
 from jaxsae.linalg import EXACT, divide, max_or_nan, solve_on
 
@@ -47,7 +46,7 @@ class Status(enum.IntEnum):
     NONFINITE = 2
 
 
-@struct.dataclass
+@pytrees.dataclass
 class RefitInfo:
     """How a refit ended, row by row.
 

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxsae import codes, sharding
+from jaxsae import codes, pytrees, sharding
 from jaxsae.activations import Activation, JumpReLU
 from jaxsae.codes import SparseCode
 from jaxsae.normalisation import Normalisation
 from jaxsae.refit import RefitInfo, refit
 
 
-@struct.dataclass
+@pytrees.dataclass
 class SAE:
     """Parameters of a sparse autoencoder, a pytree.
 

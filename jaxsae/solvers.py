@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float
 
-from jaxsae import sharding
+from jaxsae import pytrees, sharding
 from jaxsae.linalg import divide, max_or_nan, solve_on
 from jaxsae.linalg import matmul as _matvec
 
@@ -61,7 +60,7 @@ class ProjectedGradientState(NamedTuple):
     curvature: Array
 
 
-@struct.dataclass
+@pytrees.dataclass
 class ProjectedGradient:
     """Projected gradient with a spectral step: `z ← P(z − (Gz − c)/L)`, `L = ‖G‖₂` by power iteration.
 
@@ -110,7 +109,7 @@ class FISTAState(NamedTuple):
     t: Array
 
 
-@struct.dataclass
+@pytrees.dataclass
 class FISTA:
     """Accelerated projected gradient with gradient restart.
 
@@ -169,7 +168,7 @@ class ConjugateGradientState(NamedTuple):
     curvature: Array
 
 
-@struct.dataclass
+@pytrees.dataclass
 class ConjugateGradient:
     """Conjugate gradient on the free coordinates, bent along the bounds.
 
@@ -245,7 +244,7 @@ class BlockPivotingState(NamedTuple):
     patience: Array  # whole exchanges still allowed without improvement
 
 
-@struct.dataclass
+@pytrees.dataclass
 class BlockPivoting:
     """Block principal pivoting: solve on a set of free coordinates, exchange the wrong ones.
 

@@ -21,11 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import struct
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jaxsae import sharding
+from jaxsae import pytrees, sharding
 from jaxsae.linalg import divide
 from jaxsae.objectives import Measured
 from jaxsae.sae import SAE, decode, encode_dense
@@ -51,7 +50,7 @@ __all__ = [
 PATIENCE = 10  # skipped batches in a row after which `fit` gives up
 
 
-@struct.dataclass
+@pytrees.dataclass
 class TrainState:
     """All that a training step reads and writes.
 

@@ -67,6 +67,7 @@ ORDER = [
     "files",
     "rows",
     "sharding",
+    "pytrees",
 ]
 
 FILES = sorted(PACKAGE.rglob("*.py"))

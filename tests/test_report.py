@@ -228,12 +228,11 @@ def test_the_rows_furthest_from_optimal_are_those_of_all_autoencoders(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("study", ["study", "study-smollm2"])
-def test_an_older_report_leaves_out_what_it_lacks(study):
-    page = page_of(ROOT / "benchmarks/results" / study)
+def test_an_older_report_leaves_out_what_it_lacks():
+    page = page_of(ROOT / "benchmarks/results/study-smollm2")
     new = {"Shrinkage, latent by latent", "How often latents fire", "Training", "Rows furthest from optimal"}
     assert list(page.sections) == [name for name in STUDY if name not in new]
-    assert len(page.drawings("Error against sparsity")) == (3 if study == "study-smollm2" else 2)
+    assert len(page.drawings("Error against sparsity")) == 3
 
 
 LACKS = {
