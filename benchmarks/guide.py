@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks import table
 from benchmarks.pursuit import half_point
+from jaxsae.plots import method
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -112,10 +113,9 @@ def _shrinkage(report: dict[str, Any]) -> str:
     head = ["autoencoder", "L0", "NMSE", "refined", "mean activation", "next-token loss, nats", "refined"]
     rows = []
     for row in report["rows"]:
-        name = f"{'ReLU, L1' if row['family'] == 'relu' else 'TopK, k'} {row['k_or_l1']:g}"
         numbers = [f"{row['l0']:.0f}", f"{row['nmse_before']:.4f}", f"{row['nmse_after']:.4f}"]
         numbers += [f"{row['mean_change']:+.1%}", f"{row['ce_before']:.3f}", f"{row['ce_after']:.3f}"]
-        rows.append([name, *numbers])
+        rows.append([method(row), *numbers])
     return _markdown(head, rows)
 
 

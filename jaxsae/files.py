@@ -1,11 +1,13 @@
 """Files are written whole or not at all, and what is wrong with one is said in one sentence."""
 
 import contextlib
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 class InputError(ValueError):
@@ -29,6 +31,19 @@ def cache() -> Path:
     except ImportError as error:
         raise InputError("got no JAXSAE_CACHE, and platformdirs is missing; pip install 'jaxsae[lm]'.") from error
     return platformdirs.user_cache_path("jaxsae")
+
+
+def json_number(value: Any) -> float | None:
+    """A number as JSON can hold it, which has no NaN, the mean of nothing for example: that is null.
+
+    Args:
+      value: a number, or an array of one.
+
+    Example:
+      >>> json_number(0.5), json_number(float("nan"))
+      (0.5, None)
+    """
+    return float(value) if math.isfinite(value) else None
 
 
 @contextlib.contextmanager

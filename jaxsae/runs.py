@@ -24,7 +24,7 @@ from jaxsae import data as data_module
 from jaxsae import job, metrics, pretrained, sharding, stream, train
 from jaxsae.activations import AbsTopK, Activation, BatchTopK, Gated, GroupMax, JumpReLU, ReLU, TopK
 from jaxsae.checkpoint import Checkpoints, versions
-from jaxsae.files import InputError, atomic_file
+from jaxsae.files import InputError, atomic_file, json_number
 from jaxsae.objectives import L0, L1, AuxK, Gate, MultiTopK, Objective
 from jaxsae.sae import SAE, encode, init, reconstruct, rescale
 
@@ -405,17 +405,12 @@ def evaluate(sae: SAE, rows: data_module.Rows) -> dict[str, Any]:
         "l0": active.l0,
         "dead": active.dead,
     }
-    return {name: _number(value) for name, value in numbers.items()} | {
-        "nmse_at": {str(n): _number(value) for n, value in zip(keep, progressive.nmse, strict=True)},
+    return {name: json_number(value) for name, value in numbers.items()} | {
+        "nmse_at": {str(n): json_number(value) for n, value in zip(keep, progressive.nmse, strict=True)},
         "firing": active.octaves,
         "rows": len(rows),
         "nonfinite": nonfinite,
     }
-
-
-def _number(value) -> float | None:
-    """JSON has no NaN."""
-    return float(value) if np.isfinite(value) else None
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))

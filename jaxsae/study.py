@@ -24,7 +24,7 @@ from jaxsae import data as data_module
 from jaxsae import harvest, language_model, metrics, model_files, plots, pretrained, train
 from jaxsae.activations import ReLU, TopK
 from jaxsae.certificate import certify
-from jaxsae.files import InputError, atomic_file
+from jaxsae.files import InputError, atomic_file, json_number
 from jaxsae.language_model import LanguageModel, NextToken, loss_recovered
 from jaxsae.objectives import L1, AuxK, Objective
 from jaxsae.sae import SAE, init, reconstruct, rescale, to_fit
@@ -294,7 +294,7 @@ def _train(rows, activation, loss, plan: Plan, seed: int, progress: Progress) ->
     def tell(step, shown):
         if step % _REPORT_EVERY == 0 or step == plan.steps:
             nmse, l0 = float(shown["nmse"]), float(shown["l0"])
-            for name, value in {"step": step, "nmse": _number(nmse), "l0": _number(l0)}.items():
+            for name, value in {"step": step, "nmse": json_number(nmse), "l0": json_number(l0)}.items():
                 curve[name].append(value)
             progress(f"NMSE {nmse:.3f}  L0 {l0:.0f}", (step - 1) % _REPORT_EVERY + 1)
 
@@ -333,18 +333,13 @@ def measure(sae: SAE, rows: np.ndarray) -> dict[str, Any]:
         "certified": np.mean(kkt <= CERTIFIED),
         "dead": active.dead,
     }
-    numbers = {name: _number(value) for name, value in numbers.items()}
+    numbers = {name: json_number(value) for name, value in numbers.items()}
     return numbers | {
         "change": np.asarray(shrunk.change).tolist(),
         "latent_change": np.histogram(ratio, metrics.RATIO_EDGES)[0].tolist(),
         "firing": active.octaves,
-        "worst_rows": [{"row": int(number[i]), "l0": int(l0[i]), "kkt": _number(kkt[i])} for i in worst],
+        "worst_rows": [{"row": int(number[i]), "l0": int(l0[i]), "kkt": json_number(kkt[i])} for i in worst],
     }
-
-
-def _number(value) -> float | None:
-    """JSON has no NaN: a mean over no active value is null."""
-    return float(value) if np.isfinite(value) else None
 
 
 @functools.partial(jax.jit, static_argnames="nonnegative")

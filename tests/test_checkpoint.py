@@ -1,4 +1,7 @@
+import logging
 import shutil
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -207,3 +210,17 @@ def test_a_place_that_cannot_be_written(tmp_path):
         InputError, match=r"cannot write .*: no step was saved before|cannot write .*; no step was saved"
     ):
         checkpoints.save(1, STATE, progress=None, wait=True)
+
+
+def test_echoes_of_a_failed_write_are_dropped_and_nothing_else(monkeypatch, caplog):
+    heard = []
+    monkeypatch.setattr(sys, "unraisablehook", heard.append)
+    for _ in range(2):
+        checkpoint._drop_echoes()
+    echo = ValueError('OUT_OF_RANGE: Error writing "state.nu/0" in OCDBT database at local file "a": File too large')
+    other = ValueError("Error writing a letter")
+    for error in (echo, other):
+        sys.unraisablehook(types.SimpleNamespace(exc_value=error))
+        logging.getLogger("asyncio").error("Future exception was never retrieved", exc_info=error)
+    assert [each.exc_value for each in heard] == [other]
+    assert [record.exc_info[1] for record in caplog.records] == [other]

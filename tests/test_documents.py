@@ -15,7 +15,7 @@ import pytest
 
 import jaxsae
 from benchmarks import table
-from jaxsae import cli, images, model_files
+from jaxsae import cli, images, model_files, study
 
 ROOT = Path(__file__).parent.parent
 
@@ -142,6 +142,12 @@ def formatted(row: dict) -> str:
     else:
         shown += [f"{row[f'gamma_{when}']:.4f}" for when in ("before", "after")]
     return "| " + " | ".join([name, *shown, f"{row['worst_kkt']:.1e}"]) + " |"
+
+
+def test_readme_has_the_least_rows_of_a_study():
+    full, quick = (plan.batch + plan.heldout for plan in (study.FULL, study.QUICK))
+    words = " ".join((ROOT / "README.md").read_text().split())
+    assert f"with {full:,} rows at the least ({quick:,} with `--quick`)" in words
 
 
 @pytest.mark.parametrize("study, methods", [("study", 8), ("study-smollm2", 6)])

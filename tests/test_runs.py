@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import sys
 import types
 
@@ -211,3 +212,11 @@ def test_rethresholding_keeps_the_latents_and_moves_the_l0():
         np.testing.assert_allclose(code.l0.mean(), l0, atol=1e-6)
     with pytest.raises(ValueError, match=r"got l0 = 33\.0 for 32 latents"):
         jaxsae.sae.rethreshold(model, x, 33.0)
+
+
+def test_devices_made_of_one_cpu_have_threads_for_all_to_wait(tmp_path, monkeypatch):
+    monkeypatch.setenv("PJRT_NPROC", "")
+    monkeypatch.delenv("PJRT_NPROC")
+    options = ("--activation", "topk", "--k", K, "--latents", M, "--out", tmp_path / "run", "--mesh", 2, 4)
+    assert main(["train", "--data", str(tmp_path / "none.npy"), *map(str, options)]) == 2
+    assert int(os.environ["PJRT_NPROC"]) >= 8 * 8

@@ -14,7 +14,7 @@ import scipy.special
 from problems import f64
 
 import jaxsae
-from jaxsae import cli, data, language_model, pretrained, shards, study
+from jaxsae import cli, data, language_model, metrics, plots, pretrained, shards, study
 from jaxsae.files import InputError
 from jaxsae.stream import refine_blocks
 
@@ -141,6 +141,19 @@ def test_the_figure(done):
     with PIL.Image.open(done.out / "shrinkage.png") as image:
         assert image.format == "PNG"
         assert len(image.convert("RGB").getcolors(maxcolors=2**24)) > 50
+
+
+def test_axes_of_nearly_equal_numbers_have_a_tick(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.append(figure))
+    rows = [
+        {"family": "topk", "l0": l0, "nmse_before": 0.26, "nmse_after": 0.25, "change": [1] * 80} for l0 in (6.8, 6.9)
+    ]
+    plots.shrinkage({"rows": rows, "ratio_edges": metrics.RATIO_EDGES}, tmp_path / "a.png")
+    axes = drawn[0].axes[1]
+    for axis in (axes.xaxis, axes.yaxis):
+        low, high = axis.get_view_interval()
+        assert [tick for tick in axis.get_majorticklocs() if low <= tick <= high]
 
 
 def test_nothing_else_is_left(done):
