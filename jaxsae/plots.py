@@ -98,7 +98,7 @@ def shrinkage(report: dict[str, Any], path: str | os.PathLike) -> None:
             axis.set_minor_formatter(NullFormatter())
         for axis in logarithmic:
             low, high = axis.get_view_interval()
-            if high < 2 * low:  # too narrow to hold a tick, perhaps
+            if high < 2 * low:  # numbers all but equal would look far apart
                 middle = math.sqrt(low * high)
                 axes.set(**{f"{axis.axis_name}lim": (middle / math.sqrt(2), middle * math.sqrt(2))})
         axes.grid(which="both", alpha=0.25)
