@@ -15,6 +15,7 @@ import platform
 import re
 import shutil
 import sys
+import warnings
 import zlib
 from collections.abc import Callable
 from importlib.metadata import version
@@ -29,7 +30,9 @@ from jaxtyping import Array, UInt32
 from jaxsae.files import InputError
 
 _VERSION = 1
-_ECHOES = ("Event loop is closed", "Encountered error while reading array index", "in OCDBT database at")
+# What was to be read or written next, when a file before it could not be.
+_UNBEGUN = r"coroutine .\S*(_read_array_index_and_device_put|write_fragment). was never awaited"
+_ECHOES = f"Event loop is closed|Encountered error while reading array index|in OCDBT database at|{_UNBEGUN}"
 _ANY = (Exception,)  # what orbax lets out when a file is not what it says, plain `Exception` among it
 
 
@@ -279,6 +282,7 @@ def _drop_echoes() -> None:
     if not isinstance(sys.unraisablehook, _WithoutEchoes):
         sys.unraisablehook = _WithoutEchoes(sys.unraisablehook)
     logging.getLogger("asyncio").addFilter(_is_no_echo)
+    warnings.filterwarnings("ignore", _UNBEGUN, RuntimeWarning)
 
 
 class _WithoutEchoes:
@@ -291,7 +295,7 @@ class _WithoutEchoes:
 
 
 def _is_echo(error: object) -> bool:
-    return any(words in str(error) for words in _ECHOES)
+    return re.search(_ECHOES, str(error)) is not None
 
 
 def _is_no_echo(record: logging.LogRecord) -> bool:

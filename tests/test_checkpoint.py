@@ -2,6 +2,7 @@ import logging
 import shutil
 import sys
 import types
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -224,3 +225,26 @@ def test_echoes_of_a_failed_write_are_dropped_and_nothing_else(monkeypatch, capl
         logging.getLogger("asyncio").error("Future exception was never retrieved", exc_info=error)
     assert [each.exc_value for each in heard] == [other]
     assert [record.exc_info[1] for record in caplog.records] == [other]
+
+
+@pytest.mark.parametrize("warned", ["default", "error"])
+def test_a_reading_of_orbax_that_never_began_is_an_echo_and_no_other_coroutine(warned, monkeypatch):
+    async def _read_array_index_and_device_put():
+        pass
+
+    async def letter():
+        pass
+
+    heard = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: heard.append(unraisable.exc_value))
+    with warnings.catch_warnings(record=warned == "default") as told:
+        warnings.simplefilter(warned)
+        if warned == "default":
+            checkpoint._drop_echoes()
+        else:  # a filter of the user's may come after ours
+            monkeypatch.setattr(warnings, "filterwarnings", lambda *_: None)
+            checkpoint._drop_echoes()
+        for begin in (_read_array_index_and_device_put, letter):
+            begin()  # and freed at once
+    (only,) = heard or [each.message for each in told]
+    assert "letter' was never awaited" in str(only)
