@@ -113,6 +113,7 @@ def study(
         seed: of initialisation, shuffles and patches.
         json: print the report as one JSON object.
     """
+    from jaxsae import plots
     from jaxsae import study as job
 
     if data is not None and model is not None:
@@ -131,9 +132,8 @@ def study(
     failed = [row for row in report["rows"] if row["certified"] < 1]
     for row in failed:
         count = round((1 - row["certified"]) * report["data"]["heldout"])
-        name = row.get("sae") or f"{row['family']} {row['k_or_l1']:g}"
         worst = "NaN" if row["worst_kkt"] is None else f"{row['worst_kkt']:.1e}"
-        console.warn(f"{name}: {count} rows are not certified, the worst at KKT {worst}.")
+        console.warn(f"{plots.method(row)}: {count} rows are not certified, the worst at KKT {worst}.")
     return 1 if failed else 0
 
 
@@ -188,7 +188,7 @@ def train(
         model: instead of them, a language model: smollm2, a GGUF file or a Hugging Face directory.
         layer: block of it after which the residual is taken, from 0.
         text: UTF-8 files it reads; by default Python's standard library, four million tokens.
-        tokens: stop after so many; all by default.
+        tokens: read so many, rounded up to whole contexts; all by default.
         context: tokens it sees at a time.
         window: its rows that are shuffled among themselves.
         k: active latents a row: of each row, on average over a batch (batchtopk), or aimed at (jumprelu).
@@ -393,7 +393,7 @@ def harvest(
         layer: block after which the residual is taken, from 0.
         out: directory to write.
         text: UTF-8 files to read, in this order; by default Python's standard library, four million tokens.
-        tokens: stop after so many; all by default.
+        tokens: read so many, rounded up to whole contexts; all by default.
         context: tokens the model sees at a time.
         batch: contexts in a step.
         dtype: of the rows, float16 or float32.

@@ -70,7 +70,7 @@ def pack(files: Sequence[Path], tokenizer: Any, *, context: int, tokens: int | N
       files: UTF-8 text, in this order; other bytes become U+FFFD and are counted.
       tokenizer: a `tokenizers.Tokenizer`.
       context: tokens in a context, at least 2.
-      tokens: stop when so many were read; all by default.
+      tokens: read so many, rounded up to whole contexts; all by default.
 
     Raises:
       InputError: if a file cannot be read, or all of them do not fill a context.

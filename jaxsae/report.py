@@ -1,6 +1,7 @@
 """One HTML page of a training run or a study: no script, no network, no other file.
 
-Each section is a function from the report to HTML, and "" where the report, as older ones, lacks what it shows.
+Each section is a function from the report to HTML, and "" where the report lacks what it shows: autoencoders that were
+trained elsewhere have no curves.
 """
 
 import json

@@ -171,7 +171,7 @@ def test_a_certificate_that_fails_is_exit_code_1(fake_study, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert "0.7% fail" in out
     (warning,) = [line for line in err.splitlines() if "warning" in line]
-    assert warning == "jaxsae: warning: topk 20: 7 rows are not certified, the worst at KKT 2.0e-05."
+    assert warning == "jaxsae: warning: TopK, k 20: 7 rows are not certified, the worst at KKT 2.0e-05."
 
 
 # --- What can go wrong

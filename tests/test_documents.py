@@ -15,7 +15,7 @@ import pytest
 
 import jaxsae
 from benchmarks import table
-from jaxsae import cli, images, model_files, study
+from jaxsae import cli, data, images, model_files, study
 
 ROOT = Path(__file__).parent.parent
 
@@ -109,6 +109,18 @@ def test_readme_runs_on_a_language_model(tmp_path, monkeypatch, capsys):
     run(re.findall(r"```py\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL))
     clean, *_ = map(float, capsys.readouterr().out.split())
     assert 0 < clean < 10
+
+
+@pytest.mark.lm
+def test_readme_harvests(tmp_path, monkeypatch):
+    """Fewer tokens than there."""
+    if not model_files.cached("smollm2").is_file():
+        pytest.skip("SmolLM2 is not in the cache; run: jaxsae fetch smollm2")
+    monkeypatch.chdir(tmp_path)
+    (argv,) = (argv for argv in commands((ROOT / "README.md").read_text()) if argv[0] == "harvest")
+    argv[argv.index("--tokens") + 1] = "2000"
+    assert cli.main(argv) == 0
+    assert len(data.open_rows("activations")) == 8 * 255  # contexts, each but for its first position
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
