@@ -31,7 +31,7 @@ from jaxsae.files import InputError
 
 _VERSION = 1
 # What was to be read or written next, when a file before it could not be.
-_UNBEGUN = r"coroutine .\S*(_read_array_index_and_device_put|write_fragment). was never awaited"
+_UNBEGUN = r"coroutine '\S*(_read_array_index_and_device_put|write_fragment)' was never awaited"
 _ECHOES = f"Event loop is closed|Encountered error while reading array index|in OCDBT database at|{_UNBEGUN}"
 _ANY = (Exception,)  # what orbax lets out when a file is not what it says, plain `Exception` among it
 

@@ -55,6 +55,16 @@ def optimised():
     jax.clear_caches()
 
 
+@pytest.fixture(scope="session")
+def smollm2():
+    """The name of the small language model, if it was fetched."""
+    from jaxsae import model_files
+
+    if not model_files.cached("smollm2").is_file():
+        pytest.skip("SmolLM2 is not in the cache; run: jaxsae fetch smollm2")
+    return "smollm2"
+
+
 @pytest.fixture
 def unchecked():
     """The library as users have it, without run-time annotations: for what is passed wrong on purpose."""

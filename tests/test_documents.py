@@ -15,7 +15,7 @@ import pytest
 
 import jaxsae
 from benchmarks import table
-from jaxsae import cli, data, images, model_files, study
+from jaxsae import cli, data, images, plots, study
 
 ROOT = Path(__file__).parent.parent
 
@@ -100,9 +100,7 @@ def test_commands_of_the_readme_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.lm
-def test_readme_runs_on_a_language_model(tmp_path, monkeypatch, capsys):
-    if not model_files.cached("smollm2").is_file():
-        pytest.skip("SmolLM2 is not in the cache; run: jaxsae fetch smollm2")
+def test_readme_runs_on_a_language_model(smollm2, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     sae = jaxsae.init(jax.random.key(0), d=576, m=1024, activation=jaxsae.ReLU())
     jaxsae.pretrained.save(sae, tmp_path / "jaxsae-study/sae/relu-0.1")  # where the study above it has one
@@ -112,10 +110,8 @@ def test_readme_runs_on_a_language_model(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.lm
-def test_readme_harvests(tmp_path, monkeypatch):
+def test_readme_harvests(smollm2, tmp_path, monkeypatch):
     """Fewer tokens than there."""
-    if not model_files.cached("smollm2").is_file():
-        pytest.skip("SmolLM2 is not in the cache; run: jaxsae fetch smollm2")
     monkeypatch.chdir(tmp_path)
     (argv,) = (argv for argv in commands((ROOT / "README.md").read_text()) if argv[0] == "harvest")
     argv[argv.index("--tokens") + 1] = "2000"
@@ -139,12 +135,11 @@ def test_notebook_keeps_its_outputs_and_is_for_any_machine(path):
     for output in outputs:
         output.get("data", {}).pop("image/png", None)
     assert not re.findall(r"/(?:tmp|home|root|usr|var|opt|content|Users)/", json.dumps([sources, outputs]))
-    assert path.stat().st_size < 500_000
+    assert path.stat().st_size < 400_000
 
 
 def formatted(row: dict) -> str:
     """A line of a study's table in the README."""
-    name = f"{'ReLU, L1' if row['family'] == 'relu' else 'TopK, k'} {row['k_or_l1']:g}"
     shown = [f"{row['l0']:.1f}", *(f"{row[key]:.4f}" for key in ("nmse_before", "nmse_after"))]
     shown += [f"{row['mean_before']:.3f}", f"{row['mean_after']:.3f}"]
     shown += [f"{row['mean_change']:+.1%}", f"{row['rising']:.0%}"]
@@ -153,7 +148,7 @@ def formatted(row: dict) -> str:
         shown += [f"{row[f'recovered_mean_{when}']:.1%}" for when in ("before", "after")]
     else:
         shown += [f"{row[f'gamma_{when}']:.4f}" for when in ("before", "after")]
-    return "| " + " | ".join([name, *shown, f"{row['worst_kkt']:.1e}"]) + " |"
+    return "| " + " | ".join([plots.method(row), *shown, f"{row['worst_kkt']:.1e}"]) + " |"
 
 
 def test_readme_has_the_least_rows_of_a_study():

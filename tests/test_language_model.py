@@ -254,12 +254,10 @@ def test_loss_recovered():
 
 
 @pytest.fixture(scope="module")
-def real():
-    if not model_files.cached("smollm2").is_file():
-        pytest.skip("SmolLM2 is not in the cache; run: jaxsae fetch smollm2")
+def real(smollm2):
     if not GOLDEN.is_file():
         pytest.skip(f"{GOLDEN} is missing: what transformers computed")
-    return lm.load("smollm2"), np.load(GOLDEN)
+    return lm.load(smollm2), np.load(GOLDEN)
 
 
 @pytest.mark.lm

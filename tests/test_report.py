@@ -228,10 +228,11 @@ def test_the_rows_furthest_from_optimal_are_those_of_all_autoencoders(tmp_path):
     ]
 
 
-def test_the_study_of_a_language_model_shows_its_loss_as_well():
-    page = page_of(ROOT / "benchmarks/results/study-smollm2")
+@pytest.mark.parametrize("study, drawn", [("study", 2), ("study-smollm2", 3)])
+def test_the_committed_studies_have_every_section_and_that_of_a_model_its_loss(study, drawn):
+    page = page_of(ROOT / "benchmarks/results" / study)
     assert list(page.sections) == STUDY
-    assert len(page.drawings("Error against sparsity")) == 3
+    assert len(page.drawings("Error against sparsity")) == drawn
 
 
 LACKS = {

@@ -215,7 +215,6 @@ def test_rethresholding_keeps_the_latents_and_moves_the_l0():
 
 
 def test_devices_made_of_one_cpu_have_threads_for_all_to_wait(tmp_path, monkeypatch):
-    monkeypatch.setenv("PJRT_NPROC", "")
     monkeypatch.delenv("PJRT_NPROC")
     options = ("--activation", "topk", "--k", K, "--latents", M, "--out", tmp_path / "run", "--mesh", 2, 4)
     assert main(["train", "--data", str(tmp_path / "none.npy"), *map(str, options)]) == 2
