@@ -39,7 +39,8 @@ class LassoInfo(RefitInfo):
       status: `[*b]` int32, a `Status`: 0 the gap is within `tol`; 1 stopped at `max_steps`, or at `capacity` atoms with
         more to come; 2 not finite, or `lam` negative (an empty code).
       gap: `[*b]` duality gap relative to `½‖y‖²`: the excess of the objective over the least is at most this. The dual
-        point, the residual scaled down to `|g| ≤ λ`, is feasible to rounding.
+        point, the residual scaled down to `|g| ≤ λ`, is feasible to rounding, `8 eps max‖a‖ ‖y‖` and that of one product
+        with an atom: whatever the order of sums, the gap falls short by at most `(2d + 18) eps max‖a‖ ‖z‖₁ / ‖y‖`.
       lam: `[*b]` the penalty.
     """
 
