@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxsae import rows, solvers
 from jaxsae.codes import SparseCode
-from jaxsae.linalg import EXACT, divide, matmul, max_or_nan
+from jaxsae.linalg import EXACT, divide, matmul, max_or_nan, residual
 
 __all__ = [
     "Dictionary",
@@ -185,6 +185,20 @@ def unit_rows(dictionary: Any, y: Array, indices: Array, *, num_latents: int, ri
         weight=divide(norm * atom_scale, longest),
         finite=determined.all(1) & jnp.isfinite(longest[:, 0]) & (ridge >= 0),
     )
+
+
+def residuals(dictionary: Any, y: Array, code: SparseCode) -> Array:
+    """`(y − Aᵀz) / ‖y‖` `[n d]`, to the last digit; of y = 0, as of norm 1.
+
+    Atoms, values and targets are divided by powers of two alone, so that nothing is rounded before it cancels.
+    """
+    on = used(code.indices, code.num_latents)
+    atoms = jnp.where(on[:, :, None], take(dictionary, code.indices, code.num_latents, y.dtype), 0)
+    atom_scale = power_of_two(max_or_nan(jnp.abs(atoms), 2))
+    y, *size = scaled(y)
+    y_scale, y_norm = (jnp.where(x == 0, 1, x) for x in size)
+    values = code.values.astype(y.dtype) * atom_scale / y_scale
+    return jax.vmap(residual)(y, values, divide(atoms, atom_scale[:, :, None])) / y_norm
 
 
 def row_bytes(k: int, d: int, itemsize: int) -> int:

@@ -23,7 +23,6 @@ from jaxsae import codes, gram, rows
 from jaxsae.codes import SparseCode
 from jaxsae.linalg import divide, matmul, max_or_nan, residual, squared_norm
 
-
 _STARTS = 4  # of a row that goes on by FISTA, each from the end of the one before
 
 

@@ -26,7 +26,7 @@ def max_or_nan(x: Array, axis: int | None = None, *, keepdims: bool = False) -> 
 def residual(y: Float[Array, " d"], z: Float[Array, " k"], atoms: Float[Array, "k d"]) -> Float[Array, " d"]:
     """`y − zA` to the last digit or so, whatever cancels: summed in twice the precision, in one order everywhere.
 
-    Where atoms nearly cancel, a plain sum is wrong by `eps ‖z‖₁ max‖a‖`, which may be more than all that is left of `y`.
+    Where atoms nearly cancel, a plain sum is wrong by `eps ‖z‖₁ max‖a‖`, which may be more than what is left of `y`.
     Here each product is a sum of exact ones, which no fused multiply-add rounds otherwise, and what an addition loses
     is found without error and added up beside it.
 
@@ -39,13 +39,13 @@ def residual(y: Float[Array, " d"], z: Float[Array, " k"], atoms: Float[Array, "
         added = new - high
         return new, low + ((high - (new - added)) + (x - added))
 
-    def subtract(i, total):
-        (a, a_rest), (b, b_rest) = _halves(-z[i]), _halves(atoms[i])
+    def subtract(total, pair):
+        (a, a_rest), (b, b_rest) = (_halves(x) for x in pair)
         high, low = functools.reduce(add, (a * b, a * b_rest, a_rest * b), total)
-        return high, low + a_rest * b_rest
+        return (high, low + a_rest * b_rest), None
 
     carry = sharding.vary_alike((y, jnp.zeros_like(y)), y, z, atoms)
-    high, low = jax.lax.fori_loop(0, len(z), subtract, carry)
+    (high, low), _ = jax.lax.scan(subtract, carry, (-z, atoms))
     return high + low
 
 
