@@ -68,7 +68,7 @@ def certify(
       `Certificate`, `[*b]` in float32 or better; NaN where a row is not finite.
 
     Raises:
-      ValueError, TypeError: at trace time, if shapes or dtypes do not fit together.
+      ValueError, TypeError: at trace time, if shapes or dtypes do not fit together, or a known ridge is none.
 
     Example:
       >>> import jax.numpy as jnp, jaxsae
@@ -78,7 +78,8 @@ def certify(
 
     Source: Boyd & Vandenberghe (2004), "Convex optimization", Section 5.5: duality gaps and KKT conditions.
     """
-    gram.validate(dictionary, y, code, "certify")
+    dictionary, y, code = gram.validate(dictionary, y, code, "certify")
+    gram.check_numbers("certify", "a ridge of", ridge, do="a ridge of 0 or more, finite")
     ridge = jnp.asarray(ridge, gram.accumulator(dictionary, y))
     per_row = y.astype(ridge.dtype), code.indices, code.values
     return Certificate(*_certify_jitted(nonnegative, code.num_latents, (dictionary, ridge), per_row))

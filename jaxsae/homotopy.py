@@ -58,11 +58,13 @@ def solve(static: Static, shared, per_row) -> Arrival:
     (*batch, d), count, k, itemsize = y.shape, lams.shape[-1], static.capacity, y.dtype.itemsize
     n, m = math.prod(batch), len(D) if support is None else support.shape[-1]
     valid = jnp.isfinite(D).all()
-    unit = gram.power_of_two(jnp.max(jnp.abs(D)))
+    unit = gram.power_of_two(gram.largest(D, (0, 1)))[0, 0]
+    valid &= jnp.isfinite(unit)
     D = divide(D, unit)
     y, y_unit, y_norm = gram.scaled(y.reshape(n, d))
     lams = lams.reshape(n, count)
     valid &= jnp.isfinite(y_unit) & jnp.isfinite(y_norm) & (lams >= 0) & jnp.isfinite(lams)
+    valid &= gram.can_be_written(divide(unit, y_unit))
     lams = jnp.minimum(divide(divide(lams, y_unit), unit), jnp.finfo(y.dtype).max)
     support = None if support is None else support.reshape(n, m)
 

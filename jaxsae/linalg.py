@@ -17,7 +17,7 @@ def divide(x, by):
     return jnp.where(by == 0, 0, x / jnp.where(by == 0, 1, by))
 
 
-def max_or_nan(x: Array, axis: int | None = None, *, keepdims: bool = False) -> Array:
+def max_or_nan(x: Array, axis: int | tuple[int, ...] | None = None, *, keepdims: bool = False) -> Array:
     """The largest of `x`, at least 0; NaN if any is, which in many shapes XLA's maximum on a CPU passes over."""
     most = jnp.max(x, axis=axis, keepdims=keepdims, initial=0)
     return jnp.where(jnp.isnan(jnp.sum(x, axis=axis, keepdims=keepdims)), jnp.nan, most)
