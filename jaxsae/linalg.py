@@ -17,10 +17,44 @@ def divide(x, by):
     return jnp.where(by == 0, 0, x / jnp.where(by == 0, 1, by))
 
 
-def max_or_nan(x: Array, axis: int | None = None, *, keepdims: bool = False) -> Array:
+def max_or_nan(x: Array, axis: int | tuple[int, ...] | None = None, *, keepdims: bool = False) -> Array:
     """The largest of `x`, at least 0; NaN if any is, which in many shapes XLA's maximum on a CPU passes over."""
     most = jnp.max(x, axis=axis, keepdims=keepdims, initial=0)
     return jnp.where(jnp.isnan(jnp.sum(x, axis=axis, keepdims=keepdims)), jnp.nan, most)
+
+
+def residual(y: Float[Array, " d"], z: Float[Array, " k"], atoms: Float[Array, "k d"]) -> Float[Array, " d"]:
+    """`y − zA` to the last digit or so, whatever cancels: summed in twice the precision, in one order everywhere.
+
+    Where atoms nearly cancel, a plain sum is wrong by `eps ‖z‖₁ max‖a‖`, which may be more than what is left of `y`.
+    Here each product is a sum of exact ones, which no fused multiply-add rounds otherwise, and what an addition loses
+    is found without error and added up beside it.
+
+    Source: Ogita, Rump & Oishi (2005), "Accurate sum and dot product"; Knuth (1969) for the error of an addition.
+    """
+
+    def add(total, x):
+        high, low = total
+        new = high + x
+        added = new - high
+        return new, low + ((high - (new - added)) + (x - added))
+
+    def subtract(total, pair):
+        (a, a_rest), (b, b_rest) = (_halves(x) for x in pair)
+        high, low = functools.reduce(add, (a * b, a * b_rest, a_rest * b), total)
+        return (high, low + a_rest * b_rest), None
+
+    carry = sharding.vary_alike((y, jnp.zeros_like(y)), y, z, atoms)
+    (high, low), _ = jax.lax.scan(subtract, carry, (-z, atoms))
+    return high + low
+
+
+def _halves(x):
+    """Two numbers of half the digits whose sum is `x`: products of such are exact."""
+    kind, bits = (jnp.uint32, 12) if x.dtype == jnp.float32 else (jnp.uint64, 27)
+    whole = jax.lax.bitcast_convert_type(x, kind)
+    first = jax.lax.bitcast_convert_type(whole >> bits << bits, x.dtype)
+    return first, x - first
 
 
 def squared_norm(D: Float[Array, "m d"], start: Float[Array, " d"], steps: int) -> Float[Array, ""]:
