@@ -77,7 +77,7 @@ class SparseCode:
         return jnp.vectorize(scatter, signature="(k),(k)->(m)")(self.values, self.indices)
 
 
-def used(indices: Int[Array, "*b k"], num_latents: int) -> Bool[Array, "*b k"]:
+def used(indices: Int[Array, "..."], num_latents: int) -> Bool[Array, "..."]:
     """Which slots hold a latent: those with an index in `[0, num_latents)`.
 
     Args:
@@ -151,7 +151,7 @@ def top_k(x: Float[Array, "*b m"], k: int) -> tuple[Float[Array, "*b k"], Int[Ar
       >>> values.tolist(), indices.tolist()
       ([3.0, 2.0], [1, 2])
     """
-    if sharding.spread() and x.shape[-1] % sharding.ways("latent") == 0:
+    if sharding.spread(x.shape[-1]):
         return _top_k_of_all(x, k)
     m, size = x.shape[-1], 1
     while m % (2 * size) == 0 and k * (2 * size) ** 2 <= m:  # balances the number of groups and of their members
@@ -277,7 +277,7 @@ def sum_by_latent(code: SparseCode) -> Float[Array, " m"]:
       Array([0., 4.], dtype=float32)
     """
     m = code.num_latents
-    if not sharding.spread():
+    if not sharding.spread(m):
         return scatter_add(jnp.zeros(m, code.values.dtype), code.indices, code.values)
     row = sharding.rows_spec(code.indices)
 
@@ -315,7 +315,7 @@ _OTHERS = {"atoms": ("values", "rows"), "values": ("atoms", "rows"), "rows": ("a
 def _evaluate(left, right, indices, *, wrt: str, m: int, members: int, mesh):
     with jax.sharding.use_abstract_mesh(mesh):  # that it was traced under, when it is lowered
         f = {"rows": _combine, "values": _project, "atoms": _correlate}[wrt]
-        if sharding.spread():
+        if sharding.spread(m):
             f = {"rows": _combine_all, "values": _project_all, "atoms": _correlate_all}[wrt]
         f = functools.partial(f, m=m)
         for _ in range(members):
