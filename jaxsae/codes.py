@@ -113,6 +113,7 @@ def from_dense(z: Float[Array, "*b m"], capacity: int) -> SparseCode:
         `overflow` says how many.
 
     Raises:
+      TypeError: if `z` is not floating point.
       ValueError: if `capacity` is not in `[1, m]`.
 
     Example:
@@ -121,6 +122,9 @@ def from_dense(z: Float[Array, "*b m"], capacity: int) -> SparseCode:
       >>> code.indices.tolist(), code.overflow.tolist()
       ([[2, 1], [2, 4]], [1, 0])
     """
+    z = jnp.asarray(z)
+    if not jnp.issubdtype(z.dtype, jnp.floating):
+        raise TypeError(f"`from_dense` got z of dtype {z.dtype}, expected floating point; convert it first.")
     m = z.shape[-1]
     if not 1 <= capacity <= m:
         raise ValueError(f"got capacity {capacity} for {m} latents; pass a capacity from 1 to {m}.")
@@ -209,6 +213,9 @@ def combine(dictionary: Float[Array, "m d"], code: SparseCode) -> Float[Array, "
     Returns:
       `[*b d]`, in the dtype that the values and the dictionary promote to.
 
+    Raises:
+      TypeError, ValueError: at trace time, if the dictionary and the code do not fit together.
+
     Example:
       >>> import jax.numpy as jnp, jaxsae
       >>> code = jaxsae.SparseCode(values=jnp.array([3.0, 1.0]), indices=jnp.array([2, 0]), num_latents=3)
@@ -247,6 +254,9 @@ def correlate(code: SparseCode, x: Float[Array, "*b d"]) -> Float[Array, "m d"]:
 
     Returns:
       `[m d]`, in the dtype that the values and `x` promote to, float32 or better.
+
+    Raises:
+      TypeError, ValueError: at trace time, if the rows and the code do not fit together.
 
     Example:
       >>> import jax.numpy as jnp, jaxsae

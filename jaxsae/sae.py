@@ -246,6 +246,8 @@ def encode(sae: SAE, x: Float[Array, "*b d"], *, capacity: int | None = None) ->
             f"`encode` got no capacity, and {type(sae.activation).__name__} does not fix how many latents are active; "
             "pass capacity, the number of slots a row."
         )
+    if isinstance(capacity, jax.core.Tracer):
+        raise TypeError("`encode` got a traced capacity; make it static, jax.jit(encode, static_argnames='capacity').")
     if sae.activation.pursues:
         return codes.from_dense(encode_dense(sae, x), capacity)
     if not sae.activation.selects:

@@ -326,7 +326,7 @@ def fetch(dictionary: jax.Array, indices: jax.Array) -> jax.Array:
         atoms = dictionary.at[mine(everyone, m)].get(mode="fill", fill_value=0)
         return jax.lax.psum_scatter(atoms, "latent", scatter_dimension=0, tiled=True)
     columns = jax.lax.all_to_all(dictionary, "latent", split_axis=1, concat_axis=0, tiled=True)
-    parts = columns.at[everyone].get(mode="fill", fill_value=0)
+    parts = columns.at[everyone].get(mode="fill", fill_value=0, wrap_negative_indices=False)
     return jax.lax.all_to_all(parts, "latent", split_axis=0, concat_axis=2, tiled=True)
 
 
