@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxsae import rows, solvers
+from jaxsae import codes, rows, solvers
 from jaxsae.codes import SparseCode
 from jaxsae.linalg import EXACT, divide, matmul, max_or_nan, residual
 
@@ -50,7 +50,7 @@ def is_array(dictionary: Any) -> bool:
 
 def take(dictionary: Any, indices: Array, num_latents: int, dtype) -> Array:
     """Atoms `[*b k d]`; those of unused slots are some atom or other, to be masked."""
-    indices = jnp.minimum(indices, num_latents - 1)
+    indices = jnp.clip(indices, 0, num_latents - 1)
     if is_array(dictionary):
         return dictionary.at[indices].get(mode="clip").astype(dtype)
     return dictionary.take(indices).astype(dtype)
@@ -58,7 +58,7 @@ def take(dictionary: Any, indices: Array, num_latents: int, dtype) -> Array:
 
 def used(indices: Array, num_latents: int) -> Array:
     """The support as a mask."""
-    return indices < num_latents
+    return codes.used(indices, num_latents)
 
 
 class Problem(NamedTuple):

@@ -126,7 +126,8 @@ def matryoshka(
 
     Source: Bussmann et al. (2025), "Learning multi-level features with matryoshka sparse autoencoders".
     """
-    return sum((mse(target, decode(sae, _first(code, p))) for p in prefixes), jnp.zeros(()))
+    atoms = dataclasses.replace(sae, W_skip=None)  # of which the target is free
+    return sum((mse(target, decode(atoms, _first(code, p))) for p in prefixes), jnp.zeros(()))
 
 
 def _first(code, latents: int):

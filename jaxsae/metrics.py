@@ -211,7 +211,7 @@ def activity(code: SparseCode) -> Activity:
       Array([0. , 1. , 0.5], dtype=float32)
     """
     active = (code.values != 0).astype(jnp.float32)
-    fired = jnp.zeros(code.num_latents, active.dtype).at[code.indices.ravel()].add(active.ravel(), mode="drop")
+    fired = codes.sum_by_latent(dataclasses.replace(code, values=active))
     return Activity(jnp.asarray(code.indices[..., 0].size, active.dtype), fired)
 
 

@@ -271,7 +271,7 @@ class MultiTopK:
     def __call__(self, p: Pass) -> Array:
         """The term."""
         topk: Any = p.sae.activation
-        keep = None if topk.keep is None else self.factor * topk.keep
+        keep = None if topk.keep is None else self.factor * jnp.floor(topk.keep)
         sae = dataclasses.replace(p.sae, activation=TopK(min(self.factor * topk.k, p.sae.m), keep))
         return self.weight * losses.mse(p.target, reconstruct(sae, p.x, encode(sae, p.x)))
 

@@ -195,7 +195,7 @@ def run(
                 )
             except job.GivenUp as error:
                 state, reached, diverged = error.state, error.progress, error
-    sae = rescale(sharding.gathered(state.sae), scale)
+    sae = rescale(jax.tree.map(jnp.asarray, sharding.gathered(state.sae)), scale)
     chief = jax.process_index() == 0
     if chief:
         pretrained.save(sae, out / "sae")
