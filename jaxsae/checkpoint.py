@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt32
 
-from jaxsae.files import InputError
+from jaxsae.files import InputError, local_path
 
 _VERSION = 1
 # What was to be read or written next, when a file before it could not be.
@@ -71,7 +71,7 @@ def steps(folder: str | os.PathLike) -> list[int]:
       >>> steps("no-such-place")
       []
     """
-    folder = Path(folder)
+    folder = local_path(folder)
     names = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
     return sorted((int(name) for name in names if re.fullmatch("[0-9]+", name)), reverse=True)
 
@@ -109,7 +109,7 @@ class Checkpoints:
         Raises:
           InputError: if the directory was made with another configuration, or by an unknown version.
         """
-        self.folder, self._warn, self._keep = Path(folder).absolute(), warn, keep
+        self.folder, self._warn, self._keep = local_path(folder).absolute(), warn, keep
         self._config = json.loads(json.dumps(config, allow_nan=False))
         self._manager: Any = None
         for step in self.steps():

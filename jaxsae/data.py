@@ -16,7 +16,7 @@ import numpy as np
 import safetensors
 
 from jaxsae import shards
-from jaxsae.files import InputError
+from jaxsae.files import InputError, local_path
 
 Rows = np.ndarray | shards.Rows  # `[n d]`, in memory or not
 
@@ -51,7 +51,7 @@ def open_rows(path: str | os.PathLike) -> Rows:
       ...     open_rows(f"{folder}/x.npy").shape
       (6, 4)
     """
-    path = Path(path)
+    path = local_path(path)
     expected = "expected a .npy or .npz array of floating-point activations (rows, width)"
     kind = {".safetensors": _open_safetensors, ".array_record": _open_records}.get(path.suffix)
     if Path(path, shards.MANIFEST).is_file():

@@ -11,7 +11,6 @@ import json
 import operator
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +23,7 @@ from jaxsae import data as data_module
 from jaxsae import job, metrics, pretrained, sharding, stream, train
 from jaxsae.activations import AbsTopK, Activation, BatchTopK, Gated, GroupMax, JumpReLU, ReLU, TopK
 from jaxsae.checkpoint import Checkpoints, versions
-from jaxsae.files import InputError, atomic_file, json_number
+from jaxsae.files import InputError, atomic_file, json_number, local_path
 from jaxsae.objectives import L0, L1, AuxK, Gate, MultiTopK, Objective
 from jaxsae.sae import SAE, encode, init, reconstruct, rescale
 
@@ -157,7 +156,7 @@ def run(
     _validate(options)
     names, everything = _open(data)
     sources, heldout = _split(names, everything, options, weights)
-    out, o, name = Path(out), options, ", ".join(names)
+    out, o, name = local_path(out), options, ", ".join(names)
     told_data = {"path": name, "rows": sum(map(len, sources)), "heldout": len(heldout), "width": heldout.shape[1]}
     config = o._asdict() | {"data": [*map(len, sources), heldout.shape[1]], "weights": weights and list(weights)}
     config |= {"window": window, "rows of": names if isinstance(data, Mapping) else None}  # files may have been moved
@@ -442,7 +441,7 @@ def logs(folder: str | os.PathLike, options: Options, *, wandb: bool = False) ->
     except ImportError as error:
         raise InputError(_NO_TENSORBOARD) from error
     with contextlib.ExitStack() as stack:
-        writer = stack.enter_context(SummaryWriter(str(folder)))
+        writer = stack.enter_context(SummaryWriter(str(local_path(folder))))
         active = stack.enter_context(_wandb(folder, options)) if wandb else None
 
         def log(step: int, numbers: dict[str, float]) -> None:
@@ -473,7 +472,7 @@ def curves(folder: str | os.PathLike) -> dict[str, dict[int, float]]:
       ...     curves(folder)
       {'nmse': {10: 0.5}}
     """
-    paths = sorted(Path(folder).glob("events.out.tfevents.*"))  # in order of time, which is in the name
+    paths = sorted(local_path(folder).glob("events.out.tfevents.*"))  # in order of time, which is in the name
     if not paths:
         return {}
     try:

@@ -22,12 +22,12 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsae.files import InputError
+from jaxsae.files import InputError, atomic_file, flush_folder, local_path, remove
 
 MANIFEST = "manifest.json"
 _FORMAT, _VERSION, _DTYPES = "jaxsae-activations", 1, ("float16", "float32", "bfloat16")
 _SHARD = re.compile(r"([0-9]{5,})(?:\.([A-Za-z_][A-Za-z0-9_]*))?\.npy")  # its number; the column that it is
-_PARTIAL = re.compile(rf"\.(?:{_SHARD.pattern}|{re.escape(MANIFEST)})\.partial")
+_PARTIAL = re.compile(rf"\.(?:{_SHARD.pattern}|{re.escape(MANIFEST)})(?:\.\w+)?\.partial")  # of `atomic_file`
 _MOST_MAPS = 128  # each holds a file descriptor, of which some systems allow 256
 _MEND = "copy or make the directory anew"
 
@@ -76,7 +76,7 @@ def read(folder: str | os.PathLike) -> Manifest:
       ...     read(folder).rows, read(folder).complete
       (6, False)
     """
-    path = Path(folder, MANIFEST)
+    path = local_path(folder) / MANIFEST
     try:
         manifest = _parse(path.read_bytes())
     except OSError as error:
@@ -140,7 +140,8 @@ class Writer:
         Raises:
           InputError: if the directory holds something else, was made with other arguments, or is damaged.
         """
-        self.folder, self._path = Path(folder), Path(folder, MANIFEST)
+        self.folder = local_path(folder)
+        self._path = self.folder / MANIFEST
         name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
         new = Manifest(int(width), name, json.loads(json.dumps(source, allow_nan=False)))
         if new.width < 1 or new.dtype not in _DTYPES:
@@ -151,7 +152,7 @@ class Writer:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"cannot write {folder}: {error.strerror}; choose another --out.") from error
-        _flush(self.folder.parent)
+        flush_folder(self.folder.parent)
         if self._path.exists():
             self._hold(read(folder))
             got, expected = _arguments(new), _arguments(self.manifest)
@@ -186,8 +187,7 @@ class Writer:
         shards = (*self.manifest.shards, {"rows": len(rows), "files": files})
         try:
             for name, content in contents.items():
-                _replace(self.folder / name, content)
-            _flush(self.folder)
+                _write(self.folder / name, content)
             self._commit(self.manifest._replace(shards=shards))
         except BaseException:
             with contextlib.suppress(OSError, ValueError):
@@ -209,9 +209,8 @@ class Writer:
 
     def _commit(self, manifest: Manifest) -> None:
         record = {"format": _FORMAT, "version": _VERSION, "rows": manifest.rows, **manifest._asdict()}
-        _replace(self._path, json.dumps(record, indent=1).encode())
+        _write(self._path, json.dumps(record, indent=1).encode())
         self._hold(manifest)
-        _flush(self.folder)
 
     def _hold(self, manifest: Manifest) -> None:
         self.manifest, self.shards, self.rows = manifest, len(manifest.shards), manifest.rows
@@ -220,7 +219,7 @@ class Writer:
         """Remove what is left of an unfinished shard."""
         for name in os.listdir(self.folder):
             if _PARTIAL.fullmatch(name) or (_SHARD.fullmatch(name) and name not in self.manifest.files):
-                (self.folder / name).unlink()
+                remove(self.folder / name)
 
 
 def _arguments(manifest: Manifest) -> dict[str, str]:
@@ -260,27 +259,9 @@ def _crc32(content: bytes) -> str:
     return f"{zlib.crc32(content):08x}"
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file so that any crash leaves the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _flush(folder: Path) -> None:
-    """Put the names of a folder on the disk; a file system that cannot may lose its last shard with the power."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _write(path: Path, content: bytes) -> None:
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def column(folder: str | os.PathLike, name: str) -> np.ndarray:
