@@ -234,7 +234,7 @@ def live(
             return compute(number)
 
     edges = np.minimum(np.arange(-(-n // batch) + 1) * step, n * (length - 1))
-    return shards.Rows(load, edges, range(n * (length - 1)), model.config.width, np.float32)
+    return shards.Rows(load, edges, range(n * (length - 1)), model.config.width, np.float32, "")
 
 
 def require_fit(model: LanguageModel, contexts: np.ndarray, layer: int) -> None:

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import tokenize
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -177,7 +178,7 @@ class Writer:
           OSError: if the disk is full, say; what was there stays.
         """
         self._require_mine()
-        rows = _cast(rows, self.manifest, self.folder)
+        rows = _stored_rows(rows, self.manifest, self.folder)
         contents = {_name(self.shards, name): _serialised(x, name) for name, x in {None: rows, **columns}.items()}
         first = self.manifest.shards[0]["files"] if self.shards else contents
         same = {name.partition(".")[2] for name in first} == {name.partition(".")[2] for name in contents}
@@ -230,16 +231,43 @@ def _arguments(manifest: Manifest) -> dict[str, str]:
     return {name: json.dumps(value, sort_keys=True) for name, value in parts.items()}
 
 
-def _cast(rows: Any, manifest: Manifest, folder: Path) -> np.ndarray:
+def _stored_rows(rows: Any, manifest: Manifest, folder: Path) -> np.ndarray:
     rows = np.asarray(rows)
     if rows.ndim != 2 or rows.shape[1] != manifest.width or not len(rows):
         raise InputError(f"{folder}: got rows of shape {rows.shape}; pass at least one, {manifest.width} wide.")
+    return cast(rows, manifest.dtype, str(folder), "pass --dtype float32").view(_stored(manifest.dtype))
+
+
+def cast(rows: Any, dtype: Any, what: str, do: str, numbers: Any = None) -> np.ndarray:
+    """Rows in another floating-point dtype; none becomes infinite in silence.
+
+    Args:
+      rows: `[n d]`, real numbers.
+      dtype: wanted.
+      what: the rows are, for the message.
+      do: what the message says to do.
+      numbers: of the rows, for the message; their places by default.
+
+    Raises:
+      InputError: if they are no real numbers, or a finite one overflows.
+
+    Example:
+      >>> cast(np.array([[1.0], [1e300]]), np.float32, "x.npy", "scale it")
+      Traceback (most recent call last):
+      jaxsae.files.InputError: x.npy: row 1 holds 1e+300, 1 finite values overflow float32; scale it.
+    """
+    rows, dtype = np.asarray(rows), jnp.dtype(dtype)
+    if not (jnp.issubdtype(rows.dtype, jnp.floating) or jnp.issubdtype(rows.dtype, jnp.integer)):
+        raise InputError(f"{what}: holds {rows.dtype}; expected real numbers: convert it with .astype('float32').")
     with np.errstate(over="ignore"):
-        cast = rows.astype(jnp.dtype(manifest.dtype))
-    count = np.count_nonzero(~np.isfinite(cast) & np.isfinite(rows))
-    if count:
-        raise InputError(f"{folder}: {count} finite values overflow {manifest.dtype}; pass --dtype float32.")
-    return cast.view(_stored(manifest.dtype))
+        found = rows.astype(dtype)
+    if not np.can_cast(rows.dtype, dtype):
+        wrong = np.argwhere(~np.isfinite(found) & np.isfinite(rows))
+        if len(wrong):
+            row = wrong[0, 0] if numbers is None else numbers[wrong[0, 0]]
+            held = f"row {row} holds {rows[tuple(wrong[0])]:g}"
+            raise InputError(f"{what}: {held}, {len(wrong)} finite values overflow {dtype}; {do}.")
+    return found
 
 
 def _stored(dtype: str) -> str:
@@ -340,7 +368,15 @@ class Rows:
     A slice is a view, which reads nothing. Arrays are: a row, rows by number, a slice with a step, `np.asarray(rows)`.
     """
 
-    def __init__(self, load: Callable[[int], np.ndarray], edges: np.ndarray, window: range, width: int, dtype: Any):
+    def __init__(
+        self,
+        load: Callable[[int], np.ndarray],
+        edges: np.ndarray,
+        window: range,
+        width: int,
+        dtype: Any,
+        checksum: str | None = None,
+    ):
         """As `open_rows` makes it.
 
         Args:
@@ -349,8 +385,9 @@ class Rows:
           window: what is seen.
           width: of the rows.
           dtype: of the rows.
+          checksum: of all that can be loaded, if it is known; "" of what is computed.
         """
-        self._load, self._edges, self._window = load, edges, window
+        self._load, self._edges, self._window, self.checksum = load, edges, window, checksum
         self.shape, self.ndim, self.dtype = (len(window), width), 2, np.dtype(dtype)
         self.size = len(window) * width
         self.nbytes = self.size * self.dtype.itemsize
@@ -362,7 +399,7 @@ class Rows:
         if isinstance(index, slice):
             window = self._window[index]
             if window.step == 1:
-                return Rows(self._load, self._edges, window, self.shape[1], self.dtype)
+                return Rows(self._load, self._edges, window, self.shape[1], self.dtype, self.checksum)
             return self._take(np.arange(window.start, window.stop, window.step), self.dtype)
         numbers = np.asarray(index)
         if isinstance(index, tuple) or (numbers.dtype.kind not in "iu" and numbers.size):
@@ -424,14 +461,21 @@ def open_rows(folder: str | os.PathLike) -> Rows:
         return np.asarray(np.memmap(paths[number], dtype, "r", offsets[number], shapes[number]))
 
     edges = np.cumsum([0, *(rows for rows, _ in shapes)])
-    return Rows(load, edges, range(manifest.rows), manifest.width, dtype)
+    checksum = " ".join(manifest.files[path.name]["crc32"] for path in paths)
+    return Rows(load, edges, range(manifest.rows), manifest.width, dtype, checksum)
 
 
 def _offset(path: Path, shape: tuple[int, int], dtype: str) -> int:
     """Where the values of a shard begin."""
-    with open(path, "rb") as file:
-        head = file.read(10)  # magic number, version, length of the header
-    offset = 10 + int.from_bytes(head[8:], "little")
-    if head[:8] != b"\x93NUMPY\x01\x00" or offset + math.prod(shape) * jnp.dtype(dtype).itemsize != path.stat().st_size:
-        raise InputError(f"{path}: holds no array {shape} of {dtype}; {_MEND}.")
+    try:
+        with open(path, "rb") as file:
+            version = np.lib.format.read_magic(file)
+            found = np.lib.format.read_array_header_1_0(file)
+            offset = file.tell()
+    except (ValueError, TypeError, SyntaxError, LookupError, tokenize.TokenError) as error:
+        raise InputError(f"{path}: is no .npy file ({str(error).partition(chr(10))[0]}); {_MEND}.") from error
+    in_order = (shape, False, np.dtype(_stored(dtype)).newbyteorder("<"))
+    whole = offset + math.prod(shape) * jnp.dtype(dtype).itemsize == path.stat().st_size
+    if version != (1, 0) or found != in_order or not whole:
+        raise InputError(f"{path}: holds no array {shape} of {dtype}, row after row; {_MEND}.")
     return offset
