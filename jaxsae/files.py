@@ -11,7 +11,7 @@ import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 class InputError(ValueError):
@@ -244,28 +244,47 @@ def owned(folder: str | os.PathLike, *, warn: Callable[[str], None] = lambda tex
       Traceback (most recent call last):
       jaxsae.files.InputError: ...: another process writes there (...); stop it, or choose another --out.
     """
+    folder = local_path(folder)
+    with _locked(folder, warn) as file:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} of {socket.gethostname()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            (folder / ".lock").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # if there is nothing else in it
+
+
+def _locked(folder: Path, warn: Callable[[str], None]) -> IO[str]:
+    """The file of a folder's lock, which is held until it is closed."""
     import fcntl
 
-    folder = local_path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "a+")  # noqa: SIM115
-    except OSError as error:
-        raise InputError(f"cannot write {folder}: {error.strerror}; choose another place.") from error
-    with file:
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = open(folder / ".lock", "a+")  # noqa: SIM115
+        except FileNotFoundError:
+            continue  # another owner has just removed its folder
+        except OSError as error:
+            raise InputError(f"cannot write {folder}: {error.strerror}; choose another place.") from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            file.seek(0)
-            owner = file.read() or "which has just started"
+            with file:
+                file.seek(0)
+                owner = file.read() or "which has just started"
             what = f"{folder}: another process writes there ({owner}); stop it, or choose another --out."
             raise InputError(what) from error
         except OSError as error:
             warn(f"{folder}: cannot be locked ({error.strerror}); start no other process on it.")
-        file.truncate(0)
-        file.write(f"process {os.getpid()} of {socket.gethostname()}")
-        file.flush()
-        yield
+        try:
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / ".lock")):
+                return file
+        except FileNotFoundError:
+            pass
+        file.close()  # the lock of a file that its last owner has removed since
 
 
 @contextlib.contextmanager

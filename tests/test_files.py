@@ -268,6 +268,26 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch):
     assert said == [f"{tmp_path}: cannot be locked (Invalid argument); start no other process on it."]
 
 
+def test_of_many_that_come_and_go_one_owns_at_a_time(tmp_path):
+    script = f"""
+import os, sys, time
+sys.path.insert(0, {str(Path(files.__file__).parent)!r})
+import files
+owned = 0
+while owned < 40:
+    try:
+        with files.owned({str(tmp_path / "run")!r}):
+            os.close(os.open({str(tmp_path / "mark")!r}, os.O_CREAT | os.O_EXCL))  # fails if another owns it too
+            os.unlink({str(tmp_path / "mark")!r})
+            owned += 1
+    except files.InputError:
+        pass
+"""
+    together = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(4)]
+    assert [process.wait() for process in together] == [0] * 4
+    assert os.listdir(tmp_path) == []
+
+
 # --- addresses
 
 ADDRESSES = ["gs://bucket/run", "s3://bucket/x.npy", "GS://bucket/run", "https://host/x.npy", "abfs+ssl://a/b"]
