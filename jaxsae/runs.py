@@ -120,28 +120,34 @@ def run(
     progress: Progress = lambda text, steps: None,
     warn: Callable[[str], None] = lambda text: None,
     log: contextlib.AbstractContextManager[Log] | None = None,
+    resumed: Callable[[int], None] = lambda step: None,
 ) -> dict[str, Any]:
-    """Train on activations, but the last rows; measure on those; save. What was begun in `out` is gone on with.
+    """Train on activations, but the last rows; measure on those; save. What was begun in `out` is resumed.
+
+    With the same options and data that is, to the bit, as if nothing had ended it. With more steps the run is made
+    longer: from there on the learning rate, its warm-up and decay, and whatever else depends on the number of steps,
+    are those of the longer run; the report has it as `lengthened`.
 
     Args:
       out: directory, made if missing.
       data: file or directory of activations, or several; or rows, each with a name that says where they come from.
       options: what to train, and how.
       weights: in which proportions to mix the data, whatever their lengths; by default in those of the lengths.
-      window: as of `data.batches`.
+      window: as of `data.batches`; all rows are shuffled among themselves by default.
       mesh: of `sharding.make_mesh`, to spread rows and latents over; one device by default.
       save_every: seconds from one save of the whole state to the next.
       resume: refuse to begin anew.
       progress: called with what is going on and how many steps that took; `options.steps` in all.
       warn: told what was amiss and could be done without.
       log: opened when all is well, for example `logs(out, options)`; then called with the step and its numbers.
+      resumed: called with the number of steps taken before, if there are any; `progress` then counts from there.
 
     Returns:
       The report.
 
     Raises:
-      InputError: if an option or the data cannot be used, if `out` holds another run, or if training diverged; the
-        last good autoencoder is saved.
+      InputError: if an option or the data cannot be used, if `out` holds another run or another process writes there,
+        or if training diverged; the last good autoencoder is saved.
       job.Stopped: on SIGTERM or SIGINT, with all saved.
 
     Example:
@@ -160,25 +166,37 @@ def run(
     told_data = {"path": name, "rows": sum(map(len, sources)), "heldout": len(heldout), "width": heldout.shape[1]}
     config = o._asdict() | {"data": [*map(len, sources), heldout.shape[1]], "weights": weights and list(weights)}
     config |= {"window": window, "rows of": names if isinstance(data, Mapping) else None}  # files may have been moved
-    read = functools.partial(data_module.batches, sources, o.batch, seed=o.seed, weights=weights, window=window)
+    config |= {"checksum of the data": list(map(data_module.fingerprint, everything))}
+    order = {"seed": o.seed, "weights": weights, "window": window, "names": names}
+    read = functools.partial(data_module.batches, sources, o.batch, **order)
     centre, scale = _centre_and_scale(_sample(read(), sum(map(len, sources))), name)
     with (
         jax.set_mesh(mesh) if mesh else contextlib.nullcontext(),
-        Checkpoints(out / "checkpoints", config=config, warn=warn) as checkpoints,
+        Checkpoints(out / "checkpoints", config=config, grows={"steps"}, warn=warn) as checkpoints,
     ):
         if resume and not checkpoints.steps():
             raise InputError(f"{out}: holds no run to resume; leave out --resume to begin one.")
         part = sharding.rows_needed(o.batch)
         batches = read(part=part)
         objective, tx, fresh = recipe(o, centre, scale)
+        counted = 0
+
+        def resume_from(step, reached):
+            nonlocal counted
+            counted = step
+            resumed(step)
+            if reached.lengthened and reached.lengthened[-1][0] == step:
+                warn(_lengthened(o, *reached.lengthened[-1]))
 
         def tell(step, shown):
+            nonlocal counted
             if step % _REPORT_EVERY and step != o.steps:
                 return {}
             numbers = {name: float(value) for name, value in shown.items()}
             write(step, numbers)
             text = f"NMSE {numbers['nmse']:.3f}  L0 {numbers['l0']:.0f}  dead {numbers['dead']:.1%}"
-            progress(text, (step - 1) % _REPORT_EVERY + 1)
+            progress(text, step - counted)
+            counted = step
             return numbers
 
         diverged = None
@@ -191,6 +209,7 @@ def run(
                     put=lambda x: sharding.place_rows(scale * x, o.batch, part.start),
                     tell=tell,
                     warn=warn,
+                    resumed=resume_from,
                 )
             except job.GivenUp as error:
                 state, reached, diverged = error.state, error.progress, error
@@ -206,6 +225,7 @@ def run(
         "skipped": int(state.skipped),
         "skipped_batches": list(reached.bad),
         "rollbacks": reached.rollbacks,
+        "lengthened": [dict(zip(("at", "from", "to"), each, strict=True)) for each in reached.lengthened],
         "nonfinite_rows": bad,
         "dead_in_training": reached.told.get("dead"),
         "heldout": evaluate(sae, heldout),
@@ -251,6 +271,15 @@ def recipe(
         return train.init_state(sae, tx)
 
     return Objective(terms, dead_after=o.dead_after), tx, fresh
+
+
+def _lengthened(options: Options, step: int, before: int, steps: int) -> str:
+    """One sentence on what is other for a run that was made longer."""
+    old, new = (float(_schedule(options._replace(steps=count))(step)) for count in (before, steps))
+    return (
+        f"the run is lengthened from {before} to {steps} steps: from step {step} on, all that depends on their number "
+        f"is that of {steps}, such as the learning rate ({new:.3g}, it was {old:.3g})."
+    )
 
 
 def _rows_to_blame(sources, names, batches: data_module.Batches, bad: Sequence[int]) -> dict[str, list[int]]:
