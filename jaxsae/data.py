@@ -344,7 +344,8 @@ def batches(
         raise InputError(f"got sources of widths {sorted(widths)}; pass activations of one layer.")
 
     def shuffled(first: int, end: int, seed: int):
-        whole = (end - first) // window * window if window else 0  # rows of whole windows; the rest is one more
+        n = end - first
+        whole = 0 if window is None or window >= n else n // window * window  # rows in windows; the rest is one more
         rest = grain.MapDataset.range(first + whole, end).seed(seed % 2**32).shuffle()
         if not whole:
             return rest.repeat()

@@ -166,7 +166,7 @@ def run(
     told_data = {"path": name, "rows": sum(map(len, sources)), "heldout": len(heldout), "width": heldout.shape[1]}
     config = o._asdict() | {"data": [*map(len, sources), heldout.shape[1]], "weights": weights and list(weights)}
     config |= {"window": window, "rows of": names if isinstance(data, Mapping) else None}  # files may have been moved
-    config |= {"checksum of the data": list(map(data_module.fingerprint, everything))}
+    config |= {"values of the data, by checksum": list(map(data_module.fingerprint, everything))}
     order = {"seed": o.seed, "weights": weights, "window": window, "names": names}
     read = functools.partial(data_module.batches, sources, o.batch, **order)
     centre, scale = _centre_and_scale(_sample(read(), sum(map(len, sources))), name)
