@@ -148,7 +148,7 @@ def train(
     text: tuple[Path, ...] = (),
     tokens: int | None = None,
     context: int = 256,
-    window: int = 1 << 16,
+    window: int | None = None,
     k: int | None = None,
     l1: float | None = None,
     batch: int = 1024,
@@ -190,11 +190,13 @@ def train(
         text: UTF-8 files it reads; by default Python's standard library, four million tokens.
         tokens: read so many, rounded up to whole contexts; all by default.
         context: tokens it sees at a time.
-        window: its rows that are shuffled among themselves.
+        window: rows that are shuffled among themselves, one window after another; by default all --data, or 65536 of
+            a --model.
         k: active latents a row: of each row, on average over a batch (batchtopk), or aimed at (jumprelu).
         l1: weight of the L1 penalty (relu, gated).
         batch: rows a step.
-        steps: how many.
+        steps: how many. With more of them the command makes a run longer: from there on the learning rate, and all else
+            that depends on their number, is that of the longer run.
         learning_rate: by default 2e-4/√(latents/16384).
         no_auxk: leave dead latents dead.
         multi_topk: also reconstruct with 4k latents (topk).
@@ -225,6 +227,8 @@ def train(
 
     if bool(data) == (model is not None) or (model is None) != (layer is None):
         raise InputError("pass --data, or --model and --layer.")
+    if model is not None and window is None:
+        window = 1 << 16
     options = runs.Options(
         activation, latents, k, l1, not no_auxk, multi_topk, batch, steps, learning_rate, dead_after, heldout, seed
     )
@@ -236,11 +240,12 @@ def train(
                 data=data if model is None or layer is None else _live(model, layer, text, tokens, context, window),
                 options=options,
                 weights=weights or None,
-                window=None if model is None else window,
+                window=window,
                 mesh=None if mesh is None else sharding.make_mesh(*mesh),
                 save_every=save_every,
                 resume=resume,
                 progress=advance,
+                resumed=lambda step: advance(f"resuming from step {step}", step, before=True),
                 warn=console.warn,
                 log=runs.logs(out, options, wandb=wandb) if chief else None,
             )
@@ -440,14 +445,14 @@ def _pack(model: str, text: tuple[Path, ...], tokens: int | None, context: int):
     return packed
 
 
-def _live(model: str, layer: int, text: tuple[Path, ...], tokens: int | None, context: int, window: int):
+def _live(model: str, layer: int, text: tuple[Path, ...], tokens: int | None, context: int, window: int | None):
     """What a model makes of text, by the name of both."""
     import zlib
 
     from jaxsae import harvest as job
     from jaxsae import language_model
 
-    if window < 1:
+    if window is None or window < 1:
         raise InputError(f"got --window {window}; pass at least 1.")
     contexts = _pack(model, text, tokens, context).contexts
     name = f"{model}, layer {layer}, text {zlib.crc32(contexts.tobytes()):08x}"

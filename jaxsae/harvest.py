@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxsae import shards
-from jaxsae.files import InputError
+from jaxsae.files import InputError, local_path
 from jaxsae.language_model import LanguageModel, residual
 
 _SHARD = 128 << 20  # bytes of float32 rows, about
@@ -115,7 +115,7 @@ def _names(files) -> str:
 
 def _read(file: Path) -> tuple[str, int]:
     try:
-        content = file.read_bytes()
+        content = local_path(file).read_bytes()
     except OSError as error:
         raise InputError(f"{file}: {error.strerror}; pass files of text.") from error
     text = content.decode(errors="replace")
@@ -234,7 +234,7 @@ def live(
             return compute(number)
 
     edges = np.minimum(np.arange(-(-n // batch) + 1) * step, n * (length - 1))
-    return shards.Rows(load, edges, range(n * (length - 1)), model.config.width, np.float32)
+    return shards.Rows(load, edges, range(n * (length - 1)), model.config.width, np.float32, "")
 
 
 def require_fit(model: LanguageModel, contexts: np.ndarray, layer: int) -> None:

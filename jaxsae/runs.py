@@ -11,7 +11,6 @@ import json
 import operator
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +23,7 @@ from jaxsae import data as data_module
 from jaxsae import job, metrics, pretrained, sharding, stream, train
 from jaxsae.activations import AbsTopK, Activation, BatchTopK, Gated, GroupMax, JumpReLU, ReLU, TopK
 from jaxsae.checkpoint import Checkpoints, versions
-from jaxsae.files import InputError, atomic_file, json_number
+from jaxsae.files import InputError, atomic_file, json_number, local_path
 from jaxsae.objectives import L0, L1, AuxK, Gate, MultiTopK, Objective
 from jaxsae.sae import SAE, encode, init, reconstruct, rescale
 
@@ -121,28 +120,34 @@ def run(
     progress: Progress = lambda text, steps: None,
     warn: Callable[[str], None] = lambda text: None,
     log: contextlib.AbstractContextManager[Log] | None = None,
+    resumed: Callable[[int], None] = lambda step: None,
 ) -> dict[str, Any]:
-    """Train on activations, but the last rows; measure on those; save. What was begun in `out` is gone on with.
+    """Train on activations, but the last rows; measure on those; save. What was begun in `out` is resumed.
+
+    With the same options and data that is, to the bit, as if nothing had ended it. With more steps the run is made
+    longer: from there on the learning rate, its warm-up and decay, and whatever else depends on the number of steps,
+    are those of the longer run; the report has it as `lengthened`.
 
     Args:
       out: directory, made if missing.
       data: file or directory of activations, or several; or rows, each with a name that says where they come from.
       options: what to train, and how.
       weights: in which proportions to mix the data, whatever their lengths; by default in those of the lengths.
-      window: as of `data.batches`.
+      window: as of `data.batches`; all rows are shuffled among themselves by default.
       mesh: of `sharding.make_mesh`, to spread rows and latents over; one device by default.
       save_every: seconds from one save of the whole state to the next.
       resume: refuse to begin anew.
       progress: called with what is going on and how many steps that took; `options.steps` in all.
       warn: told what was amiss and could be done without.
       log: opened when all is well, for example `logs(out, options)`; then called with the step and its numbers.
+      resumed: called with the number of steps taken before, if there are any; `progress` then counts from there.
 
     Returns:
       The report.
 
     Raises:
-      InputError: if an option or the data cannot be used, if `out` holds another run, or if training diverged; the
-        last good autoencoder is saved.
+      InputError: if an option or the data cannot be used, if `out` holds another run or another process writes there,
+        or if training diverged; the last good autoencoder is saved.
       job.Stopped: on SIGTERM or SIGINT, with all saved.
 
     Example:
@@ -157,29 +162,41 @@ def run(
     _validate(options)
     names, everything = _open(data)
     sources, heldout = _split(names, everything, options, weights)
-    out, o, name = Path(out), options, ", ".join(names)
+    out, o, name = local_path(out), options, ", ".join(names)
     told_data = {"path": name, "rows": sum(map(len, sources)), "heldout": len(heldout), "width": heldout.shape[1]}
     config = o._asdict() | {"data": [*map(len, sources), heldout.shape[1]], "weights": weights and list(weights)}
     config |= {"window": window, "rows of": names if isinstance(data, Mapping) else None}  # files may have been moved
-    read = functools.partial(data_module.batches, sources, o.batch, seed=o.seed, weights=weights, window=window)
+    config |= {"values of the data, by checksum": list(map(data_module.fingerprint, everything))}
+    order = {"seed": o.seed, "weights": weights, "window": window, "names": names}
+    read = functools.partial(data_module.batches, sources, o.batch, **order)
     centre, scale = _centre_and_scale(_sample(read(), sum(map(len, sources))), name)
     with (
         jax.set_mesh(mesh) if mesh else contextlib.nullcontext(),
-        Checkpoints(out / "checkpoints", config=config, warn=warn) as checkpoints,
+        Checkpoints(out / "checkpoints", config=config, grows={"steps"}, warn=warn) as checkpoints,
     ):
         if resume and not checkpoints.steps():
             raise InputError(f"{out}: holds no run to resume; leave out --resume to begin one.")
         part = sharding.rows_needed(o.batch)
         batches = read(part=part)
         objective, tx, fresh = recipe(o, centre, scale)
+        counted = 0
+
+        def resume_from(step, reached):
+            nonlocal counted
+            counted = step
+            resumed(step)
+            if reached.lengthened and reached.lengthened[-1][0] == step:
+                warn(_lengthened(o, *reached.lengthened[-1]))
 
         def tell(step, shown):
+            nonlocal counted
             if step % _REPORT_EVERY and step != o.steps:
                 return {}
             numbers = {name: float(value) for name, value in shown.items()}
             write(step, numbers)
             text = f"NMSE {numbers['nmse']:.3f}  L0 {numbers['l0']:.0f}  dead {numbers['dead']:.1%}"
-            progress(text, (step - 1) % _REPORT_EVERY + 1)
+            progress(text, step - counted)
+            counted = step
             return numbers
 
         diverged = None
@@ -192,6 +209,7 @@ def run(
                     put=lambda x: sharding.place_rows(scale * x, o.batch, part.start),
                     tell=tell,
                     warn=warn,
+                    resumed=resume_from,
                 )
             except job.GivenUp as error:
                 state, reached, diverged = error.state, error.progress, error
@@ -207,6 +225,7 @@ def run(
         "skipped": int(state.skipped),
         "skipped_batches": list(reached.bad),
         "rollbacks": reached.rollbacks,
+        "lengthened": [dict(zip(("at", "from", "to"), each, strict=True)) for each in reached.lengthened],
         "nonfinite_rows": bad,
         "dead_in_training": reached.told.get("dead"),
         "heldout": evaluate(sae, heldout),
@@ -252,6 +271,15 @@ def recipe(
         return train.init_state(sae, tx)
 
     return Objective(terms, dead_after=o.dead_after), tx, fresh
+
+
+def _lengthened(options: Options, step: int, before: int, steps: int) -> str:
+    """One sentence on what is other for a run that was made longer."""
+    old, new = (float(_schedule(options._replace(steps=count))(step)) for count in (before, steps))
+    return (
+        f"the run is lengthened from {before} to {steps} steps: from step {step} on, all that depends on their number "
+        f"is that of {steps}, such as the learning rate ({new:.3g}, it was {old:.3g})."
+    )
 
 
 def _rows_to_blame(sources, names, batches: data_module.Batches, bad: Sequence[int]) -> dict[str, list[int]]:
@@ -442,7 +470,7 @@ def logs(folder: str | os.PathLike, options: Options, *, wandb: bool = False) ->
     except ImportError as error:
         raise InputError(_NO_TENSORBOARD) from error
     with contextlib.ExitStack() as stack:
-        writer = stack.enter_context(SummaryWriter(str(folder)))
+        writer = stack.enter_context(SummaryWriter(str(local_path(folder))))
         active = stack.enter_context(_wandb(folder, options)) if wandb else None
 
         def log(step: int, numbers: dict[str, float]) -> None:
@@ -473,7 +501,7 @@ def curves(folder: str | os.PathLike) -> dict[str, dict[int, float]]:
       ...     curves(folder)
       {'nmse': {10: 0.5}}
     """
-    paths = sorted(Path(folder).glob("events.out.tfevents.*"))  # in order of time, which is in the name
+    paths = sorted(local_path(folder).glob("events.out.tfevents.*"))  # in order of time, which is in the name
     if not paths:
         return {}
     try:

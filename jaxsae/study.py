@@ -24,7 +24,7 @@ from jaxsae import data as data_module
 from jaxsae import harvest, language_model, metrics, model_files, plots, pretrained, train
 from jaxsae.activations import ReLU, TopK
 from jaxsae.certificate import certify
-from jaxsae.files import InputError, atomic_file, json_number
+from jaxsae.files import InputError, atomic_file, json_number, local_path
 from jaxsae.language_model import LanguageModel, NextToken, loss_recovered
 from jaxsae.objectives import L1, AuxK, Objective
 from jaxsae.sae import SAE, init, reconstruct, rescale, to_fit
@@ -122,7 +122,7 @@ def run(
     """
     if not 0 <= seed < 2**32:
         raise InputError(f"got seed {seed}, expected one from 0 to 2³² − 1; pass another.")
-    out, probe = Path(out), None
+    out, probe = local_path(out), None
     loaded = {name: _published(name) for name in saes}
     if saes:
         if data is None:
