@@ -29,10 +29,10 @@ class _Sums:
     def __add__(self: _Metric, other: _Metric) -> _Metric:
         return _merge(self, other)
 
-    def _plus(self: _Metric, other: _Metric) -> _Metric:
-        """Both together, in a trace; of metrics, unless it is said otherwise, part by part."""
-        parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # pyright: ignore[reportArgumentType]
-        return type(self)(**{name: _plus(part, getattr(other, name)) for name, part in parts.items()})
+    def _plus(self, other: Any) -> Any:
+        """Both together, in a trace; part by part, unless it is said otherwise."""
+        names = [field.name for field in dataclasses.fields(self)]  # pyright: ignore[reportArgumentType]
+        return type(self)(**{name: _plus(getattr(self, name), getattr(other, name)) for name in names})
 
 
 @jax.jit
@@ -51,13 +51,10 @@ def _rest() -> Any:
 
 def _added(a: Any, b: Any, names: Sequence[str], scales: tuple[Any, Any] = (1.0, 1.0)) -> dict[str, Any]:
     """The fields of `scales[0] · a + scales[1] · b` that have these names, and the `rest` of them."""
-    found, rest = {}, {}
+    (x, y), found, rest = scales, {}, {}
     for name in names:
-        high, low = [], []
-        for each, scale in zip((a, b), scales, strict=True):
-            high.append(scale * getattr(each, name))
-            low.append(scale * each.rest.get(name, 0.0))
-        found[name], rest[name] = _two_sum(*high, sum(low))
+        left = x * a.rest.get(name, 0.0) + y * b.rest.get(name, 0.0)
+        found[name], rest[name] = _two_sum(x * getattr(a, name), y * getattr(b, name), left)
     return found | {"rest": rest}
 
 
@@ -104,7 +101,7 @@ class Moments(_Sums):
     unit: Float[Array, ""] | float = 1.0
     rest: dict[str, Array] = _rest()
 
-    def _plus(self, other: "Moments") -> "Moments":
+    def _plus(self, other: Any) -> Any:
         unit = jnp.maximum(self.unit, other.unit)
         rows = self.rows + other.rows
         step = (other.mean - self.mean) + (other.rest.get("mean", 0.0) - self.rest.get("mean", 0.0))
@@ -257,7 +254,7 @@ class Activity(_Sums):
     fired: Float[Array, " m"]
     rest: dict[str, Array] = _rest()
 
-    def _plus(self, other: "Activity") -> "Activity":
+    def _plus(self, other: Any) -> Any:
         return Activity(**_added(self, other, ["rows", "fired"]))
 
     @property
@@ -357,7 +354,7 @@ class Shrinkage(_Sums):
     change: Float[Array, " bins"]
     rest: dict[str, Array] = _rest()
 
-    def _plus(self, other: "Shrinkage") -> "Shrinkage":
+    def _plus(self, other: Any) -> Any:
         data = self.data._plus(other.data)
         squares = [f"{name}_{when}" for name in ("error", "power", "cross") for when in ("before", "after")]
         counts = ["count", "before", "after", "rising", "change"]
@@ -480,7 +477,7 @@ def shrinkage(
 @jax.jit
 def _shrinkage(W_dec, fit: Fit, x, code: SparseCode, refined: SparseCode) -> Shrinkage:
     keep = jnp.isfinite(x).all(-1) & jnp.isfinite(code.values).all(-1) & jnp.isfinite(refined.values).all(-1)
-    code, refined = (each.replace(values=widen(each.values)) for each in (code, refined))
+    code, refined = (dataclasses.replace(each, values=widen(each.values)) for each in (code, refined))
     scale = 1 if fit.scale is None else fit.scale  # errors are in the units of the rows
 
     def kept(x):

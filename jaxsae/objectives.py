@@ -60,6 +60,30 @@ class Measured(NamedTuple):
     metrics: dict[str, Array]
     activation: Activation | None = None
 
+    @classmethod
+    def of(cls, out: Any, m: int) -> tuple[Array, "Measured"]:
+        """What a loss returned for `m` latents, its value and this, if it is what it should be; else one line."""
+        expected = "expected (value, (fired, metrics)): a scalar, which latents were active, and a dictionary"
+        if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], tuple) and len(out[1]) in (2, 3)):
+            raise TypeError(f"got a loss that returns {_shown(out)}, {expected}; return (value, (fired, {{}})).")
+        value, measured = jnp.asarray(out[0]), cls(*out[1])
+        if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
+            raise TypeError(f"got a loss whose value is {_shown(value)}, {expected}; take its mean over the batch.")
+        if jnp.shape(measured.fired) != (m,):
+            raise TypeError(f"got a loss whose fired is {_shown(measured.fired)}, {expected}; return one a latent.")
+        if not isinstance(measured.metrics, dict):
+            raise TypeError(
+                f"got a loss whose metrics are {_shown(measured.metrics)}, {expected}; return {{}} for none."
+            )
+        return value, measured
+
+
+def _shown(x: Any) -> str:
+    """What kind of thing something is, the same while it is traced."""
+    if isinstance(x, tuple):
+        return f"({', '.join(map(_shown, x))})"
+    return f"an array {x.dtype}{list(x.shape)}" if hasattr(x, "dtype") else f"a {type(x).__name__}"
+
 
 @pytrees.dataclass
 class Objective:
@@ -88,9 +112,10 @@ class Objective:
     def __post_init__(self):
         for term in self.terms if isinstance(self.terms, tuple) else ():  # JAX puts other things in their place
             if callable(term) and jax.tree_util.all_leaves([term]):
+                name = getattr(term, "__name__", type(term).__name__)
                 raise TypeError(
-                    f"`Objective` got a term that is no pytree: {getattr(term, '__name__', type(term).__name__)}; write "
-                    "@pytrees.dataclass above a class with __call__(self, p), and pass an instance of it."
+                    f"`Objective` got a term that is no pytree, {name}; write @pytrees.dataclass above a class with "
+                    "__call__(self, p), and pass an instance of it."
                 )
 
     def __call__(self, sae: SAE, batch: Any, state: Any) -> tuple[Float[Array, ""], Measured]:
@@ -114,9 +139,8 @@ class Objective:
 def _rows(batch: Any) -> tuple[Array, Array]:
     pair = batch if isinstance(batch, tuple | list) else (batch, batch)
     if len(pair) != 2 or not all(hasattr(x, "shape") for x in pair):
-        raise TypeError(
-            f"got a batch that is a {type(batch).__name__} of {len(pair)}; pass rows [b d], or a pair of input and target."
-        )
+        got = f"{type(batch).__name__} of {len(pair)}"
+        raise TypeError(f"got a batch that is a {got}; pass rows [b d], or a pair of input and target.")
     x, target = pair
     return x, target
 

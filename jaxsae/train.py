@@ -104,6 +104,11 @@ class _Sound(optax.GradientTransformation):
     """
 
 
+def _around(tx: optax.GradientTransformation, init: Callable, update: Callable) -> optax.GradientTransformation:
+    """A transformation made of another, and as sound as that."""
+    return (_Sound if isinstance(tx, _Sound) else optax.GradientTransformation)(init, update)
+
+
 def unit_norm_decoder(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     """Keep the atoms on the unit sphere: what `tx` sees of their gradient is tangent, and its update ends on it.
 
@@ -143,7 +148,7 @@ def unit_norm_decoder(tx: optax.GradientTransformation) -> optax.GradientTransfo
         norm = jnp.where(jnp.isfinite(norm), norm, jnp.nan)  # else the atom would be 0, a number by infinity
         return updates.replace(W_dec=jnp.where(norm == 0, 0, divide(moved, norm) - atoms)), state
 
-    return type(tx)(init, update)
+    return _around(tx, init, update)
 
 
 def learning_rate(m: int) -> float:
@@ -224,7 +229,7 @@ def average(tx: optax.GradientTransformation, decay: float) -> optax.GradientTra
 
         return updates, AveragedState(inner, jax.tree.map(follow, state.mean, moved), weight)
 
-    return type(tx)(init, update)
+    return _around(tx, init, update)
 
 
 def averaged(opt_state: Any) -> SAE:
@@ -326,41 +331,17 @@ def make_step(
 
 def _as_pytree(loss):
     if not callable(loss) or isinstance(loss, type):
-        raise TypeError(f"got a loss that is {_shown(loss)}; pass an objective, or a function (sae, batch, state).")
+        got = f"the class {loss.__name__}" if isinstance(loss, type) else f"a {type(loss).__name__}"
+        raise TypeError(f"got a loss that is {got}; pass an objective, or a function (sae, batch, state).")
     leaves = jax.tree.leaves(loss)
     return jax.tree_util.Partial(loss) if len(leaves) == 1 and leaves[0] is loss else loss
-
-
-def _evaluate(loss: Any, sae: SAE, batch: Any, state: TrainState) -> tuple[Array, Measured]:
-    """What a loss returns, if it is what it should be."""
-    expected = "expected (value, (fired, metrics)): a scalar, which latents were active, and a dictionary"
-    out = loss(sae, batch, state)
-    if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], tuple) and len(out[1]) in (2, 3)):
-        raise TypeError(f"got a loss that returns {_shown(out)}, {expected}; return (value, (fired, {{}})).")
-    value, measured = jnp.asarray(out[0]), Measured(*out[1])
-    if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
-        raise TypeError(f"got a loss whose value is {_shown(value)}, {expected}; take its mean over the batch.")
-    if jnp.shape(measured.fired) != (sae.m,):
-        raise TypeError(f"got a loss whose fired is {_shown(measured.fired)}, {expected}; return one for each latent.")
-    if not isinstance(measured.metrics, dict):
-        raise TypeError(f"got a loss whose metrics are {_shown(measured.metrics)}, {expected}; return {{}} for none.")
-    return value, measured
-
-
-def _shown(x: Any) -> str:
-    """What kind of thing something is, the same while it is traced."""
-    if isinstance(x, tuple):
-        return f"({', '.join(map(_shown, x))})"
-    if hasattr(x, "dtype"):
-        return f"an array {x.dtype}{list(x.shape)}"
-    return f"the class {x.__name__}" if isinstance(x, type) else f"a {type(x).__name__}"
 
 
 def _advance(tx: Any, loss: Any, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
     params, rest = pytrees.partition(state.sae)
 
     def value_of(params):
-        return _evaluate(loss, pytrees.merge(params, rest), batch, state)
+        return Measured.of(loss(pytrees.merge(params, rest), batch, state), state.sae.m)
 
     (value, (fired, metrics, activation)), grads = jax.value_and_grad(value_of, has_aux=True)(params)
     grads, count = widen(grads), len(jax.tree.leaves(batch)[0])
@@ -369,8 +350,9 @@ def _advance(tx: Any, loss: Any, state: TrainState, batch: Any) -> tuple[TrainSt
         params, rest = pytrees.partition(state.sae)
         updates, opt_state = tx.update(grads, state.opt_state, params)
         if activation is not None:
-            rest = pytrees.partition(state.sae.replace(activation=activation))[1]
-        sae: Any = pytrees.merge(optax.apply_updates(params, updates), rest)
+            rest = pytrees.partition(dataclasses.replace(state.sae, activation=activation))[1]
+        moved: Any = optax.apply_updates(params, updates)  # pyright: ignore[reportArgumentType]
+        sae = pytrees.merge(moved, rest)
         most = jnp.iinfo(state.idle.dtype).max - count
         idle = jnp.where(fired, 0, jnp.minimum(state.idle, most) + count)
         skipped_last = jnp.zeros_like(state.skipped_last)
@@ -382,7 +364,7 @@ def _advance(tx: Any, loss: Any, state: TrainState, batch: Any) -> tuple[TrainSt
     # Learnt twice, here only to be looked at: one that was kept until known to be good would be a second copy of all.
     # Matrices are looked at where they must be, since that is half of what the update itself costs.
     squares = sum(jnp.sum(g**2) for g in jax.tree.leaves(grads))  # Adam keeps each
-    matrices = type(tx) is not _Sound
+    matrices = not isinstance(tx, _Sound)
     good = jnp.isfinite(value) & jnp.isfinite(squares) & _stays_finite(state, learn(state), matrices=matrices)
     state = jax.lax.cond(good, learn, skip, state)
     dead = jnp.mean(state.idle >= getattr(loss, "dead_after", jnp.inf))
@@ -391,7 +373,7 @@ def _advance(tx: Any, loss: Any, state: TrainState, batch: Any) -> tuple[TrainSt
 
 def _stays_finite(old: Any, new: Any, *, matrices: bool) -> Array:
     """Whether no number of a tree has become NaN or Inf; a threshold may have been Inf before."""
-    wrong = collections.defaultdict(lambda: 0.0)
+    wrong: dict[tuple[int, ...], Any] = collections.defaultdict(float)
     for before, after in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
         if jnp.issubdtype(after.dtype, jnp.inexact) and (matrices or after.ndim < 2):
             wrong[after.shape] += jnp.where(after == before, 0, 0 * widen(after))  # NaN where it is neither
