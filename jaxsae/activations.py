@@ -33,6 +33,8 @@ __all__ = [
 class Activation:
     """What an SAE asks of its activation; subclasses are made by `pytrees.dataclass`.
 
+    Its floating-point fields are trained with the weights; those that are no parameters are made by `pytrees.fixed`.
+
     Attributes:
       slots: how many slots a row the activation fixes, or None.
       signed: whether values may be negative, so that refining leaves their sign free.
@@ -225,7 +227,7 @@ class TopK(_Selection):
     """
 
     k: int = struct.field(pytree_node=False)
-    keep: float | Array | None = None
+    keep: float | Array | None = pytrees.fixed(default=None)
 
     def __call__(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
         """The dense code, by comparison with the k-th largest: no scatter, forwards or backwards."""
@@ -349,7 +351,7 @@ class BatchTopK(Activation):
     """
 
     k: int = struct.field(pytree_node=False)
-    threshold: float | Float[Array, ""] = -1.0
+    threshold: float | Float[Array, ""] = pytrees.fixed(default=-1.0)
 
     def __post_init__(self):
         _validate_k(self)
@@ -500,7 +502,7 @@ class MatchingPursuit(Activation):
       SAELens' `matching_pursuit`.
     """
 
-    residual_threshold: float | Float[Array, ""] = 0.01
+    residual_threshold: float | Float[Array, ""] = pytrees.fixed(default=0.01)
     max_steps: int | None = struct.field(pytree_node=False, default=None)
     stop_on_duplicate: bool = struct.field(pytree_node=False, default=True)
     pursues = True

@@ -8,6 +8,7 @@ comes out of the first block.
 """
 
 import functools
+import math
 import operator
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -270,12 +271,12 @@ class NextToken:
     @property
     def cross_entropy(self) -> Float[Array, ""] | float:
         """Mean over tokens, in nats."""
-        return self.surprise / self.tokens
+        return _ratio(self.surprise, self.tokens)
 
     @property
     def kl(self) -> Float[Array, ""] | float:
         """Mean KL divergence from the clean predictions, in nats."""
-        return self.divergence / self.tokens
+        return _ratio(self.divergence, self.tokens)
 
 
 def cross_entropy(
@@ -338,7 +339,11 @@ def loss_recovered(clean: NextToken, spliced: NextToken, ablated: NextToken) -> 
       0.75
     """
     worst = ablated.cross_entropy
-    return (worst - spliced.cross_entropy) / (worst - clean.cross_entropy)
+    return _ratio(worst - spliced.cross_entropy, worst - clean.cross_entropy)
+
+
+def _ratio(a, b):
+    return a / b if b != 0 else math.nan
 
 
 @functools.partial(jax.jit, static_argnames="layer")

@@ -17,6 +17,34 @@ def divide(x, by):
     return jnp.where(by == 0, 0, x / jnp.where(by == 0, 1, by))
 
 
+def ratio(x, by):
+    """`x / by`, and NaN where `by` is 0: a ratio that is not defined is not a number."""
+    return jnp.where(by == 0, jnp.nan, x / jnp.where(by == 0, 1, by))
+
+
+def widen(tree):
+    """The arrays of a tree, those of floating point in float32 or better, in which to add them up."""
+
+    def wide(x):
+        x = jnp.asarray(x)
+        return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+
+    return jax.tree.map(wide, tree)
+
+
+def norms(x: Float[Array, "*b d"]) -> Float[Array, "*b 1"]:
+    """`‖x‖` of each row in float32 or better; its derivative is 0, not NaN, where it is 0."""
+    squares = jnp.sum(widen(x) ** 2, axis=-1, keepdims=True)
+    return jnp.where(squares == 0, 0, jnp.sqrt(jnp.where(squares == 0, 1, squares)))
+
+
+def power_of_two(x: Float[Array, ""]) -> Float[Array, ""]:
+    """The power of two by which `x > 0` is from 1 to 2, as far as its inverse is a number too; 1 for 0, Inf and NaN."""
+    least = jnp.finfo(x.dtype).minexp
+    exponent = jnp.clip(jnp.frexp(x)[1] - 1, least, -least)
+    return jnp.where((x > 0) & jnp.isfinite(x), jnp.ldexp(jnp.ones((), x.dtype), exponent), 1)
+
+
 def max_or_nan(x: Array, axis: int | tuple[int, ...] | None = None, *, keepdims: bool = False) -> Array:
     """The largest of `x`, at least 0; NaN if any is, which in many shapes XLA's maximum on a CPU passes over."""
     most = jnp.max(x, axis=axis, keepdims=keepdims, initial=0)

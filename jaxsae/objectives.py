@@ -60,6 +60,30 @@ class Measured(NamedTuple):
     metrics: dict[str, Array]
     activation: Activation | None = None
 
+    @classmethod
+    def of(cls, out: Any, m: int) -> tuple[Array, "Measured"]:
+        """What a loss returned for `m` latents, its value and this, if it is what it should be; else one line."""
+        expected = "expected (value, (fired, metrics)): a scalar, which latents were active, and a dictionary"
+        if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], tuple) and len(out[1]) in (2, 3)):
+            raise TypeError(f"got a loss that returns {_shown(out)}, {expected}; return (value, (fired, {{}})).")
+        value, measured = jnp.asarray(out[0]), cls(*out[1])
+        if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
+            raise TypeError(f"got a loss whose value is {_shown(value)}, {expected}; take its mean over the batch.")
+        if jnp.shape(measured.fired) != (m,):
+            raise TypeError(f"got a loss whose fired is {_shown(measured.fired)}, {expected}; return one a latent.")
+        if not isinstance(measured.metrics, dict):
+            raise TypeError(
+                f"got a loss whose metrics are {_shown(measured.metrics)}, {expected}; return {{}} for none."
+            )
+        return value, measured
+
+
+def _shown(x: Any) -> str:
+    """What kind of thing something is, the same while it is traced."""
+    if isinstance(x, tuple):
+        return f"({', '.join(map(_shown, x))})"
+    return f"an array {x.dtype}{list(x.shape)}" if hasattr(x, "dtype") else f"a {type(x).__name__}"
+
 
 @pytrees.dataclass
 class Objective:
@@ -85,9 +109,18 @@ class Objective:
     dead_after: int | Array = 10_000_000
     keep: optax.Schedule | None = struct.field(pytree_node=False, default=None)
 
+    def __post_init__(self):
+        for term in self.terms if isinstance(self.terms, tuple) else ():  # JAX puts other things in their place
+            if callable(term) and jax.tree_util.all_leaves([term]):
+                name = getattr(term, "__name__", type(term).__name__)
+                raise TypeError(
+                    f"`Objective` got a term that is no pytree, {name}; write @pytrees.dataclass above a class with "
+                    "__call__(self, p), and pass an instance of it."
+                )
+
     def __call__(self, sae: SAE, batch: Any, state: Any) -> tuple[Float[Array, ""], Measured]:
         """The loss of a batch `x [b d]`, or `(x [b d], target [b d_out])`, in a `train.TrainState`."""
-        x, target = batch if isinstance(batch, tuple) else (batch, batch)
+        x, target = _rows(batch)
         if sae.normalisation is not None and sae.normalisation.per_row and self.terms:
             raise ValueError(
                 "got an SAE that normalises each row, and terms, which are for rows as they are; train without terms, "
@@ -101,6 +134,15 @@ class Objective:
         value = losses.mse(target, p.x_hat) + sum(term(p) for term in self.terms)
         metrics = {"nmse": losses.nmse(target, p.x_hat), "l0": jnp.mean(_l0(code).astype(jnp.float32))}
         return value, Measured(_fired(code), metrics, after)
+
+
+def _rows(batch: Any) -> tuple[Array, Array]:
+    pair = batch if isinstance(batch, tuple | list) else (batch, batch)
+    if len(pair) != 2 or not all(hasattr(x, "shape") for x in pair):
+        got = f"{type(batch).__name__} of {len(pair)}"
+        raise TypeError(f"got a batch that is a {got}; pass rows [b d], or a pair of input and target.")
+    x, target = pair
+    return x, target
 
 
 def _code(sae: SAE, x) -> tuple[SparseCode | Array, Activation | None]:
@@ -166,7 +208,7 @@ class L0:
 
     Attributes:
       weight: of the term.
-      target: mean number of active latents a row.
+      target: mean number of active latents a row, above 0.
       schedule: factor of the weight by step; static.
 
     Example:
@@ -183,6 +225,10 @@ class L0:
     weight: float | Array
     target: float | Array
     schedule: optax.Schedule | None = struct.field(pytree_node=False, default=None)
+
+    def __post_init__(self):
+        if isinstance(self.target, int | float) and not self.target > 0:
+            raise ValueError(f"`L0` got target {self.target}; pass a number of latents above 0.")
 
     def __call__(self, p: Pass) -> Array:
         """The term."""

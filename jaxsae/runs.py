@@ -443,7 +443,9 @@ def evaluate(sae: SAE, rows: data_module.Rows) -> dict[str, Any]:
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _measure(sae: SAE, x, capacity: int, keep: tuple[int, ...]):
-    code = encode(sae, jnp.where(jnp.isfinite(x).all(1, keepdims=True), x, jnp.nan), capacity=capacity)
+    finite = jnp.isfinite(x).all(1, keepdims=True)
+    code = encode(sae, jnp.where(finite, x, jnp.nan), capacity=capacity)
+    code = code.replace(values=jnp.where(finite, code.values, jnp.nan))  # a threshold passes over NaN
     whole = metrics.reconstruction(x, reconstruct(sae, x, code))
     return whole, metrics.activity(code), metrics.progressive(sae, x, code, keep)
 

@@ -36,7 +36,7 @@ class SAE:
       b_dec: `[d_out]`.
       activation: a pytree of `activations.py`.
       W_skip: `[d d_out]`, or None.
-      normalisation: a pytree of `normalisation.py`, or None.
+      normalisation: a pytree of `normalisation.py`, or None; it belongs to the data, and is not trained.
       centred: whether `b_dec` is subtracted from `x`; not in transcoders; static.
       transcoder: whether the target is another than the input; static.
 
@@ -58,7 +58,7 @@ class SAE:
     b_dec: Float[Array, " d_out"]
     activation: Activation
     W_skip: Float[Array, "d d_out"] | None = None
-    normalisation: Normalisation | None = None
+    normalisation: Normalisation | None = pytrees.fixed(default=None)
     centred: bool = struct.field(pytree_node=False, default=True)
     transcoder: bool = struct.field(pytree_node=False, default=False)
 
