@@ -28,6 +28,7 @@ import numpy as np
 from jaxtyping import Array, UInt32
 
 from jaxsae.files import InputError
+from jaxsae.tensors import writable
 
 _VERSION = 1
 # What was to be read or written next, when a file before it could not be.
@@ -166,6 +167,7 @@ class Checkpoints:
 
         if self._manager is None:
             self._manager = self._open()
+        state = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else writable(leaf), state)
         content = {"version": _VERSION, "config": self._config, "versions": versions(), "step": step} | {
             "progress": progress
         }

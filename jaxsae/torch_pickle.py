@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxsae.files import InputError
-from jaxsae.tensors import map_file, read_zip
+from jaxsae.tensors import map_file, read_zip, writable
 
 _DTYPES = {
     "DoubleStorage": np.float64,
@@ -262,6 +262,8 @@ class _Interpreter:
         if name == "collections.OrderedDict" and not arguments:
             return {}
         if name in ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"):
+            if len(arguments) > 6 and arguments[6]:  # that its values stand for their negatives, say
+                raise _Refused("makes a tensor whose values are not those in its storage")
             return self._tensor(*arguments[:4])
         if name == "torch._utils._rebuild_parameter" and isinstance(arguments[0], np.ndarray | type(None)):
             return arguments[0]
@@ -448,11 +450,11 @@ def _emit(thing: Any, storages: list[np.ndarray]) -> bytes:
         return b"](" + all_of(*thing) + b"e"
     if isinstance(thing, dict):
         return b"}(" + all_of(*(each for item in thing.items() for each in item)) + b"u"
-    if not isinstance(thing, np.ndarray) or thing.dtype not in _DTYPES.values():
+    if not isinstance(thing, np.ndarray):
         raise TypeError(
             f"got {type(thing).__name__}, which torch_pickle.write does not write; pass arrays and containers."
         )
-    return _emit_tensor(np.ascontiguousarray(thing).reshape(thing.shape), storages)
+    return _emit_tensor(writable(thing), storages)
 
 
 def _emit_tensor(array: np.ndarray, storages: list[np.ndarray]) -> bytes:

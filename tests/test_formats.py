@@ -6,7 +6,24 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from foreign import CASES, FIXTURES, D, K, M, X, arrays, fixture, pre, recorded, relu, top_k, training_form, write
+from foreign import (
+    CASES,
+    FIXTURES,
+    NAMED,
+    D,
+    K,
+    M,
+    X,
+    arrays,
+    fixture,
+    pre,
+    published,
+    recorded,
+    relu,
+    top_k,
+    training_form,
+    write,
+)
 from problems import activations, assert_same_bits, sae
 
 import jaxsae
@@ -45,7 +62,7 @@ def test_every_fixture_is_among_the_cases():
 
 @per_case
 def test_a_published_sae_computes_what_its_library_computes(case):
-    model, io = pretrained.load(fixture(case)), recorded(case)
+    model, io = published(case), recorded(case)
     assert pretrained.detect(fixture(case)) == case.split("/")[0]
     assert np.abs(io["x"][5]).max() == 0  # rows that were made to be awkward
     assert_computes(model, io["x"], io["z"], io.get("forward"))
@@ -59,12 +76,12 @@ def test_the_form_saved_in_training_infers_as_the_other(case, tmp_path):
     io = recorded(case)
     model = pretrained.load(training_form(case, tmp_path / "sae"))
     assert_computes(model, io["x"], io["z"], io["xhat"])
-    assert type(model.activation) is type(pretrained.load(fixture(case)).activation)
+    assert type(model.activation) is type(published(case).activation)
 
 
 @per_case
 def test_loaded_saved_and_loaded_again_it_is_the_same_to_the_bit(case, tmp_path):
-    model, format = pretrained.load(fixture(case)), case.split("/")[0]
+    model, format = published(case), case.split("/")[0]
     for name in (format, "jaxsae"):
         pretrained.save(model, tmp_path / name, format=name)
         again = pretrained.load(tmp_path / name)
@@ -74,7 +91,7 @@ def test_loaded_saved_and_loaded_again_it_is_the_same_to_the_bit(case, tmp_path)
 
 @per_case
 def test_saved_in_any_other_format_it_computes_the_same_or_is_refused(case, tmp_path):
-    model, io = pretrained.load(fixture(case)), recorded(case)
+    model, io = published(case), recorded(case)
     z, x_hat = run(model, io["x"])
     said = {}
     for format in WRITTEN:
@@ -493,7 +510,7 @@ def test_a_format_is_told_by_contents_and_not_by_names(tmp_path):
                 if (config := fixture(case) / "cfg.json").is_file():
                     (folder / "cfg.json").write_bytes(config.read_bytes())
                 assert pretrained.detect(folder) == pretrained.detect(target) == case.split("/")[0]
-                assert_same_bits(pretrained.load(target), pretrained.load(fixture(case)))
+                assert_same_bits(pretrained.load(target, format=NAMED.get(case)), published(case))
     # The name of one format, the contents of another.
     (tmp_path / "x").mkdir()
     np.savez(tmp_path / "x" / "params.npz", x=X)

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from foreign import CASES, D, M, X, arrays, fixture, write
+from foreign import CASES, NAMED, D, M, X, arrays, fixture, published, write
 from problems import assert_same_bits
 
 from jaxsae import pretrained, tensors
@@ -209,7 +209,7 @@ def fuzz(folder: Path, mutations: int, seed: int) -> dict[str, int]:
         (folder / case).mkdir(parents=True)
         for name in files_of(case):
             shutil.copyfile(fixture(case) / name, folder / case / name)
-        originals[case] = pretrained.load(folder / case)
+        originals[case] = published(case)
 
     def hang(*_):
         raise Hung
@@ -224,7 +224,7 @@ def fuzz(folder: Path, mutations: int, seed: int) -> dict[str, int]:
         path.write_bytes(bend(bytearray(whole), rng))
         signal.alarm(20)
         try:
-            model = pretrained.load(folder / case)
+            model = pretrained.load(folder / case, format=NAMED.get(case))
         except InputError as error:
             assert "\n" not in str(error), str(error)
             ends["error"] += 1
