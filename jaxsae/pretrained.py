@@ -43,7 +43,9 @@ _ACTIVATIONS = {
         *(activations.JumpReLU, activations.Gated, activations.GroupMax, activations.MatchingPursuit),
     )
 }
-_KEYS = {"format", "version", "d", "m", "d_out", "centred", "transcoder", "skip", "activation", "normalisation"}
+_KEYS = {
+    *("format", "version", "d", "m", "d_out", "centred", "transcoder", "skip", "activation", "normalisation", "arrays")
+}
 _NORMALISATIONS = {
     cls.__name__: cls for cls in (normalisation.LayerNorm, normalisation.ConstantNorm, normalisation.AverageNorm)
 }
@@ -307,7 +309,7 @@ def _write_own(sae: SAE, path: Path) -> None:
     arrays |= {f"activation.{name}": value for name, value in _parameters(sae.activation).items()}
     with atomic_directory(path) as folder:
         write_safetensors(folder / _WEIGHTS, arrays)
-        write_json(folder / _CONFIG, config)
+        write_json(folder / _CONFIG, config | {"arrays": sorted(arrays)})
 
 
 def _options(part: Any) -> tuple[dict[str, Any], set[str]]:
@@ -334,7 +336,7 @@ def _read_own(path: Path) -> Raw:
     if (config.get("format"), config.get("version")) != ("jaxsae", _VERSION):
         raise InputError(
             f"{path / _CONFIG}: says {config.get('format')!r} version {config.get('version')!r}, expected 'jaxsae' "
-            f"version {_VERSION}; load it with the version of jaxsae that wrote it."
+            f"version {_VERSION} (format, version); load it with the version of jaxsae that wrote it."
         )
     if unknown := config.keys() - _KEYS:
         raise InputError(f"{path / _CONFIG}: says {', '.join(sorted(unknown))}, which is unknown; update jaxsae.")
@@ -351,6 +353,11 @@ def _convert_own(raw: Raw) -> SAE:
     if found != shapes:
         sizes = ", ".join(f"{name} {config.get(name)!r}" for name in ("d", "m", "d_out"))
         raise InputError(f"{raw.path}: holds shapes {found}, but {_CONFIG} says {sizes}; save it again.")
+    listed = config.get("arrays", sorted(raw.arrays))  # those of 0.1 have no list
+    if listed != sorted(raw.arrays):
+        raise InputError(
+            f"{raw.path}: holds {sorted(raw.arrays)}, but the arrays of {_CONFIG} are {listed}; save it again."
+        )
     weights = Weights(*(take(raw, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")))
     return assemble(
         raw,
@@ -380,6 +387,8 @@ def _activation(raw: Raw) -> activations.Activation:
     arrays = {each.removeprefix(prefix): raw.arrays[each] for each in raw.arrays if each.startswith(prefix)}
     try:
         for field in dataclasses.fields(_ACTIVATIONS[name]):
+            if field.name not in arrays | static and field.default not in (None, dataclasses.MISSING):
+                raise TypeError(f"{field.name} is missing")
             if field.name in static and not _is_of(static[field.name], field.type):
                 raise TypeError(f"{field.name} is {static[field.name]!r}")
         return _ACTIVATIONS[name](**{each: _placed(raw, each, array) for each, array in arrays.items()}, **static)

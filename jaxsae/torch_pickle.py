@@ -10,7 +10,7 @@ import math
 import pickletools
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -429,10 +429,6 @@ def write(path: Path, thing: Any) -> None:
 
 def _emit(thing: Any, storages: list[np.ndarray]) -> bytes:
     """The instructions that make a thing."""
-
-    def all_of(*things: Any) -> bytes:
-        return b"".join(_emit(each, storages) for each in things)
-
     if thing is None or isinstance(thing, bool):
         return {None: b"N", True: b"\x88", False: b"\x89"}[thing]
     if isinstance(thing, int):
@@ -445,16 +441,20 @@ def _emit(thing: Any, storages: list[np.ndarray]) -> bytes:
         module, _, name = thing.name.rpartition(".")
         return f"c{module}\n{name}\n".encode()
     if isinstance(thing, tuple):
-        return b"(" + all_of(*thing) + b"t"
+        return b"(" + _emit_all(thing, storages) + b"t"
     if isinstance(thing, list):
-        return b"](" + all_of(*thing) + b"e"
+        return b"](" + _emit_all(thing, storages) + b"e"
     if isinstance(thing, dict):
-        return b"}(" + all_of(*(each for item in thing.items() for each in item)) + b"u"
+        return b"}(" + _emit_all([each for item in thing.items() for each in item], storages) + b"u"
     if not isinstance(thing, np.ndarray):
         raise TypeError(
             f"got {type(thing).__name__}, which torch_pickle.write does not write; pass arrays and containers."
         )
     return _emit_tensor(writable(thing), storages)
+
+
+def _emit_all(things: Sequence[Any], storages: list[np.ndarray]) -> bytes:
+    return b"".join(_emit(each, storages) for each in things)
 
 
 def _emit_tensor(array: np.ndarray, storages: list[np.ndarray]) -> bytes:
@@ -464,5 +464,5 @@ def _emit_tensor(array: np.ndarray, storages: list[np.ndarray]) -> bytes:
     strides = tuple(stride // array.itemsize for stride in array.strides)
     rebuild = _emit(_Name("torch._utils._rebuild_tensor_v2"), storages)
     hooks = _emit(_Name("collections.OrderedDict"), storages) + b")R"
-    rest = b"".join(_emit(each, storages) for each in (0, array.shape, strides, False))
+    rest = _emit_all((0, array.shape, strides, False), storages)
     return rebuild + b"(" + _emit(identity, storages) + b"Q" + rest + hooks + b"tR"

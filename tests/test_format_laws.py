@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import tempfile
+from pathlib import Path
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -10,6 +13,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from foreign import D, K, M, arrays
+from hypothesis import strategies as st
 from problems import assert_same_bits
 
 import jaxsae
@@ -368,3 +372,128 @@ def test_text_is_no_yes_or_no(format, names, tmp_path):
             with pytest.raises(InputError, match=name):
                 pretrained.load(path, format=format)
         pretrained.save(an_sae(format), path, format=format)
+
+
+# --- random alterations
+
+SAES = {
+    "jaxsae JumpReLU": jaxsae.JumpReLU(np.linspace(0.1, 1, M).astype(np.float32)),
+    "jaxsae TopK": jaxsae.TopK(K, keep=2.0),
+    "jaxsae BatchTopK": jaxsae.BatchTopK(K, 0.3),
+    "jaxsae MatchingPursuit": activations.MatchingPursuit(max_steps=3),
+    "saelens TopK": jaxsae.TopK(K),
+    "saelens JumpReLU": jaxsae.JumpReLU(np.linspace(0.1, 1, M).astype(np.float32)),
+    "saelens Gated": None,
+    "sparsify": None,
+    "gemma_scope": None,
+    "gemma_scope_2": None,
+    "dictionary_learning": None,
+    "dictionary_learning TopK": jaxsae.TopK(K),
+    "dictionary_learning BatchTopK": jaxsae.BatchTopK(K, np.float32(0.3)),
+    "openai": None,
+    "llama_scope": None,
+}
+MEANT = {  # what a configuration may say otherwise of the same weights
+    "jaxsae": {"activation", "normalisation", "centred", "transcoder"},
+    "saelens": {
+        *("architecture", "k", "apply_b_dec_to_input", "normalize_activations", "dtype", "activation_fn"),
+        *("activation_fn_str", "activation_fn_kwargs", "rescale_acts_by_decoder_norm", "metadata"),
+    },
+    "sparsify": {"k", "activation", "transcode"},
+    "gemma_scope": set(),
+    "gemma_scope_2": {"hf_hook_point_in", "hf_hook_point_out"},
+    "dictionary_learning": {"dict_class", "k"},
+    "openai": set(),
+    "llama_scope": {
+        *("act_fn", "jump_relu_threshold", "norm_activation", "dataset_average_activation_norm", "hook_point_in"),
+        *("hook_point_out", "apply_decoder_bias_to_pre_encoder", "sparsity_include_decoder_norm", "top_k"),
+    },
+}
+KEYS = sorted(set.union(*MEANT.values(), *map(set, SIZES.values())) | {"skip", "skip_connection", "signed", "anything"})
+NAMES = (
+    "W_enc",
+    "W_skip",
+    "threshold",
+    "b_gate",
+    "encoder.bias",
+    "bias",
+    "scaling_factor",
+    "k",
+    "group_sizes",
+    "other",
+)
+VALUES = st.one_of(
+    st.none(), st.booleans(), st.integers(-2, 20), st.floats(), st.text(max_size=3), st.lists(st.integers(), max_size=2)
+)
+CHANGES = st.one_of(
+    st.tuples(st.just("set"), st.integers(0, 30), VALUES),
+    st.tuples(st.just("drop"), st.integers(0, 30), st.none()),
+    st.tuples(st.just("add"), st.sampled_from(KEYS), VALUES),
+    st.tuples(st.just("array gone"), st.integers(0, 30), st.none()),
+    st.tuples(st.just("array more"), st.sampled_from(NAMES), st.sampled_from([(), (M,), (D,), (M, D)])),
+    st.tuples(st.just("array named"), st.integers(0, 30), st.sampled_from(NAMES)),
+    st.tuples(st.just("array shaped"), st.integers(0, 30), st.sampled_from(["turned", "flat", "deep", "short"])),
+)
+SHAPED = {
+    "turned": lambda array: array.T,
+    "flat": lambda array: array.reshape(-1),
+    "deep": lambda array: array[None],
+    "short": lambda array: array[..., :-1] if array.ndim else array,
+}
+
+
+def alter(path, format, change):
+    """Do to a saved SAE what is drawn; the key of the configuration that it is about, if any."""
+    kind, which, what = change
+    if not kind.startswith("array"):
+        if format not in CONFIG:
+            return None
+        file = path / CONFIG[format]
+        outer = json.loads(file.read_text())
+        inner = outer["trainer"] if format == "dictionary_learning" else outer
+        key = which if kind == "add" else sorted(inner)[which % len(inner)]
+        inner.pop(key, None)
+        file.write_text(
+            json.dumps(
+                outer if kind == "drop" else outer | {key: what} if inner is outer else {"trainer": inner | {key: what}}
+            )
+        )
+        return key
+
+    def altered(content):
+        arrays = sorted(name for name, value in content.items() if isinstance(value, np.ndarray))
+        name = arrays[which % len(arrays)] if isinstance(which, int) else which
+        if kind == "array gone":
+            return {each: value for each, value in content.items() if each != name}
+        if kind == "array more":
+            return {name: np.full(what, 0.5, np.float32)} | content
+        if kind == "array named":
+            return {what if each == name else each: value for each, value in content.items()}
+        return content | {name: SHAPED[what](content[name])}
+
+    edit(path, format, altered)
+    return None
+
+
+@pytest.mark.parametrize("name", SAES)
+@hypothesis.settings(max_examples=40, deadline=None, database=None, derandomize=True)
+@hypothesis.given(change=CHANGES)
+def test_an_altered_file_is_the_same_sae_or_refused_by_name(name, change):
+    format = name.partition(" ")[0]
+    sae = an_sae(format)
+    if SAES[name] is not None:
+        sae = dataclasses.replace(sae, activation=SAES[name], centred=format != "dictionary_learning" or " " in name)
+    with tempfile.TemporaryDirectory() as folder:
+        path = save(sae, Path(folder), format)
+        whole = jax.tree.map(np.asarray, pretrained.load(path, format=format))
+        key = alter(path, format, change)
+        try:
+            found = pretrained.load(path, format=format)
+        except InputError as error:
+            assert str(path) in str(error)
+            assert "\n" not in str(error)
+            assert key is None or key in str(error), (change, str(error))
+        else:
+            if key not in MEANT[format]:
+                assert jax.tree.structure(found) == jax.tree.structure(whole), change
+                assert_same_bits(found, whole)

@@ -148,11 +148,18 @@ def take(raw: Raw, name: str) -> np.ndarray:
     """An array of numbers, which must be there."""
     if name not in raw.arrays:
         there = ", ".join(sorted(raw.arrays)) or "nothing"
-        raise InputError(f"{raw.path}: holds {there}, expected {name} too; download it again.")
+        raise InputError(f"{raw.path}: holds {there}, expected {name} too{_kind(raw)}; download it again.")
     array = raw.arrays[name]
     if array.dtype.kind != "f" and array.dtype != ml_dtypes.bfloat16:
         raise InputError(f"{raw.path}: {name} is {array.dtype}, expected floating point; download it again.")
     return array
+
+
+def _kind(raw: Raw) -> str:
+    """What the configuration says that it is, as far as it does."""
+    said = {name: raw.config.get(name) for name in ("architecture", "activation", "act_fn", "dict_class")}
+    shown = ", ".join(f"{name} {value!r}" for name, value in said.items() if isinstance(value, str))
+    return f" ({shown})" if shown else ""
 
 
 def take_one(raw: Raw, name: str) -> np.ndarray:
@@ -229,8 +236,8 @@ def require_used(raw: Raw, format: str, activation: Activation) -> None:
     """Every array must have been used: one that was not would change what the autoencoder computes."""
     if unused := raw.arrays.unused:
         raise InputError(
-            f"{raw.path}: holds {', '.join(unused)}, which {type(activation).__name__} of {format} has not; mend its "
-            "configuration, which may name another activation, or remove what is not used."
+            f"{raw.path}: holds {', '.join(unused)}, which {type(activation).__name__} of {format} has not"
+            f"{_kind(raw)}; say what it is in its configuration, or remove what is not used."
         )
 
 
@@ -258,6 +265,8 @@ def assemble(
 ) -> SAE:
     """Check that arrays fit together, and make the SAE of them."""
     W_enc, W_dec = weights.W_enc, weights.W_dec
+    if centred and transcoder:
+        raise InputError(f"{raw.path}: subtracts b_dec, and is a transcoder; jaxsae cannot compute it.")
     if W_enc.ndim != 2 or W_dec.ndim != 2:
         raise InputError(f"{raw.path}: weights of shapes {W_enc.shape} and {W_dec.shape}, expected two axes each.")
     (d, m), d_out = W_enc.shape, W_dec.shape[1] if transcoder else W_enc.shape[0]

@@ -141,8 +141,8 @@ def _class(raw: Raw, named: str | None) -> str:
         classes = ["AutoEncoderNew" if "decoder.bias" in names else "AutoEncoder"]
     if named is None and len(classes) > 1:
         raise InputError(
-            f"{raw.path}: may be an {classes[0]} or a {classes[1]}, whose arrays are the same, and no {_CONFIG} says "
-            "which; put its own beside it, or pass format='dictionary_learning_topk' or "
+            f"{raw.path}: may be an {classes[0]} or a {classes[1]}, whose arrays are the same, and no {_CONFIG} has "
+            "the dict_class; put its own beside it, or pass format='dictionary_learning_topk' or "
             "'dictionary_learning_batch_topk'."
         )
     # Of those that train either, one trainer writes the name of the other.
