@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
+from jax.core import Tracer
 from safetensors import SafetensorError, safe_open
 
 from jaxsae.files import InputError
@@ -291,7 +292,7 @@ def writable(value: Any, name: str = "an array") -> np.ndarray:
       >>> writable(np.arange(6, dtype=">f4").reshape(2, 3).T).flags.c_contiguous
       True
     """
-    if isinstance(value, jax.core.Tracer | jax.ShapeDtypeStruct | np.ma.MaskedArray):
+    if isinstance(value, Tracer | jax.ShapeDtypeStruct | np.ma.MaskedArray):
         what = "masked" if isinstance(value, np.ma.MaskedArray) else "no numbers yet, being traced"
         raise InputError(f"{name} is {what} ({type(value).__name__}); pass an array of numbers, outside of jit.")
     try:

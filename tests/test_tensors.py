@@ -47,6 +47,16 @@ def test_shards_are_read_through_their_index(tmp_path):
     assert_same_bits(model.b_enc, w["b_enc"])
 
 
+def test_an_array_that_is_in_two_shards_is_refused(tmp_path):
+    for number in range(2):
+        safetensors.numpy.save_file({"W": np.full(2, number, np.float32)}, tmp_path / f"{number}.safetensors")
+    safetensors.numpy.save_file({"V": np.ones(2), "W": np.ones(2)}, tmp_path / "1.safetensors")
+    path = tmp_path / "x.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": {"W": "0.safetensors", "V": "1.safetensors"}}))
+    with pytest.raises(InputError, match="W is in two of its files"):
+        tensors.read_safetensors(path)
+
+
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "..", "a/b.safetensors", ""])
 def test_an_index_that_leads_elsewhere_is_refused(name, tmp_path):
     folder = tmp_path / "sae"

@@ -144,11 +144,12 @@ def require(path: Path, file: Path | None, what: str) -> Path:
 # --- checking
 
 
-def take(raw: Raw, name: str) -> np.ndarray:
-    """An array of numbers, which must be there."""
+def take(raw: Raw, name: str, said: str = "") -> np.ndarray:
+    """An array of numbers, which must be there, perhaps because an entry of the configuration says so."""
     if name not in raw.arrays:
         there = ", ".join(sorted(raw.arrays)) or "nothing"
-        raise InputError(f"{raw.path}: holds {there}, expected {name} too{_kind(raw)}; download it again.")
+        said = f", of which {said} speaks" if said else _kind(raw)
+        raise InputError(f"{raw.path}: holds {there}, expected {name} too{said}; download it again.")
     array = raw.arrays[name]
     if array.dtype.kind != "f" and array.dtype != ml_dtypes.bfloat16:
         raise InputError(f"{raw.path}: {name} is {array.dtype}, expected floating point; download it again.")

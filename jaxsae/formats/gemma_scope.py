@@ -147,7 +147,7 @@ def convert_2(raw: Raw) -> SAE:
             "several layers; expected one layer: choose another."
         )
     affine = flag(raw, "affine_connection", "affine_skip_connection" in raw.arrays)
-    skip = take(raw, "affine_skip_connection") if affine else None
+    skip = take(raw, "affine_skip_connection", "affine_connection") if affine else None
     weights = Weights(*(take(raw, name) for name in ("w_enc", "b_enc", "w_dec", "b_dec")))._replace(W_skip=skip)
     out = raw.config.get("hf_hook_point_out")
     elsewhere = out not in (None, raw.config.get("hf_hook_point_in"))

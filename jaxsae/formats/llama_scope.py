@@ -68,7 +68,11 @@ def convert(raw: Raw) -> SAE:
     """
     config = raw.config
     W_enc, W_dec = take(raw, "encoder.weight").T, take(raw, "decoder.weight").T
-    b_dec = take(raw, "decoder.bias") if flag(raw, "use_decoder_bias", True) else zeros(raw, W_dec.shape[-1])
+    b_dec = (
+        take(raw, "decoder.bias", "use_decoder_bias")
+        if flag(raw, "use_decoder_bias", True)
+        else zeros(raw, W_dec.shape[-1])
+    )
     weights = Weights(W_enc, take(raw, "encoder.bias"), W_dec, b_dec)
     choice(raw, "use_glu_encoder", config.get("use_glu_encoder", False), [False])
     choice(raw, "sae_type", config.get("sae_type", "sae"), ["sae"])

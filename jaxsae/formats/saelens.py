@@ -144,7 +144,7 @@ def _weights(raw: Raw, kind: str) -> Weights:
             )
         W_dec = W_dec if np.all(factor == 1) else W_dec * factor[:, None]
     elif finetuned:
-        take(raw, "scaling_factor")
+        take(raw, "scaling_factor", "finetuning_scaling_factor")
     return Weights(W_enc, b_enc, W_dec, take(raw, "b_dec"), W_skip)
 
 

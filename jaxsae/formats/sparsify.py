@@ -52,7 +52,7 @@ def convert(raw: Raw) -> SAE:
     make = _ACTIVATIONS[choice(raw, "activation", config.get("activation", "topk"), _ACTIVATIONS)]
     choice(raw, "signed", config.get("signed", False), [False])
     transcoder = flag(raw, "transcode", False)
-    W_skip = take(raw, "W_skip").T if flag(raw, "skip_connection", "W_skip" in raw.arrays) else None
+    W_skip = take(raw, "W_skip", "skip_connection").T if flag(raw, "skip_connection", "W_skip" in raw.arrays) else None
     rest = (take(raw, name) for name in ("encoder.bias", "W_dec", "b_dec"))
     weights = Weights(take(raw, "encoder.weight").T, *rest)._replace(W_skip=W_skip)
     d = integer(raw, config.get("d_in", weights.W_enc.shape[0]), "d_in")
