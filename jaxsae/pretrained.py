@@ -239,6 +239,10 @@ def _on_host(sae: SAE) -> SAE:
             )
         if array.dtype == bool or (name in arrays and not jnp.issubdtype(array.dtype, jnp.floating)):
             raise InputError(f"got {name} of {array.dtype}, expected floating point; convert it.")
+    if sae.centred and d != d_out:
+        raise InputError(
+            f"got an SAE that subtracts b_dec, {d_out[0]} wide, from rows {d[0]} wide; pass centred=False."
+        )
     activation = dataclasses.replace(sae.activation, **parameters)  # pyright: ignore[reportArgumentType]
     require_k("got an SAE whose ", activation, m[0])
     return dataclasses.replace(sae, **arrays, activation=activation)

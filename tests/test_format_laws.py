@@ -218,6 +218,18 @@ def test_a_training_run_is_not_replaced_by_an_sae(tmp_path):
     assert_same_bits(pretrained.load(tmp_path / "run"), an_sae("jaxsae"))
 
 
+def test_a_transcoder_that_subtracts_its_bias_is_written_as_it_computes(tmp_path):
+    sae = dataclasses.replace(an_sae("jaxsae"), activation=jaxsae.ReLU(), transcoder=True)
+    x = np.random.default_rng(1).normal(size=(5, D)).astype(np.float32)
+    for format in ("jaxsae", "saelens", "sparsify", "gemma_scope_2"):
+        sae = dataclasses.replace(sae, activation=jaxsae.TopK(K) if format == "sparsify" else jaxsae.ReLU())
+        again = pretrained.load(save(sae, tmp_path / format, format))
+        np.testing.assert_allclose(jaxsae.encode_dense(again, x), jaxsae.encode_dense(sae, x), atol=1e-5)
+    wide = dataclasses.replace(sae, b_dec=np.zeros(D + 1, "f4"), W_dec=np.zeros((M, D + 1), "f4"))
+    with pytest.raises(InputError, match="subtracts b_dec, 7 wide, from rows 6 wide"):
+        save(wide, tmp_path / "wide", "jaxsae")
+
+
 # --- what is in a file counts
 
 WEIGHTS = {

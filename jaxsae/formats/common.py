@@ -266,11 +266,11 @@ def assemble(
 ) -> SAE:
     """Check that arrays fit together, and make the SAE of them."""
     W_enc, W_dec = weights.W_enc, weights.W_dec
-    if centred and transcoder:
-        raise InputError(f"{raw.path}: subtracts b_dec, and is a transcoder; jaxsae cannot compute it.")
     if W_enc.ndim != 2 or W_dec.ndim != 2:
         raise InputError(f"{raw.path}: weights of shapes {W_enc.shape} and {W_dec.shape}, expected two axes each.")
     (d, m), d_out = W_enc.shape, W_dec.shape[1] if transcoder else W_enc.shape[0]
+    if centred and d != d_out:
+        raise InputError(f"{raw.path}: subtracts b_dec, {d_out} wide, from rows {d} wide; jaxsae cannot compute it.")
     expected = {"W_dec": (m, d_out), "b_enc": (m,), "b_dec": (d_out,), "W_skip": (d, d_out)}
     found = {name: array.shape for name, array in weights._asdict().items() if name in expected and array is not None}
     wrong = {name: shape for name, shape in found.items() if shape != expected[name]}

@@ -16,6 +16,7 @@ from jaxsae.formats.common import (
     Weights,
     array_names,
     assemble,
+    centre,
     choice,
     find_config,
     find_weights,
@@ -157,8 +158,9 @@ def _jumprelu(raw: Raw) -> Activation:
     details = metadata.get("training_architecture_details")
     k = details.get("k") if isinstance(details, dict) else None
     trained = k is not None and "batchtopk" in str(metadata.get("training_architecture"))
-    if trained and threshold.size and np.all(threshold == threshold.flat[0]):
-        return BatchTopK(mean_k(raw, k), place_threshold(raw, threshold.reshape(-1)[:1].reshape(())))
+    whole = threshold.size and threshold.shape == take(raw, "b_enc").shape
+    if trained and whole and np.all(threshold == threshold[0]):
+        return BatchTopK(mean_k(raw, k), place_threshold(raw, threshold[:1].reshape(())))
     return JumpReLU(place_threshold(raw, threshold))
 
 
@@ -207,6 +209,7 @@ def write(sae: SAE, path: Path) -> None:
         raise refuse("saelens", f"layer norm with eps {sae.normalisation.eps}")
     if sae.W_skip is not None and not sae.transcoder:
         raise refuse("saelens", "skip connection but in transcoders")
+    sae = centre(sae, False) if sae.transcoder else sae
     kind, options, arrays = _written_activation(sae)
     metadata = options.pop("metadata", {}) | {"sae_lens_version": _VERSION, "sae_lens_training_version": None}
     normalisation = next(name for name, value in _NORMALISATIONS.items() if type(value) is type(sae.normalisation))
