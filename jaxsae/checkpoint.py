@@ -30,6 +30,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, UInt32
 
 from jaxsae.files import InputError, local_path, owned
+from jaxsae.tensors import writable
 
 _VERSION = 1
 # What was to be read or written next, when a file before it could not be.
@@ -181,7 +182,8 @@ class Checkpoints:
 
         if self._manager is None:
             self._manager = self._open()
-        state = jax.tree.map(_array, state)
+        # A copy, since orbax writes later, and numpy's arrays may change until then.
+        state = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.array(writable(x, "a leaf")), state)
         content = {"version": _VERSION, "config": self._config, "versions": versions(), "step": step} | {
             "progress": progress
         }
@@ -284,18 +286,6 @@ def _of_all(value: int | bool) -> list[int]:
     if jax.process_count() == 1:
         return [int(value)]
     return multihost_utils.process_allgather(np.array(value, np.int32)).tolist()
-
-
-def _array(leaf: Any) -> Any:
-    """A leaf as an array of JAX, or one of numpy that lies in memory as it is written: row after row, native bytes."""
-    if isinstance(leaf, jax.Array):
-        return leaf
-    array = np.asarray(leaf)
-    if array.dtype.kind in "OSUM":
-        raise InputError(
-            f"got a leaf {type(leaf).__name__} of {array.dtype}; expected arrays of numbers: leave it out."
-        )
-    return np.array(array, array.dtype.newbyteorder("="), order="C")  # of this moment, whatever becomes of the leaf
 
 
 def _members(config: Any) -> dict[str, str]:

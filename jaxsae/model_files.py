@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -259,6 +260,15 @@ _GGUF_NAMES = {
 }
 
 
+_GGUF_READ = {  # or without effect
+    *("attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.layer_norm_rms_epsilon"),
+    *("embedding_length", "feed_forward_length", "block_count", "context_length", "vocab_size", "tensor_data_layout"),
+    *("rope.freq_base", "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length"),
+    "rope.scaling.finetuned",
+}
+_GGUF_SCALES = ("rope.scale_linear", "rope.scaling.attn_factor", "logit_scale", "residual_scale", "embedding_scale")
+
+
 def _open_gguf(path: Path):
     gguf = _import("gguf")
     with open(path, "rb") as file:
@@ -314,9 +324,8 @@ def _read_gguf(path: Path, dtype) -> tuple[Config, Arrays]:
 
     heads, width = number("attention.head_count"), number("embedding_length")
     head_width = number("attention.key_length", width // heads)
-    rotated = "rope.dimension_count"
-    _refuse({rotated: number(rotated, head_width)}, {rotated: head_width}, path)
-    scaling = number("rope.scaling.type", "none")
+    _refuse_unknown(reader, head_width, path)
+    scaling = number("rope.scaling.type", "linear")  # as llama.cpp has it, where there is a factor alone
     rope = {"rope_theta": number("rope.freq_base", 10000.0), "factor": number("rope.scaling.factor", 1.0)}
     rope = np.array(_rope(rope | {"rope_type": "default" if scaling == "none" else scaling}, head_width, path))
     if "rope_freqs.weight" in tensors:  # Llama 3's stretched context
@@ -339,6 +348,16 @@ def _read_gguf(path: Path, dtype) -> tuple[Config, Arrays]:
     if unused := tensors.keys() - {"rope_freqs.weight"}:  # biases, experts: without them it would be another model
         raise InputError(f"{path}: has tensors that a llama does not use: {min(unused)}; pass another model.")
     return config, arrays
+
+
+def _refuse_unknown(reader, head_width: int, path: Path) -> None:
+    """Refuse fields of which a llama may have none, or that would have to say something else."""
+    said = {name.removeprefix("llama."): field for name, field in reader.fields.items() if name.startswith("llama.")}
+    others = {name: field.contents() for name, field in said.items() if name not in _GGUF_READ}
+    heads = dict.fromkeys(("rope.dimension_count", "attention.value_length"), head_width)
+    neutral = heads | {"attention.causal": True} | dict.fromkeys(_GGUF_SCALES, 1.0)
+    unknown = [name for name, value in others.items() if value and name not in neutral]
+    _refuse(others, neutral | dict.fromkeys(unknown), path)
 
 
 def _halves(rows: np.ndarray, head_width: int) -> np.ndarray:
@@ -419,6 +438,19 @@ _GPT2_NAMES = {
 }
 
 
+# What others of their kin have, and these compute without.
+_NEUTRAL = {
+    **dict.fromkeys(("sliding_window", "no_rope_layers", "no_rope_layer_interval")),
+    **dict.fromkeys(("final_logit_softcapping", "attn_logit_softcapping", "query_pre_attn_scalar", "clip_qkv")),
+    **dict.fromkeys(("num_experts", "num_local_experts", "attention_multiplier", "quantization_config")),
+    **dict.fromkeys(("use_qk_norm", "qk_layernorm", "use_parallel_residual", "attention_out_bias"), False),
+    **dict.fromkeys(("partial_rotary_factor", "logit_scale", "logits_scaling"), 1),
+    **dict.fromkeys(("embedding_multiplier", "residual_multiplier"), 1),
+}
+# Masks and frequencies that are computed; a head where it is the embedding.
+_WITHOUT_EFFECT = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.(masked_)?bias)|lm_head\.weight")
+
+
 def _read_directory(path: Path, dtype) -> tuple[Config, Arrays]:
     if not (path / "config.json").is_file():
         raise InputError(f"{path}: has no config.json; {_EXPECTED}: {', '.join(WHEELS)}.")
@@ -436,16 +468,23 @@ def _read_directory(path: Path, dtype) -> tuple[Config, Arrays]:
         names, prefix = _GPT2_NAMES, "transformer."
     else:
         names, prefix = {k: v for k, v in _LLAMA_NAMES.items() if k != "head.kernel" or not config.tied}, ""
+    unused = set(files)
 
     def get(parameter: str, name: str) -> np.ndarray:
         if name not in files:
             raise InputError(f"{path}: has no tensor {name}; save the model again.")
         file = files[name]
+        unused.discard(name)
         array = np.asarray(file.get_tensor(name if name in file.keys() else prefix + name))  # noqa: SIM118
         # GPT-2's weights are stored [in out] already.
         return array.T if parameter.endswith(".kernel") and kind == "llama" else array
 
-    return config, _stack(names, config.layers, get, dtype)
+    arrays = _stack(names, config.layers, get, dtype)
+    if unused := {name for name in unused if not _WITHOUT_EFFECT.fullmatch(name)}:  # of more blocks, say
+        raise InputError(
+            f"{path}: has tensors that a {kind} of its config.json does not use: {min(unused)}; save it again."
+        )
+    return config, arrays
 
 
 def _open_shards(path: Path) -> dict[str, Any]:
@@ -462,24 +501,31 @@ def _open_shards(path: Path) -> dict[str, Any]:
         if Path(name).name != name or not (path / name).is_file():
             raise InputError(f"{path / name}: no such file; a model has model.safetensors, or the shards of its index.")
         file = safe_open(path / name, framework="flax")  # which knows bfloat16
+        if twice := opened.keys() & set(file.keys()):
+            raise InputError(f"{path}: has {min(twice)} in two of its files; get the files again.")
         opened |= dict.fromkeys(file.keys(), file)
     return opened
 
 
 def _refuse(options: dict[str, Any], expected: dict[str, Any], path: Path) -> None:
+    """Refuse options that are there and say something else than is expected."""
     for name, value in expected.items():
         if options.get(name, value) != value:
             raise InputError(f"{path}: has {name} = {options[name]!r}, expected {value!r}; pass another model.")
 
 
 def _llama_config(o: dict[str, Any], path: Path) -> Config:
-    _refuse(o, {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}, path)
+    _refuse(o, {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False} | _NEUTRAL, path)
     heads, width = o["num_attention_heads"], o["hidden_size"]
     head_width = o.get("head_dim") or width // heads
     # One dictionary from transformers 5 on, two fields before.
-    rope = (
-        {"rope_theta": o.get("rope_theta", 10000.0)} | (o.get("rope_scaling") or {}) | (o.get("rope_parameters") or {})
-    )
+    rope: dict[str, Any] = {}
+    for part in ({"rope_theta": o.get("rope_theta")}, o.get("rope_scaling") or {}, o.get("rope_parameters") or {}):
+        for name, value in part.items():
+            name = "rope_type" if name == "type" else name
+            if value is not None:
+                _refuse({name: value}, {name: rope.setdefault(name, value)}, path)
+    rope = {"rope_theta": 10000.0} | rope
     return Config(
         vocab=o["vocab_size"],
         width=width,
@@ -497,6 +543,7 @@ def _llama_config(o: dict[str, Any], path: Path) -> Config:
 
 def _rope(o: dict[str, Any], head_width: int, path: Path) -> tuple[float, ...]:
     """Radians a position, for each pair of a head."""
+    _refuse(o, {"partial_rotary_factor": 1.0}, path)
     if type(head_width) is not int or head_width % 2 or not 0 < head_width <= 1 << 16:
         raise InputError(f"{path}: has heads of width {head_width!r}, expected an even number; get the file again.")
     turns = o["rope_theta"] ** (-np.arange(0, head_width, 2) / head_width)
@@ -515,7 +562,7 @@ def _rope(o: dict[str, Any], head_width: int, path: Path) -> tuple[float, ...]:
 
 def _gpt2_config(o: dict[str, Any], path: Path) -> Config:
     usual = {"activation_function": "gelu_new", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
-    _refuse(o, usual | {"tie_word_embeddings": True, "add_cross_attention": False}, path)
+    _refuse(o, usual | {"tie_word_embeddings": True, "add_cross_attention": False} | _NEUTRAL, path)
     width, heads = o["n_embd"], o["n_head"]
     return Config(
         vocab=o["vocab_size"],
