@@ -10,6 +10,7 @@ import functools
 import io
 import os
 import struct
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,7 +87,7 @@ def _open(path) -> tuple[np.ndarray, bytes | None]:
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file; expected a picture, such as a PNG or a JPEG.")
     try:
-        with pillow.open(path, formats=_READ) as picture:
+        with warnings.catch_warnings(action="ignore"), pillow.open(path, formats=_READ) as picture:
             _require_plain(path, picture)
             seen = ImageOps.exif_transpose(picture)
             levels = np.asarray(seen.convert("L" if picture.mode in _GREY else "RGB"), np.float32)
@@ -156,8 +157,8 @@ def check_suffix(
       profile: its ICC profile.
 
     Raises:
-      InputError: naming the first one with a suffix whose format is not written, or cannot hold such a picture, or that
-        is a directory.
+      InputError: naming the first one with a suffix whose format is not written, or cannot hold such a picture, that is
+        a directory, or that comes twice.
 
     Example:
       >>> check_suffix("clean.png")
@@ -165,9 +166,11 @@ def check_suffix(
       Traceback (most recent call last):
       jaxsae.files.InputError: clean.psd: a suffix that Pillow does not know how to write, or not ...
     """
-    for path in paths:
-        if path is not None:
-            _encoded(path, np.zeros(shape, np.uint8), profile)
+    wanted = [Path(path) for path in paths if path is not None]
+    for n, path in enumerate(wanted):
+        _encoded(path, np.zeros(shape, np.uint8), profile)
+        if path in wanted[:n]:
+            raise InputError(f"{path}: got it for two pictures; pass a name for each.")
 
 
 def _encoded(path, levels: np.ndarray, profile: bytes | None) -> bytes:
@@ -356,8 +359,7 @@ def denoise(
         progress("learning", 0)
     D, _ = ksvd.fit(jax.random.key(seed), y, m=m, k=k, steps=steps, tol=tol, start=start, update=ksvd.approximate)
     total, weight = _assemble(_Method(_denoised, k, side), D, tol, planes, progress=progress)
-    signal = np.mean(np.var(planes, axis=(1, 2), dtype=np.float64)) - sigma**2
-    own = np.sqrt(max(signal, 0)) / (2 * sigma)
+    own = _deviation(units.scaled(picture), sigma) / (2 * sigma)
     return units.restored(_from_planes((own * planes + total) / (own + weight), picture)), np.asarray(D)
 
 
@@ -484,6 +486,12 @@ class _Units(NamedTuple):
 def _units(picture: np.ndarray) -> _Units:
     middle = float(np.median(picture))
     return _Units(middle, float(np.abs(picture - middle).max()) or 1.0)
+
+
+def _deviation(picture: np.ndarray, sigma: float) -> float:
+    """The standard deviation of a channel without its noise; a hundredth of the pixels at either end has no say."""
+    clipped = np.clip(picture, *np.percentile(picture, (1, 99), axis=(0, 1)))
+    return np.sqrt(max(np.mean(np.var(clipped, axis=(0, 1), dtype=np.float64)) - sigma**2, 0.0))
 
 
 def _planes(picture: np.ndarray) -> np.ndarray:
