@@ -404,6 +404,7 @@ def harvest(
 
     if batch < 1:
         raise InputError(f"got --batch {batch}; pass at least 1.")
+    job.check(model, layer=layer, context=context, dtype=dtype, out=out)
     packed, net = _pack(model, text, tokens, context), language_model.load(model)
     source = {"model": model, "text": packed.files}
     with console.progress(len(packed.contexts), rows=context, unit="tokens") as advance:
@@ -434,7 +435,8 @@ def _pack(model: str, text: tuple[Path, ...], tokens: int | None, context: int):
     files = text or job.standard_library()
     packed = job.pack(files, model_files.read_tokenizer(model), context=context, tokens=tokens)
     if packed.replaced:
-        console.warn(f"{packed.replaced} characters were not UTF-8, and were read as U+FFFD.")
+        at = f"The first: {packed.replaced_at}."
+        console.warn(f"{packed.replaced} characters were not UTF-8, and were read as U+FFFD. {at}")
     if packed.empty:
         console.warn(f"{packed.empty} files are empty.")
     return packed
@@ -449,6 +451,7 @@ def _live(model: str, layer: int, text: tuple[Path, ...], tokens: int | None, co
 
     if window < 1:
         raise InputError(f"got --window {window}; pass at least 1.")
+    job.check(model, layer=layer, context=context)
     contexts = _pack(model, text, tokens, context).contexts
     name = f"{model}, layer {layer}, text {zlib.crc32(contexts.tobytes()):08x}"
     return {name: job.live(language_model.load(model), contexts, layer=layer, window=window)}

@@ -229,6 +229,7 @@ class _Probe(NamedTuple):
 
 
 def _harvest(site: Site, folder: Path, plan: Plan, progress: Progress) -> _Probe:
+    harvest.check(site.model, layer=site.layer, context=_CONTEXT, out=folder)
     tokenizer = model_files.read_tokenizer(site.model)
     model = language_model.load(site.model)
     wanted = _contexts(plan.train_rows + plan.heldout)
@@ -239,6 +240,7 @@ def _harvest(site: Site, folder: Path, plan: Plan, progress: Progress) -> _Probe
     tell = functools.partial(progress, f"{site.model}  harvesting")
     harvest.run(folder, model, text.contexts, layer=site.layer, source=source, progress=tell)
     name = f"residual of {site.model} after block {site.layer}, on {of}"
+    name += f" ({text.replaced} characters of it not UTF-8)" if text.replaced else ""
     return _Probe(model, site.layer, text.contexts[-_contexts(plan.heldout) :], name)
 
 
