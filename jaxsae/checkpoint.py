@@ -182,8 +182,7 @@ class Checkpoints:
 
         if self._manager is None:
             self._manager = self._open()
-        # A copy, since orbax writes later, and numpy's arrays may change until then.
-        state = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.array(writable(x, "a leaf")), state)
+        state = jax.tree.map(_leaf, state)
         content = {"version": _VERSION, "config": self._config, "versions": versions(), "step": step} | {
             "progress": progress
         }
@@ -288,6 +287,11 @@ def _of_all(value: int | bool) -> list[int]:
     return multihost_utils.process_allgather(np.array(value, np.int32)).tolist()
 
 
+def _leaf(leaf: Any) -> Any:
+    """What orbax saves or restores; a copy of what is numpy's, which may change until it is written."""
+    return leaf if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) else np.array(writable(leaf, "a leaf"))
+
+
 def _members(config: Any) -> dict[str, str]:
     """A configuration by its members, to name the one that differs."""
     return {name: json.dumps(value) for name, value in (config if isinstance(config, dict) else {"": config}).items()}
@@ -326,7 +330,7 @@ def _alone() -> Any:
 def _read_state(path: Path, like: Any) -> Any:
     import orbax.checkpoint as ocp
 
-    like = jax.tree.map(lambda x: x if isinstance(x, jax.ShapeDtypeStruct) else _array(x), like)
+    like = jax.tree.map(_leaf, like)
     expected = {
         "state": jax.tree.map(ocp.utils.to_shape_dtype_struct, like),
         "fingerprint": jax.ShapeDtypeStruct((len(jax.tree.leaves(like)),), jnp.uint32),

@@ -409,6 +409,7 @@ def harvest(
 
     if batch < 1:
         raise InputError(f"got --batch {batch}; pass at least 1.")
+    job.check(model, layer=layer, context=context, dtype=dtype, out=out)
     packed, net = _pack(model, text, tokens, context), language_model.load(model)
     source = {"model": model, "text": packed.files}
     with console.progress(len(packed.contexts), rows=context, unit="tokens") as advance:
@@ -439,7 +440,8 @@ def _pack(model: str, text: tuple[Path, ...], tokens: int | None, context: int):
     files = text or job.standard_library()
     packed = job.pack(files, model_files.read_tokenizer(model), context=context, tokens=tokens)
     if packed.replaced:
-        console.warn(f"{packed.replaced} characters were not UTF-8, and were read as U+FFFD.")
+        at = f"The first: {packed.replaced_at}."
+        console.warn(f"{packed.replaced} characters were not UTF-8, and were read as U+FFFD. {at}")
     if packed.empty:
         console.warn(f"{packed.empty} files are empty.")
     return packed
@@ -454,6 +456,7 @@ def _live(model: str, layer: int, text: tuple[Path, ...], tokens: int | None, co
 
     if window is None or window < 1:
         raise InputError(f"got --window {window}; pass at least 1.")
+    job.check(model, layer=layer, context=context)
     contexts = _pack(model, text, tokens, context).contexts
     name = f"{model}, layer {layer}, text {zlib.crc32(contexts.tobytes()):08x}"
     return {name: job.live(language_model.load(model), contexts, layer=layer, window=window)}
@@ -484,10 +487,11 @@ def denoise(
     from jaxsae import images
 
     images.check_suffix(out, dictionary)
-    noisy = images.read(image)
+    noisy, profile = images.read(image), images.profile(image)
+    images.check_suffix(out, shape=noisy.shape, profile=profile)
     with console.progress(noisy.size // noisy.shape[1]) as advance:
         quiet, atoms = images.denoise(noisy, sigma, seed=seed, progress=advance)
-    return _write_picture(out, quiet, dictionary, atoms, json)
+    return _write_picture(out, quiet, profile, dictionary, atoms, json)
 
 
 def inpaint(
@@ -515,15 +519,16 @@ def inpaint(
     from jaxsae import images
 
     images.check_suffix(out, dictionary)
-    mask = images.read(missing)
-    filled, atoms = images.inpaint(images.read(image), (mask if mask.ndim == 2 else mask.mean(2)) > 127.5, seed=seed)
-    return _write_picture(out, filled, dictionary, atoms, json)
+    holes, mask, profile = images.read(image), images.read(missing), images.profile(image)
+    images.check_suffix(out, shape=holes.shape, profile=profile)
+    filled, atoms = images.inpaint(holes, (mask if mask.ndim == 2 else mask.mean(2)) > 127.5, seed=seed)
+    return _write_picture(out, filled, profile, dictionary, atoms, json)
 
 
-def _write_picture(out: Path, picture, dictionary: Path | None, atoms, json: bool) -> int:
+def _write_picture(out: Path, picture, profile: bytes | None, dictionary: Path | None, atoms, json: bool) -> int:
     from jaxsae import images
 
-    images.write(out, picture)
+    images.write(out, picture.round(), profile=profile)  # whole levels: those of a dark picture are not in [0, 1]
     if dictionary is not None:
         images.write(dictionary, images.mosaic(atoms))
     text = f"Written: {out}{'' if dictionary is None else f', {dictionary}'}"

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -24,6 +25,10 @@ __all__ = [
     "read_tokenizer",
 ]
 
+_BOS_CLASSES = {  # of transformers, which begin texts with BOS unless they are told not to
+    *("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast"),
+    *("GemmaTokenizer", "GemmaTokenizerFast"),
+}
 _EXPECTED = "expected a GGUF file, a Hugging Face directory, or the name of a fetched model"
 
 
@@ -165,14 +170,33 @@ def read(path: str | os.PathLike, dtype: np.dtype) -> tuple[Config, Arrays]:
         return config._replace(dtype=dtype), arrays
 
 
+def read_config(path: str | os.PathLike) -> Config:
+    """Read the sizes of a language model, and none of its weights.
+
+    Args:
+      path: as for `read`.
+
+    Raises:
+      InputError: if it is missing, damaged, or of another architecture.
+    """
+    path = _locate(path)
+    with _damage_in_one_line(path):
+        config = _directory_config(path)[0] if path.is_dir() else _gguf_config(path)[0]
+        _require_sizes(config, path)
+        return config
+
+
 def read_tokenizer(path: str | os.PathLike) -> Any:
     """The tokenizer of a language model, a `tokenizers.Tokenizer`.
+
+    It begins a text with the model's BOS where the model's files say so, be it in `tokenizer_config.json` alone.
 
     Args:
       path: as for `language_model.load`.
 
     Raises:
-      InputError: if there is none, or one that is not byte-level BPE in a GGUF file.
+      InputError: if there is none, or one that is not byte-level BPE in a GGUF file, or if two files do not agree on
+        whether texts begin with BOS.
 
     Example:
       >>> read_tokenizer("no-such-place")
@@ -188,9 +212,50 @@ def read_tokenizer(path: str | os.PathLike) -> Any:
     if not file.is_file():
         raise InputError(f"{path}: has no tokenizer.json; save the tokenizer there, as a fast one.")
     try:
-        return tokenizers.Tokenizer.from_file(str(file))
+        tokenizer = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:
         raise InputError(f"{file}: is not a tokenizer ({str(error).splitlines()[0]}); save it again.") from error
+    beside = path / "tokenizer_config.json"
+    if beside.is_file():
+        with _damage_in_one_line(beside):
+            _begin_with_bos(tokenizer, json.loads(beside.read_text()), beside)
+    return tokenizer
+
+
+def start(tokenizer: Any) -> list[int]:
+    """The tokens that a tokenizer puts before a text; those that it puts behind are no part of them.
+
+    Args:
+      tokenizer: a `tokenizers.Tokenizer`.
+    """
+    found = tokenizer.encode("a")
+    before = list(itertools.takewhile(lambda pair: pair[1], zip(found.ids, found.special_tokens_mask, strict=True)))
+    return [number for number, _ in before] if len(before) < len(found.ids) else tokenizer.encode("").ids
+
+
+def _begin_with_bos(tokenizer, options: dict[str, Any], path: Path) -> None:
+    """Do as `tokenizer_config.json` says of BOS, where it says more than `tokenizer.json`.
+
+    transformers goes by the one or by the other, depending on its version and the class: they must agree.
+    """
+    from tokenizers import processors
+
+    bos = options.get("bos_token")
+    bos = bos["content"] if isinstance(bos, dict) else bos
+    usual = True if bos is not None and options.get("tokenizer_class") in _BOS_CLASSES else None
+    wanted = options.get("add_bos_token", usual)
+    if wanted is None or (bos is None and not wanted):
+        return
+    number = None if bos is None else tokenizer.token_to_id(bos)
+    if number is None:
+        raise InputError(f"{path}: adds a BOS, {bos!r}, that is no token of tokenizer.json; save the tokenizer again.")
+    begins = number in start(tokenizer)
+    if begins and not wanted:
+        raise InputError(f"{path}: adds no BOS, and tokenizer.json does, {bos!r}; change one of them.")
+    if wanted and not begins:
+        adds = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, number)])
+        own = tokenizer.post_processor
+        tokenizer.post_processor = adds if own is None else processors.Sequence([own, adds])
 
 
 def _locate(path) -> Path:
@@ -300,12 +365,8 @@ def _field(reader, name: str, path: Path, default: Any = None) -> Any:
 
 
 def _read_gguf(path: Path, dtype) -> tuple[Config, Arrays]:
-    reader = _open_gguf(path)
+    config, tensors = _gguf_config(path)
     dequantize = __import__("gguf.quants").quants.dequantize
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-
-    def number(name, default=None) -> Any:
-        return _field(reader, f"llama.{name}", path, default)
 
     def get(parameter: str, name: str) -> np.ndarray:
         if name not in tensors:
@@ -321,6 +382,22 @@ def _read_gguf(path: Path, dtype) -> tuple[Config, Arrays]:
         if parameter in ("blocks.q.kernel", "blocks.k.kernel"):
             array = _halves(array, config.head_width)
         return array.T if parameter.endswith(".kernel") else array
+
+    names = {parameter: name for parameter, name in _GGUF_NAMES.items() if name != "output.weight" or not config.tied}
+    arrays = _stack(names, config.layers, get, dtype)
+    if unused := tensors.keys() - {"rope_freqs.weight"}:  # biases, experts: without them it would be another model
+        raise InputError(f"{path}: has tensors that a llama does not use: {min(unused)}; pass another model.")
+    return config, arrays
+
+
+def _gguf_config(path: Path) -> tuple[Config, dict[str, Any]]:
+    """Sizes, and tensors by their names, not yet read."""
+    reader = _open_gguf(path)
+    dequantize = __import__("gguf.quants").quants.dequantize
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+
+    def number(name, default=None) -> Any:
+        return _field(reader, f"llama.{name}", path, default)
 
     heads, width = number("attention.head_count"), number("embedding_length")
     head_width = number("attention.key_length", width // heads)
@@ -343,11 +420,7 @@ def _read_gguf(path: Path, dtype) -> tuple[Config, Arrays]:
         tied="output.weight" not in tensors,
         rope=tuple(rope.tolist()),
     )
-    names = {parameter: name for parameter, name in _GGUF_NAMES.items() if name != "output.weight" or not config.tied}
-    arrays = _stack(names, config.layers, get, dtype)
-    if unused := tensors.keys() - {"rope_freqs.weight"}:  # biases, experts: without them it would be another model
-        raise InputError(f"{path}: has tensors that a llama does not use: {min(unused)}; pass another model.")
-    return config, arrays
+    return config, tensors
 
 
 def _refuse_unknown(reader, head_width: int, path: Path) -> None:
@@ -451,7 +524,8 @@ _NEUTRAL = {
 _WITHOUT_EFFECT = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.(masked_)?bias)|lm_head\.weight")
 
 
-def _read_directory(path: Path, dtype) -> tuple[Config, Arrays]:
+def _directory_config(path: Path) -> tuple[Config, str]:
+    """Sizes, and the model's type."""
     if not (path / "config.json").is_file():
         raise InputError(f"{path}: has no config.json; {_EXPECTED}: {', '.join(WHEELS)}.")
     options = json.loads((path / "config.json").read_text())
@@ -462,6 +536,11 @@ def _read_directory(path: Path, dtype) -> tuple[Config, Arrays]:
         config = _llama_config(options, path) if kind == "llama" else _gpt2_config(options, path)
     except KeyError as error:
         raise InputError(f"{path}: its config.json has no {error}; save the model again.") from error
+    return config, kind
+
+
+def _read_directory(path: Path, dtype) -> tuple[Config, Arrays]:
+    config, kind = _directory_config(path)
     files = _open_shards(path)
     if kind == "gpt2":  # saved with a language-modelling head, or without
         files = {name.removeprefix("transformer."): file for name, file in files.items()}

@@ -229,6 +229,7 @@ class _Probe(NamedTuple):
 
 
 def _harvest(site: Site, folder: Path, plan: Plan, progress: Progress) -> _Probe:
+    harvest.check(site.model, layer=site.layer, context=_CONTEXT, out=folder)
     tokenizer = model_files.read_tokenizer(site.model)
     model = language_model.load(site.model)
     wanted = _contexts(plan.train_rows + plan.heldout)
@@ -239,6 +240,7 @@ def _harvest(site: Site, folder: Path, plan: Plan, progress: Progress) -> _Probe
     tell = functools.partial(progress, f"{site.model}  harvesting")
     harvest.run(folder, model, text.contexts, layer=site.layer, source=source, progress=tell)
     name = f"residual of {site.model} after block {site.layer}, on {of}"
+    name += f" ({text.replaced} characters of it not UTF-8)" if text.replaced else ""
     return _Probe(model, site.layer, text.contexts[-_contexts(plan.heldout) :], name)
 
 
@@ -374,14 +376,14 @@ def _losses(probe: _Probe, replaced: dict[str, np.ndarray], progress: Progress) 
 
 def _add_losses(report: dict[str, Any], found: dict[str, NextToken]) -> None:
     clean = found["clean"]
-    report |= {f"ce_{name}": float(found[name].cross_entropy) for name in ("clean", "zero", "mean")}
+    report |= {f"ce_{name}": json_number(found[name].cross_entropy) for name in ("clean", "zero", "mean")}
     for number, row in enumerate(report["rows"]):
         for when in ("before", "after"):
             spliced = found[f"{when} {number}"]
-            row |= {f"ce_{when}": float(spliced.cross_entropy), f"kl_{when}": float(spliced.kl)}
+            row |= {f"ce_{when}": json_number(spliced.cross_entropy), f"kl_{when}": json_number(spliced.kl)}
             for ablation in ("zero", "mean"):
                 recovered = loss_recovered(clean, spliced, found[ablation])
-                row[f"recovered_{ablation}_{when}"] = float(recovered)
+                row[f"recovered_{ablation}_{when}"] = json_number(recovered)
 
 
 def _write(report: dict[str, Any], out: Path) -> None:
