@@ -32,7 +32,7 @@ def run(data: Path, out: Path, *, latents: int, steps: int) -> Iterator[dict[str
         say(name)
         place = out / name.replace(", ", "-").replace(" ", "-").lower()
         options = runs.Options(
-            latents=latents, steps=steps, batch=BATCH, learning_rate=3e-3, dead_after=50 * BATCH, **changes
+            latents=latents, steps=steps, batch=BATCH, learning_rate=3e-3, idle_after=50 * BATCH, **changes
         )
         done = place / "report.json"
         report = json.loads(done.read_text()) if done.exists() else {}

@@ -305,6 +305,14 @@ class BatchTopK(Activation):
         threshold = jnp.where(self.threshold < 0, least, 0.99 * self.threshold + 0.01 * least)
         return z, dataclasses.replace(self, threshold=jnp.where(jnp.isfinite(least), threshold, self.threshold))
 
+    def margin(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
+        """The largest `t` at which each latent is still off in `at_margin(t)`: its value."""
+        return jax.nn.relu(pre)
+
+    def at_margin(self, t: float | Array) -> "BatchTopK":
+        """The activation under which latents of a margin beyond `t` are active, and no others."""
+        return dataclasses.replace(self, threshold=jnp.asarray(t, jnp.float32))
+
     def rescale(self, scale: float | Array) -> "BatchTopK":
         """The activation in other units."""
         return dataclasses.replace(self, threshold=self.threshold / scale)
@@ -350,6 +358,14 @@ class JumpReLU(Activation):
         """Whether each pre-activation is past its threshold, and whether it is within the kernel's reach of it."""
         distance = jax.lax.stop_gradient(pre - self.threshold)  # in the threshold's dtype, not in that of the weights
         return (distance > 0) & (pre > 0), jnp.abs(distance) < self.bandwidth / 2
+
+    def margin(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
+        """The largest `t` at which each latent is still off in `at_margin(t)`: its value over its threshold."""
+        return jax.nn.relu(pre) / jnp.maximum(self.threshold, jnp.finfo(self.threshold.dtype).tiny)
+
+    def at_margin(self, t: float | Array) -> "JumpReLU":
+        """The activation under which latents of a margin beyond `t` are active, and no others."""
+        return dataclasses.replace(self, threshold=t * self.threshold)
 
     def rescale(self, scale: float | Array) -> "JumpReLU":
         """The activation in other units; the bandwidth, which matters in training alone, stays."""

@@ -215,6 +215,9 @@ def activity(code: SparseCode) -> Activity:
     return Activity(jnp.asarray(code.indices[..., 0].size, active.dtype), fired)
 
 
+# A latent is dead if it fires on none of so many rows, or on none of all there are: on few rows most latents rest.
+DEAD_ROWS = 100_000
+
 # Edges of the histogram of refined/original, eight bins an octave; what lies outside, zeros on the left, is counted
 # in the bin at the end.
 RATIO_EDGES = 2.0 ** np.linspace(-4, 6, 81)

@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxsae import pytrees, sharding
 from jaxsae.linalg import divide
+from jaxsae.metrics import DEAD_ROWS
 from jaxsae.objectives import Measured
 from jaxsae.sae import SAE, decode, encode_dense
 
@@ -127,11 +128,12 @@ def unit_norm_decoder(tx: optax.GradientTransformation) -> optax.GradientTransfo
     return optax.GradientTransformation(tx.init, update)
 
 
-def learning_rate(m: int) -> float:
-    """The learning rate of Gao et al. (2024): `2e-4 / √(m / 2¹⁴)`.
+def learning_rate(m: int, steps: int | None = None) -> float:
+    """The learning rate of Gao et al. (2024), `2e-4 / √(m / 2¹⁴)`, or more where there are fewer steps than theirs.
 
     Args:
       m: number of latents.
+      steps: of the training; as many as theirs if None.
 
     Example:
       >>> learning_rate(2**14), learning_rate(2**16)
@@ -256,8 +258,8 @@ def make_step(
       tx: optax transformation.
 
     Returns:
-      The step. Its metrics are the objective's own, and `loss`; `dead`, the share of latents idle for longer than the
-      objective's `dead_after` (0 if it has none); `skipped`, batches skipped so far.
+      The step. Its metrics are the objective's own, and `loss`; `dead`, the share of latents that fired on none of the
+      last `dead_rows` rows: 100,000 in whole batches, or all so far; `skipped`, batches skipped so far.
 
     Example:
       >>> import jax, optax, jaxsae
@@ -267,7 +269,7 @@ def make_step(
       >>> step = train.make_step(objectives.Objective((objectives.L1(0.1),)), tx)
       >>> state, metrics = step(train.init_state(sae, tx), jax.random.normal(jax.random.key(1), (16, 8)))
       >>> sorted(metrics)
-      ['dead', 'l0', 'loss', 'nmse', 'skipped']
+      ['dead', 'dead_rows', 'l0', 'loss', 'nmse', 'skipped']
     """
     return functools.partial(_step, tx, _as_pytree(loss))
 
@@ -297,8 +299,9 @@ def _advance(tx: Any, loss: Any, state: TrainState, batch: Any) -> tuple[TrainSt
         return dataclasses.replace(state, skipped=state.skipped + 1, skipped_last=state.skipped_last + 1)
 
     state = jax.lax.cond(good, learn, skip, state)
-    dead = jnp.mean(state.idle >= getattr(loss, "dead_after", jnp.inf))
-    return state, {"loss": value, "dead": dead, "skipped": state.skipped, **metrics}
+    rows = count * jnp.minimum(state.step, -(-DEAD_ROWS // count))
+    dead = jnp.mean(state.idle >= jnp.maximum(rows, 1))
+    return state, {"loss": value, "dead": dead, "dead_rows": rows, "skipped": state.skipped, **metrics}
 
 
 _step = jax.jit(_advance, static_argnums=0, donate_argnums=2)
@@ -335,7 +338,7 @@ def fit(
       >>> from jaxsae import objectives, train
       >>> sae = jaxsae.init(jax.random.key(0), d=8, m=32, activation=jaxsae.TopK(4))
       >>> x = jax.random.normal(jax.random.key(1), (256, 8))
-      >>> objective = objectives.Objective((objectives.AuxK(k_aux=4),), dead_after=2560)
+      >>> objective = objectives.Objective((objectives.AuxK(k_aux=4),), idle_after=2560)
       >>> state = train.fit(sae, itertools.repeat(x), loss=objective, tx=train.recipe(1e-2), steps=20)
       >>> int(state.step)
       20
@@ -497,33 +500,33 @@ def geometric_median(x: Float[Array, "n d"], *, iterations: int = 100) -> Float[
 
 
 @jax.jit
-def resample(key: PRNGKeyArray, state: TrainState, x: Float[Array, "n d"], *, dead_after: int | Array) -> TrainState:
-    """Give dead latents a new start, at rows that the autoencoder reconstructs badly; for L1 models.
+def resample(key: PRNGKeyArray, state: TrainState, x: Float[Array, "n d"], *, idle_after: int | Array) -> TrainState:
+    """Give idle latents a new start, at rows that the autoencoder reconstructs badly; for L1 models.
 
     A row is chosen with probability in proportion to the square of its loss `‖x − x̂‖²`; the atom becomes its error, of
-    norm 1, and the encoder's column the same, of a fifth of the mean norm of living ones; the bias and the optimiser's
+    norm 1, and the encoder's column the same, of a fifth of the mean norm of the others; the bias and the optimiser's
     moments of the latent become 0.
 
     Args:
       key: PRNG key.
       state: of the training.
       x: a sample of rows to choose from, `[n d]`.
-      dead_after: a latent is dead once this many rows went by without it.
+      idle_after: a latent is idle once this many rows went by without it.
 
     Returns:
-      The state to go on from; unchanged if no latent is dead.
+      The state to go on from; unchanged if no latent is idle.
 
     Example:
       >>> import jax, jaxsae
       >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.ReLU())
       >>> state = init_state(sae, recipe(1e-3))
       >>> x = jax.random.normal(jax.random.key(1), (16, 4))
-      >>> bool((resample(jax.random.key(2), state, x, dead_after=1).sae.W_dec == sae.W_dec).all())
+      >>> bool((resample(jax.random.key(2), state, x, idle_after=1).sae.W_dec == sae.W_dec).all())
       True
 
     Source: Bricken et al. (2023), "Towards monosemanticity", Appendix.
     """
-    sae, dead = state.sae, state.idle >= dead_after
+    sae, dead = state.sae, state.idle >= idle_after
     error = x - decode(sae, encode_dense(sae, x))
     loss = jnp.sum(error**2, axis=1)
     rows = jax.random.categorical(key, 2 * jnp.log(loss), shape=(sae.m,))

@@ -40,7 +40,7 @@ WAYS = {
     "topk": ("--k", K, "--multi-topk"),
     "abstopk": ("--k", K),
     "groupmax": ("--k", K),
-    "batchtopk": ("--k", K, "--dead-after", 200),
+    "batchtopk": ("--k", K, "--idle-after", 200),
     "jumprelu": ("--k", K),
     "gated": ("--l1", 0.05, "--no-auxk"),
 }
