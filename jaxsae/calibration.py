@@ -74,8 +74,9 @@ def calibrate(sae: SAE, batches: Iterable[Float[Array, "b d"] | np.ndarray], l0:
         counts += np.asarray(found)
         rows += int(finite)
     at_least = np.cumsum(counts[::-1])[::-1]  # of each bin's lower edge
-    edge = np.argmin(np.abs(at_least - l0 * rows)).astype(np.int32) << _LEFT_OUT
-    return sae.replace(activation=sae.activation.at_margin(np.nextafter(edge.view(np.float32), np.float32(0))))
+    edge = (np.argmin(np.abs(at_least - l0 * rows)).astype(np.int32) << _LEFT_OUT).view(np.float32)
+    below = jnp.asarray(np.nextafter(edge, np.float32(0)))  # what is in the bin is active too
+    return sae.replace(activation=sae.activation.at_margin(below))
 
 
 @jax.jit
@@ -84,6 +85,7 @@ def _count(sae: SAE, x):
     finite = jnp.isfinite(x).all(-1)
     pre = pre_activations(sae, jnp.where(finite[:, None], x, 0))
     margin = jnp.where(finite[:, None], sae.activation.margin(pre), 0).astype(jnp.float32)
+    margin = jnp.minimum(margin, jnp.finfo(margin.dtype).max)  # at a threshold of 0 it has no end
     bins = jax.lax.bitcast_convert_type(margin, jnp.int32) >> _LEFT_OUT
     counted = (margin > 0).astype(jnp.int32)
     return jnp.zeros(_BINS, jnp.int32).at[bins.ravel()].add(counted.ravel()), jnp.sum(finite)
