@@ -28,7 +28,8 @@ def run(path: Path | None, *, latents: int, batch: int, steps: tuple[int, ...]) 
             states = _train(rows, options)
             for place, rate in enumerate(RATES):
                 sae = train.member(states.sae, place)
-                named = {"data": source, "family": family, "steps": number, "rate": rate}
+                named = {"data": source, "family": family, "latents": latents, "batch": batch, "steps": number}
+                named |= {"rate": rate, "default": train.learning_rate(latents, number)}
                 yield named | _measure(sae, heldout, options)
 
 
@@ -53,7 +54,7 @@ def _train(rows: np.ndarray, options: runs.Options) -> train.TrainState:
 def _measure(sae: SAE, heldout: np.ndarray, options: runs.Options) -> dict[str, float]:
     """NMSE, at the L0 asked for; where a penalty sets that, `loss`, the penalty included, says which rate is better."""
     if options.k is not None and sae.activation.slots is None:
-        sae = calibration.calibrate(sae, [heldout], options.k)
+        sae = calibration.calibrate(sae, [heldout], float(options.k))
     error, penalty, l0, silent = map(float, _sums(sae, jnp.asarray(heldout)))
     nmse = error / float(np.var(heldout, axis=0, dtype=np.float64).sum())
     loss = nmse if options.l1 is None else error + options.l1 * penalty

@@ -242,7 +242,7 @@ def run(
                 state, reached, diverged = error.state, error.progress, error
     sae = rescale(sharding.gathered(state.sae), scale)
     if o.k is not None and sae.activation.slots is None:
-        sae = calibration.calibrate(sae, (x for _, x in stream.chunks(sae, heldout)), o.k)
+        sae = calibration.calibrate(sae, (x for _, x in stream.chunks(sae, heldout)), float(o.k))
     trained = calibration.activity(sae, _in_order(read().source, o.batch, min(total, DEAD_ROWS)))
     chief = jax.process_index() == 0
     if chief:
@@ -490,17 +490,17 @@ def evaluate(sae: SAE, rows: data_module.Rows, more: metrics.Activity | None = N
         parts.append(_measure(sae, x, capacity, keep))
         nonfinite += int(jnp.sum(~jnp.isfinite(x).all(1)))
     whole, active, progressive = (functools.reduce(operator.add, part) for part in zip(*parts, strict=True))
-    active = active if more is None else active + more
+    counted = active if more is None else active + more
     numbers = {
         "nmse": whole.nmse,
         "explained_variance": whole.explained_variance,
         "l0": active.l0,
-        "dead": active.dead,
+        "dead": counted.dead,
     }
     return {name: json_number(value) for name, value in numbers.items()} | {
         "nmse_at": {str(n): json_number(value) for n, value in zip(keep, progressive.nmse, strict=True)},
-        "firing": active.octaves,
-        "dead_rows": int(active.rows),
+        "firing": counted.octaves,
+        "dead_rows": int(counted.rows),
         "rows": len(rows),
         "nonfinite": nonfinite,
     }

@@ -1,6 +1,6 @@
 """Training: an objective, an optax transformation and a stream of batches make an SAE.
 
-    tx = train.recipe(train.learning_rate(sae.m))
+    tx = train.recipe(train.learning_rate(sae.m, steps))
     state = train.init_state(sae, tx)
     step = train.make_step(objective, tx)
     for x in batches:
@@ -129,26 +129,31 @@ def unit_norm_decoder(tx: optax.GradientTransformation) -> optax.GradientTransfo
 
 
 def learning_rate(m: int, steps: int | None = None) -> float:
-    """The learning rate of Gao et al. (2024), `2e-4 / √(m / 2¹⁴)`, or more where there are fewer steps than theirs.
+    """The learning rate of Gao et al. (2024), for 10⁵ steps and more, and a larger one for fewer.
+
+        2e-4 / √(m / 2¹⁴) · max(1, 10⁵ / steps)^¼
+
+    The power is that of the best rates from 250 to 1,000 steps, by `python -m benchmarks rates`.
 
     Args:
       m: number of latents.
       steps: of the training; as many as theirs if None.
 
     Example:
-      >>> learning_rate(2**14), learning_rate(2**16)
-      (0.0002, 0.0001)
+      >>> learning_rate(2**14), learning_rate(2**16, steps=200_000), learning_rate(2**14, steps=6250)
+      (0.0002, 0.0001, 0.0004)
 
     Source: Gao et al. (2024), Appendix A.
     """
-    return 2e-4 / (m / 2**14) ** 0.5
+    shorter = 1.0 if steps is None else max(1.0, 1e5 / steps)
+    return 2e-4 / (m / 2**14) ** 0.5 * shorter**0.25
 
 
 def recipe(rate: optax.ScalarOrSchedule, *, clip: float | None = None) -> optax.GradientTransformation:
     """The optimiser of Gao et al. (2024): Adam with `β = (0.9, 0.999)` and `ε = 6.25e-10`, atoms on the unit sphere.
 
     Args:
-      rate: learning rate, or any optax schedule of it; `learning_rate(m)` is the paper's.
+      rate: learning rate, or any optax schedule of it; `learning_rate(m, steps)` is a good one.
       clip: largest norm of the whole gradient; none by default.
 
     Example:
@@ -322,7 +327,7 @@ def fit(
       sae: the autoencoder to start from; left as it is. Or the state to go on from, which is taken over.
       batches: rows `[b d]`, or pairs of input and target, batch after batch, of one shape.
       loss: see the module's docstring.
-      tx: optax transformation; `recipe(learning_rate(m))` is that of Gao et al.
+      tx: optax transformation, for example `recipe(learning_rate(m, steps))`.
       steps: how many.
       callback: called as `callback(step, metrics)` after each; the metrics are still on the device.
 

@@ -29,7 +29,15 @@ def a_row(family, value, l0, **more):
     bins[0, 0] = 1000  # many values become 0: more than any other bin has
     numbers = {"nmse_before": 4 / l0, "nmse_after": 3 / l0, "mean_before": 0.05, "mean_after": 0.075}
     numbers |= {"mean_change": 0.5, "rising": 0.625, "gamma_before": 0.9, "gamma_after": 1.0, "certified": 1.0}
-    return {"family": family, "k_or_l1": value, "l0": l0, "dead": 0.25, "dead_rows": 102_048, "worst_kkt": 1e-7 * l0, **numbers} | {
+    return {
+        "family": family,
+        "k_or_l1": value,
+        "l0": l0,
+        "dead": 0.25,
+        "dead_rows": 102_048,
+        "worst_kkt": 1e-7 * l0,
+        **numbers,
+    } | {
         "change": bins[0].tolist(),
         "latent_change": bins[1].tolist(),
         "firing": [64, 20, 30, 40, 50, 30, 10, 8, 4, 0, 1],
@@ -84,7 +92,10 @@ def log(folder, first=10, last=200, value=lambda step: 1 / step):
     """Event files, as a training writes them."""
     with runs.logs(folder, OPTIONS) as told:
         for step in range(first, last + 1, 10):
-            told(step, {"nmse": value(step), "l0": 16.0, "dead": 0.0, "dead_rows": 0.0, "loss": value(step), "skipped": 0.0})
+            told(
+                step,
+                {"nmse": value(step), "l0": 16.0, "dead": 0.0, "dead_rows": 0.0, "loss": value(step), "skipped": 0.0},
+            )
 
 
 class Page(html.parser.HTMLParser):
