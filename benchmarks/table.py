@@ -71,7 +71,7 @@ def _families(report: dict[str, Any], machine: str) -> list[str]:
         for row in rows:
             at = [_shown(row["nmse_at"].get(n), "{:.4f}") for n in kept]
             lines.append(
-                "| " + " | ".join([row["name"], *_cells(row["heldout"]), *_cells(row.get("before")), *at]) + " |"
+                "| " + " | ".join([row["name"], *_reached(row["heldout"]), *_reached(row.get("before")), *at]) + " |"
             )
         data, o = rows[0]["data"], rows[0]["options"]
         said.append(
@@ -83,7 +83,7 @@ def _families(report: dict[str, Any], machine: str) -> list[str]:
     return said
 
 
-def _cells(measured: dict[str, Any] | None) -> list[str]:
+def _reached(measured: dict[str, Any] | None) -> list[str]:
     if measured is None:
         return ["", "", ""]
     return [f"{measured['l0']:.1f}", f"{measured['nmse']:.4f}", f"{measured['dead']:.1%}"]
