@@ -372,6 +372,14 @@ class BatchTopK(Activation):
         threshold = jnp.where(self.threshold < 0, least, 0.99 * self.threshold + 0.01 * least)
         return z, dataclasses.replace(self, threshold=jnp.where(jnp.isfinite(least), threshold, self.threshold))
 
+    def margin(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
+        """The largest `t` at which each latent is still off in `at_margin(t)`: its value."""
+        return jax.nn.relu(pre)
+
+    def at_margin(self, t: float | Array) -> "BatchTopK":
+        """The activation under which latents of a margin beyond `t` are active, and no others."""
+        return dataclasses.replace(self, threshold=jnp.asarray(t, jnp.float32))
+
     def rescale(self, scale: float | Array) -> "BatchTopK":
         """The activation in other units."""
         return dataclasses.replace(self, threshold=self.threshold / scale)
@@ -433,6 +441,14 @@ class JumpReLU(Activation):
         """The thresholds, but for those that are infinite, where nothing is near and 0 does not stay 0."""
         threshold = jnp.asarray(self.threshold)
         return jnp.where(jnp.isfinite(threshold), threshold, 0)
+
+    def margin(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
+        """The largest `t` at which each latent is still off in `at_margin(t)`: its value over its threshold."""
+        return jax.nn.relu(pre) / jnp.maximum(self.threshold, jnp.finfo(self.threshold.dtype).tiny)
+
+    def at_margin(self, t: float | Array) -> "JumpReLU":
+        """The activation under which latents of a margin beyond `t` are active, and no others."""
+        return dataclasses.replace(self, threshold=t * self.threshold)
 
     def rescale(self, scale: float | Array) -> "JumpReLU":
         """The activation in other units; the bandwidth, which matters in training alone, stays."""

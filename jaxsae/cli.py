@@ -126,7 +126,7 @@ def study(
     full, small = (job.FULL, job.QUICK) if site is None else (job.FULL_MODEL, job.QUICK_MODEL)
     plan, source = small if quick else full, site or data
     with console.progress(job.total_steps(plan, source, sae)) as advance:
-        report = job.run(out, data=source, plan=plan, seed=seed, saes=sae, progress=advance)
+        report = job.run(out, data=source, plan=plan, seed=seed, saes=sae, progress=advance, warn=console.warn)
     written = f"Written: {out / 'report.json'}, {out / 'shrinkage.png'}" + ("" if sae else f", {out / 'sae'}/")
     console.tell(report, f"{console.study_table(report)}\n{written}", as_json=json)
     failed = [row for row in report["rows"] if row["certified"] < 1]
@@ -156,7 +156,7 @@ def train(
     learning_rate: float | None = None,
     no_auxk: bool = False,
     multi_topk: bool = False,
-    dead_after: int = 10_000_000,
+    idle_after: int | None = None,
     heldout: int = 2048,
     seed: int = 0,
     weights: tuple[float, ...] = (),
@@ -195,12 +195,12 @@ def train(
         k: active latents a row: of each row, on average over a batch (batchtopk), or aimed at (jumprelu).
         l1: weight of the L1 penalty (relu, gated).
         batch: rows a step.
-        steps: how many. With more of them the command makes a run longer: from there on the learning rate, and all else
+        steps: how many; more than ten passes over the data are warned of. With more of them the command makes a run longer: from there on the learning rate, and all else
             that depends on their number, is that of the longer run.
-        learning_rate: by default 2e-4/√(latents/16384).
-        no_auxk: leave dead latents dead.
+        learning_rate: by default from --latents and --steps, see jaxsae.train.learning_rate.
+        no_auxk: leave idle latents idle.
         multi_topk: also reconstruct with 4k latents (topk).
-        dead_after: rows without firing after which a latent is dead.
+        idle_after: rows without firing after which a latent learns by AuxK; by default a fiftieth of the run's.
         heldout: last rows of the data, to measure on.
         seed: of initialisation and shuffles.
         weights: in which proportions to mix several --data, whatever their lengths; by default in those.
@@ -230,7 +230,7 @@ def train(
     if model is not None and window is None:
         window = 1 << 16
     options = runs.Options(
-        activation, latents, k, l1, not no_auxk, multi_topk, batch, steps, learning_rate, dead_after, heldout, seed
+        activation, latents, k, l1, not no_auxk, multi_topk, batch, steps, learning_rate, idle_after, heldout, seed
     )
     try:
         chief = jax.process_index() == 0
@@ -258,7 +258,8 @@ def train(
         return 0
     measured = report["heldout"]
     shown = f"NMSE {measured['nmse']:.4f}, L0 {measured['l0']:.1f}, dead {measured['dead']:.1%}"
-    said = f"{heldout} held-out rows: {shown}\nWritten: {out / 'sae'}/, {out / 'report.json'}"
+    said = f"{heldout} held-out rows: {shown} of {measured['dead_rows']:,} rows\n{runs.summary(report)}\n"
+    said += f"Written: {out / 'sae'}/, {out / 'report.json'}"
     console.tell(report, said, as_json=json)
     if report["skipped"]:
         console.warn(f"{report['skipped']} batches were skipped, since their loss was not finite. {runs.blame(report)}")
@@ -281,6 +282,7 @@ def evaluate(*, sae: str, data: Path, json: bool = False) -> int:
     measured = runs.evaluate(pretrained.load(sae), data_module.open_rows(data))
     shown = {name: measured[name] for name in ("nmse", "explained_variance", "l0", "dead")}
     lines = [f"{name:18}  {_number(value)}" for name, value in shown.items()]
+    lines[-1] += f" of {measured['dead_rows']:,} rows"
     largest = ", ".join(f"{n}: {_number(value)}" for n, value in measured["nmse_at"].items())
     console.tell(measured, "\n".join([*lines, f"NMSE with the largest latents alone: {largest}"]), as_json=json)
     if measured["nonfinite"]:

@@ -139,22 +139,22 @@ def _first(code, latents: int):
 
 
 def auxk(
-    sae: SAE, x: Float[Array, "b d"], residual: Float[Array, "b d"], dead: Bool[Array, " m"], *, k_aux: int
+    sae: SAE, x: Float[Array, "b d"], residual: Float[Array, "b d"], idle: Bool[Array, " m"], *, k_aux: int
 ) -> Float[Array, ""]:
-    """AuxK: reconstruct the residual with the `k_aux` most active dead latents, so that they learn something.
+    """AuxK: reconstruct the residual with the `k_aux` most active idle latents, so that they learn something.
 
-        mean_b ‖e − ê‖²,   ê = (the k_aux largest pre-activations of dead latents, of either sign) W_dec
+        mean_b ‖e − ê‖²,   ê = (the k_aux largest pre-activations of idle latents, of either sign) W_dec
 
-    Negative ones count, since a latent that is negative on all rows would have no derivative otherwise, and stay dead.
+    Negative ones count, since a latent that is negative on all rows would have no derivative otherwise, and stay idle.
     The residual is a constant here, and `b_dec` takes no part: it is not added to `ê`, and has no derivative. 0 if
-    nothing is dead, or if the term is not finite.
+    nothing is idle, or if the term is not finite.
 
     Args:
       sae: the autoencoder.
       x: activations `[b d]`.
       residual: `e = x − x̂`, `[b d]`.
-      dead: which latents are dead, `[m]`.
-      k_aux: how many dead latents to use a row; static.
+      idle: which latents have not fired for long, `[m]`; Gao et al. call them dead.
+      k_aux: how many idle latents to use a row; static.
 
     Example:
       >>> import jax.numpy as jnp, jaxsae
@@ -173,15 +173,15 @@ def auxk(
             error = mse(residual, jnp.where(left_out(pre), 0, pre) @ W_dec)
             return jnp.where(jnp.isfinite(error), error, 0)
 
-        return jax.checkpoint(value)  # else what it keeps for the derivative is written, as zeros, while none is dead
+        return jax.checkpoint(value)  # else what it keeps for the derivative is written, as zeros, while none is idle
 
-    # Selecting costs as much as a training step: skip it where all that is dead is taken, and all where nothing is.
+    # Selecting costs as much as a training step: skip it where all that is idle is taken, and all where nothing is.
     branches = (
         lambda W_enc, b_enc, W_dec: jnp.zeros((), jnp.promote_types(W_dec.dtype, jnp.float32)),
-        term(lambda pre: ~dead),
-        term(lambda pre: dropped(jnp.where(dead, pre, -jnp.inf), k_aux)),
+        term(lambda pre: ~idle),
+        term(lambda pre: dropped(jnp.where(idle, pre, -jnp.inf), k_aux)),
     )
     usable = jnp.isfinite(residual).all() & jnp.isfinite(x).all()
-    count = jnp.where(usable, jnp.sum(dead), 0)
+    count = jnp.where(usable, jnp.sum(idle), 0)
     chosen = (count > 0).astype(jnp.int32) + (count > k_aux)
     return jax.lax.switch(chosen, branches, sae.W_enc, sae.b_enc, sae.W_dec)

@@ -307,6 +307,9 @@ def _by_latent(code: SparseCode, active: Bool[Array, "*b k"], weights: Float[Arr
     return codes.sum_by_latent(dataclasses.replace(code, values=jnp.where(active, weights, 0)))
 
 
+# A latent is dead if it fires on none of so many rows, or on none of all there are: on few rows most latents rest.
+DEAD_ROWS = 100_000
+
 # Edges of the histogram of refined/original, eight bins an octave; what lies outside, zeros on the left, is counted
 # in the bin at the end.
 RATIO_EDGES = 2.0 ** np.linspace(-4, 6, 81)

@@ -19,16 +19,18 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from jaxsae import calibration, job, metrics, pretrained, sharding, stream, train
 from jaxsae import data as data_module
-from jaxsae import job, metrics, pretrained, sharding, stream, train
 from jaxsae.activations import AbsTopK, Activation, BatchTopK, Gated, GroupMax, JumpReLU, ReLU, TopK
 from jaxsae.checkpoint import Checkpoints, versions
 from jaxsae.files import InputError, atomic_file, json_number, local_path
+from jaxsae.metrics import DEAD_ROWS
 from jaxsae.objectives import L0, L1, AuxK, Gate, MultiTopK, Objective
 from jaxsae.sae import SAE, encode, init, reconstruct, rescale
 
 _SAMPLE = 10_000  # rows from which centre and scale are estimated
 _REPORT_EVERY = 10  # steps
+_MANY_PASSES = 10  # over the data, beyond which rows not trained on are reconstructed worse and worse
 _BLAMED = 1000  # batches looked through for what is wrong with them
 _NO_TENSORBOARD = "TensorBoard files need tensorboardX, which is missing; pip install 'jaxsae[study]'."
 Progress = Callable[[str, int], None]
@@ -43,12 +45,12 @@ class Options(NamedTuple):
       latents: `m`.
       k: latents a row, where they make the activation sparse.
       l1: weight of the penalty, where that does.
-      auxk: whether dead latents learn, by `objectives.AuxK`.
+      auxk: whether idle latents learn, by `objectives.AuxK`.
       multi_topk: whether `objectives.MultiTopK` is added; for topk.
       batch: rows.
       steps: of training.
-      learning_rate: `train.learning_rate(latents)` if None.
-      dead_after: rows without it after which a latent is dead.
+      learning_rate: `train.learning_rate(latents, steps)` if None.
+      idle_after: rows without it after which a latent is idle, for `auxk`; a fiftieth of all rows trained on if None.
       heldout: rows that are measured on, the last ones.
       seed: of initialisation and shuffles.
 
@@ -66,9 +68,50 @@ class Options(NamedTuple):
     batch: int = 1024
     steps: int = 2000
     learning_rate: float | None = None
-    dead_after: int = 10_000_000
+    idle_after: int | None = None
     heldout: int = 2048
     seed: int = 0
+
+
+def resolved(options: Options) -> Options:
+    """Options with numbers where None stands for what follows from the length of the run.
+
+    A latent is idle after a fiftieth of the run: that costs no error and leaves hardly any latent dead, where a tenth
+    comes too late to do much.
+
+    Args:
+      options: of a run.
+
+    Example:
+      >>> resolved(Options("topk", latents=4096, k=32)).idle_after
+      40960
+    """
+    o = options
+    rate = train.learning_rate(o.latents, o.steps) if o.learning_rate is None else o.learning_rate
+    idle_after = max(o.batch, o.steps * o.batch // 50) if o.idle_after is None else o.idle_after
+    return o._replace(learning_rate=rate, idle_after=idle_after)
+
+
+def passes(options: Options, rows: int, warn: Callable[[str], None] = lambda text: None) -> float:
+    """How often a run sees each row.
+
+    Args:
+      options: of the run.
+      rows: that it is trained on.
+      warn: called if that is often enough for them to be learnt by heart.
+
+    Example:
+      >>> passes(Options("topk", latents=16, k=2, batch=512, steps=600), 12_288, print)
+      600 steps of 512 rows are 25 passes over 12,288 rows, fitted better than new ones; pass more rows.
+      25.0
+    """
+    found = options.steps * options.batch / rows
+    if found > _MANY_PASSES:
+        warn(
+            f"{options.steps} steps of {options.batch} rows are {found:.0f} passes over {rows:,} rows, fitted "
+            "better than new ones; pass more rows."
+        )
+    return found
 
 
 class _Family(NamedTuple):
@@ -163,13 +206,15 @@ def run(
     names, everything = _open(data)
     sources, heldout = _split(names, everything, options, weights)
     out, o, name = local_path(out), options, ", ".join(names)
-    told_data = {"path": name, "rows": sum(map(len, sources)), "heldout": len(heldout), "width": heldout.shape[1]}
+    total = sum(map(len, sources))
+    told_data = {"path": name, "rows": total, "passes": passes(o, total, warn), "heldout": len(heldout)}
+    told_data |= {"width": heldout.shape[1]}
     config = o._asdict() | {"data": [*map(len, sources), heldout.shape[1]], "weights": weights and list(weights)}
     config |= {"window": window, "rows of": names if isinstance(data, Mapping) else None}  # files may have been moved
     config |= {"values of the data, by checksum": list(map(data_module.fingerprint, everything))}
     order = {"seed": o.seed, "weights": weights, "window": window, "names": names}
     read = functools.partial(data_module.batches, sources, o.batch, **order)
-    centre, scale = _centre_and_scale(_sample(read(), sum(map(len, sources))), name)
+    centre, scale = _centre_and_scale(_sample(read(), total), name)
     with (
         jax.set_mesh(mesh) if mesh else contextlib.nullcontext(),
         Checkpoints(out / "checkpoints", config=config, grows={"steps"}, warn=warn) as checkpoints,
@@ -214,12 +259,15 @@ def run(
             except job.GivenUp as error:
                 state, reached, diverged = error.state, error.progress, error
     sae = rescale(jax.tree.map(jnp.asarray, sharding.gathered(state.sae)), scale)
+    if o.k is not None and sae.activation.slots is None:
+        sae = calibration.calibrate(sae, (x for _, x in stream.chunks(sae, heldout)), float(o.k))
+    trained = calibration.activity(sae, _in_order(read().source, o.batch, min(total, DEAD_ROWS)))
     chief = jax.process_index() == 0
     if chief:
         pretrained.save(sae, out / "sae")
     bad = _rows_to_blame(sources, names, batches, reached.bad)
     report = {
-        "options": options._asdict(),
+        "options": resolved(o)._asdict(),
         "data": told_data,
         "steps": int(state.step),
         "skipped": int(state.skipped),
@@ -227,8 +275,8 @@ def run(
         "rollbacks": reached.rollbacks,
         "lengthened": [dict(zip(("at", "from", "to"), each, strict=True)) for each in reached.lengthened],
         "nonfinite_rows": bad,
-        "dead_in_training": reached.told.get("dead"),
-        "heldout": evaluate(sae, heldout),
+        "heldout": evaluate(sae, heldout, trained),
+        "trained": {"l0": json_number(trained.l0), "rows": int(trained.rows)},
         "versions": versions() | {"backend": jax.default_backend()},
     }
     if chief:
@@ -258,24 +306,24 @@ def recipe(
       >>> [type(term).__name__ for term in objective.terms], fresh().sae.m
       (['L1'], 8)
     """
-    family, o, d = _validate(options), options, len(centre)
-    warm = optax.linear_schedule(0.0, 1.0, max(1, o.steps // 5))
-    terms = family.terms(o, warm)
+    family, o, d = _validate(options), resolved(options), len(centre)
+    terms = family.terms(o, _warmup(o.steps))
     terms += (MultiTopK(),) if o.multi_topk else ()
     terms += (AuxK(_auxk_latents(d, o.latents)),) if o.auxk else ()
-    tx = train.recipe(_schedule(o), clip=1.0)
+    tx = _optimiser(o.learning_rate, o.steps)
 
     def fresh() -> train.TrainState:
         activation = family.activation(o)
         sae = init(jax.random.key(o.seed), d=d, m=o.latents, activation=activation, b_dec=scale * centre)
         return train.init_state(sae, tx)
 
-    return Objective(terms, dead_after=o.dead_after), tx, fresh
+    return Objective(terms, idle_after=o.idle_after), tx, fresh
 
 
 def _lengthened(options: Options, step: int, before: int, steps: int) -> str:
     """One sentence on what is other for a run that was made longer."""
-    old, new = (float(_schedule(options._replace(steps=count))(step)) for count in (before, steps))
+    wanted = (resolved(options._replace(steps=count)) for count in (before, steps))
+    old, new = (float(_schedule(o.learning_rate, o.steps)(step)) for o in wanted)
     return (
         f"the run is lengthened from {before} to {steps} steps: from step {step} on, all that depends on their number "
         f"is that of {steps}, such as the learning rate ({new:.3g}, it was {old:.3g})."
@@ -290,6 +338,22 @@ def _rows_to_blame(sources, names, batches: data_module.Batches, bad: Sequence[i
             wrong = rows[~np.isfinite(np.asarray(sources[source][rows], np.float32)).all(axis=1)]
             found.setdefault(names[source], set()).update(wrong.tolist())
     return {path: sorted(rows) for path, rows in found.items() if rows}
+
+
+def summary(report: dict[str, Any]) -> str:
+    """One line on how a run was trained: what follows from its length, where no option says otherwise.
+
+    Args:
+      report: of `run`.
+
+    Example:
+      >>> options = resolved(Options("topk", latents=4096, k=32, learning_rate=1e-3))._asdict()
+      >>> summary({"options": options, "data": {"passes": 4.1, "rows": 500_000}})
+      '4.1 passes over 500,000 rows, learning rate 0.001, AuxK for latents idle for 40,960 rows'
+    """
+    options, data = report["options"], report["data"]
+    auxk = f", AuxK for latents idle for {options['idle_after']:,} rows" if options["auxk"] else ""
+    return f"{data['passes']:.1f} passes over {data['rows']:,} rows, learning rate {options['learning_rate']:.3g}{auxk}"
 
 
 def blame(report: dict[str, Any]) -> str:
@@ -319,8 +383,8 @@ def _validate(options: Options) -> _Family:
     other = "l1" if family.needs == "k" else "k"
     if getattr(o, family.needs) is None or getattr(o, other) is not None:
         raise InputError(f"{o.activation} is made sparse by {family.needs}; pass {family.needs}, and no {other}.")
-    for name in ("latents", "batch", "steps", "heldout", "dead_after"):
-        if getattr(o, name) < 1:
+    for name in ("latents", "batch", "steps", "heldout", "idle_after"):
+        if getattr(o, name) is not None and getattr(o, name) < 1:
             raise InputError(f"got {name} {getattr(o, name)}; pass at least 1.")
     if o.k is not None and not 1 <= o.k <= o.latents:
         raise InputError(f"got k {o.k} for {o.latents} latents; pass k from 1 to {o.latents}.")
@@ -389,23 +453,55 @@ def _auxk_latents(d: int, m: int) -> int:
     return min(2 ** max(0, round(np.log2(d / 2))), m)
 
 
-def _schedule(options: Options) -> optax.Schedule:
-    """Warm-up over the first twentieth, decay to 0 over the last fifth."""
-    rate = options.learning_rate or train.learning_rate(options.latents)
-    warmup, decay = max(1, options.steps // 20), max(1, options.steps // 5)
-    parts = (optax.linear_schedule(rate / warmup, rate, warmup), optax.linear_schedule(rate, 0.0, decay))
-    return optax.join_schedules(parts, [options.steps - decay])
+def optimiser(rate: float | jax.Array, steps: int) -> optax.GradientTransformation:
+    """That of every run: `train.recipe`, warmed up over the first twentieth and decayed to 0 over the last fifth.
+
+    Args:
+      rate: the largest learning rate.
+      steps: of the training.
+
+    Example:
+      >>> tx = optimiser(3e-3, steps=500)
+    """
+    return train.recipe(_schedule(rate, steps), clip=1.0)
 
 
-def evaluate(sae: SAE, rows: data_module.Rows) -> dict[str, Any]:
+def _schedule(rate: float | jax.Array, steps: int) -> optax.Schedule:
+    warmup, decay = max(1, steps // 20), max(1, steps // 5)
+    factor = optax.join_schedules(
+        (optax.linear_schedule(1 / warmup, 1.0, warmup), optax.linear_schedule(1.0, 0.0, decay)), [steps - decay]
+    )
+    return lambda step: rate * factor(step)
+
+
+_optimiser = functools.cache(optimiser)  # training steps that share one object share their compilation
+
+
+@functools.cache
+def _warmup(steps: int) -> optax.Schedule:
+    """Of the weights of penalties, over the first fifth."""
+    return optax.linear_schedule(0.0, 1.0, max(1, steps // 5))
+
+
+def _in_order(source, size: int, count: int) -> Iterator[np.ndarray]:
+    """The first rows that were trained on, in batches; NaN fills up the last one."""
+    for start in range(0, count, size):
+        x = np.array(source[start // size], np.float32)
+        x[count - start :] = np.nan
+        yield x
+
+
+def evaluate(sae: SAE, rows: data_module.Rows, more: metrics.Activity | None = None) -> dict[str, Any]:
     """Measure an autoencoder on rows: `nmse`, `explained_variance`, `l0`, `dead`, `nmse_at` and `firing`.
 
-    `nmse_at` is the NMSE with the 1, 2, 4 … largest latents of each row alone, the progressive code; `firing` counts
-    the latents that fire on no row, on 1, on 2 or 3, on 4 to 7 …
+    `nmse_at` is the NMSE with the 1, 2, 4 … largest latents of each row alone, the progressive code. `dead` is the
+    share of the latents that never fire, and `firing` counts those that fire on no row, on 1, on 2 or 3, on 4 to 7 …:
+    both of `dead_rows` rows, these and those of `more`.
 
     Args:
       sae: the autoencoder.
       rows: `[n d]`, may be memory-mapped; rows with NaN or Inf are left out, and counted as `nonfinite`.
+      more: what latents do on other rows, where these are few: a latent may well rest on some thousand.
 
     Raises:
       InputError: if the rows are not of the autoencoder's width.
@@ -427,15 +523,17 @@ def evaluate(sae: SAE, rows: data_module.Rows) -> dict[str, Any]:
         parts.append(_measure(sae, x, capacity, keep))
         nonfinite += int(jnp.sum(~jnp.isfinite(x).all(1)))
     whole, active, progressive = (functools.reduce(operator.add, part) for part in zip(*parts, strict=True))
+    counted = active if more is None else active + more
     numbers = {
         "nmse": whole.nmse,
         "explained_variance": whole.explained_variance,
         "l0": active.l0,
-        "dead": active.dead,
+        "dead": counted.dead,
     }
     return {name: json_number(value) for name, value in numbers.items()} | {
         "nmse_at": {str(n): json_number(value) for n, value in zip(keep, progressive.nmse, strict=True)},
-        "firing": active.octaves,
+        "firing": counted.octaves,
+        "dead_rows": int(counted.rows),
         "rows": len(rows),
         "nonfinite": nonfinite,
     }

@@ -1,6 +1,6 @@
 """Training: an objective, an optax transformation and a stream of batches make an SAE.
 
-    tx = train.recipe(train.learning_rate(sae.m))
+    tx = train.recipe(train.learning_rate(sae.m, steps))
     state = train.init_state(sae, tx)
     step = train.make_step(objective, tx)
     for x in batches:
@@ -29,6 +29,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxsae import pytrees, rows, sharding
 from jaxsae.linalg import divide, norms, power_of_two, widen
+from jaxsae.metrics import DEAD_ROWS
 from jaxsae.objectives import Measured
 from jaxsae.sae import SAE, encode_dense, reconstruct
 
@@ -151,26 +152,32 @@ def unit_norm_decoder(tx: optax.GradientTransformation) -> optax.GradientTransfo
     return _around(tx, init, update)
 
 
-def learning_rate(m: int) -> float:
-    """The learning rate of Gao et al. (2024): `2e-4 / √(m / 2¹⁴)`.
+def learning_rate(m: int, steps: int | None = None) -> float:
+    """The learning rate of Gao et al. (2024), for 10⁵ steps and more, and a larger one for fewer.
+
+        2e-4 / √(m / 2¹⁴) · max(1, 10⁵ / steps)^¼
+
+    The power is that of the best rates from 250 to 1,000 steps, by `python -m benchmarks rates`.
 
     Args:
       m: number of latents.
+      steps: of the training; as many as theirs if None.
 
     Example:
-      >>> learning_rate(2**14), learning_rate(2**16)
-      (0.0002, 0.0001)
+      >>> learning_rate(2**14), learning_rate(2**16, steps=200_000), learning_rate(2**14, steps=6250)
+      (0.0002, 0.0001, 0.0004)
 
     Source: Gao et al. (2024), Appendix A.
     """
-    return 2e-4 / (m / 2**14) ** 0.5
+    shorter = 1.0 if steps is None else max(1.0, 1e5 / steps)
+    return 2e-4 / (m / 2**14) ** 0.5 * shorter**0.25
 
 
 def recipe(rate: optax.ScalarOrSchedule, *, clip: float | None = None) -> optax.GradientTransformation:
     """The optimiser of Gao et al. (2024): Adam with `β = (0.9, 0.999)` and `ε = 6.25e-10`, atoms on the unit sphere.
 
     Args:
-      rate: learning rate, or any optax schedule of it; `learning_rate(m)` is the paper's.
+      rate: learning rate, or any optax schedule of it; `learning_rate(m, steps)` is a good one.
       clip: largest norm of the whole gradient; none by default.
 
     Example:
@@ -313,8 +320,8 @@ def make_step(
       tx: optax transformation.
 
     Returns:
-      The step. Its metrics are the objective's own, and `loss`; `dead`, the share of latents idle for longer than the
-      objective's `dead_after` (0 if it has none); `skipped`, batches skipped so far.
+      The step. Its metrics are the objective's own, and `loss`; `dead`, the share of latents that fired on none of the
+      last `dead_rows` rows: 100,000 in whole batches, or all so far; `skipped`, batches skipped so far.
 
     Example:
       >>> import jax, optax, jaxsae
@@ -324,7 +331,7 @@ def make_step(
       >>> step = train.make_step(objectives.Objective((objectives.L1(0.1),)), tx)
       >>> state, metrics = step(train.init_state(sae, tx), jax.random.normal(jax.random.key(1), (16, 8)))
       >>> sorted(metrics)
-      ['dead', 'l0', 'loss', 'nmse', 'skipped']
+      ['dead', 'dead_rows', 'l0', 'loss', 'nmse', 'skipped']
     """
     return functools.partial(_step, tx, _as_pytree(loss))
 
@@ -367,8 +374,9 @@ def _advance(tx: Any, loss: Any, state: TrainState, batch: Any) -> tuple[TrainSt
     matrices = not isinstance(tx, _Sound)
     good = jnp.isfinite(value) & jnp.isfinite(squares) & _stays_finite(state, learn(state), matrices=matrices)
     state = jax.lax.cond(good, learn, skip, state)
-    dead = jnp.mean(state.idle >= getattr(loss, "dead_after", jnp.inf))
-    return state, {"loss": value, "dead": dead, "skipped": state.skipped, **metrics}
+    rows = count * jnp.minimum(state.step, -(-DEAD_ROWS // count))
+    dead = jnp.mean(state.idle >= jnp.maximum(rows, 1))
+    return state, {"loss": value, "dead": dead, "dead_rows": rows, "skipped": state.skipped, **metrics}
 
 
 def _stays_finite(old: Any, new: Any, *, matrices: bool) -> Array:
@@ -399,7 +407,7 @@ def fit(
       sae: the autoencoder to start from; left as it is. Or the state to go on from, which is taken over.
       batches: rows `[b d]`, or pairs of input and target, batch after batch, of one shape.
       loss: see the module's docstring.
-      tx: optax transformation; `recipe(learning_rate(m))` is that of Gao et al.
+      tx: optax transformation, for example `recipe(learning_rate(m, steps))`.
       steps: how many.
       callback: called as `callback(step, metrics)` after each; the metrics are still on the device.
 
@@ -416,7 +424,7 @@ def fit(
       >>> from jaxsae import objectives, train
       >>> sae = jaxsae.init(jax.random.key(0), d=8, m=32, activation=jaxsae.TopK(4))
       >>> x = jax.random.normal(jax.random.key(1), (256, 8))
-      >>> objective = objectives.Objective((objectives.AuxK(k_aux=4),), dead_after=2560)
+      >>> objective = objectives.Objective((objectives.AuxK(k_aux=4),), idle_after=2560)
       >>> state = train.fit(sae, itertools.repeat(x), loss=objective, tx=train.recipe(1e-2), steps=20)
       >>> int(state.step)
       20
@@ -592,11 +600,11 @@ def geometric_median(x: Float[Array, "n d"], *, iterations: int = 100) -> Float[
 
 
 @jax.jit
-def resample(key: PRNGKeyArray, state: TrainState, x: Float[Array, "n d"], *, dead_after: int | Array) -> TrainState:
-    """Give dead latents a new start, at rows that the autoencoder reconstructs badly; for L1 models.
+def resample(key: PRNGKeyArray, state: TrainState, x: Float[Array, "n d"], *, idle_after: int | Array) -> TrainState:
+    """Give idle latents a new start, at rows that the autoencoder reconstructs badly; for L1 models.
 
     A row is chosen with probability in proportion to the square of its loss `‖x − x̂‖²`; the atom becomes its error, of
-    norm 1, and the encoder's column the same, of a fifth of the mean norm of living ones; the bias and the optimiser's
+    norm 1, and the encoder's column the same, of a fifth of the mean norm of the others; the bias and the optimiser's
     moments of the latent become 0.
 
     Rows with NaN or Inf are never chosen.
@@ -605,10 +613,10 @@ def resample(key: PRNGKeyArray, state: TrainState, x: Float[Array, "n d"], *, de
       key: PRNG key.
       state: of the training.
       x: a sample of rows to choose from, `[n d]`.
-      dead_after: a latent is dead once this many rows went by without it.
+      idle_after: a latent is idle once this many rows went by without it.
 
     Returns:
-      The state to go on from; unchanged if no latent is dead, or no row has an error.
+      The state to go on from; unchanged if no latent is idle, or no row has an error.
 
     Raises:
       ValueError: if it is a transcoder, whose errors are no directions of its input.
@@ -618,7 +626,7 @@ def resample(key: PRNGKeyArray, state: TrainState, x: Float[Array, "n d"], *, de
       >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.ReLU())
       >>> state = init_state(sae, recipe(1e-3))
       >>> x = jax.random.normal(jax.random.key(1), (16, 4))
-      >>> bool((resample(jax.random.key(2), state, x, dead_after=1).sae.W_dec == sae.W_dec).all())
+      >>> bool((resample(jax.random.key(2), state, x, idle_after=1).sae.W_dec == sae.W_dec).all())
       True
 
     Source: Bricken et al. (2023), "Towards monosemanticity", Appendix.
@@ -628,16 +636,16 @@ def resample(key: PRNGKeyArray, state: TrainState, x: Float[Array, "n d"], *, de
         raise ValueError("`resample` got a transcoder; it is for autoencoders, whose errors are like their inputs.")
     errors, loss = _errors(sae, x)
     chosen = _draw(key, loss**2, sae.m)
-    dead = (state.idle >= dead_after) & jnp.any(loss > 0)
+    idle = (state.idle >= idle_after) & jnp.any(loss > 0)
     atoms = divide(errors[chosen], norms(errors[chosen]))
     encoder = jnp.linalg.norm(widen(sae.W_enc), axis=0)
-    size = 0.2 * jnp.sum(jnp.where(dead, 0, encoder)) / jnp.maximum(jnp.sum(~dead), 1)
-    size = jnp.where(dead.all(), jnp.mean(encoder), size)
+    size = 0.2 * jnp.sum(jnp.where(idle, 0, encoder)) / jnp.maximum(jnp.sum(~idle), 1)
+    size = jnp.where(idle.all(), jnp.mean(encoder), size)
     sae = dataclasses.replace(
         sae,
-        W_enc=jnp.where(dead, (size * atoms.T).astype(sae.W_enc.dtype), sae.W_enc),
-        b_enc=jnp.where(dead, 0, sae.b_enc),
-        W_dec=jnp.where(dead[:, None], atoms.astype(sae.W_dec.dtype), sae.W_dec),
+        W_enc=jnp.where(idle, (size * atoms.T).astype(sae.W_enc.dtype), sae.W_enc),
+        b_enc=jnp.where(idle, 0, sae.b_enc),
+        W_dec=jnp.where(idle[:, None], atoms.astype(sae.W_dec.dtype), sae.W_dec),
     )
 
     def forget(moments):
@@ -647,16 +655,16 @@ def resample(key: PRNGKeyArray, state: TrainState, x: Float[Array, "n d"], *, de
             return moments
         return dataclasses.replace(
             moments,
-            W_enc=jnp.where(dead, 0, moments.W_enc),
-            b_enc=jnp.where(dead, 0, moments.b_enc),
-            W_dec=jnp.where(dead[:, None], 0, moments.W_dec),
+            W_enc=jnp.where(idle, 0, moments.W_enc),
+            b_enc=jnp.where(idle, 0, moments.b_enc),
+            W_dec=jnp.where(idle[:, None], 0, moments.W_dec),
         )
 
     def forget_all(opt_state):
         return jax.tree.map(forget, opt_state, is_leaf=lambda node: isinstance(node, SAE | AveragedState))
 
     opt_state = forget_all(state.opt_state)
-    return dataclasses.replace(state, sae=sae, opt_state=opt_state, idle=jnp.where(dead, 0, state.idle))
+    return dataclasses.replace(state, sae=sae, opt_state=opt_state, idle=jnp.where(idle, 0, state.idle))
 
 
 def _errors(sae: SAE, x: Float[Array, "n d"]) -> tuple[Float[Array, "n d"], Float[Array, " n"]]:

@@ -27,6 +27,7 @@ ORDER = [
     "plots",
     "svg",
     "exports",
+    "calibration",
     "stream",
     "job",
     "pretrained",

@@ -24,7 +24,7 @@ TX = train.average(train.recipe(optax.linear_schedule(1e-2, 0.0, 100), clip=1.0)
 def state(steps=3):
     """A training's state in which nothing is zero, a PRNG key beside it."""
     model = sae(d=16, m=32, activation=jaxsae.JumpReLU(jnp.full(32, 0.1)))
-    step = train.make_step(Objective((AuxK(4),), dead_after=10), TX)
+    step = train.make_step(Objective((AuxK(4),), idle_after=10), TX)
     trained = train.init_state(model, TX)
     for _ in range(steps):
         trained, _ = step(trained, activations(batch=(8,)))

@@ -32,7 +32,7 @@ def sparse_rows(n=4096, *, d=32, atoms=32, k=3, seed=0):
 
 
 RECIPES = {
-    "TopK and AuxK": (jaxsae.TopK(3), Objective((AuxK(k_aux=8),), dead_after=2560)),
+    "TopK and AuxK": (jaxsae.TopK(3), Objective((AuxK(k_aux=8),), idle_after=2560)),
     "ReLU and L1": (jaxsae.ReLU(), Objective((L1(0.1, optax.linear_schedule(0.0, 1.0, 50)),))),
 }
 TX = train.unit_norm_decoder(optax.adam(1e-2))  # one object, one compilation
@@ -144,7 +144,7 @@ def test_the_l1_weight_warms_up():
 def test_auxk_loss_is_the_error_and_a_share_of_auxk():
     model, x = sae(m=M), activations(batch=(B,))
     state = train.init_state(model, TX).replace(idle=jnp.arange(M))
-    value, (fired, shown, _) = Objective((AuxK(3, weight=0.25),), dead_after=20)(model, x, state)
+    value, (fired, shown, _) = Objective((AuxK(3, weight=0.25),), idle_after=20)(model, x, state)
     z = jaxsae.encode_dense(model, x)
     residual = x - jaxsae.decode(model, z)
     auxiliary = losses.auxk(model, x, residual, jnp.arange(M) >= 20, k_aux=3)
@@ -173,21 +173,26 @@ def test_idle_counts_rows_and_starts_again_when_a_latent_fires():
         state, shown = train.make_step(fires(*latents), tx)(state, x)
     np.testing.assert_array_equal(state.idle, [2 * B, 0, 0] + [3 * B] * (M - 3))
     assert state.step == 3
-    assert sorted(shown) == ["dead", "loss", "seen", "skipped"]
-    assert shown["dead"] == 0  # a loss without `dead_after` knows no dead latents
+    assert sorted(shown) == ["dead", "dead_rows", "loss", "seen", "skipped"]
 
 
-def test_dead_is_the_share_of_latents_idle_for_dead_after_rows():
-    model, tx, x = sae(m=M), optax.sgd(0.0), activations(batch=(B,))
-    step = train.make_step(Objective((AuxK(2),), dead_after=2 * B), tx)
-    never = 1 - np.any(jaxsae.encode_dense(model, x) != 0, axis=0).mean()
-    assert 0 < never < 1
-    state = train.init_state(model, tx)
-    dead = []
-    for _ in range(3):
-        state, shown = step(state, x)
-        dead.append(float(shown["dead"]))
-    np.testing.assert_allclose(dead, [0, never, never])
+def test_dead_is_the_share_of_latents_that_never_fired_on_the_last_100_000_rows_or_on_all(monkeypatch):
+    tx, x = optax.sgd(0.0), activations(batch=(B,))
+    monkeypatch.setattr(train, "DEAD_ROWS", 3 * B - 1)  # whole batches: three
+    state = train.init_state(sae(m=M), tx)
+    dead, rows = [], []
+    for latents in ((0, 1), (1,), (2,), (3,), (3,)):
+        state, shown = train.make_step(fires(*latents), tx)(state, x)  # no idle_after: AuxK's is another number
+        dead.append(round(M * float(shown["dead"])))
+        rows.append(int(shown["dead_rows"]))
+    assert dead == [M - 2, M - 2, M - 3, M - 3, M - 2]  # of the last three: 1, 2, 3, and then 2, 3
+    assert rows == [B, 2 * B, 3 * B, 3 * B, 3 * B]
+
+
+def test_nothing_is_dead_before_the_first_row():
+    tx, x = optax.sgd(0.1), activations(batch=(B,)).at[0, 0].set(jnp.nan)
+    _, shown = train.make_step(Objective(), tx)(train.init_state(sae(m=M), tx), x)
+    assert (shown["skipped"], shown["dead"], shown["dead_rows"]) == (1, 0, 0)
 
 
 def test_changing_a_weight_does_not_retrace():
@@ -265,7 +270,7 @@ def test_fit_says_that_the_batches_ran_out():
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
 def test_a_batch_whose_loss_is_not_finite_changes_nothing_and_is_counted(bad):
     tx, x = train.recipe(1e-2), activations(batch=(B,))
-    step = train.make_step(Objective((AuxK(3),), dead_after=2 * B), tx)
+    step = train.make_step(Objective((AuxK(3),), idle_after=2 * B), tx)
     state, _ = step(train.init_state(sae(m=M), tx), x)
     before = jax.tree.map(np.array, state)
     state, shown = step(state, x.at[1, 2].set(bad))
@@ -550,7 +555,7 @@ def test_what_is_no_loss_is_refused_in_one_line(name):
 def test_a_batch_of_one_row_and_a_start_with_all_latents_dead():
     model, x = sae(m=M).replace(b_enc=jnp.full(M, -1e3)), activations(batch=(1,))
     state = train.init_state(model, tx := train.recipe(1e-2)).replace(idle=jnp.full(M, 100))
-    state, shown = train.make_step(Objective((AuxK(8),), dead_after=50), tx)(state, x)
+    state, shown = train.make_step(Objective((AuxK(8),), idle_after=50), tx)(state, x)
     assert shown["dead"] == 1
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state.sae))
 
@@ -625,7 +630,7 @@ def test_resampling_gives_dead_latents_a_new_start_and_no_other():
     tx, x = train.average(train.recipe(1e-2), decay=0.9), activations(batch=(64,))
     state, _ = train.make_step(Objective((L1(0.1),)), tx)(train.init_state(sae(m=M, activation=jaxsae.ReLU()), tx), x)
     state = state.replace(idle=jnp.where(jnp.arange(M) < 5, 1000, 0))
-    new = train.resample(jax.random.key(0), state, x, dead_after=1000)
+    new = train.resample(jax.random.key(0), state, x, idle_after=1000)
     assert_same_bits(new.opt_state.mean, state.opt_state.mean)
     adam, fresh = (s.opt_state.inner[0] for s in (state, new))
     for before, after in ((state.sae, new.sae), (adam.mu, fresh.mu), (adam.nu, fresh.nu)):
@@ -684,7 +689,7 @@ def test_resampling_draws_in_proportion_and_in_little_memory():
 def test_resampling_changes_nothing_while_all_live():
     tx = train.recipe(1e-2)
     state = train.init_state(sae(m=M, activation=jaxsae.ReLU()), tx)
-    assert_same_bits(train.resample(jax.random.key(0), state, activations(batch=(64,)), dead_after=1), state)
+    assert_same_bits(train.resample(jax.random.key(0), state, activations(batch=(64,)), idle_after=1), state)
 
 
 # --- sweeps
@@ -698,7 +703,7 @@ def test_a_sweep_equals_its_members_one_by_one():
     state = train.sweep(
         train.stack(members),
         jaxsae.data.batches(rows, 64, seed=0),
-        loss=Objective((L1(jnp.array(weights)), AuxK(4)), dead_after=128),
+        loss=Objective((L1(jnp.array(weights)), AuxK(4)), idle_after=128),
         tx=train.recipe,
         rates=jnp.array(rates),
         steps=20,
@@ -709,7 +714,7 @@ def test_a_sweep_equals_its_members_one_by_one():
         train.fit(
             model,
             jaxsae.data.batches(rows, 64, seed=0),
-            loss=Objective((L1(weight), AuxK(4)), dead_after=128),
+            loss=Objective((L1(weight), AuxK(4)), idle_after=128),
             tx=train.recipe(rate),
             steps=20,
             callback=lambda step, shown, alone=alone: alone.append(shown),
