@@ -255,14 +255,35 @@ def require_fit(model: LanguageModel, contexts: np.ndarray, layer: int) -> None:
       jaxsae.files.InputError: the tokenizer made token 99, the model's vocabulary has 16; pass the model's own.
     """
     c = model.config
-    if not 0 <= layer < c.layers:
-        raise InputError(f"got layer {layer}, the model has {c.layers}; pass one from 0 to {c.layers - 1}.")
-    if contexts.shape[1] > c.context:
-        raise InputError(f"got contexts of {contexts.shape[1]} tokens, the model takes {c.context}; pass that or less.")
+    require_site(model, layer, contexts.shape[1])
     if contexts.max() >= c.vocab:
         raise InputError(
             f"the tokenizer made token {contexts.max()}, the model's vocabulary has {c.vocab}; pass the model's own."
         )
+
+
+def require_site(model: LanguageModel, layer: int, context: int) -> None:
+    """Raise if a model has no such layer, or if contexts are not of a length that it reads: before there are any.
+
+    Args:
+      model: the language model.
+      layer: block after which the residual is to be taken, from 0.
+      context: tokens in a context.
+
+    Raises:
+      InputError: what it is, and what the model has.
+
+    Example:
+      >>> from jaxsae.language_model import tiny
+      >>> require_site(tiny(), 3, 16)
+      Traceback (most recent call last):
+      jaxsae.files.InputError: got layer 3, the model has 3; pass one from 0 to 2.
+    """
+    c = model.config
+    if not 0 <= layer < c.layers:
+        raise InputError(f"got layer {layer}, the model has {c.layers}; pass one from 0 to {c.layers - 1}.")
+    if not 2 <= context <= c.context:
+        raise InputError(f"got contexts of {context} tokens, the model takes {c.context}; pass that or less, but 2.")
 
 
 def _steps_per_shard(values: int) -> int:

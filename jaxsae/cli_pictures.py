@@ -1,0 +1,78 @@
+"""The commands of pictures."""
+
+from pathlib import Path
+
+from jaxsae import console
+from jaxsae.arguments import InputPath, OutputFile, Positive, Seed
+
+
+def denoise(
+    image: InputPath,
+    /,
+    *,
+    sigma: Positive,
+    out: OutputFile,
+    dictionary: OutputFile | None = None,
+    seed: Seed = 0,
+    json: bool = False,
+) -> int:
+    """Remove white noise from a picture, by k-SVD on its patches.
+
+    Example: jaxsae denoise noisy.png --sigma 25 --out clean.png
+
+    Args:
+        image: PNG, JPEG or the like.
+        sigma: standard deviation of the noise, in levels from 0 to 255.
+        out: the picture to write; its suffix names the format.
+        dictionary: write the atoms as a picture too.
+        seed: of the patches that are learnt from.
+        json: print what was written as one JSON object.
+    """
+    from jaxsae import images
+
+    images.check_suffix(out, dictionary)
+    noisy = images.read(image)
+    with console.progress(noisy.size // noisy.shape[1]) as advance:
+        quiet, atoms = images.denoise(noisy, sigma, seed=seed, progress=advance)
+    return _write_picture(out, quiet, dictionary, atoms, json)
+
+
+def inpaint(
+    image: InputPath,
+    /,
+    *,
+    missing: InputPath,
+    out: OutputFile,
+    dictionary: OutputFile | None = None,
+    seed: Seed = 0,
+    json: bool = False,
+) -> int:
+    """Fill in missing pixels of a picture, by k-SVD on the others.
+
+    Example: jaxsae inpaint scratched.png --missing scratches.png --out whole.png
+
+    Args:
+        image: PNG, JPEG or the like.
+        missing: a picture as large as that, white where its pixels are missing.
+        out: the picture to write; its suffix names the format.
+        dictionary: write the atoms as a picture too.
+        seed: of the patches that are learnt from.
+        json: print what was written as one JSON object.
+    """
+    from jaxsae import images
+
+    images.check_suffix(out, dictionary)
+    mask = images.read(missing)
+    filled, atoms = images.inpaint(images.read(image), (mask if mask.ndim == 2 else mask.mean(2)) > 127.5, seed=seed)
+    return _write_picture(out, filled, dictionary, atoms, json)
+
+
+def _write_picture(out: Path, picture, dictionary: Path | None, atoms, json: bool) -> int:
+    from jaxsae import images
+
+    images.write(out, picture)
+    if dictionary is not None:
+        images.write(dictionary, images.mosaic(atoms))
+    text = f"Written: {out}{'' if dictionary is None else f', {dictionary}'}"
+    console.tell({"out": out, "dictionary": dictionary}, text, as_json=json)
+    return 0
