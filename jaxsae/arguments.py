@@ -85,11 +85,11 @@ class Input(NamedTuple):
     """A file or directory to be read, or a name that stands for one.
 
     Attributes:
-      must_exist: whether something must be there; else its reader says what it knows.
+      must_exist: whether something must be there: where it is read after work, or else its reader says more.
       scheme: of addresses that the reader takes too, such as `"hf"`.
     """
 
-    must_exist: bool = True
+    must_exist: bool = False
     scheme: str | None = None
 
     def require(self, kind: Any, name: str, value: Any) -> None:
@@ -133,6 +133,7 @@ Seed = Annotated[int, Range(0, 2**32 - 1)]
 Positive = Annotated[float, Range(0, above=True)]
 Weight = Annotated[float, Range(0)]
 InputPath = Annotated[Path, Input()]
+InputFiles = tuple[Annotated[Path, Input(must_exist=True)], ...]  # read one after the other
 DIRECTORY = Output((Path.is_dir,))
 OutputFile = Annotated[Path, Output((Path.is_file,))]
 OutputDirectory = Annotated[Path, DIRECTORY]

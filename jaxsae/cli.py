@@ -11,7 +11,18 @@ from pathlib import Path
 from typing import Annotated, Any, Union
 
 from jaxsae import arguments, cli_pictures, compiled, console
-from jaxsae.arguments import ACTIVATION, Count, Index, InputPath, OutputDirectory, OutputFile, Positive, Seed, Weight
+from jaxsae.arguments import (
+    ACTIVATION,
+    Count,
+    Index,
+    InputFiles,
+    InputPath,
+    OutputDirectory,
+    OutputFile,
+    Positive,
+    Seed,
+    Weight,
+)
 from jaxsae.files import InputError
 
 _NEEDS = "the command line needs the extra 'study'; pip install 'jaxsae[study]'."
@@ -24,8 +35,8 @@ Exit codes: 0 done; 1 done, but a row is not certified, a plan does not fit,
 or --strict met a warning; 2 bad input; 130 interrupted."""
 
 
-Autoencoder = Annotated[str, arguments.Input(must_exist=False, scheme="hf")]
-Model = Annotated[str, arguments.Input(must_exist=False)]
+Autoencoder = Annotated[str, arguments.Input(scheme="hf")]
+Model = Annotated[str, arguments.Input()]
 OutputPlace = Annotated[Path, arguments.Output((Path.is_file, Path.is_dir))]
 Revision = Annotated[str, arguments.Text(r"\S+", "a branch, a tag or a commit")]
 Context = Annotated[int, arguments.Range(2, 2**31 - 1)]
@@ -121,7 +132,7 @@ def study(
     data: InputPath | None = None,
     model: Model | None = None,
     layer: Index = 8,
-    text: tuple[InputPath, ...] = (),
+    text: InputFiles = (),
     sae: tuple[Autoencoder, ...] = (),
     quick: bool = False,
     seed: Seed = 0,
@@ -181,7 +192,7 @@ def train(
     data: tuple[InputPath, ...] = (),
     model: Model | None = None,
     layer: Index | None = None,
-    text: tuple[InputPath, ...] = (),
+    text: InputFiles = (),
     tokens: Count | None = None,
     context: Context = 256,
     window: Count = 1 << 16,
@@ -413,7 +424,7 @@ def harvest(
     model: Model,
     layer: Index,
     out: OutputDirectory,
-    text: tuple[InputPath, ...] = (),
+    text: InputFiles = (),
     tokens: Count | None = None,
     context: Context = 256,
     batch: Count = 8,
