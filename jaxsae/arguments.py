@@ -9,7 +9,6 @@ their options alike, so that whoever adds one cannot forget to.
 import functools
 import math
 import numbers
-import operator
 import os
 import re
 import tempfile
@@ -38,11 +37,8 @@ class Range(NamedTuple):
 
     def require(self, kind: Any, name: str, value: Any) -> None:
         """Raise unless it is such a number."""
-        number = math.nan
-        if kind is int and hasattr(value, "__index__") and not isinstance(value, bool):
-            number = operator.index(value)
-        elif kind is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
-            number = value
+        right = isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
+        number = value if right else math.nan
         if not self.low <= number <= self.high or (self.above and number == self.low):
             what = "whole number" if kind is int else "number"
             start = f"above {self.low:g} and up to" if self.above else f"from {self.low:g} to"

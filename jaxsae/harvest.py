@@ -181,7 +181,7 @@ def run(
     if first:
         progress(first)
     if not writer.manifest.complete:
-        mesh, batch = _spread(jax.devices(), batch)
+        mesh, batch = _spread(jax.devices(), batch, n)
         steps = _steps_per_shard(batch * (length - 1) * model.config.width)
         residuals = _residuals(model, contexts[first:], layer, batch, mesh, progress)
         for start in range(first, n, steps * batch):
@@ -219,7 +219,7 @@ def live(
       (2, 8)
     """
     require_fit(model, contexts, layer)
-    mesh, batch = _spread(jax.local_devices(), batch)
+    mesh, batch = _spread(jax.local_devices(), batch, len(contexts))
     model = jax.device_put(model, NamedSharding(mesh, PartitionSpec()))
     (n, length), alone = contexts.shape, threading.Lock()
     step = batch * (length - 1)
@@ -291,10 +291,10 @@ def _steps_per_shard(values: int) -> int:
     return max(1, min(_MOST_STEPS, _SHARD // (4 * values)))
 
 
-def _spread(devices, batch: int) -> tuple[Mesh, int]:
-    """A mesh of devices, and a number of contexts that can be split evenly over them."""
+def _spread(devices, batch: int, contexts: int) -> tuple[Mesh, int]:
+    """A mesh of devices, and a number of contexts, no more than there are, that can be split evenly over them."""
     mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
-    return mesh, -(-batch // len(devices)) * len(devices)
+    return mesh, -(-min(batch, contexts) // len(devices)) * len(devices)
 
 
 def _residuals(model, contexts, layer: int, batch: int, mesh: Mesh, progress) -> Iterator[np.ndarray]:

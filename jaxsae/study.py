@@ -155,7 +155,7 @@ def run(
                 code = block.code if when == "before" else block.refined
                 reconstructed[name][block.rows] = reconstruct(sae, block.x, code)
 
-        report["rows"].append({**row, **measure(sae, heldout, see)})
+        report["rows"].append({**row, **measure(sae, heldout, see=see)})
         progress(f"{name}  refined", plan.heldout // _REPORT_EVERY)
         _write(report, out)
 
@@ -311,7 +311,11 @@ def _train(rows, activation, loss, plan: Plan, seed: int, progress: Progress) ->
     return state.sae, curve
 
 
-def measure(sae: SAE, rows: np.ndarray, see: Callable[[Block], None] = lambda block: None) -> dict[str, Any]:
+def _solver(k: int, d: int) -> Any:
+    return solvers.within(solvers.default(k, d), tol=_TOL)
+
+
+def measure(sae: SAE, rows: np.ndarray, *, see: Callable[[Block], None] = lambda block: None) -> dict[str, Any]:
     """Refine the codes of rows and measure the shrinkage: one row of the report, without its name.
 
     Beside the numbers: `change` and `latent_change`, histograms over `metrics.RATIO_EDGES` of refined/original, of
@@ -324,9 +328,6 @@ def measure(sae: SAE, rows: np.ndarray, see: Callable[[Block], None] = lambda bl
       see: called with each block of them, refined.
     """
 
-    def solver(k: int, d: int):
-        return solvers.within(solvers.default(k, d), tol=_TOL)
-
     def measure_block(block):
         see(block)
         y, _ = to_fit(sae, block.x)
@@ -334,7 +335,7 @@ def measure(sae: SAE, rows: np.ndarray, see: Callable[[Block], None] = lambda bl
         shrunk = metrics.shrinkage(sae, block.x, block.code, block.refined)
         return (shrunk, metrics.activity(block.code)), (block.rows, np.asarray(kkt), np.asarray(block.code.l0))
 
-    sums, columns = zip(*map(measure_block, refine_blocks(sae, rows, solver)), strict=True)
+    sums, columns = zip(*map(measure_block, refine_blocks(sae, rows, _solver)), strict=True)
     shrunk, active = (functools.reduce(operator.add, part) for part in zip(*sums, strict=True))
     number, kkt, l0 = map(np.concatenate, zip(*columns, strict=True))
     worst = np.argsort(-np.nan_to_num(kkt, nan=np.inf), kind="stable")[:_WORST]
