@@ -548,7 +548,7 @@ def info(path: Autoencoder, /, *, revision: Revision | None = None, json: bool =
 def plan(
     *,
     latents: Count,
-    d: Count,
+    d: Annotated[int, arguments.Range(1, 2**20)],
     k: Count,
     batch: Count,
     topology: Annotated[str, arguments.Text(r"\w+:\d+(x\d+)*", "a kind of chip and a shape, like v5e:4x4")],

@@ -11,6 +11,7 @@ from typing import Annotated, NamedTuple, get_args, get_origin, get_type_hints
 
 import hypothesis
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
@@ -305,10 +306,11 @@ def cut(monkeypatch):
         return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state), job.Progress()
 
     measured = {"nmse": None, "l0": 0.0, "dead": 1.0, "rows": 1, "nmse_at": {}, "firing": [], "nonfinite": 0}
+    measured["dead_rows"] = 1
     monkeypatch.setattr(job, "run", loop)
-    monkeypatch.setattr(runs, "evaluate", lambda sae, rows: measured | {"explained_variance": None})
+    monkeypatch.setattr(runs, "evaluate", lambda *_: measured | {"explained_variance": None})
     monkeypatch.setattr(train, "geometric_median", lambda rows: rows.mean(0))
-    zeros = lambda model, ids, layer: np.zeros((*ids[:, 1:].shape, model.config.width), np.float32)  # noqa: E731
+    zeros = lambda model, ids, layer: jnp.zeros((*ids[:, 1:].shape, model.config.width))  # noqa: E731
     monkeypatch.setattr(harvest, "_after_first", zeros)
     row = {"l0": 1.0, "nmse_before": 1.0, "nmse_after": 0.5, "mean_before": 1.0, "mean_after": 2.0, "mean_change": 1.0}
     row |= {"rising": 1.0, "gamma_before": 0.5, "gamma_after": None, "worst_kkt": 0.0, "certified": 1.0}
@@ -316,7 +318,7 @@ def cut(monkeypatch):
     monkeypatch.setattr(study, "_train", lambda rows, activation, *_: (sae(d=rows.shape[1], m=M), {}))
     monkeypatch.setattr(plots, "shrinkage", lambda report, path: path.write_bytes(b""))
     program = plan.Program(1, 1, 1.0, 1.0, {})
-    monkeypatch.setattr(plan, "_read", lambda lowered: program)
+    monkeypatch.setattr(plan, "_read", lambda lower: program)
     for name in ("denoise", "inpaint"):
         monkeypatch.setattr(images, name, lambda picture, *_, **__: (picture, np.ones((64, 4))))
     monkeypatch.setattr(stream, "refine", unchanged)
@@ -338,7 +340,7 @@ def here(world, monkeypatch, tmp_path):
 
     monkeypatch.setattr(hub, "_fetch", offline)
     monkeypatch.setattr(model_files, "fetch", lambda name: Path(name))
-    monkeypatch.setattr(plan, "topology_mesh", lambda topology, data: sharding.make_mesh(data, 1))
+    monkeypatch.setattr(plan, "topology_mesh", lambda topology, data: cli._mesh(data, 8 // data))
     for name in ("FULL", "QUICK", "FULL_MODEL", "QUICK_MODEL"):
         heldout = 15 if "MODEL" in name else 16
         monkeypatch.setattr(study, name, study.Plan(M, 2, 8, heldout, l1=(0.1,), train_rows=64))
@@ -377,20 +379,53 @@ BOUNDED = hypothesis.settings(
 )
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_no_value_ends_in_a_traceback(command, world, here, cut, capsys):
-    @hypothesis.settings(BOUNDED, max_examples=int(os.environ.get("EX", 40)))
+@pytest.fixture
+def short(monkeypatch):
+    """The work done, but of any training some steps, and no state that is large."""
+    whole = job.run
+
+    def loop(step, fresh, batches, checkpoints, *, steps, **options):
+        if sharding.abstract(fresh).sae.m > 1000:
+            raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        return whole(step, fresh, batches, checkpoints, steps=min(steps, 3), **options)
+
+    monkeypatch.setattr(job, "run", loop)
+
+
+def try_values(command: str, world: Path, here: Path, examples: int) -> None:
+    @hypothesis.settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
     @hypothesis.given(command_lines(world, command))
     def check(drawn):
         ends_well(*drawn, here)
 
-    ends_well([command, *flat(usual(world, command))], [], here)
+    positional, options = usual(world, command)
+    argv = [*positional, *(word for name, values in options.items() for word in (f"--{name}", *values))]
+    ends_well([command, *argv], [], here)
     assert TRIED[command]["exit 0"]  # as it is, it works
     check()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_value_ends_in_a_traceback(command, world, here, cut):
+    try_values(command, world, here, examples=40)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_value_of_many_ends_in_a_traceback(command, world, here, cut, capsys):
+    try_values(command, world, here, examples=400)
     with capsys.disabled():
-        print(command, dict(TRIED[command]))
+        print(f"\n{command}: {dict(TRIED[command])}")
 
 
-def flat(usual):
-    positional, options = usual
-    return [*positional, *(word for name, values in options.items() for word in (f"--{name}", *values))]
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_value_ends_in_a_traceback_when_the_work_is_done(command, world, here, short):
+    few = {"train": 15, "study": 6, "denoise": 10, "inpaint": 10, "harvest": 30, "plan": 15}
+    try_values(command, world, here, examples=few.get(command, 60))
