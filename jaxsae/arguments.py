@@ -128,6 +128,7 @@ Index = Annotated[int, Range(0, 2**31 - 1)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]
 Positive = Annotated[float, Range(0, above=True)]
 Weight = Annotated[float, Range(0)]
+Proportion = Annotated[float, Range(1e-6, 1e6)]
 InputPath = Annotated[Path, Input()]
 InputFiles = tuple[Annotated[Path, Input(must_exist=True)], ...]  # read one after the other
 DIRECTORY = Output((Path.is_dir,))

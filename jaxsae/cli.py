@@ -20,6 +20,7 @@ from jaxsae.arguments import (
     OutputDirectory,
     OutputFile,
     Positive,
+    Proportion,
     Seed,
     Weight,
 )
@@ -206,7 +207,7 @@ def train(
     dead_after: Count = 10_000_000,
     heldout: Count = 2048,
     seed: Seed = 0,
-    weights: tuple[Positive, ...] = (),
+    weights: tuple[Proportion, ...] = (),
     save_every: Weight = 60.0,
     resume: bool = False,
     mesh: tuple[Ways, Ways] | None = None,

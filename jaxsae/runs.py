@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from jaxsae import arguments, job, metrics, pretrained, sharding, stream, train
 from jaxsae import data as data_module
 from jaxsae.activations import AbsTopK, Activation, BatchTopK, Gated, GroupMax, JumpReLU, ReLU, TopK
-from jaxsae.arguments import Count, Positive, Seed, Weight
+from jaxsae.arguments import Count, Positive, Proportion, Seed, Weight
 from jaxsae.checkpoint import Checkpoints, versions
 from jaxsae.files import InputError, atomic_file, json_number
 from jaxsae.objectives import L0, L1, AuxK, Gate, MultiTopK, Objective
@@ -114,7 +114,7 @@ def run(
     *,
     data: str | os.PathLike | Sequence[str | os.PathLike] | Mapping[str, data_module.Rows],
     options: Options,
-    weights: Sequence[Positive] | None = None,
+    weights: Sequence[Proportion] | None = None,
     window: Count | None = None,
     mesh: Mesh | None = None,
     save_every: Weight = 60.0,
@@ -157,6 +157,9 @@ def run(
     """
     validate(options)
     arguments.check(run, {"out": out, "weights": weights, "window": window, "save_every": save_every})
+    if mesh is not None and options.latents % mesh.shape["latent"]:
+        ways = mesh.shape["latent"]
+        raise InputError(f"got {options.latents} latents for a mesh that splits them {ways} ways; pass a multiple.")
     names, everything = _open(data)
     sources, heldout = _split(names, everything, options, weights)
     out, o, name = Path(out), options, ", ".join(names)

@@ -264,7 +264,7 @@ def wild(world: Path, written: bool):
     ]
     texts = st.text(max_size=8).filter(lambda text: not text.startswith(("/", "~", "..")))
     return st.one_of(
-        st.sampled_from(NUMBERS), st.sampled_from(STRINGS), st.sampled_from(places), texts,
+        st.integers(1, 9).map(str), st.sampled_from(NUMBERS), st.sampled_from(STRINGS), st.sampled_from(places), texts,
         st.integers(-300, 300).map(str), st.integers().map(str), st.floats().map(str),
     )  # fmt: skip
 
@@ -274,7 +274,7 @@ def command_lines(draw, world: Path, command: str):
     """A command that would do its work, with some values of its options replaced: `(argv, names of those)`."""
     positional, options = usual(world, command)
     parameters = inspect.signature(COMMANDS[command]).parameters
-    names = draw(st.lists(st.sampled_from(sorted(parameters)), min_size=1, max_size=2, unique=True))
+    names = draw(st.lists(st.sampled_from(sorted(parameters)), min_size=1, max_size=3, unique=True))
     for name in names:
         hint = get_type_hints(COMMANDS[command])[name]
         kind = parameters[name].kind
