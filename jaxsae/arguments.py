@@ -38,7 +38,7 @@ class Range(NamedTuple):
     def require(self, kind: Any, name: str, value: Any) -> None:
         """Raise unless it is such a number."""
         right = isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
-        number = value if right else math.nan
+        number: Any = value if right else math.nan
         if not self.low <= number <= self.high or (self.above and number == self.low):
             what = "whole number" if kind is int else "number"
             start = f"above {self.low:g} and up to" if self.above else f"from {self.low:g} to"
@@ -135,6 +135,7 @@ DIRECTORY = Output((Path.is_dir,))
 OutputFile = Annotated[Path, Output((Path.is_file,))]
 OutputDirectory = Annotated[Path, DIRECTORY]
 ACTIVATION = Choice(("relu", "topk", "abstopk", "groupmax", "batchtopk", "jumprelu", "gated"))
+ROWS_DTYPE = Choice(("float16", "float32"))
 
 
 def check(declaration: Callable, values: Mapping[str, Any], name: Callable[[str], str] = str) -> None:

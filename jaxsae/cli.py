@@ -268,6 +268,8 @@ def train(
     runs.validate(options)
     if bool(data) == (model is not None) or (model is None) != (layer is None):
         raise InputError("pass --data, or --model and --layer.")
+    if model is None and (text or tokens is not None):
+        raise InputError("got --text or --tokens without --model; pass the model that is to read it.")
     if len({coordinator is None, processes is None, process is None}) > 1 or (process or 0) >= (processes or 1):
         raise InputError("pass --coordinator, --processes N and --process, from 0 to N - 1, or none of them.")
 
@@ -377,8 +379,9 @@ def refine(
     solver = None  # the default one, in whose place a kernel may do
     if tol is not None or max_steps is not None:
         solver = lambda k, d: solvers.within(solvers.default(k, d), tol=tol, max_steps=max_steps)  # noqa: E731
-    if out.exists() and out.samefile(data):
-        raise InputError(f"{out}: is the data; write the codes to another file.")
+    for what, path in {"the data": data, "the SAE": Path(sae)}.items():
+        if out.exists() and path.exists() and out.samefile(path):
+            raise InputError(f"{out}: is {what}; write the codes to another file.")
     with console.progress(len(rows)) as advance:
         summary = stream.refine_file(
             model,
@@ -429,7 +432,7 @@ def harvest(
     tokens: Count | None = None,
     context: Context = 256,
     batch: Count = 8,
-    dtype: Annotated[str, arguments.Choice(("float16", "float32"))] = "float16",
+    dtype: Annotated[str, arguments.ROWS_DTYPE] = "float16",
     json: bool = False,
 ) -> int:
     """Write what a language model computes over text to disk.

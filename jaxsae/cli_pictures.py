@@ -4,6 +4,7 @@ from pathlib import Path
 
 from jaxsae import console
 from jaxsae.arguments import InputPath, OutputFile, Positive, Seed
+from jaxsae.files import InputError
 
 
 def denoise(
@@ -30,6 +31,7 @@ def denoise(
     """
     from jaxsae import images
 
+    _require_two(out, dictionary)
     images.check_suffix(out, dictionary)
     noisy = images.read(image)
     with console.progress(noisy.size // noisy.shape[1]) as advance:
@@ -61,10 +63,16 @@ def inpaint(
     """
     from jaxsae import images
 
+    _require_two(out, dictionary)
     images.check_suffix(out, dictionary)
     mask = images.read(missing)
     filled, atoms = images.inpaint(images.read(image), (mask if mask.ndim == 2 else mask.mean(2)) > 127.5, seed=seed)
     return _write_picture(out, filled, dictionary, atoms, json)
+
+
+def _require_two(out: Path, dictionary: Path | None) -> None:
+    if dictionary is not None and dictionary.absolute() == out.absolute():
+        raise InputError(f"got {out} for --out and for --dictionary; pass two files.")
 
 
 def _write_picture(out: Path, picture, dictionary: Path | None, atoms, json: bool) -> int:

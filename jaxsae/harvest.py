@@ -14,14 +14,15 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxsae import shards
+from jaxsae import arguments, shards
+from jaxsae.arguments import Count, Index
 from jaxsae.files import InputError
 from jaxsae.language_model import LanguageModel, residual
 
@@ -137,10 +138,10 @@ def run(
     model: LanguageModel,
     contexts: np.ndarray,
     *,
-    layer: int,
+    layer: Index,
     source: dict[str, Any],
-    batch: int = 8,
-    dtype: str = "float16",
+    batch: Count = 8,
+    dtype: Annotated[str, arguments.ROWS_DTYPE] = "float16",
     progress: Callable[[int], None] = lambda contexts: None,
 ) -> shards.Rows:
     """Write the residual stream of a language model over contexts, as shards, with the tokens beside them.
@@ -172,6 +173,7 @@ def run(
       ...     run(folder, tiny(), contexts, layer=1, source={"model": "tiny"}).shape
       (10, 8)
     """
+    arguments.check(run, {"layer": layer, "batch": batch, "dtype": dtype})
     require_fit(model, contexts, layer)
     n, length = contexts.shape
     crc = f"{zlib.crc32(np.asarray(contexts, np.int32).tobytes()):08x}"
@@ -192,7 +194,7 @@ def run(
 
 
 def live(
-    model: LanguageModel, contexts: np.ndarray, *, layer: int, batch: int = 8, window: int = 1 << 16
+    model: LanguageModel, contexts: np.ndarray, *, layer: Index, batch: Count = 8, window: Count = 1 << 16
 ) -> shards.Rows:
     """The residual stream of a language model over contexts, computed when it is asked for: nothing is written.
 
@@ -218,6 +220,7 @@ def live(
       >>> live(tiny(), np.arange(12, dtype=np.int32).reshape(2, 6), layer=1)[np.array([3, 9])].shape
       (2, 8)
     """
+    arguments.check(live, {"layer": layer, "batch": batch, "window": window})
     require_fit(model, contexts, layer)
     mesh, batch = _spread(jax.local_devices(), batch, len(contexts))
     model = jax.device_put(model, NamedSharding(mesh, PartitionSpec()))

@@ -25,6 +25,7 @@ from jaxsae import (
     hub,
     images,
     job,
+    language_model,
     model_files,
     plan,
     plots,
@@ -91,6 +92,9 @@ def test_the_names_declared_are_those_there_are():
     assert names == tuple(model_files.WHEELS)
 
 
+MODEL, CONTEXTS = language_model.tiny(), np.ones((2, 6), np.int32)
+
+
 class Some(NamedTuple):
     count: arguments.Count = 1
     weight: arguments.Weight = 0.0
@@ -140,6 +144,12 @@ def test_the_jobs_check_their_own_options(tmp_path):
         "an address": lambda: runs.run("gs://bucket/run", data={"x": rows}, options=options),
         "seed": lambda: study.run(tmp_path / "run", seed=-1),
         "steps": lambda: study.run(tmp_path / "run", plan=study.QUICK._replace(steps=0)),
+        "batch": lambda: harvest.run(tmp_path / "x", MODEL, CONTEXTS, layer=1, source={}, batch=0),
+        "dtype": lambda: harvest.run(tmp_path / "x", MODEL, CONTEXTS, layer=1, source={}, dtype="int8"),
+        "window": lambda: harvest.live(MODEL, CONTEXTS, layer=1, window=-1),
+        "1 tokens": lambda: harvest.live(MODEL, CONTEXTS[:, :1], layer=1),
+        "2 latents": lambda: runs.run(tmp_path / "run", data={"x": rows}, options=options._replace(latents=2)),
+        "3 ways": lambda: runs.run(tmp_path / "x", data={"x": rows}, options=options, mesh=sharding.make_mesh(1, 3)),
         "cannot write": lambda: study.run("/dev/null/run"),
     }
     for message, call in calls.items():

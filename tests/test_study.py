@@ -204,7 +204,7 @@ def excess(sae, x, code):
         yield (error - least) / np.sum(target**2)
 
 
-@pytest.mark.parametrize("solver", [study._SOLVER, None], ids=["the study's", "the default"])
+@pytest.mark.parametrize("solver", [study._solver, None], ids=["the study's", "the default"])
 @pytest.mark.parametrize("rows", [100, pytest.param(1000, marks=pytest.mark.slow)])
 def test_refined_values_are_the_best_there_are(done, rows, solver):
     worst = {"relu": [], "topk": []}
@@ -220,7 +220,7 @@ def test_refined_values_are_the_best_there_are(done, rows, solver):
 
 
 def test_the_certificate_does_not_take_the_solvers_word(done, monkeypatch):
-    monkeypatch.setattr(study, "_SOLVER", jaxsae.FISTA(tol=1e9))  # content with anything
+    monkeypatch.setattr(study, "_solver", lambda k, d: jaxsae.FISTA(tol=1e9))  # content with anything
     _, sae = next(saved_saes(done))
     found = study.measure(sae, done.rows[-PLAN.heldout :])
     assert found["certified"] < 0.1
