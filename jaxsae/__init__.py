@@ -20,6 +20,7 @@ from jaxsae import (
     pursuit,
     sae,
     solvers,
+    stream,
     train,
 )
 from jaxsae import exports as exports  # so that `jax.export` knows our pytrees
@@ -71,5 +72,6 @@ __all__ = [
     "sae",
     "shrinkage",
     "solvers",
+    "stream",
     "train",
 ]

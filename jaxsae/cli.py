@@ -1,14 +1,29 @@
-"""The `jaxsae` command. With `console` the only modules that print."""
+"""The `jaxsae` command: what it is asked, how that is checked, and what it answers."""
 
+import functools
+import inspect
 import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Union
 
-from jaxsae import compiled, console
+from jaxsae import arguments, cli_pictures, compiled, console
+from jaxsae.arguments import (
+    ACTIVATION,
+    Count,
+    Index,
+    InputFiles,
+    InputPath,
+    OutputDirectory,
+    OutputFile,
+    Positive,
+    Proportion,
+    Seed,
+    Weight,
+)
 from jaxsae.files import InputError
 
 _NEEDS = "the command line needs the extra 'study'; pip install 'jaxsae[study]'."
@@ -21,6 +36,17 @@ Exit codes: 0 done; 1 done, but a row is not certified, a plan does not fit,
 or --strict met a warning; 2 bad input; 130 interrupted."""
 
 
+Autoencoder = Annotated[str, arguments.Input(scheme="hf")]
+Model = Annotated[str, arguments.Input()]
+OutputPlace = Annotated[Path, arguments.Output((Path.is_file, Path.is_dir))]
+Revision = Annotated[str, arguments.Text(r"\S+", "a branch, a tag or a commit")]
+Context = Annotated[int, arguments.Range(2, 2**31 - 1)]
+Ways = Annotated[int, arguments.Range(1, 2**16)]
+FORMAT = arguments.Choice(
+    ("jaxsae", "saelens", "gemma_scope", "gemma_scope_2", "sparsify", "dictionary_learning", "openai", "llama_scope")
+)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's own) and return the exit code."""
     if os.environ.get("NO_COLOR"):
@@ -28,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         import tyro
     except ImportError:
-        print(f"jaxsae: {_NEEDS}", file=sys.stderr)
+        console.fail(_NEEDS)
         return 2
     if argv is None:  # as a command, not from a process that has its own settings
         argv = sys.argv[1:]
@@ -45,14 +71,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             config=(tyro.conf.FlagCreatePairsOff,),
         )
     except InputError as error:
-        print(f"jaxsae: {error}", file=sys.stderr)
+        console.fail(str(error))
         return 2
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error
-        print(f"jaxsae: {what}; nothing was half-written.", file=sys.stderr)
+        console.fail(f"{what}; nothing was half-written.")
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):  # how XLA says it
+            raise
+        console.fail("this needs more memory than there is; take fewer latents, a smaller batch, or less data.")
         return 2
     except KeyboardInterrupt:
-        print("jaxsae: interrupted; what was finished is kept.", file=sys.stderr)
+        console.fail("interrupted; what was finished is kept.")
         return 130
 
 
@@ -63,9 +94,26 @@ def _commands(asked: str) -> Any:
     each = []
     for name, command in COMMANDS.items():
         first = (command.__doc__ or "").partition("\n")[0]
-        settings = tyro.conf.subcommand(name, constructor=command, description=None if name == asked else first)
+        constructor = _checked(command)
+        settings = tyro.conf.subcommand(name, constructor=constructor, description=None if name == asked else first)
         each.append(Annotated[Any, settings])
     return Union[tuple(each)]  # noqa: UP007
+
+
+def _checked(command: Callable[..., int]) -> Callable[..., int]:
+    """A command that begins when each of its options is one that its type allows."""
+    parameters = inspect.signature(command).parameters
+
+    def name(parameter: str) -> str:
+        named = parameters[parameter].kind is inspect.Parameter.KEYWORD_ONLY
+        return f"--{parameter.replace('_', '-')}" if named else parameter.upper()
+
+    @functools.wraps(command)
+    def checked(*args: Any, **kwargs: Any) -> int:
+        arguments.check(command, inspect.signature(command).bind(*args, **kwargs).arguments, name)
+        return command(*args, **kwargs)
+
+    return checked
 
 
 def _kept() -> str:
@@ -81,14 +129,14 @@ def _kept() -> str:
 
 def study(
     *,
-    out: Path = Path("jaxsae-study"),
-    data: Path | None = None,
-    model: str | None = None,
-    layer: int = 8,
-    text: tuple[Path, ...] = (),
-    sae: tuple[str, ...] = (),
+    out: OutputDirectory = Path("jaxsae-study"),
+    data: InputPath | None = None,
+    model: Model | None = None,
+    layer: Index = 8,
+    text: InputFiles = (),
+    sae: tuple[Autoencoder, ...] = (),
     quick: bool = False,
-    seed: int = 0,
+    seed: Seed = 0,
     json: bool = False,
 ) -> int:
     """Train autoencoders, refine their codes, measure the shrinkage.
@@ -139,34 +187,34 @@ def study(
 
 def train(
     *,
-    activation: str,
-    latents: int,
-    out: Path,
-    data: tuple[Path, ...] = (),
-    model: str | None = None,
-    layer: int | None = None,
-    text: tuple[Path, ...] = (),
-    tokens: int | None = None,
-    context: int = 256,
-    window: int | None = None,
-    k: int | None = None,
-    l1: float | None = None,
-    batch: int = 1024,
-    steps: int = 2000,
-    learning_rate: float | None = None,
+    activation: Annotated[str, ACTIVATION],
+    latents: Count,
+    out: OutputDirectory,
+    data: tuple[InputPath, ...] = (),
+    model: Model | None = None,
+    layer: Index | None = None,
+    text: InputFiles = (),
+    tokens: Count | None = None,
+    context: Context = 256,
+    window: Count | None = None,
+    k: Count | None = None,
+    l1: Weight | None = None,
+    batch: Count = 1024,
+    steps: Count = 2000,
+    learning_rate: Positive | None = None,
     no_auxk: bool = False,
     multi_topk: bool = False,
-    idle_after: int | None = None,
-    heldout: int = 2048,
-    seed: int = 0,
-    weights: tuple[float, ...] = (),
-    save_every: float = 60.0,
+    idle_after: Count | None = None,
+    heldout: Count = 2048,
+    seed: Seed = 0,
+    weights: tuple[Proportion, ...] = (),
+    save_every: Weight = 60.0,
     resume: bool = False,
-    mesh: tuple[int, int] | None = None,
+    mesh: tuple[Ways, Ways] | None = None,
     distributed: bool = False,
-    coordinator: str | None = None,
-    processes: int | None = None,
-    process: int | None = None,
+    coordinator: Annotated[str, arguments.Text(r"\S+:\d{1,5}", "HOST:PORT")] | None = None,
+    processes: Count | None = None,
+    process: Index | None = None,
     wandb: bool = False,
     json: bool = False,
 ) -> int:
@@ -195,8 +243,9 @@ def train(
         k: active latents a row: of each row, on average over a batch (batchtopk), or aimed at (jumprelu).
         l1: weight of the L1 penalty (relu, gated).
         batch: rows a step.
-        steps: how many; more than ten passes over the data are warned of. With more of them the command makes a run longer: from there on the learning rate, and all else
-            that depends on their number, is that of the longer run.
+        steps: how many; more than ten passes over the data are warned of. With more of them than it has, a run is made
+            longer: from there on the learning rate, and all else that depends on their number, is that of the longer
+            run.
         learning_rate: by default from --latents and --steps, see jaxsae.train.learning_rate.
         no_auxk: leave idle latents idle.
         multi_topk: also reconstruct with 4k latents (topk).
@@ -214,34 +263,43 @@ def train(
         wandb: log to Weights & Biases too; with WANDB_MODE=offline, to files.
         json: print the report as one JSON object; of a training that was stopped, after how many steps.
     """
-    import jax
+    from jaxsae import job, runs
 
-    from jaxsae import job, runs, sharding
+    options = runs.Options(
+        activation, latents, k, l1, not no_auxk, multi_topk, batch, steps, learning_rate, idle_after, heldout, seed
+    )
+    runs.validate(options)
+    if bool(data) == (model is not None) or (model is None) != (layer is None):
+        raise InputError("pass --data, or --model and --layer.")
+    if model is None and (text or tokens is not None):
+        raise InputError("got --text or --tokens without --model; pass the model that is to read it.")
+    if len({coordinator is None, processes is None, process is None}) > 1 or (process or 0) >= (processes or 1):
+        raise InputError("pass --coordinator, --processes N and --process, from 0 to N - 1, or none of them.")
+
+    import jax
 
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # what orbax has to say of errors is said below
     if mesh is not None:
         # Devices made of one CPU share threads; if collectives wait in all of them, jaxlib 0.10 waits for ever.
-        os.environ.setdefault("PJRT_NPROC", str(max(os.cpu_count() or 1, 8 * mesh[0] * mesh[1])))
+        os.environ.setdefault("PJRT_NPROC", str(max(os.cpu_count() or 1, min(8 * mesh[0] * mesh[1], 1 << 12))))
     if distributed or coordinator is not None:
         _join(coordinator, processes, process)
+    spread = None if mesh is None else _mesh(*mesh)
 
-    if bool(data) == (model is not None) or (model is None) != (layer is None):
-        raise InputError("pass --data, or --model and --layer.")
-    if model is not None and window is None:
-        window = 1 << 16
-    options = runs.Options(
-        activation, latents, k, l1, not no_auxk, multi_topk, batch, steps, learning_rate, idle_after, heldout, seed
-    )
+    rows = data
+    if model is not None and layer is not None:
+        window = 1 << 16 if window is None else window
+        rows = _live(model, layer, text, tokens, context, window)
     try:
         chief = jax.process_index() == 0
         with console.progress(steps, rows=batch, quiet=not chief) as advance:
             report = runs.run(
                 out,
-                data=data if model is None or layer is None else _live(model, layer, text, tokens, context, window),
+                data=rows,
                 options=options,
                 weights=weights or None,
                 window=window,
-                mesh=None if mesh is None else sharding.make_mesh(*mesh),
+                mesh=spread,
                 save_every=save_every,
                 resume=resume,
                 progress=advance,
@@ -257,7 +315,7 @@ def train(
     if not chief:
         return 0
     measured = report["heldout"]
-    shown = f"NMSE {measured['nmse']:.4f}, L0 {measured['l0']:.1f}, dead {measured['dead']:.1%}"
+    shown = f"NMSE {_number(measured['nmse'])}, L0 {measured['l0']:.1f}, dead {measured['dead']:.1%}"
     said = f"{heldout} held-out rows: {shown} of {measured['dead_rows']:,} rows\n{runs.summary(report)}\n"
     said += f"Written: {out / 'sae'}/, {out / 'report.json'}"
     console.tell(report, said, as_json=json)
@@ -266,7 +324,7 @@ def train(
     return 0
 
 
-def evaluate(*, sae: str, data: Path, json: bool = False) -> int:
+def evaluate(*, sae: Autoencoder, data: InputPath, json: bool = False) -> int:
     """Measure an autoencoder on activations.
 
     Example: jaxsae eval --sae run --data x.npy
@@ -296,12 +354,12 @@ def _number(value: float | None) -> str:
 
 def refine(
     *,
-    sae: str,
-    data: Path,
-    out: Annotated[Path, "an .npz file"],
-    capacity: int | None = None,
-    tol: float = 1e-5,
-    max_steps: int = 2000,
+    sae: Autoencoder,
+    data: InputPath,
+    out: OutputFile,
+    capacity: Count | None = None,
+    tol: Annotated[float, arguments.Range(0, 1)] | None = None,
+    max_steps: Count | None = None,
     strict: bool = False,
     json: bool = False,
 ) -> int:
@@ -316,31 +374,30 @@ def refine(
         data: .npy or .npz file of activations (rows, width).
         out: the .npz file to write.
         capacity: slots a row; by default what the densest row needs.
-        tol: KKT residual at which a row is done.
-        max_steps: most solver steps a row.
+        tol: KKT residual at which a row is done; 1e-5 by default.
+        max_steps: most solver steps a row; as many as are worth it by default.
         strict: exit with 1 if there was any warning.
         json: print the shrinkage, and how the rows ended, as one JSON object.
     """
     from jaxsae import data as data_module
-    from jaxsae import pretrained, stream
-    from jaxsae.solvers import ConjugateGradient
+    from jaxsae import pretrained, solvers, stream
 
     model, rows = pretrained.load(sae), data_module.open_rows(data)
-    if capacity is not None and (capacity < 1 or (model.activation.slots or capacity) != capacity):
+    if capacity is not None and (model.activation.slots or capacity) != capacity:
         name, slots = type(model.activation).__name__, model.activation.slots
         raise InputError(f"got --capacity {capacity} for {name}({f'k={slots}' if slots else ''}); leave it out.")
-    if not (0 < max_steps < 2**31 and tol >= 0):
-        raise InputError(
-            f"got --max-steps {max_steps} and --tol {tol}; pass steps from 1 to 2³¹ − 1 and tol of at least 0."
-        )
-    if out.exists() and out.samefile(data):
-        raise InputError(f"{out}: is the data; write the codes to another file.")
+    solver = None  # the default one, in whose place a kernel may do
+    if tol is not None or max_steps is not None:
+        solver = lambda k, d: solvers.within(solvers.default(k, d), tol=tol, max_steps=max_steps)  # noqa: E731
+    for what, path in {"the data": data, "the SAE": Path(sae)}.items():
+        if out.exists() and path.exists() and out.samefile(path):
+            raise InputError(f"{out}: is {what}; write the codes to another file.")
     with console.progress(len(rows)) as advance:
         summary = stream.refine_file(
             model,
             rows,
             out,
-            ConjugateGradient(tol, max_steps),
+            solver,
             capacity=capacity,
             progress=lambda n: advance("refining", n),
         )
@@ -358,7 +415,7 @@ def refine(
     return 1 if strict and any(warnings.values()) else 0
 
 
-def fetch(name: str, /, *, json: bool = False) -> int:
+def fetch(name: Annotated[str, arguments.Choice(("smollm2",))], /, *, json: bool = False) -> int:
     """Fetch a language model, and tell where it is.
 
     It is put into the cache: $JAXSAE_CACHE, or the user's cache directory.
@@ -378,14 +435,14 @@ def fetch(name: str, /, *, json: bool = False) -> int:
 
 def harvest(
     *,
-    model: str,
-    layer: int,
-    out: Path,
-    text: tuple[Path, ...] = (),
-    tokens: int | None = None,
-    context: int = 256,
-    batch: int = 8,
-    dtype: str = "float16",
+    model: Model,
+    layer: Index,
+    out: OutputDirectory,
+    text: InputFiles = (),
+    tokens: Count | None = None,
+    context: Context = 256,
+    batch: Count = 8,
+    dtype: Annotated[str, arguments.ROWS_DTYPE] = "float16",
     json: bool = False,
 ) -> int:
     """Write what a language model computes over text to disk.
@@ -407,12 +464,9 @@ def harvest(
         json: print what was written as one JSON object.
     """
     from jaxsae import harvest as job
-    from jaxsae import language_model
 
-    if batch < 1:
-        raise InputError(f"got --batch {batch}; pass at least 1.")
     job.check(model, layer=layer, context=context, dtype=dtype, out=out)
-    packed, net = _pack(model, text, tokens, context), language_model.load(model)
+    net, packed = _read(model, text, tokens, context)
     source = {"model": model, "text": packed.files}
     with console.progress(len(packed.contexts), rows=context, unit="tokens") as advance:
         rows = job.run(
@@ -432,114 +486,41 @@ def harvest(
     return 0
 
 
-def _pack(model: str, text: tuple[Path, ...], tokens: int | None, context: int):
-    """Text as tokens of a model; what was amiss with it is told."""
+def _read(model: str, text: tuple[Path, ...], tokens: int | None, context: int):
+    """A language model, and text as its tokens; warns of what is wrong with that."""
     from jaxsae import harvest as job
-    from jaxsae import model_files
+    from jaxsae import language_model, model_files
 
-    if min(context, 1 if tokens is None else tokens) < 1:
-        raise InputError(f"got --context {context}, --tokens {tokens}; pass at least 1.")
-    files = text or job.standard_library()
-    packed = job.pack(files, model_files.read_tokenizer(model), context=context, tokens=tokens)
+    packed = job.pack(text or job.standard_library(), model_files.read_tokenizer(model), context=context, tokens=tokens)
     if packed.replaced:
         at = f"The first: {packed.replaced_at}."
         console.warn(f"{packed.replaced} characters were not UTF-8, and were read as U+FFFD. {at}")
     if packed.empty:
         console.warn(f"{packed.empty} files are empty.")
-    return packed
+    return language_model.load(model), packed
 
 
-def _live(model: str, layer: int, text: tuple[Path, ...], tokens: int | None, context: int, window: int | None):
+def _live(model: str, layer: int, text: tuple[Path, ...], tokens: int | None, context: int, window: int):
     """What a model makes of text, by the name of both."""
     import zlib
 
     from jaxsae import harvest as job
-    from jaxsae import language_model
 
-    if window is None or window < 1:
-        raise InputError(f"got --window {window}; pass at least 1.")
     job.check(model, layer=layer, context=context)
-    contexts = _pack(model, text, tokens, context).contexts
-    name = f"{model}, layer {layer}, text {zlib.crc32(contexts.tobytes()):08x}"
-    return {name: job.live(language_model.load(model), contexts, layer=layer, window=window)}
-
-
-def denoise(
-    image: Path,
-    /,
-    *,
-    sigma: float,
-    out: Path,
-    dictionary: Path | None = None,
-    seed: int = 0,
-    json: bool = False,
-) -> int:
-    """Remove white noise from a picture, by k-SVD on its patches.
-
-    Example: jaxsae denoise noisy.png --sigma 25 --out clean.png
-
-    Args:
-        image: PNG, JPEG or the like.
-        sigma: standard deviation of the noise, in levels from 0 to 255.
-        out: the picture to write; its suffix names the format.
-        dictionary: write the atoms as a picture too.
-        seed: of the patches that are learnt from.
-        json: print what was written as one JSON object.
-    """
-    from jaxsae import images
-
-    images.check_suffix(out, dictionary)
-    noisy, profile = images.read(image), images.profile(image)
-    images.check_suffix(out, shape=noisy.shape, profile=profile)
-    with console.progress(noisy.size // noisy.shape[1]) as advance:
-        quiet, atoms = images.denoise(noisy, sigma, seed=seed, progress=advance)
-    return _write_picture(out, quiet, profile, dictionary, atoms, json)
-
-
-def inpaint(
-    image: Path,
-    /,
-    *,
-    missing: Path,
-    out: Path,
-    dictionary: Path | None = None,
-    seed: int = 0,
-    json: bool = False,
-) -> int:
-    """Fill in missing pixels of a picture, by k-SVD on the others.
-
-    Example: jaxsae inpaint scratched.png --missing scratches.png --out whole.png
-
-    Args:
-        image: PNG, JPEG or the like.
-        missing: a picture as large as that, white where its pixels are missing.
-        out: the picture to write; its suffix names the format.
-        dictionary: write the atoms as a picture too.
-        seed: of the patches that are learnt from.
-        json: print what was written as one JSON object.
-    """
-    from jaxsae import images
-
-    images.check_suffix(out, dictionary)
-    holes, mask, profile = images.read(image), images.read(missing), images.profile(image)
-    images.check_suffix(out, shape=holes.shape, profile=profile)
-    filled, atoms = images.inpaint(holes, (mask if mask.ndim == 2 else mask.mean(2)) > 127.5, seed=seed)
-    return _write_picture(out, filled, profile, dictionary, atoms, json)
-
-
-def _write_picture(out: Path, picture, profile: bytes | None, dictionary: Path | None, atoms, json: bool) -> int:
-    from jaxsae import images
-
-    images.write(out, picture.round(), profile=profile)  # whole levels: those of a dark picture are not in [0, 1]
-    if dictionary is not None:
-        images.write(dictionary, images.mosaic(atoms))
-    text = f"Written: {out}{'' if dictionary is None else f', {dictionary}'}"
-    console.tell({"out": out, "dictionary": dictionary}, text, as_json=json)
-    return 0
+    net, packed = _read(model, text, tokens, context)
+    name = f"{model}, layer {layer}, text {zlib.crc32(packed.contexts.tobytes()):08x}"
+    return {name: job.live(net, packed.contexts, layer=layer, window=window)}
 
 
 def convert(
-    src: str, dst: Path, /, *, to: str, dtype: str | None = None, revision: str | None = None, json: bool = False
+    src: Autoencoder,
+    dst: OutputPlace,
+    /,
+    *,
+    to: Annotated[str, FORMAT],
+    dtype: Annotated[str, arguments.Choice(("float32", "bfloat16", "float16", "float64"))] | None = None,
+    revision: Revision | None = None,
+    json: bool = False,
 ) -> int:
     """Write an SAE in the format of another library.
 
@@ -560,7 +541,7 @@ def convert(
     return 0
 
 
-def info(path: str, /, *, revision: str | None = None, json: bool = False) -> int:
+def info(path: Autoencoder, /, *, revision: Revision | None = None, json: bool = False) -> int:
     """Say what an SAE of any format computes.
 
     Its format, its sizes, and every convention that decides what it computes.
@@ -581,14 +562,14 @@ def info(path: str, /, *, revision: str | None = None, json: bool = False) -> in
 
 def plan(
     *,
-    latents: int,
-    d: int,
-    k: int,
-    batch: int,
-    topology: str,
-    data: int = 1,
-    activation: str = "topk",
-    price: float | None = None,
+    latents: Count,
+    d: Annotated[int, arguments.Range(1, 2**20)],
+    k: Count,
+    batch: Count,
+    topology: Annotated[str, arguments.Text(r"\w+:\d+(x\d+)*", "a kind of chip and a shape, like v5e:4x4")],
+    data: Count = 1,
+    activation: Annotated[str, ACTIVATION] = "topk",
+    price: Weight | None = None,
     json: bool = False,
 ) -> int:
     """Tell what a training will need on TPUs, with no TPU.
@@ -652,7 +633,7 @@ def plan(
     return 0 if told["fits"] else 1
 
 
-def report(run: Path, /, *, out: Path | None = None, json: bool = False) -> int:
+def report(run: InputPath, /, *, out: OutputFile | None = None, json: bool = False) -> int:
     """Make an HTML page of a run or a study.
 
     Figures, tables, configuration and versions. It needs no network and no other file, and follows the reader's choice
@@ -671,6 +652,15 @@ def report(run: Path, /, *, out: Path | None = None, json: bool = False) -> int:
     job.write(run, page)
     console.tell({"out": page}, f"Written: {page}", as_json=json)
     return 0
+
+
+def _mesh(data: int, latent: int):
+    from jaxsae import sharding
+
+    try:
+        return sharding.make_mesh(data, latent)
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def _join(coordinator: str | None, processes: int | None, process: int | None) -> None:
@@ -699,6 +689,6 @@ COMMANDS = {
     "info": info,
     "convert": convert,
     "plan": plan,
-    "denoise": denoise,
-    "inpaint": inpaint,
+    "denoise": cli_pictures.denoise,
+    "inpaint": cli_pictures.inpaint,
 }

@@ -10,8 +10,19 @@ from typing import Any
 
 
 def tell(result: dict[str, Any], text: str, *, as_json: bool) -> None:
-    """Print a result: for people, or as one JSON object, in which NaN and Inf are null."""
-    print(json.dumps(_finite(result), ensure_ascii=False, allow_nan=False, default=os.fspath) if as_json else text)
+    """Print a result: for people, or as one JSON object, in which NaN and Inf are null.
+
+    Whoever reads it may stop before its end.
+    """
+    encoding = sys.stdout.encoding or "utf-8"
+    if as_json:
+        text = json.dumps(_finite(result), allow_nan=False, default=os.fspath)
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except OSError as error:  # what is left in the buffer would fail again when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise
 
 
 def _finite(value: Any) -> Any:
@@ -24,7 +35,13 @@ def _finite(value: Any) -> Any:
 
 def warn(text: str) -> None:
     """Print a warning."""
-    print(f"jaxsae: warning: {text}", file=sys.stderr)
+    fail(f"warning: {text}")
+
+
+def fail(text: str) -> None:
+    """Print what went wrong, in one line whatever it names."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    print(f"jaxsae: {shown}", file=sys.stderr)
 
 
 def gib(size: int) -> str:

@@ -16,14 +16,15 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxsae import model_files, shards
+from jaxsae import arguments, model_files, shards
+from jaxsae.arguments import Count, Index
 from jaxsae.files import InputError, local_path
 from jaxsae.language_model import LanguageModel, residual
 
@@ -267,10 +268,10 @@ def run(
     model: LanguageModel,
     contexts: np.ndarray,
     *,
-    layer: int,
+    layer: Index,
     source: dict[str, Any],
-    batch: int = 8,
-    dtype: str = "float16",
+    batch: Count = 8,
+    dtype: Annotated[str, arguments.ROWS_DTYPE] = "float16",
     progress: Callable[[int], None] = lambda contexts: None,
 ) -> shards.Rows:
     """Write the residual stream of a language model over contexts, as shards, with the tokens beside them.
@@ -302,6 +303,7 @@ def run(
       ...     run(folder, tiny(), contexts, layer=1, source={"model": "tiny"}).shape
       (10, 8)
     """
+    arguments.check(run, {"layer": layer, "batch": batch, "dtype": dtype})
     require_fit(model, contexts, layer)
     n, length = contexts.shape
     crc = f"{zlib.crc32(np.asarray(contexts, np.int32).tobytes()):08x}"
@@ -311,7 +313,7 @@ def run(
     if first:
         progress(first)
     if not writer.manifest.complete:
-        mesh, batch = _spread(jax.devices(), batch)
+        mesh, batch = _spread(jax.devices(), batch, n)
         steps = _steps_per_shard(batch * (length - 1) * model.config.width)
         residuals = _residuals(model, contexts[first:], layer, batch, mesh, progress)
         for start in range(first, n, steps * batch):
@@ -322,7 +324,7 @@ def run(
 
 
 def live(
-    model: LanguageModel, contexts: np.ndarray, *, layer: int, batch: int = 8, window: int = 1 << 16
+    model: LanguageModel, contexts: np.ndarray, *, layer: Index, batch: Count = 8, window: Count = 1 << 16
 ) -> shards.Rows:
     """The residual stream of a language model over contexts, computed when it is asked for: nothing is written.
 
@@ -348,8 +350,9 @@ def live(
       >>> live(tiny(), np.arange(12, dtype=np.int32).reshape(2, 6), layer=1)[np.array([3, 9])].shape
       (2, 8)
     """
+    arguments.check(live, {"layer": layer, "batch": batch, "window": window})
     require_fit(model, contexts, layer)
-    mesh, batch = _spread(jax.local_devices(), batch)
+    mesh, batch = _spread(jax.local_devices(), batch, len(contexts))
     model = jax.device_put(model, NamedSharding(mesh, PartitionSpec()))
     (n, length), alone = contexts.shape, threading.Lock()
     step = batch * (length - 1)
@@ -439,10 +442,10 @@ def _steps_per_shard(values: int) -> int:
     return max(1, min(_MOST_STEPS, _SHARD // (4 * values)))
 
 
-def _spread(devices, batch: int) -> tuple[Mesh, int]:
-    """A mesh of devices, and a number of contexts that can be split evenly over them."""
+def _spread(devices, batch: int, contexts: int) -> tuple[Mesh, int]:
+    """A mesh of devices, and a number of contexts, no more than there are, that can be split evenly over them."""
     mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
-    return mesh, -(-batch // len(devices)) * len(devices)
+    return mesh, -(-min(batch, contexts) // len(devices)) * len(devices)
 
 
 def _residuals(model, contexts, layer: int, batch: int, mesh: Mesh, progress) -> Iterator[np.ndarray]:

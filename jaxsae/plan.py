@@ -153,7 +153,7 @@ def training_step(options: runs.Options, d: int, mesh: Mesh) -> Program:
     step: Any = train.make_step(objective, tx)
     with jax.set_mesh(mesh):
         state = _abstract(fresh)
-        return _read(step.func.lower(*step.args, state, _batch(options.batch, d, mesh)))
+        return _read(lambda: step.func.lower(*step.args, state, _batch(options.batch, d, mesh)))
 
 
 def refit_step(options: runs.Options, d: int, mesh: Mesh) -> Program:
@@ -175,7 +175,7 @@ def refit_step(options: runs.Options, d: int, mesh: Mesh) -> Program:
     _, _, fresh = runs.recipe(options, jnp.zeros(d), 1.0)
     with jax.set_mesh(mesh):
         sae = _abstract(fresh).sae
-        return _read(jax.jit(lambda sae, x: refine(sae, x)).lower(sae, _batch(options.batch, d, mesh)))
+        return _read(lambda: jax.jit(lambda sae, x: refine(sae, x)).lower(sae, _batch(options.batch, d, mesh)))
 
 
 def _abstract(fresh):
@@ -190,9 +190,11 @@ def _batch(rows: int, d: int, mesh: Mesh) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.rows_sharding(x, mesh))
 
 
-def _read(lowered) -> Program:
+def _read(lower) -> Program:
     try:
-        compiled = lowered.compile()
+        compiled = lower().compile()
+    except OverflowError as error:
+        raise InputError("no program has arrays of these sizes; pass a smaller batch.") from error
     except jax.errors.JaxRuntimeError as error:
         text = str(error)
         if "RESOURCE_EXHAUSTED" not in text:

@@ -80,7 +80,7 @@ def refit(
     *,
     nonnegative: bool = True,
     ridge: float | Float[Array, ""] = 0.0,
-    scratch: int = rows.SCRATCH,
+    scratch: int | None = None,
 ) -> tuple[SparseCode, RefitInfo]:
     """Optimise the values of a code on its support, the dictionary fixed.
 
@@ -99,7 +99,8 @@ def refit(
       solver: any pytree of `solvers.py`; `solvers.default(k, d)` if None.
       nonnegative: constrain `z ≥ 0`.
       ridge: weight of `½‖z‖²`, in the units of the atoms' squared norm.
-      scratch: most bytes that the rows in work may need, beside arguments and results.
+      scratch: most bytes that the rows in work may need, beside arguments and results; `rows.SCRATCH` by default, or
+        what one row needs.
 
     Returns:
       The code with its values refitted, in the dtype they had, and `RefitInfo`.
@@ -137,6 +138,7 @@ def refit(
     dictionary, y, code = gram.validate(dictionary, y, code, "refit")
     _check_solver(solver)
     needed = _row_bytes(code.indices.shape[-1], y.shape[-1], gram.accumulator(dictionary, y).itemsize)
+    scratch = max(rows.SCRATCH, needed) if scratch is None else scratch
     if scratch < needed:
         raise ValueError(f"`refit` got scratch of {scratch} bytes, but one row needs {needed}; pass at least that.")
     kernel = solver is None and kernels.applies(dictionary, code.indices, y, code.values)

@@ -11,7 +11,7 @@ import json
 import operator
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,10 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxsae import calibration, job, metrics, pretrained, sharding, stream, train
+from jaxsae import arguments, calibration, job, metrics, pretrained, sharding, stream, train
 from jaxsae import data as data_module
 from jaxsae.activations import AbsTopK, Activation, BatchTopK, Gated, GroupMax, JumpReLU, ReLU, TopK
+from jaxsae.arguments import Count, Positive, Proportion, Seed, Weight
 from jaxsae.checkpoint import Checkpoints, versions
 from jaxsae.files import InputError, atomic_file, json_number, local_path
 from jaxsae.metrics import DEAD_ROWS
@@ -59,18 +60,18 @@ class Options(NamedTuple):
       1024
     """
 
-    activation: str
-    latents: int
-    k: int | None = None
-    l1: float | None = None
+    activation: Annotated[str, arguments.ACTIVATION]
+    latents: Count
+    k: Count | None = None
+    l1: Weight | None = None
     auxk: bool = True
     multi_topk: bool = False
-    batch: int = 1024
-    steps: int = 2000
-    learning_rate: float | None = None
-    idle_after: int | None = None
-    heldout: int = 2048
-    seed: int = 0
+    batch: Count = 1024
+    steps: Count = 2000
+    learning_rate: Positive | None = None
+    idle_after: Count | None = None
+    heldout: Count = 2048
+    seed: Seed = 0
 
 
 def resolved(options: Options) -> Options:
@@ -151,14 +152,14 @@ FAMILIES = {
 
 
 def run(
-    out: str | os.PathLike,
+    out: Annotated[str | os.PathLike, arguments.DIRECTORY],
     *,
     data: str | os.PathLike | Sequence[str | os.PathLike] | Mapping[str, data_module.Rows],
     options: Options,
-    weights: Sequence[float] | None = None,
-    window: int | None = None,
+    weights: Sequence[Proportion] | None = None,
+    window: Count | None = None,
     mesh: Mesh | None = None,
-    save_every: float = 60.0,
+    save_every: Weight = 60.0,
     resume: bool = False,
     progress: Progress = lambda text, steps: None,
     warn: Callable[[str], None] = lambda text: None,
@@ -202,7 +203,11 @@ def run(
       >>> report["steps"], report["heldout"]["rows"]
       (10, 32)
     """
-    _validate(options)
+    validate(options)
+    arguments.check(run, {"out": out, "weights": weights, "window": window, "save_every": save_every})
+    if mesh is not None and options.latents % mesh.shape["latent"]:
+        ways = mesh.shape["latent"]
+        raise InputError(f"got {options.latents} latents for a mesh that splits them {ways} ways; pass a multiple.")
     names, everything = _open(data)
     sources, heldout = _split(names, everything, options, weights)
     out, o, name = local_path(out), options, ", ".join(names)
@@ -306,7 +311,7 @@ def recipe(
       >>> [type(term).__name__ for term in objective.terms], fresh().sae.m
       (['L1'], 8)
     """
-    family, o, d = _validate(options), resolved(options), len(centre)
+    family, o, d = validate(options), resolved(options), len(centre)
     terms = family.terms(o, _warmup(o.steps))
     terms += (MultiTopK(),) if o.multi_topk else ()
     terms += (AuxK(_auxk_latents(d, o.latents)),) if o.auxk else ()
@@ -375,25 +380,35 @@ def blame(report: dict[str, Any]) -> str:
     return f"NaN or Inf: {' and '.join(parts)}."
 
 
-def _validate(options: Options) -> _Family:
+def validate(options: Options) -> _Family:
+    """Raise if an option cannot be used, or does not go with the others.
+
+    Args:
+      options: of a run.
+
+    Returns:
+      What the activation is trained with.
+
+    Raises:
+      InputError: what was got, and what to pass.
+
+    Example:
+      >>> validate(Options("topk", latents=32, k=33))
+      Traceback (most recent call last):
+      jaxsae.files.InputError: got k 33 for 32 latents; pass k from 1 to 32.
+    """
     o = options
-    if o.activation not in FAMILIES:
-        raise InputError(f"got activation {o.activation!r}, expected one of: {', '.join(FAMILIES)}.")
+    arguments.check(Options, o._asdict())
     family = FAMILIES[o.activation]
     other = "l1" if family.needs == "k" else "k"
     if getattr(o, family.needs) is None or getattr(o, other) is not None:
         raise InputError(f"{o.activation} is made sparse by {family.needs}; pass {family.needs}, and no {other}.")
-    for name in ("latents", "batch", "steps", "heldout", "idle_after"):
-        if getattr(o, name) is not None and getattr(o, name) < 1:
-            raise InputError(f"got {name} {getattr(o, name)}; pass at least 1.")
-    if o.k is not None and not 1 <= o.k <= o.latents:
+    if o.k is not None and o.k > o.latents:
         raise InputError(f"got k {o.k} for {o.latents} latents; pass k from 1 to {o.latents}.")
     if o.activation == "groupmax" and o.k is not None and o.latents % o.k:
         raise InputError(f"got k {o.k} for {o.latents} latents; groupmax needs a k that divides them.")
     if o.multi_topk and o.activation != "topk":
         raise InputError(f"got multi-topk for {o.activation}; it is for topk.")
-    if not 0 <= o.seed < 2**32:
-        raise InputError(f"got seed {o.seed}, expected one from 0 to 2³² − 1; pass another.")
     return family
 
 

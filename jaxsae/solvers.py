@@ -7,6 +7,7 @@ stop, so that a solver holds nothing but its own mathematics. A solver may name 
 its own, which goes on from the best iterate of the rows that it left; a row is judged by the last one's tolerance.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -294,6 +295,29 @@ class BlockPivoting:
         return BlockPivotingState(
             z, _matvec(gram, z) - c, free ^ exchange, jnp.minimum(count, state.fewest), jnp.maximum(patience, -1)
         )
+
+
+def within(solver: Any, *, tol: float | None = None, max_steps: int | None = None) -> Any:
+    """A solver with another tolerance, or with fewer steps; its fallbacks likewise.
+
+    Args:
+      solver: of this module.
+      tol: of all of them; each has its own by default.
+      max_steps: of all of them together; a fallback that none is left for is dropped.
+
+    Example:
+      >>> import jaxsae
+      >>> within(jaxsae.solvers.default(32, 768), tol=1e-3, max_steps=256)
+      ConjugateGradient(tol=0.001, max_steps=256, fallback=None)
+    """
+    changed: dict[str, Any] = {} if tol is None else {"tol": tol}
+    left = None
+    if max_steps is not None:
+        changed["max_steps"] = min(solver.max_steps, max_steps)
+        left = max_steps - changed["max_steps"]
+    if solver.fallback is not None:
+        changed["fallback"] = None if left == 0 else within(solver.fallback, tol=tol, max_steps=left)
+    return dataclasses.replace(solver, **changed)
 
 
 def violation(z, gradient, nonnegative: bool):

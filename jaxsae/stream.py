@@ -88,13 +88,14 @@ def max_l0(sae: SAE, rows: Rows) -> int:
 def refine_blocks(sae: SAE, rows: Rows, solver: Any = None, *, capacity: int | None = None) -> Iterator[Block]:
     """Encode and refine rows, a block at a time.
 
-    Rows of similar L0 go together, in as few slots as hold them, 32, 128, 256 …: the cost of a refit grows with the
-    square of its slots, and a ReLU's L0 has a long tail. So blocks are not in the order of the rows: see `Block.rows`.
+    Rows of similar L0 go together, in as few slots as hold them, 32, 128, 256 … or the width: the cost of a refit grows
+    with the square of its slots, and a ReLU's L0 has a long tail. So blocks are not in the order of the rows: see
+    `Block.rows`.
 
     Args:
       sae: the autoencoder.
       rows: `[n d]`, may be memory-mapped.
-      solver: as for `refine`.
+      solver: as for `refine`, or a function that makes one for rows of `k` slots and width `d`.
       capacity: most slots a row; `max_l0` by default, unless the activation fixes it.
 
     Example:
@@ -102,27 +103,46 @@ def refine_blocks(sae: SAE, rows: Rows, solver: Any = None, *, capacity: int | N
       >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.TopK(2))
       >>> for block in refine_blocks(sae, np.random.default_rng(0).normal(size=(64, 4))):
       ...     block.refined.values.shape, bool((block.info.kkt <= 1e-5).all())
-      ((64, 32), True)
+      ((64, 4), True)
     """
+    _require_fit(sae, rows)
     if capacity is None and sae.activation.slots is None:
         capacity = max_l0(sae, rows)
-    encode_chunk = jax.jit(lambda sae, x: encode(sae, x, capacity=capacity))
     for start, x in chunks(sae, rows):
-        code = encode_chunk(sae, x)
+        code = _encode(sae, x, capacity)
         l0 = np.asarray(code.l0)
         order = np.argsort(l0, kind="stable")
         for at in range(0, len(order), _BLOCK):
             block = order[at : at + _BLOCK]
-            slots = _slots(int(l0[block].max()), sae.m)
+            slots = _slots(int(l0[block].max()), sae)
             values, indices = _resize(code.values[block], slots, 0), _resize(code.indices[block], slots, sae.m)
             part = SparseCode(values, indices, sae.m, code.overflow[block])
-            refined, info = refine(sae, x[block], part, solver)
+            own = solver(slots, sae.W_dec.shape[1]) if callable(solver) else solver
+            refined, info = refine(sae, x[block], part, own)
             yield Block(start + block, x[block], part, refined, info)
 
 
-def _slots(l0: int, m: int) -> int:
+@functools.partial(jax.jit, static_argnames="capacity")  # traced once, not once a call of `refine_blocks`
+def _encode(sae: SAE, x, capacity: int | None) -> SparseCode:
+    return encode(sae, x, capacity=capacity)
+
+
+def _require_fit(sae: SAE, rows: Rows) -> None:
+    if sae.transcoder:
+        raise InputError("got a transcoder, whose target is not its input; call `jaxsae.refine` with that as `target`.")
+    if not len(rows):
+        raise InputError("got no rows; pass at least one.")
+    if rows.shape[1] != sae.d:
+        raise InputError(
+            f"got rows of width {rows.shape[1]}, but this SAE has d = {sae.d}; pass the data it was made for."
+        )
+
+
+def _slots(l0: int, sae: SAE) -> int:
     # Few sizes, since each is compiled, once for all autoencoders of a shape: 32, 128, 256, 512 …
-    return 32 if l0 <= 32 else min(max(128, 1 << (l0 - 1).bit_length()), m)
+    slots = 32 if l0 <= 32 else min(max(128, 1 << (l0 - 1).bit_length()), sae.m)
+    width = sae.W_dec.shape[1]
+    return width if l0 <= width < slots else slots  # empty slots must not turn a row into one of more atoms than width
 
 
 def _resize(slots, size: int, empty: int):
@@ -169,7 +189,7 @@ def refine_file(
       sae: the autoencoder.
       rows: `[n d]`.
       out: the file to write.
-      solver: as for `refine`.
+      solver: as for `refine_blocks`.
       capacity: slots a row; `max_l0` by default, unless the activation fixes it.
       progress: called with the number of rows just done.
 
@@ -185,12 +205,7 @@ def refine_file(
       (0, (64, 2))
     """
     out = local_path(out)
-    if not len(rows):
-        raise InputError("got no rows; pass at least one.")
-    if rows.shape[1] != sae.d:
-        raise InputError(
-            f"got rows of width {rows.shape[1]}, but this SAE has d = {sae.d}; pass the data it was made for."
-        )
+    _require_fit(sae, rows)
     capacity = capacity or sae.activation.slots or max_l0(sae, rows)
     if capacity > sae.m:
         raise InputError(f"got capacity {capacity} for {sae.m} latents; pass a capacity of at most {sae.m}.")

@@ -13,24 +13,36 @@ import platform
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsae import calibration, harvest, language_model, metrics, model_files, plots, pretrained, runs, train
+from jaxsae import (
+    arguments,
+    calibration,
+    harvest,
+    language_model,
+    metrics,
+    model_files,
+    plots,
+    pretrained,
+    runs,
+    solvers,
+    train,
+)
 from jaxsae import data as data_module
+from jaxsae.arguments import Count, Index, Positive, Seed, Weight
 from jaxsae.certificate import certify
 from jaxsae.files import InputError, atomic_file, json_number, local_path
 from jaxsae.language_model import LanguageModel, NextToken, loss_recovered
 from jaxsae.metrics import DEAD_ROWS
 from jaxsae.sae import SAE, reconstruct, rescale, to_fit
-from jaxsae.solvers import ConjugateGradient
-from jaxsae.stream import chunks, refine_blocks
+from jaxsae.stream import Block, chunks, refine_blocks
 
 CERTIFIED = 1e-5  # the KKT residual that certifies a row
-_SOLVER = ConjugateGradient(tol=1e-6, max_steps=5000)  # tighter, so that the certificate does not hang on rounding
+_TOL = 1e-6  # of the solver: tighter, so that the certificate does not hang on rounding
 _REPORT_EVERY = 25  # steps
 _WORST = 10  # rows of the largest KKT residuals that are told
 _CONTEXT = 256  # tokens in a context, of which the first gives no row
@@ -55,13 +67,13 @@ class Plan(NamedTuple):
       512
     """
 
-    latents: int
-    steps: int
-    batch: int
-    heldout: int
-    l1: tuple[float, ...]
-    learning_rate: float | None = None
-    train_rows: int = 100_000
+    latents: Count
+    steps: Count
+    batch: Count
+    heldout: Count
+    l1: tuple[Weight, ...]
+    learning_rate: Positive | None = None
+    train_rows: Count = 100_000
 
 
 FULL = Plan(latents=2048, steps=500, batch=512, heldout=2048, l1=(0.02, 0.05, 0.1, 0.2))
@@ -87,16 +99,16 @@ class Site(NamedTuple):
     """
 
     model: str | os.PathLike
-    layer: int = 8
+    layer: Index = 8
     text: Sequence[Path] | None = None
 
 
 def run(
-    out: str | os.PathLike,
+    out: Annotated[str | os.PathLike, arguments.DIRECTORY],
     *,
     data: str | os.PathLike | Site | None = None,
     plan: Plan = FULL,
-    seed: int = 0,
+    seed: Seed = 0,
     saes: Sequence[str] = (),
     progress: Progress = lambda text, steps: None,
     warn: Callable[[str], None] = lambda text: None,
@@ -120,8 +132,8 @@ def run(
     Raises:
       InputError: if the data cannot be used or `out` cannot be written.
     """
-    if not 0 <= seed < 2**32:
-        raise InputError(f"got seed {seed}, expected one from 0 to 2³² − 1; pass another.")
+    arguments.check(run, {"out": out, "seed": seed})
+    arguments.check(Plan, plan._asdict())
     out, probe = local_path(out), None
     loaded = {name: _published(name) for name in saes}
     if saes:
@@ -146,7 +158,7 @@ def run(
             "heldout": len(heldout),
             "width": rows.shape[1],
         },
-        "config": {**plan._asdict(), **trained, "seed": seed, "solver_tol": _SOLVER.tol, "certified_at": CERTIFIED},
+        "config": {**plan._asdict(), **trained, "seed": seed, "solver_tol": _TOL, "certified_at": CERTIFIED},
         "versions": {name: version(name) for name in ("jaxsae", "jax", "flax", "optax", "numpy")}
         | {"python": platform.python_version(), "backend": jax.default_backend()},
         "ratio_edges": metrics.RATIO_EDGES.tolist(),
@@ -158,9 +170,15 @@ def run(
     reconstructed: dict[str, np.ndarray] = {}
 
     def tell(sae: SAE, row: dict[str, Any], name: str) -> None:
-        report["rows"].append({**row, **measure(sae, heldout, rows[:DEAD_ROWS] / scale)})
-        if probe is not None:
-            reconstructed.update(_reconstruct(sae, heldout, len(report["rows"]) - 1))
+        keep = {} if probe is None else {f"{when} {len(report['rows'])}": when for when in ("before", "after")}
+        reconstructed.update({name: np.empty_like(heldout) for name in keep})
+
+        def see(block: Block) -> None:
+            for name, when in keep.items():
+                code = block.code if when == "before" else block.refined
+                reconstructed[name][block.rows] = reconstruct(sae, block.x, code)
+
+        report["rows"].append({**row, **measure(sae, heldout, rows[:DEAD_ROWS] / scale, see=see)})
         progress(f"{name}  refined", plan.heldout // _REPORT_EVERY)
         _write(report, out)
 
@@ -240,6 +258,7 @@ class _Probe(NamedTuple):
 
 
 def _harvest(site: Site, folder: Path, plan: Plan, progress: Progress) -> _Probe:
+    arguments.check(Site, site._asdict())
     harvest.check(site.model, layer=site.layer, context=_CONTEXT, out=folder)
     tokenizer = model_files.read_tokenizer(site.model)
     model = language_model.load(site.model)
@@ -301,7 +320,17 @@ def _train(rows, options: runs.Options, progress: Progress) -> tuple[SAE, dict[s
     return state.sae, curve
 
 
-def measure(sae: SAE, rows: np.ndarray, more: np.ndarray | None = None) -> dict[str, Any]:
+def _solver(k: int, d: int) -> Any:
+    return solvers.within(solvers.default(k, d), tol=_TOL)
+
+
+def measure(
+    sae: SAE,
+    rows: np.ndarray,
+    more: np.ndarray | None = None,
+    *,
+    see: Callable[[Block], None] = lambda block: None,
+) -> dict[str, Any]:
     """Refine the codes of rows and measure the shrinkage: one row of the report, without its name.
 
     Beside the numbers: `change` and `latent_change`, histograms over `metrics.RATIO_EDGES` of refined/original, of
@@ -313,15 +342,17 @@ def measure(sae: SAE, rows: np.ndarray, more: np.ndarray | None = None) -> dict[
       sae: the autoencoder.
       rows: `[n d]`, finite.
       more: other rows `[n d]` on which latents may fire, where these are few.
+      see: called with each block of them, refined.
     """
 
     def measure_block(block):
+        see(block)
         y, _ = to_fit(sae, block.x)
         kkt = _certified_kkt(sae.W_dec, y, block.refined, nonnegative=not sae.activation.signed)
         shrunk = metrics.shrinkage(sae, block.x, block.code, block.refined)
         return (shrunk, metrics.activity(block.code)), (block.rows, np.asarray(kkt), np.asarray(block.code.l0))
 
-    sums, columns = zip(*map(measure_block, refine_blocks(sae, rows, _SOLVER)), strict=True)
+    sums, columns = zip(*map(measure_block, refine_blocks(sae, rows, _solver)), strict=True)
     shrunk, active = (functools.reduce(operator.add, part) for part in zip(*sums, strict=True))
     if more is not None:
         active += calibration.activity(sae, (x for _, x in chunks(sae, more)))
@@ -348,15 +379,6 @@ def measure(sae: SAE, rows: np.ndarray, more: np.ndarray | None = None) -> dict[
 @functools.partial(jax.jit, static_argnames="nonnegative")
 def _certified_kkt(dictionary, y, code, *, nonnegative: bool = True):
     return certify(dictionary, y, code, nonnegative=nonnegative).kkt  # the gap, not asked for, is not computed
-
-
-def _reconstruct(sae: SAE, rows: np.ndarray, number: int) -> dict[str, np.ndarray]:
-    """What the codes of rows decode to, before and after refinement."""
-    before, after = np.empty_like(rows), np.empty_like(rows)
-    for block in refine_blocks(sae, rows, _SOLVER):
-        codes = (block.code, block.refined)
-        before[block.rows], after[block.rows] = (reconstruct(sae, block.x, code) for code in codes)
-    return {f"before {number}": before, f"after {number}": after}
 
 
 def _losses(probe: _Probe, replaced: dict[str, np.ndarray], progress: Progress) -> dict[str, NextToken]:

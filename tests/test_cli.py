@@ -6,13 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from problems import activations, sae
 
 import jaxsae
-from jaxsae import console, images, model_files, pretrained, stream, study
+from jaxsae import console, data, harvest, images, model_files, pretrained, stream, study
 from jaxsae.cli import COMMANDS, main
+from jaxsae.files import InputError
 
 D, M, K, ROWS = 16, 32, 4, 40
 
@@ -275,8 +277,11 @@ def test_bad_input_to_study_is_exit_code_2_and_one_line(case, folder, capsys, mo
         (OSError(28, "No space left on device", "report.json"), 2, "report.json: No space left on device"),
         (OSError("the disk said something"), 2, "the disk said something"),
         (PermissionError(13, "Permission denied", "x.npy"), 2, "x.npy: Permission denied"),
+        (MemoryError(), 2, "more memory than there is"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes."), 2, "more memory than there is"),
+        (InputError("a\nb\udcff\x1b[31m: no such file"), 2, r"a\nb\udcff\x1b[31m: no such file"),
     ],
-    ids=["interrupted", "disk full", "of no number", "forbidden"],
+    ids=["interrupted", "disk full", "of no number", "forbidden", "memory", "memory of a device", "odd names"],
 )
 def test_what_goes_wrong_in_between_is_one_line(error, code, message, fake_study, tmp_path, capsys):
     fake_study(error)
@@ -444,6 +449,93 @@ def test_the_module_is_the_command(folder):
     assert found.stdout == ""
     assert error_line(found.stderr).startswith(f"jaxsae: {folder / 'nothing.npy'}: no such file")
     assert (folder / "cache/compiled").is_dir()
+
+
+def test_a_reader_that_stops_is_no_error(folder):
+    info = f"{sys.executable} -m jaxsae info {folder / 'topk'}"
+    for reader in ("true", "head -1"):
+        found = subprocess.run(
+            ["bash", "-c", f"{info} | {reader}; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True
+        )
+        assert (found.returncode, found.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is full")
+def test_stdout_on_a_full_disk_is_one_line(folder):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "jaxsae", "info", str(folder / "topk")]
+        found = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert found.returncode == 2
+    assert "No space left on device" in error_line(found.stderr)
+
+
+def test_what_a_stdout_of_ascii_cannot_print_is_escaped(folder):
+    odd = folder / "größe"
+    pretrained.save(pretrained.load(folder / "topk"), odd)
+    found = process("convert", odd, folder / "größer", "--to", "jaxsae", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert (found.returncode, found.stderr) == (0, "")
+    assert found.stdout == f"Written: {folder}/gr\\xf6\\xdfer, jaxsae\n"
+
+
+BAD_TRAIN = {
+    "too many parts": (["--mesh", 3, 3], "got a mesh of 3 × 3 for 8 devices; pass one of at most as many."),
+    "parts that do not divide": (["--mesh", 2, 3], f"got {M} latents for a mesh that splits them 3 ways"),
+    "a weight that is none": (["--weights", "1e-300"], "got --weights 1e-300; pass a number from 1e-06 to 1000000."),
+    "no parts": (["--mesh", 0, 1], "got --mesh 0; pass"),
+    "a process alone": (["--process", 1], "pass --coordinator, --processes N and --process"),
+    "processes alone": (["--processes", 2], "pass --coordinator, --processes N and --process"),
+    "a process too many": (["--coordinator", "a:1", "--processes", 2, "--process", 2], "from 0 to N - 1"),
+    "no port": (["--coordinator", "a", "--processes", 2, "--process", 1], "got --coordinator 'a'; pass HOST:PORT."),
+    "a rate of NaN": (["--learning-rate", "nan"], "got --learning-rate nan; pass a number above 0"),
+    "an infinite rate": (["--learning-rate", "inf"], "got --learning-rate inf; pass a number above 0"),
+    "a negative rate": (["--learning-rate", -1], "got --learning-rate -1; pass a number above 0"),
+    "seconds of NaN": (["--save-every", "nan"], "got --save-every nan; pass a number from 0"),
+    "a bucket": (["--out", "gs://bucket/run"], "gs:/bucket/run"),
+    "a file in the way": (["--out", "{folder}/x.npy"], "cannot write {folder}/x.npy: "),
+    "nothing can be written": (["--out", "/proc/run"], "cannot write /proc/run: "),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TRAIN)
+def test_bad_input_to_train_is_exit_code_2_and_one_line(case, folder, capsys, monkeypatch):
+    monkeypatch.setattr(data, "open_rows", None)  # no work
+    options, message = BAD_TRAIN[case]
+    options = [str(option).format(folder=folder) for option in options]
+    before = snapshot(folder)
+    few = ["--activation", "topk", "--k", K, "--latents", M, "--data", folder / "x.npy", "--out", folder / "out"]
+    assert run("train", *few, *options) == 2
+    out, err = capsys.readouterr()
+    assert message.format(folder=folder) in error_line(err)
+    assert out == ""
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize("command", ["eval", "refine"])
+def test_a_transcoder_is_one_line(command, folder, capsys):
+    model = jaxsae.SAE(jnp.zeros((D, M)), jnp.zeros(M), jnp.ones((M, D)), jnp.zeros(D), jaxsae.TopK(K), transcoder=True)
+    pretrained.save(model, folder / "transcoder")
+    before = snapshot(folder)
+    out = ["--out", folder / "codes.npz"] if command == "refine" else []
+    assert run(command, "--sae", folder / "transcoder", "--data", folder / "x.npy", *out) == 2
+    assert "got a transcoder, whose target is not its input" in error_line(capsys.readouterr().err)
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize("options, message", [(["--layer", 3], "got layer 3"), (["--context", 1], "got --context 1")])
+def test_a_harvest_looks_at_its_options_before_the_text(options, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(harvest, "pack", None)
+    model = Path(__file__).parent / "language_models/llama"
+    assert run("harvest", "--model", model, "--layer", 1, "--context", 16, *options, "--out", tmp_path / "out") == 2
+    assert message in error_line(capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_row_is_held_out(tmp_path, capsys):
+    # Its NMSE is not defined.
+    np.save(tmp_path / "x.npy", rows())
+    few = ["--activation", "topk", "--k", K, "--latents", M, "--batch", 32, "--steps", 1, "--no-auxk"]
+    assert run("train", "--data", tmp_path / "x.npy", "--heldout", 1, *few, "--out", tmp_path / "out") == 0
+    assert "1 held-out rows: NMSE –, L0 " in capsys.readouterr().out
 
 
 @pytest.mark.slow

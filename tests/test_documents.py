@@ -1,12 +1,15 @@
 """The Python code of docstrings, README and pages runs; notebooks, which `.ci/run` runs, are as they should be."""
 
 import ast
+import builtins
 import doctest
 import functools
 import importlib
 import json
 import pkgutil
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -62,7 +65,7 @@ def commands(text: str) -> list[list[str]]:
     return [argv for argv in argvs if len(argv) > 1 and argv[-1] not in ("--help", "--mesh")]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/which.md", "jaxsae/cli.py"])
+@pytest.mark.parametrize("page", ["README.md", "docs/which.md", "jaxsae/cli.py", "jaxsae/cli_pictures.py"])
 def test_commands_of_a_page_are_understood(page, monkeypatch):
     got = []
     for name, command in cli.COMMANDS.items():
@@ -97,6 +100,73 @@ def test_commands_of_the_readme_run(tmp_path, monkeypatch):
             assert cli.main(argv + ["--steps", "20"] * (argv[0] == "train")) == 0, argv
             done.add(argv[0])
     assert done == set(cli.COMMANDS) - {"fetch", "harvest", "plan"}
+
+
+def snippets(path: Path) -> dict[str, list[str]]:
+    """Python code of a page or a notebook, by what runs it: each in one namespace, from top to end."""
+    text = path.read_text()
+    if path.suffix == ".ipynb":
+        cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+        return {"cells": [re.sub(r"(?m)^( *)%.*", r"\1pass", "".join(cell["source"])) for cell in cells]}
+    return {kind: re.findall(rf"```{kind}\n(.*?)```", text, flags=re.DOTALL) for kind in ("python", "py")}
+
+
+def missing(code: str) -> set[str]:
+    """Names that code uses and binds nowhere, and of the library those that `import jaxsae` does not bring."""
+    nodes = list(ast.walk(ast.parse(code)))
+    bound = set(dir(builtins)) | {"get_ipython"}
+    used = set()
+    for node in nodes:
+        if isinstance(node, ast.Name):
+            (used if isinstance(node.ctx, ast.Load) else bound).add(node.id)
+        elif isinstance(node, ast.alias):
+            bound |= {node.name, (node.asname or node.name).split(".")[0]}
+        elif isinstance(node, ast.arg):
+            bound.add(node.arg)
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef | ast.ExceptHandler):
+            bound.add(str(node.name))
+    inner = [node for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)]
+    used |= {f"jaxsae.{node.attr}" for node in inner if node.value.id == "jaxsae"}
+    return used - bound - {f"jaxsae.{name}" for name in brought()}
+
+
+@functools.cache
+def brought() -> list[str]:
+    """What `import jaxsae` alone brings: in this process all is imported."""
+    script = "import jaxsae; print(*dir(jaxsae))"
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+
+
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "benchmarks/README.md",
+    *(ROOT / "docs").rglob("*.md"),
+    *(ROOT / "notebooks").glob("*.ipynb"),
+]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_name_of_a_snippet_is_imported(path):
+    for kind, blocks in snippets(path).items():
+        assert not missing("\n".join(blocks)), kind
+
+
+def test_a_name_that_is_not_imported_is_seen():
+    # The test above would pass if nothing were.
+    assert missing("import jaxsae\njaxsae.cli.main(argv)\nfor a in [b]:\n    a = jaxsae.init(a)") == {
+        "jaxsae.cli",
+        "argv",
+        "b",
+    }
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_the_words_of_a_page_name_is_there(path):
+    text = re.sub(r"(?m)^:::.*$|\]\[[\w.]+\]", "", path.read_text())  # references of mkdocs, which checks them
+    for name in set(re.findall(r"(?<![\w/.-])jaxsae\.([a-z_]+(?:\.\w+)*)", text)):
+        first, *inner = name.split(".")
+        found = getattr(jaxsae, first) if first in jaxsae.__all__ else importlib.import_module(f"jaxsae.{first}")
+        functools.reduce(getattr, inner, found)
 
 
 @pytest.mark.lm

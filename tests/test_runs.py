@@ -211,13 +211,13 @@ BAD = {
     "no k": (["--activation", "topk"], "topk is made sparse by k; pass k, and no l1."),
     "both": (["--activation", "topk", "--k", 4, "--l1", 1], "topk is made sparse by k; pass k, and no l1."),
     "no l1": (["--activation", "relu", "--k", 4], "relu is made sparse by l1; pass l1, and no k."),
-    "k = 0": (["--activation", "topk", "--k", 0], "got k 0 for 32 latents; pass k from 1 to 32."),
+    "k = 0": (["--activation", "topk", "--k", 0], "got --k 0; pass a whole number from 1 to 2147483647."),
     "k > m": (["--activation", "topk", "--k", 33], "got k 33 for 32 latents; pass k from 1 to 32."),
-    "name": (["--activation", "softplus", "--k", 4], "got activation 'softplus', expected one of: relu, topk,"),
+    "name": (["--activation", "softplus", "--k", 4], "got --activation 'softplus', expected one of: relu, topk,"),
     "groups": (["--activation", "groupmax", "--k", 5], "groupmax needs a k that divides them."),
     "multi": (["--activation", "batchtopk", "--k", 5, "--multi-topk"], "got multi-topk for batchtopk; it is for topk."),
     "rows": (["--activation", "topk", "--k", 4, "--batch", 501], "holds 600 rows, but a batch and the held-out rows"),
-    "batch": (["--activation", "topk", "--k", 4, "--batch", 0], "got batch 0; pass at least 1."),
+    "batch": (["--activation", "topk", "--k", 4, "--batch", 0], "got --batch 0; pass a whole number from 1 to"),
 }
 
 

@@ -246,6 +246,49 @@ def test_blocks_cover_every_row_once_and_take_few_slots():
     assert len({block.code.indices.shape[1] for block in blocks}) == 2
 
 
+def test_encode_is_traced_once(monkeypatch):
+    traced = []
+    monkeypatch.setattr(
+        stream, "encode", lambda *args, **options: traced.append(args) or jaxsae.encode(*args, **options)
+    )
+    for seed in range(3):
+        rows = np.random.default_rng(seed).normal(size=(37, D)).astype(np.float32)
+        list(refine_blocks(model_of(TOPK), rows, SOLVER))
+    assert len(traced) == 1
+
+
+def test_a_transcoder_is_refused(tmp_path):
+    # Its target is not among the rows.
+    atoms = model_of(TOPK).W_dec
+    model = jaxsae.SAE(atoms.T, jnp.zeros(M), atoms, jnp.zeros(D), TOPK, transcoder=True, centred=False)
+    for call in (
+        lambda: refine_file(model, some_rows(), tmp_path / "a"),
+        lambda: next(refine_blocks(model, some_rows())),
+    ):
+        with pytest.raises(InputError, match="got a transcoder, whose target is not its input"):
+            call()
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("d", [16, 64])
+def test_nearly_parallel_atoms_are_solved_as_by_refine(d):
+    """At a mean cosine of 0.99 conjugate gradient alone is not enough; empty slots make no row one of `k > d`."""
+    rng = np.random.default_rng(0)
+    atoms = 10 * rng.normal(size=d) / np.sqrt(d) + rng.normal(size=(M, d)) / np.sqrt(d)
+    atoms = jnp.asarray(atoms / np.linalg.norm(atoms, axis=1, keepdims=True), jnp.float32)
+    model = jaxsae.SAE(atoms.T, jnp.zeros(M), atoms, jnp.zeros(d), TOPK)
+    x = (rng.exponential(size=(64, M)) * (rng.random((64, M)) < K / M) @ np.asarray(atoms)).astype(np.float32)
+    (block,) = refine_blocks(model, x)
+    refined, info = jaxsae.refine(model, jnp.asarray(x))
+    assert (info.status == Status.CONVERGED).all()
+    assert (block.info.status == Status.CONVERGED).all()
+    np.testing.assert_allclose(block.info.kkt, 0, atol=1e-5)
+    order = np.argsort(block.rows)
+    np.testing.assert_allclose(
+        *(f64(jaxsae.decode(model, code)) for code in (block.refined[order], refined)), atol=1e-4
+    )
+
+
 def test_max_l0():
     model, x = model_of(RELU), some_rows()
     expected = int((f64(jaxsae.encode_dense(model, jnp.asarray(x))) > 0).sum(1).max())

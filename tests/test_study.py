@@ -209,7 +209,7 @@ def excess(sae, x, code):
         yield (error - least) / np.sum(target**2)
 
 
-@pytest.mark.parametrize("solver", [study._SOLVER, None], ids=["the study's", "the default"])
+@pytest.mark.parametrize("solver", [study._solver, None], ids=["the study's", "the default"])
 @pytest.mark.parametrize("rows", [100, pytest.param(1000, marks=pytest.mark.slow)])
 def test_refined_values_are_the_best_there_are(done, rows, solver):
     worst = {"relu": [], "topk": []}
@@ -225,7 +225,7 @@ def test_refined_values_are_the_best_there_are(done, rows, solver):
 
 
 def test_the_certificate_does_not_take_the_solvers_word(done, monkeypatch):
-    monkeypatch.setattr(study, "_SOLVER", jaxsae.FISTA(tol=1e9))  # content with anything
+    monkeypatch.setattr(study, "_solver", lambda k, d: jaxsae.FISTA(tol=1e9))  # content with anything
     _, sae = next(saved_saes(done))
     found = study.measure(sae, done.rows[-PLAN.heldout :])
     assert found["certified"] < 0.1
@@ -377,16 +377,18 @@ MODEL_PLAN = study.Plan(latents=64, steps=40, batch=64, heldout=6 * 15, l1=(0.1,
 @pytest.fixture(scope="session")
 def spliced(tmp_path_factory):
     """A small study of a tiny model, in contexts of 16 tokens."""
-    folder, told = tmp_path_factory.mktemp("spliced"), []
+    folder, told, refined = tmp_path_factory.mktemp("spliced"), [], []
     (folder / "text.txt").write_text("".join(map(chr, np.random.default_rng(0).integers(32, 127, 3000))))
     site = study.Site(MODEL, layer=1, text=[folder / "text.txt"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study, "_CONTEXT", 16)
+        patch.setattr(study, "refine_blocks", lambda *args: refined.append(args) or refine_blocks(*args))
         run = partial(study.run, folder / "out", data=site, plan=MODEL_PLAN)
         report = run(progress=lambda *args: told.append(args))
         total = study.total_steps(MODEL_PLAN, site)
         again = run()
     assert again == report  # what was harvested is there already
+    assert len(refined) == 2 * len(report["rows"])  # once for all that is measured, losses among it
     return Study(folder / "out", report, told, np.asarray(data.open_rows(folder / "out" / "activations"))), total
 
 
@@ -425,7 +427,7 @@ def test_the_losses_are_those_of_spliced_reconstructions(spliced):
     np.testing.assert_allclose(done.report["ce_mean"], loss(np.broadcast_to(mean, heldout.shape)), rtol=1e-5)
     for row in done.report["rows"]:
         sae = pretrained.load(done.out / "sae" / f"{row['family']}-{row['k_or_l1']:g}")
-        (block,) = refine_blocks(sae, np.asarray(heldout), study._SOLVER)  # as compiled already
+        (block,) = refine_blocks(sae, np.asarray(heldout), study._solver)  # as compiled already
         for when, code in zip(WHEN, (block.code, block.refined), strict=True):
             wanted = loss(heldout.at[block.rows].set(jaxsae.decode(sae, code)))
             np.testing.assert_allclose(row[f"ce_{when}"], wanted, rtol=1e-4)
