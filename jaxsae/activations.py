@@ -71,6 +71,14 @@ class Activation:
         """The dense code of a training batch, and the activation after it: the same, unless it estimates something."""
         return self(pre), self
 
+    def margin(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
+        """How far each latent is past its threshold, of an activation that has thresholds."""
+        raise NotImplementedError(f"{type(self).__name__} has no threshold to move; pass BatchTopK or JumpReLU.")
+
+    def at_margin(self, t: float | Array) -> "Activation":
+        """The activation under which positive latents of a margin beyond `t` are active, and no others."""
+        raise NotImplementedError(f"{type(self).__name__} has no threshold to move; pass BatchTopK or JumpReLU.")
+
     def rescale(self, scale: float | Array) -> "Activation":
         """The activation in other units: `rescale(s)(pre/s) = self(pre)/s`."""
         del scale

@@ -1,5 +1,6 @@
 """What a trained autoencoder does on more rows than fit in memory: which latents fire, and where thresholds belong."""
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Iterable
@@ -41,7 +42,7 @@ def _activity(sae: SAE, x) -> metrics.Activity:
         fired = jnp.sum(active & finite[:, None], axis=0, dtype=jnp.float32)
     else:
         code = encode(sae, jnp.where(finite[:, None], x, 0))
-        code = code.replace(values=jnp.where(finite[:, None], code.values, 0))
+        code = dataclasses.replace(code, values=jnp.where(finite[:, None], code.values, 0))
         fired = metrics.activity(code).fired
     return metrics.Activity(jnp.sum(finite, dtype=jnp.float32), fired)
 
@@ -56,6 +57,9 @@ def calibrate(sae: SAE, batches: Iterable[Float[Array, "b d"] | np.ndarray], l0:
       sae: with `BatchTopK`, whose threshold is set, or `JumpReLU`, to all of whose thresholds one number is added.
       batches: of rows `[b d]`; rows with NaN or Inf are left out.
       l0: active latents a row.
+
+    Raises:
+      NotImplementedError: if the activation has no thresholds.
 
     Example:
       >>> import jaxsae
@@ -75,7 +79,7 @@ def calibrate(sae: SAE, batches: Iterable[Float[Array, "b d"] | np.ndarray], l0:
     key = np.int32((chosen - _BINS // 2) << _LEFT_OUT)
     edge = (key ^ (key >> 31 & np.int32(0x7FFFFFFF))).view(np.float32)
     below = jnp.asarray(np.nextafter(edge, np.float32(-np.inf)))  # what is in the bin is active too
-    return sae.replace(activation=sae.activation.at_margin(below))
+    return dataclasses.replace(sae, activation=sae.activation.at_margin(below))
 
 
 @jax.jit

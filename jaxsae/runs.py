@@ -298,7 +298,7 @@ def recipe(
         sae = init(jax.random.key(o.seed), d=d, m=o.latents, activation=activation, b_dec=scale * centre)
         return train.init_state(sae, tx)
 
-    return Objective(terms, idle_after=o.idle_after), tx, fresh
+    return Objective(terms, idle_after=o.idle_after), tx, fresh  # pyright: ignore[reportArgumentType]
 
 
 def _rows_to_blame(sources, names, batches: data_module.Batches, bad: Sequence[int]) -> dict[str, list[int]]:

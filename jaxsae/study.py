@@ -274,8 +274,8 @@ def _load(path, plan: Plan, seed: int) -> tuple[np.ndarray, np.ndarray, float, s
 
 def _options(plan: Plan, seed: int) -> runs.Options:
     """Of all trainings, but for what makes each sparse."""
-    sizes = {"batch": plan.batch, "steps": plan.steps, "heldout": plan.heldout}
-    return runs.resolved(runs.Options("topk", plan.latents, learning_rate=plan.learning_rate, seed=seed, **sizes))
+    options = runs.Options("topk", plan.latents, learning_rate=plan.learning_rate, heldout=plan.heldout, seed=seed)
+    return runs.resolved(options._replace(batch=plan.batch, steps=plan.steps))
 
 
 def _matching_k(l0: list[float | None], most: int) -> list[int]:

@@ -71,3 +71,8 @@ def test_activity_is_that_of_the_code(activation, x):
     model = sae(m=M, activation=activation)
     found = calibration.activity(model, [x[:300], x[300:]])
     np.testing.assert_array_equal(found.fired, active(model, x).sum(0))
+
+
+def test_what_has_no_thresholds_is_refused(x):
+    with pytest.raises(NotImplementedError, match="TopK has no threshold to move; pass BatchTopK or JumpReLU"):
+        calibration.calibrate(sae(m=M, activation=jaxsae.TopK(K)), [x], 4.0)
