@@ -322,7 +322,7 @@ def recipe(
         sae = init(jax.random.key(o.seed), d=d, m=o.latents, activation=activation, b_dec=scale * centre)
         return train.init_state(sae, tx)
 
-    return Objective(terms, idle_after=o.idle_after), tx, fresh
+    return Objective(terms, idle_after=o.idle_after), tx, fresh  # pyright: ignore[reportArgumentType]
 
 
 def _lengthened(options: Options, step: int, before: int, steps: int) -> str:

@@ -189,6 +189,16 @@ def test_dead_is_the_share_of_latents_that_never_fired_on_the_last_100_000_rows_
     assert rows == [B, 2 * B, 3 * B, 3 * B, 3 * B]
 
 
+def test_the_learning_rate_of_short_trainings_is_larger_and_tends_to_the_papers():
+    theirs = [2e-4 / (m / 2**14) ** 0.5 for m in (4, 1024, 2**20)]
+    assert [train.learning_rate(m) for m in (4, 1024, 2**20)] == theirs
+    for m, paper in zip((4, 1024, 2**20), theirs, strict=True):
+        rates = [train.learning_rate(m, steps) for steps in (10, 250, 1000, 20_000, 100_000, 10**7)]
+        assert rates == sorted(rates, reverse=True) and rates[-2:] == [paper, paper]
+        assert rates[0] <= max(paper, 4e-3)
+    assert 1e-3 < train.learning_rate(1024, 1000) < train.learning_rate(1024, 250) < 4e-3
+
+
 def test_nothing_is_dead_before_the_first_row():
     tx, x = optax.sgd(0.1), activations(batch=(B,)).at[0, 0].set(jnp.nan)
     _, shown = train.make_step(Objective(), tx)(train.init_state(sae(m=M), tx), x)
