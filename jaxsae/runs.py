@@ -6,6 +6,7 @@ A run is a directory: `sae/`, the autoencoder in the units of the data; `report.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import operator
@@ -558,7 +559,7 @@ def evaluate(sae: SAE, rows: data_module.Rows, more: metrics.Activity | None = N
 def _measure(sae: SAE, x, capacity: int, keep: tuple[int, ...]):
     finite = jnp.isfinite(x).all(1, keepdims=True)
     code = encode(sae, jnp.where(finite, x, jnp.nan), capacity=capacity)
-    code = code.replace(values=jnp.where(finite, code.values, jnp.nan))  # a threshold passes over NaN
+    code = dataclasses.replace(code, values=jnp.where(finite, code.values, jnp.nan))  # a threshold passes over NaN
     whole = metrics.reconstruction(x, reconstruct(sae, x, code))
     return whole, metrics.activity(code), metrics.progressive(sae, x, code, keep)
 
