@@ -489,6 +489,8 @@ def _open_shards(path: Path) -> dict[str, Any]:
 
     index = path / "model.safetensors.index.json"
     if index.is_file():
+        if (path / "model.safetensors").is_file():
+            raise InputError(f"{path}: has model.safetensors and {index.name}; remove the one that is old.")
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     else:
         names = ["model.safetensors"]
