@@ -275,7 +275,7 @@ def recipe(
 
 def _lengthened(options: Options, step: int, before: int, steps: int) -> str:
     """One sentence on what is other for a run that was made longer."""
-    old, new = (float(_schedule(options._replace(steps=count))(step)) for count in (before, steps))
+    old, new = (np.float32(_schedule(options._replace(steps=count))(step)) for count in (before, steps))
     return (
         f"the run is lengthened from {before} to {steps} steps: from step {step} on, all that depends on their number "
         f"is that of {steps}, such as the learning rate ({new:.3g}, it was {old:.3g})."
