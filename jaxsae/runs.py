@@ -329,7 +329,7 @@ def recipe(
 def _lengthened(options: Options, step: int, before: int, steps: int) -> str:
     """One sentence on what is other for a run that was made longer."""
     wanted = (resolved(options._replace(steps=count)) for count in (before, steps))
-    old, new = (float(_schedule(o.learning_rate, o.steps)(step)) for o in wanted)
+    old, new = (np.float32(_schedule(o.learning_rate, o.steps)(step)) for o in wanted)  # pyright: ignore[reportArgumentType]
     return (
         f"the run is lengthened from {before} to {steps} steps: from step {step} on, all that depends on their number "
         f"is that of {steps}, such as the learning rate ({new:.3g}, it was {old:.3g})."
