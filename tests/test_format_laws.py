@@ -170,7 +170,6 @@ UNSAVED = {
     "a class of the user's": ({"activation": Squared()}, "the activation Squared.*expected one of: ReLU, TopK"),
     "one made from ours": ({"activation": Halved(3)}, "the activation Halved"),
     "one named as ours": ({"activation": ReLU()}, "the activation ReLU"),
-    "a function": ({"activation": jax.nn.relu}, "the activation"),
     "a normalisation of the user's": ({"normalisation": Doubled()}, "the normalisation Doubled.*LayerNorm"),
     "a bias of another size": ({"b_enc": np.zeros(M + 1, np.float32)}, r"b_enc of shape \(13,\) for 12 latents"),
     "no bias": ({"b_dec": None}, "b_dec holds object"),
