@@ -214,7 +214,7 @@ def _tokenise(tokenizer, text: str, most: int) -> Iterator[_Piece]:
     end, count = min(_PIECE, len(text)), 0
     piece = _encode(tokenizer, text, 0, end)
     while end < len(text) and count < most:
-        overlap, joint = _OVERLAP, None
+        overlap, joint, following = _OVERLAP, None, piece
         while joint is None and 2 * overlap <= _PIECE:
             following = _encode(tokenizer, text, end - overlap, end - overlap + _PIECE)
             joint, overlap = _joint(piece, following, end - overlap, end, in_words=in_words), 2 * overlap

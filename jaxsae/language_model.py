@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from jaxsae import linalg, model_files, pytrees
@@ -424,7 +425,7 @@ def _validate(model, ids, layer) -> None:
     if ids.ndim != 2 or not 1 <= ids.shape[1] <= c.context:
         raise ValueError(f"`residual` got ids of shape {ids.shape}; pass (b, s) with s from 1 to {c.context}.")
     _require_layer(c, layer)
-    if isinstance(ids, jax.core.Tracer) or not getattr(ids, "is_fully_addressable", True) or not ids.size:
+    if isinstance(ids, Tracer) or not getattr(ids, "is_fully_addressable", True) or not ids.size:
         return
     tokens = np.asarray(ids)
     low, high = int(tokens.min()), int(tokens.max())

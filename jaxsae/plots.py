@@ -57,7 +57,8 @@ def shrinkage(report: dict[str, Any], path: str | os.PathLike) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     panels = [("nmse", "NMSE on held-out rows", "Error against sparsity, before and after")]
-    if "ce_clean" in report:
+    clean = report.get("ce_clean")
+    if clean is not None:
         panels.append(("ce", "next-token cross-entropy (nats)", "What the codes cost the language model"))
     figure = Figure(figsize=(5.5 + 5.5 * len(panels), 4.4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -71,7 +72,7 @@ def shrinkage(report: dict[str, Any], path: str | os.PathLike) -> None:
         left.stairs(_share(counts.sum(axis=0)), edges, fill=True, color=colour, alpha=0.3, label=label)
         for count in counts:
             left.stairs(_share(count), edges, color=colour, linewidth=0.8)
-        rows = [row for row in rows if row["l0"]]  # a dead autoencoder has no place on a logarithmic axis
+        rows = [row for row in rows if _positive(row["l0"])]  # one that is dead has no place on a logarithmic axis
         l0 = [row["l0"] for row in rows]
         for axes, (name, _, _) in zip(rights, panels, strict=True):
             before, after = ([row[f"{name}_{when}"] for row in rows] for when in ("before", "after"))
@@ -88,10 +89,12 @@ def shrinkage(report: dict[str, Any], path: str | os.PathLike) -> None:
         xlim=(edges[0], edges[-1]),
     )
     for axes, (name, label, title) in zip(rights, panels, strict=True):
-        if any(row["l0"] for row in report["rows"]):
-            axes.set(xscale="log", yscale="log" if name == "nmse" else "linear")
+        shown = [row for row in report["rows"] if _positive(row["l0"])]
+        errors = [row[f"nmse_{when}"] for row in shown for when in ("before", "after")]
+        logarithmic = [axes.xaxis] if shown else []
+        logarithmic += [axes.yaxis] if name == "nmse" and any(map(_positive, errors)) else []
+        axes.set(**{f"{axis.axis_name}scale": "log" for axis in logarithmic})
         axes.set(xlabel="L0: active latents a row", ylabel=label, title=title)
-        logarithmic = (axes.xaxis, axes.yaxis) if name == "nmse" else (axes.xaxis,)
         for axis in logarithmic:
             axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -102,13 +105,18 @@ def shrinkage(report: dict[str, Any], path: str | os.PathLike) -> None:
                 middle = math.sqrt(low * high)
                 axes.set(**{f"{axis.axis_name}lim": (middle / math.sqrt(2), middle * math.sqrt(2))})
         axes.grid(which="both", alpha=0.25)
-    if "ce_clean" in report:
-        label = f"the model itself, {report['ce_clean']:.2f} (its mean instead: {report['ce_mean']:.2f})"
-        rights[-1].axhline(report["ce_clean"], color="black", linewidth=0.8, label=label)
+    if clean is not None:
+        mean = "–" if report["ce_mean"] is None else f"{report['ce_mean']:.2f}"
+        label = f"the model itself, {clean:.2f} (its mean instead: {mean})"
+        rights[-1].axhline(clean, color="black", linewidth=0.8, label=label)
     for axes in (left, *rights):
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=150, format="png")
+
+
+def _positive(value: float | None) -> bool:
+    return value is not None and 0 < value < math.inf
 
 
 def _share(counts):

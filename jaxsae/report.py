@@ -102,7 +102,8 @@ def page(run: str | os.PathLike) -> str:
     try:
         return _study(report) if "rows" in report else _run(report, curves, run)
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-        raise InputError(f"{path}: is damaged ({type(error).__name__}: {error}); make it anew.") from error
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{path}: is damaged ({type(error).__name__}: {reason}); make it anew.") from error
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -13,8 +13,9 @@ import PIL.Image
 import pytest
 from browser import FOUND, browser
 
-from jaxsae import metrics, pages, report, runs
+from jaxsae import metrics, pages, plots, report, runs
 from jaxsae.cli import main
+from jaxsae.files import InputError
 from jaxsae.plots import FAMILIES
 
 ROOT = Path(__file__).parent.parent
@@ -285,6 +286,62 @@ def test_a_diverged_autoencoder_is_shown_with_dashes(tmp_path):
     assert page.cells("On the held-out rows")[2][:4] == ["ReLU, L1 0.2", "–", "–", "–"]
     (warning,) = [p["text"] for p in page.all("p") if p.get("class") == "warning"]
     assert warning == "ReLU, L1 0.2: only 0% of the rows are certified to be optimal."
+
+
+@pytest.mark.parametrize(
+    ("keys", "odd", "rows"),
+    [
+        ([], None, 0),
+        (["l0"], float("nan"), 1),
+        (["nmse_before", "nmse_after"], 0.0, 1),
+        (["nmse_after", "ce_clean"], None, 1),
+        (["ce_mean", "ce_before"], None, 1),
+    ],
+)
+def test_the_figure_of_odd_numbers_is_drawn(keys, odd, rows, tmp_path):
+    found = with_losses(a_study())
+    found["rows"] = found["rows"][:rows]
+    for key in keys:
+        for holds in (found, *found["rows"]):
+            holds |= {key: odd} if key in holds else {}
+    plots.shrinkage(found, tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+ODD = [None, float("nan"), float("inf"), 0, -1, 1e308, 5e-324, 10**40, "x", [], {}, [None], True, [[1]]]
+
+
+def damaged(found, generator):
+    """A report of which up to three places hold something odd, or nothing."""
+    for _ in range(generator.integers(1, 4)):
+        place = found
+        while True:
+            keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+            if not keys:
+                break
+            key = keys[generator.integers(len(keys))]
+            if isinstance(place[key], dict | list) and place[key] and generator.random() < 0.8:
+                place = place[key]
+            elif generator.random() < 0.2:
+                del place[key]
+                break
+            else:
+                place[key] = ODD[generator.integers(len(ODD))]
+                break
+    return found
+
+
+@pytest.mark.parametrize("make", [a_run, lambda: with_losses(a_study())])
+def test_a_damaged_report_is_a_page_or_one_line(make, tmp_path):
+    for seed in range(30):
+        write(tmp_path, damaged(make(), np.random.default_rng(seed)))
+        try:
+            text = report.page(tmp_path)
+        except InputError as error:
+            assert "\n" not in str(error)
+        else:
+            drawn = [element for element in Page(text).elements if element["tag"] in ("path", "rect", "circle", "text")]
+            assert not [value for e in drawn for key, value in e.items() if key in "d x y cx cy" and "nan" in value]
 
 
 def test_autoencoders_of_others_go_by_their_names(tmp_path):
