@@ -267,7 +267,9 @@ def _one_atom(dictionary: Any):
     return jax.eval_shape(lambda dictionary: dictionary.take(jnp.zeros((1, 1), jnp.int32)), dictionary)
 
 
-def check_numbers(name: str, what: str, x: Any, *, least: float = 0, most: float = math.inf, do: str) -> None:
+def check_numbers(
+    name: str, what: str, x: Any, *, least: int | float = 0, most: int | float = math.inf, do: str
+) -> None:
     """Raise if an option that is known, one number or an array, is NaN, infinite or out of `[least, most]`."""
     if isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
         return

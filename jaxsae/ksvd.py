@@ -117,6 +117,8 @@ class _Static(NamedTuple):
 @functools.partial(jax.jit, static_argnums=0)
 def _fit(static: _Static, start, y, tol):
     k, steps, update, nonnegative, nonnegative_atoms = static
+    y, scale = _without_units(y)
+    tol = divide(tol, scale)
     finite = jnp.isfinite(y).all(axis=1)
     known = jnp.where(finite[:, None], y, 0)
 
@@ -132,6 +134,14 @@ def _fit(static: _Static, start, y, tol):
         return D, History(coded, updated, replaced)
 
     return jax.lax.scan(step, start, length=steps)
+
+
+def _without_units(y):
+    """Signals divided by a power of two, so that none of their squares is out of range, and the power."""
+    wide = y.astype(jnp.promote_types(y.dtype, jnp.float32))
+    finite = jnp.isfinite(wide).all(axis=1, keepdims=True)
+    scale = gram.power_of_two(gram.largest(jnp.where(finite, wide, 0), (0, 1)))[0, 0]
+    return divide(wide, scale).astype(y.dtype), scale
 
 
 def _signals(key, y, m: int):
@@ -308,7 +318,8 @@ def mod(
 
 @jax.jit
 def _mod(D, y, code: SparseCode):
-    finite, known, learnt = rank_one.learnable(D, y, code)
+    given = rank_one.learnable(D, y, code)
+    learnt, known = given.code, given.signals
     m, dtype = len(D), known.dtype
 
     def add(total, values, indices):
@@ -324,12 +335,12 @@ def _mod(D, y, code: SparseCode):
     norm = jnp.sqrt(jnp.diagonal(zz))
     unit = divide(zz, norm[:, None] * norm).at[jnp.diag_indices(m)].set(1)
     best = divide(solve_semidefinite(unit, divide(codes.correlate(learnt, known), norm[:, None])), norm[:, None])
-    best = jnp.where(norm[:, None] > 0, best, D)
-    error, error_before = (jnp.sum((known - codes.combine(atoms, learnt)) ** 2) for atoms in (best, D.astype(dtype)))
-    best = jnp.where(error < error_before, best, D)
+    best = jnp.where(norm[:, None] > 0, best, given.atoms)
+    error, error_before = (jnp.sum((known - codes.combine(atoms, learnt)) ** 2) for atoms in (best, given.atoms))
+    best = jnp.where(error < error_before, best, given.atoms)
     size = jnp.linalg.norm(best, axis=1).at[learnt.indices].get(mode="fill", fill_value=0)
     learnt = dataclasses.replace(learnt, values=learnt.values * size)
-    return rank_one.unit(best).astype(D.dtype), rank_one.put(code, learnt, finite)
+    return rank_one.unit(best).astype(D.dtype), given.put(code, learnt)
 
 
 def replace(
@@ -369,8 +380,8 @@ def replace(
 @functools.partial(jax.jit, static_argnums=0)
 def _replace(nonnegative_atoms: bool, D, y, code: SparseCode):
     m = len(D)
-    _, known, learnt = rank_one.learnable(D, y, code)
-    atoms = rank_one.unit(D.astype(known.dtype))
+    given = rank_one.learnable(D, y, code)
+    learnt, known, atoms = given.code, given.signals, rank_one.unit(given.atoms)
 
     def repeats(some, number):
         return jnp.any((jnp.abs(matmul(some, atoms.T)) > _ALIKE) & (jnp.arange(m) < number[:, None]), axis=1)
@@ -380,7 +391,7 @@ def _replace(nonnegative_atoms: bool, D, y, code: SparseCode):
     )
     uses = jnp.zeros(m, jnp.int32).at[learnt.indices].add(1, mode="drop")
     useless = repeated | (uses == 0)
-    error = jnp.sum((known - codes.combine(atoms, learnt)) ** 2, axis=1)
+    error = jnp.sum((known - codes.combine(given.atoms, learnt)) ** 2, axis=1)
     error, worst = jax.lax.top_k(error, min(m, len(y)))
     turn = jnp.cumsum(useless) - 1
     error, worst = (x.at[turn].get(mode="fill", fill_value=0) for x in (error, worst))

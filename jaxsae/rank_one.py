@@ -15,13 +15,14 @@ from jaxtyping import Array, Float
 
 from jaxsae import codes, gram
 from jaxsae.codes import SparseCode
-from jaxsae.linalg import divide, matmul
+from jaxsae.linalg import divide, matmul, max_or_nan
 
 _ROUNDS = 10  # of a rank-one fit under constraints
 
 
 def unit(atoms):
-    """Atoms of norm 1; those that are 0 stay."""
+    """Atoms of norm 1, whatever their size; those that are 0 stay."""
+    atoms = divide(atoms, gram.power_of_two(max_or_nan(jnp.abs(atoms), -1, keepdims=True)))
     return divide(atoms, jnp.linalg.norm(atoms, axis=-1, keepdims=True))
 
 
@@ -40,25 +41,42 @@ class Signs(NamedTuple):
         return jax.nn.relu(d) if self.atoms else d
 
 
-def learnable(D, y, code: SparseCode) -> tuple[Array, Array, SparseCode]:
-    """Which rows are finite; the signals, and the code they can be learnt from, in float32 or better.
+class Learnable(NamedTuple):
+    """What a dictionary can be learnt from, in float32 or better and free of units.
 
-    The others are 0 and empty, and so are later slots of an index that stands twice.
+    Atoms, each, and all signals are divided by powers of two, and values to match, so that no square leaves the range.
     """
+
+    atoms: Array  # [m d]
+    signals: Array  # [n d]  0 where a row is not finite
+    code: SparseCode  # without those rows, and later slots of an index that stands twice
+    finite: Array  # [n]
+    scale: Array  # of the signals
+
+    def put(self, code: SparseCode, learnt: SparseCode) -> SparseCode:
+        """What was learnt for atoms of norm 1, with units, in the rows that are finite."""
+        rows, values = self.finite[:, None], (learnt.values * self.scale).astype(code.values.dtype)
+        values, indices = jnp.where(rows, values, code.values), jnp.where(rows, learnt.indices, code.indices)
+        return dataclasses.replace(code, values=values, indices=indices)
+
+
+def learnable(D, y, code: SparseCode) -> Learnable:
+    """The part of signals, and of their code, that a dictionary can be learnt from."""
     dtype, m = gram.accumulator(D, y), code.num_latents
+    D, y = D.astype(dtype), y.astype(dtype)
     finite = jnp.isfinite(y).all(axis=1) & (jnp.isfinite(code.values) | ~code.mask).all(axis=1)
+    known = jnp.where(finite[:, None], y, 0)
+    scale = gram.power_of_two(gram.largest(known, (0, 1)))[0, 0]
+    size = gram.power_of_two(max_or_nan(jnp.abs(D), 1))
     on = code.mask & finite[:, None]
     values, indices = jnp.where(on, code.values, 0).astype(dtype), jnp.where(on, code.indices, m)
+    # The values of a zero atom change nothing, and say in what direction it is to go.
+    values = divide(values * jnp.where(size == 0, 1, size).at[indices].get(mode="fill", fill_value=0), scale)
     same = (indices[:, :, None] == indices[:, None, :]) & on[:, None, :]
     first = on & (jnp.argmax(same, axis=2) == jnp.arange(indices.shape[1]))
     values = jnp.where(first, jnp.einsum("nij,nj->ni", same.astype(dtype), values), 0)
-    return finite, jnp.where(finite[:, None], y, 0).astype(dtype), SparseCode(values, jnp.where(first, indices, m), m)
-
-
-def put(code: SparseCode, learnt: SparseCode, finite: Array) -> SparseCode:
-    """What was learnt, in the rows that are finite."""
-    values = jnp.where(finite[:, None], learnt.values.astype(code.values.dtype), code.values)
-    return dataclasses.replace(code, values=values, indices=jnp.where(finite[:, None], learnt.indices, code.indices))
+    learnt = SparseCode(values, jnp.where(first, indices, m), m)
+    return Learnable(divide(D, size[:, None]), divide(known, scale), learnt, finite, scale)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -69,7 +87,8 @@ def sweep(fit_atom: Callable, signs: Signs, D, y, code: SparseCode):
     with zeros; it takes the atom before, of norm 1, and returns the one after.
     """
     m, (n, k) = len(D), code.indices.shape
-    finite, known, learnt = learnable(D, y, code)
+    given = learnable(D, y, code)
+    learnt = given.code
     size = _block_size(n * k / m)
     order = codes.by_latent(learnt.indices, m)
     bounds = jnp.searchsorted(learnt.indices.ravel()[order], jnp.arange(m + 1))
@@ -108,13 +127,12 @@ def sweep(fit_atom: Callable, signs: Signs, D, y, code: SparseCode):
         values, residual = jax.lax.fori_loop(0, blocks, put, (values, residual))
         return D.at[j].set(new), values, residual
 
-    atoms = signs.project_atom(D.astype(known.dtype))
+    atoms = signs.project_atom(given.atoms)
     length = jnp.linalg.norm(atoms, axis=1)
-    # The values of a zero atom change nothing, and say in what direction it is to go.
     scale = jnp.where(length > 0, length, 1).at[learnt.indices].get(mode="fill", fill_value=0)
-    carry = unit(atoms), (learnt.values * scale).ravel(), known - codes.combine(atoms, learnt)
+    carry = unit(atoms), (learnt.values * scale).ravel(), given.signals - codes.combine(atoms, learnt)
     atoms, values, _ = jax.lax.fori_loop(0, m, sweep, carry)
-    return atoms.astype(D.dtype), put(code, dataclasses.replace(learnt, values=values.reshape(n, k)), finite)
+    return atoms.astype(D.dtype), given.put(code, dataclasses.replace(learnt, values=values.reshape(n, k)))
 
 
 def _block_size(uses: float) -> int:

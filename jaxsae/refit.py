@@ -96,7 +96,7 @@ def refit(
         atoms in bfloat16 and float16 are accumulated in float32.
       y: targets `[*b d]`.
       code: support and starting values, `[*b k]`.
-      solver: any pytree of `solvers.py`; `solvers.default(k, d)` if None.
+      solver: any pytree of `solvers.py`, with the fallback that it names; `solvers.default(k, d)` if None.
       nonnegative: constrain `z ≥ 0`.
       ridge: weight of `½‖z‖²`, in the units of the atoms' squared norm.
       scratch: most bytes that the rows in work may need, beside arguments and results; `rows.SCRATCH` by default, or
@@ -136,7 +136,6 @@ def refit(
     Source: Gao et al. (2024), "Scaling and evaluating sparse autoencoders", Section 5.1.
     """
     dictionary, y, code = gram.validate(dictionary, y, code, "refit")
-    _check_solver(solver)
     needed = _row_bytes(code.indices.shape[-1], y.shape[-1], gram.accumulator(dictionary, y).itemsize)
     scratch = max(rows.SCRATCH, needed) if scratch is None else scratch
     if scratch < needed:
@@ -144,6 +143,8 @@ def refit(
     kernel = solver is None and kernels.applies(dictionary, code.indices, y, code.values)
     if solver is None:
         solver = solvers.default(code.indices.shape[-1], y.shape[-1], kernel=kernel)
+    solver = solvers.resolve(solver)
+    _check_solver(solver)
     ridge = jnp.asarray(ridge, gram.accumulator(dictionary, y))
     static = _Static(nonnegative, code.num_latents, scratch, kernel)
     if sharding.spread(code.num_latents) and gram.is_array(dictionary):

@@ -20,7 +20,7 @@ from jaxsae.linalg import EXACT, divide
 from jaxsae.refit import RefitInfo, Status, refit
 from jaxsae.solvers import FISTA, ConjugateGradient
 
-_SOLVER = ConjugateGradient(tol=1e-6, max_steps=256)
+_SOLVER = ConjugateGradient(tol=1e-6, max_steps=256, fallback=None)
 
 
 class Method(NamedTuple):

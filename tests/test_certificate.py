@@ -6,7 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import assert_same_bits, atoms_of, excess, f64, problem, projected, residual, with_code
+from problems import (
+    assert_same_bits,
+    atoms_of,
+    excess,
+    f64,
+    objective,
+    optimum,
+    problem,
+    projected,
+    residual,
+    with_code,
+)
 
 import jaxsae
 from jaxsae import SparseCode
@@ -79,6 +90,50 @@ def test_a_certificate_does_not_depend_on_units(nonnegative):
         certificate = jaxsae.certify(atoms * dictionary, data * y, scaled, nonnegative=nonnegative)
         for a, b in zip(jax.tree.leaves(certificate), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+def dual_slack(dictionary, y, code, best) -> np.ndarray:
+    """What the gap may fall short by, as `Certificate` says."""
+    norms = np.linalg.norm(atoms_of(dictionary, code), axis=-1)
+    values = np.maximum(np.abs(f64(code.values)), np.abs(f64(best.values)))
+    eps = np.finfo(np.float32).eps
+    return 2 * (32 + y.shape[-1]) * eps * (norms * values).sum(-1) / np.linalg.norm(f64(y), axis=-1)
+
+
+@SIGNS
+@pytest.mark.parametrize("coherence", [0.9, 0.99, 0.9999])
+def test_a_certificate_holds_whatever_the_order_of_sums(coherence, nonnegative, optimised):
+    dictionary, y, code = problem(coherence=coherence)
+    best = optimum(dictionary, y, code, nonnegative)
+    rng, eps = np.random.default_rng(0), np.finfo(np.float32).eps
+    for off in (0, 1e-3, 1):
+        slots, turn = rng.permutation(6), rng.permutation(16)
+        values = f64(best.values) * (1 + off * rng.normal(size=best.values.shape))
+        values = np.maximum(values, 0) if nonnegative else values
+        moved = with_code(code, values=np.float32(values[:, slots]), indices=np.asarray(code.indices)[:, slots])
+        permuted = dictionary[:, turn], y[:, turn], moved
+        certificate = jaxsae.certify(*permuted, nonnegative=nonnegative)
+        expected = kkt_by_definition(*permuted, nonnegative)
+        assert np.all(expected <= f64(certificate.kkt) * (1 + 1e-5) + y.shape[-1] * eps)
+        slack = dual_slack(*permuted, best.replace(values=f64(best.values)[:, slots]))
+        short = excess(*permuted, nonnegative) - f64(certificate.gap) * (1 + 1e-5)
+        assert np.all(short <= slack + 1e-7)
+
+
+@SIGNS
+@pytest.mark.parametrize("ridge", [1e-3, 0.3, 100.0])
+def test_the_certificate_of_a_ridge_is_that_of_its_problem(ridge, nonnegative):
+    dictionary, y, code = problem()
+    refitted, info = jaxsae.refit(dictionary, y, code, nonnegative=nonnegative, ridge=ridge)
+    best = objective(dictionary, y, optimum(dictionary, y, code, nonnegative, ridge), ridge)
+    certificate = jaxsae.certify(dictionary, y, refitted, nonnegative=nonnegative, ridge=ridge)
+    assert np.max(certificate.kkt) <= 1e-5 and np.max(certificate.gap) <= 1e-5
+    np.testing.assert_allclose(certificate.kkt, info.kkt, atol=2e-6)
+    assert np.max(jaxsae.certify(dictionary, y, refitted, nonnegative=nonnegative).kkt) > 1e-5
+    start = projected(code, nonnegative)
+    gap = f64(jaxsae.certify(dictionary, y, start, nonnegative=nonnegative, ridge=ridge).gap)
+    above = (objective(dictionary, y, start, ridge) - best) / (0.5 * (f64(y) ** 2).sum(-1))
+    assert np.all(above <= gap * (1 + 1e-5) + 1e-7)
 
 
 def test_the_solver_and_the_certificate_agree():

@@ -282,6 +282,31 @@ def test_what_float32_cannot_solve_is_said_to_be_unsolved(optimised):
         assert np.all(objective(atoms, y, z, info.lam[:, at]) <= 1.001 * objective(atoms, y, 0 * z, 0))
 
 
+@each_sign
+@pytest.mark.parametrize("coherence", [0.9, 0.99, 0.999])
+def test_the_gap_holds_whatever_the_order_of_sums(coherence, nonnegative, optimised):
+    # Other orders of atoms and coordinates are other orders of sums; large codes cancel to what is left of y.
+    rng = np.random.default_rng(0)
+    normal, y = HARD["targets that are atoms"][0], HARD["coherent"][1]
+    atoms = (1 - coherence) * normal + coherence * normal[0]
+    for order, turn in ((np.arange(M), np.arange(D)), (rng.permutation(M), rng.permutation(D))):
+        permuted = jnp.asarray(atoms[order][:, turn], jnp.float32), jnp.asarray(y[:, turn], jnp.float32)
+        code, info = path(*permuted, grid(*permuted, nonnegative), nonnegative=nonnegative)
+        longest = np.linalg.norm(f64(permuted[0]), axis=1).max()
+        for at in range(len(SHARES)):
+            z, lam, gap = code.dense()[:, at], info.lam[:, at], f64(info.gap[:, at])
+            stated = (2 * D + 18) * np.finfo(np.float32).eps * longest * np.abs(f64(z)).sum(-1)
+            stated /= np.linalg.norm(f64(permuted[1]), axis=-1)
+            short = gap_by_definition(*permuted, z, lam, nonnegative) - gap * (1 + 1e-5)
+            assert np.all(short <= np.minimum(stated, slack(*permuted, z)) + 1e-7)
+            r = f64(permuted[1]) - f64(z) @ f64(permuted[0])
+            g = r @ f64(permuted[0]).T
+            off = np.where(f64(z) != 0, np.abs(g - f64(lam)[:, None] * np.sign(z)), 0)
+            over = (g if nonnegative else np.abs(g)) - f64(lam)[:, None]
+            kkt = np.maximum(off, over).max(-1) / longest / np.linalg.norm(f64(permuted[1]), axis=-1)
+            assert np.all(kkt <= f64(info.kkt[:, at]) * (1 + 1e-5) + D * np.finfo(np.float32).eps)
+
+
 def test_rows_that_are_not_finite_touch_no_other_and_no_row_depends_on_the_others():
     atoms, y = data()
     lams = grid(atoms, y)
@@ -303,7 +328,7 @@ def test_a_traced_penalty_below_zero_is_a_status_and_vmap_is_the_batch():
     atoms, y = data()
     lams = grid(atoms, y)[:, 1].at[5].set(-1.0).at[6].set(jnp.nan)
     code, info = jax.jit(jax.vmap(lasso, in_axes=(None, 0, 0)))(atoms, y, lams)
-    assert info.status[5] == info.status[6] == Status.NONFINITE
+    assert info.status[5] == info.status[6] == Status.INVALID
     assert not np.any(code.mask[5])
     expected, _ = path(atoms, y, grid(atoms, y))
     good = np.delete(np.arange(ROWS), [5, 6])
@@ -344,6 +369,15 @@ def test_what_does_not_fit_is_refused_in_a_sentence(unchecked):
     atoms, y = data()
     for error, call in {
         "penalty of -1.0; pass penalties of 0 or more": lambda: lasso(atoms, y, -1.0),
+        "penalty of nan; pass": lambda: lasso(atoms, y, jnp.full(ROWS, jnp.nan)),
+        "penalty of inf; pass": lambda: path(atoms, y, jnp.array([1.0, jnp.inf])),
+        "tol -1e-06; pass a finite gap": lambda: lasso(atoms, y, 1.0, tol=-1e-6),
+        "tol nan; pass": lambda: relaxed(atoms, y, 1.0, 0.5, tol=jnp.nan),
+        "tol inf; pass": lambda: blend(atoms, y, 1.0, 0.5, tol=jnp.inf),
+        "max_steps -1; pass 0 or more": lambda: path(atoms, y, max_steps=-1),
+        "eps 0.0; pass a positive ratio up to 1": lambda: path(atoms, y, eps=0.0),
+        "eps nan; pass": lambda: cross_validate(jax.random.key(0), atoms, y[0], eps=jnp.nan),
+        "phi nan; pass numbers from 0 to 1": lambda: relaxed(atoms, y, 1.0, jnp.nan),
         "penalties of shape \\(3,\\) for y of shape \\(40, 16\\)": lambda: lasso(atoms, y, jnp.ones(3)),
         "pass shape \\(L,\\) or": lambda: path(atoms, y, 1.0),
         "n_lambdas 0": lambda: path(atoms, y, n_lambdas=0),

@@ -31,7 +31,7 @@ problem = functools.partial(problem, batch=(ROWS,), k=K)
 
 SOLVERS = pytest.mark.parametrize(
     "solver",
-    [jaxsae.ConjugateGradient(), jaxsae.FISTA(), jaxsae.ProjectedGradient(max_steps=50_000)],
+    [jaxsae.ConjugateGradient(fallback=None), jaxsae.FISTA(), jaxsae.ProjectedGradient(max_steps=50_000)],
     ids=lambda solver: type(solver).__name__,
 )
 SIGNS = pytest.mark.parametrize("nonnegative", [True, False], ids=["nonnegative", "free"])
@@ -503,8 +503,48 @@ def test_an_atom_too_short_to_square_keeps_its_value():
 def test_a_ridge_that_is_no_ridge_leaves_the_rows_as_they_were(ridge):
     dictionary, y, code = problem()
     refitted, info = jaxsae.refit(dictionary, y, code, ridge=ridge)
+    assert np.all(np.asarray(info.status) == Status.INVALID)
+    assert_same_bits(refitted.values, code.values)
+    with pytest.raises(RuntimeError, match="rows have a ridge or penalty that is negative or not finite"):
+        jaxsae.check(info)
+    with pytest.raises(ValueError, match="got a ridge of"):
+        jaxsae.certify(dictionary, y, code, ridge=ridge)
+
+
+@pytest.mark.parametrize("what", ["tol", "max_steps"])
+@pytest.mark.parametrize("number", [-1.0, np.nan, np.inf])
+def test_a_solver_with_numbers_that_make_no_sense_is_refused(what, number):
+    dictionary, y, code = problem()
+    for solver in (jaxsae.FISTA(), jaxsae.ConjugateGradient()):
+        chained = jaxsae.ConjugateGradient(fallback=solver.replace(**{what: number}))
+        for refused in (solver.replace(**{what: number}), chained):
+            with pytest.raises(ValueError, match=f"got {what} {number}; pass a finite number of at least 0"):
+                jaxsae.refit(dictionary, y, code, refused)
+
+
+def test_a_solver_passed_by_itself_solves_what_the_default_solves():
+    dictionary, y, code = problem(coherence=0.97)
+    for tol in (1e-5, 1e-6):
+        _, info = jaxsae.refit(dictionary, y, code, jaxsae.ConjugateGradient(tol=tol, max_steps=1))
+        assert np.all(np.asarray(info.status) == Status.CONVERGED) and np.max(info.kkt) <= tol
+    _, info = jaxsae.refit(dictionary, y, code, jaxsae.ConjugateGradient(max_steps=1, fallback=None))
+    assert np.any(np.asarray(info.status) == Status.MAX_STEPS), "else there is nothing to fall back from"
+
+
+@pytest.mark.parametrize(
+    "units", [(1e-38, 1e-38), (1e-40, 1e-40), (1, 1e-38), (1e-38, 1), (10, 1e-37), (1, 1e-45)], ids=str
+)
+def test_what_is_too_small_for_the_dtype_is_said_to_be(units):
+    dictionary, y, code = problem()
+    of_atoms, of_data = (np.float64(unit) for unit in units)
+    small = *(jnp.asarray(np.float32(f64(x) * by)) for x, by in ((dictionary, of_atoms), (y, of_data))), code
+    refitted, info = jaxsae.refit(*small)
     assert np.all(np.asarray(info.status) == Status.NONFINITE)
     assert_same_bits(refitted.values, code.values)
+    assert np.all(np.isnan(jaxsae.certify(*small).kkt))
+    exact = 2.0**-100  # nothing is subnormal: solved as ever
+    _, info = jaxsae.refit(exact * dictionary, exact * y, code)
+    assert np.all(np.asarray(info.status) == Status.CONVERGED)
 
 
 def test_float64_is_solved_in_float64(x64):

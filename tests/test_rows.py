@@ -100,7 +100,7 @@ def test_a_row_of_few_atoms_that_is_not_finite_comes_back_unchanged(bad):
 @pytest.mark.bits
 def test_the_fallback_is_given_the_rows_that_were_left_and_no_others():
     p = problem(batch=(40,), d=64, k=24, coherence=0.3)
-    alone, one = jaxsae.refit(*p, jaxsae.ConjugateGradient(tol=1e-6, max_steps=26))
+    alone, one = jaxsae.refit(*p, jaxsae.ConjugateGradient(tol=1e-6, max_steps=26, fallback=None))
     both, two = jaxsae.refit(
         *p, jaxsae.ConjugateGradient(tol=1e-6, max_steps=26, fallback=jaxsae.BlockPivoting(tol=1e-6, fallback=None))
     )
