@@ -112,10 +112,10 @@ def validate(activation: Any, name: str) -> None:
         )
 
 
-def _of_any_units(activation: Any, scale: float | Array) -> Any:
+def _of_any_units(self: Activation, scale: float | Array) -> Any:
     """Itself: what is scaled before is scaled after."""
     del scale
-    return activation
+    return self
 
 
 @pytrees.dataclass

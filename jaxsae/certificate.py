@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxsae import gram, pytrees, rows, solvers
+from jaxsae import gram, pytrees, rows, sharding, solvers
 from jaxsae.codes import SparseCode
 from jaxsae.linalg import matmul, max_or_nan, solve_on
 
@@ -74,7 +74,8 @@ def certify(
     """
     gram.validate(dictionary, y, code, "certify")
     y = y.astype(gram.accumulator(dictionary, y))
-    return Certificate(*_certify_jitted(nonnegative, code.num_latents, dictionary, (y, code.indices, code.values)))
+    certified = functools.partial(_certify_jitted, nonnegative, code.num_latents)
+    return Certificate(*sharding.automatic(certified, code.indices)(dictionary, (y, code.indices, code.values)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

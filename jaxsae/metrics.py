@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from jaxsae import codes, pytrees
+from jaxsae import codes, pytrees, sharding
 from jaxsae.codes import SparseCode
 from jaxsae.sae import SAE, Fit, reconstruct, to_fit
 
@@ -376,7 +376,8 @@ def shrinkage(
             f"`shrinkage` got a code of shape {code.values.shape} and a refined one of {refined.values.shape}; pass "
             "the refinement of that very code."
         )
-    return _shrinkage(sae.W_dec, to_fit(sae, x, target), x if target is None else target, code, refined)
+    measured = sharding.automatic(_shrinkage)
+    return measured(sae.W_dec, to_fit(sae, x, target), x if target is None else target, code, refined)
 
 
 @jax.jit

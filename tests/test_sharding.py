@@ -204,13 +204,18 @@ def test_collectives_are_read_from_a_program():
     assert collectives(hlo) == {("all-gather", 4 * 64 * 128): 2, ("all-reduce", 64): 1}
 
 
-AUTO = jax.sharding.AxisType.Auto
+AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
 
 
 @pytest.mark.parametrize(
-    ("shape", "names"), [((4, 2), ("data", "model")), ((8,), ("data",)), ((8,), ("latent",))], ids=str
+    ("shape", "names", "kind"),
+    [
+        *[((4, 2), ("data", "model"), AUTO), ((8,), ("data",), AUTO), ((8,), ("latent",), AUTO)],
+        *[((4, 2), ("data", "latent"), EXPLICIT), pytest.param((8,), ("data",), EXPLICIT, marks=pytest.mark.slow)],
+    ],
+    ids=str,
 )
-def test_a_mesh_of_other_axes_gives_the_same_numbers(shape, names):
+def test_a_mesh_of_another_kind_gives_the_same_numbers(shape, names, kind):
     model = jaxsae.init(jax.random.key(0), d=16, m=32, activation=jaxsae.TopK(6))
     x = activations(batch=(64,))
 
@@ -221,7 +226,7 @@ def test_a_mesh_of_other_axes_gives_the_same_numbers(shape, names):
         return code.dense(), slope, refined.dense(), codes.correlate(code, x)
 
     expected = jax.jit(all_of_it)(model, x)
-    mesh = jax.make_mesh(shape, names, axis_types=(AUTO,) * len(names))
+    mesh = jax.make_mesh(shape, names, axis_types=(kind,) * len(names))
     with jax.set_mesh(mesh):
         placed = jax.device_put(model, sharding.shardings(model, mesh))
         found = jax.jit(all_of_it)(placed, jax.device_put(x, sharding.rows_sharding(x, mesh)))
