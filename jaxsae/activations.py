@@ -57,6 +57,11 @@ class Activation:
     selects: bool = False
     pursues: bool = False
 
+    def __init_subclass__(cls) -> None:
+        # A class that says anew what the dense code is may have other units than the one that it is derived from.
+        if "__call__" in vars(cls) and "rescale" not in vars(cls):
+            cls.rescale = Activation.rescale
+
     @property
     def slots(self) -> int | None:
         """None: as many latents are active as happen to be."""
@@ -117,17 +122,14 @@ def validate(activation: Any, name: str) -> None:
         )
 
 
-class _Homogeneous(Activation):
-    """An activation of no units: what is scaled before is scaled after."""
-
-    def rescale(self, scale: float | Array) -> "Activation":
-        """Itself."""
-        del scale
-        return self
+def _of_any_units(self: Activation, scale: float | Array) -> Any:
+    """Itself: what is scaled before is scaled after."""
+    del scale
+    return self
 
 
 @pytrees.dataclass
-class ReLU(_Homogeneous):
+class ReLU(Activation):
     """Keep what is positive: `z = max(pre, 0)`.
 
     Trained with an L1 penalty, the sparse autoencoder of Bricken et al. (2023) and Cunningham et al. (2023).
@@ -138,19 +140,22 @@ class ReLU(_Homogeneous):
       Array([0., 2.], dtype=float32)
     """
 
+    rescale = _of_any_units
+
     def __call__(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
         """The dense code."""
         return jax.nn.relu(pre)
 
 
-class _Selection(_Homogeneous):
+class _Selection(Activation):
     """An activation that chooses `k` slots a row: `_chosen` says which, and the rest follows."""
 
     k: int
     selects = True
 
     def __init_subclass__(cls) -> None:
-        # A class that says anew what the dense code is has not said so of the sparse one, which is made of it then.
+        super().__init_subclass__()
+        # Nor has it said so of the sparse code, which is made of the dense one then.
         if "__call__" in vars(cls) and "_chosen" not in vars(cls):
             cls.selects = False
             cls._chosen = lambda self, pre: codes.from_dense(self(pre), self.k)
@@ -236,6 +241,7 @@ class TopK(_Selection):
 
     k: int = struct.field(pytree_node=False)
     keep: float | Array | None = pytrees.fixed(default=None)
+    rescale = _of_any_units
 
     def __call__(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
         """The dense code, by comparison with the k-th largest: no scatter, forwards or backwards."""
@@ -273,6 +279,7 @@ class AbsTopK(_Selection):
 
     k: int = struct.field(pytree_node=False)
     signed = True
+    rescale = _of_any_units
 
     def __call__(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
         """The dense code."""
@@ -304,6 +311,7 @@ class GroupMax(_Selection):
     """
 
     k: int = struct.field(pytree_node=False)
+    rescale = _of_any_units
 
     def _validate(self, m: int) -> None:
         if m % self.k:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxsae import gram, pytrees, rows, solvers
+from jaxsae import gram, pytrees, rows, sharding, solvers
 from jaxsae.codes import SparseCode
 from jaxsae.linalg import matmul, max_or_nan, solve_on
 
@@ -82,7 +82,8 @@ def certify(
     gram.check_numbers("certify", "a ridge of", ridge, do="a ridge of 0 or more, finite")
     ridge = jnp.asarray(ridge, gram.accumulator(dictionary, y))
     per_row = y.astype(ridge.dtype), code.indices, code.values
-    return Certificate(*_certify_jitted(nonnegative, code.num_latents, (dictionary, ridge), per_row))
+    certified = sharding.automatic(functools.partial(_certify_jitted, nonnegative, code.num_latents), code.indices)
+    return Certificate(*certified((dictionary, ridge), per_row))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -286,17 +286,20 @@ def sum_by_latent(code: SparseCode) -> Float[Array, " m"]:
       >>> sum_by_latent(code)
       Array([0., 4.], dtype=float32)
     """
-    m = code.num_latents
+    return sharding.automatic(functools.partial(_sum_by_latent, m=code.num_latents))(code.values, code.indices)
+
+
+def _sum_by_latent(values, indices, *, m: int):
     if not sharding.spread(m):
-        return scatter_add(jnp.zeros(m, code.values.dtype), code.indices, code.values)
-    row = sharding.rows_spec(code.indices)
+        return scatter_add(jnp.zeros(m, values.dtype), indices, values)
+    row = sharding.rows_spec(indices)
 
     def here(values, indices):
         m_here = m // sharding.size("latent")
         total = scatter_add(jnp.zeros(m_here, values.dtype), sharding.mine(indices, m_here), values)
         return sharding.sum_rows(total, row)
 
-    return sharding.split(here, (row, row), sharding.LATENTS)(code.values, code.indices)
+    return sharding.split(here, (row, row), sharding.LATENTS)(values, indices)
 
 
 # --- One trilinear form of atoms, values and rows, and its three partial derivatives
@@ -315,8 +318,12 @@ def form(wrt: str, left: Array, right: Array, indices: Array, *, m: int) -> Arra
 
     `left` and `right` are the other two, in this order.
     """
-    left, right, indices = sharding.vary_alike((left, right, indices))
-    return _form.bind(left, right, indices, wrt=wrt, m=m, members=0, mesh=jax.sharding.get_abstract_mesh())
+
+    def bind(*arguments):
+        arguments = sharding.vary_alike(arguments)
+        return _form.bind(*arguments, wrt=wrt, m=m, members=0, mesh=jax.sharding.get_abstract_mesh())
+
+    return sharding.automatic(bind, None if wrt == "atoms" else indices)(left, right, indices)
 
 
 _OTHERS = {"atoms": ("values", "rows"), "values": ("atoms", "rows"), "rows": ("atoms", "values")}

@@ -15,7 +15,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float
 
-from jaxsae import codes, pytrees
+from jaxsae import codes, pytrees, sharding
 from jaxsae.codes import SparseCode
 from jaxsae.linalg import ratio, widen
 from jaxsae.sae import SAE, Fit, reconstruct, to_fit
@@ -478,7 +478,8 @@ def shrinkage(
             "the refinement of that very code."
         )
     x, target = widen((x, target))
-    return _shrinkage(sae.W_dec, to_fit(sae, x, target), x if target is None else target, code, refined)
+    measured = sharding.automatic(_shrinkage)
+    return measured(sae.W_dec, to_fit(sae, x, target), x if target is None else target, code, refined)
 
 
 @jax.jit

@@ -6,9 +6,9 @@ where `scale` and `shift` are None if they change nothing.
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from jaxsae import pytrees
@@ -91,7 +91,7 @@ class LayerNorm(Normalisation):
 
     def rescale(self, scale: float | Array) -> "LayerNorm":
         """With another `ε`, which is in the units of the rows."""
-        if isinstance(scale, jax.core.Tracer):
+        if isinstance(scale, Tracer):
             raise ValueError("LayerNorm got a traced scale, but its eps is static; rescale outside of jit.")
         return LayerNorm(self.eps / float(scale))
 

@@ -147,6 +147,9 @@ def refit(
     _check_solver(solver)
     ridge = jnp.asarray(ridge, gram.accumulator(dictionary, y))
     static = _Static(nonnegative, code.num_latents, scratch, kernel)
+    if jax.sharding.get_abstract_mesh().explicit_axes:
+        options = {"solver": solver, "nonnegative": nonnegative, "ridge": ridge, "scratch": scratch}
+        return sharding.automatic(functools.partial(refit, **options), code.indices)(dictionary, y, code)
     if sharding.spread(code.num_latents) and gram.is_array(dictionary):
         values, info = _refit_by_devices(static, solver, dictionary, y, code.indices, code.values, ridge)
         return dataclasses.replace(code, values=values), info

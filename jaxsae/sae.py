@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -246,7 +247,7 @@ def encode(sae: SAE, x: Float[Array, "*b d"], *, capacity: int | None = None) ->
             f"`encode` got no capacity, and {type(sae.activation).__name__} does not fix how many latents are active; "
             "pass capacity, the number of slots a row."
         )
-    if isinstance(capacity, jax.core.Tracer):
+    if isinstance(capacity, Tracer):
         raise TypeError("`encode` got a traced capacity; make it static, jax.jit(encode, static_argnames='capacity').")
     if sae.activation.pursues:
         return codes.from_dense(encode_dense(sae, x), capacity)
@@ -277,9 +278,9 @@ def _selected_tangent(primals, tangents):
     if not still(x_dot):
         total += codes.form("values", W_enc.T, x_dot, indices, m=m)
     if not still(b_dot):
-        total += codes.take(b_dot, indices)
+        total += sharding.automatic(codes.take, indices)(b_dot, indices)
     if not still(b_dec_dot):  # the same for all rows: each latent's once, not each slot's
-        total -= codes.take(b_dec_dot @ W_enc, indices)
+        total -= sharding.automatic(codes.take, indices)(b_dec_dot @ W_enc, indices)
     return values, total.astype(values.dtype)
 
 
@@ -346,12 +347,11 @@ def _restores(sae: SAE) -> bool:
 
 
 def _decode(sae: SAE, code, name: str):
-    sparse = isinstance(code, SparseCode)
-    code = code if sparse else _floating(code, name, "a code")
-    m = code.num_latents if sparse else code.shape[-1] if code.ndim else 0
+    z: Any = code if isinstance(code, SparseCode) else _floating(code, name, "a code")
+    m = z.num_latents if isinstance(z, SparseCode) else z.shape[-1] if z.ndim else 0
     if m != sae.m:
         raise ValueError(f"`{name}` got a code of {m} latents for an SAE of {sae.m}; pass a code that this SAE made.")
-    return (codes.combine(sae.W_dec, code) if sparse else code @ sae.W_dec) + sae.b_dec
+    return (codes.combine(sae.W_dec, z) if isinstance(z, SparseCode) else z @ sae.W_dec) + sae.b_dec
 
 
 def reconstruct(
@@ -522,7 +522,7 @@ def rescale(sae: SAE, scale: float | Float[Array, ""]) -> SAE:
 
 
 def _validate_scale(scale, name: str) -> None:
-    if isinstance(scale, jax.core.Tracer):
+    if isinstance(scale, Tracer):
         return
     if jnp.iscomplexobj(scale) or not np.all((np.asarray(scale) > 0) & np.isfinite(scale)):
         raise ValueError(f"`{name}` got a scale of {scale}, expected a positive number; pass √d / mean ‖x‖, say.")

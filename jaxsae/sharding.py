@@ -288,6 +288,14 @@ def vary_alike(tree: Any, *others: Any) -> Any:
     return jax.tree.map(lambda x: jnp.where(known, x, x), tree)  # which XLA knows to be x
 
 
+def automatic(f: Callable, rows: Any = None) -> Callable:
+    """`f`, split by XLA on a mesh whose axes are Explicit too; what it returns is spread as `rows [*b k]`, or whole."""
+    if not jax.sharding.get_abstract_mesh().explicit_axes:
+        return f
+    spec = WHOLE if rows is None else PartitionSpec(*jax.typeof(rows).sharding.spec[:-1])
+    return jax.sharding.auto_axes(f, out_sharding=spec)
+
+
 def rows_spec(x: Any) -> PartitionSpec:
     """How the rows of `x [*b k]` are spread under the mesh in force."""
     parts = ways("data")

@@ -116,3 +116,96 @@ def test_nan_stays_visible(activation):
 def test_k_is_what_an_activation_fixes():
     assert jaxsae.ReLU().slots is None
     assert jaxsae.TopK(5).slots == 5
+
+
+@pytest.mark.parametrize("k", [2.5, True, "3", None])
+def test_k_is_a_whole_number(k, unchecked):
+    for kind in (jaxsae.TopK, jaxsae.AbsTopK, jaxsae.BatchTopK, jaxsae.GroupMax):
+        with pytest.raises(ValueError, match=rf"{kind.__name__} got k = {k}; pass k of at least 1, a whole number"):
+            kind(k)
+
+
+KEPT = pytest.mark.parametrize("keep", [-1.0, 0.0, 0.9, 1.0, 2.5, 2.999, 3, 4.0, 7.5])
+
+
+@KEPT
+def test_keep_means_one_thing_and_is_rounded_down(keep):
+    pre = jnp.array([[5.0, -1.0, 4.0, 3.0, 2.0, 1.0], [1.0, 1.0, 1.0, 1.0, -1.0, 0.0], [-1.0] * 6])
+    number = int(np.clip(np.floor(keep), 0, 4))
+    z = keep_largest(np.asarray(pre), number)
+    activation = jaxsae.TopK(4, keep=jnp.float32(keep))
+    np.testing.assert_array_equal(apply(activation, pre), z)
+    code = code_of(activation, pre, 4)
+    np.testing.assert_array_equal(dense(code), z)
+    np.testing.assert_array_equal(code.mask, np.asarray(code.values) > 0)
+
+
+INF = np.array([np.inf, 0.5, 0.0, -np.inf], np.float32)
+FINITE = np.array([9.0, 0.5, 0.0, -9.0], np.float32)
+
+
+def _extreme(thresholds, infinite):
+    some, none = jnp.full(4, 0.3), thresholds[0]
+    return {
+        "JumpReLU": jaxsae.JumpReLU(thresholds, bandwidth=1.0),
+        "JumpReLU of no bandwidth": jaxsae.JumpReLU(thresholds, bandwidth=0.0),
+        "Gated by its gate": jaxsae.Gated(some, -thresholds, some),
+        "Gated by its values": jaxsae.Gated(some, some, -jnp.abs(thresholds)),
+        "BatchTopK closed": jaxsae.BatchTopK(2, none),
+        "BatchTopK open": jaxsae.BatchTopK(2, -none),
+    }[infinite]
+
+
+@pytest.mark.parametrize("name", ["JumpReLU", "JumpReLU of no bandwidth", "Gated by its gate", "Gated by its values",
+                                  "BatchTopK closed", "BatchTopK open"])  # fmt: skip
+def test_an_infinite_threshold_or_bias_is_a_very_large_one(name):
+    pre = jnp.array([[1.0, 0.7, 0.2, -0.1], [0.2, 0.4, -0.3, 2.0]])
+    weights = jnp.array([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]])
+
+    @jax.jit
+    def everything(activation, pre):
+        def loss(activation, pre):
+            z = activation(pre)
+            l0 = activation.l0(pre) if isinstance(activation, jaxsae.JumpReLU) else 0.0
+            return jnp.sum(weights * z) + jnp.sum(l0), z
+
+        slopes, z = jax.grad(loss, (0, 1), has_aux=True)(activation, pre)
+        return z, dense(activation.code(pre, 4)), slopes
+
+    found, wanted = (everything(_extreme(jnp.asarray(each), name), pre) for each in (INF, FINITE))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+    jax.tree.map(np.testing.assert_allclose, found, wanted)
+
+
+@pytest.mark.parametrize("bandwidth", [-1.0, np.nan, np.inf])
+def test_a_bandwidth_of_no_sense_is_refused(bandwidth):
+    with pytest.raises(ValueError, match=r"JumpReLU got a bandwidth of .*; pass a finite one, of at least 0"):
+        jaxsae.JumpReLU(jnp.ones(2), bandwidth=bandwidth)
+
+
+def test_what_is_no_activation_is_refused_in_a_line(unchecked):
+    class Bare(jaxsae.activations.Activation):
+        def __call__(self, pre):
+            return pre
+
+    class BareTopK(jaxsae.TopK):
+        def __call__(self, pre):
+            return pre
+
+    def made(activation):
+        return jaxsae.init(jax.random.key(0), d=4, m=8, activation=activation)
+
+    def by_hand(activation):
+        return jaxsae.SAE(jnp.ones((4, 8)), jnp.ones(8), jnp.ones((8, 4)), jnp.ones(4), activation)
+
+    for make in (made, by_hand):
+        for wrong, message in (
+            (jax.nn.relu, r"got the function relu for an activation; pass one of jaxsae's, such as jaxsae.ReLU\(\)"),
+            (jaxsae.ReLU, "got the class ReLU for an activation; call it"),
+            (Bare(), "class Bare, which is no pytree; put @jaxsae.pytrees.dataclass above its class"),
+            (BareTopK(2), "class BareTopK, which is no pytree; put @jaxsae.pytrees.dataclass above its class"),
+        ):
+            with pytest.raises(TypeError, match=message):
+                make(wrong)
+    with pytest.raises(TypeError, match="got a str for an activation"):
+        made("relu")

@@ -12,11 +12,13 @@ import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from problems import activations, problem, sae, with_code
 
 import jaxsae
-from jaxsae import SparseCode
+from jaxsae import SparseCode, normalisation, pytrees
+from jaxsae.activations import Activation
 
 D, M, K = 16, 32, 6  # with 64 rows, the shape that other tests have compiled already
 
@@ -230,12 +232,15 @@ def test_the_gradient_is_that_of_finite_differences(name, x64):
 
 
 def _takes_a_code(name: str) -> bool:
-    model, rows = data()
-    try:
-        jax.eval_shape(LAWS[name].call, model, Rows(rows.x, None, None))
-    except AttributeError:
-        return True
-    return False
+    read = set()
+
+    class Watched(Rows):
+        def __getattribute__(self, name):
+            read.add(name)
+            return super().__getattribute__(name)
+
+    jax.eval_shape(lambda model, rows: LAWS[name].call(model, Watched(*rows)), *data())
+    return "code" in read
 
 
 # What else takes a code, and is not among the public functions above.
@@ -333,3 +338,125 @@ def test_a_row_of_nan_alone_is_named_by_all_whatever_the_shape(shape, optimised)
     y = y.at[3].set(1.0).at[5, 0].set(1.0)
     np.testing.assert_array_equal(jaxsae.refit(broken, y, code)[1].status == jaxsae.Status.NONFINITE, has)
     np.testing.assert_array_equal(np.isnan(jaxsae.certify(broken, y, code).kkt), has)
+
+
+EACH = np.full(M, 0.1)
+
+
+@pytrees.dataclass
+class Square(Activation):
+    """Somebody's own: slots that it fixes, and values that are not the pre-activations."""
+
+    k: int = struct.field(pytree_node=False)
+
+    @property
+    def slots(self):
+        return self.k
+
+    def __call__(self, pre):
+        return jaxsae.TopK(self.k)(pre) ** 2
+
+
+@pytrees.dataclass
+class SquareOfTopK(jaxsae.TopK):
+    """The same by inheritance: what it says of the dense code is true of the sparse one."""
+
+    def __call__(self, pre):
+        return super().__call__(pre) ** 2
+
+
+# Every activation that there is; what has no row here fails the next test.
+ACTIVATIONS = {
+    "ReLU": jaxsae.ReLU(),
+    "TopK": jaxsae.TopK(K),
+    "AbsTopK": jaxsae.AbsTopK(K),
+    "GroupMax": jaxsae.GroupMax(4),
+    "BatchTopK": jaxsae.BatchTopK(K, 0.1),
+    "JumpReLU": jaxsae.JumpReLU(EACH, bandwidth=0.5),
+    "Gated": jaxsae.Gated(EACH, EACH, EACH),
+    "MatchingPursuit": jaxsae.activations.MatchingPursuit(max_steps=K),
+    "kept": jaxsae.TopK(K, keep=2.5),
+    "Square": Square(K),
+    "SquareOfTopK": SquareOfTopK(K),
+}
+every_activation = pytest.mark.parametrize("name", ACTIVATIONS)
+
+
+def test_every_activation_has_a_row():
+    names = {name for name in jaxsae.activations.__all__ if name != "Activation"}
+    assert names <= ACTIVATIONS.keys()
+
+
+@every_activation
+def test_encode_has_the_values_and_the_derivatives_of_encode_dense(name, x64):
+    model = sae(d=D, m=M, activation=ACTIVATIONS[name], dtype=np.float64)
+    x = activations(batch=(8,), d=D, dtype=np.float64)
+    weights = jnp.asarray(np.random.default_rng(2).normal(size=(8, M)))
+    dots = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(jnp.size(leaf))).reshape(jnp.shape(leaf)), (model, x))
+
+    def losses(model, x):
+        code = jaxsae.encode(model, x, capacity=M if model.activation.slots is None else None)
+        # On the support: what is off has no slot, and may yet have a straight-through derivative.
+        return tuple(jnp.sum(jnp.where(z != 0, weights * z, 0)) for z in (code.dense(), jaxsae.encode_dense(model, x)))
+
+    @jax.jit
+    def all_of_it(model, x, dots):
+        values, slopes = jax.jvp(losses, (model, x), dots)
+        if model.activation.pursues:  # a loop that ends when it is done: forwards alone
+            return values, slopes, None
+        gradients = [jax.grad(lambda m, x, i=i: losses(m, x)[i], (0, 1))(model, x) for i in (0, 1)]
+        return values, slopes, gradients
+
+    (sparse, dense), slopes, gradients = all_of_it(model, x, dots)
+    np.testing.assert_allclose(sparse, dense, rtol=1e-12)
+    np.testing.assert_allclose(*slopes, rtol=1e-12)
+    if gradients is not None:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), *gradients)
+        products = jax.tree.leaves(jax.tree.map(lambda a, b: jnp.sum(a * b), gradients[0], dots))
+        np.testing.assert_allclose(sum(products), slopes[0], rtol=1e-11)
+
+
+@every_activation
+def test_nan_stays_visible_in_its_row_alone(name):
+    model = sae(d=D, m=M, activation=ACTIVATIONS[name])
+    x = activations(batch=(8,), d=D).at[3, 0].set(jnp.nan)
+
+    @jax.jit
+    def both(model, x):
+        slots = model.activation.slots
+        return jaxsae.encode_dense(model, x), jaxsae.encode(model, x, capacity=slots or M).dense()
+
+    for z in both(model, x):
+        np.testing.assert_array_equal(np.isnan(z).any(1), np.arange(8) == 3)
+
+
+NORMALISATIONS = {
+    "none": None,
+    "LayerNorm": normalisation.LayerNorm(),
+    "ConstantNorm": normalisation.ConstantNorm(),
+    "AverageNorm": normalisation.AverageNorm(),
+}
+
+
+@every_activation
+def test_rescale_keeps_the_reconstruction_or_refuses(name):
+    x, scale = activations(batch=(8,), d=D), 0.25
+    before = jax.jit(lambda sae, x: jaxsae.reconstruct(sae, scale * x) / scale)
+    after = jax.jit(lambda sae, x: jaxsae.reconstruct(sae, x))
+    for way, normalise in NORMALISATIONS.items():
+        model = sae(d=D, m=M, activation=ACTIVATIONS[name]).replace(normalisation=normalise)
+        per_row = normalise is not None and normalise.per_row
+        if name.startswith("Square") and not per_row:  # it has units, and does not say which
+            with pytest.raises(ValueError, match=r"does not say how it changes units; define"):
+                jaxsae.sae.rescale(model, scale)
+            continue
+        rescaled = jaxsae.sae.rescale(model, scale)
+        np.testing.assert_allclose(after(rescaled, x), before(model, x), rtol=1e-4, atol=1e-4, err_msg=way)
+        with pytest.raises(ValueError, match="`rescale` got a transcoder"):
+            jaxsae.sae.rescale(model.replace(transcoder=True, centred=False), scale)
+        if per_row:
+            with pytest.raises(ValueError, match=r"`fold_scale` got (an SAE that normalises each row|a pursuit)"):
+                jaxsae.sae.fold_scale(model, scale)
+        elif not model.activation.pursues:
+            folded = jaxsae.sae.fold_scale(model, scale)
+            np.testing.assert_allclose(after(folded, x), before(model, x), rtol=1e-4, atol=1e-4, err_msg=way)

@@ -236,3 +236,98 @@ def test_what_does_not_fit_is_refused_in_a_sentence(error, message, call, traced
     with pytest.raises(error, match=message) as raised:
         jax.eval_shape(call) if traced else call()
     assert ";" in str(raised.value), "a message says what was got, then what to do"
+
+
+def test_reconstruct_encodes_by_itself_and_knows_every_convention():
+    x = activations()
+    skip = {"transcoder": True, "centred": False, "W_skip": activations(9, batch=(16,), d=16)}
+    for activation in (jaxsae.TopK(4), jaxsae.ReLU()):
+        model = sae(activation=activation)
+        z = encode_dense(model, x)
+        expected = f64(z) @ f64(model.W_dec) + f64(model.b_dec)
+        np.testing.assert_allclose(jaxsae.reconstruct(model, x), expected, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(jaxsae.reconstruct(model, x, z), decode(model, z), rtol=1e-6)
+        model = model.replace(**skip)
+        expected = f64(encode_dense(model, x)) @ f64(model.W_dec) + f64(model.b_dec) + f64(x) @ f64(model.W_skip)
+        np.testing.assert_allclose(jaxsae.reconstruct(model, x), expected, rtol=1e-4, atol=1e-4)
+        with pytest.raises(ValueError, match=r"adds x W_skip to its output; call jaxsae.reconstruct\(sae, x, code\)"):
+            jaxsae.decode(model, z)
+
+
+def test_to_fit_is_what_reconstruct_adds_up_whatever_the_conventions():
+    x = activations()
+    for each in (None, jaxsae.normalisation.LayerNorm(), jaxsae.normalisation.ConstantNorm()):
+        model = sae().replace(normalisation=each, W_skip=activations(9, batch=(16,), d=16))
+        code = encode(model, x)
+        target = jaxsae.reconstruct(model, x, code)
+        y = jaxsae.sae.to_fit(model, x, target).y
+        np.testing.assert_allclose(y, jaxsae.codes.combine(model.W_dec, code), rtol=1e-3, atol=1e-3)
+
+
+def test_rethreshold_leaves_out_rows_that_are_not_finite():
+    model, x = sae(activation=jaxsae.TopK(4)), activations(batch=(64,))
+    broken = jnp.concatenate([x, x.at[:, 0].set(jnp.nan)[:16], x.at[:, 0].set(jnp.inf)[:16]])
+    threshold = jaxsae.sae.rethreshold(model, broken, 6.5).activation.threshold
+    np.testing.assert_allclose(threshold, jaxsae.sae.rethreshold(model, x, 6.5).activation.threshold, rtol=1e-5)
+
+
+@pytest.mark.parametrize("activation", [jaxsae.AbsTopK(4), jaxsae.Gated(*jnp.zeros((3, 32)))], ids=str)
+def test_rethreshold_refuses_values_that_are_not_the_largest_pre_activations(activation):
+    with pytest.raises(ValueError, match=r"`rethreshold` got .*, whose values are not the largest pre-activations"):
+        jaxsae.sae.rethreshold(sae(activation=activation), activations(), 6.5)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, np.nan, np.inf, 1j])
+def test_a_scale_that_is_none_is_refused(scale, unchecked):
+    for change in (jaxsae.sae.rescale, jaxsae.sae.fold_scale):
+        with pytest.raises(ValueError, match=r"got a scale of .*, expected a positive number"):
+            change(sae(), scale)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.complex64, bool])
+def test_numbers_that_are_not_floating_point_are_refused(dtype, unchecked):
+    model, x, code = sae(), np.ones((8, 16)).astype(dtype), encode(sae(), activations())
+    values = code.replace(values=np.ones((8, 4)).astype(dtype))
+    calls = {
+        "encode": lambda: jaxsae.encode(model, x),
+        "encode_dense": lambda: jaxsae.encode_dense(model, x),
+        "reconstruct": lambda: jaxsae.reconstruct(model, x),
+        "refine": lambda: jaxsae.refine(model, x),
+        "decode": lambda: jaxsae.decode(model, np.ones((8, 32)).astype(dtype)),
+        "decode of values": lambda: jaxsae.decode(model, values),
+        "init": lambda: jaxsae.init(jax.random.key(0), d=16, m=32, activation=jaxsae.ReLU(), b_dec=x[0]),
+        "from_dense": lambda: jaxsae.codes.from_dense(x, 2),
+        "combine": lambda: jaxsae.codes.combine(model.W_dec, values),
+        "correlate": lambda: jaxsae.codes.correlate(code, x),
+    }
+    for name, call in calls.items():
+        with pytest.raises(TypeError, match=rf"of dtype {np.dtype(dtype)}, expected floating point") as raised:
+            call()
+        assert "\n" not in str(raised.value), name
+
+
+def test_numpy_arrays_are_taken_outside_of_jit(unchecked):
+    model, x = jax.device_get(sae()), np.asarray(activations())
+    code = jaxsae.encode(model, x)
+    np.testing.assert_allclose(jaxsae.reconstruct(model, x), decode(sae(), encode(sae(), activations())), rtol=1e-5)
+    by_hand = SparseCode(np.asarray(code.values), np.asarray(code.indices), 32)
+    np.testing.assert_array_equal(jaxsae.decode(model, by_hand), jaxsae.decode(model, code))
+    np.testing.assert_allclose(jaxsae.codes.correlate(by_hand, x), np.asarray(by_hand.dense()).T @ x, atol=1e-4)
+    np.testing.assert_array_equal(by_hand.mask, code.mask)
+
+
+def test_a_traced_capacity_is_refused_in_a_line(unchecked):
+    model = sae(activation=jaxsae.ReLU())
+    with pytest.raises(TypeError, match=r"`encode` got a traced capacity; make it static"):
+        jax.jit(lambda model, x, capacity: jaxsae.encode(model, x, capacity=capacity))(model, activations(), 4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_atoms_have_unit_norm_in_half_precision(dtype):
+    made = jaxsae.init(
+        jax.random.key(0), d=64, m=256, activation=jaxsae.ReLU(), b_dec=jnp.zeros(48, dtype), transcoder=True
+    )
+    for atoms in (made.W_enc.T, made.W_dec):  # each number is rounded, and nothing else
+        error = np.linalg.norm(f64(atoms), axis=1) - 1
+        assert np.abs(error).max() < 0.5 * float(jnp.finfo(dtype).eps)
+        assert abs(error.mean()) < 0.05 * float(jnp.finfo(dtype).eps)

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from problems import activations, f64
 
@@ -201,3 +202,92 @@ def test_collectives_are_read_from_a_program():
   %add = f32[8]{0} add(%a, %all-gather.1)
   %all-gather.2 = f32[64,128]{1,0} all-gather(%y), channel_id=3"""
     assert collectives(hlo) == {("all-gather", 4 * 64 * 128): 2, ("all-reduce", 64): 1}
+
+
+AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
+
+
+@pytest.mark.parametrize(
+    ("shape", "names", "kind"),
+    [
+        *[((4, 2), ("data", "model"), AUTO), ((8,), ("data",), AUTO), ((8,), ("latent",), AUTO)],
+        *[((4, 2), ("data", "latent"), EXPLICIT), pytest.param((8,), ("data",), EXPLICIT, marks=pytest.mark.slow)],
+    ],
+    ids=str,
+)
+def test_a_mesh_of_another_kind_gives_the_same_numbers(shape, names, kind):
+    model = jaxsae.init(jax.random.key(0), d=16, m=32, activation=jaxsae.TopK(6))
+    x = activations(batch=(64,))
+
+    def all_of_it(model, x):
+        code = jaxsae.encode(model, x)
+        slope = jax.grad(lambda model: jnp.sum((x - jaxsae.reconstruct(model, x)) ** 2))(model)
+        refined = jaxsae.refine(model, x, code, jaxsae.ConjugateGradient(tol=1e-6))[0]
+        return code.dense(), slope, refined.dense(), codes.correlate(code, x)
+
+    expected = jax.jit(all_of_it)(model, x)
+    mesh = jax.make_mesh(shape, names, axis_types=(kind,) * len(names))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(model, sharding.shardings(model, mesh))
+        found = jax.jit(all_of_it)(placed, jax.device_put(x, sharding.rows_sharding(x, mesh)))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_latents_that_cannot_be_split_are_left_to_xla():
+    model, x = jaxsae.init(jax.random.key(0), d=16, m=30, activation=jaxsae.TopK(6)), activations()
+    expected = jaxsae.reconstruct(model, x)
+    with under((2, 4)):
+        np.testing.assert_allclose(jax.jit(jaxsae.reconstruct)(model, x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_gathered_is_on_the_host():
+    with under((1, 8)):
+        state = sharding.create(fresh)
+    assert len(state.sae.W_dec.sharding.device_set) == 8
+    found = sharding.gathered(state)
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(found))
+    np.testing.assert_array_equal(found.sae.W_dec, state.sae.W_dec)
+
+
+def test_moments_of_another_shape_than_their_parameter_are_on_every_device():
+    tx = optax.adafactor(1e-2, min_dim_size_to_factor=8)
+
+    def made():
+        return train.init_state(jaxsae.init(jax.random.key(0), d=20, m=64, activation=jaxsae.TopK(4)), tx)
+
+    step, x, losses = train.make_step(Objective(), tx), np.asarray(activations(batch=(B,), d=20)), {}
+    for shape in ((1, 1), (2, 4)):
+        with under(shape):
+            state = sharding.create(made)
+            losses[shape] = []
+            for _ in range(3):
+                state, shown = step(state, sharding.place_rows(x, B, 0))
+                losses[shape].append(float(shown["loss"]))
+        assert state.sae.W_dec.addressable_shards[0].data.shape == (64 // shape[1], 20)
+    np.testing.assert_allclose(losses[2, 4], losses[1, 1], rtol=1e-5)
+
+
+def test_stacked_autoencoders_are_split_along_their_latents():
+    for activation in (jaxsae.JumpReLU(jnp.ones(M)), jaxsae.BatchTopK(K, jnp.ones(()))):
+        model = jaxsae.init(jax.random.key(0), d=D, m=M, activation=activation)
+        # A stack as high as there are latents is told from them too.
+        for count in (2, M):
+            two = jax.eval_shape(
+                lambda model, count=count: jax.tree.map(lambda x: jnp.stack([x] * count), model), model
+            )
+            found = sharding.specs(two)
+            assert found.W_enc == jax.P(None, None, "latent")
+            assert found.W_dec == found.b_enc == jax.P(None, "latent")
+            assert found.b_dec == jax.P()
+            each = isinstance(activation, jaxsae.JumpReLU)
+            assert found.activation.threshold == (jax.P(None, "latent") if each else jax.P())
+    saes = train.stack([jaxsae.init(jax.random.key(i), d=D, m=M, activation=jaxsae.TopK(K)) for i in (0, 1)])
+    state = jax.eval_shape(lambda: jax.vmap(lambda sae: train.init_state(sae, TX))(saes))
+    assert sharding.specs(state).idle == jax.P(None, "latent")
+    x = activations(batch=(16,), d=D)
+    encode = jax.jit(jax.vmap(jaxsae.encode_dense, (0, None)))
+    expected = encode(saes, x)
+    with under((2, 4)):
+        placed = jax.device_put(saes, sharding.shardings(saes, jax.sharding.get_mesh()))
+        np.testing.assert_allclose(encode(placed, x), expected, rtol=1e-4, atol=1e-5)
