@@ -20,7 +20,7 @@ import optax
 from jax.sharding import Mesh
 
 from jaxsae import data as data_module
-from jaxsae import job, metrics, pretrained, sharding, stream, train
+from jaxsae import job, metrics, pretrained, sharding, shards, stream, train
 from jaxsae.activations import AbsTopK, Activation, BatchTopK, Gated, GroupMax, JumpReLU, ReLU, TopK
 from jaxsae.checkpoint import Checkpoints, versions
 from jaxsae.files import InputError, atomic_file, json_number, local_path
@@ -160,9 +160,10 @@ def run(
       (10, 32)
     """
     _validate(options)
+    out = local_path(out)
     names, everything = _open(data)
     sources, heldout = _split(names, everything, options, weights)
-    out, o, name = local_path(out), options, ", ".join(names)
+    o, name = options, ", ".join(names)
     told_data = {"path": name, "rows": sum(map(len, sources)), "heldout": len(heldout), "width": heldout.shape[1]}
     config = o._asdict() | {"data": [*map(len, sources), heldout.shape[1]], "weights": weights and list(weights)}
     config |= {"window": window, "rows of": names if isinstance(data, Mapping) else None}  # files may have been moved
@@ -275,7 +276,7 @@ def recipe(
 
 def _lengthened(options: Options, step: int, before: int, steps: int) -> str:
     """One sentence on what is other for a run that was made longer."""
-    old, new = (np.float32(_schedule(options._replace(steps=count))(step)) for count in (before, steps))
+    old, new = (np.asarray(_schedule(options._replace(steps=count))(step)).item() for count in (before, steps))
     return (
         f"the run is lengthened from {before} to {steps} steps: from step {step} on, all that depends on their number "
         f"is that of {steps}, such as the learning rate ({new:.3g}, it was {old:.3g})."
@@ -354,7 +355,8 @@ def _split(names, everything, options: Options, weights) -> tuple[list[data_modu
     ends = np.cumsum([0, *map(len, everything)]) * options.heldout // total
     counts = np.diff(ends)
     heldout = [
-        np.asarray(rows[len(rows) - count :], np.float32) for rows, count in zip(everything, counts, strict=True)
+        shards.cast(rows[len(rows) - count :], np.float32, name, "scale it", range(len(rows) - count, len(rows)))
+        for name, rows, count in zip(names, everything, counts, strict=True)
     ]
     if len({rows.shape[1] for rows in everything}) > 1:
         raise InputError(
