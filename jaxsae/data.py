@@ -218,7 +218,7 @@ def fingerprint(rows: Rows) -> str:
     size = min(len(rows), most) // blocks
     for start in np.linspace(0, len(rows) - size, blocks).astype(int).tolist():
         block = np.asarray(rows[start : start + size])
-        hashed.update(np.ascontiguousarray(block, block.dtype.newbyteorder("<")).ravel().view(np.uint8))
+        hashed.update(np.ascontiguousarray(block, block.dtype.newbyteorder("<")).tobytes())
     return hashed.hexdigest()
 
 
@@ -344,15 +344,18 @@ def batches(
         raise InputError(f"got sources of widths {sorted(widths)}; pass activations of one layer.")
 
     def shuffled(first: int, end: int, seed: int):
-        n = end - first
-        whole = 0 if window is None or window >= n else n // window * window  # rows in windows; the rest is one more
-        rest = grain.MapDataset.range(first + whole, end).seed(seed % 2**32).shuffle()
-        if not whole:
-            return rest.repeat()
-        seed %= 2**31  # the number of the window is added to it, and the sum has 32 bits
-        windows = grain.MapDataset.range(first, first + whole)
-        windows = grain.experimental.WindowShuffleMapDataset(windows, window_size=window, seed=seed)
-        return grain.MapDataset.concatenate([windows, rest] if first + whole < end else [windows]).repeat()
+        def together(first):
+            return grain.MapDataset.range(first, end).seed(seed % 2**32).shuffle()
+
+        if window is None or window >= end - first:
+            return together(first).repeat()
+        rest = end - (end - first) % window  # the rows from here on are a window of their own
+        windows = grain.experimental.WindowShuffleMapDataset(
+            grain.MapDataset.range(first, rest),
+            window_size=window,
+            seed=seed % 2**31,  # the number of the window is added to it, and the sum has 32 bits
+        )
+        return grain.MapDataset.concatenate([windows, together(rest)] if rest < end else [windows]).repeat()
 
     if weights is None:
         order = shuffled(0, total, seed)

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxsae import arguments, calibration, job, metrics, pretrained, sharding, stream, train
+from jaxsae import arguments, calibration, job, metrics, pretrained, sharding, shards, stream, train
 from jaxsae import data as data_module
 from jaxsae.activations import AbsTopK, Activation, BatchTopK, Gated, GroupMax, JumpReLU, ReLU, TopK
 from jaxsae.arguments import Count, Positive, Proportion, Seed, Weight
@@ -209,9 +209,10 @@ def run(
     if mesh is not None and options.latents % mesh.shape["latent"]:
         ways = mesh.shape["latent"]
         raise InputError(f"got {options.latents} latents for a mesh that splits them {ways} ways; pass a multiple.")
+    out = local_path(out)
     names, everything = _open(data)
     sources, heldout = _split(names, everything, options, weights)
-    out, o, name = local_path(out), options, ", ".join(names)
+    o, name = options, ", ".join(names)
     total = sum(map(len, sources))
     told_data = {"path": name, "rows": total, "passes": passes(o, total, warn), "heldout": len(heldout)}
     told_data |= {"width": heldout.shape[1]}
@@ -329,7 +330,7 @@ def recipe(
 def _lengthened(options: Options, step: int, before: int, steps: int) -> str:
     """One sentence on what is other for a run that was made longer."""
     wanted = (resolved(options._replace(steps=count)) for count in (before, steps))
-    old, new = (np.float32(_schedule(o.learning_rate, o.steps)(step)) for o in wanted)  # pyright: ignore[reportArgumentType]
+    old, new = (np.asarray(_schedule(o.learning_rate, o.steps)(step)).item() for o in wanted)
     return (
         f"the run is lengthened from {before} to {steps} steps: from step {step} on, all that depends on their number "
         f"is that of {steps}, such as the learning rate ({new:.3g}, it was {old:.3g})."
@@ -434,7 +435,8 @@ def _split(names, everything, options: Options, weights) -> tuple[list[data_modu
     ends = np.cumsum([0, *map(len, everything)]) * options.heldout // total
     counts = np.diff(ends)
     heldout = [
-        np.asarray(rows[len(rows) - count :], np.float32) for rows, count in zip(everything, counts, strict=True)
+        shards.cast(rows[len(rows) - count :], np.float32, name, "scale it", range(len(rows) - count, len(rows)))
+        for name, rows, count in zip(names, everything, counts, strict=True)
     ]
     if len({rows.shape[1] for rows in everything}) > 1:
         raise InputError(

@@ -260,7 +260,7 @@ def cast(rows: Any, dtype: Any, what: str, do: str, numbers: Any = None) -> np.n
     if not (jnp.issubdtype(rows.dtype, jnp.floating) or jnp.issubdtype(rows.dtype, jnp.integer)):
         raise InputError(f"{what}: holds {rows.dtype}; expected real numbers: convert it with .astype('float32').")
     with np.errstate(over="ignore"):
-        found = rows.astype(dtype)
+        found = rows.astype(dtype, copy=False)
     if not np.can_cast(rows.dtype, dtype):
         wrong = np.argwhere(~np.isfinite(found) & np.isfinite(rows))
         if len(wrong):

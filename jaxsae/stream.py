@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from jaxsae import shards
 from jaxsae.codes import SparseCode
 from jaxsae.data import Rows
 from jaxsae.files import InputError, atomic_file, local_path
@@ -60,7 +61,8 @@ def chunks(sae: SAE, rows: Rows) -> Iterator[tuple[int, Array]]:
     # At least float32, whatever the SAE's: what is certified is then what is written.
     dtype = jnp.promote_types(sae.W_dec.dtype, jnp.float32)
     for start in range(0, len(rows), size):
-        yield start, jnp.asarray(rows[start : start + size], dtype)
+        block, numbers = rows[start : start + size], range(start, len(rows))
+        yield start, jnp.asarray(shards.cast(block, dtype, "the rows", "scale them", numbers))
 
 
 @jax.jit

@@ -29,6 +29,7 @@ from jaxsae import (
     plots,
     pretrained,
     runs,
+    shards,
     solvers,
     train,
 )
@@ -284,8 +285,9 @@ def _load(path, plan: Plan, seed: int) -> tuple[np.ndarray, np.ndarray, float, s
     if len(everything) < needed:
         raise InputError(f"{path}: holds {len(everything)} rows, the study needs at least {needed}; pass more.")
     data_module.require_finite(everything, str(path))
-    rows = np.asarray(everything[: min(len(everything) - plan.heldout, plan.train_rows)], np.float32)
-    heldout = np.asarray(everything[-plan.heldout :], np.float32)
+    first = len(everything) - plan.heldout
+    rows = shards.cast(everything[: min(first, plan.train_rows)], np.float32, str(path), "scale it")
+    heldout = shards.cast(everything[first:], np.float32, str(path), "scale it", range(first, len(everything)))
     if (rows == rows[0]).all():
         raise InputError(f"{path}: all rows are equal, there is nothing to learn; pass activations of varied inputs.")
     spread = np.sum(np.var(rows[:: max(1, len(rows) // 10_000)], axis=0, dtype=np.float64))

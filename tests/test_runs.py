@@ -238,6 +238,19 @@ def test_eval_of_another_width(tmp_path, capsys):
     assert capsys.readouterr().err == "jaxsae: got rows of width 7 for an SAE of 16; pass those of its own layer.\n"
 
 
+@pytest.mark.parametrize("row", [3, 590], ids=["trained on", "held out"])
+def test_a_value_that_overflows_is_named_and_is_no_infinity(row, data, tmp_path, capsys):
+    x = rows().astype(np.float64)
+    x[row, 5] = 1e39
+    np.save(data, x)
+    assert train(data, tmp_path / "run", "topk") == 2
+    line = f"jaxsae: {data}: row {row} holds 1e+39, 1 finite values overflow float32; scale it.\n"
+    assert capsys.readouterr().err == line
+    pretrained.save(sae(m=M), tmp_path / "sae")
+    assert main(["eval", "--sae", str(tmp_path / "sae"), "--data", str(data)]) == 2
+    assert f"row {row} holds 1e+39" in capsys.readouterr().err
+
+
 def test_data_with_nothing_to_learn(tmp_path):
     np.save(tmp_path / "x.npy", np.ones((600, D), np.float32))
     options = runs.Options("topk", M, k=K, batch=64, heldout=100)
