@@ -27,6 +27,7 @@ from benchmarks import (
     pictures,
     plot,
     pursuit,
+    rates,
     refine,
     selectors,
     table,
@@ -51,13 +52,18 @@ def main() -> None:
     command.add_argument("--size", choices=train.SIZES, default="tiny")
     command.add_argument("--peers", action="store_true", help="other libraries' steps too; pip install '.[peers]'")
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
-    command = commands.add_parser(
-        "families", help="what each family of autoencoders reaches on one file of activations"
-    )
-    command.add_argument("--data", type=Path, required=True, metavar="FILE", help=".npy or .npz of activations")
-    command.add_argument("--steps", type=int, default=1000)
-    command.add_argument("--latents", type=int, default=4096)
+    command = commands.add_parser("families", help="what each family of autoencoders reaches at the defaults")
+    command.add_argument("--data", type=Path, metavar="FILE", help="activations, beside patches of photographs")
+    command.add_argument("--steps", type=int, default=400)
+    command.add_argument("--latents", type=int, default=2048)
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="for the trained autoencoders")
+    command.add_argument("--before", type=Path, metavar="DIR", help="that of another version, to be measured beside")
+    command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
+    command = commands.add_parser("rates", help="learning rates by the length of a training")
+    command.add_argument("--data", type=Path, metavar="FILE", help="activations, beside patches of photographs")
+    command.add_argument("--steps", type=int, nargs="+", default=[250, 1000])
+    command.add_argument("--latents", type=int, default=1024)
+    command.add_argument("--batch", type=int, default=256)
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
     command = commands.add_parser("harvest", help="a harvest beside the forward pass alone; pip install '.[lm]'")
     command.add_argument("--model", default="smollm2")
@@ -112,8 +118,8 @@ def main() -> None:
     elif args.command == "train":
         rows = list(train.run(args.size, with_peers=args.peers))
         _tell(args, size=args.size, rows=rows, sweep=train.sweep(args.size))
-    elif args.command == "families":
-        _families(args)
+    elif args.command in ("families", "rates"):
+        _one_by_one(args)
     elif args.command == "harvest":
         row = harvest.run(args.model, layer=args.layer, context=args.context, batch=args.batch)
         _tell(args, row=row)
@@ -174,9 +180,17 @@ def _tell(args: argparse.Namespace, **measured: Any) -> None:
     print(table.markdown(report))
 
 
-def _families(args: argparse.Namespace) -> None:
-    rows = list(families.run(args.data, args.out, latents=args.latents, steps=args.steps))
-    _tell(args, rows=rows, matched=families.matched(rows))
+def _one_by_one(args: argparse.Namespace) -> None:
+    report: dict[str, Any] = {**_environment(args.command), "rows": []}
+    for data in dict.fromkeys((None, args.data)):  # photographs first
+        if args.command == "families":
+            rows = families.run(data, args.out, latents=args.latents, steps=args.steps, before=args.before)
+        else:
+            rows = rates.run(data, latents=args.latents, batch=args.batch, steps=tuple(args.steps))
+        for row in rows:
+            report["rows"].append(row)
+            _write(args.json, report)  # after each: an interruption leaves what is finished
+    print(table.markdown(report))
 
 
 def _transitions(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Train each family of autoencoders on one file of activations and compare them at one sparsity."""
+"""Train each family of autoencoders on activations, at the defaults of `jaxsae train`, and compare them."""
 
 import dataclasses
 import json
@@ -9,41 +9,56 @@ from typing import Any
 import numpy as np
 
 from benchmarks.clock import say
-from jaxsae import pretrained, runs
+from jaxsae import calibration, pretrained, runs
 from jaxsae.activations import TopK
-from jaxsae.data import open_rows
+from jaxsae.data import image_patches, open_rows
+from jaxsae.metrics import DEAD_ROWS
+from jaxsae.stream import chunks
 
-K, BATCH = 32, 512
-# Settings on both sides of the sparsity compared at; rows held out are less sparse than those trained on.
+K, BATCH, HELDOUT = 20, 512, 2048
 SETTINGS: list[tuple[str, dict[str, Any]]] = [
-    *((f"ReLU, L1 {l1}", {"activation": "relu", "l1": l1}) for l1 in (0.04, 0.055)),
-    *((f"Gated, L1 {l1}", {"activation": "gated", "l1": l1}) for l1 in (0.1, 0.12)),
-    *((f"JumpReLU, L0 {l0}", {"activation": "jumprelu", "k": l0}) for l0 in (24, 32)),
-    ("TopK 32", {"activation": "topk", "k": K}),
-    ("TopK 32 without AuxK", {"activation": "topk", "k": K, "auxk": False}),
-    ("TopK 32 with Multi-TopK", {"activation": "topk", "k": K, "multi_topk": True}),
-    ("BatchTopK 32", {"activation": "batchtopk", "k": K}),
+    (f"TopK {K}", {"activation": "topk", "k": K}),
+    (f"BatchTopK {K}", {"activation": "batchtopk", "k": K}),
+    (f"JumpReLU {K}", {"activation": "jumprelu", "k": K}),
+    ("ReLU, L1 0.1", {"activation": "relu", "l1": 0.1}),
+    ("Gated, L1 0.2", {"activation": "gated", "l1": 0.2}),
+    (f"TopK {K} without AuxK", {"activation": "topk", "k": K, "auxk": False}),
 ]
 
 
-def run(data: Path, out: Path, *, latents: int, steps: int) -> Iterator[dict[str, Any]]:
-    """Train every setting with the same steps and batches; a row each. What is in `out` already is not made again."""
+def run(data: Path | None, out: Path, *, latents: int, steps: int, before: Path | None = None) -> Iterator[dict]:
+    """Train every setting with the same steps and batches; a row each. What is in `out` already is not made again.
+
+    `before` is the `out` of another version: its autoencoders are measured beside, on the same rows in the same way.
+    """
+    data = photographs(out / "photographs.npy") if data is None else data
     for name, changes in SETTINGS:
-        say(name)
-        place = out / name.replace(", ", "-").replace(" ", "-").lower()
-        options = runs.Options(
-            latents=latents, steps=steps, batch=BATCH, learning_rate=3e-3, dead_after=50 * BATCH, **changes
-        )
-        done = place / "report.json"
+        say(f"{data.stem}: {name}")
+        place = Path(data.stem) / name.replace(", ", "-").replace(" ", "-").lower()
+        options = runs.Options(latents=latents, steps=steps, batch=BATCH, heldout=HELDOUT, **changes)
+        done = out / place / "report.json"
         report = json.loads(done.read_text()) if done.exists() else {}
-        if report.get("options") != options._asdict():
-            report = runs.run(place, data=data, options=options)
-        yield {
-            "name": name,
-            **report,
-            "data": {**report["data"], "path": data.name},
-            "nmse_at": _progressive(place, data, report),
-        }
+        if report.get("options") != runs.resolved(options)._asdict():
+            report = runs.run(out / place, data=data, options=options)
+        row = {"name": name, **report, "data": {**report["data"], "path": data.stem}}
+        row["nmse_at"] = _progressive(out / place, data, report)
+        if before is not None and (before / place).exists():
+            row["before"] = _measure(before / place, data)
+        yield row
+
+
+def photographs(path: Path) -> Path:
+    """Patches of two photographs in a file: the last rows are of their right quarters, and the others are not."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, np.concatenate(image_patches(100_000, HELDOUT, side=8, seed=0)))
+    return path
+
+
+def _measure(place: Path, data: Path) -> dict[str, Any]:
+    sae, rows = pretrained.load(place), open_rows(data)
+    some = rows[: min(len(rows) - HELDOUT, DEAD_ROWS)]
+    return runs.evaluate(sae, rows[-HELDOUT:], calibration.activity(sae, (x for _, x in chunks(sae, some))))
 
 
 def _progressive(place: Path, data: Path, report: dict[str, Any]) -> dict[str, float]:
@@ -52,19 +67,4 @@ def _progressive(place: Path, data: Path, report: dict[str, Any]) -> dict[str, f
     if not isinstance(sae.activation, TopK):
         return report["heldout"]["nmse_at"]
     wider = dataclasses.replace(sae, activation=TopK(4 * sae.activation.k))
-    return runs.evaluate(wider, open_rows(data)[-report["data"]["heldout"] :])["nmse_at"]
-
-
-def matched(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """NMSE of the families that do not fix L0, interpolated in log L0 between their runs on both sides of one."""
-    names = {row["name"].split(",")[0]: row["options"]["activation"] for row in rows if "," in row["name"]}
-    found = {name: _at(rows, activation, K) for name, activation in names.items()}
-    return {"l0": K, "nmse": {name: nmse for name, nmse in found.items() if nmse is not None}}
-
-
-def _at(rows: list[dict[str, Any]], activation: str, l0: float) -> float | None:
-    points = sorted(
-        (row["heldout"]["l0"], row["heldout"]["nmse"]) for row in rows if row["options"]["activation"] == activation
-    )
-    x, y = np.array(points).T
-    return float(np.interp(np.log(l0), np.log(x), y)) if x[0] <= l0 <= x[-1] else None
+    return runs.evaluate(wider, open_rows(data)[-HELDOUT:])["nmse_at"]

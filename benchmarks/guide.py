@@ -100,12 +100,12 @@ def _ksvd(report: dict[str, Any]) -> str:
 
 
 def _families(report: dict[str, Any]) -> str:
-    head = ["family", "L0", "NMSE", "dead", "NMSE of the 8 largest", "of the 32 largest"]
+    head = ["family", "activations of", "L0", "NMSE", "dead", "NMSE of the 8 largest"]
     rows = []
     for row in report["rows"]:
-        at, heldout = row["nmse_at"], row["heldout"]
-        numbers = [f"{heldout['l0']:.1f}", f"{heldout['nmse']:.4f}", f"{row['dead_in_training']:.1%}"]
-        rows.append([row["name"], *numbers, f"{at['8']:.4f}", f"{at['32']:.4f}"])
+        heldout, of = row["heldout"], "photographs" if row["data"]["path"] == "photographs" else "a language model"
+        numbers = [f"{heldout['l0']:.1f}", f"{heldout['nmse']:.4f}", f"{heldout['dead']:.1%}"]
+        rows.append([row["name"], of, *numbers, f"{row['nmse_at']['8']:.4f}"])
     return _markdown(head, rows)
 
 

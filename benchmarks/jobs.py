@@ -44,7 +44,7 @@ class Job:
 
     def start(self, out: str, *before: str) -> subprocess.Popen:
         """A process that begins the run `out`, or goes on with it; `before` stands before its command."""
-        command = [sys.executable, "-m", "jaxsae", "train", "--activation", "batchtopk", "--dead-after", 500]
+        command = [sys.executable, "-m", "jaxsae", "train", "--activation", "batchtopk", "--idle-after", 500]
         command += ["--data", self._data, "--out", self.folder / out, "--save-every", 0, *self._options]
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
         return subprocess.Popen([*before, *map(str, command)], env=environment, stdout=-1, stderr=-1, text=True)

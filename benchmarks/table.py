@@ -61,23 +61,48 @@ def _sizes(case: dict[str, int]) -> str:
 
 
 def _families(report: dict[str, Any], machine: str) -> list[str]:
-    """A row for each training, then what families amount to at one sparsity."""
-    kept = ("8", "16", "32", "64", "128")
-    head = ("family", "L0", "NMSE", "dead", *(f"NMSE at {n}" for n in kept))
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "--:|" * (len(head) - 1)]
-    for row in report["rows"]:
-        heldout = row["heldout"]
-        at = [row["nmse_at"].get(n) for n in kept]
-        cells = [f"{heldout['l0']:.1f}", f"{heldout['nmse']:.4f}", f"{row['dead_in_training']:.1%}"]
-        lines.append("| " + " | ".join([row["name"], *cells, *(_shown(value, "{:.4f}") for value in at)]) + " |")
-    matched = ", ".join(f"{name} {value:.4f}" for name, value in report["matched"]["nmse"].items())
-    o = report["rows"][0]["options"]
-    return [
-        f"{machine}; {report['rows'][0]['data']['rows']:,} rows of width {report['rows'][0]['data']['width']}, "
-        f"{o['latents']:,} latents, {o['steps']:,} steps of {o['batch']} rows.",
-        "\n".join(lines),
-        f"NMSE at L0 {report['matched']['l0']}, interpolated in log L0: {matched}.",
-    ]
+    """A table for each file of activations, a row for each training, and what it was before where that is known."""
+    kept = ("8", "32", "64")
+    head = ("family", "L0", "NMSE", "dead", "L0 before", "NMSE", "dead", *(f"NMSE at {n}" for n in kept))
+    said = [f"{machine}."]
+    for path in dict.fromkeys(row["data"]["path"] for row in report["rows"]):
+        lines = ["| " + " | ".join(head) + " |", "|---|" + "--:|" * (len(head) - 1)]
+        rows = [row for row in report["rows"] if row["data"]["path"] == path]
+        for row in rows:
+            at = [_shown(row["nmse_at"].get(n), "{:.4f}") for n in kept]
+            lines.append(
+                "| " + " | ".join([row["name"], *_reached(row["heldout"]), *_reached(row.get("before")), *at]) + " |"
+            )
+        data, o = rows[0]["data"], rows[0]["options"]
+        said.append(
+            f"{path}, {data['rows']:,} rows of width {data['width']}, {data['passes']:.1f} times; {o['latents']:,} "
+            f"latents, {o['steps']:,} steps of {o['batch']} rows, learning rate {o['learning_rate']:.2g}; *dead* of "
+            f"{rows[0]['heldout']['dead_rows']:,} rows:"
+        )
+        said.append("\n".join(lines))
+    return said
+
+
+def _reached(measured: dict[str, Any] | None) -> list[str]:
+    if measured is None:
+        return ["", "", ""]
+    return [f"{measured['l0']:.1f}", f"{measured['nmse']:.4f}", f"{measured['dead']:.1%}"]
+
+
+def _rates(report: dict[str, Any], machine: str) -> list[str]:
+    """What each rate reaches, the best one bold: NMSE, or for an L1 penalty the loss that it is part of."""
+    rates = list(dict.fromkeys(row["rate"] for row in report["rows"]))
+    head = ("data", "family", "steps", *(f"{rate:g}" for rate in rates), "default")
+    lines = ["| " + " | ".join(head) + " |", "|---|---|" + "--:|" * (len(head) - 2)]
+    groups = dict.fromkeys((row["data"], row["family"], row["steps"]) for row in report["rows"])
+    for group in groups:
+        rows = [row for row in report["rows"] if (row["data"], row["family"], row["steps"]) == group]
+        best = min(row["loss"] for row in rows)
+        shown = [("**{:.4f}**" if row["loss"] == best else "{:.4f}").format(row["loss"]) for row in rows]
+        data, family, steps = group
+        lines.append(f"| {data} | {family} | {steps:,} | {' | '.join(shown)} | {rows[0]['default']:.2g} |")
+    first = report["rows"][0]
+    return [f"{machine}; {first['latents']:,} latents, batches of {first['batch']} rows.", "\n".join(lines)]
 
 
 def _harvest(report: dict[str, Any], machine: str) -> list[str]:
@@ -205,6 +230,7 @@ _TABLES = {
     "refine": _refine,
     "train": _train,
     "families": _families,
+    "rates": _rates,
     "harvest": _harvest,
     "load": _load,
     "pursuit": _pursuit,

@@ -29,7 +29,7 @@ from jaxsae.certificate import Certificate, certify
 from jaxsae.codes import SparseCode
 from jaxsae.metrics import Shrinkage, shrinkage
 from jaxsae.refit import RefitInfo, Status, check, refit
-from jaxsae.sae import SAE, decode, encode, encode_dense, init, refine
+from jaxsae.sae import SAE, decode, encode, encode_dense, init, reconstruct, refine
 from jaxsae.solvers import FISTA, BlockPivoting, ConjugateGradient, ProjectedGradient
 
 __all__ = [
@@ -66,6 +66,7 @@ __all__ = [
     "objectives",
     "pretrained",
     "pursuit",
+    "reconstruct",
     "refine",
     "refit",
     "sae",

@@ -6,9 +6,11 @@ it has a default in `Activation`, so that a new one is a dataclass with a `__cal
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float
 
@@ -31,9 +33,13 @@ __all__ = [
 class Activation:
     """What an SAE asks of its activation; subclasses are made by `pytrees.dataclass`.
 
+    Its floating-point fields are trained with the weights; those that are no parameters are made by `pytrees.fixed`.
+
     Attributes:
       slots: how many slots a row the activation fixes, or None.
       signed: whether values may be negative, so that refining leaves their sign free.
+      selects: whether its values are the pre-activations that it selects, as they are, in slots that it fixes: `encode`
+        then differentiates these alone. Others are differentiated as they are written.
       pursues: whether it chooses by the dictionary itself, with no encoder: `pursue` then makes the code.
 
     Example:
@@ -48,6 +54,7 @@ class Activation:
     """
 
     signed: bool = False
+    selects: bool = False
     pursues: bool = False
 
     @property
@@ -73,12 +80,46 @@ class Activation:
 
     def rescale(self, scale: float | Array) -> "Activation":
         """The activation in other units: `rescale(s)(pre/s) = self(pre)/s`."""
+        raise ValueError(f"{type(self).__name__} does not say how it changes units; define rescale(self, scale).")
+
+
+def validate(activation: Any, name: str) -> None:
+    """Raise unless it is an activation that JAX can take for a pytree.
+
+    Args:
+      activation: what was passed for one.
+      name: of the function that it was passed to.
+
+    Example:
+      >>> import jax
+      >>> validate(jax.nn.relu, "init")
+      Traceback (most recent call last):
+      TypeError: `init` got the function relu for an activation; pass one of jaxsae's, such as jaxsae.ReLU().
+    """
+    if isinstance(activation, type) and issubclass(activation, Activation):
+        raise TypeError(f"`{name}` got the class {activation.__name__} for an activation; call it.")
+    if not isinstance(activation, Activation):
+        given = getattr(activation, "__name__", None)
+        given = f"a {type(activation).__name__}" if given is None else f"the function {given}"
+        raise TypeError(f"`{name}` got {given} for an activation; pass one of jaxsae's, such as jaxsae.ReLU().")
+    if jax.tree_util.all_leaves([activation]):
+        raise TypeError(
+            f"`{name}` got an activation of class {type(activation).__name__}, which is no pytree; put "
+            "@jaxsae.pytrees.dataclass above its class."
+        )
+
+
+class _Homogeneous(Activation):
+    """An activation of no units: what is scaled before is scaled after."""
+
+    def rescale(self, scale: float | Array) -> "Activation":
+        """Itself."""
         del scale
         return self
 
 
 @pytrees.dataclass
-class ReLU(Activation):
+class ReLU(_Homogeneous):
     """Keep what is positive: `z = max(pre, 0)`.
 
     Trained with an L1 penalty, the sparse autoencoder of Bricken et al. (2023) and Cunningham et al. (2023).
@@ -94,14 +135,20 @@ class ReLU(Activation):
         return jax.nn.relu(pre)
 
 
-class _Selection(Activation):
-    """An activation that chooses `k` slots a row: `select` says which, and the rest follows."""
+class _Selection(_Homogeneous):
+    """An activation that chooses `k` slots a row: `_chosen` says which, and the rest follows."""
 
     k: int
+    selects = True
+
+    def __init_subclass__(cls) -> None:
+        # A class that says anew what the dense code is has not said so of the sparse one, which is made of it then.
+        if "__call__" in vars(cls) and "_chosen" not in vars(cls):
+            cls.selects = False
+            cls._chosen = lambda self, pre: codes.from_dense(self(pre), self.k)
 
     def __post_init__(self):
-        if self.k < 1:
-            raise ValueError(f"{type(self).__name__} got k = {self.k}; pass k of at least 1.")
+        _validate_k(self)
 
     @property
     def slots(self) -> int:
@@ -134,14 +181,29 @@ class _Selection(Activation):
         )
 
 
+def _validate_k(activation: Any) -> None:
+    k = activation.k
+    if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
+        raise ValueError(f"{type(activation).__name__} got k = {k}; pass k of at least 1, a whole number.")
+
+
 def dropped(pre: Float[Array, "*b m"], k: int, keep: float | Array | None = None) -> Bool[Array, "*b m"]:
     """What is not among the `k` largest of its row, or the first `keep` of these, by comparison with the last."""
-    # The barrier keeps all of the top-k in use, without which XLA's CPU backend sorts whole rows instead.
-    top, indices = jax.lax.optimization_barrier(codes.top_k(jax.lax.stop_gradient(pre), k))
-    at = k - 1 if keep is None else jnp.clip(keep, 1, k).astype(jnp.int32) - 1
+    # The barrier keeps all of the top-k in use, without which XLA's CPU backend sorts whole rows instead. (With a third
+    # array, as in `codes.top_k`: where the latents are spread, XLA ends the process at a barrier for the pair alone.)
+    found = codes.top_k(jax.lax.stop_gradient(pre), k)
+    top, indices, _ = jax.lax.optimization_barrier((*found, jnp.zeros(())))
+    number = k if keep is None else jnp.sum(_kept(k, keep))
+    at = k - 1 if keep is None else jnp.maximum(number - 1, 0)
     least, last = top[..., at, None], indices[..., at, None]
     # Equal values are taken in order of index, here as in `top_k`; NaN stays NaN.
-    return (pre < least) | ((pre == least) & (jnp.arange(pre.shape[-1]) > last))
+    out = (pre < least) | ((pre == least) & (jnp.arange(pre.shape[-1]) > last))
+    return out if keep is None else out | ((number == 0) & ~jnp.isnan(pre))
+
+
+def _kept(k: int, keep: float | Array) -> Bool[Array, " k"]:
+    """Which of `k` slots in descending order are used if only `keep` are: a fraction of a latent is none."""
+    return jnp.arange(k) < jnp.floor(keep)
 
 
 @pytrees.dataclass
@@ -150,8 +212,8 @@ class TopK(_Selection):
 
     Attributes:
       k: number of active latents a row; static.
-      keep: use only this many of them, from 1 to `k`; a float, which may be traced, for sweeps over sparsity in one
-        compilation. All by default.
+      keep: use only this many of them, rounded down, from 0 to `k`; a float, which may be traced, for sweeps over
+        sparsity in one compilation. All by default.
 
     Raises:
       ValueError: if `k < 1`.
@@ -165,7 +227,7 @@ class TopK(_Selection):
     """
 
     k: int = struct.field(pytree_node=False)
-    keep: float | Array | None = None
+    keep: float | Array | None = pytrees.fixed(default=None)
 
     def __call__(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
         """The dense code, by comparison with the k-th largest: no scatter, forwards or backwards."""
@@ -177,7 +239,7 @@ class TopK(_Selection):
         values, indices = codes.top_k(pre, self.k)
         kept = values > 0
         if self.keep is not None:
-            kept &= jnp.arange(self.k) < self.keep
+            kept &= _kept(self.k, self.keep)
         # NaN is no reason to leave a latent out: it stays visible.
         kept |= jnp.isnan(values)
         return SparseCode(jnp.where(kept, values, 0), jnp.where(kept, indices, m), m)
@@ -253,7 +315,13 @@ class GroupMax(_Selection):
         indices = first.astype(jnp.int32) + groups.shape[-1] * jnp.arange(self.k, dtype=jnp.int32)
         values, order = jax.lax.top_k(values, self.k)
         indices = jnp.take_along_axis(indices, order, axis=-1)
-        return SparseCode(values, jnp.where(values > 0, indices, pre.shape[-1]), pre.shape[-1])
+        kept = (values > 0) | jnp.isnan(values)
+        return SparseCode(values, jnp.where(kept, indices, pre.shape[-1]), pre.shape[-1])
+
+
+def _where(on, value):
+    """The positive part where a latent is active; NaN is no reason to leave one out: it stays visible."""
+    return jnp.where(on | jnp.isnan(value), jax.nn.relu(value), 0)
 
 
 @pytrees.dataclass
@@ -283,15 +351,14 @@ class BatchTopK(Activation):
     """
 
     k: int = struct.field(pytree_node=False)
-    threshold: float | Float[Array, ""] = -1.0
+    threshold: float | Float[Array, ""] = pytrees.fixed(default=-1.0)
 
     def __post_init__(self):
-        if self.k < 1:
-            raise ValueError(f"BatchTopK got k = {self.k}; pass k of at least 1.")
+        _validate_k(self)
 
     def __call__(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
         """The dense code of inference: each row by itself."""
-        return jnp.where(pre > self.threshold, jax.nn.relu(pre), 0)
+        return _where(pre > self.threshold, pre)
 
     def train(self, pre: Float[Array, "b m"]) -> tuple[Float[Array, "b m"], "BatchTopK"]:
         """The dense code of a training batch, and the activation with its threshold moved towards it."""
@@ -304,6 +371,14 @@ class BatchTopK(Activation):
         least = jnp.min(jax.lax.stop_gradient(z), where=z > 0, initial=jnp.inf).astype(jnp.float32)
         threshold = jnp.where(self.threshold < 0, least, 0.99 * self.threshold + 0.01 * least)
         return z, dataclasses.replace(self, threshold=jnp.where(jnp.isfinite(least), threshold, self.threshold))
+
+    def margin(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
+        """The largest `t` at which each latent is still off in `at_margin(t)`: its value."""
+        return jax.nn.relu(pre)
+
+    def at_margin(self, t: float | Array) -> "BatchTopK":
+        """The activation under which latents of a margin beyond `t` are active, and no others."""
+        return dataclasses.replace(self, threshold=jnp.asarray(t, jnp.float32))
 
     def rescale(self, scale: float | Array) -> "BatchTopK":
         """The activation in other units."""
@@ -320,7 +395,11 @@ class JumpReLU(Activation):
 
     Attributes:
       threshold: `[m]`, in float32 or better whatever the weights: the steps of a threshold are too fine for bfloat16.
-      bandwidth: `ε`, in the units of the pre-activations; static.
+        A latent with a threshold of infinity is never active.
+      bandwidth: `ε`, in the units of the pre-activations, or 0 for thresholds without a derivative; static.
+
+    Raises:
+      ValueError: if the bandwidth is negative or not finite.
 
     Example:
       >>> import jax.numpy as jnp, jaxsae
@@ -333,23 +412,43 @@ class JumpReLU(Activation):
     threshold: Float[Array, " m"]
     bandwidth: float = struct.field(pytree_node=False, default=0.001)
 
+    def __post_init__(self):
+        if not 0 <= self.bandwidth < math.inf:
+            raise ValueError(f"JumpReLU got a bandwidth of {self.bandwidth}; pass a finite one, of at least 0.")
+
     def __call__(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
         """The dense code."""
-        on, near = self._step(pre)
-        moved = self.threshold - jax.lax.stop_gradient(self.threshold)  # 0, with the derivative 1
-        slope = -jax.lax.stop_gradient(self.threshold) / self.bandwidth
-        return jnp.where(on, jax.nn.relu(pre), 0) + (slope * near * moved).astype(pre.dtype)
+        on, slope = self._step(pre)
+        still = jax.lax.stop_gradient(self._finite())
+        return _where(on, pre) - (still * slope).astype(pre.dtype)
 
     def l0(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b"]:
         """`‖z‖₀` of each row, with its straight-through derivative to the thresholds."""
-        on, near = self._step(pre)
-        moved = self.threshold - jax.lax.stop_gradient(self.threshold)
-        return jnp.sum(on - near * moved / self.bandwidth, axis=-1)
+        on, slope = self._step(pre)
+        return jnp.sum(on - slope, axis=-1)
 
     def _step(self, pre):
-        """Whether each pre-activation is past its threshold, and whether it is within the kernel's reach of it."""
-        distance = jax.lax.stop_gradient(pre - self.threshold)  # in the threshold's dtype, not in that of the weights
-        return (distance > 0) & (pre > 0), jnp.abs(distance) < self.bandwidth / 2
+        """Whether each pre-activation is past its threshold, and 0 with the derivative `K((pre − θ)/ε)/ε` in `θ`."""
+        # In the threshold's dtype, not in that of the weights.
+        distance = jax.lax.stop_gradient(pre - self.threshold)
+        near = jnp.abs(distance) < self.bandwidth / 2
+        threshold = self._finite()
+        moved = threshold - jax.lax.stop_gradient(threshold)  # 0, with the derivative 1
+        height = 1 / self.bandwidth if self.bandwidth else 0.0  # a step of no width has no derivative
+        return (distance > 0) & (pre > 0), height * near * moved
+
+    def _finite(self):
+        """The thresholds, but for those that are infinite, where nothing is near and 0 does not stay 0."""
+        threshold = jnp.asarray(self.threshold)
+        return jnp.where(jnp.isfinite(threshold), threshold, 0)
+
+    def margin(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
+        """The largest `t` at which each latent is still off in `at_margin(t)`: its value over its threshold."""
+        return jax.nn.relu(pre) / jnp.maximum(self.threshold, jnp.finfo(self.threshold.dtype).tiny)
+
+    def at_margin(self, t: float | Array) -> "JumpReLU":
+        """The activation under which latents of a margin beyond `t` are active, and no others."""
+        return dataclasses.replace(self, threshold=t * self.threshold)
 
     def rescale(self, scale: float | Array) -> "JumpReLU":
         """The activation in other units; the bandwidth, which matters in training alone, stays."""
@@ -385,7 +484,7 @@ class Gated(Activation):
 
     def __call__(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
         """The dense code."""
-        return jnp.where(self.gate(pre) > 0, jax.nn.relu(jnp.exp(self.r_mag) * pre + self.b_mag), 0)
+        return _where(self.gate(pre) > 0, jnp.exp(self.r_mag) * pre + self.b_mag)
 
     def gate(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
         """What must be positive for a latent to be active."""
@@ -419,7 +518,7 @@ class MatchingPursuit(Activation):
       SAELens' `matching_pursuit`.
     """
 
-    residual_threshold: float | Float[Array, ""] = 0.01
+    residual_threshold: float | Float[Array, ""] = pytrees.fixed(default=0.01)
     max_steps: int | None = struct.field(pytree_node=False, default=None)
     stop_on_duplicate: bool = struct.field(pytree_node=False, default=True)
     pursues = True

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from jaxsae.files import InputError
+from jaxsae.files import InputError, local_path
 
 _LARGEST = 2.0**127  # about what float32 holds
 
@@ -181,15 +181,10 @@ def _require(hint: Any, name: str, value: Any) -> None:
 
 
 def _local(name: str, value: Any) -> Path:
-    """A path of this machine; a Path has one of the slashes that an address has two of."""
     text = os.fspath(value)
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
-        raise InputError(
-            f"got {name} {text}, an address; pass a path on this machine, and copy it from there or to it."
-        )
     if not text or "\0" in text:
         raise InputError(f"got {name} {text!r}; pass a path.")
-    return Path(text)
+    return local_path(text)
 
 
 def _shown(value: Any) -> str:

@@ -7,6 +7,7 @@ A step is there once it has its name, which it gets when all of it is on the dis
 has its fingerprint; else the one before it is, and that is told.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -17,7 +18,7 @@ import shutil
 import sys
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,14 +26,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Array, UInt32
 
-from jaxsae.files import InputError
+from jaxsae.files import InputError, local_path, owned
+from jaxsae.tensors import writable
 
 _VERSION = 1
 # What was to be read or written next, when a file before it could not be.
 _UNBEGUN = r"coroutine '\S*(_read_array_index_and_device_put|write_fragment)' was never awaited"
 _ECHOES = f"Event loop is closed|Encountered error while reading array index|in OCDBT database at|{_UNBEGUN}"
+_NOT_SAVED = "state{} is not what was saved"
 _ANY = (Exception,)  # what orbax lets out when a file is not what it says, plain `Exception` among it
 
 
@@ -71,13 +75,15 @@ def steps(folder: str | os.PathLike) -> list[int]:
       >>> steps("no-such-place")
       []
     """
-    folder = Path(folder)
+    folder = local_path(folder)
     names = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
     return sorted((int(name) for name in names if re.fullmatch("[0-9]+", name)), reverse=True)
 
 
 class Checkpoints:
     """The checkpoints of a run, in a directory: the last ones, and the best.
+
+    Within a `with` block they are this process' own: another one that opens them is refused, until this one ends.
 
     Example:
       >>> import tempfile, jax.numpy as jnp
@@ -95,6 +101,7 @@ class Checkpoints:
         folder: str | os.PathLike,
         *,
         config: Any,
+        grows: Collection[str] = (),
         keep: int = 2,
         warn: Callable[[str], None] = lambda text: None,
     ):
@@ -103,15 +110,20 @@ class Checkpoints:
         Args:
           folder: of the checkpoints.
           config: any JSON; a directory is only gone on with by an equal one.
+          grows: members of the configuration that may be greater than they were.
           keep: how many of the last steps to keep, beside the best.
           warn: told what was amiss and could be done without.
 
         Raises:
           InputError: if the directory was made with another configuration, or by an unknown version.
         """
-        self.folder, self._warn, self._keep = Path(folder).absolute(), warn, keep
-        self._config = json.loads(json.dumps(config, allow_nan=False))
+        self.folder, self._warn, self._keep = local_path(folder).absolute(), warn, keep
+        self._config, self._grows = json.loads(json.dumps(config, allow_nan=False)), frozenset(grows)
         self._manager: Any = None
+        self._held = contextlib.ExitStack()
+        self._require_same_run()
+
+    def _require_same_run(self) -> None:
         for step in self.steps():
             try:
                 manifest = _read_manifest(self.folder / str(step))
@@ -129,19 +141,23 @@ class Checkpoints:
     def _require_equal(self, found: Any) -> None:
         got, expected = _members(self._config), _members(found)
         for name in sorted(got | expected):
-            if got.get(name) != expected.get(name):
-                what = f"got {name} {got.get(name, 'nothing')}, expected {expected.get(name, 'nothing')}"
-                raise InputError(
-                    f"{self.folder.parent}: holds another run ({what}); choose another --out, or remove it."
-                )
+            least = " or more" if name in self._grows else ""
+            if got.get(name) == expected.get(name) or (least and self._config[name] > found.get(name, 0)):
+                continue
+            what = f"got {name} {got.get(name, 'nothing')}, expected {expected.get(name, 'nothing')}{least}"
+            raise InputError(f"{self.folder.parent}: holds another run ({what}); choose another --out, or remove it.")
 
     def __enter__(self) -> "Checkpoints":
         _drop_echoes()
+        with contextlib.ExitStack() as held:
+            held.enter_context(_owned(self.folder, self._warn))
+            self._require_same_run()  # as it is now that no other process writes there
+            self._held = held.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
         manager, self._manager = self._manager, None
-        with _told(self.folder, self.steps):
+        with self._held, _told(self.folder, self.steps):
             if manager is not None:
                 manager.close()
 
@@ -154,7 +170,7 @@ class Checkpoints:
 
         Args:
           step: its number.
-          state: any pytree of arrays, sharded or not, PRNG keys among them.
+          state: any pytree of arrays, sharded or not, PRNG keys among them; or of what numpy makes arrays of.
           progress: any JSON: the position in the data, and what else there is to go on with.
           loss: the step of the least one is kept, whatever comes after it.
           wait: come back when it is on the disk.
@@ -166,6 +182,7 @@ class Checkpoints:
 
         if self._manager is None:
             self._manager = self._open()
+        state = jax.tree.map(_leaf, state)
         content = {"version": _VERSION, "config": self._config, "versions": versions(), "step": step} | {
             "progress": progress
         }
@@ -196,7 +213,9 @@ class Checkpoints:
             return ocp.CheckpointManager(self.folder, options=options)
 
     def restore(self, like: Any) -> Saved | None:
-        """The last step that is whole, or None if there is none at all; damaged ones after it are told and removed.
+        """The last step that is whole, or None if there is none at all; damaged ones after it are removed, with a word.
+
+        Of several processes it is the last one that all of them can read.
 
         Args:
           like: a pytree of the state's structure, shapes, dtypes and shardings: arrays, or `jax.ShapeDtypeStruct`s.
@@ -204,33 +223,73 @@ class Checkpoints:
         Raises:
           InputError: if there are steps, and all are damaged.
         """
-        damaged = []
         if self._manager is not None:
             with _told(self.folder, self.steps):
                 self._manager.wait_until_finished()
-        for step in self.steps():
-            path = self.folder / str(step)
-            try:
-                manifest = _read_manifest(path)
-                state = _read_state(path, like)
-            except _ANY as error:
+        mine, damaged = self.steps(), []
+        while (step := max(_of_all(mine[0] if mine else -1))) >= 0:
+            mine = [other for other in mine if other < step]
+            found = self._read(self.folder / str(step), like)
+            if found is None:
                 damaged.append(step)
-                reason = (str(error) or type(error).__name__).strip().partition("\n")[0]
-                self._warn(f"{path}: is damaged ({reason[:200]}).")
                 continue
-            now = versions()
-            others = [f"{name} {old}" for name, old in manifest["versions"].items() if now.get(name) != old]
-            if others:
-                self._warn(f"{path}: was saved by {', '.join(others)}; what follows may differ in its last bits.")
             if damaged:
                 self._warn(f"{self.folder}: went back to step {step}.")
                 for later in damaged if jax.process_index() == 0 else ():
                     shutil.rmtree(self.folder / str(later), ignore_errors=True)
+                _of_all(0)  # none looks before they are removed
                 self._manager = None
-            return Saved(step, state, manifest["progress"])
+            return found
         if damaged:
             raise InputError(f"{self.folder}: every step is damaged; remove it to begin anew.")
         return None
+
+    def _read(self, path: Path, like: Any) -> Saved | None:
+        """A step, if all processes can read it and it is what was saved."""
+        manifest, found, reason = {}, {}, ""
+        try:
+            manifest, found = _read_manifest(path), _read_state(path, like)
+        except _ANY as error:
+            reason = (str(error) or type(error).__name__).strip().partition("\n")[0][:200]
+        if not all(_of_all(not reason)):
+            reason = reason or "for another process"
+        else:  # all take part in the sums over what each of them has read
+            reason = _differs(found["state"], found["fingerprint"])
+        if reason:
+            self._warn(f"{path}: is damaged ({reason}).")
+            return None
+        now = versions()
+        others = [f"{name} {old}" for name, old in manifest["versions"].items() if now.get(name) != old]
+        if others:
+            self._warn(f"{path}: was saved by {', '.join(others)}; what follows may differ in its last bits.")
+        return Saved(manifest["step"], found["state"], manifest["progress"])
+
+
+@contextlib.contextmanager
+def _owned(folder: Path, warn: Callable[[str], None]) -> Iterator[None]:
+    """Own a directory; for several processes, the first one does."""
+    with contextlib.ExitStack() as held:
+        refusal = None
+        try:
+            if jax.process_index() == 0:
+                held.enter_context(owned(folder, warn=warn))
+        except InputError as error:
+            refusal = error
+        if not all(_of_all(refusal is None)):
+            raise refusal or InputError(f"{folder}: is refused to the first process; see what it says.")
+        yield
+
+
+def _of_all(value: int | bool) -> list[int]:
+    """What each process has, for all of them."""
+    if jax.process_count() == 1:
+        return [int(value)]
+    return multihost_utils.process_allgather(np.array(value, np.int32)).tolist()
+
+
+def _leaf(leaf: Any) -> Any:
+    """What orbax saves or restores; a copy of what is numpy's, which may change until it is written."""
+    return leaf if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) else np.array(writable(leaf, "a leaf"))
 
 
 def _members(config: Any) -> dict[str, str]:
@@ -245,7 +304,9 @@ def _crc32(content: Any) -> str:
 def _read_manifest(path: Path) -> dict[str, Any]:
     import orbax.checkpoint as ocp
 
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+    alone = _alone()
+    handler = ocp.JsonCheckpointHandler(multiprocessing_options=alone)
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
         record = reader.restore(path / "manifest")
     if record["crc32"] != _crc32(record["content"]):
         raise ValueError("its manifest has another checksum")
@@ -254,23 +315,40 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return record["content"]
 
 
+def _alone() -> Any:
+    """For orbax: no process waits for the others, of which one may fail."""
+    import orbax.checkpoint as ocp
+
+    me = jax.process_index()
+    if jax.process_count() == 1:
+        return ocp.options.MultiprocessingOptions()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=None, active_processes={me}, barrier_sync_key_prefix=f"process{me}"
+    )
+
+
 def _read_state(path: Path, like: Any) -> Any:
     import orbax.checkpoint as ocp
 
+    like = jax.tree.map(_leaf, like)
     expected = {
         "state": jax.tree.map(ocp.utils.to_shape_dtype_struct, like),
         "fingerprint": jax.ShapeDtypeStruct((len(jax.tree.leaves(like)),), jnp.uint32),
     }
     _drop_echoes()
-    with ocp.StandardCheckpointer() as reader:
+    with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as reader:
         found = reader.restore(path / "state", expected)
-    leaves, hashes = jax.tree.leaves(found["state"]), np.asarray(fingerprint(found["state"]))
-    for (name, old), new, a, b in zip(
-        jax.tree.leaves_with_path(like), leaves, hashes, np.asarray(found["fingerprint"]), strict=True
-    ):
-        if a != b or (new.shape, new.dtype) != (old.shape, old.dtype):
-            raise ValueError(f"state{jax.tree_util.keystr(name)} is not what was saved")
-    return found["state"]
+    for (name, old), new in zip(jax.tree.leaves_with_path(like), jax.tree.leaves(found["state"]), strict=True):
+        if (new.shape, new.dtype) != (old.shape, old.dtype):
+            raise ValueError(_NOT_SAVED.format(jax.tree_util.keystr(name)))
+    return found
+
+
+def _differs(state: Any, expected: Any) -> str:
+    """Which leaf has another fingerprint, in words; nothing if none has."""
+    names = [name for name, _ in jax.tree.leaves_with_path(state)]
+    wrong = np.flatnonzero(np.asarray(fingerprint(state)) != np.asarray(expected))
+    return _NOT_SAVED.format(jax.tree_util.keystr(names[wrong[0]])) if len(wrong) else ""
 
 
 def _drop_echoes() -> None:
@@ -321,7 +399,6 @@ class _told:
             raise InputError(f"cannot write {self._folder}: {reason}; {kept}: make room.") from error
 
 
-@jax.jit
 def fingerprint(tree: Any) -> UInt32[Array, " n"]:
     """A hash of the bits of each leaf, the same however it is sharded: a sum over its elements, each with its place.
 
@@ -339,7 +416,17 @@ def fingerprint(tree: Any) -> UInt32[Array, " n"]:
       >>> bool(a == b)
       False
     """
-    leaves = jax.tree.leaves(tree)
+    # Wider numbers of numpy, which JAX would round, as the pairs that its own would become.
+    wide = [isinstance(leaf, np.ndarray | np.generic) and leaf.itemsize == 8 for leaf in jax.tree.leaves(tree)]
+    leaves = [
+        np.array(leaf, leaf.dtype.newbyteorder("="), order="C")[..., None].view(np.uint32) if halved else leaf
+        for leaf, halved in zip(jax.tree.leaves(tree), wide, strict=True)
+    ]
+    return _fingerprint(leaves)
+
+
+@jax.jit
+def _fingerprint(leaves):
     return jnp.stack([_hash(jnp.asarray(leaf)) for leaf in leaves]) if leaves else jnp.zeros(0, jnp.uint32)
 
 

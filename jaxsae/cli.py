@@ -174,7 +174,7 @@ def study(
     full, small = (job.FULL, job.QUICK) if site is None else (job.FULL_MODEL, job.QUICK_MODEL)
     plan, source = small if quick else full, site or data
     with console.progress(job.total_steps(plan, source, sae)) as advance:
-        report = job.run(out, data=source, plan=plan, seed=seed, saes=sae, progress=advance)
+        report = job.run(out, data=source, plan=plan, seed=seed, saes=sae, progress=advance, warn=console.warn)
     written = f"Written: {out / 'report.json'}, {out / 'shrinkage.png'}" + ("" if sae else f", {out / 'sae'}/")
     console.tell(report, f"{console.study_table(report)}\n{written}", as_json=json)
     failed = [row for row in report["rows"] if row["certified"] < 1]
@@ -196,7 +196,7 @@ def train(
     text: InputFiles = (),
     tokens: Count | None = None,
     context: Context = 256,
-    window: Count = 1 << 16,
+    window: Count | None = None,
     k: Count | None = None,
     l1: Weight | None = None,
     batch: Count = 1024,
@@ -204,7 +204,7 @@ def train(
     learning_rate: Positive | None = None,
     no_auxk: bool = False,
     multi_topk: bool = False,
-    dead_after: Count = 10_000_000,
+    idle_after: Count | None = None,
     heldout: Count = 2048,
     seed: Seed = 0,
     weights: tuple[Proportion, ...] = (),
@@ -238,15 +238,18 @@ def train(
         text: UTF-8 files it reads; by default Python's standard library, four million tokens.
         tokens: read so many, rounded up to whole contexts; all by default.
         context: tokens it sees at a time.
-        window: its rows that are shuffled among themselves.
+        window: rows that are shuffled among themselves, one window after another; by default all --data, or 65536 of
+            a --model.
         k: active latents a row: of each row, on average over a batch (batchtopk), or aimed at (jumprelu).
         l1: weight of the L1 penalty (relu, gated).
         batch: rows a step.
-        steps: how many.
-        learning_rate: by default 2e-4/√(latents/16384).
-        no_auxk: leave dead latents dead.
+        steps: how many; more than ten passes over the data are warned of. With more of them than it has, a run is made
+            longer: from there on the learning rate, and all else that depends on their number, is that of the longer
+            run.
+        learning_rate: by default from --latents and --steps, see jaxsae.train.learning_rate.
+        no_auxk: leave idle latents idle.
         multi_topk: also reconstruct with 4k latents (topk).
-        dead_after: rows without firing after which a latent is dead.
+        idle_after: rows without firing after which a latent learns by AuxK; by default a fiftieth of the run's.
         heldout: last rows of the data, to measure on.
         seed: of initialisation and shuffles.
         weights: in which proportions to mix several --data, whatever their lengths; by default in those.
@@ -263,7 +266,7 @@ def train(
     from jaxsae import job, runs
 
     options = runs.Options(
-        activation, latents, k, l1, not no_auxk, multi_topk, batch, steps, learning_rate, dead_after, heldout, seed
+        activation, latents, k, l1, not no_auxk, multi_topk, batch, steps, learning_rate, idle_after, heldout, seed
     )
     runs.validate(options)
     if bool(data) == (model is not None) or (model is None) != (layer is None):
@@ -283,19 +286,24 @@ def train(
         _join(coordinator, processes, process)
     spread = None if mesh is None else _mesh(*mesh)
 
+    rows = data
+    if model is not None and layer is not None:
+        window = 1 << 16 if window is None else window
+        rows = _live(model, layer, text, tokens, context, window)
     try:
         chief = jax.process_index() == 0
         with console.progress(steps, rows=batch, quiet=not chief) as advance:
             report = runs.run(
                 out,
-                data=data if model is None or layer is None else _live(model, layer, text, tokens, context, window),
+                data=rows,
                 options=options,
                 weights=weights or None,
-                window=None if model is None else window,
+                window=window,
                 mesh=spread,
                 save_every=save_every,
                 resume=resume,
                 progress=advance,
+                resumed=lambda step: advance(f"resuming from step {step}", step, before=True),
                 warn=console.warn,
                 log=runs.logs(out, options, wandb=wandb) if chief else None,
             )
@@ -308,7 +316,8 @@ def train(
         return 0
     measured = report["heldout"]
     shown = f"NMSE {_number(measured['nmse'])}, L0 {measured['l0']:.1f}, dead {measured['dead']:.1%}"
-    said = f"{heldout} held-out rows: {shown}\nWritten: {out / 'sae'}/, {out / 'report.json'}"
+    said = f"{heldout} held-out rows: {shown} of {measured['dead_rows']:,} rows\n{runs.summary(report)}\n"
+    said += f"Written: {out / 'sae'}/, {out / 'report.json'}"
     console.tell(report, said, as_json=json)
     if report["skipped"]:
         console.warn(f"{report['skipped']} batches were skipped, since their loss was not finite. {runs.blame(report)}")
@@ -331,6 +340,7 @@ def evaluate(*, sae: Autoencoder, data: InputPath, json: bool = False) -> int:
     measured = runs.evaluate(pretrained.load(sae), data_module.open_rows(data))
     shown = {name: measured[name] for name in ("nmse", "explained_variance", "l0", "dead")}
     lines = [f"{name:18}  {_number(value)}" for name, value in shown.items()]
+    lines[-1] += f" of {measured['dead_rows']:,} rows"
     largest = ", ".join(f"{n}: {_number(value)}" for n, value in measured["nmse_at"].items())
     console.tell(measured, "\n".join([*lines, f"NMSE with the largest latents alone: {largest}"]), as_json=json)
     if measured["nonfinite"]:
@@ -455,7 +465,8 @@ def harvest(
     """
     from jaxsae import harvest as job
 
-    net, packed = _read(model, layer, text, tokens, context)
+    job.check(model, layer=layer, context=context, dtype=dtype, out=out)
+    net, packed = _read(model, text, tokens, context)
     source = {"model": model, "text": packed.files}
     with console.progress(len(packed.contexts), rows=context, unit="tokens") as advance:
         rows = job.run(
@@ -475,19 +486,18 @@ def harvest(
     return 0
 
 
-def _read(model: str, layer: int, text: tuple[Path, ...], tokens: int | None, context: int):
-    """A language model, and text as its tokens; what was amiss with that is told."""
+def _read(model: str, text: tuple[Path, ...], tokens: int | None, context: int):
+    """A language model, and text as its tokens; warns of what is wrong with that."""
     from jaxsae import harvest as job
     from jaxsae import language_model, model_files
 
-    tokenizer, net = model_files.read_tokenizer(model), language_model.load(model)
-    job.require_site(net, layer, context)
-    packed = job.pack(text or job.standard_library(), tokenizer, context=context, tokens=tokens)
+    packed = job.pack(text or job.standard_library(), model_files.read_tokenizer(model), context=context, tokens=tokens)
     if packed.replaced:
-        console.warn(f"{packed.replaced} characters were not UTF-8, and were read as U+FFFD.")
+        at = f"The first: {packed.replaced_at}."
+        console.warn(f"{packed.replaced} characters were not UTF-8, and were read as U+FFFD. {at}")
     if packed.empty:
         console.warn(f"{packed.empty} files are empty.")
-    return net, packed
+    return language_model.load(model), packed
 
 
 def _live(model: str, layer: int, text: tuple[Path, ...], tokens: int | None, context: int, window: int):
@@ -496,7 +506,8 @@ def _live(model: str, layer: int, text: tuple[Path, ...], tokens: int | None, co
 
     from jaxsae import harvest as job
 
-    net, packed = _read(model, layer, text, tokens, context)
+    job.check(model, layer=layer, context=context)
+    net, packed = _read(model, text, tokens, context)
     name = f"{model}, layer {layer}, text {zlib.crc32(packed.contexts.tobytes()):08x}"
     return {name: job.live(net, packed.contexts, layer=layer, window=window)}
 

@@ -33,10 +33,11 @@ def denoise(
 
     _require_two(out, dictionary)
     images.check_suffix(out, dictionary)
-    noisy = images.read(image)
+    noisy, profile = images.read(image), images.profile(image)
+    images.check_suffix(out, shape=noisy.shape, profile=profile)
     with console.progress(noisy.size // noisy.shape[1]) as advance:
         quiet, atoms = images.denoise(noisy, sigma, seed=seed, progress=advance)
-    return _write_picture(out, quiet, dictionary, atoms, json)
+    return _write_picture(out, quiet, profile, dictionary, atoms, json)
 
 
 def inpaint(
@@ -65,9 +66,10 @@ def inpaint(
 
     _require_two(out, dictionary)
     images.check_suffix(out, dictionary)
-    mask = images.read(missing)
-    filled, atoms = images.inpaint(images.read(image), (mask if mask.ndim == 2 else mask.mean(2)) > 127.5, seed=seed)
-    return _write_picture(out, filled, dictionary, atoms, json)
+    holes, mask, profile = images.read(image), images.read(missing), images.profile(image)
+    images.check_suffix(out, shape=holes.shape, profile=profile)
+    filled, atoms = images.inpaint(holes, (mask if mask.ndim == 2 else mask.mean(2)) > 127.5, seed=seed)
+    return _write_picture(out, filled, profile, dictionary, atoms, json)
 
 
 def _require_two(out: Path, dictionary: Path | None) -> None:
@@ -75,10 +77,10 @@ def _require_two(out: Path, dictionary: Path | None) -> None:
         raise InputError(f"got {out} for --out and for --dictionary; pass two files.")
 
 
-def _write_picture(out: Path, picture, dictionary: Path | None, atoms, json: bool) -> int:
+def _write_picture(out: Path, picture, profile: bytes | None, dictionary: Path | None, atoms, json: bool) -> int:
     from jaxsae import images
 
-    images.write(out, picture)
+    images.write(out, picture.round(), profile=profile)  # whole levels: those of a dark picture are not in [0, 1]
     if dictionary is not None:
         images.write(dictionary, images.mosaic(atoms))
     text = f"Written: {out}{'' if dictionary is None else f', {dictionary}'}"

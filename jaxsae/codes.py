@@ -5,6 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
@@ -17,6 +19,7 @@ __all__ = [
     "from_dense",
     "sum_by_latent",
     "top_k",
+    "used",
 ]
 
 _CACHE = 2**25  # bytes: sums larger than this are made in the order of their latents on a CPU
@@ -26,13 +29,13 @@ _CACHE = 2**25  # bytes: sums larger than this are made in the order of their la
 class SparseCode:
     """The active latents of a batch of rows, in `k` slots a row.
 
-    An unused slot holds value 0 and index `num_latents`, one past the end, so that gathers fill it
-    with zero and scatters drop it. A latent on the support may have value 0 (a refit can put it there).
+    An index outside `[0, num_latents)` is an unused slot, whatever its value: −1 is, and `num_latents`, which the
+    library writes itself, with value 0. A latent on the support may have value 0 (a refit can put it there).
     An index that stands twice in a row counts twice: its values add up.
 
     Attributes:
       values: `[*b k]`, in the units of the activations.
-      indices: `[*b k]` int32, in `[0, num_latents]`.
+      indices: `[*b k]`, int32.
       num_latents: number of latents `m`; static.
       overflow: `[*b]` int32, how many active latents of the row did not fit into `k` slots.
 
@@ -58,7 +61,7 @@ class SparseCode:
     @property
     def mask(self) -> Bool[Array, "*b k"]:
         """Which slots are on the support."""
-        return self.indices < self.num_latents
+        return used(self.indices, self.num_latents)
 
     @property
     def l0(self) -> Int[Array, "*b"]:
@@ -69,9 +72,36 @@ class SparseCode:
         """The code as a dense `[*b m]` array."""
 
         def scatter(values, indices):
-            return jnp.zeros(self.num_latents, values.dtype).at[indices].add(values, mode="drop")
+            return scatter_add(jnp.zeros(self.num_latents, values.dtype), indices, values)
 
         return jnp.vectorize(scatter, signature="(k),(k)->(m)")(self.values, self.indices)
+
+
+def used(indices: Int[Array, "..."], num_latents: int) -> Bool[Array, "..."]:
+    """Which slots hold a latent: those with an index in `[0, num_latents)`.
+
+    Args:
+      indices: `[*b k]`.
+      num_latents: number of latents `m`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> jaxsae.codes.used(jnp.array([0, 2, 3, -1]), num_latents=3)
+      Array([ True,  True, False, False], dtype=bool)
+    """
+    indices = jnp.asarray(indices)
+    indices = indices.astype(jnp.promote_types(indices.dtype, jnp.int32))  # int8 has no number for 300 latents
+    return (indices >= 0) & (indices < num_latents)
+
+
+def take(x: Array, indices: Int[Array, "*b k"]) -> Array:
+    """Entries `[*b k …]` of `x [m …]`, and 0 for unused slots; a negative index does not count from the end."""
+    return x.at[indices].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+
+
+def scatter_add(total: Array, indices: Int[Array, "*b k"], x: Array) -> Array:
+    """`total [m …]` with `x [*b k …]` added at its indices, but for unused slots."""
+    return total.at[indices].add(x, mode="drop", wrap_negative_indices=False)
 
 
 def from_dense(z: Float[Array, "*b m"], capacity: int) -> SparseCode:
@@ -83,6 +113,7 @@ def from_dense(z: Float[Array, "*b m"], capacity: int) -> SparseCode:
         `overflow` says how many.
 
     Raises:
+      TypeError: if `z` is not floating point.
       ValueError: if `capacity` is not in `[1, m]`.
 
     Example:
@@ -91,6 +122,9 @@ def from_dense(z: Float[Array, "*b m"], capacity: int) -> SparseCode:
       >>> code.indices.tolist(), code.overflow.tolist()
       ([[2, 1], [2, 4]], [1, 0])
     """
+    z = jnp.asarray(z)
+    if not jnp.issubdtype(z.dtype, jnp.floating):
+        raise TypeError(f"`from_dense` got z of dtype {z.dtype}, expected floating point; convert it first.")
     m = z.shape[-1]
     if not 1 <= capacity <= m:
         raise ValueError(f"got capacity {capacity} for {m} latents; pass a capacity from 1 to {m}.")
@@ -121,7 +155,7 @@ def top_k(x: Float[Array, "*b m"], k: int) -> tuple[Float[Array, "*b k"], Int[Ar
       >>> values.tolist(), indices.tolist()
       ([3.0, 2.0], [1, 2])
     """
-    if sharding.spread() and x.shape[-1] % sharding.ways("latent") == 0:
+    if sharding.spread(x.shape[-1]):
         return _top_k_of_all(x, k)
     m, size = x.shape[-1], 1
     while m % (2 * size) == 0 and k * (2 * size) ** 2 <= m:  # balances the number of groups and of their members
@@ -179,60 +213,34 @@ def combine(dictionary: Float[Array, "m d"], code: SparseCode) -> Float[Array, "
     Returns:
       `[*b d]`, in the dtype that the values and the dictionary promote to.
 
+    Raises:
+      TypeError, ValueError: at trace time, if the dictionary and the code do not fit together.
+
     Example:
       >>> import jax.numpy as jnp, jaxsae
       >>> code = jaxsae.SparseCode(values=jnp.array([3.0, 1.0]), indices=jnp.array([2, 0]), num_latents=3)
       >>> jaxsae.codes.combine(jnp.eye(3), code)
       Array([1., 0., 3.], dtype=float32)
     """
-    return _combine(*sharding.vary_alike((dictionary, code.values, code.indices)))
+    m = code.num_latents
+    dictionary, values, indices = _checked("combine", dictionary, code.values, code.indices)
+    if dictionary.shape[:-1] != (m,):
+        raise ValueError(
+            f"`combine` got a dictionary of shape {dictionary.shape} for a code of {m} latents; pass one of shape "
+            f"({m}, d), one atom a row."
+        )
+    return form("rows", dictionary, values, indices, m=m)
 
 
-@jax.custom_vjp
-def _combine(dictionary, values, indices):
-    if sharding.spread():
-        return _combine_all(dictionary, values, indices)
-    dtype = jnp.result_type(values, dictionary)
-    accumulator = jnp.promote_types(dtype, jnp.float32)
-
-    def chunk(values, indices):
-        return jnp.einsum("nk,nkd->nd", values, _atoms(dictionary, indices), preferred_element_type=accumulator)
-
-    summed = _by_chunks(chunk, dictionary, values, indices)
-    return summed.astype(dtype)
-
-
-def _combine_forward(dictionary, values, indices):
-    return _combine(dictionary, values, indices), (dictionary, values, indices)
-
-
-def _combine_backward(residuals, x_bar):
-    dictionary, values, indices = residuals
-    values_bar = (_project_all if sharding.spread() else _project)(dictionary, x_bar, indices).astype(values.dtype)
-    dictionary_bar = correlate(SparseCode(values, indices, len(dictionary)), x_bar).astype(dictionary.dtype)
-    return dictionary_bar, values_bar, None
-
-
-_combine.defvjp(_combine_forward, _combine_backward)
-
-
-def _project(dictionary, x, indices):
-    """`⟨D[indicesᵢ], x⟩` for each slot."""
-    accumulator = jnp.promote_types(x.dtype, jnp.float32)
-
-    def chunk(x, indices):
-        return jnp.einsum("nd,nkd->nk", x, _atoms(dictionary, indices), preferred_element_type=accumulator)
-
-    return _by_chunks(chunk, dictionary, x, indices)
-
-
-def _atoms(dictionary, indices):
-    return dictionary.at[indices].get(mode="fill", fill_value=0)
-
-
-def _by_chunks(f, dictionary, x, indices):
-    row_bytes = indices.shape[-1] * dictionary.shape[-1] * max(dictionary.dtype.itemsize, 4)
-    return rows.map_chunks(f, x, indices, batch=indices.shape[:-1], row_bytes=row_bytes)
+def _checked(name: str, *arrays):
+    """The arguments as arrays, the last of them indices."""
+    *floats, indices = (jnp.asarray(x) for x in arrays)
+    for x in floats:
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(f"`{name}` got numbers of dtype {x.dtype}, expected floating point; convert them first.")
+    if not jnp.issubdtype(indices.dtype, jnp.integer):
+        raise TypeError(f"`{name}` got indices of dtype {indices.dtype}, expected integers; convert them to int32.")
+    return *floats, indices
 
 
 def correlate(code: SparseCode, x: Float[Array, "*b d"]) -> Float[Array, "m d"]:
@@ -247,6 +255,9 @@ def correlate(code: SparseCode, x: Float[Array, "*b d"]) -> Float[Array, "m d"]:
     Returns:
       `[m d]`, in the dtype that the values and `x` promote to, float32 or better.
 
+    Raises:
+      TypeError, ValueError: at trace time, if the rows and the code do not fit together.
+
     Example:
       >>> import jax.numpy as jnp, jaxsae
       >>> code = jaxsae.SparseCode(values=jnp.array([[3.0], [1.0]]), indices=jnp.array([[1], [1]]), num_latents=2)
@@ -254,32 +265,13 @@ def correlate(code: SparseCode, x: Float[Array, "*b d"]) -> Float[Array, "m d"]:
       Array([[0., 0.],
              [3., 1.]], dtype=float32)
     """
-    if sharding.spread():
-        return _correlate_all(code, x)
-    k, d = code.indices.shape[-1], x.shape[-1]
-    dtype = jnp.promote_types(jnp.result_type(code.values, x), jnp.float32)
-    values, indices, x = code.values.reshape(-1, k).astype(dtype), code.indices.reshape(-1, k), x.reshape(-1, d)
-    # A zero that XLA cannot know: it would make constant ones early, share them with other sums, and copy them.
-    zero = 0 * jnp.sum(values[:1, :1])
-    total = jnp.full((code.num_latents, d), jnp.where(zero == 0, zero, 0))
-    if not sharding.on_cpu():
-
-        def scatter(total, values, indices, x):
-            return total.at[indices].add(values[:, :, None] * x[:, None, :].astype(dtype), mode="drop"), None
-
-        row_bytes = 2 * k * d * dtype.itemsize
-        return rows.scan_chunks(scatter, total, values, indices, x, batch=indices.shape[:1], row_bytes=row_bytes)[0]
-
-    order = by_latent(indices, code.num_latents) if total.nbytes > _CACHE else jnp.arange(indices.size)
-
-    def add(i, total):
-        row, slot = order[i] // k, order[i] % k
-        at = jnp.minimum(indices[row, slot], code.num_latents - 1)
-        value = jnp.where(indices[row, slot] < code.num_latents, values[row, slot], 0)
-        atom = jax.lax.dynamic_slice_in_dim(total, at, 1) + value * x[row]
-        return jax.lax.dynamic_update_slice_in_dim(total, atom, at, 0)
-
-    return jax.lax.fori_loop(0, indices.size, add, total)
+    values, x, indices = _checked("correlate", code.values, x, code.indices)
+    if values.shape != indices.shape or x.shape[:-1] != values.shape[:-1]:
+        raise ValueError(
+            f"`correlate` got rows {x.shape} for a code of values {values.shape} and indices {indices.shape}; pass "
+            "as many rows as the code has."
+        )
+    return form("atoms", values, x, indices, m=code.num_latents)
 
 
 def sum_by_latent(code: SparseCode) -> Float[Array, " m"]:
@@ -295,16 +287,159 @@ def sum_by_latent(code: SparseCode) -> Float[Array, " m"]:
       Array([0., 4.], dtype=float32)
     """
     m = code.num_latents
-    if not sharding.spread():
-        return jnp.zeros(m, code.values.dtype).at[code.indices].add(code.values, mode="drop")
+    if not sharding.spread(m):
+        return scatter_add(jnp.zeros(m, code.values.dtype), code.indices, code.values)
     row = sharding.rows_spec(code.indices)
 
     def here(values, indices):
         m_here = m // sharding.size("latent")
-        total = jnp.zeros(m_here, values.dtype).at[sharding.mine(indices, m_here)].add(values, mode="drop")
+        total = scatter_add(jnp.zeros(m_here, values.dtype), sharding.mine(indices, m_here), values)
         return sharding.sum_rows(total, row)
 
     return sharding.split(here, (row, row), sharding.LATENTS)(code.values, code.indices)
+
+
+# --- One trilinear form of atoms, values and rows, and its three partial derivatives
+#
+#     T(D, v, x) = Σₙ Σᵢ vₙᵢ ⟨D[indicesₙᵢ], xₙ⟩
+#
+# `combine` is ∂T/∂x, `correlate` is ∂T/∂D, and the third, ∂T/∂v, is what each atom has in common with the row. Each is
+# linear in two arguments, and its transpose in either of them is another of the three: one primitive with these rules
+# is differentiated forwards, backwards and as often as one likes, and touches no other rows of the dictionary.
+
+_form = Primitive("jaxsae_sparse_form")
+
+
+def form(wrt: str, left: Array, right: Array, indices: Array, *, m: int) -> Array:
+    """The derivative of `T` with respect to "atoms" `[m d]`, "values" `[*b k]` or "rows" `[*b d]`.
+
+    `left` and `right` are the other two, in this order.
+    """
+    left, right, indices = sharding.vary_alike((left, right, indices))
+    return _form.bind(left, right, indices, wrt=wrt, m=m, members=0, mesh=jax.sharding.get_abstract_mesh())
+
+
+_OTHERS = {"atoms": ("values", "rows"), "values": ("atoms", "rows"), "rows": ("atoms", "values")}
+
+
+def _evaluate(left, right, indices, *, wrt: str, m: int, members: int, mesh):
+    with jax.sharding.use_abstract_mesh(mesh):  # that it was traced under, when it is lowered
+        f = {"rows": _combine, "values": _project, "atoms": _correlate}[wrt]
+        if sharding.spread(m):
+            f = {"rows": _combine_all, "values": _project_all, "atoms": _correlate_all}[wrt]
+        f = functools.partial(f, m=m)
+        for _ in range(members):
+            f = jax.vmap(f)
+        return f(left, right, indices)
+
+
+def _shape(left, right, indices, *, wrt: str, m: int, members: int, mesh):
+    dtype = jnp.result_type(left.dtype, right.dtype)
+    if wrt == "rows":
+        shape = *indices.shape[:-1], left.shape[-1]
+    else:  # gradients, in float32 or better
+        dtype = jnp.promote_types(dtype, jnp.float32)
+        shape = indices.shape if wrt == "values" else (*indices.shape[:members], m, right.shape[-1])
+    whole = left.sharding.update(spec=PartitionSpec())
+    return left.update(shape=shape, dtype=dtype, weak_type=False, sharding=whole)
+
+
+def _transpose(bar, left, right, indices, *, wrt: str, mesh, **params):
+    known = dict(zip(_OTHERS[wrt], (left, right), strict=True)) | {wrt: bar}
+    (wanted,) = (name for name, x in known.items() if ad.is_undefined_primal(x))
+    aval = known[wanted].aval
+    if type(bar) is ad.Zero:
+        found = ad.Zero(aval)
+    else:
+        arguments = sharding.vary_alike((*(known[name] for name in _OTHERS[wanted]), indices))
+        found = _form.bind(*arguments, wrt=wanted, mesh=mesh, **params).astype(aval.dtype)
+    return [found if ad.is_undefined_primal(x) else None for x in (left, right)] + [None]
+
+
+def _batch(arguments, axes, *, wrt: str, members: int, **params):
+    """More rows if the atoms are none of what is mapped; else one more level of members, each with its own."""
+    (size,) = {x.shape[axis] for x, axis in zip(arguments, axes, strict=True) if axis is not None}
+    shared = wrt != "atoms" and axes[0] is None
+    front = members if shared else 0
+
+    def mapped(x, axis):
+        if axis is None:
+            return jnp.broadcast_to(jnp.expand_dims(x, front), (*x.shape[:front], size, *x.shape[front:]))
+        return jnp.moveaxis(x, axis, front)
+
+    arguments = [
+        x if shared and number == 0 else mapped(x, axis)
+        for number, (x, axis) in enumerate(zip(arguments, axes, strict=True))
+    ]
+    return _form.bind(*arguments, wrt=wrt, members=members + (not shared), **params), front
+
+
+def _linear_in(place: int):
+    def tangent(dot, *arguments, **params):
+        return _form.bind(*arguments[:place], dot, *arguments[place + 1 :], **params)
+
+    return tangent
+
+
+_form.def_impl(jax.jit(_evaluate, static_argnames=("wrt", "m", "members", "mesh")))
+_form.def_abstract_eval(_shape)
+mlir.register_lowering(_form, mlir.lower_fun(_evaluate, multiple_results=False))
+ad.defjvp(_form, _linear_in(0), _linear_in(1), None)
+ad.primitive_transposes[_form] = _transpose
+batching.primitive_batchers[_form] = _batch
+
+
+def _combine(dictionary, values, indices, *, m: int):
+    dtype = jnp.result_type(values, dictionary)
+    accumulator = jnp.promote_types(dtype, jnp.float32)
+
+    def chunk(values, indices):
+        values = jnp.where(used(indices, m), values, 0)  # else NaN in an unused slot counted
+        return jnp.einsum("nk,nkd->nd", values, take(dictionary, indices), preferred_element_type=accumulator)
+
+    return _by_chunks(chunk, dictionary, values, indices).astype(dtype)
+
+
+def _project(dictionary, x, indices, *, m: int):
+    """`⟨D[indicesᵢ], x⟩` for each slot."""
+    accumulator = jnp.promote_types(jnp.result_type(x, dictionary), jnp.float32)
+
+    def chunk(x, indices):
+        return jnp.einsum("nd,nkd->nk", x, take(dictionary, indices), preferred_element_type=accumulator)
+
+    return _by_chunks(chunk, dictionary, x, indices)
+
+
+def _by_chunks(f, dictionary, x, indices):
+    row_bytes = indices.shape[-1] * dictionary.shape[-1] * max(dictionary.dtype.itemsize, 4)
+    return rows.map_chunks(f, x, indices, batch=indices.shape[:-1], row_bytes=row_bytes)
+
+
+def _correlate(values, x, indices, *, m: int):
+    k, d = indices.shape[-1], x.shape[-1]
+    dtype = jnp.promote_types(jnp.result_type(values, x), jnp.float32)
+    values, indices, x = values.reshape(-1, k).astype(dtype), indices.reshape(-1, k), x.reshape(-1, d)
+    # A zero that XLA cannot know: it would make constant ones early, share them with other sums, and copy them.
+    zero = 0 * jnp.sum(values[:1, :1])
+    total = jnp.full((m, d), jnp.where(zero == 0, zero, 0))
+    if not sharding.on_cpu():
+
+        def scatter(total, values, indices, x):
+            return scatter_add(total, indices, values[:, :, None] * x[:, None, :].astype(dtype)), None
+
+        row_bytes = 2 * k * d * dtype.itemsize
+        return rows.scan_chunks(scatter, total, values, indices, x, batch=indices.shape[:1], row_bytes=row_bytes)[0]
+
+    order = by_latent(indices, m) if total.nbytes > _CACHE else jnp.arange(indices.size)
+
+    def add(i, total):
+        row, slot = order[i] // k, order[i] % k
+        at = jnp.clip(indices[row, slot], 0, m - 1)
+        more = jnp.where(used(indices[row, slot], m), values[row, slot] * x[row], 0)  # NaN times 0 would be NaN
+        atom = jax.lax.dynamic_slice_in_dim(total, at, 1) + more
+        return jax.lax.dynamic_update_slice_in_dim(total, atom, at, 0)
+
+    return jax.lax.fori_loop(0, indices.size, add, total)
 
 
 # --- where each device has some of the latents: each works on the slots that are its own
@@ -335,15 +470,16 @@ def _in_order(x, order):
     return jnp.take_along_axis(jnp.pad(x, spare), order, axis=-1)
 
 
-def _combine_all(dictionary, values, indices):
+def _combine_all(dictionary, values, indices, *, m: int):
     row = sharding.rows_spec(indices)
 
     def here(dictionary, values, indices):
-        order, at, most = _own_slots(indices, len(dictionary))
+        m_here = len(dictionary)
+        order, at, most = _own_slots(indices, m_here)
         dtype = jnp.promote_types(jnp.result_type(values, dictionary), jnp.float32)
 
         def add(total, first, values, at):
-            return total + _combine(dictionary, values, at)
+            return total + _combine(dictionary, values, at, m=m_here)
 
         total = jnp.zeros((*indices.shape[:-1], dictionary.shape[-1]), dtype)
         total = _for_slots(add, total, most, _in_order(values, order), at)
@@ -352,17 +488,18 @@ def _combine_all(dictionary, values, indices):
     return sharding.split(here, (sharding.LATENTS, row, row), row)(dictionary, values, indices)
 
 
-def _project_all(dictionary, x, indices):
+def _project_all(dictionary, x, indices, *, m: int):
     row = sharding.rows_spec(indices)
 
     def here(dictionary, x, indices):
-        order, at, most = _own_slots(indices, len(dictionary))
+        m_here = len(dictionary)
+        order, at, most = _own_slots(indices, m_here)
 
         def put(found, first, at):
-            part = _project(dictionary, x, at).astype(found.dtype)
+            part = _project(dictionary, x, at, m=m_here)
             return jax.lax.dynamic_update_slice_in_dim(found, part, first, axis=-1)
 
-        found = jnp.zeros(at.shape, jnp.promote_types(x.dtype, jnp.float32))
+        found = jnp.zeros(at.shape, jnp.promote_types(jnp.result_type(x, dictionary), jnp.float32))
         found = _for_slots(put, found, most, at)
         back = jnp.argsort(order, axis=-1)[..., : indices.shape[-1]]
         return jax.lax.psum(jnp.take_along_axis(found, back, axis=-1), "latent")
@@ -370,26 +507,26 @@ def _project_all(dictionary, x, indices):
     return sharding.split(here, (sharding.LATENTS, row, row), row)(dictionary, x, indices)
 
 
-def _correlate_all(code: SparseCode, x):
-    row, m = sharding.rows_spec(code.indices), code.num_latents
+def _correlate_all(values, x, indices, *, m: int):
+    row = sharding.rows_spec(indices)
 
-    def here(values, indices, x):
+    def here(values, x, indices):
         m_here = m // sharding.size("latent")
         order, at, most = _own_slots(indices, m_here)
 
         def add(total, first, values, at):
-            return total + correlate(SparseCode(values, at, m_here), x)
+            return total + _correlate(values, x, at, m=m_here)
 
         dtype = jnp.promote_types(jnp.result_type(values, x), jnp.float32)
         total = _for_slots(add, jnp.zeros((m_here, x.shape[-1]), dtype), most, _in_order(values, order), at)
         return sharding.sum_rows(total, row)
 
-    return sharding.split(here, (row, row, row), sharding.LATENTS)(code.values, code.indices, x)
+    return sharding.split(here, (row, row, row), sharding.LATENTS)(values, x, indices)
 
 
 def by_latent(indices: Int[Array, "b k"], m: int) -> Int[Array, " bk"]:
     """Positions in the order of the latents they hold, so that what is written next is near what was written last."""
-    size = indices.size
+    size, indices = indices.size, jnp.where(used(indices, m), indices, m)
     if size * (m + 1) >= 2**32:
         return jnp.argsort(indices.ravel())
     # One integer for latent and position sorts five times as fast as a pair.

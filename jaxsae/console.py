@@ -53,7 +53,7 @@ def gib(size: int) -> str:
 def progress(total: int, *, rows: int | None = None, unit: str = "rows", quiet: bool = False):
     """Yield `advance(text, steps)`: a bar with the time left on a terminal, a plain line every tenth elsewhere.
 
-    With `rows`, those of one step, both tell the speed.
+    With `rows`, those of one step, both show the speed. Steps taken `before` say nothing of that.
     """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -66,8 +66,14 @@ def progress(total: int, *, rows: int | None = None, unit: str = "rows", quiet: 
         done: int = 0
         began: tuple[int, float] | None = None
 
-        def advance(text: str, steps: int) -> None:
+        def advance(text: str, steps: int, *, before: bool = False) -> None:
             nonlocal done, began
+            if before:
+                done += steps
+                bar.reset(task, total=total, completed=done, description=text)
+                if not quiet:
+                    console.print(f"{100 * done // total:3}%  {text}", highlight=False)
+                return
             if rows is not None and began is not None:
                 number, since = began
                 text += f"  {rows * (done + steps - number) / (time.monotonic() - since):,.0f} {unit}/s"

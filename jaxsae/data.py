@@ -1,5 +1,6 @@
 """Rows to train and measure on: activations on disk, or patches of two photographs."""
 
+import hashlib
 import io
 import itertools
 import json
@@ -16,11 +17,13 @@ import numpy as np
 import safetensors
 
 from jaxsae import shards
-from jaxsae.files import InputError
+from jaxsae.files import InputError, local_path
 
 Rows = np.ndarray | shards.Rows  # `[n d]`, in memory or not
 
 _THREADS, _AHEAD = 2, 8  # of the reading of batches; in number
+_SAMPLED, _BLOCKS = 64 << 20, 256  # bytes of rows whose values are hashed, and in how many places
+_MEND = "write the file anew"
 # What numpy lets out when a file is not what it says.
 _UNREADABLE = (
     *(ValueError, TypeError, EOFError, OSError, LookupError, SyntaxError, NotImplementedError, MemoryError),
@@ -51,7 +54,7 @@ def open_rows(path: str | os.PathLike) -> Rows:
       ...     open_rows(f"{folder}/x.npy").shape
       (6, 4)
     """
-    path = Path(path)
+    path = local_path(path)
     expected = "expected a .npy or .npz array of floating-point activations (rows, width)"
     kind = {".safetensors": _open_safetensors, ".array_record": _open_records}.get(path.suffix)
     if Path(path, shards.MANIFEST).is_file():
@@ -77,13 +80,18 @@ def open_rows(path: str | os.PathLike) -> Rows:
     except InputError:
         raise
     except _UNREADABLE as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path}: is damaged or holds no plain array ({reason}); {expected}.") from error
-    if array.dtype not in (np.float16, np.float32, np.float64, jnp.bfloat16):
+        raise InputError(f"{path}: is damaged or holds no plain array ({_reason(error)}); {expected}.") from error
+    dtype = array.dtype.newbyteorder("=")
+    if dtype not in (np.float16, np.float32, np.float64, jnp.bfloat16):
         raise InputError(f"{path}: holds {array.dtype}; {expected}: convert it with .astype('float32').")
     if array.ndim < 2 or array.size == 0:
         raise InputError(f"{path}: has shape {array.shape}; {expected}.")
-    return array if isinstance(array, shards.Rows) else array.reshape(-1, array.shape[-1])
+    if isinstance(array, shards.Rows):
+        return array
+    rows = array.reshape(-1, array.shape[-1])
+    if dtype == array.dtype:
+        return rows
+    return shards.Rows(lambda _: rows, np.array([0, len(rows)]), range(len(rows)), rows.shape[1], dtype)
 
 
 def _open_safetensors(path: Path) -> np.ndarray:
@@ -107,24 +115,49 @@ class _Records:
     def __init__(self, path: Path):
         import grain
 
+        self._path = path
         self._source: Any = grain.sources.ArrayRecordDataSource([str(path)])
+        if not len(self._source):
+            raise ValueError("it has no records")
+        (self.first,) = self._rows([0])
+        if self.first.ndim != 1:
+            raise ValueError(f"a record has shape {self.first.shape}")
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, numbers: np.ndarray) -> np.ndarray:
-        records = self._source.__getitems__(np.asarray(numbers).tolist())
-        return np.stack([np.load(io.BytesIO(record), allow_pickle=False) for record in records])
+        rows, expected = self._rows(np.asarray(numbers).tolist()), self.first
+        for number, row in zip(numbers, rows, strict=True):
+            if row.ndim == 1 and row.shape != expected.shape:
+                what, wanted = f"has width {len(row)}", f"{len(expected)}"
+            elif (row.shape, row.dtype) != (expected.shape, expected.dtype):
+                what, wanted = f"has shape {row.shape} of {row.dtype}", f"{expected.shape} of {expected.dtype}"
+            else:
+                continue
+            raise InputError(f"{self._path}: record {number} {what}, expected {wanted} as record 0; {_MEND}.")
+        return np.stack(rows)
+
+    def _rows(self, numbers: list[int]) -> list[np.ndarray]:
+        try:
+            records = map(io.BytesIO, self._source.__getitems__(numbers))
+            return [np.lib.format.read_array(record, allow_pickle=False) for record in records]
+        except _UNREADABLE as error:
+            if len(numbers) > 1:  # find which
+                return [row for number in numbers for row in self._rows([number])]
+            raise InputError(
+                f"{self._path}: record {numbers[0]} is no .npy file ({_reason(error)}); {_MEND}."
+            ) from error
 
 
 def _open_records(path: Path) -> shards.Rows:
-    records = _Records(path)
-    if not len(records):
-        raise ValueError("it has no records")
-    first = records[np.array([0])]
-    if first.ndim != 2:
-        raise ValueError(f"a record has shape {first.shape[1:]}")
-    return shards.Rows(lambda _: records, np.array([0, len(records)]), range(len(records)), first.shape[1], first.dtype)  # pyright: ignore[reportArgumentType]
+    records: Any = _Records(path)
+    window, dtype = range(len(records)), records.first.dtype.newbyteorder("=")
+    return shards.Rows(lambda _: records, np.array([0, len(records)]), window, len(records.first), dtype)
+
+
+def _reason(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _only_array(archive, path: Path) -> np.ndarray:
@@ -161,6 +194,34 @@ def require_finite(rows: Rows, what: str) -> None:
         )
 
 
+def fingerprint(rows: Rows) -> str:
+    """A hash by which other rows in the place of these are noticed, cheap for any number of them.
+
+    It is of their number, width, dtype and values: all of them up to 64 MiB, beyond that blocks spread evenly; of a
+    directory of shards, the checksums in its manifest instead; of rows that are computed, no values.
+
+    Args:
+      rows: `[n d]`, may be memory-mapped.
+
+    Example:
+      >>> a, b = np.zeros((5, 2)), np.zeros((5, 2))
+      >>> b[3, 1] = 1.0
+      >>> fingerprint(a) == fingerprint(a.copy()), fingerprint(a) == fingerprint(b)
+      (True, False)
+    """
+    hashed = hashlib.blake2b(repr((rows.shape, rows.dtype.newbyteorder("=").name)).encode(), digest_size=8)
+    if isinstance(rows, shards.Rows) and rows.checksum is not None:
+        hashed.update(rows.checksum.encode())
+        return hashed.hexdigest()
+    most = max(_BLOCKS, _SAMPLED // max(1, rows.nbytes // len(rows)))
+    blocks = 1 if len(rows) <= most else _BLOCKS
+    size = min(len(rows), most) // blocks
+    for start in np.linspace(0, len(rows) - size, blocks).astype(int).tolist():
+        block = np.asarray(rows[start : start + size])
+        hashed.update(np.ascontiguousarray(block, block.dtype.newbyteorder("<")).ravel().view(np.uint8))
+    return hashed.hexdigest()
+
+
 class Batches:
     """Batches `[size d]` in float32 for ever, read ahead by grain; the order is a function of the seed alone.
 
@@ -184,7 +245,10 @@ class Batches:
         return self
 
     def __next__(self) -> np.ndarray:
-        return next(self._iterator)
+        try:
+            return next(self._iterator)
+        except InputError as error:  # grain adds lines of its own
+            raise InputError(str(error).partition("\n")[0]) from error
 
     @property
     def position(self) -> int:
@@ -203,8 +267,8 @@ class Batches:
 class _Numbered:
     """Batch by its number: what grain reads."""
 
-    def __init__(self, sources: Sequence[Rows], order: Any, size: int, part: slice):
-        self._sources, self._order = sources, order
+    def __init__(self, sources: Sequence[Rows], names: Sequence[str], order: Any, size: int, part: slice):
+        self._sources, self._names, self._order = sources, names, order
         self._size, self._part = size, range(size)[part]
         self._edges = np.cumsum([0, *map(len, sources)])
 
@@ -223,7 +287,8 @@ class _Numbered:
     def __getitem__(self, index: int) -> np.ndarray:
         batch = np.empty((len(self._part), self._sources[0].shape[1]), np.float32)
         for source, at, numbers in self.parts(index):
-            batch[at] = self._sources[source][numbers]
+            rows = self._sources[source][numbers]
+            batch[at] = shards.cast(rows, np.float32, self._names[source], "scale it", numbers)
         return batch
 
 
@@ -235,8 +300,11 @@ def batches(
     weights: Sequence[float] | None = None,
     window: int | None = None,
     part: slice = slice(None),
+    names: Sequence[str] | None = None,
 ) -> Batches:
     """Yield batches `[size d]` in float32 for ever, each row once before any comes again, in an order anew each time.
+
+    So it is of each source: a pass over its rows ends before the next begins, though a batch may hold rows of both.
 
     Args:
       rows: `[n d]`, may be memory-mapped; or several of them, to be mixed.
@@ -244,11 +312,13 @@ def batches(
       seed: of the shuffles.
       weights: in which proportions to mix, whatever the lengths; by default in those of the lengths, as if joined.
       window: rows that are shuffled among themselves, one window after the other, where rows had better be read
-        forwards (`harvest.live`); by default all are.
+        forwards (`harvest.live`); by default all are. The last window of a pass holds the rest.
       part: which rows of each batch to read, those that this process needs; all by default.
+      names: of the sources, for messages.
 
     Raises:
-      InputError: if there are fewer rows than a batch holds, or the widths or weights do not fit.
+      InputError: if there are fewer rows than a batch holds, or the shapes, dtypes, window or weights do not fit; in
+        reading, at a row of float64 that overflows.
 
     Example:
       >>> stream = batches(np.arange(6.0).reshape(3, 2), 2, seed=0)
@@ -258,6 +328,14 @@ def batches(
     import grain
 
     sources: list[Any] = [rows] if hasattr(rows, "shape") else list(rows)  # pyright: ignore[reportArgumentType]
+    names = names or [f"source {number}" for number in range(len(sources))]
+    for name, source in zip(names, sources, strict=True):
+        if source.ndim != 2 or not source.size or source.dtype.kind in "cObSU":
+            got = f"{source.dtype} of shape {source.shape}"
+            raise InputError(f"{name}: got {got}, expected real numbers (rows, width); pass those.")
+    for option, value in (("size", size), ("window", window)):
+        if value is not None and value < 1:
+            raise InputError(f"got {option} {value}; pass at least 1.")
     total = sum(map(len, sources))
     if total < size:
         raise InputError(f"got {total} rows for batches of {size}; pass more rows or a smaller batch.")
@@ -265,22 +343,26 @@ def batches(
     if len(widths) > 1:
         raise InputError(f"got sources of widths {sorted(widths)}; pass activations of one layer.")
 
-    def shuffled(numbers, seed):
-        ordered = grain.MapDataset.range(*numbers)
-        if window is None:
-            return ordered.seed(seed % 2**32).shuffle().repeat()
+    def shuffled(first: int, end: int, seed: int):
+        n = end - first
+        whole = 0 if window is None or window >= n else n // window * window  # rows in windows; the rest is one more
+        rest = grain.MapDataset.range(first + whole, end).seed(seed % 2**32).shuffle()
+        if not whole:
+            return rest.repeat()
         seed %= 2**31  # the number of the window is added to it, and the sum has 32 bits
-        return grain.experimental.WindowShuffleMapDataset(ordered.repeat(), window_size=window, seed=seed)
+        windows = grain.MapDataset.range(first, first + whole)
+        windows = grain.experimental.WindowShuffleMapDataset(windows, window_size=window, seed=seed)
+        return grain.MapDataset.concatenate([windows, rest] if first + whole < end else [windows]).repeat()
 
     if weights is None:
-        order = shuffled((total,), seed)
+        order = shuffled(0, total, seed)
     else:
         if len(weights) != len(sources) or not all(0 < weight < np.inf for weight in weights):
             raise InputError(f"got weights {list(weights)} for {len(sources)} sources; pass a positive one for each.")
         edges = np.cumsum([0, *map(len, sources)]).tolist()
         pairs = enumerate(itertools.pairwise(edges))
-        order = grain.MapDataset.mix([shuffled(pair, seed + number) for number, pair in pairs], weights)
-    return Batches(_Numbered(sources, order, size, part))
+        order = grain.MapDataset.mix([shuffled(*pair, seed + number) for number, pair in pairs], weights)
+    return Batches(_Numbered(sources, names, order, size, part))
 
 
 def image_patches(rows: int, heldout: int, *, side: int = 10, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

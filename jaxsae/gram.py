@@ -4,6 +4,7 @@ A dictionary is an array `[m d]`, or any pytree with `take(indices [*b k]) -> at
 """
 
 import functools
+import math
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -11,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxsae import rows, solvers
+from jaxsae import codes, rows, solvers
 from jaxsae.codes import SparseCode
-from jaxsae.linalg import EXACT, divide, matmul, max_or_nan
+from jaxsae.linalg import EXACT, divide, matmul, max_or_nan, residual
 
 __all__ = [
     "Dictionary",
@@ -44,12 +45,12 @@ class Dictionary(Protocol):
 
 def is_array(dictionary: Any) -> bool:
     """Whether a dictionary is an array `[m d]`, rather than an object with `take`."""
-    return hasattr(dictionary, "ndim")
+    return hasattr(dictionary, "ndim") or isinstance(dictionary, list | tuple)
 
 
 def take(dictionary: Any, indices: Array, num_latents: int, dtype) -> Array:
     """Atoms `[*b k d]`; those of unused slots are some atom or other, to be masked."""
-    indices = jnp.minimum(indices, num_latents - 1)
+    indices = jnp.clip(indices, 0, num_latents - 1)
     if is_array(dictionary):
         return dictionary.at[indices].get(mode="clip").astype(dtype)
     return dictionary.take(indices).astype(dtype)
@@ -57,7 +58,7 @@ def take(dictionary: Any, indices: Array, num_latents: int, dtype) -> Array:
 
 def used(indices: Array, num_latents: int) -> Array:
     """The support as a mask."""
-    return indices < num_latents
+    return codes.used(indices, num_latents)
 
 
 class Problem(NamedTuple):
@@ -75,9 +76,25 @@ def power_of_two(x):
     return jnp.where(jnp.isfinite(x), jnp.ldexp(jnp.sign(x), jnp.frexp(x)[1] - 1), x)
 
 
+def largest(x: Array, axis: int | tuple[int, ...] = -1) -> Array:
+    """`max |x|`, axes kept; NaN where that cannot be relied upon: where an entry is not finite, or lost.
+
+    XLA takes a subnormal number for 0 on most devices, which is more than rounding among others of about its size.
+    """
+    most = max_or_nan(jnp.abs(x), axis, keepdims=True)
+    limits = jnp.finfo(x.dtype)
+    kind = jnp.dtype(f"uint{limits.bits}")
+    size = jax.lax.bitcast_convert_type(x, kind) << 1  # without the sign
+    lost = (size > 0) & (size < np.asarray(limits.tiny).view(kind) << 1)
+    return jnp.where(lost.any(axis, keepdims=True) & (most < limits.tiny / limits.eps), jnp.nan, most)
+
+
 def scaled(y: Array) -> tuple[Array, Array, Array]:
-    """Targets of a size that can be squared, the powers of two `[n 1]` that they were divided by, and their norms."""
-    scale = power_of_two(max_or_nan(jnp.abs(y), 1, keepdims=True))
+    """Targets of a size that can be squared, the powers of two `[n 1]` that they were divided by, and their norms.
+
+    The power is NaN where a target is not finite, or too small.
+    """
+    scale = power_of_two(largest(y))
     y = divide(y, scale)
     return y, scale, jnp.linalg.norm(y, axis=1, keepdims=True)
 
@@ -111,10 +128,16 @@ def measure(square: Array, on: Array, y_scale: Array, y_norm: Array, ridge: Arra
     """The norms `[n k]` of atoms with their ridge, and units, from the atoms' squares and what `scaled` returned."""
     norm = jnp.sqrt(square + jnp.where(on, ridge, 0))  # the ridge joins the diagonal before it is made 1
     unit = divide(divide(norm, y_norm), y_scale)
-    determined = jnp.isfinite(unit) & ((unit > 0) | (y_scale == 0)) & jnp.isfinite(y_scale)
+    determined = can_be_written(unit) & ((unit > 0) | (y_scale == 0)) & jnp.isfinite(y_scale)
     in_range = ~on | ((square > 2.0**-60) & (square < 2.0**60) & determined)
     longest = jnp.sqrt(jnp.max(square, axis=1, keepdims=True, initial=2.0**-60))
     return norm, Units(unit, norm / longest, in_range.all(1) & (ridge >= 0) & (ridge < 2.0**60))
+
+
+def can_be_written(unit: Array) -> Array:
+    """Whether values `x / unit` are written to rounding, rather than as 0, for `x` of about 1."""
+    limits = jnp.finfo(unit.dtype)
+    return unit < limits.eps / limits.tiny
 
 
 class Solved(NamedTuple):
@@ -167,16 +190,16 @@ def unit_rows(dictionary: Any, y: Array, indices: Array, *, num_latents: int, ri
     on = used(indices, num_latents)
     atoms = jnp.where(on[:, :, None], take(dictionary, indices, num_latents, y.dtype), 0)
     root = jnp.sqrt(ridge)
-    y, *size = scaled(y)
-    y_scale, y_norm = (jnp.where(x == 0, 1, x) for x in size)
-    largest = max_or_nan(jnp.abs(atoms), 2)
-    atom_scale = jnp.where(largest > 0, jnp.maximum(power_of_two(largest), power_of_two(root)), largest)
+    y, *of_y = scaled(y)
+    y_scale, y_norm = (jnp.where(x == 0, 1, x) for x in of_y)
+    size = power_of_two(largest(atoms)[:, :, 0])
+    atom_scale = jnp.where(size == 0, 0, jnp.maximum(size, power_of_two(root)))
     atoms = divide(atoms, atom_scale[:, :, None])
     length, relative_root = jnp.linalg.norm(atoms, axis=2), divide(root, atom_scale)
     norm = jnp.hypot(length, relative_root)
     unit = norm / y_norm * atom_scale / y_scale
     longest = max_or_nan(length * atom_scale, 1, keepdims=True)
-    determined = jnp.isfinite(unit) & ((unit > 0) | (norm == 0)) & jnp.isfinite(y_scale)
+    determined = can_be_written(unit) & ((unit > 0) | (norm == 0)) & jnp.isfinite(y_scale)
     return UnitRows(
         atoms=divide(atoms, norm[:, :, None]),
         y=y / y_norm,
@@ -185,6 +208,20 @@ def unit_rows(dictionary: Any, y: Array, indices: Array, *, num_latents: int, ri
         weight=divide(norm * atom_scale, longest),
         finite=determined.all(1) & jnp.isfinite(longest[:, 0]) & (ridge >= 0),
     )
+
+
+def residuals(dictionary: Any, y: Array, code: SparseCode) -> Array:
+    """`(y − Aᵀz) / ‖y‖` `[n d]`, to the last digit; of y = 0, as of norm 1.
+
+    Atoms, values and targets are divided by powers of two alone, so that nothing is rounded before it cancels.
+    """
+    on = used(code.indices, code.num_latents)
+    atoms = jnp.where(on[:, :, None], take(dictionary, code.indices, code.num_latents, y.dtype), 0)
+    atom_scale = power_of_two(largest(atoms)[:, :, 0])
+    y, *of_y = scaled(y)
+    y_scale, y_norm = (jnp.where(x == 0, 1, x) for x in of_y)
+    values = code.values.astype(y.dtype) * atom_scale / y_scale
+    return jax.vmap(residual)(y, values, divide(atoms, atom_scale[:, :, None])) / y_norm
 
 
 def row_bytes(k: int, d: int, itemsize: int) -> int:
@@ -230,8 +267,19 @@ def _one_atom(dictionary: Any):
     return jax.eval_shape(lambda dictionary: dictionary.take(jnp.zeros((1, 1), jnp.int32)), dictionary)
 
 
-def validate(dictionary: Any, y: Array, code: SparseCode, name: str) -> None:
-    """Raise if a dictionary, targets and a code do not fit together."""
+def check_numbers(name: str, what: str, x: Any, *, least: float = 0, most: float = math.inf, do: str) -> None:
+    """Raise if an option that is known, one number or an array, is NaN, infinite or out of `[least, most]`."""
+    if isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
+        return
+    x = np.asarray(x)
+    wrong = ~(np.isfinite(x) & (x >= least) & (x <= most))
+    if wrong.any():
+        raise ValueError(f"`{name}` got {what} {x[wrong][0]}; pass {do}.")
+
+
+def validate(dictionary: Any, y: Any, code: SparseCode, name: str) -> tuple[Any, Array, SparseCode]:
+    """Raise if a dictionary, targets and a code do not fit together; else what they are as arrays of JAX."""
+    y, code = jnp.asarray(y), jax.tree.map(jnp.asarray, code)
     if not is_array(dictionary):
         if not isinstance(dictionary, Dictionary):
             raise TypeError(
@@ -246,6 +294,7 @@ def validate(dictionary: Any, y: Array, code: SparseCode, name: str) -> None:
             )
         shape, dtype = (code.num_latents, atom.shape[-1]), atom.dtype
     else:
+        dictionary = jnp.asarray(dictionary)
         shape, dtype = dictionary.shape, dictionary.dtype
     for what, kind in (("a dictionary", dtype), ("y", y.dtype), ("values", code.values.dtype)):
         if not jnp.issubdtype(kind, jnp.floating):
@@ -268,3 +317,4 @@ def validate(dictionary: Any, y: Array, code: SparseCode, name: str) -> None:
             f"`{name}` got values {code.values.shape} and indices {code.indices.shape} for y of shape {y.shape}; "
             f"pass both with shape {(*y.shape[:-1], 'k')}."
         )
+    return dictionary, y, code

@@ -5,10 +5,12 @@ models, is left out. A shard holds the rows of the same contexts however often a
 that goes on neither repeats a row nor loses one.
 """
 
+import codecs
 import functools
 import itertools
 import os
 import random
+import sys
 import sysconfig
 import threading
 import zlib
@@ -21,14 +23,24 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxsae import arguments, shards
+from jaxsae import arguments, model_files, shards
 from jaxsae.arguments import Count, Index
-from jaxsae.files import InputError
+from jaxsae.files import InputError, local_path
 from jaxsae.language_model import LanguageModel, residual
 
 _SHARD = 128 << 20  # bytes of float32 rows, about
 _MOST_STEPS = 32  # in a shard
 _PIECE = 1 << 20  # characters tokenised at a time: a tokenizer takes some hundred bytes for each
+_OVERLAP = 1 << 14  # characters that two pieces share, at first
+_AGREE = 32  # tokens that must be the same in both
+_ENCODINGS = {  # by the mark that a file begins with, those of four bytes first
+    codecs.BOM_UTF32_LE: "utf-32-le",
+    codecs.BOM_UTF32_BE: "utf-32-be",
+    codecs.BOM_UTF16_LE: "utf-16-le",
+    codecs.BOM_UTF16_BE: "utf-16-be",
+    codecs.BOM_UTF8: "utf-8",
+}
+_DTYPES = ("float16", "float32", "bfloat16")
 
 
 class Text(NamedTuple):
@@ -39,12 +51,14 @@ class Text(NamedTuple):
       files: that were read; those after `tokens` was reached were not.
       replaced: characters that were not UTF-8.
       empty: files with nothing in them.
+      replaced_at: the file, and the byte, of the first that was not; "" if all were.
     """
 
     contexts: np.ndarray
     files: list[str]
     replaced: int
     empty: int
+    replaced_at: str = ""
 
 
 def standard_library() -> list[Path]:
@@ -65,16 +79,18 @@ def pack(files: Sequence[Path], tokenizer: Any, *, context: int, tokens: int | N
     """Tokenise files, one after the other, and cut them into contexts; a rest that fills none is left out.
 
     Files are separated by `<|endoftext|>` where the vocabulary has it, and contexts begin with whatever the tokenizer
-    puts before a text.
+    puts before a text. What is written in a file is text: `<|endoftext|>` in it becomes the tokens of its letters.
 
     Args:
-      files: UTF-8 text, in this order; other bytes become U+FFFD and are counted.
+      files: text, in this order: UTF-8, or UTF-16 or UTF-32 where a byte-order mark says so, which becomes no token.
+        Bytes that are not UTF-8 become U+FFFD and are counted.
       tokenizer: a `tokenizers.Tokenizer`.
       context: tokens in a context, at least 2.
       tokens: read so many, rounded up to whole contexts; all by default.
 
     Raises:
-      InputError: if a file cannot be read, or all of them do not fill a context.
+      InputError: if a file cannot be read, holds NULs or what the tokenizer makes a control token of, or all of them do
+        not fill a context.
 
     Example:
       >>> import tempfile, tokenizers
@@ -85,52 +101,166 @@ def pack(files: Sequence[Path], tokenizer: Any, *, context: int, tokens: int | N
       ...     pack([Path(folder, "x.txt")], tokenizer, context=2).contexts.tolist()
       [[0, 1], [1, 0]]
     """
-    start = tokenizer.encode("").ids  # what its post-processor adds
-    separator = tokenizer.token_to_id("<|endoftext|>")
+    start = model_files.start(tokenizer)
     body = context - len(start)
     if body < 1 or context < 2:
-        raise InputError(f"got contexts of {context} tokens; pass at least {2 + len(start)}.")
-    wanted = None if tokens is None else -(-tokens // context) * body
-    parts, count, read, replaced, empty = [], 0, [], 0, 0
+        raise InputError(f"got contexts of {context} tokens; pass at least {max(2, 1 + len(start))}.")
+    if tokens is not None and tokens < 1:
+        raise InputError(f"got {tokens} tokens to read; pass at least 1.")
+    plain = _plain(tokenizer)
+    control = {id: token.content for id, token in plain.get_added_tokens_decoder().items() if token.special}
+    separator = tokenizer.token_to_id("<|endoftext|>")
+    control |= {} if separator is None else {separator: "<|endoftext|>"}
+    wanted = sys.maxsize if tokens is None else -(-tokens // context) * body
+    parts, count, found = [], 0, Text(np.zeros((0, context), np.int32), [], 0, 0)
     for file in files:
-        if wanted is not None and count >= wanted:
+        if count >= wanted:
             break
-        text, bad = _read(file)
-        read, replaced, empty = [*read, str(file)], replaced + bad, empty + (not text)
-        of_file = [tokenizer.encode(piece, add_special_tokens=False).ids for piece in _pieces(text)]
-        of_file += [[separator]] if separator is not None and text else []
-        parts += [np.asarray(ids, np.int32) for ids in of_file]
-        count += sum(map(len, of_file))
+        text, bad, at = _read(file)
+        found = found._replace(
+            files=[*found.files, str(file)],
+            replaced=found.replaced + bad,
+            empty=found.empty + (not text),
+            replaced_at=found.replaced_at or at,
+        )
+        for piece in _tokenise(plain, text, wanted - count):
+            _require_text(piece, text, control, file)
+            parts.append(piece.ids)
+            count += len(piece.ids)
+        if separator is not None and text:
+            parts.append(np.array([separator], np.int32))
+            count += 1
     ids = np.concatenate([np.zeros(0, np.int32), *parts])[:wanted]
     rows = ids[: len(ids) // body * body].reshape(-1, body)
     if not len(rows):
         what = "the text is empty" if not len(ids) else f"the text has {len(ids)} tokens, less than a context of {body}"
         raise InputError(f"{_names(files)}: {what}; pass more text, or a smaller --context.")
     before = np.tile(np.asarray(start, np.int32), (len(rows), 1))
-    return Text(np.concatenate([before, rows], axis=1), read, replaced, empty)
+    return found._replace(contexts=np.concatenate([before, rows], axis=1))
 
 
 def _names(files) -> str:
     return str(files[0]) if len(files) == 1 else f"{len(files)} files"
 
 
-def _read(file: Path) -> tuple[str, int]:
+def _read(file: Path) -> tuple[str, int, str]:
+    """A file's text, how many of its characters were not UTF-8, and where the first was."""
     try:
-        content = file.read_bytes()
+        content = local_path(file).read_bytes()
     except OSError as error:
         raise InputError(f"{file}: {error.strerror}; pass files of text.") from error
-    text = content.decode(errors="replace")
-    return text, text.count("\ufffd") - content.count("\ufffd".encode())
+    mark = next((mark for mark in _ENCODINGS if content.startswith(mark)), b"")
+    encoding, content = _ENCODINGS.get(mark, "utf-8"), content[len(mark) :]
+    bad, at = 0, ""
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        at = f"{file}, byte {len(mark) + error.start}"
+        if encoding != "utf-8":
+            raise InputError(f"{at}: is not {encoding}, as the file begins; convert it to UTF-8.") from error
+        text = content.decode(errors="replace")
+        bad = text.count("\ufffd") - content.count("\ufffd".encode())
+    if "\0" in text:
+        where = text.index("\0")
+        raise InputError(f"{file}: holds NULs, the first after {where} characters; expected text: convert it to UTF-8.")
+    return text, bad, at
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """Cut a long text after line breaks."""
-    start = 0
-    while len(text) - start > _PIECE:
-        cut = text.rfind("\n", start, start + _PIECE) + 1 or start + _PIECE
-        yield text[start:cut]
-        start = cut
-    yield text[start:]
+# --- Tokens
+
+
+def _plain(tokenizer):
+    """A copy that makes text of all it reads, and reads all: the control tokens of its vocabulary are letters to it."""
+    plain = type(tokenizer).from_str(tokenizer.to_str())
+    plain.encode_special_tokens = True
+    plain.no_truncation()
+    plain.no_padding()
+    return plain
+
+
+class _Piece(NamedTuple):
+    """Tokens of a part of a text; the characters of each, `[n 2]`, counted from the beginning of the text; and which of
+    them begin a word.
+    """
+
+    ids: np.ndarray
+    places: np.ndarray
+    first: np.ndarray
+
+    def part(self, first: int | None, last: int | None) -> "_Piece":
+        return _Piece(*(each[first:last] for each in self))
+
+
+def _encode(tokenizer, text: str, first: int, last: int) -> _Piece:
+    found = tokenizer.encode(text[first:last], add_special_tokens=False)
+    places = first + np.asarray(found.offsets, np.int64).reshape(-1, 2)
+    words = np.array([-1, *(-1 if word is None else word for word in found.word_ids)])
+    return _Piece(np.asarray(found.ids, np.int32), places, words[1:] != words[:-1])
+
+
+def _tokenise(tokenizer, text: str, most: int) -> Iterator[_Piece]:
+    """The tokens of a text as if it was tokenised whole, or at least the first `most`; a long one is read in pieces.
+
+    Pieces overlap, and are joined where a word begins in both, among tokens that are the same and far from the ends of
+    either. What a piece is at its ends and the text is not, half a word or the "▁" that SentencePiece puts before, has
+    then had no effect: a tokenizer splits words off from left to right, and the tokens of a word depend on nothing
+    else. A byte-pair encoding may have one word for the whole text, and its merges are as local. (Unigram's path is
+    not: equal ones differ by the rounding of sums over the word.) If pieces do not agree they overlap by more; if they
+    never do, the text is tokenised whole.
+    """
+    from tokenizers import models
+
+    in_words = isinstance(tokenizer.model, models.BPE)
+    end, count = min(_PIECE, len(text)), 0
+    piece = _encode(tokenizer, text, 0, end)
+    while end < len(text) and count < most:
+        overlap, joint = _OVERLAP, None
+        while joint is None and 2 * overlap <= _PIECE:
+            following = _encode(tokenizer, text, end - overlap, end - overlap + _PIECE)
+            joint, overlap = _joint(piece, following, end - overlap, end, in_words=in_words), 2 * overlap
+        if joint is None:
+            end, piece = len(text), _encode(tokenizer, text, 0, len(text)).part(count, None)
+        else:
+            yield piece.part(None, joint[0])
+            end, count = min(end - overlap // 2 + _PIECE, len(text)), count + joint[0]
+            piece = following.part(joint[1], None)
+    if count < most:
+        yield piece
+
+
+def _joint(piece: _Piece, following: _Piece, first: int, last: int, *, in_words: bool) -> tuple[int, int] | None:
+    """The number of a token in both of two pieces that share characters from `first` to `last`, if they agree there.
+
+    It begins a word, or is any if it may be in one.
+    """
+    margin = (last - first) // 4
+
+    def shared(of):
+        inside = (of.places[:, 0] >= first + margin) & (of.places[:, 1] <= last - margin)
+        begin, count = int(np.argmax(inside)), int(np.count_nonzero(inside))
+        return begin, of.part(begin, begin + count)
+
+    (begin, ours), (other, theirs) = shared(piece), shared(following)
+    places = np.flatnonzero(ours.first) if ours.first.any() or not in_words else np.arange(len(ours.ids))
+    same = len(ours.ids) == len(theirs.ids) and all(map(np.array_equal, ours, theirs))
+    if not same or len(ours.ids) < _AGREE or not len(places):
+        return None
+    middle = int(places[len(places) // 2])
+    return begin + middle, other + middle
+
+
+def _require_text(piece: _Piece, text: str, control: dict[int, str], file: Path) -> None:
+    """Refuse control tokens that a text spells; one that stands for what is unknown may be in any."""
+    for n in np.flatnonzero(np.isin(piece.ids, list(control))):
+        (first, last), name = piece.places[n], control[int(piece.ids[n])]
+        if name in text[first:last]:
+            raise InputError(
+                f"{file}: holds {name!r} after {first} characters, which the tokenizer makes a control token of; "
+                f"leave it out, or write it in another way."
+            )
+
+
+# --- Rows
 
 
 def run(
@@ -237,7 +367,36 @@ def live(
             return compute(number)
 
     edges = np.minimum(np.arange(-(-n // batch) + 1) * step, n * (length - 1))
-    return shards.Rows(load, edges, range(n * (length - 1)), model.config.width, np.float32)
+    return shards.Rows(load, edges, range(n * (length - 1)), model.config.width, np.float32, "")
+
+
+def check(
+    model: str | os.PathLike, *, layer: int, context: int, dtype: str = "float16", out: str | os.PathLike | None = None
+) -> None:
+    """Raise what a harvest would, before text is tokenised and weights are read.
+
+    Args:
+      model: as for `language_model.load`; its configuration alone is read.
+      layer: block after which the residual is to be taken, from 0.
+      context: tokens in a context.
+      dtype: of the rows.
+      out: directory to write, or None.
+
+    Raises:
+      InputError: what it is, and what the model has.
+
+    Example:
+      >>> check("no-such-place", layer=1, context=64)
+      Traceback (most recent call last):
+      jaxsae.files.InputError: no-such-place: no such file; expected a GGUF file, a Hugging Face directory, or ...
+    """
+    if dtype not in _DTYPES:
+        raise InputError(f"got dtype {dtype}; pass one of {', '.join(_DTYPES)}.")
+    if out is not None and Path(out).exists() and not Path(out).is_dir():
+        raise InputError(f"cannot write {out}: Not a directory; choose another --out.")
+    if out is not None and Path(out).is_dir() and any(Path(out).iterdir()) and not Path(out, shards.MANIFEST).exists():
+        raise InputError(f"{out}: holds files but no {shards.MANIFEST}; choose another --out, or remove it.")
+    _require_site(model_files.read_config(model), layer, context)
 
 
 def require_fit(model: LanguageModel, contexts: np.ndarray, layer: int) -> None:
@@ -257,36 +416,25 @@ def require_fit(model: LanguageModel, contexts: np.ndarray, layer: int) -> None:
       Traceback (most recent call last):
       jaxsae.files.InputError: the tokenizer made token 99, the model's vocabulary has 16; pass the model's own.
     """
-    c = model.config
-    require_site(model, layer, contexts.shape[1])
-    if contexts.max() >= c.vocab:
+    if np.ndim(contexts) != 2 or not np.size(contexts) or np.asarray(contexts).dtype.kind not in "iu":
+        what = f"{np.shape(contexts)} of {np.asarray(contexts).dtype}"
+        raise InputError(f"got contexts of shape {what}; pass tokens (n, s), at least one context.")
+    c, (low, high) = model.config, (int(np.min(contexts)), int(np.max(contexts)))
+    _require_site(c, layer, np.shape(contexts)[1])
+    if low < 0 or high >= c.vocab:
+        wrong = low if low < 0 else high
         raise InputError(
-            f"the tokenizer made token {contexts.max()}, the model's vocabulary has {c.vocab}; pass the model's own."
+            f"the tokenizer made token {wrong}, the model's vocabulary has {c.vocab}; pass the model's own."
         )
 
 
-def require_site(model: LanguageModel, layer: int, context: int) -> None:
-    """Raise if a model has no such layer, or if contexts are not of a length that it reads: before there are any.
-
-    Args:
-      model: the language model.
-      layer: block after which the residual is to be taken, from 0.
-      context: tokens in a context.
-
-    Raises:
-      InputError: what it is, and what the model has.
-
-    Example:
-      >>> from jaxsae.language_model import tiny
-      >>> require_site(tiny(), 3, 16)
-      Traceback (most recent call last):
-      jaxsae.files.InputError: got layer 3, the model has 3; pass one from 0 to 2.
-    """
-    c = model.config
+def _require_site(c: model_files.Config, layer: int, context: int) -> None:
     if not 0 <= layer < c.layers:
         raise InputError(f"got layer {layer}, the model has {c.layers}; pass one from 0 to {c.layers - 1}.")
-    if not 2 <= context <= c.context:
-        raise InputError(f"got contexts of {context} tokens, the model takes {c.context}; pass that or less, but 2.")
+    if context < 2:
+        raise InputError(f"got contexts of {context} tokens, of which the first gives no row; pass at least 2.")
+    if context > c.context:
+        raise InputError(f"got contexts of {context} tokens, the model takes {c.context}; pass that or less.")
 
 
 def _steps_per_shard(values: int) -> int:

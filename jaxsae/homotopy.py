@@ -21,7 +21,9 @@ from jaxtyping import Array
 
 from jaxsae import codes, gram, rows
 from jaxsae.codes import SparseCode
-from jaxsae.linalg import divide, matmul, max_or_nan, squared_norm
+from jaxsae.linalg import divide, matmul, max_or_nan, residual, squared_norm
+
+_STARTS = 4  # of a row that goes on by FISTA, each from the end of the one before
 
 
 class Static(NamedTuple):
@@ -56,11 +58,13 @@ def solve(static: Static, shared, per_row) -> Arrival:
     (*batch, d), count, k, itemsize = y.shape, lams.shape[-1], static.capacity, y.dtype.itemsize
     n, m = math.prod(batch), len(D) if support is None else support.shape[-1]
     valid = jnp.isfinite(D).all()
-    unit = gram.power_of_two(jnp.max(jnp.abs(D)))
+    unit = gram.power_of_two(gram.largest(D, (0, 1)))[0, 0]
+    valid &= jnp.isfinite(unit)
     D = divide(D, unit)
     y, y_unit, y_norm = gram.scaled(y.reshape(n, d))
     lams = lams.reshape(n, count)
     valid &= jnp.isfinite(y_unit) & jnp.isfinite(y_norm) & (lams >= 0) & jnp.isfinite(lams)
+    valid &= gram.can_be_written(divide(unit, y_unit))
     lams = jnp.minimum(divide(divide(lams, y_unit), unit), jnp.finfo(y.dtype).max)
     support = None if support is None else support.reshape(n, m)
 
@@ -241,29 +245,30 @@ def _project(walk: _Walk, A, atom):
 
 def _arrive(row: _Row, walk: _Walk, lam) -> Arrival:
     A = _take(row.D, walk.indices)
-    z = _corrected(walk, matmul(A, row.y - matmul(walk.values, A)))
+    z = _corrected(walk, matmul(A, residual(row.y, walk.values, A)))
     z = jnp.where(walk.signs * z > 0, z, 0)
-    kkt, gap, over = _judge(row, A, z, lam)
+    kkt, gap, over = _judge(row, A, z, lam, residual(row.y, z, A))
     missing = jnp.maximum(over - jnp.sum(walk.indices < len(row.D), dtype=jnp.int32), 1)
     overflow = jnp.where(walk.full & (walk.lam > lam), missing, 0)
     return Arrival(z, walk.indices, overflow, walk.steps, kkt, gap)
 
 
-def _judge(row: _Row, A, z, lam):
+def _judge(row: _Row, A, z, lam, r):
     """KKT residual and duality gap, both relative, of the values `z` of atoms `A`; and how many atoms exceed `λ`.
 
     With `u = αr`, `α` the largest in [0, 1] for which `u` is feasible to rounding (`|Du| ≤ λ`),
 
-        P(z) − D(u) = ½(1 − α)²‖r‖² + Σᵢ (λ|zᵢ| − α gᵢ zᵢ),
+        P(z) − D(u) = ½(1 − α)²‖r‖² + Σᵢ |zᵢ| (λ − α gᵢ sign zᵢ),
 
-    whose terms are not negative: no two nearly equal objectives are subtracted.
+    whose terms are not negative: no two nearly equal objectives are subtracted. What the gap falls short by is the
+    rounding of `g`, and so `r` must be right to the last digit: where atoms nearly cancel, one from plain sums is not,
+    by many times the rounding of `g`.
     """
-    r = row.y - matmul(z, A)
     g, g_on = matmul(row.D, r), matmul(A, r)
     g = g if row.static.nonnegative else jnp.abs(g)
     top = max_or_nan(g)
     alpha = jnp.where(top > lam + row.rounding, divide(lam, top), 1)
-    gap = 0.5 * (1 - alpha) ** 2 * jnp.sum(r * r) + jnp.sum(lam * jnp.abs(z) - alpha * g_on * z)
+    gap = 0.5 * (1 - alpha) ** 2 * jnp.sum(r * r) + jnp.sum(jnp.abs(z) * (lam - alpha * g_on * jnp.sign(z)))
     off = max_or_nan(jnp.where(z != 0, jnp.abs(g_on - lam * jnp.sign(z)), 0))
     kkt = divide(jnp.maximum(off, top - lam), row.scale)
     gap = divide(gap, 0.5 * jnp.sum(row.y * row.y))
@@ -289,38 +294,46 @@ class _Descent(NamedTuple):
 
 
 def _descend(static: Static, tol, most, D, y, lam, arrival: Arrival) -> Arrival:
-    """Go on with one row by FISTA with gradient restart, on all atoms, from where its walk ended or from 0."""
+    """Go on with one row by FISTA with gradient restart, on all atoms, from where its walk ended or from 0.
+
+    Residuals are the start's, less what the change makes of it: right to the last digit near the start alone. So a row
+    that is done by them, and not by its own, starts again from there.
+    """
     row = _row(static, D, y)
+    return jax.lax.fori_loop(0, _STARTS, lambda _, arrival: _descend_from(row, tol, most, lam, arrival), arrival)
+
+
+def _descend_from(row: _Row, tol, most, lam, arrival: Arrival) -> Arrival:
+    static, D, y = row.static, row.D, row.y
     usable = arrival.gap <= 1  # as 0 has it, whose residuals are no larger either
     kkt, gap = (jnp.where(usable, x, 1) for x in (arrival.kkt, arrival.gap))
-    z = jnp.where(usable, SparseCode(arrival.values, arrival.indices, len(D)).dense(), 0)
-    r, one = y - matmul(z, D), jnp.ones((), D.dtype)
+    given = jnp.where(usable, arrival.values, 0)
+    start, r_start = SparseCode(given, arrival.indices, len(D)).dense(), residual(y, given, _take(D, arrival.indices))
     curvature = squared_norm(D, jnp.max(jnp.abs(D), axis=0), 8)
-    begin = _Descent(z, r, z, r, curvature, one, z, kkt, gap, arrival.steps)
+    one = jnp.ones((), D.dtype)
+    begin = _Descent(start, r_start, start, r_start, curvature, one, start, kkt, gap, arrival.steps)
 
     def step(s: _Descent) -> _Descent:
         moved, threshold = s.w + divide(matmul(D, s.r_w), s.curvature), divide(lam, s.curvature)
         z = jnp.maximum(moved - threshold, 0)
         z = z if static.nonnegative else z + jnp.minimum(moved + threshold, 0)
-        r = y - matmul(z, D)
+        r = r_start - matmul(z - start, D)
         restart = jnp.sum((s.w - z) * (z - s.z)) > 0
         t = jnp.where(restart, 1, (1 + jnp.sqrt(1 + 4 * s.t**2)) / 2)
         momentum = jnp.where(restart, 0, (s.t - 1) / t)
         # Power iteration estimates the curvature from below; each step taken is evidence that can only raise it.
         met = divide(jnp.sum((r - s.r_w) ** 2), jnp.sum((z - s.w) ** 2))
-        kkt, gap, _ = _judge(row, D, z, lam)
+        kkt, gap, _ = _judge(row, D, z, lam, r)
         better = gap < s.gap
         best, kkt, gap = (jnp.where(better, *pair) for pair in ((z, s.best), (kkt, s.kkt), (gap, s.gap)))
         w, r_w = z + momentum * (z - s.z), r + momentum * (r - s.r)
         return _Descent(z, r, w, r_w, jnp.maximum(s.curvature, met), t, best, kkt, gap, s.steps + 1)
 
-    limit = arrival.steps + most
-    end = jax.lax.while_loop(lambda s: (s.gap > tol) & (s.steps < limit), step, begin)
+    end = jax.lax.while_loop(lambda s: (s.gap > tol) & (s.steps < most), step, begin)
     code = codes.from_dense(end.best, static.capacity)
-    # Judged anew only where the slots had no room for all of it: other sums of the same code may round past `tol`.
-    cut = code.overflow > 0
-    kkt, gap, _ = _judge(row, D, code.dense(), lam)
-    kkt, gap = jnp.where(cut, kkt, end.kkt), jnp.where(cut, gap, end.gap)
+    # Judged anew: the slots may have had no room for all of it, and far from the start its residual was rounded.
+    A = _take(D, code.indices)
+    kkt, gap, _ = _judge(row, A, code.values, lam, residual(y, code.values, A))
     found = Arrival(code.values, code.indices, code.overflow, end.steps, kkt, gap)
     # What did not fit may have been what cancelled the rest: an empty code is better than that.
     empty = jnp.zeros_like(code.values), jnp.full_like(code.indices, len(D)), code.overflow, end.steps

@@ -5,7 +5,7 @@ import os
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from jaxsae.files import InputError
+from jaxsae.files import InputError, settled
 
 SCHEME = "hf://"
 _SUFFIXES = (".safetensors", ".npz", ".pt", ".pth")
@@ -44,11 +44,11 @@ def find(path: str | os.PathLike, *, revision: str | None = None) -> Found:
     name = os.fspath(path)
     if name.startswith(SCHEME):
         return Found(_download(name.removeprefix(SCHEME), revision))
-    release = None if Path(path).exists() else _release(name)
+    release = None if settled(path).exists() else _release(name)
     if release is None:
         if revision is not None:
             raise InputError(f"got revision {revision!r} for {name}, which is not on the hub; leave it out.")
-        return Found(Path(path))
+        return Found(settled(path))
     address, entry, overrides = release
     key = "normalize_activations"
     config = {key: overrides[key]} if key in overrides else {}

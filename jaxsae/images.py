@@ -2,13 +2,16 @@
 
 Every patch of `side × side` pixels is a signal. A dictionary is learnt from some of them by `ksvd`, all are coded
 with as few atoms as come within what the noise explains, and each pixel becomes the mean of what its patches say.
-Pictures are arrays `[h w]` or `[h w c]` in levels, 0 to 255.
+Pictures are arrays `[h w]` or `[h w c]` in units of any size, in which `sigma` is too: scaled and shifted pictures give
+scaled and shifted results. Files hold levels from 0 to 255.
 """
 
 import functools
+import io
 import os
+import struct
+import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -18,25 +21,30 @@ from jaxtyping import Array, Float
 
 from jaxsae import codes, ksvd, pursuit, pytrees, rows
 from jaxsae.codes import SparseCode
-from jaxsae.files import InputError, atomic_file
+from jaxsae.files import InputError, atomic_file, local_path
 from jaxsae.linalg import divide, matmul
 from jaxsae.refit import refit
 
 _GAIN = 1.15  # a patch is explained when its residual is at most this times the noise's expected norm
 _STRIP = 1 << 14  # patches coded at a time
+_WRITTEN = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "PPM")  # formats of which it is known how many bits a channel has
+_READ = (*_WRITTEN, "GIF")
+_GREY, _COLOUR = ("1", "L", "LA"), ("P", "PA", "RGB", "RGBA", "RGBX")  # modes
+_NO_PROFILE = ("BMP", "PPM")  # formats that hold no colour profile
 
 
 def read(path: str | os.PathLike) -> np.ndarray:
-    """Read a picture, in any 8-bit format that Pillow reads.
+    """Read a picture of 8 bits a channel as it is seen, turned as its EXIF orientation says.
 
     Args:
-      path: the file.
+      path: a PNG, JPEG, TIFF, WebP, BMP, PPM or GIF.
 
     Returns:
       `[h w]` if it is grey, `[h w 3]` if not, float32 from 0 to 255; transparency is dropped.
 
     Raises:
-      InputError: if it is missing or no picture, has more than 8 bits a channel, or if Pillow is not installed.
+      InputError: if it is missing or no picture, several, neither grey nor RGB, or has more than 8 bits a channel; or
+        if Pillow is not installed.
 
     Example:
       >>> import tempfile, numpy as np
@@ -45,58 +53,165 @@ def read(path: str | os.PathLike) -> np.ndarray:
       ...     read(f"{folder}/grey.png").shape
       (8, 9)
     """
+    return _open(path)[0]
+
+
+def profile(path: str | os.PathLike) -> bytes | None:
+    """The ICC profile of a picture, which says what its colours look like; `write` takes it.
+
+    Args:
+      path: as for `read`.
+
+    Returns:
+      The profile, or None if it has none.
+
+    Raises:
+      InputError: as `read`.
+
+    Example:
+      >>> import tempfile, numpy as np
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     write(f"{folder}/grey.png", np.full((8, 9), 100.0))
+      ...     print(profile(f"{folder}/grey.png"))
+      None
+    """
+    return _open(path)[1]
+
+
+def _open(path) -> tuple[np.ndarray, bytes | None]:
+    """A picture and its colour profile."""
     pillow = _pillow()
-    if not Path(path).is_file():
+    from PIL import ImageOps
+
+    if not local_path(path).is_file():
         raise InputError(f"{path}: no such file; expected a picture, such as a PNG or a JPEG.")
     try:
-        with pillow.open(path) as picture:
-            mode = picture.mode
-            if mode[0] in "IF":
-                raise InputError(f"{path}: has pixels of mode {mode}; expected 8 bits a channel: convert it first.")
-            return np.asarray(picture.convert("L" if mode in ("1", "L", "LA") else "RGB"), np.float32)
-    except (OSError, ValueError, SyntaxError, pillow.DecompressionBombError) as error:
+        with warnings.catch_warnings(action="ignore"), pillow.open(path, formats=_READ) as picture:
+            _require_plain(path, picture)
+            seen = ImageOps.exif_transpose(picture)
+            levels = np.asarray(seen.convert("L" if picture.mode in _GREY else "RGB"), np.float32)
+            return levels, picture.info.get("icc_profile")
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        LookupError,
+        TypeError,
+        struct.error,
+        pillow.DecompressionBombError,
+    ) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path}: cannot be read as a picture; expected a PNG, a JPEG or the like.") from error
+        raise InputError(f"{path}: cannot be read as a picture; expected a {', '.join(_READ)}.") from error
 
 
-def write(path: str | os.PathLike, picture: np.ndarray) -> None:
+def _require_plain(path, picture) -> None:
+    """Refuse what Pillow would make levels of that are not the picture's."""
+    if picture.mode[0] in "IF" or _is_deep(picture):
+        raise InputError(f"{path}: has more than 8 bits a channel; expected 8: convert it first.")
+    if picture.mode not in _GREY + _COLOUR:
+        raise InputError(f"{path}: has pixels of mode {picture.mode}; expected grey or RGB: convert it first.")
+    frames = getattr(picture, "n_frames", 1)
+    if frames > 1 and picture.format != "MPO":  # a JPEG with previews behind it
+        raise InputError(f"{path}: holds {frames} pictures; expected one: save it by itself.")
+
+
+def _is_deep(picture) -> bool:
+    """Whether Pillow would cut colours to 8 bits, which it does without a word."""
+    if picture.format == "PPM":
+        return any(isinstance(tile.args, tuple) and tile.args[-1] > 255 for tile in picture.tile)
+    return picture.format in ("PNG", "TIFF") and any(";16" in str(tile.args) for tile in picture.tile)
+
+
+def write(path: str | os.PathLike, picture: np.ndarray, *, profile: bytes | None = None) -> None:
     """Write a picture, whole or not at all, in the format that its suffix names.
 
     Args:
       path: the file.
       picture: `[h w]` or `[h w 3]` in levels; rounded, and clipped to 0 to 255.
+      profile: ICC profile of its colours, as `profile` reads it.
 
     Raises:
-      InputError: if it cannot be written, if Pillow does not know the suffix, or if Pillow is not installed.
+      InputError: if it cannot be written, if it is no picture in levels, as one in [0, 1] is not, if the format cannot
+        be written or cannot hold it, or if Pillow is not installed.
 
     Example:
       >>> import tempfile, numpy as np
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     write(f"{folder}/colour.png", np.zeros((8, 9, 3)))
     """
-    pillow = _pillow()
-    check_suffix(path)
-    levels = np.clip(np.rint(picture), 0, 255).astype(np.uint8)
+    content = _encoded(path, _levels(picture), profile)
     with atomic_file(path) as temporary:
-        pillow.fromarray(levels).save(temporary)
+        temporary.write_bytes(content)
 
 
-def check_suffix(*paths: str | os.PathLike | None) -> None:
-    """Raise `InputError` if `write` would know no format for one of these paths, before there is something to write.
+def check_suffix(
+    *paths: str | os.PathLike | None, shape: tuple[int, ...] = (1, 1), profile: bytes | None = None
+) -> None:
+    """Raise if `write` could not write a picture to one of these paths, before there is something to write.
 
     Args:
       *paths: files to be written; None is passed over.
+      shape: of the picture.
+      profile: its ICC profile.
 
     Raises:
-      InputError: naming the first one with a suffix that Pillow does not know.
+      InputError: naming the first one with a suffix whose format is not written, or cannot hold such a picture, that is
+        a directory, or that comes twice.
 
     Example:
       >>> check_suffix("clean.png")
+      >>> check_suffix("clean.psd")
+      Traceback (most recent call last):
+      jaxsae.files.InputError: clean.psd: a suffix that Pillow does not know how to write, or not ...
     """
-    for path in paths:
-        if path is not None and Path(path).suffix.lower() not in _pillow().registered_extensions():
-            raise InputError(f"{path}: a suffix that Pillow does not know; use .png or .jpg.")
+    wanted = [local_path(path) for path in paths if path is not None]
+    for n, path in enumerate(wanted):
+        _encoded(path, np.zeros(shape, np.uint8), profile)
+        if path in wanted[:n]:
+            raise InputError(f"{path}: got it for two pictures; pass a name for each.")
+
+
+def _encoded(path, levels: np.ndarray, profile: bytes | None) -> bytes:
+    """The content of a file."""
+    pillow = _pillow()
+    kind = pillow.registered_extensions().get(local_path(path).suffix.lower())
+    if kind not in _WRITTEN or kind not in pillow.SAVE:
+        raise InputError(f"{path}: a suffix that Pillow does not know how to write, or not exactly; use .png or .jpg.")
+    if local_path(path).is_dir():
+        raise InputError(f"{path}: is a directory; choose another name.")
+    if profile and kind in _NO_PROFILE:
+        raise InputError(f"{path}: {kind} cannot hold the colour profile of the picture; use .png or .jpg.")
+    buffer = io.BytesIO()
+    try:
+        pillow.fromarray(levels).save(buffer, kind, icc_profile=profile)
+    except (OSError, ValueError, SyntaxError, struct.error) as error:
+        raise InputError(
+            f"{path}: {kind} cannot hold a picture of shape {levels.shape} ({error}); use .png."
+        ) from error
+    return buffer.getvalue()
+
+
+def _levels(picture: np.ndarray) -> np.ndarray:
+    """A picture as it is written, `uint8`."""
+    picture = np.asarray(picture)
+    if (
+        picture.ndim not in (2, 3)
+        or picture.shape[2:] not in ((), (3,))
+        or not picture.size
+        or picture.dtype.kind not in "uif"
+    ):
+        raise InputError(
+            f"`write` got shape {picture.shape} of {picture.dtype}; pass numbers of shape (h, w) or (h, w, 3)."
+        )
+    if not np.isfinite(picture).all():
+        raise InputError("`write` got a picture with NaN or Inf; pass levels from 0 to 255.")
+    low, high = picture.min(), picture.max()
+    if picture.dtype.kind == "f" and 0 <= low < high <= 1 and (picture != np.rint(picture)).any():
+        raise InputError("`write` got a picture in [0, 1], which would be black; pass levels from 0 to 255.")
+    if picture.dtype.kind in "ui" and not 0 <= low <= high <= 255:
+        raise InputError(f"`write` got {picture.dtype} from {low} to {high}; pass levels from 0 to 255.")
+    return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
 
 
 def _pillow() -> Any:
@@ -107,18 +222,19 @@ def _pillow() -> Any:
     return Image
 
 
-def psnr(picture: np.ndarray, clean: np.ndarray) -> float:
-    """Peak signal-to-noise ratio, in dB: `10 log₁₀(255² / mean (picture − clean)²)`.
+def psnr(picture: np.ndarray, clean: np.ndarray, *, data_range: float = 255.0) -> float:
+    """Peak signal-to-noise ratio, in dB: `10 log₁₀(R² / mean (picture − clean)²)`.
 
     Args:
-      picture: in levels, of any shape; clipped to 0 to 255, as `write` does.
+      picture: of any shape; clipped to 0 to `R`, as `write` does with levels.
       clean: what it should be, of the same shape.
+      data_range: `R`, from black to white: 255 for levels.
 
     Returns:
       The ratio; infinite for equal pictures.
 
     Raises:
-      ValueError: if the shapes differ.
+      ValueError: if the shapes differ, or the range is not positive.
 
     Example:
       >>> round(psnr(np.full((8, 8), 110.0), np.full((8, 8), 100.0)), 2)
@@ -126,8 +242,10 @@ def psnr(picture: np.ndarray, clean: np.ndarray) -> float:
     """
     if np.shape(picture) != np.shape(clean):
         raise ValueError(f"`psnr` got shapes {np.shape(picture)} and {np.shape(clean)}; pass pictures of one shape.")
-    error = np.mean((np.clip(np.float64(picture), 0, 255) - clean) ** 2)
-    return float(10 * np.log10(255**2 / error)) if error else float("inf")
+    if not 0 < data_range < np.inf:
+        raise ValueError(f"`psnr` got data_range {data_range}; pass white less black, 255 for levels.")
+    error = np.mean((np.clip(np.float64(picture) / data_range, 0, 1) - np.float64(clean) / data_range) ** 2)
+    return float(-10 * np.log10(error)) if error else float("inf")
 
 
 def dct(m: int, side: int) -> np.ndarray:
@@ -193,12 +311,14 @@ def denoise(
     """Remove white noise, by k-SVD on the noisy picture itself.
 
     Patches without their means are coded by orthogonal matching pursuit up to a residual of `1.15 σ · side`; the
-    picture is the mean of them all, with the noisy one in it at a weight of `30/σ` patches. Colours are rotated into
-    brightness and two differences, which keeps the noise white; all have one dictionary.
+    picture is the mean of them all, with the noisy one in it at a weight of `s/2σ` patches, where `s` is the standard
+    deviation of the picture without its noise: about the `30/σ` of the source for photographs in levels. Colours are
+    rotated into brightness and two differences, which keeps the noise white; all have one dictionary. In any units,
+    `denoise(a·x + b, a·σ) = a·denoise(x, σ) + b`.
 
     Args:
-      picture: `[h w]` or `[h w c]`, in levels.
-      sigma: standard deviation of the noise, in levels.
+      picture: `[h w]` or `[h w c]`, in units of any size.
+      sigma: standard deviation of the noise, in the units of the picture: 25 in levels is 25/255 in [0, 1].
       m: atoms.
       k: most atoms of a patch.
       side: pixels along the side of a patch.
@@ -212,6 +332,7 @@ def denoise(
 
     Raises:
       InputError: if the picture is smaller than a patch, or not a picture, or `sigma` not positive.
+      ValueError: if a size is out of its range.
 
     Example:
       >>> clean = np.kron(np.array([[50.0, 200.0], [200.0, 50.0]]), np.ones((16, 16)))
@@ -222,25 +343,30 @@ def denoise(
 
     Source: Elad & Aharon (2006), "Image denoising via sparse and redundant representations over learned dictionaries".
     """
-    planes = _planes(picture, side)
+    _require_sizes(m, k, side, steps, patches, seed)
     if not (np.isfinite(sigma) and sigma > 0):
-        raise InputError(f"got sigma {sigma}; pass the standard deviation of the noise, in levels, above 0.")
-    tol, start = _GAIN * float(sigma) * side, jnp.asarray(dct(m, side))
+        raise InputError(
+            f"got sigma {sigma}; pass the standard deviation of the noise, in the picture's units, above 0."
+        )
+    picture = _require_picture(picture, side)
+    units = _units(picture)
+    planes, sigma = _planes(units.scaled(picture)), float(sigma) / units.size
+    tol, start = _GAIN * sigma * side, jnp.asarray(dct(m, side))
     (y,) = _some_patches(side, patches, seed, planes)
     y = jnp.asarray(y - y.mean(axis=1, keepdims=True))
     if progress:
         progress("learning", 0)
     D, _ = ksvd.fit(jax.random.key(seed), y, m=m, k=k, steps=steps, tol=tol, start=start, update=ksvd.approximate)
     total, weight = _assemble(_Method(_denoised, k, side), D, tol, planes, progress=progress)
-    own = 30 / sigma
-    return _from_planes((own * planes + total) / (own + weight), picture), np.asarray(D)
+    own = _deviation(units.scaled(picture), sigma) / (2 * sigma)
+    return units.restored(_from_planes((own * planes + total) / (own + weight), picture)), np.asarray(D)
 
 
 def inpaint(
     picture: np.ndarray,
     missing: np.ndarray,
     *,
-    sigma: float = 2.0,
+    sigma: float | None = None,
     m: int = 256,
     k: int = 16,
     side: int = 8,
@@ -255,12 +381,14 @@ def inpaint(
 
     What a code fills in, it fits without error; and the error of all pixels is never less than that of the known ones.
     So a sweep over the filled patches, which lowers the one, lowers the other. Patches of which nothing is known have
-    no say; a pixel that is in no other patch becomes the mean of the picture.
+    no say; a pixel that is in no other patch becomes the mean of the picture. In any units,
+    `inpaint(a·x + b) = a·inpaint(x) + b`.
 
     Args:
-      picture: `[h w]` or `[h w c]`, in levels; missing pixels may hold anything.
-      missing: `[h w]`, which they are.
-      sigma: noise that the codes leave unexplained, in levels.
+      picture: `[h w]` or `[h w c]`, in units of any size; missing pixels may hold anything.
+      missing: `[h w]`, True, or 1, where they are.
+      sigma: noise that the codes leave unexplained, in the units of the picture; by default 2/255 of the range of the
+        known pixels.
       m: as for `denoise`, and so the rest.
       k: most atoms of a patch.
       side: pixels along the side of a patch.
@@ -272,8 +400,9 @@ def inpaint(
       The picture, float32, known pixels as they were, and the dictionary `[m side²]`.
 
     Raises:
-      InputError: if the picture is smaller than a patch or not a picture, if the mask does not fit it, or if no pixel
-        is known.
+      InputError: if the picture is smaller than a patch or not a picture, if the mask does not fit it, if no pixel is
+        known, or if `sigma` is negative.
+      ValueError: if a size is out of its range.
 
     Example:
       >>> clean = np.kron(np.array([[50.0, 200.0], [200.0, 50.0]]), np.ones((16, 16)))
@@ -289,32 +418,83 @@ def inpaint(
             f"got a mask of shape {np.shape(missing)} for a picture of shape {np.shape(picture)}; pass one of its "
             f"height and width."
         )
+    if not np.isin(missing, (0, 1)).all():
+        raise InputError("got a mask with values other than 0 and 1; pass which pixels are missing, as `mask > 127.5`.")
     missing = np.asarray(missing, bool)
     if missing.all():
         raise InputError("got a picture of which every pixel is missing; pass one of which some are known.")
-    planes = _planes(np.where(missing[..., None] if np.ndim(picture) == 3 else missing, 0, picture), side)
+    if sigma is not None and not 0 <= sigma < np.inf:
+        raise InputError(f"got sigma {sigma}; pass the noise to leave unexplained, in the picture's units, 0 or more.")
+    _require_sizes(m, k, side, steps, patches, seed)
+    holes = missing.reshape(missing.shape + (1,) * (np.ndim(picture) - 2))
+    picture = _require_picture(np.where(holes, np.asarray(picture)[~missing].flat[0], picture), side)
+    units = _units(picture)
+    planes = _planes(np.where(holes, 0, units.scaled(picture)))
     known = np.broadcast_to(~missing, planes.shape).astype(np.float32)
-    tol, start = _GAIN * float(sigma), jnp.asarray(dct(m, side))
+    sigma = 2 / 255 * float(np.ptp(picture)) if sigma is None else float(sigma)
+    tol = _GAIN * sigma / units.size
+    start = jnp.asarray(dct(m, side))
     y, mask = map(jnp.asarray, _some_patches(side, patches, seed, planes, known))
     D = _learn_masked(k, steps, start, y, mask, tol)
     total, weight = _assemble(_Method(_inpainted, k, side), D, tol, planes, known)
     mean = planes.sum(axis=(1, 2), keepdims=True) / known.sum(axis=(1, 2), keepdims=True)
     estimate = np.where(weight > 0, total / np.maximum(weight, 1), mean)
-    return _from_planes(np.where(known > 0, planes, estimate), picture), np.asarray(D)
+    filled = units.restored(_from_planes(estimate, picture))
+    return np.where(holes, filled, picture.astype(np.float32)), np.asarray(D)
 
 
 # --- Pictures and their patches
 
 
-def _planes(picture, side: int) -> np.ndarray:
-    """A picture `[h w]` or `[h w c]` as `[c h w]` float32, colours rotated by an orthonormal cosine transform."""
-    picture = np.asarray(picture, np.float32)
+def _require_sizes(m: int, k: int, side: int, steps: int, patches: int, seed: int) -> None:
+    if not (1 <= k <= min(m, side**2) and steps >= 0 and patches >= 1 and seed >= 0):
+        raise ValueError(
+            f"got m={m}, k={k}, side={side}, steps={steps}, patches={patches}, seed={seed}; pass k from 1 to m and "
+            f"side², at least one patch, and neither steps nor a seed below 0."
+        )
+
+
+def _require_picture(picture, side: int) -> np.ndarray:
+    """A picture in float64, in which units of any size can be told apart."""
+    picture = np.asarray(picture)
     if picture.ndim not in (2, 3) or min(picture.shape) < 1 or min(picture.shape[:2]) < side:
         raise InputError(
             f"got a picture of shape {picture.shape}; pass one of shape (h, w) or (h, w, c), at least {side} × {side}."
         )
+    if picture.dtype.kind not in "biuf":
+        raise InputError(f"got a picture of {picture.dtype}; pass real numbers.")
+    picture = picture.astype(np.float64)
     if not np.isfinite(picture).all():
         raise InputError("got a picture with NaN or Inf; pass them as missing to `inpaint`.")
+    return picture
+
+
+class _Units(NamedTuple):
+    """Units in which a picture is within ±1, and most of it near 0: float32 holds it, and sums of squares are safe."""
+
+    middle: float
+    size: float
+
+    def scaled(self, picture: np.ndarray) -> np.ndarray:
+        return ((picture - self.middle) / self.size).astype(np.float32)
+
+    def restored(self, picture: np.ndarray) -> np.ndarray:
+        return (picture.astype(np.float64) * self.size + self.middle).astype(np.float32)
+
+
+def _units(picture: np.ndarray) -> _Units:
+    middle = float(np.median(picture))
+    return _Units(middle, float(np.abs(picture - middle).max()) or 1.0)
+
+
+def _deviation(picture: np.ndarray, sigma: float) -> float:
+    """The standard deviation of a channel without its noise; a hundredth of the pixels at either end has no say."""
+    clipped = np.clip(picture, *np.percentile(picture, (1, 99), axis=(0, 1)))
+    return np.sqrt(max(np.mean(np.var(clipped, axis=(0, 1), dtype=np.float64)) - sigma**2, 0.0))
+
+
+def _planes(picture: np.ndarray) -> np.ndarray:
+    """A picture `[h w]` or `[h w c]` as `[c h w]` float32, colours rotated by an orthonormal cosine transform."""
     if picture.ndim == 2:
         return picture[None]
     return np.ascontiguousarray(np.moveaxis(picture @ _rotation(picture.shape[2]), 2, 0))

@@ -40,15 +40,20 @@ class Stopped(Exception):
 class GivenUp(Diverged):
     """A training that went back too often; beside the state, how it was reached."""
 
-    def __init__(self, state: TrainState, progress: "Progress"):
-        """Tell how far it came.
+    def __init__(self, state: TrainState, progress: "Progress", reason: str):
+        """Say why, and how far it came.
 
         Args:
           state: the last good one.
           progress: how it was reached.
+          reason: of the last time that it would have gone back.
         """
         super().__init__(state)
         self.progress = progress
+        self.args = (
+            f"training diverged: {reason}, after {progress.rollbacks} times before; {int(state.skipped)} batches were "
+            f"skipped in all, after {int(state.step)} steps; lower the learning rate or mend the data.",
+        )
 
 
 class Progress(NamedTuple):
@@ -59,12 +64,16 @@ class Progress(NamedTuple):
       rollbacks: how often it went back to a saved state.
       bad: which batches were skipped.
       told: the numbers last told.
+      steps: how many the training is to take.
+      lengthened: where it was made longer: at which step, from how many steps, to how many.
     """
 
     position: int = 0
     rollbacks: int = 0
     bad: tuple[int, ...] = ()
     told: dict[str, float] = {}  # noqa: RUF012
+    steps: int = 0
+    lengthened: tuple[tuple[int, int, int], ...] = ()
 
 
 def run(
@@ -78,22 +87,29 @@ def run(
     put: Callable[[np.ndarray], Any] = jnp.asarray,
     tell: Callable[[int, dict[str, Any]], dict[str, float]] = lambda number, metrics: {},
     warn: Callable[[str], None] = lambda text: None,
+    resumed: Callable[[int, Progress], None] = lambda number, progress: None,
 ) -> tuple[TrainState, Progress]:
     """Train until so many steps are taken, from where the checkpoints end.
 
     A batch whose loss is not finite is skipped. After ten in a row the training goes back to the state last saved, and
-    on with the batches that come next; after three times it is given up.
+    on with the batches that come next; after three times it is given up. So it is if a number of the state itself is
+    not finite when it would be saved, but an infinite one of an activation, such as a threshold.
+
+    A training may be made longer than it was: the state goes on with the `step` it is given now, and so with the
+    schedules of the longer one. One of equal `steps` is the same as if nothing had ended it, to the bit.
 
     Args:
       step: of `train.make_step`.
       fresh: makes the state to begin with.
       batches: the data; `position` is set.
       checkpoints: where to save.
-      steps: how many to take; skipped batches do not count.
+      steps: how many to take, at least as many as before; skipped batches do not count.
       save_every: seconds from one save to the next.
       put: from a batch of the host to one of the devices.
-      tell: called after each step with its number and metrics, on the device; gives the numbers to be kept.
-      warn: told when the training goes back.
+      tell: called for each step with its number and metrics, on the device, up to nine batches later; gives the numbers
+        to be kept. Numbers increase: not called for a skipped batch, nor again for a step that is taken again.
+      warn: called when the training goes back.
+      resumed: called with the number of steps taken before, and how, if there are any.
 
     Returns:
       The state, saved, and how it was reached.
@@ -115,16 +131,13 @@ def run(
       ([5], 5)
     """
     like = sharding.abstract(fresh)
-    saved = checkpoints.restore(like)
-    state, progress = (
-        (sharding.create(fresh), Progress()) if saved is None else (saved.state, _restored(saved.progress))
-    )
+    state, progress = _restored(checkpoints.restore(like), fresh, steps)
+    if int(state.step):
+        resumed(int(state.step), progress)
     batches.position = progress.position
-    watch = _Watch(state)
+    watch, may_be_infinite = _Watch(state, tell), _infinite(state)
 
     def save(wait: bool = False) -> None:
-        nonlocal progress
-        progress = progress._replace(bad=progress.bad + tuple(watch.flush()))
         checkpoints.save(
             progress.position, state, progress=progress._asdict(), loss=progress.told.get("nmse"), wait=wait
         )
@@ -133,64 +146,102 @@ def run(
     with _signals() as asked:
         while taken < steps:
             state, metrics = step(state, put(next(batches)))
-            progress = progress._replace(position=batches.position)
-            taken += 1
-            bad = watch.see(progress.position - 1, state)
-            progress = progress._replace(bad=progress.bad + tuple(bad), told=tell(taken, metrics) or progress.told)
-            if taken == steps or watch.patience_is_over:
-                progress = progress._replace(bad=progress.bad + tuple(watch.flush()))
-                taken = int(state.step)
-            if watch.patience_is_over:
-                if progress.rollbacks == ROLLBACKS:
-                    raise GivenUp(state, progress)
-                state, progress = _back(state, progress, checkpoints.restore(like), fresh, warn)
-                taken, watch = int(state.step), _Watch(state)
+            taken, progress = taken + 1, progress._replace(position=batches.position)
+            watch.see(progress.position - 1, state, metrics)
             signum, due = _agree(progress.position, asked[-1], time.monotonic() - last >= save_every)
-            if signum:
+            if not (signum or due or taken == steps or watch.in_a_row >= PATIENCE):
+                continue
+            taken, progress = int(state.step), watch.flush(progress)
+            good = not (_infinite(state) > may_be_infinite).any()
+            if watch.in_a_row >= PATIENCE or not good:
+                reason = f"the loss of {PATIENCE} batches in a row" if good else "a number of the state"
+                state, progress = _back(state, good, progress, checkpoints.restore(like), fresh, reason, warn)
+                taken = int(state.step)
+                watch.in_a_row = 0
+            elif signum:
                 save(wait=True)
-                raise Stopped(signum, int(state.step))
-            if due and taken < steps:
+                raise Stopped(signum, taken)
+            elif taken < steps and due:
                 save()
                 last = time.monotonic()
     save(wait=True)
     return state, progress
 
 
-def _restored(record: dict[str, Any]) -> Progress:
-    return Progress(**{**record, "bad": tuple(record["bad"])})
+def _restored(saved, fresh, steps: int) -> tuple[TrainState, Progress]:
+    """Where a training begins, or goes on."""
+    if saved is None:
+        return sharding.create(fresh), Progress(steps=steps)
+    record = Progress(**saved.progress)  # of JSON, which has lists
+    progress = record._replace(bad=tuple(record.bad), lengthened=tuple(map(tuple, record.lengthened)))
+    if progress.steps < steps:
+        longer = (int(saved.state.step), progress.steps, steps)
+        progress = progress._replace(steps=steps, lengthened=(*progress.lengthened, longer))
+    return saved.state, progress
 
 
-def _back(state, progress: Progress, saved, fresh, warn) -> tuple[TrainState, Progress]:
+def _back(state, good: bool, progress: Progress, saved, fresh, reason: str, warn) -> tuple[TrainState, Progress]:
     """The state last saved, and on with the batches that come next."""
     old = sharding.create(fresh) if saved is None else saved.state
-    warn(f"the loss of {PATIENCE} batches in a row was not finite: going back to step {int(old.step)}.")
+    if progress.rollbacks == ROLLBACKS:
+        raise GivenUp(state if good else old, progress, f"{reason} was not finite")
+    warn(f"{reason} was not finite: going back to step {int(old.step)}.")
     old = dataclasses.replace(old, skipped=state.skipped, skipped_last=jnp.zeros_like(state.skipped_last))
     return old, progress._replace(rollbacks=progress.rollbacks + 1)
 
 
+def _infinite(state: TrainState) -> np.ndarray:
+    """Of each leaf, how much of it is not finite: 0 for nothing, 1 for what is infinite, 2 for NaN.
+
+    An activation's parameters may be infinite: 0 for those.
+    """
+    paths = [path for path, _ in jax.tree.leaves_with_path(state)]
+    excused = ["activation" in {getattr(key, "name", None) for key in path} for path in paths]
+    found = np.asarray(_worst(state))
+    return np.where(np.array(excused) & (found == 1), 0, found)
+
+
+@jax.jit
+def _worst(state):
+    def worst(leaf):
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            return jnp.zeros((), int)
+        return jnp.where(jnp.isnan(leaf).any(), 2, jnp.isinf(leaf).any().astype(int))
+
+    return jnp.stack([worst(leaf) for leaf in jax.tree.leaves(state)])
+
+
 class _Watch:
-    """Sees which batches are skipped, ten steps late: nothing waits for it."""
+    """Sees what became of batches, some steps late: no step waits for it, and no ten are skipped in a row unseen."""
 
-    def __init__(self, state: TrainState):
+    def __init__(self, state: TrainState, tell: Callable[[int, dict[str, Any]], dict[str, float]]):
         self._pending: collections.deque = collections.deque()
-        self._known = int(state.skipped)
-        self.patience_is_over = False
+        self._tell, self._told, self._numbers, self._bad = tell, int(state.step), {}, []
+        self.in_a_row = int(state.skipped_last)
 
-    def see(self, number: int, state: TrainState) -> list[int]:
-        """Batch `number` led to `state`: tells which of the batches before were skipped."""
+    def see(self, number: int, state: TrainState, metrics: dict[str, Any]) -> None:
+        """Batch `number` led to `state`."""
         # The state itself is given away.
-        self._pending.append((number, jnp.copy(state.skipped), jnp.copy(state.skipped_last)))
-        return self._read() if len(self._pending) > PATIENCE else []
+        self._pending.append((number, jnp.copy(state.step), jnp.copy(state.skipped_last), metrics))
+        while self._pending and self.in_a_row + len(self._pending) >= PATIENCE:
+            self._read()
 
-    def flush(self) -> list[int]:
-        """Tells which others were."""
-        return [number for _ in range(len(self._pending)) for number in self._read()]
+    def flush(self, progress: Progress) -> Progress:
+        """All that was seen since the last time."""
+        while self._pending:
+            self._read()
+        progress = progress._replace(bad=progress.bad + tuple(self._bad), told=self._numbers or progress.told)
+        self._bad.clear()
+        return progress
 
-    def _read(self) -> list[int]:
-        number, skipped, in_a_row = self._pending.popleft()
-        known, self._known = self._known, int(skipped)
-        self.patience_is_over |= int(in_a_row) >= PATIENCE
-        return [number] if self._known > known else []
+    def _read(self) -> None:
+        number, step, in_a_row, metrics = self._pending.popleft()
+        self.in_a_row = int(in_a_row)
+        if self.in_a_row:
+            self._bad.append(number)
+        elif int(step) > self._told:
+            self._told = int(step)
+            self._numbers = self._tell(self._told, metrics) or self._numbers
 
 
 @contextlib.contextmanager

@@ -86,7 +86,13 @@ def fit(
     Source: Aharon, Elad & Bruckstein (2006), "K-SVD: An algorithm for designing overcomplete dictionaries for sparse
     representation".
     """
+    y, start = jnp.asarray(y), None if start is None else jnp.asarray(start)
+    if y.ndim != 2 or not jnp.issubdtype(y.dtype, jnp.floating):
+        raise ValueError(f"`fit` got signals of dtype {y.dtype} and shape {y.shape}; pass floating point (n, d).")
     n, d = y.shape
+    gram.check_numbers("fit", "tol", tol, do="a finite norm of at least 0")
+    if steps < 1:
+        raise ValueError(f"`fit` got {steps} steps; pass at least 1.")
     if not 1 <= k <= min(m, d):
         raise ValueError(f"`fit` got k = {k} for m = {m} atoms of width {d}; pass k from 1 to {min(m, d)}.")
     if start is None and m > n:
@@ -212,7 +218,7 @@ def exact(
     variant for dictionary design".
     """
     fit_atom = rank_one.alternating if nonnegative or nonnegative_atoms else rank_one.leading
-    gram.validate(D, y, code, "exact")
+    D, y, code = gram.validate(D, y, code, "exact")
     return rank_one.sweep(fit_atom, rank_one.Signs(nonnegative, nonnegative_atoms), D, y, code)
 
 
@@ -254,7 +260,7 @@ def approximate(
     Source: Rubinstein, Zibulevsky & Elad (2008), "Efficient implementation of the K-SVD algorithm using batch
     orthogonal matching pursuit".
     """
-    gram.validate(D, y, code, "approximate")
+    D, y, code = gram.validate(D, y, code, "approximate")
     return rank_one.sweep(rank_one.power_step, rank_one.Signs(nonnegative, nonnegative_atoms), D, y, code)
 
 
@@ -296,7 +302,7 @@ def mod(
     """
     if nonnegative_atoms:
         raise ValueError("`mod` got nonnegative_atoms, which it has no way to keep; use `exact` or `approximate`.")
-    gram.validate(D, y, code, "mod")
+    D, y, code = gram.validate(D, y, code, "mod")
     return _mod(D, y, code)
 
 
@@ -356,7 +362,7 @@ def replace(
 
     Source: Aharon, Elad & Bruckstein (2006), Section IV.
     """
-    gram.validate(D, y, code, "replace")
+    D, y, code = gram.validate(D, y, code, "replace")
     return _replace(nonnegative_atoms, D, y, code)
 
 

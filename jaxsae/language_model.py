@@ -8,6 +8,7 @@ comes out of the first block.
 """
 
 import functools
+import math
 import operator
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -15,10 +16,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxsae import model_files, pytrees
+from jaxsae import linalg, model_files, pytrees
 from jaxsae.files import InputError
 from jaxsae.model_files import Config
 
@@ -151,14 +153,20 @@ def load(path: str | os.PathLike, *, dtype: Any = jnp.float32) -> LanguageModel:
       dtype: of the weights and of what is computed, float32 or bfloat16; norms, softmax and logits are float32.
 
     Raises:
-      InputError: if it is missing, damaged, or of another architecture or quantisation.
+      InputError: if it is missing, damaged, or of another architecture or quantisation, or for another dtype.
 
     Example:
       >>> load("no-such-place")
       Traceback (most recent call last):
       jaxsae.files.InputError: no-such-place: no such file; expected a GGUF file, a Hugging Face directory, or ...
     """
-    config, arrays = model_files.read(path, jnp.dtype(dtype))
+    try:
+        dtype = jnp.dtype(dtype)
+    except TypeError as error:
+        raise InputError(f"got dtype {dtype!r}; pass float32 or bfloat16.") from error
+    if dtype not in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)):
+        raise InputError(f"got dtype {dtype}; pass float32 or bfloat16.")
+    config, arrays = model_files.read(path, dtype)
     abstract = nnx.eval_shape(lambda: LanguageModel(config, nnx.Rngs(0)))
     leaves, structure = jax.tree.flatten_with_path(abstract)
     names = [".".join(key.name for key in keys if hasattr(key, "name")).removesuffix(".value") for keys, _ in leaves]
@@ -180,8 +188,12 @@ def residual(model: LanguageModel, ids: Int[Array, "b s"], layer: int) -> Float[
       ids: tokens `[b s]`, no more than its context in a row.
       layer: from 0 to the number of blocks less 1; static.
 
+    Returns:
+      `[b s d]`; NaN in a row with a token that the vocabulary has not, where `jit` hides it from the check.
+
     Raises:
-      TypeError, ValueError: at trace time, if `ids` or `layer` does not fit the model.
+      TypeError, ValueError: at trace time, if `ids` or `layer` does not fit the model; outside of `jit`, if a token is
+        not in the vocabulary.
 
     Example:
       >>> import jax.numpy as jnp
@@ -189,7 +201,8 @@ def residual(model: LanguageModel, ids: Int[Array, "b s"], layer: int) -> Float[
       (1, 3, 8)
     """
     _validate(model, ids, layer)
-    h = model.embedding(ids)
+    # Of -1 `take` would make the last row, of what is beyond the end NaN.
+    h = model.embedding(jnp.where(ids < 0, jnp.iinfo(jnp.int32).max, ids.astype(jnp.int32)))
     if model.positions is not None:
         h = h + model.positions(jnp.arange(ids.shape[1]))
     return _run(model, h, 0, layer + 1)
@@ -206,12 +219,19 @@ def logits(model: LanguageModel, h: Float[Array, "b s d"], layer: int) -> Float[
     Returns:
       `[b s v]`, before the softmax.
 
+    Raises:
+      ValueError: at trace time, if `h` or `layer` does not fit the model.
+
     Example:
       >>> import jax.numpy as jnp
       >>> logits(tiny(), jnp.zeros((1, 3, 8)), 1).shape
       (1, 3, 16)
     """
-    return _unembed(model, _run(model, h, layer + 1, model.config.layers))
+    c = model.config
+    if jnp.ndim(h) != 3 or h.shape[-1] != c.width:
+        raise ValueError(f"`logits` got residuals of shape {jnp.shape(h)}; pass (b, s, {c.width}).")
+    _require_layer(c, layer)
+    return _unembed(model, _run(model, h, layer + 1, c.layers))
 
 
 def splice(
@@ -227,10 +247,10 @@ def splice(
       ids: tokens `[b s]`.
       layer: as for `residual`.
       fn: from residual to residual `[b s d]`, for example an SAE's reconstruction; it sees the first positions too.
-      skip_first: how many positions at the beginning keep their residual.
+      skip_first: how many positions at the beginning keep their residual; fewer than all.
 
     Raises:
-      TypeError, ValueError: at trace time, if `ids`, `layer` or what `fn` returns does not fit the model.
+      TypeError, ValueError: at trace time, if `ids`, `layer`, `skip_first` or what `fn` returns does not fit the model.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsae
@@ -245,6 +265,12 @@ def splice(
 
 
 def _replace(h, new, skip_first):
+    if not isinstance(new, jax.Array | np.ndarray):
+        raise TypeError(f"`splice` got {type(new).__name__} from fn; return residuals {h.shape}.")
+    if not 0 <= skip_first < h.shape[1]:
+        raise ValueError(f"`splice` got skip_first {skip_first} for {h.shape[1]} positions; pass 0 or more, and fewer.")
+    if not jnp.issubdtype(new.dtype, jnp.floating):
+        raise TypeError(f"`splice` got {new.dtype} from fn for residuals of {h.dtype}; return floating-point numbers.")
     if new.shape != h.shape:
         raise ValueError(f"`splice` got {new.shape} from fn for residuals {h.shape}; return one for each.")
     return jnp.where(jnp.arange(h.shape[1])[:, None] < skip_first, h, new.astype(h.dtype))
@@ -270,12 +296,12 @@ class NextToken:
     @property
     def cross_entropy(self) -> Float[Array, ""] | float:
         """Mean over tokens, in nats."""
-        return self.surprise / self.tokens
+        return _ratio(self.surprise, self.tokens)
 
     @property
     def kl(self) -> Float[Array, ""] | float:
         """Mean KL divergence from the clean predictions, in nats."""
-        return self.divergence / self.tokens
+        return _ratio(self.divergence, self.tokens)
 
 
 def cross_entropy(
@@ -293,7 +319,8 @@ def cross_entropy(
 
     Args:
       model: the language model.
-      batches: of tokens `[b s]`; the logits of one are in memory at a time, `4·b·s·v` bytes.
+      batches: of tokens `[b s]`, `s` at least 2 more than `skip_first`, so that a prediction sees the splice; the
+        logits of one are in memory at a time, `4·b·s·v` bytes.
       layer: as for `residual`.
       splices: functions as for `splice`.
       skip_first: as for `splice`.
@@ -313,6 +340,12 @@ def cross_entropy(
     """
     total: dict[str, NextToken] | None = None
     for ids in batches:
+        _validate(model, ids, layer)
+        if ids.shape[1] < 2 + skip_first:
+            raise ValueError(
+                f"`cross_entropy` got {ids.shape[1]} tokens in a row with skip_first {skip_first}, of which no "
+                f"prediction sees the splice; pass at least {2 + skip_first}."
+            )
         h, clean = _clean(model, ids, layer)
         part = {"clean": _score(clean, ids, clean)}
         for name, fn in splices.items():
@@ -327,6 +360,8 @@ def cross_entropy(
 def loss_recovered(clean: NextToken, spliced: NextToken, ablated: NextToken) -> Float[Array, ""] | float:
     """The share of an ablation's loss that a splice wins back: 1 is as good as the model itself, 0 as the ablation.
 
+    NaN where the ablation loses nothing, and there is nothing to win.
+
     Args:
       clean: the model left alone.
       spliced: the model with a reconstruction.
@@ -338,7 +373,13 @@ def loss_recovered(clean: NextToken, spliced: NextToken, ablated: NextToken) -> 
       0.75
     """
     worst = ablated.cross_entropy
-    return (worst - spliced.cross_entropy) / (worst - clean.cross_entropy)
+    return _ratio(worst - spliced.cross_entropy, worst - clean.cross_entropy)
+
+
+def _ratio(a, b):
+    if isinstance(b, jax.Array):
+        return linalg.ratio(a, b)
+    return a / b if b else math.nan
 
 
 @functools.partial(jax.jit, static_argnames="layer")
@@ -382,8 +423,20 @@ def _validate(model, ids, layer) -> None:
         raise TypeError(f"`residual` got ids of dtype {ids.dtype}, expected integers; pass tokens, not embeddings.")
     if ids.ndim != 2 or not 1 <= ids.shape[1] <= c.context:
         raise ValueError(f"`residual` got ids of shape {ids.shape}; pass (b, s) with s from 1 to {c.context}.")
-    if not 0 <= layer < c.layers:
-        raise ValueError(f"`residual` got layer {layer} for {c.layers} blocks; pass 0 to {c.layers - 1}.")
+    _require_layer(c, layer)
+    if isinstance(ids, jax.core.Tracer) or not getattr(ids, "is_fully_addressable", True) or not ids.size:
+        return
+    tokens = np.asarray(ids)
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= c.vocab:
+        raise ValueError(
+            f"`residual` got tokens from {low} to {high}; pass 0 to {c.vocab - 1}, those of the vocabulary."
+        )
+
+
+def _require_layer(c: Config, layer) -> None:
+    if not isinstance(layer, int | np.integer) or not 0 <= layer < c.layers:
+        raise ValueError(f"got layer {layer} for {c.layers} blocks; pass 0 to {c.layers - 1}.")
 
 
 def tiny() -> LanguageModel:

@@ -15,14 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from jaxsae import codes, gram, homotopy, pytrees, rows
 from jaxsae.certificate import certify
 from jaxsae.codes import SparseCode
 from jaxsae.homotopy import Static
-from jaxsae.linalg import matmul, max_or_nan
+from jaxsae.linalg import divide, matmul, max_or_nan
 from jaxsae.refit import RefitInfo, Status, refit
 
 Number = int | float | Array | np.ndarray
@@ -37,9 +36,10 @@ class LassoInfo(RefitInfo):
         z_i|` where `z_i` is not 0, `max(|g_i| − λ, 0)` elsewhere (`g_i − λ` if non-negative); NaN where not finite.
       steps: `[*b]` int32, changes of the support from `λ_max` down to `lam`, and steps of FISTA where needed.
       status: `[*b]` int32, a `Status`: 0 the gap is within `tol`; 1 stopped at `max_steps`, or at `capacity` atoms with
-        more to come; 2 not finite, or `lam` negative (an empty code).
+        more to come; 2 not finite, or out of range; 3 `lam` negative or not finite (an empty code, like that of 2).
       gap: `[*b]` duality gap relative to `½‖y‖²`: the excess of the objective over the least is at most this. The dual
-        point, the residual scaled down to `|g| ≤ λ`, is feasible to rounding.
+        point, the residual scaled down to `|g| ≤ λ`, is feasible to `8 eps max‖a‖ ‖y‖` and the rounding of a product
+        with an atom: whatever the order of sums, the gap falls short by at most `(2d + 18) eps max‖a‖ ‖z‖₁ / ‖y‖`.
       lam: `[*b]` the penalty.
     """
 
@@ -76,7 +76,8 @@ def lasso(
       The code, in float32 or better, and `LassoInfo`.
 
     Raises:
-      ValueError, TypeError: at trace time, if shapes or dtypes do not fit together, or a known `lam` is negative.
+      ValueError, TypeError: at trace time, if shapes or dtypes do not fit together, or a known `lam`, `tol` or
+        `max_steps` is negative or not finite.
 
     Example:
       >>> import jax.numpy as jnp, jaxsae.lasso
@@ -86,7 +87,7 @@ def lasso(
 
     Source: Tibshirani (1996); Osborne, Presnell & Turlach (2000); Efron et al. (2004), "Least angle regression".
     """
-    static = _prepare("lasso", D, y, nonnegative, capacity)
+    static, D, y = _prepare("lasso", D, y, nonnegative, capacity, tol, max_steps)
     lam = _penalties("lasso", lam, D, y)[..., None]
     return _pick(_run(static, D, y, lam, None, tol, max_steps), y.ndim - 1)
 
@@ -120,7 +121,7 @@ def path(
       The codes `[*b L k]` and `LassoInfo [*b L]`, whose `lam` holds the penalties in descending order.
 
     Raises:
-      ValueError, TypeError: as `lasso`, or if there is no penalty.
+      ValueError, TypeError: as `lasso`, or if there is no penalty, or `eps` is not in (0, 1].
 
     Example:
       >>> import jax.numpy as jnp, jaxsae.lasso
@@ -133,7 +134,8 @@ def path(
     Source: Osborne, Presnell & Turlach (2000), "A new approach to variable selection in least squares problems"; Efron
       et al. (2004), "Least angle regression".
     """
-    static = _prepare("path", D, y, nonnegative, capacity)
+    static, D, y = _prepare("path", D, y, nonnegative, capacity, tol, max_steps)
+    _check_ratio("path", eps)
     if lams is None:
         if n_lambdas < 1:
             raise ValueError(f"`path` got n_lambdas {n_lambdas}; pass at least 1.")
@@ -188,6 +190,7 @@ def relaxed(
 
     Source: Meinshausen (2007), "Relaxed lasso".
     """
+    _, D, y = _prepare("relaxed", D, y, nonnegative, capacity, tol, max_steps)
     phi = jnp.asarray(_share("relaxed", "phi", phi), gram.accumulator(D, y))
     options = {"nonnegative": nonnegative, "tol": tol, "max_steps": max_steps}
     selected, info = lasso(D, y, lam, capacity=capacity, **options)  # select
@@ -322,9 +325,12 @@ def cross_validate(
 
     Source: Meinshausen (2007), "Relaxed lasso", which tunes `λ` and `φ` so.
     """
-    static = _prepare("cross_validate", D, y, nonnegative, capacity)
+    static, D, y = _prepare("cross_validate", D, y, nonnegative, capacity, tol, max_steps)
     phis = jnp.asarray(_share("cross_validate", "phis", phis), gram.accumulator(D, y))
     phis = jnp.sort(phis.ravel(), descending=True)
+    _check_ratio("cross_validate", eps)
+    if n_lambdas < 1:
+        raise ValueError(f"`cross_validate` got n_lambdas {n_lambdas}; pass at least 1.")
     if y.ndim != 1 or not 2 <= folds <= y.size:
         raise ValueError(
             f"`cross_validate` got y of shape {y.shape} and {folds} folds; pass one target of d samples, and from 2 to "
@@ -366,16 +372,32 @@ def lambda_max(D: Float[Array, "m d"], y: Float[Array, "*b d"], *, nonnegative: 
       y: targets `[*b d]`.
       nonnegative: of the lasso with `z ≥ 0`.
 
+    Returns:
+      `[*b]`; NaN where a row is not finite, or the penalty too small for the dtype.
+
+    Raises:
+      ValueError, TypeError: at trace time, if shapes or dtypes do not fit together.
+
     Example:
       >>> import jax.numpy as jnp, jaxsae.lasso
       >>> jaxsae.lasso.lambda_max(jnp.eye(2), jnp.array([1.0, -3.0]))
       Array(3., dtype=float32)
     """
-    D, y = (x.astype(gram.accumulator(D, y)) for x in (D, y))
+    _, D, y = _prepare("lambda_max", D, y, nonnegative, None, 0, 0)
+    return _lambda_max(nonnegative, *(x.astype(gram.accumulator(D, y)) for x in (D, y)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _lambda_max(nonnegative: bool, D, y):
+    unit = gram.power_of_two(gram.largest(D, (0, 1)))
+    D = divide(D, unit)
 
     def chunk(y):
+        y, y_unit, _ = gram.scaled(y)
         c = matmul(y, D.T)
-        return max_or_nan(c if nonnegative else jnp.abs(c), 1)
+        most = max_or_nan(c if nonnegative else jnp.abs(c), 1, keepdims=True)
+        found = most * y_unit * unit
+        return jnp.where((most > 0) & (found < jnp.finfo(y.dtype).tiny), jnp.nan, found)[:, 0]
 
     return rows.map_chunks(chunk, y, batch=y.shape[:-1], row_bytes=len(D) * y.dtype.itemsize)
 
@@ -383,8 +405,11 @@ def lambda_max(D: Float[Array, "m d"], y: Float[Array, "*b d"], *, nonnegative: 
 # --- What is asked
 
 
-def _prepare(name: str, D, y, nonnegative: bool, capacity: int | None) -> Static:
-    """Raise if a dictionary and targets do not fit together."""
+def _prepare(name: str, D, y, nonnegative: bool, capacity: int | None, tol, max_steps) -> tuple[Static, Array, Array]:
+    """Raise if what is asked makes no sense; else what fixes the program, the dictionary and the targets as arrays."""
+    D, y = jnp.asarray(D), jnp.asarray(y)
+    gram.check_numbers(name, "tol", tol, do="a finite gap of at least 0")
+    gram.check_numbers(name, "max_steps", max_steps, do="0 or more, finite")
     if D.ndim != 2 or len(D) == 0:
         raise ValueError(f"`{name}` got a dictionary of shape {D.shape}; pass one of shape (m, d), one atom a row.")
     m = len(D)
@@ -392,14 +417,13 @@ def _prepare(name: str, D, y, nonnegative: bool, capacity: int | None) -> Static
     if not 1 <= capacity <= m:
         raise ValueError(f"`{name}` got capacity {capacity} for {m} atoms; pass a capacity from 1 to {m}.")
     empty = SparseCode(jnp.zeros((*y.shape[:-1], 1)), jnp.full((*y.shape[:-1], 1), m), m)
-    gram.validate(D, y, empty, name)
-    return Static(nonnegative, capacity)
+    D, y, _ = gram.validate(D, y, empty, name)
+    return Static(nonnegative, capacity), D, y
 
 
 def _penalties(name: str, lam: Any, D, y, *, grid: bool = False) -> Array:
     """Penalties `[*b]`, or `[*b L]`, in the dtype of the arithmetic."""
-    if not isinstance(lam, Tracer) and np.any(np.asarray(lam) < 0):
-        raise ValueError(f"`{name}` got a penalty of {np.min(np.asarray(lam))}; pass penalties of 0 or more.")
+    gram.check_numbers(name, "a penalty of", lam, do="penalties of 0 or more, finite")
     shape = (*y.shape[:-1], *np.shape(lam)[-1:]) if grid else y.shape[:-1]
     pairs = zip(np.shape(lam)[::-1], shape[::-1], strict=False)
     if np.ndim(lam) > len(shape) or any(size not in (1, wanted) for size, wanted in pairs):
@@ -411,9 +435,13 @@ def _penalties(name: str, lam: Any, D, y, *, grid: bool = False) -> Array:
 
 
 def _share(name: str, what: str, x: Any) -> Any:
-    if not isinstance(x, Tracer) and not np.all((np.asarray(x) >= 0) & (np.asarray(x) <= 1)):
-        raise ValueError(f"`{name}` got {what} {np.asarray(x)}; pass numbers from 0 to 1.")
+    gram.check_numbers(name, what, x, most=1, do="numbers from 0 to 1")
     return x
+
+
+def _check_ratio(name: str, eps: Any) -> None:
+    smallest = float(jnp.finfo(jnp.float32).tiny)
+    gram.check_numbers(name, "eps", eps, least=smallest, most=1, do="a positive ratio up to 1")
 
 
 def _pick(rows_and_one, axis: int):
@@ -437,7 +465,8 @@ def _run(static: Static, D, y, lams, support, tol, max_steps) -> tuple[SparseCod
     shared = D.astype(dtype), tol, jnp.asarray(max_steps, jnp.int32)
     end = _solve(static, shared, (y.astype(dtype), lams, support))
     status = jnp.where(end.gap <= tol, Status.CONVERGED, Status.MAX_STEPS)
-    status = jnp.where(jnp.isfinite(end.kkt), status, Status.NONFINITE).astype(jnp.int32)
+    status = jnp.where(jnp.isfinite(end.kkt), status, Status.NONFINITE)
+    status = jnp.where((lams >= 0) & jnp.isfinite(lams), status, Status.INVALID).astype(jnp.int32)
     info = LassoInfo(kkt=end.kkt, steps=end.steps, status=status, gap=end.gap, lam=lams)
     atoms = len(D) if support is None else support.shape[-1]
     return SparseCode(end.values, end.indices, atoms, end.overflow), info

@@ -17,10 +17,72 @@ def divide(x, by):
     return jnp.where(by == 0, 0, x / jnp.where(by == 0, 1, by))
 
 
-def max_or_nan(x: Array, axis: int | None = None, *, keepdims: bool = False) -> Array:
+def ratio(x, by):
+    """`x / by`, and NaN where `by` is 0: a ratio that is not defined is not a number."""
+    return jnp.where(by == 0, jnp.nan, x / jnp.where(by == 0, 1, by))
+
+
+def widen(tree):
+    """The arrays of a tree, those of floating point in float32 or better, in which to add them up."""
+
+    def wide(x):
+        x = jnp.asarray(x)
+        return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+
+    return jax.tree.map(wide, tree)
+
+
+def norms(x: Float[Array, "*b d"]) -> Float[Array, "*b 1"]:
+    """`‖x‖` of each row in float32 or better; its derivative is 0, not NaN, where it is 0."""
+    squares = jnp.sum(widen(x) ** 2, axis=-1, keepdims=True)
+    return jnp.where(squares == 0, 0, jnp.sqrt(jnp.where(squares == 0, 1, squares)))
+
+
+def power_of_two(x: Float[Array, ""]) -> Float[Array, ""]:
+    """The power of two by which `x > 0` is from 1 to 2, as far as its inverse is a number too; 1 for 0, Inf and NaN."""
+    least = jnp.finfo(x.dtype).minexp
+    exponent = jnp.clip(jnp.frexp(x)[1] - 1, least, -least)
+    return jnp.where((x > 0) & jnp.isfinite(x), jnp.ldexp(jnp.ones((), x.dtype), exponent), 1)
+
+
+def max_or_nan(x: Array, axis: int | tuple[int, ...] | None = None, *, keepdims: bool = False) -> Array:
     """The largest of `x`, at least 0; NaN if any is, which in many shapes XLA's maximum on a CPU passes over."""
     most = jnp.max(x, axis=axis, keepdims=keepdims, initial=0)
     return jnp.where(jnp.isnan(jnp.sum(x, axis=axis, keepdims=keepdims)), jnp.nan, most)
+
+
+def residual(y: Float[Array, " d"], z: Float[Array, " k"], atoms: Float[Array, "k d"]) -> Float[Array, " d"]:
+    """`y − zA` to the last digit or so, whatever cancels: summed in twice the precision, in one order everywhere.
+
+    Where atoms nearly cancel, a plain sum is wrong by `eps ‖z‖₁ max‖a‖`, which may be more than what is left of `y`.
+    Here each product is a sum of exact ones, which no fused multiply-add rounds otherwise, and what an addition loses
+    is found without error and added up beside it.
+
+    Source: Ogita, Rump & Oishi (2005), "Accurate sum and dot product"; Knuth (1969) for the error of an addition.
+    """
+
+    def add(total, x):
+        high, low = total
+        new = high + x
+        added = new - high
+        return new, low + ((high - (new - added)) + (x - added))
+
+    def subtract(total, pair):
+        (a, a_rest), (b, b_rest) = (_halves(x) for x in pair)
+        high, low = functools.reduce(add, (a * b, a * b_rest, a_rest * b), total)
+        return (high, low + a_rest * b_rest), None
+
+    carry = sharding.vary_alike((y, jnp.zeros_like(y)), y, z, atoms)
+    (high, low), _ = jax.lax.scan(subtract, carry, (-z, atoms))
+    return high + low
+
+
+def _halves(x):
+    """Two numbers of half the digits whose sum is `x`: products of such are exact."""
+    kind, bits = (jnp.uint32, 12) if x.dtype == jnp.float32 else (jnp.uint64, 27)
+    whole = jax.lax.bitcast_convert_type(x, kind)
+    first = jax.lax.bitcast_convert_type(whole >> bits << bits, x.dtype)
+    return first, x - first
 
 
 def squared_norm(D: Float[Array, "m d"], start: Float[Array, " d"], steps: int) -> Float[Array, ""]:

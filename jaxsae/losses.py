@@ -1,7 +1,7 @@
 """Loss terms of sparse autoencoders, one pure function a term.
 
 Reconstruction and sparsity terms are means over rows of sums over the row, so that their weights do not depend on the
-batch; each says in its name or its docstring what it is divided by.
+batch; each says in its name or its docstring what it is divided by. Sums are in float32 or better.
 """
 
 import dataclasses
@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxsae import metrics
 from jaxsae.activations import dropped
 from jaxsae.codes import SparseCode
+from jaxsae.linalg import norms, ratio, widen
 from jaxsae.sae import SAE, decode
 
 
@@ -28,11 +30,11 @@ def mse(x: Float[Array, "b d"], x_hat: Float[Array, "b d"]) -> Float[Array, ""]:
       >>> mse(jnp.ones((2, 3)), jnp.zeros((2, 3)))
       Array(3., dtype=float32)
     """
-    return jnp.mean(jnp.sum((x - x_hat) ** 2, axis=-1))
+    return jnp.mean(jnp.sum((widen(x) - widen(x_hat)) ** 2, axis=-1))
 
 
 def nmse(x: Float[Array, "b d"], x_hat: Float[Array, "b d"]) -> Float[Array, ""]:
-    """Squared error relative to predicting the batch's mean: `Σ‖x − x̂‖² / Σ‖x − x̄‖²`.
+    """Squared error relative to predicting the batch's mean: `Σ‖x − x̂‖² / Σ‖x − x̄‖²`; NaN if all rows are equal.
 
     Args:
       x: `[b d]`.
@@ -43,7 +45,7 @@ def nmse(x: Float[Array, "b d"], x_hat: Float[Array, "b d"]) -> Float[Array, ""]
       >>> nmse(jnp.array([[0.0], [2.0]]), jnp.ones((2, 1)))
       Array(1., dtype=float32)
     """
-    return mse(x, x_hat) / mse(x, jnp.broadcast_to(jnp.mean(x, axis=0), x.shape))
+    return metrics.Reconstruction(metrics.moments(x), metrics.moments(widen(x) - widen(x_hat))).nmse
 
 
 def l1(z: Float[Array, "b m"], W_dec: Float[Array, "m d"] | None = None) -> Float[Array, ""]:
@@ -60,7 +62,7 @@ def l1(z: Float[Array, "b m"], W_dec: Float[Array, "m d"] | None = None) -> Floa
 
     Source: Conerly et al. (2024), "Update on how we train SAEs".
     """
-    size = jnp.abs(z) if W_dec is None else jnp.abs(z) * jnp.linalg.norm(W_dec, axis=-1)
+    size = jnp.abs(widen(z)) if W_dec is None else jnp.abs(widen(z)) * norms(W_dec)[..., 0]
     return jnp.mean(jnp.sum(size, axis=-1))
 
 
@@ -69,7 +71,7 @@ def l0_target(l0: Float[Array, " b"], target: float | Array) -> Float[Array, ""]
 
     Args:
       l0: `‖z‖₀` of each row, `[b]`, as `JumpReLU.l0` gives it.
-      target: latents a row.
+      target: latents a row; the distance from 0 is NaN.
 
     Example:
       >>> import jax.numpy as jnp
@@ -78,7 +80,7 @@ def l0_target(l0: Float[Array, " b"], target: float | Array) -> Float[Array, ""]
 
     Source: Rajamanoharan et al. (2024), "Jumping ahead: improving reconstruction fidelity with JumpReLU SAEs".
     """
-    return (jnp.mean(l0) / target - 1) ** 2
+    return (ratio(jnp.mean(widen(l0)), target) - 1) ** 2
 
 
 def gate(sae: SAE, target: Float[Array, "b d"], gated: Float[Array, "b m"]) -> Float[Array, ""]:
@@ -126,7 +128,8 @@ def matryoshka(
 
     Source: Bussmann et al. (2025), "Learning multi-level features with matryoshka sparse autoencoders".
     """
-    return sum((mse(target, decode(sae, _first(code, p))) for p in prefixes), jnp.zeros(()))
+    atoms = dataclasses.replace(sae, W_skip=None)  # of which the target is free
+    return sum((mse(target, decode(atoms, _first(code, p))) for p in prefixes), jnp.zeros(()))
 
 
 def _first(code, latents: int):
@@ -136,22 +139,22 @@ def _first(code, latents: int):
 
 
 def auxk(
-    sae: SAE, x: Float[Array, "b d"], residual: Float[Array, "b d"], dead: Bool[Array, " m"], *, k_aux: int
+    sae: SAE, x: Float[Array, "b d"], residual: Float[Array, "b d"], idle: Bool[Array, " m"], *, k_aux: int
 ) -> Float[Array, ""]:
-    """AuxK: reconstruct the residual with the `k_aux` most active dead latents, so that they learn something.
+    """AuxK: reconstruct the residual with the `k_aux` most active idle latents, so that they learn something.
 
-        mean_b ‖e − ê‖²,   ê = (the k_aux largest pre-activations of dead latents, of either sign) W_dec
+        mean_b ‖e − ê‖²,   ê = (the k_aux largest pre-activations of idle latents, of either sign) W_dec
 
-    Negative ones count, since a latent that is negative on all rows would have no derivative otherwise, and stay dead.
+    Negative ones count, since a latent that is negative on all rows would have no derivative otherwise, and stay idle.
     The residual is a constant here, and `b_dec` takes no part: it is not added to `ê`, and has no derivative. 0 if
-    nothing is dead, or if the term is not finite.
+    nothing is idle, or if the term is not finite.
 
     Args:
       sae: the autoencoder.
       x: activations `[b d]`.
       residual: `e = x − x̂`, `[b d]`.
-      dead: which latents are dead, `[m]`.
-      k_aux: how many dead latents to use a row; static.
+      idle: which latents have not fired for long, `[m]`; Gao et al. call them dead.
+      k_aux: how many idle latents to use a row; static.
 
     Example:
       >>> import jax.numpy as jnp, jaxsae
@@ -170,15 +173,15 @@ def auxk(
             error = mse(residual, jnp.where(left_out(pre), 0, pre) @ W_dec)
             return jnp.where(jnp.isfinite(error), error, 0)
 
-        return jax.checkpoint(value)  # else what it keeps for the derivative is written, as zeros, while none is dead
+        return jax.checkpoint(value)  # else what it keeps for the derivative is written, as zeros, while none is idle
 
-    # Selecting costs as much as a training step: skip it where all that is dead is taken, and all where nothing is.
+    # Selecting costs as much as a training step: skip it where all that is idle is taken, and all where nothing is.
     branches = (
-        lambda W_enc, b_enc, W_dec: jnp.zeros((), W_dec.dtype),
-        term(lambda pre: ~dead),
-        term(lambda pre: dropped(jnp.where(dead, pre, -jnp.inf), k_aux)),
+        lambda W_enc, b_enc, W_dec: jnp.zeros((), jnp.promote_types(W_dec.dtype, jnp.float32)),
+        term(lambda pre: ~idle),
+        term(lambda pre: dropped(jnp.where(idle, pre, -jnp.inf), k_aux)),
     )
     usable = jnp.isfinite(residual).all() & jnp.isfinite(x).all()
-    count = jnp.where(usable, jnp.sum(dead), 0)
+    count = jnp.where(usable, jnp.sum(idle), 0)
     chosen = (count > 0).astype(jnp.int32) + (count > k_aux)
     return jax.lax.switch(chosen, branches, sae.W_enc, sae.b_enc, sae.W_dec)

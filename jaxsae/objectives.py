@@ -1,7 +1,7 @@
 """What training minimises: the reconstruction error and a few terms, each a small pytree with its weight.
 
     objective = Objective((L1(0.1),))                                    # ReLU
-    objective = Objective((AuxK(k_aux=512),), dead_after=10_000_000)     # TopK, BatchTopK
+    objective = Objective((AuxK(k_aux=512),), idle_after=10_000_000)     # TopK, BatchTopK
     objective = Objective((L0(1.0, target=32.0),))                       # JumpReLU
     objective = Objective((Gate(0.1),))                                  # Gated
     objective = Objective((MultiTopK(), AuxK(k_aux=512)))                # terms add up
@@ -34,7 +34,7 @@ class Pass(NamedTuple):
       target: what to reconstruct, `[b d_out]`; `x`, but in transcoders.
       code: its code: sparse where the activation fixes its slots, dense elsewhere.
       x_hat: its reconstruction, `[b d_out]`.
-      dead: which latents are dead, `[m]`.
+      idle: which latents fired on none of the last `idle_after` rows, `[m]`.
       step: steps taken.
     """
 
@@ -43,7 +43,7 @@ class Pass(NamedTuple):
     target: Float[Array, "b d_out"]
     code: SparseCode | Float[Array, "b m"]
     x_hat: Float[Array, "b d_out"]
-    dead: Bool[Array, " m"]
+    idle: Bool[Array, " m"]
     step: Int[Array, ""]
 
 
@@ -60,6 +60,30 @@ class Measured(NamedTuple):
     metrics: dict[str, Array]
     activation: Activation | None = None
 
+    @classmethod
+    def of(cls, out: Any, m: int) -> tuple[Array, "Measured"]:
+        """What a loss returned for `m` latents, its value and this, if it is what it should be; else one line."""
+        expected = "expected (value, (fired, metrics)): a scalar, which latents were active, and a dictionary"
+        if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], tuple) and len(out[1]) in (2, 3)):
+            raise TypeError(f"got a loss that returns {_shown(out)}, {expected}; return (value, (fired, {{}})).")
+        value, measured = jnp.asarray(out[0]), cls(*out[1])
+        if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
+            raise TypeError(f"got a loss whose value is {_shown(value)}, {expected}; take its mean over the batch.")
+        if jnp.shape(measured.fired) != (m,):
+            raise TypeError(f"got a loss whose fired is {_shown(measured.fired)}, {expected}; return one a latent.")
+        if not isinstance(measured.metrics, dict):
+            raise TypeError(
+                f"got a loss whose metrics are {_shown(measured.metrics)}, {expected}; return {{}} for none."
+            )
+        return value, measured
+
+
+def _shown(x: Any) -> str:
+    """What kind of thing something is, the same while it is traced."""
+    if isinstance(x, tuple):
+        return f"({', '.join(map(_shown, x))})"
+    return f"an array {x.dtype}{list(x.shape)}" if hasattr(x, "dtype") else f"a {type(x).__name__}"
+
 
 @pytrees.dataclass
 class Objective:
@@ -67,7 +91,8 @@ class Objective:
 
     Attributes:
       terms: what to add.
-      dead_after: a latent is dead once this many rows (tokens, in a language model) went by without it.
+      idle_after: a latent is idle, and learns by `AuxK`, once this many rows (tokens, in a language model) went by
+        without it; Gao et al. (2024) train for thousands of times as many. `jaxsae train` takes a fiftieth of its rows.
       keep: schedule of how many latents a row `TopK` keeps; static.
 
     Example:
@@ -82,12 +107,21 @@ class Objective:
     """
 
     terms: tuple[Any, ...] = ()
-    dead_after: int | Array = 10_000_000
+    idle_after: int | Array = 10_000_000
     keep: optax.Schedule | None = struct.field(pytree_node=False, default=None)
+
+    def __post_init__(self):
+        for term in self.terms if isinstance(self.terms, tuple) else ():  # JAX puts other things in their place
+            if callable(term) and jax.tree_util.all_leaves([term]):
+                name = getattr(term, "__name__", type(term).__name__)
+                raise TypeError(
+                    f"`Objective` got a term that is no pytree, {name}; write @pytrees.dataclass above a class with "
+                    "__call__(self, p), and pass an instance of it."
+                )
 
     def __call__(self, sae: SAE, batch: Any, state: Any) -> tuple[Float[Array, ""], Measured]:
         """The loss of a batch `x [b d]`, or `(x [b d], target [b d_out])`, in a `train.TrainState`."""
-        x, target = batch if isinstance(batch, tuple) else (batch, batch)
+        x, target = _rows(batch)
         if sae.normalisation is not None and sae.normalisation.per_row and self.terms:
             raise ValueError(
                 "got an SAE that normalises each row, and terms, which are for rows as they are; train without terms, "
@@ -97,10 +131,19 @@ class Objective:
             kept = dataclasses.replace(sae.activation, keep=self.keep(state.step))  # pyright: ignore[reportArgumentType]
             sae = dataclasses.replace(sae, activation=kept)
         code, after = _code(sae, x)
-        p = Pass(sae, x, target, code, reconstruct(sae, x, code), state.idle >= self.dead_after, state.step)
+        p = Pass(sae, x, target, code, reconstruct(sae, x, code), state.idle >= self.idle_after, state.step)
         value = losses.mse(target, p.x_hat) + sum(term(p) for term in self.terms)
         metrics = {"nmse": losses.nmse(target, p.x_hat), "l0": jnp.mean(_l0(code).astype(jnp.float32))}
         return value, Measured(_fired(code), metrics, after)
+
+
+def _rows(batch: Any) -> tuple[Array, Array]:
+    pair = batch if isinstance(batch, tuple | list) else (batch, batch)
+    if len(pair) != 2 or not all(hasattr(x, "shape") for x in pair):
+        got = f"{type(batch).__name__} of {len(pair)}"
+        raise TypeError(f"got a batch that is a {got}; pass rows [b d], or a pair of input and target.")
+    x, target = pair
+    return x, target
 
 
 def _code(sae: SAE, x) -> tuple[SparseCode | Array, Activation | None]:
@@ -145,7 +188,7 @@ class L1:
       >>> import jax.numpy as jnp, jaxsae
       >>> sae = jaxsae.SAE(jnp.eye(2), jnp.zeros(2), jnp.eye(2), jnp.zeros(2), jaxsae.ReLU())
       >>> x = jnp.array([[1.0, 2.0]])
-      >>> p = Pass(sae, x, x, code=x, x_hat=x, dead=jnp.zeros(2, bool), step=jnp.int32(0))
+      >>> p = Pass(sae, x, x, code=x, x_hat=x, idle=jnp.zeros(2, bool), step=jnp.int32(0))
       >>> round(float(L1(0.1)(p)), 5)
       0.3
 
@@ -166,14 +209,14 @@ class L0:
 
     Attributes:
       weight: of the term.
-      target: mean number of active latents a row.
+      target: mean number of active latents a row, above 0.
       schedule: factor of the weight by step; static.
 
     Example:
       >>> import jax.numpy as jnp, jaxsae
       >>> sae = jaxsae.SAE(jnp.eye(2), jnp.zeros(2), jnp.eye(2), jnp.zeros(2), jaxsae.JumpReLU(jnp.zeros(2)))
       >>> x = jnp.array([[1.0, 2.0]])
-      >>> p = Pass(sae, x, x, code=x, x_hat=x, dead=jnp.zeros(2, bool), step=jnp.int32(0))
+      >>> p = Pass(sae, x, x, code=x, x_hat=x, idle=jnp.zeros(2, bool), step=jnp.int32(0))
       >>> round(float(L0(1.0, target=1.0)(p)), 5)
       1.0
 
@@ -183,6 +226,10 @@ class L0:
     weight: float | Array
     target: float | Array
     schedule: optax.Schedule | None = struct.field(pytree_node=False, default=None)
+
+    def __post_init__(self):
+        if isinstance(self.target, int | float) and not self.target > 0:
+            raise ValueError(f"`L0` got target {self.target}; pass a number of latents above 0.")
 
     def __call__(self, p: Pass) -> Array:
         """The term."""
@@ -202,7 +249,7 @@ class Gate:
       >>> import jax.numpy as jnp, jaxsae
       >>> sae = jaxsae.SAE(jnp.eye(2), jnp.zeros(2), jnp.eye(2), jnp.zeros(2), jaxsae.Gated(*jnp.zeros((3, 2))))
       >>> x = jnp.array([[1.0, 2.0]])
-      >>> p = Pass(sae, x, x, code=x, x_hat=x, dead=jnp.zeros(2, bool), step=jnp.int32(0))
+      >>> p = Pass(sae, x, x, code=x, x_hat=x, idle=jnp.zeros(2, bool), step=jnp.int32(0))
       >>> round(float(Gate(0.1)(p)), 5)
       0.3
 
@@ -221,17 +268,17 @@ class Gate:
 
 @pytrees.dataclass
 class AuxK:
-    """Let dead latents reconstruct the residual, `losses.auxk`.
+    """Let idle latents reconstruct the residual, `losses.auxk`.
 
     Attributes:
-      k_aux: how many dead latents to use a row, a power of two near `d/2`; static.
+      k_aux: how many idle latents to use a row, a power of two near `d/2`; static.
       weight: of the term.
 
     Example:
       >>> import jax.numpy as jnp, jaxsae
       >>> sae = jaxsae.SAE(jnp.eye(2), jnp.zeros(2), jnp.eye(2), jnp.zeros(2), jaxsae.ReLU())
       >>> x = jnp.array([[1.0, 2.0]])
-      >>> p = Pass(sae, x, x, code=x, x_hat=jnp.ones((1, 2)), dead=jnp.array([False, True]), step=jnp.int32(0))
+      >>> p = Pass(sae, x, x, code=x, x_hat=jnp.ones((1, 2)), idle=jnp.array([False, True]), step=jnp.int32(0))
       >>> round(float(AuxK(k_aux=1)(p)), 5)
       0.03125
 
@@ -243,7 +290,7 @@ class AuxK:
 
     def __call__(self, p: Pass) -> Array:
         """The term."""
-        return self.weight * losses.auxk(p.sae, p.x, p.target - p.x_hat, p.dead, k_aux=self.k_aux)
+        return self.weight * losses.auxk(p.sae, p.x, p.target - p.x_hat, p.idle, k_aux=self.k_aux)
 
 
 @pytrees.dataclass
@@ -258,7 +305,7 @@ class MultiTopK:
       >>> import jax.numpy as jnp, jaxsae
       >>> sae = jaxsae.SAE(jnp.eye(2), jnp.zeros(2), jnp.eye(2), jnp.zeros(2), jaxsae.TopK(1))
       >>> x = jnp.array([[1.0, 2.0]])
-      >>> p = Pass(sae, x, x, code=x, x_hat=jnp.array([[0.0, 2.0]]), dead=jnp.zeros(2, bool), step=jnp.int32(0))
+      >>> p = Pass(sae, x, x, code=x, x_hat=jnp.array([[0.0, 2.0]]), idle=jnp.zeros(2, bool), step=jnp.int32(0))
       >>> round(float(MultiTopK()(p)), 5)
       0.0
 
@@ -271,7 +318,7 @@ class MultiTopK:
     def __call__(self, p: Pass) -> Array:
         """The term."""
         topk: Any = p.sae.activation
-        keep = None if topk.keep is None else self.factor * topk.keep
+        keep = None if topk.keep is None else self.factor * jnp.floor(topk.keep)
         sae = dataclasses.replace(p.sae, activation=TopK(min(self.factor * topk.k, p.sae.m), keep))
         return self.weight * losses.mse(p.target, reconstruct(sae, p.x, encode(sae, p.x)))
 
@@ -287,7 +334,7 @@ class Matryoshka:
       >>> import jax.numpy as jnp, jaxsae
       >>> sae = jaxsae.SAE(jnp.eye(2), jnp.zeros(2), jnp.eye(2), jnp.zeros(2), jaxsae.ReLU())
       >>> x = jnp.array([[1.0, 2.0]])
-      >>> p = Pass(sae, x, x, code=x, x_hat=x, dead=jnp.zeros(2, bool), step=jnp.int32(0))
+      >>> p = Pass(sae, x, x, code=x, x_hat=x, idle=jnp.zeros(2, bool), step=jnp.int32(0))
       >>> round(float(Matryoshka(prefixes=(1,))(p)), 5)
       4.0
 

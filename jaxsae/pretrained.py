@@ -4,8 +4,8 @@ Our own is a directory: `sae.json` says what it is, `sae.safetensors` holds the 
 """
 
 import dataclasses
-import json
 import os
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,15 +13,26 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.flax
 
 from jaxsae import activations, hub, normalisation
-from jaxsae.files import InputError, atomic_directory
+from jaxsae.files import InputError, atomic_directory, local_path, settled
 from jaxsae.formats import dictionary_learning, gemma_scope, llama_scope, openai, saelens, sparsify
-from jaxsae.formats.common import Raw
+from jaxsae.formats.common import (
+    Raw,
+    Tensors,
+    Weights,
+    assemble,
+    flag,
+    number,
+    require_k,
+    require_used,
+    take,
+    write_json,
+    write_safetensors,
+)
 from jaxsae.sae import SAE, fold_scale
 from jaxsae.sae import describe as describe_sae
-from jaxsae.tensors import place, read_json, read_safetensors
+from jaxsae.tensors import place, read_json, read_safetensors, writable
 
 _VERSION = 1
 _CONFIG, _WEIGHTS = "sae.json", "sae.safetensors"
@@ -31,6 +42,9 @@ _ACTIVATIONS = {
         *(activations.ReLU, activations.TopK, activations.AbsTopK, activations.BatchTopK),
         *(activations.JumpReLU, activations.Gated, activations.GroupMax, activations.MatchingPursuit),
     )
+}
+_KEYS = {
+    *("format", "version", "d", "m", "d_out", "centred", "transcoder", "skip", "activation", "normalisation", "arrays")
 }
 _NORMALISATIONS = {
     cls.__name__: cls for cls in (normalisation.LayerNorm, normalisation.ConstantNorm, normalisation.AverageNorm)
@@ -59,8 +73,8 @@ def load(path: str | os.PathLike, *, format: str | None = None, dtype: Any = Non
       revision: branch, tag or commit, on the hub.
 
     Raises:
-      InputError: if nothing is there, or it is of no known format, of a newer version, truncated, inconsistent, or
-        wants to run code.
+      InputError: if nothing is there, or it is of no known format or of several, of a newer version, truncated, or
+        wants to run code; if arrays and configuration disagree, an array is of no use, or holds NaN.
 
     Example:
       >>> import tempfile, jax, jaxsae
@@ -114,7 +128,9 @@ def _load(
         config = raw.config | (found.config if name == "saelens" else {})
         wanted = None if dtype is None else _dtype(dtype)
         with np.errstate(all="ignore"):  # numbers that overflow are what is in the file
-            sae = row.convert(raw._replace(config=config, dtype=wanted))
+            raw = raw._replace(config=config, dtype=wanted)
+            sae = row.convert(raw)
+        require_used(raw, name, sae.activation)
     except OSError as error:
         raise InputError(f"{local}: {error.strerror or error}; expected files of format {name}.") from error
     averaged = isinstance(sae.normalisation, normalisation.AverageNorm)
@@ -129,6 +145,8 @@ def _dtype(dtype: Any) -> np.dtype:
         found = None
     if found is None or found.name not in known:
         raise InputError(f"got dtype {dtype!r}, expected one of: {', '.join(known)}.")
+    if jax.dtypes.canonicalize_dtype(found) != found:
+        raise InputError(f"got dtype {found.name!r}, which jax computes with jax_enable_x64 alone; set it first.")
     return found
 
 
@@ -149,16 +167,25 @@ def detect(path: str | os.PathLike) -> str:
       ...     jaxsae.pretrained.detect(f"{folder}/sae")
       'dictionary_learning'
     """
-    path = Path(path)
+    path = settled(path)
     if not path.exists():
         raise InputError(f"{path}: no such file or directory; expected a saved SAE ({', '.join(FORMATS)}).")
     damaged: InputError | None = None
+    found: dict[Callable[[Path], Raw], str] = {}  # by how they are read: some formats are others with one convention
     for name, row in FORMATS.items():
         try:
             if row.detect(path):
-                return name
+                found.setdefault(row.read, name)
         except InputError as error:
             damaged = damaged or error
+    if len(found) > 1:
+        raise InputError(
+            f"{path}: holds SAEs of several formats ({', '.join(found.values())}); pass format, one of them."
+        )
+    if found:
+        return next(iter(found.values()))
+    if path.is_dir() and not any(path.iterdir()):
+        raise InputError(f"{path}: the directory is empty; expected a saved SAE ({', '.join(FORMATS)}).")
     raise damaged or InputError(f"{path}: not an SAE of a known format; expected one of: {', '.join(FORMATS)}.")
 
 
@@ -166,12 +193,13 @@ def save(sae: SAE, path: str | os.PathLike, *, format: str = "jaxsae") -> None:
     """Save an SAE, whole or not at all; what was at `path` is replaced, if it is an SAE of the same format.
 
     Args:
-      sae: the autoencoder.
+      sae: the autoencoder; its arrays may be numpy's, of any memory order.
       path: where to; a directory, but a file for `"openai"`.
       format: a name from `FORMATS` that is written.
 
     Raises:
-      InputError: if the format is unknown or cannot say what this SAE computes, or the place cannot be written.
+      InputError: if the format is unknown or cannot say what this SAE computes, as that of an activation of one's own;
+        if its arrays do not fit together, or are several SAEs stacked; or if the place cannot be written.
 
     Example:
       >>> import tempfile, jax, jaxsae
@@ -181,13 +209,62 @@ def save(sae: SAE, path: str | os.PathLike, *, format: str = "jaxsae") -> None:
       ...     bool((jaxsae.pretrained.load(f"{folder}/sae").W_dec == sae.W_dec).all())
       True
     """
-    path, row = Path(path), _row(format)
+    path, row = local_path(path), _row(format)
     if row.write is None:
         written = ", ".join(name for name, row in FORMATS.items() if row.write)
         raise InputError(f"{format} is read, not written; expected one of: {written}.")
-    if path.exists() and not _is(row, path):
+    sae = _on_host(sae)
+    if path.exists() and (_within_run(path) != path or not _is(row, path)):
         raise InputError(f"{path}: exists and is not a saved SAE; choose another place, or remove it.")
     row.write(sae, path)
+
+
+def _on_host(sae: SAE) -> SAE:
+    """The SAE with its arrays as they may be written, if a file can say what it computes."""
+    if not isinstance(sae, SAE):
+        raise InputError(f"got a {type(sae).__name__} to save, expected an SAE; pass one.")
+    _require_known("activation", sae.activation, _ACTIVATIONS)
+    _require_known("normalisation", sae.normalisation, _NORMALISATIONS)
+    names = ("W_enc", "b_enc", "W_dec", "b_dec", *(() if sae.W_skip is None else ("W_skip",)))
+    arrays = {name: writable(getattr(sae, name), name) for name in names}
+    d, m, d_out = arrays["W_enc"].shape[:1], arrays["W_dec"].shape[:1], arrays["W_dec"].shape[1:]
+    shapes = {"W_enc": (*d, *m), "b_enc": m, "W_dec": (*m, *d_out), "b_dec": d_out, "W_skip": (*d, *d_out)}
+    parameters = {name: _number(value, name) for name, value in _parameters(sae.activation).items()}
+    shapes |= {name: m if value.ndim else () for name, value in parameters.items()}
+    for name, array in (arrays | parameters).items():
+        if array.shape != shapes[name] or arrays["W_dec"].ndim != 2:
+            raise InputError(
+                f"got {name} of shape {array.shape} for {m[0] if m else 1} latents; pass one SAE: of several that are "
+                "stacked, jax.tree.map(lambda leaf: leaf[i], sae)."
+            )
+        if array.dtype == bool or (name in arrays and not jnp.issubdtype(array.dtype, jnp.floating)):
+            raise InputError(f"got {name} of {array.dtype}, expected floating point; convert it.")
+    if sae.centred and d != d_out:
+        raise InputError(
+            f"got an SAE that subtracts b_dec, {d_out[0]} wide, from rows {d[0]} wide; pass centred=False."
+        )
+    activation = dataclasses.replace(sae.activation, **parameters)  # pyright: ignore[reportArgumentType]
+    require_k("got an SAE whose ", activation, m[0])
+    return dataclasses.replace(sae, **arrays, activation=activation)
+
+
+def _require_known(what: str, part: Any, known: dict[str, type]) -> None:
+    # By class, not by name: one of the user's may have the name of ours, or be made from it.
+    if part is not None and known.get(type(part).__name__) is not type(part):
+        raise InputError(
+            f"got the {what} {type(part).__name__} to save, of which a file can say nothing; expected one of: "
+            f"{', '.join(known)}: save the SAE with one of these, or its arrays by yourself."
+        )
+
+
+def _parameters(activation: Any) -> dict[str, Any]:
+    """The arrays of an activation, and the numbers in their place, by name."""
+    values, static = _options(activation)
+    return {name: value for name, value in values.items() if name not in static and value is not None}
+
+
+def _number(value: Any, name: str) -> np.ndarray:
+    return writable(float(value) if isinstance(value, int | float) else value, name)
 
 
 def _is(row: _Format, path: Path) -> bool:
@@ -207,7 +284,8 @@ def _row(format: str) -> _Format:
 
 
 def _within_run(path: Path) -> Path:
-    return path / "sae" if (path / "sae" / _CONFIG).is_file() else path
+    inner = settled(path / "sae")
+    return inner if (inner / _CONFIG).is_file() else path
 
 
 def _detect_own(path: Path) -> bool:
@@ -216,7 +294,6 @@ def _detect_own(path: Path) -> bool:
 
 def _write_own(sae: SAE, path: Path) -> None:
     values, static = _options(sae.activation)
-    unset = {name for name, value in values.items() if value is None} - static
     config = {
         "format": "jaxsae",
         "version": _VERSION,
@@ -234,10 +311,10 @@ def _write_own(sae: SAE, path: Path) -> None:
     if sae.normalisation is not None:
         config["normalisation"] = {"name": type(sae.normalisation).__name__, **_options(sae.normalisation)[0]}
     arrays = {name: getattr(sae, name) for name in _shapes(config)}
-    arrays |= {f"activation.{name}": jnp.asarray(v) for name, v in values.items() if name not in static | unset}
+    arrays |= {f"activation.{name}": value for name, value in _parameters(sae.activation).items()}
     with atomic_directory(path) as folder:
-        safetensors.flax.save_file(arrays, folder / _WEIGHTS)
-        (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        write_safetensors(folder / _WEIGHTS, arrays)
+        write_json(folder / _CONFIG, config | {"arrays": sorted(arrays)})
 
 
 def _options(part: Any) -> tuple[dict[str, Any], set[str]]:
@@ -264,71 +341,94 @@ def _read_own(path: Path) -> Raw:
     if (config.get("format"), config.get("version")) != ("jaxsae", _VERSION):
         raise InputError(
             f"{path / _CONFIG}: says {config.get('format')!r} version {config.get('version')!r}, expected 'jaxsae' "
-            f"version {_VERSION}; load it with the version of jaxsae that wrote it."
+            f"version {_VERSION} (format, version); load it with the version of jaxsae that wrote it."
         )
-    return Raw(path / _WEIGHTS, config, arrays)
+    if unknown := config.keys() - _KEYS:
+        raise InputError(f"{path / _CONFIG}: says {', '.join(sorted(unknown))}, which is unknown; update jaxsae.")
+    return Raw(path / _WEIGHTS, config, Tensors(arrays))
 
 
 def _convert_own(raw: Raw) -> SAE:
-    arrays, centred = raw.arrays, raw.config.get("centred", True)
     # As those of 0.1 before transcoders, and before autoencoders that subtract nothing.
-    config = {"d_out": raw.config.get("d"), "centred": centred, "transcoder": not centred} | raw.config
-    shapes = _shapes(config)
-    found = {name: arrays[name].shape if name in arrays else None for name in shapes}
+    centred = flag(raw, "centred", True)
+    config = {"d_out": raw.config.get("d"), "centred": centred, "transcoder": not centred, "skip": False} | raw.config
+    raw = raw._replace(config=config)
+    skip, shapes = flag(raw, "skip", False), _shapes(config)
+    found = {name: raw.arrays[name].shape if name in raw.arrays else None for name in shapes}
     if found != shapes:
-        raise InputError(f"{raw.path}: holds shapes {found}, but {_CONFIG} says {shapes}; save it again.")
-    dtypes = {str(arrays[name].dtype) for name in shapes if not jnp.issubdtype(arrays[name].dtype, jnp.floating)}
-    if dtypes:
-        raise InputError(f"{raw.path}: holds {', '.join(dtypes)}, expected floating point; save it again.")
-    parameters = {name: _placed(raw, name, array) for name, array in arrays.items() if name not in shapes}
-    return SAE(
-        **{name: place(arrays[name], raw.dtype) for name in shapes},
-        activation=_activation(config, parameters, raw.path.parent),
-        normalisation=_normalisation(config, raw.path.parent),
-        centred=bool(config["centred"]),
-        transcoder=bool(config["transcoder"]),
+        sizes = ", ".join(f"{name} {config.get(name)!r}" for name in ("d", "m", "d_out"))
+        raise InputError(f"{raw.path}: holds shapes {found}, but {_CONFIG} says {sizes}; save it again.")
+    listed = config.get("arrays", sorted(raw.arrays))  # those of 0.1 have no list
+    if listed != sorted(raw.arrays):
+        raise InputError(
+            f"{raw.path}: holds {sorted(raw.arrays)}, but the arrays of {_CONFIG} are {listed}; save it again."
+        )
+    weights = Weights(*(take(raw, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")))
+    return assemble(
+        raw,
+        _activation(raw),
+        weights._replace(W_skip=take(raw, "W_skip")) if skip else weights,
+        centred=centred,
+        transcoder=flag(raw, "transcoder", False),
+        normalisation=_normalisation(raw),
     )
 
 
-def _placed(raw: Raw, name: str, array: np.ndarray) -> jax.Array:
-    if raw.dtype is not None and "threshold" in name:
-        return place(array, np.promote_types(raw.dtype, np.float32))
-    return place(array, raw.dtype)
-
-
-def _normalisation(config: dict[str, Any], path: Path) -> normalisation.Normalisation | None:
-    options = config.get("normalisation")
+def _normalisation(raw: Raw) -> normalisation.Normalisation | None:
+    options = raw.config.get("normalisation")
     if options is None:
         return None
+    name, options = _named(raw, "normalisation", options, _NORMALISATIONS)
+    try:
+        values = {option: number(raw, value, option) for option, value in options.items()}
+        return _NORMALISATIONS[name](**values)
+    except TypeError as error:
+        raise InputError(f"{raw.path.parent}: its normalisation does not fit ({error}); save it again.") from error
+
+
+def _activation(raw: Raw) -> activations.Activation:
+    name, static = _named(raw, "activation", raw.config.get("activation"), _ACTIVATIONS)
+    prefix = "activation."
+    arrays = {each.removeprefix(prefix): raw.arrays[each] for each in raw.arrays if each.startswith(prefix)}
+    try:
+        for field in dataclasses.fields(_ACTIVATIONS[name]):
+            if field.name not in arrays | static and field.default not in (None, dataclasses.MISSING):
+                raise TypeError(f"{field.name} is missing")
+            if field.name in static and not _is_of(static[field.name], field.type):
+                raise TypeError(f"{field.name} is {static[field.name]!r}")
+        return _ACTIVATIONS[name](**{each: _placed(raw, each, array) for each, array in arrays.items()}, **static)
+    except InputError:
+        raise
+    except (TypeError, ValueError) as error:
+        reason = str(error).rstrip(".")
+        raise InputError(f"{raw.path.parent}: its activation does not fit ({reason}); save it again.") from error
+
+
+def _named(raw: Raw, what: str, options: Any, known: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The name of an activation or normalisation, which must be known, and its options."""
     name = options.get("name") if isinstance(options, dict) else options
-    if not isinstance(name, str) or name not in _NORMALISATIONS:
+    if not isinstance(options, dict) or not isinstance(name, str) or name not in known:
         raise InputError(
-            f"{path / _CONFIG}: normalisation {name!r} is unknown, expected one of {', '.join(_NORMALISATIONS)}; "
+            f"{raw.path.parent / _CONFIG}: {what} {name!r} is unknown, expected one of {', '.join(known)}; "
             "update jaxsae."
         )
-    try:
-        return _NORMALISATIONS[name](**{option: float(value) for option, value in options.items() if option != "name"})
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{path}: its normalisation does not fit ({error}); save it again.") from error
+    return name, {option: value for option, value in options.items() if option != "name"}
 
 
-def _activation(config: dict[str, Any], parameters: dict[str, Any], path: Path):
-    options = config.get("activation")
-    if not isinstance(options, dict) or options.get("name") not in _ACTIVATIONS:
-        name = options.get("name") if isinstance(options, dict) else options
-        raise InputError(
-            f"{path / _CONFIG}: activation {name!r} is unknown, expected one of {', '.join(_ACTIVATIONS)}; "
-            "update jaxsae."
-        )
-    static = {name: value for name, value in options.items() if name != "name"}
-    try:
-        parameters = {name.removeprefix("activation."): array for name, array in parameters.items()}
-        activation = _ACTIVATIONS[options["name"]](**parameters, **static)
-        if activation.slots is not None and activation.slots > config["m"]:
-            raise ValueError(f"k = {activation.slots} for {config['m']} latents")
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{path}: its activation does not fit ({str(error).rstrip('.')}); save it again.") from error
-    return activation
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a value of JSON is of the type of a field: no text for a number, no 1 for true."""
+    kinds = typing.get_args(kind) or (kind,)
+    return type(value) in kinds or (type(value) is int and float in kinds)
+
+
+def _placed(raw: Raw, name: str, array: np.ndarray) -> jax.Array:
+    if array.dtype == bool:
+        raise TypeError(f"{name} is of {array.dtype}")
+    whole = not jnp.issubdtype(array.dtype, jnp.floating)
+    dtype = None if whole or raw.dtype is None else raw.dtype
+    if dtype is not None and "threshold" in name:
+        dtype = np.promote_types(dtype, np.float32)
+    return place(array, dtype, name=f"{raw.path}: {name}", infinite=True)
 
 
 FORMATS = {
@@ -345,6 +445,12 @@ FORMATS = {
     "sparsify": _Format(sparsify.detect, sparsify.read, sparsify.convert, sparsify.write),
     "dictionary_learning": _Format(
         dictionary_learning.detect, dictionary_learning.read, dictionary_learning.convert, dictionary_learning.write
+    ),
+    "dictionary_learning_topk": _Format(
+        dictionary_learning.detect, dictionary_learning.read, dictionary_learning.convert_topk, None
+    ),
+    "dictionary_learning_batch_topk": _Format(
+        dictionary_learning.detect, dictionary_learning.read, dictionary_learning.convert_batch_topk, None
     ),
     "openai": _Format(openai.detect, openai.read, openai.convert, openai.write),
     "llama_scope": _Format(llama_scope.detect, llama_scope.read, llama_scope.convert, llama_scope.write),

@@ -44,6 +44,7 @@ class Status(enum.IntEnum):
     CONVERGED = 0
     MAX_STEPS = 1
     NONFINITE = 2
+    INVALID = 3
 
 
 @pytrees.dataclass
@@ -55,7 +56,8 @@ class RefitInfo:
         row is not finite.
       steps: `[*b]` int32, solver steps taken.
       status: `[*b]` int32, a `Status`: 0 converged, to the tolerance of the solver or of its last fallback; 1 stopped
-        at `max_steps`; 2 not finite, or out of the dtype's range (row returned unchanged).
+        at `max_steps`; 2 not finite, or out of the dtype's range, and so are subnormal numbers; 3 invalid, a ridge or a
+        penalty that is negative or not finite. Rows of 2 and 3 are returned unchanged.
 
     Example:
       >>> import jax.numpy as jnp, jaxsae
@@ -104,7 +106,8 @@ def refit(
       The code with its values refitted, in the dtype they had, and `RefitInfo`.
 
     Raises:
-      ValueError, TypeError: at trace time, if shapes or dtypes do not fit together.
+      ValueError, TypeError: at trace time, if shapes or dtypes do not fit together, or a known `tol` or `max_steps` of
+        the solver is negative or not finite. Of a ridge, rows say so in their status.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsae
@@ -132,7 +135,8 @@ def refit(
 
     Source: Gao et al. (2024), "Scaling and evaluating sparse autoencoders", Section 5.1.
     """
-    gram.validate(dictionary, y, code, "refit")
+    dictionary, y, code = gram.validate(dictionary, y, code, "refit")
+    _check_solver(solver)
     needed = _row_bytes(code.indices.shape[-1], y.shape[-1], gram.accumulator(dictionary, y).itemsize)
     scratch = max(rows.SCRATCH, needed) if scratch is None else scratch
     if scratch < needed:
@@ -142,12 +146,21 @@ def refit(
         solver = solvers.default(code.indices.shape[-1], y.shape[-1], kernel=kernel)
     ridge = jnp.asarray(ridge, gram.accumulator(dictionary, y))
     static = _Static(nonnegative, code.num_latents, scratch, kernel)
-    if sharding.spread() and gram.is_array(dictionary):
+    if sharding.spread(code.num_latents) and gram.is_array(dictionary):
         values, info = _refit_by_devices(static, solver, dictionary, y, code.indices, code.values, ridge)
         return dataclasses.replace(code, values=values), info
     arguments = solver, dictionary, y, code.indices, code.values, ridge
     values, info = _refit(static, *sharding.vary_alike(arguments))
     return dataclasses.replace(code, values=values), info
+
+
+def _check_solver(solver) -> None:
+    while solver is not None:
+        for what in ("tol", "max_steps"):
+            gram.check_numbers(
+                *(type(solver).__name__, what, getattr(solver, what)), do="a finite number of at least 0"
+            )
+        solver = solver.fallback
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -200,11 +213,16 @@ def check(info_or_code: RefitInfo | SparseCode) -> None:
             )
         return
     status, kkt = np.asarray(info_or_code.status).ravel(), np.asarray(info_or_code.kkt).ravel()
-    nonfinite, unconverged = status == Status.NONFINITE, status == Status.MAX_STEPS
+    nonfinite, unconverged, invalid = (status == x for x in (Status.NONFINITE, Status.MAX_STEPS, Status.INVALID))
     problems = []
     if nonfinite.any():
         problems.append(
             f"{nonfinite.sum()} of {status.size} rows hold NaN or Inf {_some(nonfinite.nonzero()[0])}; mend them."
+        )
+    if invalid.any():
+        problems.append(
+            f"{invalid.sum()} of {status.size} rows have a ridge or penalty that is negative or not finite "
+            f"{_some(invalid.nonzero()[0])}; pass 0 or more."
         )
     if unconverged.any():
         worst = sorted(unconverged.nonzero()[0], key=lambda row: -kkt[row])
@@ -304,6 +322,7 @@ def _solve_rows(static: _Static, shared, y, indices, values) -> _Outcome:
         began = feasible.astype(ridge.dtype) * solved.unit
         moved &= ~(jax.vmap(gram.excess)(problem.gram, problem.c, rounded, began) > 0)
     refitted = jnp.where(moved[:, None] | (solved.unit == 0), refitted, feasible)
+    finite &= jnp.isfinite(refitted).all(1)
     info = _info(solver, solved.kkt, solved.steps, finite)
     return _Outcome(jnp.where(finite[:, None], refitted, values), solved.x, info)
 
@@ -361,7 +380,7 @@ def _revise(static: _Static, shared, y, indices, values, x, info: RefitInfo) -> 
     best, gradient = choose(moved, best, start)
     feasible = jax.nn.relu(values) if nonnegative else values
     refitted = jnp.where(moved | (unit == 0), refitted, jnp.where(usable, feasible, 0))
-    finite &= (jnp.isfinite(values) | ~gram.used(indices, num_latents)).all(1)
+    finite &= (jnp.isfinite(values) | ~gram.used(indices, num_latents)).all(1) & jnp.isfinite(refitted).all(1)
     kkt = max_or_nan(weight * solvers.violation(best, gradient, nonnegative), 1)
     return _Outcome(jnp.where(finite[:, None], refitted, values), best, _info(solver, kkt, steps, finite))
 
@@ -423,7 +442,13 @@ def _solve(static: _Static, shared, per_row):
         row_bytes=_row_bytes(k, d, itemsize),
         scratch=static.scratch,
     )
+    status = jnp.where(_is_ridge(shared[2]), info.status, Status.INVALID).astype(jnp.int32)
+    info = dataclasses.replace(info, status=status)
     return refitted.reshape(*batch, k), jax.tree.map(lambda x: x.reshape(batch), info)
+
+
+def _is_ridge(ridge):
+    return (ridge >= 0) & jnp.isfinite(ridge)
 
 
 @functools.cache
@@ -442,7 +467,7 @@ _refit = jax.custom_vjp[tuple[Array, RefitInfo]](_solve_jitted, nondiff_argnums=
 def _refit_forward(static, solver, dictionary, y, indices, values, ridge):
     outputs = _refit(static, solver, dictionary, y, indices, values, ridge)
     values, info = outputs
-    return outputs, (dictionary, y, indices, values, ridge, info.status != Status.NONFINITE)
+    return outputs, (dictionary, y, indices, values, ridge, info.status < Status.NONFINITE)
 
 
 def _refit_backward(static: _Static, residuals, cotangents):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxsae import pages, runs, svg
-from jaxsae.files import InputError, atomic_file
+from jaxsae.files import InputError, atomic_file, local_path
 from jaxsae.pages import form
 from jaxsae.plots import FAMILIES, method
 
@@ -22,7 +22,7 @@ _BINS = 300  # of a long curve
 _LABELS = {
     "nmse": "NMSE of a batch",
     "l0": "L0: active latents a row",
-    "dead": "dead latents",
+    "dead": "dead latents, of up to 100,000 rows",
     "loss": "loss",
     "skipped": "batches skipped so far",
 }
@@ -36,7 +36,7 @@ _RESULTS = (
     ),
     ("values", (("rising", "rising", ".0%"),)),
     ("γ", (("encoder", "gamma_before", ".4f"), ("refined", "gamma_after", ".4f"))),
-    ("latents", (("dead", "dead", ".1%"),)),
+    ("latents", (("dead", "dead", ".1%"), ("of rows", "dead_rows", ",d"))),
     ("rows", (("certified", "certified", ".4g%"), ("worst KKT", "worst_kkt", ".1e"))),
 )
 _LOSSES = (
@@ -64,7 +64,7 @@ def write(run: str | os.PathLike, out: str | os.PathLike) -> None:
       ...         log(10, {"nmse": 0.5})
       ...     write(run, f"{run}/report.html")
     """
-    run, out = Path(run), Path(out)
+    run, out = local_path(run), local_path(out)
     if out.resolve() == (run / "report.json").resolve():
         raise InputError(f"{out}: is the report itself; write the page to another file.")
     text = page(run)
@@ -89,7 +89,7 @@ def page(run: str | os.PathLike) -> str:
       ...     page(run).lower().startswith("<!doctype html>")
       True
     """
-    run = Path(run)
+    run = local_path(run)
     path = run / "report.json"
     if not run.is_dir():
         what = "not a directory" if run.exists() else "no such directory"
@@ -306,13 +306,14 @@ def _all_firing(report: dict[str, Any]) -> str:
     text = ""
     for family, members in _by_family(row for row in report["rows"] if sum(row.get("firing") or [])).items():
         text += pages.grid((_firing(row["firing"], family, method(row)) for row in members), "small")
-    return _firing_note(report["data"]["heldout"]) + text if text else ""
+    rows = max((row.get("dead_rows") or 0 for row in report["rows"]), default=0)
+    return _firing_note(rows or report["data"]["heldout"]) + text if text else ""
 
 
 def _firing_note(rows: int) -> str:
     return pages.note(
-        f"Share of the latents by the number of the {form(rows, ',d')} held-out rows on which they are active: 0, 1, "
-        "2 or 3, 4 to 7, and so on. The grey bar, if there is one, is of those that are dead on these rows."
+        f"Share of the latents by the number of {form(rows, ',d')} rows, those held out and others, on which they are "
+        "active: 0, 1, 2 or 3, 4 to 7, and so on. The grey bar, if there is one, is of the dead: active on none."
     )
 
 
@@ -376,8 +377,10 @@ def _run(report: dict[str, Any], curves: dict[str, dict[int, float]], path: Path
         "explained variance": form(heldout.get("explained_variance"), ".4f"),
         "L0": form(heldout.get("l0"), ".1f"),
         "dead latents": form(heldout.get("dead"), ".1%"),
+        "rows counted for these": form(heldout.get("dead_rows"), ",d"),
         "held-out rows": form(heldout.get("rows"), ",d"),
         "steps": form(reached, ",d"),
+        "passes over the data": form(report.get("data", {}).get("passes"), ".1f"),
     }
     warnings = []
     if not report:
@@ -387,7 +390,11 @@ def _run(report: dict[str, Any], curves: dict[str, dict[int, float]], path: Path
         warnings.append(f"{told} {runs.blame(report)}")
     if heldout.get("nonfinite"):
         warnings.append(f"{heldout['nonfinite']:,} held-out rows hold NaN or Inf, and are left out.")
-    latents = _firing_note(heldout["rows"]) + pages.grid([_firing(firing, family)]) if sum(firing) else ""
+    latents = (
+        _firing_note(heldout.get("dead_rows", heldout["rows"])) + pages.grid([_firing(firing, family)])
+        if sum(firing)
+        else ""
+    )
     sections = {
         "Training": _run_curves(curves, family),
         "Error against sparsity": _progressive(heldout, family),
@@ -403,7 +410,7 @@ def _run(report: dict[str, Any], curves: dict[str, dict[int, float]], path: Path
 
 def _run_curves(curves: dict[str, dict[int, float]], family: str) -> str:
     names = [*(name for name in _LABELS if name in curves), *sorted(set(curves) - set(_LABELS))]
-    shown = [name for name in names if name != "skipped" or any(curves[name].values())]
+    shown = [name for name in names if name != "dead_rows" and (name != "skipped" or any(curves[name].values()))]
     return pages.grid(
         _curve(name, [svg.Line(*_thinned(curves[name]), pages.colour(family))], svg.LARGE) for name in shown
     )

@@ -11,7 +11,6 @@ import json
 import operator
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -20,17 +19,19 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxsae import arguments, job, metrics, pretrained, sharding, stream, train
+from jaxsae import arguments, calibration, job, metrics, pretrained, sharding, stream, train
 from jaxsae import data as data_module
 from jaxsae.activations import AbsTopK, Activation, BatchTopK, Gated, GroupMax, JumpReLU, ReLU, TopK
 from jaxsae.arguments import Count, Positive, Proportion, Seed, Weight
 from jaxsae.checkpoint import Checkpoints, versions
-from jaxsae.files import InputError, atomic_file, json_number
+from jaxsae.files import InputError, atomic_file, json_number, local_path
+from jaxsae.metrics import DEAD_ROWS
 from jaxsae.objectives import L0, L1, AuxK, Gate, MultiTopK, Objective
 from jaxsae.sae import SAE, encode, init, reconstruct, rescale
 
 _SAMPLE = 10_000  # rows from which centre and scale are estimated
 _REPORT_EVERY = 10  # steps
+_MANY_PASSES = 10  # over the data, beyond which rows not trained on are reconstructed worse and worse
 _BLAMED = 1000  # batches looked through for what is wrong with them
 _NO_TENSORBOARD = "TensorBoard files need tensorboardX, which is missing; pip install 'jaxsae[study]'."
 Progress = Callable[[str, int], None]
@@ -45,12 +46,12 @@ class Options(NamedTuple):
       latents: `m`.
       k: latents a row, where they make the activation sparse.
       l1: weight of the penalty, where that does.
-      auxk: whether dead latents learn, by `objectives.AuxK`.
+      auxk: whether idle latents learn, by `objectives.AuxK`.
       multi_topk: whether `objectives.MultiTopK` is added; for topk.
       batch: rows.
       steps: of training.
-      learning_rate: `train.learning_rate(latents)` if None.
-      dead_after: rows without it after which a latent is dead.
+      learning_rate: `train.learning_rate(latents, steps)` if None.
+      idle_after: rows without it after which a latent is idle, for `auxk`; a fiftieth of all rows trained on if None.
       heldout: rows that are measured on, the last ones.
       seed: of initialisation and shuffles.
 
@@ -68,9 +69,50 @@ class Options(NamedTuple):
     batch: Count = 1024
     steps: Count = 2000
     learning_rate: Positive | None = None
-    dead_after: Count = 10_000_000
+    idle_after: Count | None = None
     heldout: Count = 2048
     seed: Seed = 0
+
+
+def resolved(options: Options) -> Options:
+    """Options with numbers where None stands for what follows from the length of the run.
+
+    A latent is idle after a fiftieth of the run: that costs no error and leaves hardly any latent dead, where a tenth
+    comes too late to do much.
+
+    Args:
+      options: of a run.
+
+    Example:
+      >>> resolved(Options("topk", latents=4096, k=32)).idle_after
+      40960
+    """
+    o = options
+    rate = train.learning_rate(o.latents, o.steps) if o.learning_rate is None else o.learning_rate
+    idle_after = max(o.batch, o.steps * o.batch // 50) if o.idle_after is None else o.idle_after
+    return o._replace(learning_rate=rate, idle_after=idle_after)
+
+
+def passes(options: Options, rows: int, warn: Callable[[str], None] = lambda text: None) -> float:
+    """How often a run sees each row.
+
+    Args:
+      options: of the run.
+      rows: that it is trained on.
+      warn: called if that is often enough for them to be learnt by heart.
+
+    Example:
+      >>> passes(Options("topk", latents=16, k=2, batch=512, steps=600), 12_288, print)
+      600 steps of 512 rows are 25 passes over 12,288 rows, fitted better than new ones; pass more rows.
+      25.0
+    """
+    found = options.steps * options.batch / rows
+    if found > _MANY_PASSES:
+        warn(
+            f"{options.steps} steps of {options.batch} rows are {found:.0f} passes over {rows:,} rows, fitted "
+            "better than new ones; pass more rows."
+        )
+    return found
 
 
 class _Family(NamedTuple):
@@ -122,28 +164,34 @@ def run(
     progress: Progress = lambda text, steps: None,
     warn: Callable[[str], None] = lambda text: None,
     log: contextlib.AbstractContextManager[Log] | None = None,
+    resumed: Callable[[int], None] = lambda step: None,
 ) -> dict[str, Any]:
-    """Train on activations, but the last rows; measure on those; save. What was begun in `out` is gone on with.
+    """Train on activations, but the last rows; measure on those; save. What was begun in `out` is resumed.
+
+    With the same options and data that is, to the bit, as if nothing had ended it. With more steps the run is made
+    longer: from there on the learning rate, its warm-up and decay, and whatever else depends on the number of steps,
+    are those of the longer run; the report has it as `lengthened`.
 
     Args:
       out: directory, made if missing.
       data: file or directory of activations, or several; or rows, each with a name that says where they come from.
       options: what to train, and how.
       weights: in which proportions to mix the data, whatever their lengths; by default in those of the lengths.
-      window: as of `data.batches`.
+      window: as of `data.batches`; all rows are shuffled among themselves by default.
       mesh: of `sharding.make_mesh`, to spread rows and latents over; one device by default.
       save_every: seconds from one save of the whole state to the next.
       resume: refuse to begin anew.
       progress: called with what is going on and how many steps that took; `options.steps` in all.
       warn: told what was amiss and could be done without.
       log: opened when all is well, for example `logs(out, options)`; then called with the step and its numbers.
+      resumed: called with the number of steps taken before, if there are any; `progress` then counts from there.
 
     Returns:
       The report.
 
     Raises:
-      InputError: if an option or the data cannot be used, if `out` holds another run, or if training diverged; the
-        last good autoencoder is saved.
+      InputError: if an option or the data cannot be used, if `out` holds another run or another process writes there,
+        or if training diverged; the last good autoencoder is saved.
       job.Stopped: on SIGTERM or SIGINT, with all saved.
 
     Example:
@@ -162,29 +210,43 @@ def run(
         raise InputError(f"got {options.latents} latents for a mesh that splits them {ways} ways; pass a multiple.")
     names, everything = _open(data)
     sources, heldout = _split(names, everything, options, weights)
-    out, o, name = Path(out), options, ", ".join(names)
-    told_data = {"path": name, "rows": sum(map(len, sources)), "heldout": len(heldout), "width": heldout.shape[1]}
+    out, o, name = local_path(out), options, ", ".join(names)
+    total = sum(map(len, sources))
+    told_data = {"path": name, "rows": total, "passes": passes(o, total, warn), "heldout": len(heldout)}
+    told_data |= {"width": heldout.shape[1]}
     config = o._asdict() | {"data": [*map(len, sources), heldout.shape[1]], "weights": weights and list(weights)}
     config |= {"window": window, "rows of": names if isinstance(data, Mapping) else None}  # files may have been moved
-    read = functools.partial(data_module.batches, sources, o.batch, seed=o.seed, weights=weights, window=window)
-    centre, scale = _centre_and_scale(_sample(read(), sum(map(len, sources))), name)
+    config |= {"values of the data, by checksum": list(map(data_module.fingerprint, everything))}
+    order = {"seed": o.seed, "weights": weights, "window": window, "names": names}
+    read = functools.partial(data_module.batches, sources, o.batch, **order)
+    centre, scale = _centre_and_scale(_sample(read(), total), name)
     with (
         jax.set_mesh(mesh) if mesh else contextlib.nullcontext(),
-        Checkpoints(out / "checkpoints", config=config, warn=warn) as checkpoints,
+        Checkpoints(out / "checkpoints", config=config, grows={"steps"}, warn=warn) as checkpoints,
     ):
         if resume and not checkpoints.steps():
             raise InputError(f"{out}: holds no run to resume; leave out --resume to begin one.")
         part = sharding.rows_needed(o.batch)
         batches = read(part=part)
         objective, tx, fresh = recipe(o, centre, scale)
+        counted = 0
+
+        def resume_from(step, reached):
+            nonlocal counted
+            counted = step
+            resumed(step)
+            if reached.lengthened and reached.lengthened[-1][0] == step:
+                warn(_lengthened(o, *reached.lengthened[-1]))
 
         def tell(step, shown):
+            nonlocal counted
             if step % _REPORT_EVERY and step != o.steps:
                 return {}
             numbers = {name: float(value) for name, value in shown.items()}
             write(step, numbers)
             text = f"NMSE {numbers['nmse']:.3f}  L0 {numbers['l0']:.0f}  dead {numbers['dead']:.1%}"
-            progress(text, (step - 1) % _REPORT_EVERY + 1)
+            progress(text, step - counted)
+            counted = step
             return numbers
 
         diverged = None
@@ -197,24 +259,29 @@ def run(
                     put=lambda x: sharding.place_rows(scale * x, o.batch, part.start),
                     tell=tell,
                     warn=warn,
+                    resumed=resume_from,
                 )
             except job.GivenUp as error:
                 state, reached, diverged = error.state, error.progress, error
-    sae = rescale(sharding.gathered(state.sae), scale)
+    sae = rescale(jax.tree.map(jnp.asarray, sharding.gathered(state.sae)), scale)
+    if o.k is not None and sae.activation.slots is None:
+        sae = calibration.calibrate(sae, (x for _, x in stream.chunks(sae, heldout)), float(o.k))
+    trained = calibration.activity(sae, _in_order(read().source, o.batch, min(total, DEAD_ROWS)))
     chief = jax.process_index() == 0
     if chief:
         pretrained.save(sae, out / "sae")
     bad = _rows_to_blame(sources, names, batches, reached.bad)
     report = {
-        "options": options._asdict(),
+        "options": resolved(o)._asdict(),
         "data": told_data,
         "steps": int(state.step),
         "skipped": int(state.skipped),
         "skipped_batches": list(reached.bad),
         "rollbacks": reached.rollbacks,
+        "lengthened": [dict(zip(("at", "from", "to"), each, strict=True)) for each in reached.lengthened],
         "nonfinite_rows": bad,
-        "dead_in_training": reached.told.get("dead"),
-        "heldout": evaluate(sae, heldout),
+        "heldout": evaluate(sae, heldout, trained),
+        "trained": {"l0": json_number(trained.l0), "rows": int(trained.rows)},
         "versions": versions() | {"backend": jax.default_backend()},
     }
     if chief:
@@ -244,19 +311,28 @@ def recipe(
       >>> [type(term).__name__ for term in objective.terms], fresh().sae.m
       (['L1'], 8)
     """
-    family, o, d = validate(options), options, len(centre)
-    warm = optax.linear_schedule(0.0, 1.0, max(1, o.steps // 5))
-    terms = family.terms(o, warm)
+    family, o, d = validate(options), resolved(options), len(centre)
+    terms = family.terms(o, _warmup(o.steps))
     terms += (MultiTopK(),) if o.multi_topk else ()
     terms += (AuxK(_auxk_latents(d, o.latents)),) if o.auxk else ()
-    tx = train.recipe(_schedule(o), clip=1.0)
+    tx = _optimiser(o.learning_rate, o.steps)
 
     def fresh() -> train.TrainState:
         activation = family.activation(o)
         sae = init(jax.random.key(o.seed), d=d, m=o.latents, activation=activation, b_dec=scale * centre)
         return train.init_state(sae, tx)
 
-    return Objective(terms, dead_after=o.dead_after), tx, fresh
+    return Objective(terms, idle_after=o.idle_after), tx, fresh
+
+
+def _lengthened(options: Options, step: int, before: int, steps: int) -> str:
+    """One sentence on what is other for a run that was made longer."""
+    wanted = (resolved(options._replace(steps=count)) for count in (before, steps))
+    old, new = (float(_schedule(o.learning_rate, o.steps)(step)) for o in wanted)
+    return (
+        f"the run is lengthened from {before} to {steps} steps: from step {step} on, all that depends on their number "
+        f"is that of {steps}, such as the learning rate ({new:.3g}, it was {old:.3g})."
+    )
 
 
 def _rows_to_blame(sources, names, batches: data_module.Batches, bad: Sequence[int]) -> dict[str, list[int]]:
@@ -267,6 +343,22 @@ def _rows_to_blame(sources, names, batches: data_module.Batches, bad: Sequence[i
             wrong = rows[~np.isfinite(np.asarray(sources[source][rows], np.float32)).all(axis=1)]
             found.setdefault(names[source], set()).update(wrong.tolist())
     return {path: sorted(rows) for path, rows in found.items() if rows}
+
+
+def summary(report: dict[str, Any]) -> str:
+    """One line on how a run was trained: what follows from its length, where no option says otherwise.
+
+    Args:
+      report: of `run`.
+
+    Example:
+      >>> options = resolved(Options("topk", latents=4096, k=32, learning_rate=1e-3))._asdict()
+      >>> summary({"options": options, "data": {"passes": 4.1, "rows": 500_000}})
+      '4.1 passes over 500,000 rows, learning rate 0.001, AuxK for latents idle for 40,960 rows'
+    """
+    options, data = report["options"], report["data"]
+    auxk = f", AuxK for latents idle for {options['idle_after']:,} rows" if options["auxk"] else ""
+    return f"{data['passes']:.1f} passes over {data['rows']:,} rows, learning rate {options['learning_rate']:.3g}{auxk}"
 
 
 def blame(report: dict[str, Any]) -> str:
@@ -376,23 +468,55 @@ def _auxk_latents(d: int, m: int) -> int:
     return min(2 ** max(0, round(np.log2(d / 2))), m)
 
 
-def _schedule(options: Options) -> optax.Schedule:
-    """Warm-up over the first twentieth, decay to 0 over the last fifth."""
-    rate = options.learning_rate or train.learning_rate(options.latents)
-    warmup, decay = max(1, options.steps // 20), max(1, options.steps // 5)
-    parts = (optax.linear_schedule(rate / warmup, rate, warmup), optax.linear_schedule(rate, 0.0, decay))
-    return optax.join_schedules(parts, [options.steps - decay])
+def optimiser(rate: float | jax.Array, steps: int) -> optax.GradientTransformation:
+    """That of every run: `train.recipe`, warmed up over the first twentieth and decayed to 0 over the last fifth.
+
+    Args:
+      rate: the largest learning rate.
+      steps: of the training.
+
+    Example:
+      >>> tx = optimiser(3e-3, steps=500)
+    """
+    return train.recipe(_schedule(rate, steps), clip=1.0)
 
 
-def evaluate(sae: SAE, rows: data_module.Rows) -> dict[str, Any]:
+def _schedule(rate: float | jax.Array, steps: int) -> optax.Schedule:
+    warmup, decay = max(1, steps // 20), max(1, steps // 5)
+    factor = optax.join_schedules(
+        (optax.linear_schedule(1 / warmup, 1.0, warmup), optax.linear_schedule(1.0, 0.0, decay)), [steps - decay]
+    )
+    return lambda step: rate * factor(step)
+
+
+_optimiser = functools.cache(optimiser)  # training steps that share one object share their compilation
+
+
+@functools.cache
+def _warmup(steps: int) -> optax.Schedule:
+    """Of the weights of penalties, over the first fifth."""
+    return optax.linear_schedule(0.0, 1.0, max(1, steps // 5))
+
+
+def _in_order(source, size: int, count: int) -> Iterator[np.ndarray]:
+    """The first rows that were trained on, in batches; NaN fills up the last one."""
+    for start in range(0, count, size):
+        x = np.array(source[start // size], np.float32)
+        x[count - start :] = np.nan
+        yield x
+
+
+def evaluate(sae: SAE, rows: data_module.Rows, more: metrics.Activity | None = None) -> dict[str, Any]:
     """Measure an autoencoder on rows: `nmse`, `explained_variance`, `l0`, `dead`, `nmse_at` and `firing`.
 
-    `nmse_at` is the NMSE with the 1, 2, 4 … largest latents of each row alone, the progressive code; `firing` counts
-    the latents that fire on no row, on 1, on 2 or 3, on 4 to 7 …
+    `nmse_at` is the NMSE with the 1, 2, 4 … largest latents of each row alone, the progressive code. `dead` is the
+    share of the latents that never fire, and `firing` counts those that fire on no row, on 1, on 2 or 3, on 4 to 7 …:
+    both of `dead_rows` rows, these and those of `more`.
 
     Args:
       sae: the autoencoder.
       rows: `[n d]`, may be memory-mapped; rows with NaN or Inf are left out, and counted as `nonfinite`.
+      more: what latents do on other rows, where these are few: a latent may well rest on some thousand.
 
     Raises:
       InputError: if the rows are not of the autoencoder's width.
@@ -414,15 +538,17 @@ def evaluate(sae: SAE, rows: data_module.Rows) -> dict[str, Any]:
         parts.append(_measure(sae, x, capacity, keep))
         nonfinite += int(jnp.sum(~jnp.isfinite(x).all(1)))
     whole, active, progressive = (functools.reduce(operator.add, part) for part in zip(*parts, strict=True))
+    counted = active if more is None else active + more
     numbers = {
         "nmse": whole.nmse,
         "explained_variance": whole.explained_variance,
         "l0": active.l0,
-        "dead": active.dead,
+        "dead": counted.dead,
     }
     return {name: json_number(value) for name, value in numbers.items()} | {
         "nmse_at": {str(n): json_number(value) for n, value in zip(keep, progressive.nmse, strict=True)},
-        "firing": active.octaves,
+        "firing": counted.octaves,
+        "dead_rows": int(counted.rows),
         "rows": len(rows),
         "nonfinite": nonfinite,
     }
@@ -430,7 +556,9 @@ def evaluate(sae: SAE, rows: data_module.Rows) -> dict[str, Any]:
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _measure(sae: SAE, x, capacity: int, keep: tuple[int, ...]):
-    code = encode(sae, jnp.where(jnp.isfinite(x).all(1, keepdims=True), x, jnp.nan), capacity=capacity)
+    finite = jnp.isfinite(x).all(1, keepdims=True)
+    code = encode(sae, jnp.where(finite, x, jnp.nan), capacity=capacity)
+    code = code.replace(values=jnp.where(finite, code.values, jnp.nan))  # a threshold passes over NaN
     whole = metrics.reconstruction(x, reconstruct(sae, x, code))
     return whole, metrics.activity(code), metrics.progressive(sae, x, code, keep)
 
@@ -457,7 +585,7 @@ def logs(folder: str | os.PathLike, options: Options, *, wandb: bool = False) ->
     except ImportError as error:
         raise InputError(_NO_TENSORBOARD) from error
     with contextlib.ExitStack() as stack:
-        writer = stack.enter_context(SummaryWriter(str(folder)))
+        writer = stack.enter_context(SummaryWriter(str(local_path(folder))))
         active = stack.enter_context(_wandb(folder, options)) if wandb else None
 
         def log(step: int, numbers: dict[str, float]) -> None:
@@ -488,7 +616,7 @@ def curves(folder: str | os.PathLike) -> dict[str, dict[int, float]]:
       ...     curves(folder)
       {'nmse': {10: 0.5}}
     """
-    paths = sorted(Path(folder).glob("events.out.tfevents.*"))  # in order of time, which is in the name
+    paths = sorted(local_path(folder).glob("events.out.tfevents.*"))  # in order of time, which is in the name
     if not paths:
         return {}
     try:

@@ -5,11 +5,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxsae import codes, pytrees, sharding
-from jaxsae.activations import Activation, JumpReLU
+from jaxsae import activations, codes, pytrees, sharding
+from jaxsae.activations import Activation, BatchTopK, GroupMax, JumpReLU, ReLU, TopK
 from jaxsae.codes import SparseCode
 from jaxsae.normalisation import Normalisation
 from jaxsae.refit import RefitInfo, refit
@@ -34,7 +36,7 @@ class SAE:
       b_dec: `[d_out]`.
       activation: a pytree of `activations.py`.
       W_skip: `[d d_out]`, or None.
-      normalisation: a pytree of `normalisation.py`, or None.
+      normalisation: a pytree of `normalisation.py`, or None; it belongs to the data, and is not trained.
       centred: whether `b_dec` is subtracted from `x`; not in transcoders; static.
       transcoder: whether the target is another than the input; static.
 
@@ -56,9 +58,14 @@ class SAE:
     b_dec: Float[Array, " d_out"]
     activation: Activation
     W_skip: Float[Array, "d d_out"] | None = None
-    normalisation: Normalisation | None = None
+    normalisation: Normalisation | None = pytrees.fixed(default=None)
     centred: bool = struct.field(pytree_node=False, default=True)
     transcoder: bool = struct.field(pytree_node=False, default=False)
+
+    def __post_init__(self):
+        # JAX rebuilds pytrees around things that are no activations (axes, specs, None): leave those alone.
+        if callable(self.activation):
+            activations.validate(self.activation, "SAE")
 
     @property
     def d(self) -> int:
@@ -140,6 +147,7 @@ def init(
       `SAE`; `b_enc` is zero.
 
     Raises:
+      TypeError: if the activation is none of `activations.py` nor made like them, or `b_dec` is not floating point.
       ValueError: if a size is not positive, if `b_dec` does not fit, if the activation wants more latents than `m`, or
         if there is a skip connection without a transcoder.
 
@@ -152,13 +160,14 @@ def init(
     Source: Gao et al. (2024), Section 2 and Appendix A; Dunefsky, Chlenski & Nanda (2024), "Transcoders find
     interpretable LLM feature circuits"; Paulo, Shabalin & Belrose (2025), "Transcoders beat sparse autoencoders".
     """
+    activations.validate(activation, "init")
     if d < 1 or m < 1:
         raise ValueError(f"`init` got d = {d} and m = {m}; pass sizes of at least 1.")
     if activation.slots is not None and activation.slots > m:
         raise ValueError(f"`init` got k = {activation.slots} for m = {m} latents; pass k of at most {m}.")
     if skip and not transcoder:
         raise ValueError("`init` got skip without transcoder; an autoencoder could copy its input through it.")
-    b_dec = jnp.zeros(d) if b_dec is None else jnp.asarray(b_dec)
+    b_dec = jnp.zeros(d) if b_dec is None else _floating(b_dec, "init", "b_dec")
     if b_dec.ndim != 1 or (b_dec.shape != (d,) and not transcoder):
         raise ValueError(f"`init` got b_dec of shape {b_dec.shape}, expected ({d},); pass one value for each input.")
     atoms = _unit_rows(key, m, d, b_dec.dtype)
@@ -175,8 +184,8 @@ def init(
 
 
 def _unit_rows(key, m: int, d: int, dtype):
-    rows = jax.random.normal(key, (m, d), dtype)
-    return rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
+    rows = jax.random.normal(key, (m, d), jnp.promote_types(dtype, jnp.float32))  # in bfloat16 norms would be rounded
+    return (rows / jnp.linalg.norm(rows, axis=1, keepdims=True)).astype(dtype)
 
 
 def pre_activations(sae: SAE, x: Float[Array, "*b d"]) -> Float[Array, "*b m"]:
@@ -202,7 +211,7 @@ def pre_activations(sae: SAE, x: Float[Array, "*b d"]) -> Float[Array, "*b m"]:
 
 def _inputs(sae: SAE, x):
     """What the encoder multiplies: rows normalised and centred, as the conventions have it."""
-    _validate(sae, x, "encode")
+    x = _validate(sae, x, "encode")
     x = x if sae.normalisation is None else sae.normalisation(x).inputs
     return x - sae.b_dec if sae.centred else x
 
@@ -210,7 +219,8 @@ def _inputs(sae: SAE, x):
 def encode(sae: SAE, x: Float[Array, "*b d"], *, capacity: int | None = None) -> SparseCode:
     """Encode activations into a sparse code.
 
-    Where the activation fixes the number of slots, its derivative touches the weights of active latents alone.
+    Where the activation selects pre-activations and leaves them as they are (`TopK`, `AbsTopK`, `GroupMax`), the
+    derivative touches the weights of active latents alone.
 
     Args:
       sae: the autoencoder.
@@ -236,10 +246,13 @@ def encode(sae: SAE, x: Float[Array, "*b d"], *, capacity: int | None = None) ->
             f"`encode` got no capacity, and {type(sae.activation).__name__} does not fix how many latents are active; "
             "pass capacity, the number of slots a row."
         )
+    if isinstance(capacity, jax.core.Tracer):
+        raise TypeError("`encode` got a traced capacity; make it static, jax.jit(encode, static_argnames='capacity').")
     if sae.activation.pursues:
         return codes.from_dense(encode_dense(sae, x), capacity)
-    if sae.activation.slots is None:
+    if not sae.activation.selects:
         return sae.activation.code(pre_activations(sae, x), capacity)
+    x = _validate(sae, x, "encode")
     code = sae.activation.code(jax.lax.stop_gradient(pre_activations(sae, x)), capacity)
     b_dec = sae.b_dec if sae.centred else jnp.zeros(sae.d, sae.b_dec.dtype)
     x = x if sae.normalisation is None else sae.normalisation(x).inputs
@@ -248,30 +261,29 @@ def encode(sae: SAE, x: Float[Array, "*b d"], *, capacity: int | None = None) ->
     return dataclasses.replace(code, values=values)
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def _selected(values, indices, x, W_enc, b_enc, b_dec):
     """The values `(x − b_dec) W_enc[:, indices] + b_enc[indices]`, known already, with their derivative."""
     return values
 
 
-def _selected_forward(values, indices, x, W_enc, b_enc, b_dec):
-    return values, (indices, x, W_enc, b_enc, b_dec)
+def _selected_tangent(primals, tangents):
+    values, indices, x, W_enc, b_enc, b_dec = primals
+    _, _, x_dot, W_dot, b_dot, b_dec_dot = tangents
+    m, still = b_enc.size, lambda dot: isinstance(dot, SymbolicZero)
+    total = jnp.zeros_like(values, jnp.promote_types(values.dtype, jnp.float32))
+    if not still(W_dot):
+        total += codes.form("values", W_dot.T, x - b_dec, indices, m=m)
+    if not still(x_dot):
+        total += codes.form("values", W_enc.T, x_dot, indices, m=m)
+    if not still(b_dot):
+        total += codes.take(b_dot, indices)
+    if not still(b_dec_dot):  # the same for all rows: each latent's once, not each slot's
+        total -= codes.take(b_dec_dot @ W_enc, indices)
+    return values, total.astype(values.dtype)
 
 
-def _selected_backward(residuals, values_bar):
-    indices, x, W_enc, b_enc, b_dec = residuals
-    bar = SparseCode(values_bar, indices, b_enc.size)
-    b_enc_bar = codes.sum_by_latent(bar)
-    return (
-        *(None, None),
-        codes.combine(W_enc.T, bar).astype(x.dtype),
-        codes.correlate(bar, x - b_dec).T.astype(W_enc.dtype),
-        b_enc_bar.astype(b_enc.dtype),
-        -(W_enc @ b_enc_bar).astype(b_dec.dtype),
-    )
-
-
-_selected.defvjp(_selected_forward, _selected_backward)
+_selected.defjvp(_selected_tangent, symbolic_zeros=True)
 
 
 def encode_dense(sae: SAE, x: Float[Array, "*b d"]) -> Float[Array, "*b m"]:
@@ -296,7 +308,7 @@ def encode_dense(sae: SAE, x: Float[Array, "*b d"]) -> Float[Array, "*b m"]:
 
 
 def decode(sae: SAE, code: SparseCode | Float[Array, "*b m"]) -> Float[Array, "*b d"]:
-    """Reconstruct activations from a code: `x̂ = z W_dec + b_dec`.
+    """Reconstruct activations from a code alone: `x̂ = z W_dec + b_dec`; `reconstruct` does of any SAE.
 
     Args:
       sae: the autoencoder.
@@ -306,8 +318,8 @@ def decode(sae: SAE, code: SparseCode | Float[Array, "*b m"]) -> Float[Array, "*
       Reconstruction `[*b d]`.
 
     Raises:
-      ValueError: at trace time, if the code has another number of latents; or if the SAE normalises each row, whose
-        units the code does not know: see `reconstruct`.
+      TypeError, ValueError: at trace time, if the code does not fit the SAE; or if it is not all that `x̂` is made of:
+        the SAE normalises each row, whose units the code does not know, or has a skip connection. See `reconstruct`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsae
@@ -318,9 +330,14 @@ def decode(sae: SAE, code: SparseCode | Float[Array, "*b m"]) -> Float[Array, "*
     if _restores(sae):
         raise ValueError(
             f"`decode` got a code alone, but this SAE normalises each row ({type(sae.normalisation).__name__}) and its "
-            "output is in the row's units; call sae.reconstruct(sae, x, code)."
+            "output is in the row's units; call jaxsae.reconstruct(sae, x, code)."
         )
-    return _decode(sae, code)
+    if sae.W_skip is not None:
+        raise ValueError(
+            "`decode` got a code alone, but this transcoder adds x W_skip to its output; call "
+            "jaxsae.reconstruct(sae, x, code)."
+        )
+    return _decode(sae, code, "decode")
 
 
 def _restores(sae: SAE) -> bool:
@@ -328,34 +345,46 @@ def _restores(sae: SAE) -> bool:
     return sae.normalisation is not None and sae.normalisation.per_row and not sae.transcoder
 
 
-def _decode(sae: SAE, code):
-    m = code.num_latents if isinstance(code, SparseCode) else code.shape[-1]
+def _decode(sae: SAE, code, name: str):
+    sparse = isinstance(code, SparseCode)
+    code = code if sparse else _floating(code, name, "a code")
+    m = code.num_latents if sparse else code.shape[-1] if code.ndim else 0
     if m != sae.m:
-        raise ValueError(f"`decode` got a code of {m} latents for an SAE of {sae.m}; pass a code that this SAE made.")
-    return (codes.combine(sae.W_dec, code) if isinstance(code, SparseCode) else code @ sae.W_dec) + sae.b_dec
+        raise ValueError(f"`{name}` got a code of {m} latents for an SAE of {sae.m}; pass a code that this SAE made.")
+    return (codes.combine(sae.W_dec, code) if sparse else code @ sae.W_dec) + sae.b_dec
 
 
-def reconstruct(sae: SAE, x: Float[Array, "*b d"], code: SparseCode | Float[Array, "*b m"]) -> Float[Array, "*b d_out"]:
-    """What an SAE makes of an input and its code: `decode` in the units of the row, and the skip connection, if any.
+def reconstruct(
+    sae: SAE, x: Float[Array, "*b d"], code: SparseCode | Float[Array, "*b m"] | None = None
+) -> Float[Array, "*b d_out"]:
+    """What an SAE makes of an input: `decode` in the units of the row, and the skip connection, if any.
+
+        x̂ = scale (z W_dec + b_dec) + shift + x W_skip
 
     Args:
       sae: the autoencoder or transcoder.
       x: activations `[*b d]`.
-      code: a `SparseCode` `[*b k]`, or a dense code `[*b m]`.
+      code: a `SparseCode` `[*b k]`, or a dense code `[*b m]`, such as a refined one; the SAE's own by default.
 
     Raises:
-      ValueError: at trace time, if the code has another number of latents.
+      TypeError, ValueError: at trace time, if `x` or the code does not fit the SAE, or they do not fit each other.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsae
       >>> sae = jaxsae.init(
       ...     jax.random.key(0), d=4, m=8, activation=jaxsae.TopK(2), b_dec=jnp.ones(6), transcoder=True, skip=True
       ... )
-      >>> x = jnp.ones((3, 4))
-      >>> jaxsae.sae.reconstruct(sae, x, jaxsae.encode(sae, x)).shape
+      >>> jaxsae.reconstruct(sae, jnp.ones((3, 4))).shape
       (3, 6)
     """
-    x_hat = _decode(sae, code)
+    x = _validate(sae, x, "reconstruct")
+    if code is None:
+        code = encode_dense(sae, x) if sae.activation.slots is None else encode(sae, x)
+    x_hat = _decode(sae, code, "reconstruct")
+    if x_hat.shape[:-1] != x.shape[:-1]:
+        raise ValueError(
+            f"`reconstruct` got x of shape {x.shape} and a code of rows {x_hat.shape[:-1]}; pass the x of that code."
+        )
     if sae.normalisation is not None and _restores(sae):
         _, scale, shift = sae.normalisation(x)
         x_hat = x_hat if scale is None else x_hat * scale
@@ -378,7 +407,7 @@ class Fit(NamedTuple):
 def to_fit(sae: SAE, x: Float[Array, "*b d"], target: Float[Array, "*b d_out"] | None = None) -> Fit:
     """What is left for the atoms, once biases, skip connection and normalisation are taken off: `y ≈ z W_dec`.
 
-        y = (target − shift) / scale − b_dec − x W_skip
+        y = (target − x W_skip − shift) / scale − b_dec
 
     Args:
       sae: the autoencoder.
@@ -398,14 +427,16 @@ def to_fit(sae: SAE, x: Float[Array, "*b d"], target: Float[Array, "*b d_out"] |
         if sae.transcoder:
             raise ValueError("got a transcoder and no target; pass target, what it is to reconstruct from x.")
         target = x
+    x, target = _validate(sae, x, "to_fit"), _floating(target, "to_fit", "a target")
     scale = None
+    if sae.W_skip is not None:
+        target = target - x @ sae.W_skip
     if sae.normalisation is not None and _restores(sae):
         _, scale, shift = sae.normalisation(x)
         target = target if shift is None else target - shift
         # A row without spread is its own mean, whatever the code.
         target = target if scale is None else jnp.where(scale == 0, 0, target / jnp.where(scale == 0, 1, scale))
-    y = target - sae.b_dec
-    return Fit(y if sae.W_skip is None else y - x @ sae.W_skip, scale)
+    return Fit(target - sae.b_dec, scale)
 
 
 def refine(
@@ -449,7 +480,7 @@ def refine(
 
     Source: Gao et al. (2024), "Scaling and evaluating sparse autoencoders", Section 5.1.
     """
-    _validate(sae, x, "refine")
+    x = _validate(sae, x, "refine")
     y, _ = to_fit(sae, x, target)
     if code is None:
         code = encode(sae, x, capacity=capacity)
@@ -459,12 +490,18 @@ def refine(
 def rescale(sae: SAE, scale: float | Float[Array, ""]) -> SAE:
     """The SAE that does to `x` what `sae` does to `scale · x`, in the units of `x`.
 
-    If `sae` was trained on `scale · x`, then `decode(rescale(sae, scale), z/scale) = decode(sae, z)/scale`, with
-    the same supports. Weights stay as they are, so atoms of unit norm keep it; only biases and thresholds change units.
+        reconstruct(rescale(sae, scale), x) = reconstruct(sae, scale · x) / scale
+
+    The supports are the same, and values are in the units of `x` too, `z / scale`, but where each row is normalised.
+    Weights stay as they are, so atoms of unit norm keep it; only biases and thresholds change units.
 
     Args:
       sae: an autoencoder of scaled activations.
       scale: positive factor from raw to scaled activations.
+
+    Raises:
+      ValueError: if the scale is not positive and finite; if it is a transcoder, whose target may have units of its
+        own; or if its activation or normalisation is one that does not say how it changes units.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsae
@@ -472,8 +509,23 @@ def rescale(sae: SAE, scale: float | Float[Array, ""]) -> SAE:
       >>> jaxsae.sae.rescale(sae, 0.5).b_dec
       Array([2., 2., 2., 2.], dtype=float32)
     """
+    _validate_scale(scale, "rescale")
+    if sae.transcoder or sae.W_skip is not None:
+        raise ValueError(
+            "`rescale` got a transcoder, whose target may have units of its own; scale what it reads, "
+            "sae.replace(W_enc=scale * sae.W_enc), and W_skip likewise if it has one."
+        )
+    if sae.normalisation is not None and sae.normalisation.per_row:  # inside, the units are the row's own
+        return dataclasses.replace(sae, normalisation=sae.normalisation.rescale(scale))
     activation = sae.activation.rescale(scale)
     return dataclasses.replace(sae, b_enc=sae.b_enc / scale, b_dec=sae.b_dec / scale, activation=activation)
+
+
+def _validate_scale(scale, name: str) -> None:
+    if isinstance(scale, jax.core.Tracer):
+        return
+    if jnp.iscomplexobj(scale) or not np.all((np.asarray(scale) > 0) & np.isfinite(scale)):
+        raise ValueError(f"`{name}` got a scale of {scale}, expected a positive number; pass √d / mean ‖x‖, say.")
 
 
 def fold_scale(sae: SAE, scale: float | Float[Array, ""]) -> SAE:
@@ -481,14 +533,15 @@ def fold_scale(sae: SAE, scale: float | Float[Array, ""]) -> SAE:
 
         W_enc ← scale · W_enc,   W_dec ← W_dec / scale,   b_dec ← b_dec / scale
 
-    Unlike `rescale`, which keeps the weights and changes the units of the codes.
+    Unlike `rescale`, which keeps the weights and changes the units of the codes. What comes out is in the units of `x`:
+    the target of a transcoder is taken to have come scaled too.
 
     Args:
       sae: an autoencoder of scaled activations, as one with `AverageNorm`, which is then done with.
       scale: positive factor from raw to scaled activations, such as `√d / mean ‖x‖`.
 
     Raises:
-      ValueError: if it has no encoder.
+      ValueError: if the scale is not positive and finite, if it has no encoder, or if it normalises each row.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsae
@@ -500,6 +553,12 @@ def fold_scale(sae: SAE, scale: float | Float[Array, ""]) -> SAE:
     """
     if sae.activation.pursues:
         raise ValueError("`fold_scale` got a pursuit, which has no encoder to fold into; scale its rows instead.")
+    _validate_scale(scale, "fold_scale")
+    if sae.normalisation is not None and sae.normalisation.per_row:
+        raise ValueError(
+            f"`fold_scale` got an SAE that normalises each row ({type(sae.normalisation).__name__}), which takes rows "
+            "of any scale; leave it as it is, or call rescale."
+        )
     weights = {"W_enc": sae.W_enc * scale, "W_dec": sae.W_dec / scale, "b_dec": sae.b_dec / scale}
     return dataclasses.replace(sae, **weights, normalisation=None)
 
@@ -507,7 +566,8 @@ def fold_scale(sae: SAE, scale: float | Float[Array, ""]) -> SAE:
 def rethreshold(sae: SAE, x: Float[Array, "n d"], l0: float) -> SAE:
     """The SAE with one threshold for all latents in place of its activation, such that its mean L0 on `x` is `l0`.
 
-    A trained TopK then spends its latents where they are needed, and each row and latent can be computed alone.
+    A trained TopK then spends its latents where they are needed, and each row and latent can be computed alone. Rows
+    with NaN or Inf are left out.
 
     Args:
       sae: the autoencoder.
@@ -518,7 +578,8 @@ def rethreshold(sae: SAE, x: Float[Array, "n d"], l0: float) -> SAE:
       The SAE with a `JumpReLU`.
 
     Raises:
-      ValueError: if `l0` is not between 0 and `m`.
+      ValueError: if `l0` is not between 0 and `m`, or if the values of its activation are not the pre-activations that
+        are large enough, so that another activation cannot stand in its place.
 
     Example:
       >>> import jax, jaxsae
@@ -531,18 +592,39 @@ def rethreshold(sae: SAE, x: Float[Array, "n d"], l0: float) -> SAE:
     """
     if not 0 < l0 <= sae.m:
         raise ValueError(f"`rethreshold` got l0 = {l0} for {sae.m} latents; pass more than 0, and at most that.")
-    pre = jax.nn.relu(pre_activations(sae, x)).ravel()
-    largest = jnp.sort(pre)[::-1]
-    count = min(round(l0 * len(x)), pre.size - 1)
-    threshold = jnp.full(sae.m, largest[count], jnp.float32)  # of which as many are greater, but for ties
+    if type(sae.activation) not in _POSITIVE_PARTS:
+        raise ValueError(
+            f"`rethreshold` got {type(sae.activation).__name__}, whose values are not the largest pre-activations; "
+            f"pass an SAE with one of {', '.join(kind.__name__ for kind in _POSITIVE_PARTS)}."
+        )
+    pre = pre_activations(sae, x)
+    finite = jnp.isfinite(pre).all(-1, keepdims=True)
+    largest = jnp.sort(jnp.where(finite, jax.nn.relu(pre), 0).ravel())[::-1]
+    count = jnp.round(l0 * jnp.sum(finite)).astype(jnp.int32)
+    threshold = jnp.full(
+        sae.m, largest.at[count].get(mode="clip"), jnp.float32
+    )  # of which as many are greater, but for ties
     return dataclasses.replace(sae, activation=JumpReLU(threshold))
 
 
-def _validate(sae: SAE, x, name: str) -> None:
+_POSITIVE_PARTS = ReLU, TopK, BatchTopK, JumpReLU, GroupMax
+
+
+def _floating(x, name: str, what: str) -> Array:
+    x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"`{name}` got x of dtype {x.dtype}, expected floating point; convert it, x.astype('float32').")
+        raise TypeError(
+            f"`{name}` got {what} of dtype {x.dtype}, expected floating point; convert it, "
+            f"{what.split()[-1]}.astype('float32')."
+        )
+    return x
+
+
+def _validate(sae: SAE, x, name: str) -> Array:
+    x = _floating(x, name, "x")
     if x.shape[-1:] != (sae.d,):
         raise ValueError(
             f"`{name}` got x of shape {x.shape}, but this SAE has d = {sae.d}; pass activations (*b, {sae.d}) of the "
             "layer the SAE was made for."
         )
+    return x

@@ -6,6 +6,7 @@ all of them. It sees atoms and targets of norm 1, and rows of zeros in place of 
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -57,7 +58,8 @@ def pursue(
     method: Method, D: Array, y: Array, tol: Any, limit: Any, options: Any = None
 ) -> tuple[SparseCode, RefitInfo]:
     """Select, then refit, or judge the values that are there."""
-    code = _validated(D, y, method)
+    D, y, code = _validated(D, y, method)
+    _check_options(method, tol, limit, options or {})
     tol = jnp.broadcast_to(jnp.asarray(tol, gram.accumulator(D, y)), y.shape[:-1])
     limit = jnp.broadcast_to(jnp.asarray(method.k if limit is None else limit, jnp.int32), y.shape[:-1])
     options = jax.tree.map(lambda x: _number(x, tol.dtype), options or {})
@@ -73,15 +75,27 @@ def pursue(
     )
 
 
+def _check_options(method: Method, tol: Any, limit: Any, options: dict[str, Any]) -> None:
+    check = functools.partial(gram.check_numbers, method.name)
+    check("tol", tol, do="a finite norm of at least 0")
+    check("limit", method.k if limit is None else limit, most=method.k, do=f"a limit from 0 to k = {method.k}")
+    check("max_steps", options.get("max_steps", 0), do="0 or more, finite")
+    for what, most in (("relaxation", math.inf), ("false_alarm", 1.0)):
+        if options.get(what) is not None:
+            smallest = float(jnp.finfo(jnp.float32).tiny)
+            check(what, options[what], least=smallest, most=most, do=f"a positive number{' up to 1' * (most == 1)}")
+
+
 def _number(x: Any, dtype) -> Array:
     """A number of the arithmetic's own dtype, or an integer."""
     x = jnp.asarray(x)
     return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.inexact) else x
 
 
-def _validated(D: Array, y: Array, method: Method) -> SparseCode:
-    """An empty code for these rows."""
+def _validated(D: Any, y: Any, method: Method) -> tuple[Array, Array, SparseCode]:
+    """The dictionary and the rows as arrays, and an empty code for them."""
     name, k = method.name, method.k
+    D, y = jnp.asarray(D) if gram.is_array(D) else D, jnp.asarray(y)
     if not gram.is_array(D) or D.ndim != 2:
         raise TypeError(f"`{name}` got a dictionary of type {type(D).__name__}; pass an array of shape (m, d).")
     m = len(D)
@@ -89,8 +103,7 @@ def _validated(D: Array, y: Array, method: Method) -> SparseCode:
         raise ValueError(f"`{name}` got k = {k} for {m} atoms; pass a k from 1 to {m}.")
     shape = (*y.shape[:-1], k)
     code = SparseCode(jnp.zeros(shape, jnp.result_type(D, y)), jnp.full(shape, m, jnp.int32), m)
-    gram.validate(D, y, code, name)
-    return code
+    return gram.validate(D, y, code, name)
 
 
 @functools.partial(jax.jit, static_argnums=0)

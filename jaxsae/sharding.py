@@ -7,7 +7,7 @@
 
 Under a mesh the library computes what it computes without one. XLA splits most of it by itself. What must not be
 gathered (pre-activations, atoms) is split by hand in `codes` and `refit`: each device works on its own latents, and
-candidates or sums are exchanged.
+candidates or sums are exchanged. On a mesh without both of these axes XLA splits all of it.
 """
 
 import functools
@@ -49,6 +49,7 @@ TABLE = {
     "b_mag": LATENTS,
     "idle": LATENTS,
 }
+_AXES = {"W_enc": 2, "W_dec": 2}  # of one autoencoder's array; 1 of the others
 
 
 def make_mesh(data: int = 1, latent: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
@@ -77,28 +78,57 @@ def make_mesh(data: int = 1, latent: int = 1, *, devices: Sequence[Any] | None =
 def specs(tree: Any) -> Any:
     """How the arrays of a tree are spread: a `PartitionSpec` for each, of `TABLE`.
 
+    Stacked autoencoders are spread as one is, behind the axes that they are stacked along. What an optimiser keeps of
+    parameters in other shapes (Adafactor's factored moments) is on every device.
+
     Args:
       tree: pytree of arrays, or of their shapes and dtypes, such as an `SAE` or a `TrainState`.
 
     Example:
       >>> tuple(specs({"W_enc": jnp.zeros((4, 8)), "b_dec": jnp.zeros(4)})["W_enc"])
       (None, 'latent')
+      >>> tuple(specs({"W_enc": jnp.zeros((3, 4, 8))})["W_enc"])
+      (None, None, 'latent')
     """
 
-    def spec(path, leaf):
-        names = [str(getattr(key, "name", getattr(key, "key", ""))) for key in path]
-        found = TABLE.get(names[-1], PartitionSpec()) if names else PartitionSpec()
-        return found if leaf.ndim >= len(found) else PartitionSpec()  # BatchTopK's threshold is one for all
+    def spec(path, leaf, stacked: int | None = None):
+        name = str(getattr(path[-1], "name", getattr(path[-1], "key", ""))) if path else ""
+        axes = _AXES.get(name, 1)
+        before = leaf.ndim - axes if stacked is None else stacked
+        # BatchTopK's threshold is one for all latents.
+        return (
+            PartitionSpec(*[None] * before, *TABLE[name])
+            if name in TABLE and 0 <= before == leaf.ndim - axes
+            else WHOLE
+        )
 
-    return jax.tree.map_with_path(spec, tree)
+    def place(path, node):
+        shapes = _shapes(node) if _is_sae(node) else set()
+        if not _is_sae(node) or not shapes:
+            return jax.tree.map_with_path(lambda at, leaf: spec((*path, *at), leaf), node)
+        ((stacked, _), *others) = shapes
+        known = not others and stacked >= 0
+        return jax.tree.map_with_path(lambda at, leaf: spec(at, leaf, stacked) if known else WHOLE, node)
+
+    return jax.tree.map_with_path(place, tree, is_leaf=_is_sae)
+
+
+def _is_sae(node: Any) -> bool:
+    return all(hasattr(node, name) for name in ("W_enc", "b_enc", "W_dec"))
+
+
+def _shapes(sae: Any) -> set[tuple[int, tuple[int, ...]]]:
+    """The axes that each array has too many, and its number of latents: one pair, if these are an SAE's parameters."""
+    arrays = ((sae.W_enc, 2, -1), (sae.W_dec, 2, -2), (sae.b_enc, 1, -1))  # some may be masked
+    return {(x.ndim - axes, x.shape[at : at + 1 or None]) for x, axes, at in arrays if hasattr(x, "ndim")}
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
-    """The same as shardings.
+    """The same as shardings; over the axes that the mesh has.
 
     Args:
       tree: as for `specs`.
-      mesh: of `make_mesh`.
+      mesh: of `make_mesh`, or another.
 
     Raises:
       ValueError: if the latents cannot be split evenly.
@@ -109,6 +139,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     """
 
     def place(leaf, spec):
+        spec = PartitionSpec(*(axis if axis in mesh.shape else None for axis in spec))
         for size, axis in zip(leaf.shape, spec, strict=False):
             if axis is not None and size % mesh.shape[axis]:
                 raise ValueError(
@@ -160,13 +191,14 @@ def rows_sharding(x: Any, mesh: Mesh) -> NamedSharding:
 
     Args:
       x: `[n …]`, or its shape and dtype.
-      mesh: of `make_mesh`.
+      mesh: of `make_mesh`, or another.
 
     Example:
       >>> tuple(rows_sharding(jnp.zeros((6, 4)), make_mesh(1, 1)).spec)
       ('data',)
     """
-    return NamedSharding(mesh, PartitionSpec("data") if x.shape[0] % mesh.shape["data"] == 0 else PartitionSpec())
+    parts = mesh.shape.get("data", 0)
+    return NamedSharding(mesh, PartitionSpec("data") if parts and x.shape[0] % parts == 0 else WHOLE)
 
 
 def place_rows(x: np.ndarray, size: int, first: int) -> jax.Array:
@@ -213,18 +245,16 @@ def rows_needed(size: int) -> slice:
 
 
 def gathered(tree: Any) -> Any:
-    """The arrays of a tree on the first device, whole, wherever their parts are; of all processes, on each.
+    """The arrays of a tree in the memory of the host, whole, wherever their parts are; of all processes, on each.
 
     Args:
       tree: pytree of arrays.
 
     Example:
       >>> gathered({"x": jnp.arange(2)})
-      {'x': Array([0, 1], dtype=int32)}
+      {'x': array([0, 1], dtype=int32)}
     """
-    if jax.process_count() > 1:
-        return jax.tree.map(jnp.asarray, multihost_utils.process_allgather(tree, tiled=True))
-    return jax.device_put(tree, jax.devices()[0])
+    return multihost_utils.process_allgather(tree, tiled=True) if jax.process_count() > 1 else jax.device_get(tree)
 
 
 def on_cpu() -> bool:
@@ -239,9 +269,11 @@ def ways(axis: str) -> int:
     return 1 if mesh.empty or axis in mesh.manual_axes else mesh.shape.get(axis, 1)
 
 
-def spread() -> bool:
-    """Whether there is a mesh of more than one device in force."""
-    return ways("data") * ways("latent") > 1
+def spread(latents: int) -> bool:
+    """Whether the mesh in force is one of several devices on which work on so many latents is split by hand."""
+    mesh = jax.sharding.get_abstract_mesh()
+    ours = not mesh.empty and {"data", "latent"} <= set(mesh.axis_names)
+    return ours and ways("data") * ways("latent") > 1 and latents % ways("latent") == 0
 
 
 def vary_alike(tree: Any, *others: Any) -> Any:
@@ -294,7 +326,7 @@ def fetch(dictionary: jax.Array, indices: jax.Array) -> jax.Array:
         atoms = dictionary.at[mine(everyone, m)].get(mode="fill", fill_value=0)
         return jax.lax.psum_scatter(atoms, "latent", scatter_dimension=0, tiled=True)
     columns = jax.lax.all_to_all(dictionary, "latent", split_axis=1, concat_axis=0, tiled=True)
-    parts = columns.at[everyone].get(mode="fill", fill_value=0)
+    parts = columns.at[everyone].get(mode="fill", fill_value=0, wrap_negative_indices=False)
     return jax.lax.all_to_all(parts, "latent", split_axis=0, concat_axis=2, tiled=True)
 
 

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import tokenize
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -22,12 +23,12 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsae.files import InputError
+from jaxsae.files import InputError, atomic_file, flush_folder, local_path, remove
 
 MANIFEST = "manifest.json"
 _FORMAT, _VERSION, _DTYPES = "jaxsae-activations", 1, ("float16", "float32", "bfloat16")
 _SHARD = re.compile(r"([0-9]{5,})(?:\.([A-Za-z_][A-Za-z0-9_]*))?\.npy")  # its number; the column that it is
-_PARTIAL = re.compile(rf"\.(?:{_SHARD.pattern}|{re.escape(MANIFEST)})\.partial")
+_PARTIAL = re.compile(rf"\.(?:{_SHARD.pattern}|{re.escape(MANIFEST)})(?:\.\w+)?\.partial")  # of `atomic_file`
 _MOST_MAPS = 128  # each holds a file descriptor, of which some systems allow 256
 _MEND = "copy or make the directory anew"
 
@@ -76,7 +77,7 @@ def read(folder: str | os.PathLike) -> Manifest:
       ...     read(folder).rows, read(folder).complete
       (6, False)
     """
-    path = Path(folder, MANIFEST)
+    path = local_path(folder) / MANIFEST
     try:
         manifest = _parse(path.read_bytes())
     except OSError as error:
@@ -140,7 +141,8 @@ class Writer:
         Raises:
           InputError: if the directory holds something else, was made with other arguments, or is damaged.
         """
-        self.folder, self._path = Path(folder), Path(folder, MANIFEST)
+        self.folder = local_path(folder)
+        self._path = self.folder / MANIFEST
         name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
         new = Manifest(int(width), name, json.loads(json.dumps(source, allow_nan=False)))
         if new.width < 1 or new.dtype not in _DTYPES:
@@ -151,7 +153,7 @@ class Writer:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"cannot write {folder}: {error.strerror}; choose another --out.") from error
-        _flush(self.folder.parent)
+        flush_folder(self.folder.parent)
         if self._path.exists():
             self._hold(read(folder))
             got, expected = _arguments(new), _arguments(self.manifest)
@@ -176,7 +178,7 @@ class Writer:
           OSError: if the disk is full, say; what was there stays.
         """
         self._require_mine()
-        rows = _cast(rows, self.manifest, self.folder)
+        rows = _stored_rows(rows, self.manifest, self.folder)
         contents = {_name(self.shards, name): _serialised(x, name) for name, x in {None: rows, **columns}.items()}
         first = self.manifest.shards[0]["files"] if self.shards else contents
         same = {name.partition(".")[2] for name in first} == {name.partition(".")[2] for name in contents}
@@ -186,8 +188,7 @@ class Writer:
         shards = (*self.manifest.shards, {"rows": len(rows), "files": files})
         try:
             for name, content in contents.items():
-                _replace(self.folder / name, content)
-            _flush(self.folder)
+                _write(self.folder / name, content)
             self._commit(self.manifest._replace(shards=shards))
         except BaseException:
             with contextlib.suppress(OSError, ValueError):
@@ -209,9 +210,8 @@ class Writer:
 
     def _commit(self, manifest: Manifest) -> None:
         record = {"format": _FORMAT, "version": _VERSION, "rows": manifest.rows, **manifest._asdict()}
-        _replace(self._path, json.dumps(record, indent=1).encode())
+        _write(self._path, json.dumps(record, indent=1).encode())
         self._hold(manifest)
-        _flush(self.folder)
 
     def _hold(self, manifest: Manifest) -> None:
         self.manifest, self.shards, self.rows = manifest, len(manifest.shards), manifest.rows
@@ -220,7 +220,7 @@ class Writer:
         """Remove what is left of an unfinished shard."""
         for name in os.listdir(self.folder):
             if _PARTIAL.fullmatch(name) or (_SHARD.fullmatch(name) and name not in self.manifest.files):
-                (self.folder / name).unlink()
+                remove(self.folder / name)
 
 
 def _arguments(manifest: Manifest) -> dict[str, str]:
@@ -231,16 +231,43 @@ def _arguments(manifest: Manifest) -> dict[str, str]:
     return {name: json.dumps(value, sort_keys=True) for name, value in parts.items()}
 
 
-def _cast(rows: Any, manifest: Manifest, folder: Path) -> np.ndarray:
+def _stored_rows(rows: Any, manifest: Manifest, folder: Path) -> np.ndarray:
     rows = np.asarray(rows)
     if rows.ndim != 2 or rows.shape[1] != manifest.width or not len(rows):
         raise InputError(f"{folder}: got rows of shape {rows.shape}; pass at least one, {manifest.width} wide.")
+    return cast(rows, manifest.dtype, str(folder), "pass --dtype float32").view(_stored(manifest.dtype))
+
+
+def cast(rows: Any, dtype: Any, what: str, do: str, numbers: Any = None) -> np.ndarray:
+    """Rows in another floating-point dtype; none becomes infinite in silence.
+
+    Args:
+      rows: `[n d]`, real numbers.
+      dtype: wanted.
+      what: the rows are, for the message.
+      do: what the message says to do.
+      numbers: of the rows, for the message; their places by default.
+
+    Raises:
+      InputError: if they are no real numbers, or a finite one overflows.
+
+    Example:
+      >>> cast(np.array([[1.0], [1e300]]), np.float32, "x.npy", "scale it")
+      Traceback (most recent call last):
+      jaxsae.files.InputError: x.npy: row 1 holds 1e+300, 1 finite values overflow float32; scale it.
+    """
+    rows, dtype = np.asarray(rows), jnp.dtype(dtype)
+    if not (jnp.issubdtype(rows.dtype, jnp.floating) or jnp.issubdtype(rows.dtype, jnp.integer)):
+        raise InputError(f"{what}: holds {rows.dtype}; expected real numbers: convert it with .astype('float32').")
     with np.errstate(over="ignore"):
-        cast = rows.astype(jnp.dtype(manifest.dtype))
-    count = np.count_nonzero(~np.isfinite(cast) & np.isfinite(rows))
-    if count:
-        raise InputError(f"{folder}: {count} finite values overflow {manifest.dtype}; pass --dtype float32.")
-    return cast.view(_stored(manifest.dtype))
+        found = rows.astype(dtype)
+    if not np.can_cast(rows.dtype, dtype):
+        wrong = np.argwhere(~np.isfinite(found) & np.isfinite(rows))
+        if len(wrong):
+            row = wrong[0, 0] if numbers is None else numbers[wrong[0, 0]]
+            held = f"row {row} holds {rows[tuple(wrong[0])]:g}"
+            raise InputError(f"{what}: {held}, {len(wrong)} finite values overflow {dtype}; {do}.")
+    return found
 
 
 def _stored(dtype: str) -> str:
@@ -260,27 +287,9 @@ def _crc32(content: bytes) -> str:
     return f"{zlib.crc32(content):08x}"
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file so that any crash leaves the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _flush(folder: Path) -> None:
-    """Put the names of a folder on the disk; a file system that cannot may lose its last shard with the power."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _write(path: Path, content: bytes) -> None:
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def column(folder: str | os.PathLike, name: str) -> np.ndarray:
@@ -359,7 +368,15 @@ class Rows:
     A slice is a view, which reads nothing. Arrays are: a row, rows by number, a slice with a step, `np.asarray(rows)`.
     """
 
-    def __init__(self, load: Callable[[int], np.ndarray], edges: np.ndarray, window: range, width: int, dtype: Any):
+    def __init__(
+        self,
+        load: Callable[[int], np.ndarray],
+        edges: np.ndarray,
+        window: range,
+        width: int,
+        dtype: Any,
+        checksum: str | None = None,
+    ):
         """As `open_rows` makes it.
 
         Args:
@@ -368,8 +385,9 @@ class Rows:
           window: what is seen.
           width: of the rows.
           dtype: of the rows.
+          checksum: of all that can be loaded, if it is known; "" of what is computed.
         """
-        self._load, self._edges, self._window = load, edges, window
+        self._load, self._edges, self._window, self.checksum = load, edges, window, checksum
         self.shape, self.ndim, self.dtype = (len(window), width), 2, np.dtype(dtype)
         self.size = len(window) * width
         self.nbytes = self.size * self.dtype.itemsize
@@ -381,7 +399,7 @@ class Rows:
         if isinstance(index, slice):
             window = self._window[index]
             if window.step == 1:
-                return Rows(self._load, self._edges, window, self.shape[1], self.dtype)
+                return Rows(self._load, self._edges, window, self.shape[1], self.dtype, self.checksum)
             return self._take(np.arange(window.start, window.stop, window.step), self.dtype)
         numbers = np.asarray(index)
         if isinstance(index, tuple) or (numbers.dtype.kind not in "iu" and numbers.size):
@@ -443,14 +461,21 @@ def open_rows(folder: str | os.PathLike) -> Rows:
         return np.asarray(np.memmap(paths[number], dtype, "r", offsets[number], shapes[number]))
 
     edges = np.cumsum([0, *(rows for rows, _ in shapes)])
-    return Rows(load, edges, range(manifest.rows), manifest.width, dtype)
+    checksum = " ".join(manifest.files[path.name]["crc32"] for path in paths)
+    return Rows(load, edges, range(manifest.rows), manifest.width, dtype, checksum)
 
 
 def _offset(path: Path, shape: tuple[int, int], dtype: str) -> int:
     """Where the values of a shard begin."""
-    with open(path, "rb") as file:
-        head = file.read(10)  # magic number, version, length of the header
-    offset = 10 + int.from_bytes(head[8:], "little")
-    if head[:8] != b"\x93NUMPY\x01\x00" or offset + math.prod(shape) * jnp.dtype(dtype).itemsize != path.stat().st_size:
-        raise InputError(f"{path}: holds no array {shape} of {dtype}; {_MEND}.")
+    try:
+        with open(path, "rb") as file:
+            version = np.lib.format.read_magic(file)
+            found = np.lib.format.read_array_header_1_0(file)
+            offset = file.tell()
+    except (ValueError, TypeError, SyntaxError, LookupError, tokenize.TokenError) as error:
+        raise InputError(f"{path}: is no .npy file ({str(error).partition(chr(10))[0]}); {_MEND}.") from error
+    in_order = (shape, False, np.dtype(_stored(dtype)).newbyteorder("<"))
+    whole = offset + math.prod(shape) * jnp.dtype(dtype).itemsize == path.stat().st_size
+    if version != (1, 0) or found != in_order or not whole:
+        raise InputError(f"{path}: holds no array {shape} of {dtype}, row after row; {_MEND}.")
     return offset

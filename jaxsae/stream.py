@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from jaxsae.codes import SparseCode
 from jaxsae.data import Rows
-from jaxsae.files import InputError, atomic_file
+from jaxsae.files import InputError, atomic_file, local_path
 from jaxsae.metrics import Shrinkage, shrinkage
 from jaxsae.refit import RefitInfo, Status
 from jaxsae.sae import SAE, encode, encode_dense, refine
@@ -204,6 +204,7 @@ def refine_file(
       ...     told.unconverged, np.load(f"{folder}/codes.npz")["values"].shape
       (0, (64, 2))
     """
+    out = local_path(out)
     _require_fit(sae, rows)
     capacity = capacity or sae.activation.slots or max_l0(sae, rows)
     if capacity > sae.m:

@@ -18,18 +18,28 @@ from typing import Annotated, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from jaxsae import arguments, harvest, language_model, metrics, model_files, plots, pretrained, solvers, train
+from jaxsae import (
+    arguments,
+    calibration,
+    harvest,
+    language_model,
+    metrics,
+    model_files,
+    plots,
+    pretrained,
+    runs,
+    solvers,
+    train,
+)
 from jaxsae import data as data_module
-from jaxsae.activations import ReLU, TopK
 from jaxsae.arguments import Count, Index, Positive, Seed, Weight
 from jaxsae.certificate import certify
-from jaxsae.files import InputError, atomic_file, json_number
+from jaxsae.files import InputError, atomic_file, json_number, local_path
 from jaxsae.language_model import LanguageModel, NextToken, loss_recovered
-from jaxsae.objectives import L1, AuxK, Objective
-from jaxsae.sae import SAE, init, reconstruct, rescale, to_fit
-from jaxsae.stream import Block, refine_blocks
+from jaxsae.metrics import DEAD_ROWS
+from jaxsae.sae import SAE, reconstruct, rescale, to_fit
+from jaxsae.stream import Block, chunks, refine_blocks
 
 CERTIFIED = 1e-5  # the KKT residual that certifies a row
 _TOL = 1e-6  # of the solver: tighter, so that the certificate does not hang on rounding
@@ -49,7 +59,7 @@ class Plan(NamedTuple):
       batch: rows of a step.
       heldout: rows that are measured.
       l1: weights of ReLU's penalty, for rows scaled to unit mean square.
-      learning_rate: of all trainings, after a warm-up.
+      learning_rate: of all trainings, after a warm-up; `train.learning_rate(latents, steps)` if None.
       train_rows: at most.
 
     Example:
@@ -62,7 +72,7 @@ class Plan(NamedTuple):
     batch: Count
     heldout: Count
     l1: tuple[Weight, ...]
-    learning_rate: Positive = 1e-3
+    learning_rate: Positive | None = None
     train_rows: Count = 100_000
 
 
@@ -101,6 +111,7 @@ def run(
     seed: Seed = 0,
     saes: Sequence[str] = (),
     progress: Progress = lambda text, steps: None,
+    warn: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Run the study and write `report.json`, `shrinkage.png` and the SAEs under `out`, each as soon as it is known.
 
@@ -113,6 +124,7 @@ def run(
       saes: published or saved autoencoders of these activations, as `pretrained.load` takes them, to measure instead of
         training any.
       progress: called with what is going on and how many steps that took; `total_steps(plan, data, saes)` in all.
+      warn: called with what may spoil the result.
 
     Returns:
       The report: `rows`, one for each SAE, with the data, the configuration and versions.
@@ -122,20 +134,31 @@ def run(
     """
     arguments.check(run, {"out": out, "seed": seed})
     arguments.check(Plan, plan._asdict())
-    out, probe = Path(out), None
+    out, probe = local_path(out), None
     loaded = {name: _published(name) for name in saes}
     if saes:
         if data is None:
             raise InputError("got autoencoders and no activations; pass those of the site that they are for.")
-        plan = plan._replace(batch=1, train_rows=min(plan.train_rows, _MEAN_ROWS))
+        plan = plan._replace(batch=1)
+        if isinstance(data, Site):
+            plan = plan._replace(train_rows=min(plan.train_rows, _MEAN_ROWS))
     if isinstance(data, Site):
         probe, data = _harvest(data, out / "activations", plan, progress), out / "activations"
     rows, heldout, scale, source = _load(data, plan, seed)
+    options = _options(plan, seed)
+    trained = {} if saes else {"learning_rate": options.learning_rate, "idle_after": options.idle_after}
+    passes = None if saes else runs.passes(options, len(rows), warn)
     report: dict[str, Any] = {
         "rows": [],
         "complete": False,
-        "data": {"source": source, "rows": len(rows), "heldout": len(heldout), "width": rows.shape[1]},
-        "config": {**plan._asdict(), "seed": seed, "solver_tol": _TOL, "certified_at": CERTIFIED},
+        "data": {
+            "source": source,
+            "rows": len(rows),
+            "passes": passes,
+            "heldout": len(heldout),
+            "width": rows.shape[1],
+        },
+        "config": {**plan._asdict(), **trained, "seed": seed, "solver_tol": _TOL, "certified_at": CERTIFIED},
         "versions": {name: version(name) for name in ("jaxsae", "jax", "flax", "optax", "numpy")}
         | {"python": platform.python_version(), "backend": jax.default_backend()},
         "ratio_edges": metrics.RATIO_EDGES.tolist(),
@@ -155,13 +178,14 @@ def run(
                 code = block.code if when == "before" else block.refined
                 reconstructed[name][block.rows] = reconstruct(sae, block.x, code)
 
-        report["rows"].append({**row, **measure(sae, heldout, see=see)})
+        report["rows"].append({**row, **measure(sae, heldout, rows[:DEAD_ROWS] / scale, see=see)})
         progress(f"{name}  refined", plan.heldout // _REPORT_EVERY)
         _write(report, out)
 
-    def add(family: str, value: int | float, activation, loss) -> None:
-        name = f"{type(activation).__name__} {'k' if family == 'topk' else 'λ'}={value:g}"
-        sae, curve = _train(rows, activation, loss, plan, seed, lambda text, steps: progress(f"{name}  {text}", steps))
+    def add(options: runs.Options) -> None:
+        family, value = options.activation, options.l1 if options.k is None else options.k
+        name = f"TopK k={value}" if family == "topk" else f"ReLU λ={value:g}"
+        sae, curve = _train(rows, options, lambda text, steps: progress(f"{name}  {text}", steps))
         sae = rescale(sae, scale)
         pretrained.save(sae, out / "sae" / f"{family}-{value:g}")
         tell(sae, {"family": family, "k_or_l1": value, "curve": curve}, name)
@@ -175,11 +199,10 @@ def run(
             family, k = type(sae.activation).__name__.lower(), getattr(sae.activation, "k", None)
             tell(sae, {"family": family, "k_or_l1": k, "sae": name}, name)
         for weight in () if saes else plan.l1:
-            add("relu", weight, ReLU(), Objective((L1(weight, _warmup(plan)),)))
-        k_aux = min(2 ** max(0, round(np.log2(width / 2))), plan.latents)
+            add(options._replace(activation="relu", l1=weight))
         reached = [] if saes else [row["l0"] for row in report["rows"]]
         for k in _matching_k(reached, most=min(plan.latents, width)):
-            add("topk", k, TopK(k), Objective((AuxK(k_aux),), dead_after=plan.steps * plan.batch // 10))
+            add(options._replace(k=k))
         if probe is not None:
             mean = np.broadcast_to(rows.mean(axis=0) / scale, heldout.shape)
             _add_losses(
@@ -236,9 +259,9 @@ class _Probe(NamedTuple):
 
 def _harvest(site: Site, folder: Path, plan: Plan, progress: Progress) -> _Probe:
     arguments.check(Site, site._asdict())
+    harvest.check(site.model, layer=site.layer, context=_CONTEXT, out=folder)
     tokenizer = model_files.read_tokenizer(site.model)
     model = language_model.load(site.model)
-    harvest.require_site(model, site.layer, _CONTEXT)
     wanted = _contexts(plan.train_rows + plan.heldout)
     files = harvest.standard_library() if site.text is None else site.text
     text = harvest.pack(files, tokenizer, context=_CONTEXT, tokens=wanted * _CONTEXT)
@@ -247,6 +270,7 @@ def _harvest(site: Site, folder: Path, plan: Plan, progress: Progress) -> _Probe
     tell = functools.partial(progress, f"{site.model}  harvesting")
     harvest.run(folder, model, text.contexts, layer=site.layer, source=source, progress=tell)
     name = f"residual of {site.model} after block {site.layer}, on {of}"
+    name += f" ({text.replaced} characters of it not UTF-8)" if text.replaced else ""
     return _Probe(model, site.layer, text.contexts[-_contexts(plan.heldout) :], name)
 
 
@@ -269,45 +293,30 @@ def _load(path, plan: Plan, seed: int) -> tuple[np.ndarray, np.ndarray, float, s
     return rows * scale, heldout, scale, str(path)
 
 
+def _options(plan: Plan, seed: int) -> runs.Options:
+    """Of all trainings, but for what makes each sparse."""
+    sizes = {"batch": plan.batch, "steps": plan.steps, "heldout": plan.heldout}
+    return runs.resolved(runs.Options("topk", plan.latents, learning_rate=plan.learning_rate, seed=seed, **sizes))
+
+
 def _matching_k(l0: list[float | None], most: int) -> list[int]:
     return sorted({int(np.clip(round(value), 1, most)) for value in l0 if value is not None})
 
 
-@functools.cache  # one object a plan: training steps that share it share their compilation
-def _optimiser(plan: Plan) -> optax.GradientTransformation:
-    warmup, decay = plan.steps // 20, plan.steps // 5
-    schedule = optax.join_schedules(
-        [
-            optax.linear_schedule(0.0, plan.learning_rate, warmup),
-            optax.constant_schedule(plan.learning_rate),
-            optax.linear_schedule(plan.learning_rate, 0.0, decay),
-        ],
-        [warmup, plan.steps - decay],
-    )
-    return train.recipe(schedule)
-
-
-@functools.cache
-def _warmup(plan: Plan) -> optax.Schedule:
-    """Of the L1 weight."""
-    return optax.linear_schedule(0.0, 1.0, plan.steps // 5)
-
-
-def _train(rows, activation, loss, plan: Plan, seed: int, progress: Progress) -> tuple[SAE, dict[str, list]]:
-    """An autoencoder, and the curves of its training."""
+def _train(rows, options: runs.Options, progress: Progress) -> tuple[SAE, dict[str, list]]:
+    """An autoencoder, and the curves of its training: that of `jaxsae train`, on rows scaled already."""
     curve: dict[str, list] = {"step": [], "nmse": [], "l0": []}
-    centre = jnp.asarray(rows[:10_000].mean(axis=0))
-    sae = init(jax.random.key(seed), d=rows.shape[1], m=plan.latents, activation=activation, b_dec=centre)
+    objective, tx, fresh = runs.recipe(options, jnp.asarray(rows[:10_000].mean(axis=0)), 1.0)
 
     def tell(step, shown):
-        if step % _REPORT_EVERY == 0 or step == plan.steps:
+        if step % _REPORT_EVERY == 0 or step == options.steps:
             nmse, l0 = float(shown["nmse"]), float(shown["l0"])
             for name, value in {"step": step, "nmse": json_number(nmse), "l0": json_number(l0)}.items():
                 curve[name].append(value)
             progress(f"NMSE {nmse:.3f}  L0 {l0:.0f}", (step - 1) % _REPORT_EVERY + 1)
 
-    stream = data_module.batches(rows, plan.batch, seed=seed)
-    state = train.fit(sae, stream, loss=loss, tx=_optimiser(plan), steps=plan.steps, callback=tell)
+    batches = data_module.batches(rows, options.batch, seed=options.seed)
+    state = train.fit(fresh(), batches, loss=objective, tx=tx, steps=options.steps, callback=tell)
     return state.sae, curve
 
 
@@ -315,16 +324,24 @@ def _solver(k: int, d: int) -> Any:
     return solvers.within(solvers.default(k, d), tol=_TOL)
 
 
-def measure(sae: SAE, rows: np.ndarray, *, see: Callable[[Block], None] = lambda block: None) -> dict[str, Any]:
+def measure(
+    sae: SAE,
+    rows: np.ndarray,
+    more: np.ndarray | None = None,
+    *,
+    see: Callable[[Block], None] = lambda block: None,
+) -> dict[str, Any]:
     """Refine the codes of rows and measure the shrinkage: one row of the report, without its name.
 
     Beside the numbers: `change` and `latent_change`, histograms over `metrics.RATIO_EDGES` of refined/original, of
-    active values and of latents' means; `firing`, how many latents fire on no row, on 1, on 2 or 3, on 4 to 7 …;
-    `worst_rows`, those of the largest KKT residuals.
+    active values and of latents' means; `firing`, how many latents fire on no row, on 1, on 2 or 3, on 4 to 7 …, and
+    `dead`, the share of the first, of `dead_rows` rows, these and `more`; `worst_rows`, those of the largest KKT
+    residuals.
 
     Args:
       sae: the autoencoder.
       rows: `[n d]`, finite.
+      more: other rows `[n d]` on which latents may fire, where these are few.
       see: called with each block of them, refined.
     """
 
@@ -337,6 +354,8 @@ def measure(sae: SAE, rows: np.ndarray, *, see: Callable[[Block], None] = lambda
 
     sums, columns = zip(*map(measure_block, refine_blocks(sae, rows, _solver)), strict=True)
     shrunk, active = (functools.reduce(operator.add, part) for part in zip(*sums, strict=True))
+    if more is not None:
+        active += calibration.activity(sae, (x for _, x in chunks(sae, more)))
     number, kkt, l0 = map(np.concatenate, zip(*columns, strict=True))
     worst = np.argsort(-np.nan_to_num(kkt, nan=np.inf), kind="stable")[:_WORST]
     ratio = np.asarray(shrunk.ratio)
@@ -352,6 +371,7 @@ def measure(sae: SAE, rows: np.ndarray, *, see: Callable[[Block], None] = lambda
         "change": np.asarray(shrunk.change).tolist(),
         "latent_change": np.histogram(ratio, metrics.RATIO_EDGES)[0].tolist(),
         "firing": active.octaves,
+        "dead_rows": int(active.rows),
         "worst_rows": [{"row": int(number[i]), "l0": int(l0[i]), "kkt": json_number(kkt[i])} for i in worst],
     }
 
@@ -379,14 +399,14 @@ def _losses(probe: _Probe, replaced: dict[str, np.ndarray], progress: Progress) 
 
 def _add_losses(report: dict[str, Any], found: dict[str, NextToken]) -> None:
     clean = found["clean"]
-    report |= {f"ce_{name}": float(found[name].cross_entropy) for name in ("clean", "zero", "mean")}
+    report |= {f"ce_{name}": json_number(found[name].cross_entropy) for name in ("clean", "zero", "mean")}
     for number, row in enumerate(report["rows"]):
         for when in ("before", "after"):
             spliced = found[f"{when} {number}"]
-            row |= {f"ce_{when}": float(spliced.cross_entropy), f"kl_{when}": float(spliced.kl)}
+            row |= {f"ce_{when}": json_number(spliced.cross_entropy), f"kl_{when}": json_number(spliced.kl)}
             for ablation in ("zero", "mean"):
                 recovered = loss_recovered(clean, spliced, found[ablation])
-                row[f"recovered_{ablation}_{when}"] = float(recovered)
+                row[f"recovered_{ablation}_{when}"] = json_number(recovered)
 
 
 def _write(report: dict[str, Any], out: Path) -> None:

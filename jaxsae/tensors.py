@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
+from jax.core import Tracer
 from safetensors import SafetensorError, safe_open
 
 from jaxsae.files import InputError
@@ -37,6 +38,7 @@ _SAFETENSORS = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
+_WRITTEN = {np.dtype(dtype) for dtype in _SAFETENSORS.values()}
 _CHUNK = 32 << 20  # bytes copied between two looks at how much memory is mapped
 _ALIGNMENT = 64  # bytes, at which jax takes numpy's memory for its own
 _MAX_JSON = 64 << 20  # bytes
@@ -67,13 +69,22 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_JSON:
             raise ValueError(f"{path.stat().st_size >> 20} MiB")
-        config = json.loads(path.read_bytes())
+        config = json.loads(path.read_bytes(), object_pairs_hook=_once)
     except (OSError, ValueError, RecursionError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{path}: not a JSON configuration ({reason}); download it again.") from error
     if not isinstance(config, dict):
         raise InputError(f"{path}: holds {type(config).__name__}, expected a JSON object; download it again.")
     return config
+
+
+def _once(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The members of a JSON object, each of a name of its own: of two, one would be dropped."""
+    found = dict(members)
+    if len(found) < len(members):
+        names = [name for name, _ in members]
+        raise ValueError(f"it has {next(name for name in names if names.count(name) > 1)!r} twice")
+    return found
 
 
 def safetensors_file(path: Path) -> Path | None:
@@ -97,7 +108,10 @@ def read_safetensors(path: Path) -> Arrays:
     for name in sorted(set(names.values())):
         if name != os.path.basename(name) or name in ("", ".", ".."):
             raise InputError(f"{path}: names {name!r}, which is not a file beside it; do not trust this file.")
-        arrays |= _read_one_safetensors(path.with_name(name))
+        part = _read_one_safetensors(path.with_name(name))
+        if twice := arrays.keys() & part.keys():
+            raise InputError(f"{path}: {min(twice)} is in two of its files; download it again.")
+        arrays |= part
     if missing := names.keys() - arrays.keys():
         raise InputError(f"{path}: {', '.join(sorted(missing))} is in none of its files; download it again.")
     return arrays
@@ -229,11 +243,20 @@ def _npy(content: memoryview) -> np.ndarray:
     return np.frombuffer(body, dtype).reshape(shape, order="F" if fortran else "C")
 
 
-def place(array: np.ndarray, dtype: Any = None) -> jax.Array:
+def place(array: np.ndarray, dtype: Any = None, *, name: str = "an array", infinite: bool = False) -> jax.Array:
     """Copy an array, perhaps memory-mapped and transposed, to where jax computes, in another dtype if given.
 
     It is copied piece by piece, and pages that were read are given back: of a large file no more than the arrays
     themselves is in memory.
+
+    Args:
+      array: of numbers.
+      dtype: of the copy; that of the array by default.
+      name: what it is called in errors.
+      infinite: whether infinite numbers mean something, as thresholds that nothing exceeds.
+
+    Raises:
+      InputError: if it holds NaN or, unless they mean something, infinite numbers.
     """
     dtype = jax.dtypes.canonicalize_dtype(array.dtype if dtype is None else dtype)
     size = array.size * dtype.itemsize
@@ -243,7 +266,49 @@ def place(array: np.ndarray, dtype: Any = None) -> jax.Array:
     for part in _pieces(array):
         out[part] = array[part]
         _forget(array)
+        if not (usable := ~np.isnan(out[part]) if infinite else np.isfinite(out[part])).all():
+            kind = "NaN" if infinite else "NaN or infinite"
+            raise InputError(
+                f"{name} holds {kind} numbers in {dtype}, such as {out[part][~usable].flat[0]}; expected numbers: "
+                "use another SAE, or another dtype if they are too large for this one."
+            )
     return jax.device_put(out)
+
+
+def writable(value: Any, name: str = "an array") -> np.ndarray:
+    """An array as it may be written: in host memory, row by row, in the byte order of files.
+
+    Writers copy buffers as they lie, whatever strides and byte orders say: every array that is written comes through
+    here.
+
+    Args:
+      value: of numpy or jax, or what numpy makes an array of; plain numbers get the dtype that jax gives them.
+      name: what it is called in errors.
+
+    Raises:
+      InputError: if it holds no numbers that can be written, or its numbers cannot be had.
+
+    Example:
+      >>> writable(np.arange(6, dtype=">f4").reshape(2, 3).T).flags.c_contiguous
+      True
+    """
+    if isinstance(value, Tracer | jax.ShapeDtypeStruct | np.ma.MaskedArray):
+        what = "masked" if isinstance(value, np.ma.MaskedArray) else "no numbers yet, being traced"
+        raise InputError(f"{name} is {what} ({type(value).__name__}); pass an array of numbers, outside of jit.")
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"{name} is a {type(value).__name__} that numpy cannot read ({reason}); convert it."
+        ) from error
+    if not hasattr(value, "dtype"):
+        array = array.astype(jax.dtypes.canonicalize_dtype(array.dtype))
+    dtype = array.dtype.newbyteorder("<")
+    if dtype not in _WRITTEN:
+        known = ", ".join(sorted(kind.name for kind in _WRITTEN))
+        raise InputError(f"{name} holds {array.dtype}, expected one of {known}; convert it.")
+    return np.ascontiguousarray(array, dtype).reshape(array.shape)
 
 
 def _pieces(array: np.ndarray) -> Iterator[tuple[slice, ...]]:

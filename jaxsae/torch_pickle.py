@@ -10,7 +10,7 @@ import math
 import pickletools
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxsae.files import InputError
-from jaxsae.tensors import map_file, read_zip
+from jaxsae.tensors import map_file, read_zip, writable
 
 _DTYPES = {
     "DoubleStorage": np.float64,
@@ -262,6 +262,8 @@ class _Interpreter:
         if name == "collections.OrderedDict" and not arguments:
             return {}
         if name in ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"):
+            if len(arguments) > 6 and arguments[6]:  # that its values stand for their negatives, say
+                raise _Refused("makes a tensor whose values are not those in its storage")
             return self._tensor(*arguments[:4])
         if name == "torch._utils._rebuild_parameter" and isinstance(arguments[0], np.ndarray | type(None)):
             return arguments[0]
@@ -427,10 +429,6 @@ def write(path: Path, thing: Any) -> None:
 
 def _emit(thing: Any, storages: list[np.ndarray]) -> bytes:
     """The instructions that make a thing."""
-
-    def all_of(*things: Any) -> bytes:
-        return b"".join(_emit(each, storages) for each in things)
-
     if thing is None or isinstance(thing, bool):
         return {None: b"N", True: b"\x88", False: b"\x89"}[thing]
     if isinstance(thing, int):
@@ -443,16 +441,20 @@ def _emit(thing: Any, storages: list[np.ndarray]) -> bytes:
         module, _, name = thing.name.rpartition(".")
         return f"c{module}\n{name}\n".encode()
     if isinstance(thing, tuple):
-        return b"(" + all_of(*thing) + b"t"
+        return b"(" + _emit_all(thing, storages) + b"t"
     if isinstance(thing, list):
-        return b"](" + all_of(*thing) + b"e"
+        return b"](" + _emit_all(thing, storages) + b"e"
     if isinstance(thing, dict):
-        return b"}(" + all_of(*(each for item in thing.items() for each in item)) + b"u"
-    if not isinstance(thing, np.ndarray) or thing.dtype not in _DTYPES.values():
+        return b"}(" + _emit_all([each for item in thing.items() for each in item], storages) + b"u"
+    if not isinstance(thing, np.ndarray):
         raise TypeError(
             f"got {type(thing).__name__}, which torch_pickle.write does not write; pass arrays and containers."
         )
-    return _emit_tensor(np.ascontiguousarray(thing).reshape(thing.shape), storages)
+    return _emit_tensor(writable(thing), storages)
+
+
+def _emit_all(things: Sequence[Any], storages: list[np.ndarray]) -> bytes:
+    return b"".join(_emit(each, storages) for each in things)
 
 
 def _emit_tensor(array: np.ndarray, storages: list[np.ndarray]) -> bytes:
@@ -462,5 +464,5 @@ def _emit_tensor(array: np.ndarray, storages: list[np.ndarray]) -> bytes:
     strides = tuple(stride // array.itemsize for stride in array.strides)
     rebuild = _emit(_Name("torch._utils._rebuild_tensor_v2"), storages)
     hooks = _emit(_Name("collections.OrderedDict"), storages) + b")R"
-    rest = b"".join(_emit(each, storages) for each in (0, array.shape, strides, False))
+    rest = _emit_all((0, array.shape, strides, False), storages)
     return rebuild + b"(" + _emit(identity, storages) + b"Q" + rest + hooks + b"tR"

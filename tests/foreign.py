@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from jaxsae import pretrained
+
 FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures"
 CASES = [
     *(f"dictionary_learning/{name}" for name in ("gated", "jumprelu", "standard", "topk")),
@@ -17,12 +19,19 @@ CASES = [
     *(f"sparsify/{name}" for name in ("topk", "transcode")),
 ]
 
+NAMED = {"dictionary_learning/topk": "dictionary_learning_topk"}
+
 
 def fixture(case: str) -> Path:
     """The folder of a case; skips the test if it is not there."""
     if not FIXTURES.is_dir():
         pytest.skip("the files that other libraries wrote, ../shared/fixtures, are not there")
     return FIXTURES / case
+
+
+def published(case: str, **options):
+    """The SAE of a case, of one class where the files may be of two."""
+    return pretrained.load(fixture(case), **({"format": NAMED[case]} if case in NAMED else {}), **options)
 
 
 def recorded(case: str) -> dict[str, np.ndarray]:

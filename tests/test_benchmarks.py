@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import cases, families, judge, peers, pursuit, refine, selectors, table, train
+from benchmarks import cases, families, judge, peers, pursuit, rates, refine, selectors, table, train
 
 ROOT = Path(__file__).parent.parent
 
@@ -264,17 +264,27 @@ def test_families_are_trained_measured_and_matched(tmp_path, monkeypatch):
     monkeypatch.setattr(families, "SETTINGS", settings)
     monkeypatch.setattr(families, "BATCH", 64)
     np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(2048 + 128, 8)).astype(np.float32))
-    rows = list(families.run(tmp_path / "x.npy", tmp_path / "out", latents=32, steps=3))
+    rows = list(families.run(tmp_path / "x.npy", tmp_path / "out", latents=32, steps=3, before=tmp_path / "out"))
     machine = {"benchmark": "families", "device": "a", "cores": 2, "jax": "0", "commit": "0123456789abc"}
-    assert "| TopK 4 | 4.0 |" in table.markdown({**machine, "rows": rows, "matched": families.matched(rows)})
+    text = table.markdown({**machine, "rows": rows})
+    assert "| TopK 4 | 4.0 |" in text and "*dead* of 2,176 rows" in text
+    for row in rows:  # nothing was trained again, and what was before is itself
+        assert {name: row["before"][name] for name in ("l0", "nmse", "dead")} == {
+            name: pytest.approx(row["heldout"][name]) for name in ("l0", "nmse", "dead")
+        }
 
 
-def test_families_are_matched_between_runs_on_both_sides():
-    def row(name, l0, nmse):
-        return {"name": f"{name}, L1 1", "options": {"activation": name}, "heldout": {"l0": l0, "nmse": nmse}}
-
-    rows = [row("relu", 16.0, 0.4), row("relu", 64.0, 0.2), row("gated", 64.0, 0.1), row("gated", 50.0, 0.2)]
-    assert families.matched(rows) == {"l0": 32, "nmse": {"relu": pytest.approx(0.3)}}
+def test_rates_are_compared_and_tabulated(monkeypatch):
+    monkeypatch.setattr(rates, "RATES", (1e-3, 1e-1))
+    monkeypatch.setattr(rates, "FAMILIES", {"batchtopk": {"k": 4}, "relu": {"l1": 0.1}})
+    monkeypatch.setattr(
+        rates, "_rows", lambda path: (*np.split(np.random.default_rng(0).normal(size=(256, 8)), 2), "x")
+    )
+    rows = list(rates.run(None, latents=32, batch=64, steps=(3,)))
+    assert [(row["family"], row["rate"]) for row in rows[::3]] == [("batchtopk", 1e-3), ("relu", 1e-1)]
+    np.testing.assert_allclose([row["l0"] for row in rows[:2]], 4, rtol=0.02)
+    machine = {"benchmark": "rates", "device": "a", "cores": 2, "jax": "0", "commit": "0123456789abc"}
+    assert "| x | relu | 3 |" in table.markdown({**machine, "rows": rows})
 
 
 def test_the_figure_has_a_panel_for_each_case(tiny, tmp_path):

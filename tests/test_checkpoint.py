@@ -24,7 +24,7 @@ TX = train.average(train.recipe(optax.linear_schedule(1e-2, 0.0, 100), clip=1.0)
 def state(steps=3):
     """A training's state in which nothing is zero, a PRNG key beside it."""
     model = sae(d=16, m=32, activation=jaxsae.JumpReLU(jnp.full(32, 0.1)))
-    step = train.make_step(Objective((AuxK(4),), dead_after=10), TX)
+    step = train.make_step(Objective((AuxK(4),), idle_after=10), TX)
     trained = train.init_state(model, TX)
     for _ in range(steps):
         trained, _ = step(trained, activations(batch=(8,)))
@@ -82,6 +82,48 @@ def test_the_last_steps_are_kept_and_the_best(tmp_path):
         checkpoints.save(5, {"x": jnp.zeros(3)}, progress=None)  # is there already
     assert checkpoint.steps(tmp_path) == [5, 4, 1]
     assert Checkpoints(tmp_path, config=None).restore({"x": jnp.ones(3)}).state["x"].tolist() == [1, 1, 1]
+
+
+ORDERS = {
+    "Fortran": np.asfortranarray,
+    "big-endian": lambda x: x.astype(x.dtype.newbyteorder(">")),
+    "strided": lambda x: np.repeat(x, 2, axis=1)[:, ::2],
+    "backwards": lambda x: x[::-1].copy()[::-1],
+    "read-only": lambda x: np.frombuffer(x.tobytes(), x.dtype).reshape(x.shape),
+    "broadcast": lambda x: np.broadcast_to(x[:1], x.shape),
+    "of JAX": jnp.asarray,
+    "a scalar of numpy": lambda x: x[1, 2],
+    "a number": lambda x: x[1, 2].item(),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "int64", "float16", "bool", "uint8"])
+def test_leaves_may_lie_in_memory_in_any_order(dtype, tmp_path):
+    x = (np.arange(12).reshape(3, 4) + (0.1 if dtype.startswith("float") else 0)).astype(dtype)
+    state = {name: order(x) for name, order in ORDERS.items()}
+    wanted = jax.tree.map(np.array, state)
+    with Checkpoints(tmp_path, config=None) as checkpoints:
+        checkpoints.save(1, state, progress=None)
+        for leaf in state.values():  # what is saved is the state of that moment
+            if isinstance(leaf, np.ndarray) and leaf.flags.writeable:
+                leaf[:] = 0
+    found = Checkpoints(tmp_path, config=None).restore(wanted).state
+    for name, leaf in found.items():
+        np.testing.assert_array_equal(leaf, wanted[name], err_msg=name)
+        assert leaf.dtype == wanted[name].dtype.newbyteorder("=")
+
+
+@pytest.mark.parametrize("leaf", ["text", np.array([None]), object()])
+def test_a_leaf_that_is_no_number_is_refused(leaf, tmp_path):
+    with Checkpoints(tmp_path, config=None) as checkpoints, pytest.raises(InputError, match="expected arrays of num"):
+        checkpoints.save(1, {"x": leaf}, progress=None)
+
+
+def test_a_fingerprint_of_wide_numbers_changes_with_any_bit():
+    x = np.arange(6.0).reshape(2, 3)
+    assert fingerprint([np.nextafter(x, 9)])[0] != fingerprint([x])[0] == fingerprint([np.asfortranarray(x)])[0]
+    with jax.enable_x64(True):
+        assert fingerprint([jnp.asarray(x)])[0] == fingerprint([x])[0]
 
 
 def test_an_empty_directory_holds_nothing(tmp_path):
@@ -184,6 +226,74 @@ def test_another_configuration_is_refused(tmp_path):
         Checkpoints(tmp_path / "run/checkpoints", config={"k": 5})
     with pytest.raises(InputError, match=r"got new 1, expected nothing"):
         Checkpoints(tmp_path / "run/checkpoints", config={"k": 4, "new": 1})
+
+
+def test_a_member_of_the_configuration_may_grow(tmp_path):
+    def opened(steps, k=4):
+        return Checkpoints(tmp_path / "run/checkpoints", config={"k": k, "steps": steps}, grows={"steps"})
+
+    for steps in (10, 20, 20):
+        with opened(steps) as checkpoints:
+            checkpoints.save(steps, {"x": jnp.ones(3)}, progress=None)
+    with pytest.raises(InputError, match=r"got steps 10, expected 20 or more\); choose another"):
+        opened(10)
+    with pytest.raises(InputError, match=r"got k 5, expected 4\)"):
+        opened(30, k=5)
+
+
+def test_only_one_at_a_time_may_save_and_anyone_may_read(tmp_path):
+    fill(tmp_path, (1,))
+    with Checkpoints(tmp_path, config={"k": 4}) as first:
+        refused = pytest.raises(InputError, match="another process writes there")
+        with refused, Checkpoints(tmp_path, config={"k": 4}):
+            pass
+        assert Checkpoints(tmp_path, config={"k": 4}).restore(LIKE).step == 1
+        first.save(2, STATE, progress=None)
+    with Checkpoints(tmp_path, config={"k": 4}) as second:
+        assert second.restore(LIKE).step == 2
+
+
+def test_a_run_begun_between_opening_and_owning_is_seen(tmp_path):
+    checkpoints = Checkpoints(tmp_path, config={"k": 5})
+    fill(tmp_path, (1,))
+    with pytest.raises(InputError, match=r"holds another run \(got k 5, expected 4\)"), checkpoints:
+        pass
+    with Checkpoints(tmp_path, config={"k": 4}):
+        pass
+
+
+OTHERS = {  # of another process: its steps, and those it can read
+    "it lacks the last": ([1], {1}, 1),
+    "it cannot read the last": ([2, 1], {1}, 1),
+    "it has one more": ([3, 2, 1], {1, 2, 3}, 2),
+    "it has none": ([], set(), None),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_processes_agree_on_the_last_step_that_all_can_read(case, tmp_path, monkeypatch):
+    fill(tmp_path, (1, 2))
+    steps, readable, agreed = OTHERS[case]
+    asked, warned = [], []
+
+    def of_all(value):  # this one and another
+        if value is True or value is False:
+            return [value, asked[-1] in readable]
+        below = [step for step in steps if not asked or step < asked[-1]]
+        asked.append(max([value, *below]))
+        return [value, max([-1, *below])]
+
+    monkeypatch.setattr(checkpoint, "_of_all", of_all)
+    checkpoints = Checkpoints(tmp_path, config={"k": 4}, warn=warned.append)
+    if agreed is None:
+        with pytest.raises(InputError, match="every step is damaged"):
+            checkpoints.restore(LIKE)
+        assert checkpoint.steps(tmp_path) == [2, 1]
+    else:
+        assert checkpoints.restore(LIKE).step == agreed
+        assert checkpoint.steps(tmp_path) == [2, 1][-agreed:]
+        assert warned[-1] == f"{tmp_path}: went back to step {agreed}."
+    assert f"{tmp_path / '2'}: is damaged (for another process)." in warned or case == "it has one more"
 
 
 def test_other_libraries_are_told(tmp_path, monkeypatch):

@@ -12,7 +12,8 @@ import sklearn.datasets
 import sklearn.utils
 from array_record.python import array_record_module
 
-from jaxsae.data import batches, image_patches, open_rows, require_finite
+from jaxsae import data, shards
+from jaxsae.data import batches, fingerprint, image_patches, open_rows, require_finite
 from jaxsae.files import InputError
 
 # --- open_rows
@@ -155,6 +156,8 @@ def test_require_finite_counts_the_rows(bad):
 
 # --- batches
 
+PARTS = [slice(0, 10), slice(10, 30)]  # of a batch, for two processes
+
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64])
 def test_every_pass_covers_every_row_once_in_float32(dtype):
@@ -258,6 +261,92 @@ def test_too_few_rows_for_a_batch_are_refused_at_once():
     with pytest.raises(InputError, match="got 3 rows for batches of 4; pass more rows or a smaller batch"):
         batches(array((3, 2)), 4, seed=0)
     assert next(batches(array((4, 2)), 4, seed=0)).shape == (4, 2)
+
+
+@pytest.mark.parametrize("window", [1, 64, 199, 200, 320])  # grain shuffles few rows slowly
+@pytest.mark.parametrize("weights", [None, [2.0, 1.0]])
+def test_every_row_comes_once_a_pass_whatever_the_window(window, weights):
+    sources = [array((130, 1)), 1000 + array((70, 1))]
+    stream = batches(sources, 30, seed=5, weights=weights, window=window)
+    whole = np.concatenate([stream.source[number] for number in range(24)])[:, 0]
+    # Without weights they are as if joined; with them each has passes of its own.
+    for rows in sources if weights else [np.concatenate(sources)]:
+        mine = whole[np.isin(whole, rows)]
+        passes = mine[: len(mine) // len(rows) * len(rows)].reshape(-1, len(rows))
+        assert len(passes) >= 3
+        for start in range(0, len(rows), window):  # and a window before the next
+            some = np.sort(passes[:, start : start + window])
+            np.testing.assert_array_equal(some, np.tile(rows[start : start + window, 0], (len(passes), 1)))
+        assert len(np.unique(passes, axis=0)) == (1 if window == 1 else len(passes))
+    parts = [batches(sources, 30, seed=5, weights=weights, window=window, part=part) for part in PARTS]
+    for number in (0, 4, 6):  # within a pass, and from one to the next
+        joined = np.concatenate([part.source[number] for part in parts])
+        np.testing.assert_array_equal(joined[:, 0], whole[30 * number : 30 * (number + 1)])
+
+
+@pytest.mark.parametrize("option", [{"window": 0}, {"window": -3}, {"size": 0}])
+def test_windows_and_batches_of_nothing_are_refused(option):
+    (name,) = option
+    with pytest.raises(InputError, match=rf"got {name} {option[name]}; pass at least 1"):
+        batches(array((9, 2)), **({"size": 4, "seed": 0} | option))
+
+
+@pytest.mark.parametrize("rows", [array((6,)), array((6, 0)), array((2, 3, 4)), array((6, 2), complex)])
+def test_what_are_no_rows_is_refused(rows):
+    with pytest.raises(InputError, match=r"^x\.npy: got .* expected real numbers \(rows, width\)"):
+        batches(rows, 2, seed=0, names=["x.npy"])
+
+
+def test_a_row_that_overflows_is_named_and_none_becomes_infinite():
+    rows = array((9, 2), np.float64)
+    rows[5, 1] = -1e39
+    stream = batches([array((4, 2)), rows], 13, seed=0, names=["a", "b"])
+    with pytest.raises(InputError, match=r"^b: row 5 holds -1e\+39, 1 finite values overflow float32; scale it\.$"):
+        next(stream)
+    rows[5, 1] = -np.inf  # as it is in the data
+    assert np.isinf(next(batches(rows, 9, seed=0))).sum() == 1
+
+
+# --- fingerprints
+
+
+def test_a_fingerprint_changes_with_any_value_and_not_with_how_it_is_held(tmp_path):
+    rows = array((9, 4))
+    same = [rows.copy(order="F"), rows.astype(">f4"), np.repeat(rows, 2, axis=0)[::2]]
+    np.save(tmp_path / "x.npy", rows)
+    safetensors.numpy.save_file({"a": rows}, tmp_path / "x.safetensors")
+    records(tmp_path / "x.array_record", rows)
+    same += [open_rows(tmp_path / name) for name in ("x.npy", "x.safetensors", "x.array_record")]
+    assert {fingerprint(each) for each in same} == {fingerprint(rows)}
+    others = [rows[:-1], rows.reshape(12, 3), rows.astype(np.float16), rows[::-1]]
+    for place in np.ndindex(*rows.shape):
+        others.append(rows.copy())
+        others[-1][place] += 1
+    assert len({fingerprint(each) for each in [rows, *others]}) == len(others) + 1
+
+
+def test_a_fingerprint_of_many_rows_reads_some_of_them(monkeypatch):
+    monkeypatch.setattr(data, "_SAMPLED", 1 << 10)
+    monkeypatch.setattr(data, "_BLOCKS", 4)
+    rows = array((10_000, 4))
+    found = fingerprint(rows)
+    for row, seen in ((0, True), (15, True), (16, False), (5000, False), (9999, True)):
+        other = rows.copy()
+        other[row] += 1
+        assert (fingerprint(other) != found) == seen, row
+    assert fingerprint(rows + 1) != found
+    assert len({fingerprint(array((n, 4))) for n in range(60, 300)}) == 240
+
+
+def test_a_fingerprint_of_shards_is_of_their_checksums(tmp_path, monkeypatch):
+    found = []
+    for name, change in (("a", 0), ("b", 0), ("c", 1)):
+        writer = shards.Writer(tmp_path / name, width=4, dtype="float32", source={})
+        writer.append(array((6, 4)))
+        writer.append(array((6, 4)) + change)
+        found.append(fingerprint(shards.open_rows(tmp_path / name)))
+    assert found[0] == found[1] != found[2]
+    assert fingerprint(shards.open_rows(tmp_path / "a")[:6]) != fingerprint(shards.open_rows(tmp_path / "a"))
 
 
 # --- image_patches
@@ -383,3 +472,94 @@ def test_a_file_of_another_format_that_is_not_what_it_says(case, tmp_path):
         open_rows(tmp_path / name)
     assert str(caught.value).startswith(f"{tmp_path / name}: ")
     assert "\n" not in str(caught.value)
+
+
+# --- however it is written
+
+
+ORDERS = {
+    "big-endian": lambda x: x.astype(x.dtype.newbyteorder(">")),
+    "Fortran": np.asfortranarray,
+    "both": lambda x: np.asfortranarray(x.astype(x.dtype.newbyteorder(">"))),
+}
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("name", ["x.npy", "x.npz", "x.array_record"])
+def test_values_are_the_same_in_any_order_of_bytes_and_axes(name, order, dtype, tmp_path):
+    saved = array((2, 3, 4), dtype) if name != "x.array_record" else array((6, 4), dtype)
+    write = {"x.npy": np.save, "x.npz": np.savez, "x.array_record": records}[name]
+    write(tmp_path / name, ORDERS[order](saved))
+    found = open_rows(tmp_path / name)
+    assert (found.shape, found.dtype) == ((6, 4), dtype)
+    np.testing.assert_array_equal(np.asarray(found), saved.reshape(6, 4))
+    np.testing.assert_array_equal(np.asarray(found[1:5]), saved.reshape(6, 4)[1:5])
+    np.testing.assert_array_equal(found[np.array([4, 0])], saved.reshape(6, 4)[[4, 0]])
+    jnp.asarray(found[1:5], jnp.float32)
+    for a, b in zip(*(itertools.islice(batches(x, 3, seed=0), 4) for x in (found, saved.reshape(6, 4))), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def bytes_of(row):
+    np.save(buffer := io.BytesIO(), row)
+    return buffer.getvalue()
+
+
+ROW = array((4,))
+RAGGED = {
+    "short": (bytes_of(ROW[:3]), "record 7 has width 3, expected 4 as record 0"),
+    "long": (bytes_of(np.ones(5, np.float32)), "record 7 has width 5, expected 4 as record 0"),
+    "nothing": (bytes_of(ROW[:0]), "record 7 has width 0, expected 4 as record 0"),
+    "two axes": (bytes_of(ROW[None]), r"record 7 has shape \(1, 4\) of float32, expected \(4,\) of float32"),
+    "no axis": (bytes_of(np.float32(1)), r"record 7 has shape \(\) of float32, expected"),
+    "another dtype": (bytes_of(ROW.astype(np.float64)), r"record 7 has shape \(4,\) of float64, expected \(4,\)"),
+    "integers": (bytes_of(ROW.astype(np.int64)), r"record 7 has shape \(4,\) of int64"),
+    "complex": (bytes_of(ROW.astype(complex)), r"record 7 has shape \(4,\) of complex128"),
+    "objects": (None, r"record 7 is no \.npy file \(Object arrays"),
+    "cut off": (bytes_of(ROW)[:-3], r"record 7 is no \.npy file"),
+    "empty": (b"", r"record 7 is no \.npy file"),
+    "text": (b"1.0 2.0 3.0 4.0", r"record 7 is no \.npy file"),
+    "an archive": (b"PK\x03\x04 and so on", r"record 7 is no \.npy file"),
+}
+
+
+@pytest.mark.parametrize("case", RAGGED)
+def test_a_record_that_is_no_row_is_named(case, tmp_path):
+    content, message = RAGGED[case]
+    if content is None:
+        np.save(buffer := io.BytesIO(), OBJECTS[0], allow_pickle=True)
+        content = buffer.getvalue()
+    path = tmp_path / "x.array_record"
+    writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+    for number in range(12):
+        writer.write(content if number == 7 else bytes_of(ROW + number))
+    writer.close()
+    rows = open_rows(path)
+    np.testing.assert_array_equal(rows[3], ROW + 3)
+    for read in (
+        lambda: np.asarray(rows),
+        lambda: rows[7],
+        lambda: rows[5:9][2],
+        lambda: next(batches(rows, 12, seed=0)),
+    ):
+        with pytest.raises(InputError, match=message) as caught:
+            read()
+        assert str(caught.value).startswith(f"{path}: ")
+        assert "\n" not in str(caught.value)
+
+
+def test_a_record_file_with_flipped_bytes_is_refused_or_read_right(tmp_path):
+    path, saved = tmp_path / "x.array_record", array((20, 4))
+    records(path, saved)
+    content, refused = path.read_bytes(), 0
+    for at in np.linspace(0, len(content) - 1, 40).astype(int):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 0x55]) + content[at + 1 :])
+        try:
+            found = np.asarray(open_rows(path))
+        except InputError as error:
+            assert str(error).startswith(f"{path}: ")
+            refused += 1
+        else:
+            np.testing.assert_array_equal(found, saved)
+    assert refused > 0

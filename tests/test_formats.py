@@ -6,7 +6,24 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from foreign import CASES, FIXTURES, D, K, M, X, arrays, fixture, pre, recorded, relu, top_k, training_form, write
+from foreign import (
+    CASES,
+    FIXTURES,
+    NAMED,
+    D,
+    K,
+    M,
+    X,
+    arrays,
+    fixture,
+    pre,
+    published,
+    recorded,
+    relu,
+    top_k,
+    training_form,
+    write,
+)
 from problems import activations, assert_same_bits, sae
 
 import jaxsae
@@ -45,7 +62,7 @@ def test_every_fixture_is_among_the_cases():
 
 @per_case
 def test_a_published_sae_computes_what_its_library_computes(case):
-    model, io = pretrained.load(fixture(case)), recorded(case)
+    model, io = published(case), recorded(case)
     assert pretrained.detect(fixture(case)) == case.split("/")[0]
     assert np.abs(io["x"][5]).max() == 0  # rows that were made to be awkward
     assert_computes(model, io["x"], io["z"], io.get("forward"))
@@ -59,12 +76,12 @@ def test_the_form_saved_in_training_infers_as_the_other(case, tmp_path):
     io = recorded(case)
     model = pretrained.load(training_form(case, tmp_path / "sae"))
     assert_computes(model, io["x"], io["z"], io["xhat"])
-    assert type(model.activation) is type(pretrained.load(fixture(case)).activation)
+    assert type(model.activation) is type(published(case).activation)
 
 
 @per_case
 def test_loaded_saved_and_loaded_again_it_is_the_same_to_the_bit(case, tmp_path):
-    model, format = pretrained.load(fixture(case)), case.split("/")[0]
+    model, format = published(case), case.split("/")[0]
     for name in (format, "jaxsae"):
         pretrained.save(model, tmp_path / name, format=name)
         again = pretrained.load(tmp_path / name)
@@ -74,7 +91,7 @@ def test_loaded_saved_and_loaded_again_it_is_the_same_to_the_bit(case, tmp_path)
 
 @per_case
 def test_saved_in_any_other_format_it_computes_the_same_or_is_refused(case, tmp_path):
-    model, io = pretrained.load(fixture(case)), recorded(case)
+    model, io = published(case), recorded(case)
     z, x_hat = run(model, io["x"])
     said = {}
     for format in WRITTEN:
@@ -258,6 +275,80 @@ def test_what_saelens_saves_and_nobody_can_compute_is_named(config, message, tmp
     assert "\n" not in str(caught.value)
 
 
+THRESHOLDS = np.linspace(0.1, 1, M).astype(np.float32)
+GATES = {name: np.ones(M, np.float32) for name in ("r_mag", "b_gate", "b_mag")}
+DROPPED = {  # of these, the configuration says another autoencoder than the arrays
+    "a threshold without an architecture": (plain(threshold=THRESHOLDS), {}, "holds threshold, which ReLU of saelens"),
+    "a threshold of ReLU": (plain(threshold=THRESHOLDS), {"architecture": "standard"}, "holds threshold"),
+    "a threshold of TopK": (plain(threshold=THRESHOLDS), {"architecture": "topk", "k": K}, "holds threshold"),
+    "two thresholds": (
+        plain(threshold=THRESHOLDS, log_threshold=THRESHOLDS),
+        {"architecture": "jumprelu"},
+        "holds log_threshold",
+    ),
+    "gates without an architecture": (plain(**GATES), {}, "holds b_gate, b_mag, r_mag"),
+    "a bias of a gated one": (plain(**GATES), {"architecture": "gated"}, "holds b_enc"),
+    "a skip connection": (plain() | {"W_skip": np.ones((D, D), np.float32)}, {}, "holds W_skip"),
+    "an encoder of a pursuit": (plain(), {"architecture": "matching_pursuit"}, "holds W_enc, b_enc"),
+    "k without an architecture": (plain(), {"k": K}, "has k, which the architecture 'standard' has not"),
+    "k of ReLU": (plain(), {"k": K, "architecture": "standard"}, "has k"),
+    "norms of ReLU": (plain(), {"rescale_acts_by_decoder_norm": True}, "has rescale_acts_by_decoder_norm"),
+    "norms of JumpReLU": (
+        plain(threshold=THRESHOLDS),
+        {"rescale_acts_by_decoder_norm": True, "architecture": "jumprelu"},
+        "has rescale_acts_by_decoder_norm",
+    ),
+    "a pursuit's threshold": (plain(), {"residual_threshold": 0.1}, "has residual_threshold"),
+    "top-k without k": (plain(), {"activation_fn_str": "topk"}, "k is None, expected a number"),
+    "top-k of JumpReLU": (
+        plain(threshold=THRESHOLDS),
+        {"activation_fn": "topk", "activation_fn_kwargs": {"k": K}, "architecture": "jumprelu"},
+        "its architecture is 'jumprelu', expected one of: standard, topk",
+    ),
+    "signed top-k": (plain(), {"activation_fn": "topk", "activation_fn_kwargs": {"k": K, "signed": True}}, "signed"),
+    "two values of k": (plain(), {"activation_fn": "topk", "activation_fn_kwargs": {"k": K}, "k": 2}, "says k 2"),
+    "options of ReLU": (plain(), {"activation_fn_kwargs": {"k": K}}, "activation_fn_kwargs is"),
+    "no scaling factor": (plain(), {"finetuning_scaling_factor": True}, "expected scaling_factor too"),
+    "a transcoder with a centre": (plain(), {"architecture": "transcoder"}, "apply_b_dec_to_input is true"),
+    "heads of another kind": (plain(), {"reshape_activations": "hook_q"}, "its reshape_activations is 'hook_q'"),
+    "another width": (plain(), {"d_in": D + 1}, "says d_in 7, but its weights 6"),
+    "another number of latents": (plain(), {"d_sae": 99}, "says d_sae 99, but its weights 12"),
+    "another output": (plain(), {"d_out": 5}, "says d_out 5, but its weights 6"),
+}
+
+
+@pytest.mark.parametrize("case", DROPPED)
+def test_what_a_saelens_file_says_twice_and_differently_is_refused(case, tmp_path):
+    tensors, config, message = DROPPED[case]
+    with pytest.raises(InputError, match=message) as caught:
+        saelens(tmp_path / "sae", tensors, **config)
+    assert str(caught.value).startswith(str(tmp_path / "sae"))
+    assert "\n" not in str(caught.value)
+
+
+def test_what_changes_nothing_is_no_reason_to_refuse(tmp_path):
+    none = {"k": None, "rescale_acts_by_decoder_norm": False, "activation_fn_kwargs": {}, "reshape_activations": None}
+    more = {"hook_layer": 8, "prepend_bos": True, "model_from_pretrained_kwargs": {}, "reshape_activations": "hook_z"}
+    for number, config in enumerate((none, more, {"d_sae": float(M)})):
+        assert_computes(saelens(tmp_path / f"{number}", plain(), **config), X, relu(pre(X, W)))
+
+
+@pytest.mark.parametrize("kind", ["topk", "abstopk"])
+def test_top_k_by_pre_activations_times_norms(kind, tmp_path):
+    model = saelens(tmp_path / "a", plain(), architecture=kind, k=K, rescale_acts_by_decoder_norm=True)
+    norms = np.linalg.norm(W["W_dec"], axis=1)
+    scaled = pre(X, W) * norms
+    z = top_k(relu(scaled), K) if kind == "topk" else np.where(top_k(np.abs(scaled), K) > 0, scaled, 0)
+    assert_computes(model, X, z, (z / norms) @ W["W_dec"] + W["b_dec"])
+
+
+def test_an_entry_that_is_there_twice_is_refused(tmp_path):
+    folder = write(tmp_path / "sae", "sae_weights.safetensors", plain(), {"d_in": D})
+    (folder / "cfg.json").write_text('{"d_in": 6, "architecture": "standard", "architecture": "topk"}')
+    with pytest.raises(InputError, match="it has 'architecture' twice"):
+        pretrained.load(folder)
+
+
 # --- Gemma Scope
 
 THRESHOLD = np.linspace(0.1, 1, M).astype(np.float32)
@@ -309,6 +400,27 @@ def test_gemma_scope_2(tmp_path):
         pretrained.load(write(tmp_path / "clt", "params.safetensors", several, config, "config.json"))
 
 
+def test_gemma_scope_files_that_say_more_than_is_used(tmp_path):
+    both = plain(threshold=THRESHOLD) | {"w_dec": W["W_dec"]}
+    np.savez(tmp_path / "both.npz", **both)
+    with pytest.raises(InputError, match="holds W_dec and w_dec"):
+        pretrained.load(tmp_path / "both.npz")
+    np.savez(tmp_path / "more.npz", **plain(threshold=THRESHOLD, scaling_factor=THRESHOLD))
+    with pytest.raises(InputError, match="holds scaling_factor, which JumpReLU of gemma_scope has not"):
+        pretrained.load(tmp_path / "more.npz")
+    tensors = {name.lower(): array for name, array in plain(threshold=THRESHOLD).items()}
+    for number, (more, config, message) in enumerate(
+        [
+            ({}, {"affine_connection": True}, "expected affine_skip_connection too"),
+            ({"affine_skip_connection": np.eye(D, dtype="f4")}, {"affine_connection": False}, "affine_skip_connection"),
+            ({}, {"width": 16_384}, "says width 16384, but its weights 12"),
+            ({}, {"architecture": "topk"}, "its architecture is 'topk'"),
+        ]
+    ):
+        with pytest.raises(InputError, match=message):
+            pretrained.load(write(tmp_path / f"{number}", "params.safetensors", tensors | more, config, "config.json"))
+
+
 # --- sparsify
 
 
@@ -355,6 +467,17 @@ def test_sparsify_groups_skip_and_bfloat16(tmp_path):
         sparsify(tmp_path / "c", signed=True)
     with pytest.raises(InputError, match="k is 5, which does not fit 12 latents"):
         sparsify(tmp_path / "d", activation="groupmax", k=5)
+
+
+def test_a_skip_connection_is_there_if_the_configuration_says_so(tmp_path):
+    layer = {"encoder.weight": W["W_enc"].T, "encoder.bias": W["b_enc"]} | plain(("W_dec", "b_dec"))
+    skip = layer | {"W_skip": np.ones((D, D), np.float32)}
+    assert sparsify(tmp_path / "a", skip, skip_connection=True).W_skip is not None
+    assert sparsify(tmp_path / "b", skip).W_skip is not None
+    with pytest.raises(InputError, match="expected W_skip too"):
+        sparsify(tmp_path / "c", layer, skip_connection=True)
+    with pytest.raises(InputError, match="holds W_skip, which TopK of sparsify has not"):
+        sparsify(tmp_path / "d", skip, skip_connection=False)
 
 
 # --- dictionary_learning
@@ -418,6 +541,66 @@ def test_a_back_up_is_told_from_a_state_dict(tmp_path):
     assert_computes(plainly, X / 2, z)
 
 
+NUMBERS = {"k": np.array(K, np.int32), "threshold": np.array(0.5, np.float32)}
+
+
+def test_what_is_either_topk_or_batch_topk_must_be_told(tmp_path):
+    (tmp_path / "sae").mkdir()
+    torch_pickle.write(tmp_path / "sae" / "ae.pt", LAYERS | NUMBERS | {"b_dec": W["b_dec"]})
+    assert pretrained.detect(tmp_path / "sae") == "dictionary_learning"
+    with pytest.raises(InputError, match="may be an AutoEncoderTopK or a BatchTopKSAE") as caught:
+        pretrained.load(tmp_path / "sae")
+    linear = pre(X, W)
+    kinds = {"topk": top_k(relu(linear), K), "batch_topk": np.where(linear > 0.5, relu(linear), 0)}
+    for kind, z in kinds.items():
+        name = f"dictionary_learning_{kind}"
+        assert name in str(caught.value)
+        assert_computes(pretrained.load(tmp_path / "sae", format=name), X, z)
+        with pytest.raises(InputError, match=f"{name} is read, not written"):
+            pretrained.save(sae(), tmp_path / "new", format=name)
+    (tmp_path / "sae" / "config.json").write_text('{"trainer": {"dict_class": "BatchTopKSAE"}}')
+    assert_computes(pretrained.load(tmp_path / "sae"), X, kinds["batch_topk"])
+
+
+CONTRADICTED = {
+    "a class that is unknown": ({"bias": W["b_dec"]}, {"dict_class": "CrossCoder"}, "dict_class is 'CrossCoder'"),
+    "another class": ({"bias": W["b_dec"]}, {"dict_class": "AutoEncoderTopK"}, "dict_class is 'AutoEncoderTopK'"),
+    "another k": (
+        NUMBERS | {"b_dec": W["b_dec"]},
+        {"dict_class": "BatchTopKSAE", "k": 2},
+        "says k 2, but its weights 3",
+    ),
+    "another width": ({"bias": W["b_dec"]}, {"activation_dim": 7}, "says activation_dim 7"),
+    "another size": ({"bias": W["b_dec"]}, {"dict_size": 7}, "says dict_size 7"),
+    "two biases": ({"bias": W["b_dec"], "decoder.bias": W["b_dec"]}, {}, "holds bias, which ReLU"),
+    "a threshold": ({"bias": W["b_dec"], "threshold": NUMBERS["threshold"]}, {}, "holds threshold, which ReLU"),
+    "what is no array": ({"bias": W["b_dec"], "apply_b_dec_to_input": True}, {}, "holds apply_b_dec_to_input"),
+}
+
+
+@pytest.mark.parametrize("case", CONTRADICTED)
+def test_what_a_dictionary_learning_file_says_twice_and_differently_is_refused(case, tmp_path):
+    state, trainer, message = CONTRADICTED[case]
+    (tmp_path / "sae").mkdir()
+    torch_pickle.write(tmp_path / "sae" / "ae.pt", LAYERS | state)
+    (tmp_path / "sae" / "config.json").write_text(json.dumps({"trainer": trainer}))
+    with pytest.raises(InputError, match=message):
+        pretrained.load(tmp_path / "sae")
+
+
+def test_raw_weights_with_more_than_is_used(tmp_path):
+    numbers = NUMBERS | {"group_sizes": np.array([4, 9])}
+    with pytest.raises(InputError, match="group_sizes do not add up to 12 latents"):
+        dictionary_learning(tmp_path / "a", plain() | numbers)
+    with pytest.raises(InputError, match="holds k, which JumpReLU"):
+        dictionary_learning(tmp_path / "b", plain() | NUMBERS)
+    # The trainer of both writes one name for both; a factor in the configuration is in the weights already.
+    (tmp_path / "c").mkdir()
+    torch_pickle.write(tmp_path / "c" / "ae.pt", LAYERS | {"decoder.bias": W["b_dec"]})
+    (tmp_path / "c" / "config.json").write_text('{"trainer": {"dict_class": "AutoEncoder", "norm_factor": 2.0}}')
+    assert_computes(pretrained.load(tmp_path / "c"), X, relu(pre(X, W, centred=False)))
+
+
 # --- OpenAI
 
 
@@ -443,6 +626,15 @@ def test_openai_normalises_rows_exactly_for_topk(tmp_path):
         openai(tmp_path / "d.pt", activation="TopK", activation_state_dict={"k": K, "postact_fn": "Identity"})
     with pytest.raises(InputError, match="its activation is 'Softmax'"):
         openai(tmp_path / "e.pt", activation="Softmax")
+
+
+def test_openai_files_that_say_more_than_is_used(tmp_path):
+    with pytest.raises(InputError, match="holds k, postact_fn, which ReLU of openai has not; name its activation"):
+        openai(tmp_path / "a.pt", activation_state_dict={"k": K, "postact_fn": "ReLU"})
+    with pytest.raises(InputError, match="holds tied, which ReLU of openai has not"):
+        openai(tmp_path / "b.pt", activation="ReLU", tied=True)
+    with pytest.raises(InputError, match=r"holds decoder\.bias, which ReLU of openai has not"):
+        openai(tmp_path / "c.pt", **{"decoder.bias": W["b_dec"]})
 
 
 # --- Llama Scope
@@ -478,7 +670,70 @@ def test_llama_scope_has_two_scales_and_a_threshold_for_rows_as_they_are(tmp_pat
         llama_scope(tmp_path / "e", dataset_average_activation_norm={"in": 0})
 
 
+def test_llama_scope_files_that_say_more_than_is_used(tmp_path):
+    for number, (config, message) in enumerate(
+        [
+            ({"use_decoder_bias": False}, "holds decoder.bias, which JumpReLU of llama_scope has not"),
+            ({"use_glu_encoder": True}, "its use_glu_encoder is True"),
+            ({"sae_type": "crosscoder"}, "its sae_type is 'crosscoder'"),
+            ({"apply_decoder_bias_to_pre_encoder": True}, "apply_decoder_bias_to_pre_encoder is true of a transcoder"),
+            (
+                {"dataset_average_activation_norm": None},
+                "has no dataset_average_activation_norm, on which its threshold",
+            ),
+            ({"act_fn": "topk", "top_k": K, "sparsity_include_decoder_norm": True}, "atoms have other norms than 1"),
+            ({"d_sae": None, "expansion_factor": 8}, "says d_sae 48, but its weights 12"),
+            ({"d_model": 4096}, "says d_model 4096, but its weights 6"),
+            ({"norm_activation": "batch-wise"}, "its norm_activation is 'batch-wise'"),
+        ]
+    ):
+        with pytest.raises(InputError, match=message):
+            llama_scope(tmp_path / f"{number}", **config)
+
+
+def test_llama_scopes_learned_thresholds_are_for_pre_activations_times_norms(tmp_path):
+    llama_scope(tmp_path / "a", norm_activation="inference", sparsity_include_decoder_norm=True, hook_point_out="a")
+    log = {"log_jumprelu_threshold": np.log(THRESHOLD)}
+    write(tmp_path / "a" / "checkpoints", "final.safetensors", {**LAYERS, "decoder.bias": W["b_dec"], **log})
+    linear = pre(X, W, centred=False)
+    z = np.where(linear * np.linalg.norm(W["W_dec"], axis=1) > THRESHOLD, relu(linear), 0)
+    assert_computes(pretrained.load(tmp_path / "a"), X, z, z @ W["W_dec"] + W["b_dec"])
+
+
 # --- any format
+
+
+def test_a_directory_of_two_formats_must_be_told(tmp_path):
+    pretrained.save(sae(), tmp_path / "sae")
+    pretrained.save(sae(2, activation=jaxsae.ReLU()), tmp_path / "third", format="dictionary_learning")
+    for file in (tmp_path / "third").iterdir():
+        (tmp_path / "sae" / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(InputError, match=r"holds SAEs of several formats \(jaxsae, dictionary_learning\); pass format"):
+        pretrained.load(tmp_path / "sae")
+    assert_same_bits(pretrained.load(tmp_path / "sae", format="jaxsae"), sae())
+    assert_same_bits(pretrained.load(tmp_path / "sae", format="dictionary_learning"), sae(2, activation=jaxsae.ReLU()))
+
+
+def test_what_is_no_sae_is_refused_in_one_line(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="the directory is empty; expected a saved SAE"):
+        pretrained.load(tmp_path / "empty")
+    code = {"indices": np.zeros((4, 2), np.int32), "values": np.ones((4, 2), np.float32)}
+    np.savez(tmp_path / "codes.npz", **code)
+    np.save(tmp_path / "x.npy", X)
+    write(tmp_path / "rows", "x.safetensors", {"x": X})
+    (tmp_path / "notes.txt").write_text("mine")
+    for name in ("codes.npz", "x.npy", "rows", "rows/x.safetensors", "notes.txt"):
+        with pytest.raises(InputError, match="not an SAE of a known format; expected one of: jaxsae") as caught:
+            pretrained.load(tmp_path / name)
+        assert str(caught.value).startswith(str(tmp_path / name))
+
+
+def test_float64_is_asked_for_where_it_can_be_had(tmp_path, x64):
+    pretrained.save(sae(), tmp_path / "sae")
+    assert pretrained.load(tmp_path / "sae", dtype="float64").W_dec.dtype == np.float64
+    with jax.enable_x64(False), pytest.raises(InputError, match="got dtype 'float64', which jax computes with"):
+        pretrained.load(tmp_path / "sae", dtype="float64")
 
 
 def test_a_format_is_told_by_contents_and_not_by_names(tmp_path):
@@ -493,7 +748,7 @@ def test_a_format_is_told_by_contents_and_not_by_names(tmp_path):
                 if (config := fixture(case) / "cfg.json").is_file():
                     (folder / "cfg.json").write_bytes(config.read_bytes())
                 assert pretrained.detect(folder) == pretrained.detect(target) == case.split("/")[0]
-                assert_same_bits(pretrained.load(target), pretrained.load(fixture(case)))
+                assert_same_bits(pretrained.load(target, format=NAMED.get(case)), published(case))
     # The name of one format, the contents of another.
     (tmp_path / "x").mkdir()
     np.savez(tmp_path / "x" / "params.npz", x=X)

@@ -82,14 +82,6 @@ def test_what_is_not_utf_8_is_counted(tmp_path, tokenizer):
     assert (text.replaced, text.empty) == (2, 1)
 
 
-def test_a_long_text_is_cut_after_line_breaks(monkeypatch, tmp_path, tokenizer):
-    content = b"one two\nthree\n" * 20 + b"x" * 100
-    whole = harvest.pack(write(tmp_path, content), tokenizer, context=4).contexts
-    monkeypatch.setattr(harvest, "_PIECE", 32)
-    assert max(map(len, harvest._pieces(content.decode()))) <= 32
-    np.testing.assert_array_equal(harvest.pack(write(tmp_path, content), tokenizer, context=4).contexts, whole)
-
-
 def test_the_standard_library_is_there_and_in_one_order():
     files = harvest.standard_library()
     assert len(files) > 100

@@ -1,10 +1,14 @@
 """Pictures: patches and their sums against numpy, masked pursuit against least squares, and files that are none."""
 
+import io
+import struct
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.interpolate
+from PIL import Image, ImageCms, ImageOps
 from problems import f64
 
 from jaxsae import images, ksvd, pursuit
@@ -34,6 +38,11 @@ def test_psnr():
     error = np.random.default_rng(1).normal(0, 5, clean.shape)
     assert images.psnr(clean + error, clean) == pytest.approx(-20 * np.log10(np.sqrt(np.mean(error**2)) / 255))
     assert images.psnr(np.full((2, 2), 300.0), np.full((2, 2), 255.0)) == np.inf  # levels end at 255
+    unit = images.psnr((clean + error) / 255, clean / 255, data_range=1.0)
+    assert unit == pytest.approx(images.psnr(clean + error, clean))
+    for wrong in (0.0, -1.0, np.nan, np.inf):
+        with pytest.raises(ValueError, match="data_range"):
+            images.psnr(clean, clean, data_range=wrong)
     with pytest.raises(ValueError, match="pass pictures of one shape"):
         images.psnr(clean, clean[:1])
 
@@ -70,7 +79,9 @@ def test_the_rotation_of_colours_keeps_noise_white_and_is_undone():
     rotation = images._rotation(3)
     np.testing.assert_allclose(rotation.T @ rotation, np.eye(3), atol=1e-6)
     picture = chequered(3)
-    np.testing.assert_allclose(images._from_planes(images._planes(picture, 8), picture), picture, atol=1e-3)
+    np.testing.assert_allclose(
+        images._from_planes(images._planes(picture.astype(np.float32)), picture), picture, atol=1e-3
+    )
 
 
 def test_the_cosines_have_norm_1_and_all_but_the_first_mean_0():
@@ -177,6 +188,36 @@ def test_pixels_of_which_nothing_is_known_become_the_mean():
     np.testing.assert_allclose(filled, 90, atol=0.1)
 
 
+UNITS = [(1 / 255, 0.0), (2.0**-90, 0.0), (257e12, -3e16)]
+
+
+@pytest.mark.parametrize(("size", "black"), UNITS)
+def test_a_picture_in_any_units_is_denoised_alike(size, black):
+    """Whatever the units: `denoise(a·x + b, a·σ) = a·denoise(x, σ) + b`."""
+    picture = noisy(chequered())
+    expected, D = images.denoise(picture, 25.0, **SMALL)
+    found, same_D = images.denoise(size * picture + black, size * 25.0, **SMALL)
+    np.testing.assert_allclose((f64(found) - black) / size, expected, atol=0.05)
+    np.testing.assert_allclose(same_D, D, atol=1e-3)
+
+
+@pytest.mark.parametrize(("size", "black"), UNITS)
+def test_a_picture_in_any_units_is_filled_in_alike(size, black):
+    missing = np.random.default_rng(1).random((32, 40)) < 0.4
+    expected, _ = images.inpaint(chequered(), missing, **SMALL)
+    found, _ = images.inpaint(size * chequered() + black, missing, **SMALL)
+    np.testing.assert_allclose((f64(found) - black) / size, expected, atol=0.05)
+    np.testing.assert_array_equal(found[~missing], np.float32(size * chequered() + black)[~missing])
+
+
+def test_a_hot_pixel_leaves_the_others_their_digits():
+    picture = noisy(chequered())
+    expected, _ = images.denoise(picture, 25.0, **SMALL)
+    picture[31, 39] = 1e9
+    found, _ = images.denoise(picture, 25.0, **SMALL)
+    assert mse(found[:20, :20], chequered()[:20, :20]) < 2 * mse(expected[:20, :20], chequered()[:20, :20])
+
+
 BAD = [
     (lambda: images.denoise(np.zeros((7, 40)), 25.0), "at least 8 × 8"),
     (lambda: images.denoise(np.zeros(40), 25.0), "at least 8 × 8"),
@@ -185,6 +226,19 @@ BAD = [
     (lambda: images.denoise(chequered(), float("nan")), "above 0"),
     (lambda: images.inpaint(chequered(), np.zeros((3, 3), bool)), "height and width"),
     (lambda: images.inpaint(chequered(), np.ones((32, 40), bool)), "every pixel is missing"),
+    (lambda: images.inpaint(chequered(), np.full((32, 40), 255, np.uint8)), "other than 0 and 1"),
+    (lambda: images.inpaint(chequered(), np.full((32, 40), np.nan)), "other than 0 and 1"),
+    (lambda: images.inpaint(chequered(), chequered() > 99, sigma=-1.0), "0 or more"),
+    (lambda: images.inpaint(chequered(), chequered() > 99, sigma=np.nan), "0 or more"),
+    (lambda: images.inpaint(np.zeros((9, 9, 3, 1)), np.zeros((9, 9))), "at least 8 × 8"),
+    (lambda: images.inpaint(np.where(chequered() > 99, np.nan, 1), np.zeros((32, 40))), "NaN or Inf"),
+    (lambda: images.denoise(chequered(), np.inf), "above 0"),
+    (lambda: images.denoise(chequered(), -25.0), "above 0"),
+    (lambda: images.denoise(1j * chequered(), 25.0), "real numbers"),
+    (lambda: images.write("x.png", chequered() / 255), r"in \[0, 1\]"),
+    (lambda: images.write("x.png", np.full((8, 8), np.nan)), "NaN or Inf"),
+    (lambda: images.write("x.png", np.full((8, 8), 65535, np.uint16)), "uint16 from 65535"),
+    (lambda: images.write("x.png", np.zeros((8, 8, 4))), r"shape \(8, 8, 4\)"),
 ]
 
 
@@ -205,13 +259,172 @@ def test_a_picture_survives_a_file(channels, tmp_path):
 
 
 def test_transparency_is_dropped_and_deep_pictures_are_refused(tmp_path):
-    from PIL import Image
-
     Image.new("LA", (9, 8), (100, 10)).save(tmp_path / "grey.png")
     assert images.read(tmp_path / "grey.png").shape == (8, 9)
     Image.new("I;16", (9, 8)).save(tmp_path / "deep.png")
     with pytest.raises(InputError, match="8 bits a channel"):
         images.read(tmp_path / "deep.png")
+
+
+def turned(folder, suffix, orientation):
+    """A picture that is to be turned, and what is seen when it is."""
+    levels = np.zeros((16, 24), np.uint8)
+    levels[:8, :16] = 200
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(levels).save(folder / f"in{suffix}", exif=exif)
+    seen = ImageOps.exif_transpose(Image.open(folder / f"in{suffix}"))
+    return folder / f"in{suffix}", np.asarray(seen.convert("L"), np.float32)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif", ".webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_is_read_and_written_as_it_is_seen(orientation, suffix, tmp_path):
+    path, seen = turned(tmp_path, suffix, orientation)
+    read = images.read(path)
+    np.testing.assert_allclose(read if read.ndim == 2 else read[..., 0], seen, atol=8)
+    images.write(tmp_path / "out.png", read)
+    out = ImageOps.exif_transpose(Image.open(tmp_path / "out.png"))
+    np.testing.assert_allclose(np.asarray(out.convert("L")), seen, atol=8)
+
+
+def png(depth, kind, channels):
+    """A PNG of `depth` bits a channel, of any kind, which Pillow does not write."""
+    import zlib
+
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    lines = b"".join(b"\0" + bytes(8 * channels * depth // 8) for _ in range(8))
+    head = struct.pack(">IIBBBBB", 8, 8, depth, kind, 0, 0, 0)
+    parts = chunk(b"IHDR", head), chunk(b"IDAT", zlib.compress(lines)), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def tiff(bits, channels, sample=1):
+    """An uncompressed TIFF of 8 × 8 zeros."""
+    fields = [
+        (256, 3, 1, 8),
+        (257, 3, 1, 8),
+        (259, 3, 1, 1),
+        (262, 3, 1, 2 if channels > 1 else 1),
+        (277, 3, 1, channels),
+    ]
+    fields += [(278, 3, 1, 8), (279, 4, 1, 8 * channels * bits), (339, 3, 1, sample)]
+    end = 8 + 2 + 12 * (len(fields) + 2) + 4
+    fields += [(258, 3, channels, end if channels > 2 else bits), (273, 4, 1, end + 8)]
+    entries = b"".join(struct.pack("<HHII", *field) for field in sorted(fields))
+    head = struct.pack("<2sHI", b"II", 42, 8) + struct.pack("<H", len(fields)) + entries + bytes(4)
+    return head + struct.pack("<4H", bits, bits, bits, 0) + bytes(8 * 8 * channels * bits // 8)
+
+
+def saved(kind, mode, **options):
+    buffer = io.BytesIO()
+    Image.new(mode, (9, 8)).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+UNREAD = {
+    "16-bit colours": (png(16, 2, 3), "8 bits a channel"),
+    "16-bit grey": (png(16, 0, 1), "8 bits a channel"),
+    "16-bit grey and transparency": (png(16, 4, 2), "8 bits a channel"),
+    "16-bit colours and transparency": (png(16, 6, 4), "8 bits a channel"),
+    "16-bit TIFF": (tiff(16, 3), "8 bits a channel"),
+    "16-bit grey TIFF": (tiff(16, 1), "8 bits a channel"),
+    "floats": (tiff(32, 1, sample=3), "8 bits a channel"),
+    "16-bit PPM": (b"P6 8 8 65535\n" + bytes(8 * 8 * 6), "8 bits a channel"),
+    "10-bit PPM": (b"P6 8 8 1023\n" + bytes(8 * 8 * 6), "8 bits a channel"),
+    "10-bit PGM": (b"P5 8 8 1023\n" + bytes(8 * 8 * 2), "8 bits a channel"),
+    "CMYK": (saved("JPEG", "CMYK"), "mode CMYK; expected grey or RGB"),
+    "Lab": (saved("TIFF", "LAB"), "mode LAB; expected grey or RGB"),
+    "pages": (saved("TIFF", "L", save_all=True, append_images=[Image.new("L", (9, 8))]), "holds 2 pictures"),
+    "frames": (
+        saved("GIF", "L", save_all=True, append_images=[Image.new("L", (9, 8), 255)]),
+        "holds 2 pictures",
+    ),
+    "JPEG 2000, of unknown bits": (saved("JPEG2000", "RGB"), "cannot be read as a picture"),
+    "an icon": (saved("ICO", "RGB"), "cannot be read as a picture"),
+}
+
+
+@pytest.mark.parametrize("case", UNREAD)
+def test_what_levels_cannot_be_read_from_is_refused(case, tmp_path):
+    content, message = UNREAD[case]
+    (tmp_path / "in").write_bytes(content)
+    with pytest.raises(InputError, match=message) as caught:
+        images.read(tmp_path / "in")
+    assert "\n" not in str(caught.value)
+
+
+READ = {
+    "8-bit colours": (png(8, 2, 3), (8, 8, 3)),
+    "8-bit TIFF": (tiff(8, 3), (8, 8, 3)),
+    "4-bit PPM": (b"P6 8 8 15\n" + b"\x0f" * 8 * 8 * 3, (8, 8, 3)),
+    "a palette": (saved("PNG", "P"), (8, 9, 3)),
+    "black and white": (saved("PNG", "1"), (8, 9)),
+    "5 and 6 bits": (saved("BMP", "RGB"), (8, 9, 3)),
+    "a still": (saved("GIF", "RGB"), (8, 9, 3)),
+    "previews": (saved("MPO", "RGB", save_all=True, append_images=[Image.new("RGB", (9, 8))]), (8, 9, 3)),
+}
+
+
+@pytest.mark.parametrize("case", READ)
+def test_what_levels_can_be_read_from(case, tmp_path):
+    content, shape = READ[case]
+    (tmp_path / "in").write_bytes(content)
+    levels = images.read(tmp_path / "in")
+    assert levels.shape == shape
+    assert set(np.unique(levels)) <= {0.0, 255.0}
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_damaged_picture_is_one_error(seed, tmp_path):
+    generator = np.random.default_rng(seed)
+    content = [png(8, 2, 3), tiff(8, 3), saved("JPEG", "RGB"), saved("WEBP", "RGB"), saved("GIF", "P"), b"P6 8 8 255\n"]
+    damaged = np.frombuffer(content[seed % 6], np.uint8).copy()
+    damaged[generator.integers(4, len(damaged), 6)] = generator.integers(0, 256, 6)
+    (tmp_path / "in").write_bytes(damaged.tobytes())
+    try:
+        images.read(tmp_path / "in")
+    except InputError as error:
+        assert "\n" not in str(error)
+
+
+def test_the_colour_profile_is_kept(tmp_path):
+    content = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for suffix in (".png", ".jpg", ".tif", ".webp"):
+        images.write(tmp_path / f"a{suffix}", chequered(3), profile=content)
+        assert images.profile(tmp_path / f"a{suffix}") == content
+    with pytest.raises(InputError, match="cannot hold the colour profile"):
+        images.check_suffix(tmp_path / "a.bmp", profile=content)
+
+
+UNWRITTEN = ["psd", "fits", "cur", "h5", "grib", "wmf", "txt", "", "gif", "ico", "pdf", "eps"]
+
+
+@pytest.mark.parametrize("suffix", UNWRITTEN)
+def test_a_format_that_is_not_written_is_refused_before_the_work(suffix, tmp_path, capsys):
+    images.write(tmp_path / "in.png", chequered())
+    for option in ("--out", "--dictionary"):
+        files = {"--out": tmp_path / "out.png", "--dictionary": tmp_path / "d.png"} | {option: tmp_path / f"x.{suffix}"}
+        options = [str(part) for pair in files.items() for part in pair]
+        assert main(["denoise", str(tmp_path / "in.png"), "--sigma", "25", *options]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "a suffix that Pillow does not know" in line
+
+
+def test_what_a_format_cannot_hold_is_refused_before_the_work(tmp_path):
+    images.check_suffix(tmp_path / "a.jpg", None, tmp_path / "b.TIFF", shape=(8, 9, 3))
+    (tmp_path / "folder.png").mkdir()
+    for bad, shape, message in (
+        ("a.webp", (1, 20_000), "WEBP cannot hold a picture"),
+        ("a.jpg", (70_000, 1), "JPEG cannot hold a picture"),
+        ("folder.png", (8, 9), "is a directory"),
+    ):
+        with pytest.raises(InputError, match=message):
+            images.check_suffix(tmp_path / bad, shape=shape)
+    with pytest.raises(InputError, match="for two pictures"):
+        images.check_suffix("a.png", "a.png")
 
 
 def not_a_picture(folder):

@@ -1,13 +1,23 @@
 """A training that is interrupted, in processes of its own, and one that meets rows that are not finite."""
 
+import dataclasses
 import json
+import re
 import signal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from problems import sae
 
+import jaxsae
 from benchmarks.jobs import Job
+from jaxsae import checkpoint, data, job, runs
+from jaxsae import train as training
 from jaxsae.cli import main
+from jaxsae.files import owned
 
 
 def test_a_run_that_is_interrupted_in_every_way_ends_like_one_left_alone(tmp_path):
@@ -47,6 +57,7 @@ def rows():
 
 
 def train(tmp_path, rows, *more, steps=60):
+    tmp_path.mkdir(exist_ok=True)
     np.save(tmp_path / "x.npy", rows)
     options = ["--data", tmp_path / "x.npy", "--out", tmp_path / "run", "--activation", "topk", "--k", 4]
     options += ["--latents", 32, "--batch", 64, "--heldout", 100, "--steps", steps, *more]
@@ -68,8 +79,6 @@ def test_rows_that_are_not_finite_are_named_and_the_steps_made_up_for(rows, tmp_
 
 
 def test_a_training_goes_back_when_too_many_batches_fail_and_then_on(rows, tmp_path, capsys, monkeypatch):
-    from jaxsae import job
-
     real = job.run
     spoilt = range(20, 31)
 
@@ -105,9 +114,11 @@ def test_a_run_of_other_options_is_not_gone_on_with(rows, tmp_path, capsys):
     assert train(tmp_path, rows, "--resume", steps=20) == 0
     assert (tmp_path / "run/sae/sae.safetensors").read_bytes() == before
     capsys.readouterr()
-    assert train(tmp_path, rows, steps=30) == 2
+    assert train(tmp_path, rows, steps=10) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "run: holds another run (got steps 30, expected 20); choose another --out, or remove it." in line
+    assert "run: holds another run (got steps 10, expected 20 or more); choose another --out, or remove it." in line
+    assert train(tmp_path, rows, "--seed", 1, steps=20) == 2
+    assert "got seed 1, expected 0" in capsys.readouterr().err
     assert train(tmp_path, rows[:-1], steps=20) == 2
     assert "got data [499, 16], expected [500, 16]" in capsys.readouterr().err
 
@@ -121,3 +132,194 @@ def test_several_files_are_mixed_and_their_last_rows_held_out(rows, tmp_path, ca
     assert report(tmp_path)["data"]["rows"] == 700
     assert main(["train", *map(str, [*options[:5], *options[6:]])]) == 2
     assert "got 1 weights for 2 files; pass one for each." in capsys.readouterr().err
+
+
+# --- what goes on between one save and the next
+
+
+@pytest.fixture
+def loop(tmp_path):
+    """`job.run` with a step that learns nothing; a batch is its number, those of `bad` are skipped."""
+    model, tx = sae(), optax.sgd(0.0)
+    batches = data.batches(np.ones((64, 16), np.float32), 16, seed=0)
+    said, logged, seen, resumed = [], [], [], []
+
+    def step(state, number):
+        seen.append(number)
+        if number in loop.bad:
+            state = dataclasses.replace(state, skipped=state.skipped + 1, skipped_last=state.skipped_last + 1)
+        else:
+            state = dataclasses.replace(state, step=state.step + 1, skipped_last=jnp.zeros((), int))
+        return loop.spoil(number, state), {"number": number}
+
+    def tell(step, metrics):
+        logged.append((step, metrics["number"]))
+        assert len(seen) - seen.index(metrics["number"]) <= training.PATIENCE
+        return {"nmse": float(step)}
+
+    def loop(steps, save_every=60.0):
+        options = {"steps": steps, "save_every": save_every, "put": lambda x: batches.position - 1, "tell": tell}
+        options |= {"warn": said.append, "resumed": lambda step, progress: resumed.append((step, progress.lengthened))}
+        with checkpoint.Checkpoints(tmp_path, config={}) as checkpoints:
+            return job.run(step, lambda: training.init_state(model, tx), batches, checkpoints, **options)
+
+    loop.bad, loop.spoil, loop.folder = (), lambda number, state: state, tmp_path
+    loop.said, loop.logged, loop.seen, loop.resumed, loop.model, loop.tx = said, logged, seen, resumed, model, tx
+    return loop
+
+
+def saved(loop):
+    like = training.init_state(loop.model, loop.tx)
+    return checkpoint.Checkpoints(loop.folder, config={}).restore(like)
+
+
+@pytest.mark.parametrize("bad", [(), (0,), (3, 4, 9), range(5, 14), (24, 25, 26), range(0, 50, 2)])
+def test_each_step_is_logged_once_by_its_own_number(bad, loop):
+    loop.bad = bad
+    state, progress = loop(25)
+    assert [step for step, _ in loop.logged] == list(range(1, 26))
+    good = [number for number in range(progress.position) if number not in bad]
+    assert [number for _, number in loop.logged] == good
+    assert progress.bad == tuple(number for number in bad if number < progress.position)
+    assert (int(state.step), progress.told, loop.said) == (25, {"nmse": 25.0}, [])
+
+
+def test_ten_in_a_row_are_ten(loop):
+    loop.bad = range(20, 29)
+    assert loop(25)[1].rollbacks == 0
+    loop.bad = range(40, 50)
+    _, progress = loop(45)
+    assert (progress.rollbacks, progress.bad) == (1, (*range(20, 29), *range(40, 50)))
+    assert loop.said == ["the loss of 10 batches in a row was not finite: going back to step 25."]
+    assert [step for step, _ in loop.logged] == list(range(1, 46))  # those that are taken again are not logged again
+    assert progress.position == 25 + 9 + 6 + 10 + 20  # the first run, up to the tenth of the bad, and from step 25 on
+
+
+def test_ten_at_the_very_end_are_seen_and_a_training_is_given_up(loop):
+    loop.bad = range(24, 1000)
+    with pytest.raises(job.GivenUp, match="training diverged: the loss of 10 batches in a row was not finite, after 3"):
+        loop(25)
+    assert loop.seen[-1] == 23 + 4 * 10
+    assert [step for step, _ in loop.logged] == list(range(1, 25))
+
+
+def spoiler(numbers, value, field="W_dec"):
+    def spoil(number, state):
+        if number not in numbers:
+            return state
+        part = state.sae.replace(**{field: getattr(state.sae, field).at[0].set(value)})
+        return dataclasses.replace(state, sae=part)
+
+    return spoil
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("save_every", [0.0, 60.0])
+def test_a_state_that_is_not_finite_is_not_saved(save_every, value, loop):
+    loop.spoil = spoiler({7}, value)
+    state, progress = loop(12, save_every)
+    assert (progress.rollbacks, int(state.step)) == (1, 12)
+    assert loop.said == [f"a number of the state was not finite: going back to step {0 if save_every else 7}."]
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((state, saved(loop).state)))
+
+
+def test_a_state_that_is_never_finite_is_given_up_and_the_last_good_one_is_kept(loop):
+    loop.spoil = spoiler(range(9, 1000), np.nan)
+    with pytest.raises(job.GivenUp, match="training diverged: a number of the state was not finite, after 3") as caught:
+        loop(12, save_every=0.0)
+    assert int(caught.value.state.step) == saved(loop).step == 9
+    assert np.isfinite(caught.value.state.sae.W_dec).all()
+
+
+def test_an_infinite_threshold_is_a_number(loop):
+    loop.model = sae(activation=jaxsae.JumpReLU(jnp.full(32, 0.1).at[3].set(jnp.inf)))
+    state = training.init_state(loop.model, optax.adam(1.0))
+    assert not job._infinite(state).any()
+    averaged = training.init_state(loop.model, training.average(optax.sgd(0.0), decay=0.9))
+    assert not job._infinite(jax.tree.map(lambda x: x, averaged)).any()
+    assert job._infinite(
+        dataclasses.replace(state, opt_state=jax.tree.map(lambda x: x * jnp.inf, state.opt_state))
+    ).any()
+    assert job._infinite(spoiler({0}, np.nan, "b_enc")(0, state)).any()
+    threshold = state.sae.activation.replace(threshold=jnp.full(32, jnp.nan))
+    assert job._infinite(dataclasses.replace(state, sae=state.sae.replace(activation=threshold))).any()
+
+
+def test_a_training_says_where_it_resumes_and_may_be_made_longer(loop):
+    loop.bad = (2,)
+    loop(12)
+    loop(12)
+    loop(20)
+    loop(20)
+    loop(30)
+    longer = (12, 12, 20), (20, 20, 30)
+    assert loop.resumed == [(12, ()), (12, longer[:1]), (20, longer[:1]), (20, longer)]
+    assert [step for step, _ in loop.logged] == list(range(1, 31))
+    assert [number for _, number in loop.logged] == [number for number in range(31) if number != 2]
+
+
+# --- the command
+
+
+def test_a_run_is_made_longer_with_the_schedules_of_the_longer_one(rows, tmp_path, capsys):
+    assert train(tmp_path, rows, steps=20) == 0
+    assert train(tmp_path, rows, steps=20) == 0
+    err = capsys.readouterr().err.splitlines()
+    assert err[-1] == "100%  resuming from step 20"
+    assert train(tmp_path, rows, steps=40) == 0
+    first, second, *_, last = capsys.readouterr().err.splitlines()
+    assert first == " 50%  resuming from step 20"
+    assert second.startswith("jaxsae: warning: the run is lengthened from 20 to 40 steps: from step 20 on, all that ")
+    assert re.search(r"such as the learning rate \(0\.\d+, it was 0\)\.$", second)
+    assert last.startswith("100%  NMSE")
+    found = report(tmp_path)
+    assert (found["steps"], found["lengthened"]) == (40, [{"at": 20, "from": 20, "to": 40}])
+    before = (tmp_path / "run/sae/sae.safetensors").read_bytes()
+    assert train(tmp_path, rows, steps=40) == 0
+    assert (tmp_path / "run/sae/sae.safetensors").read_bytes() == before
+    assert "lengthened" not in capsys.readouterr().err
+    assert report(tmp_path) == found
+
+
+def test_other_data_of_the_same_shape_is_not_trained_on(rows, tmp_path, capsys):
+    assert train(tmp_path, rows, steps=20) == 0
+    for place in (0, 300, 599):  # held-out rows too
+        other = rows.copy()
+        other[place, 5] += 1
+        capsys.readouterr()
+        assert train(tmp_path, other, steps=20) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert re.search(r"got values of the data, by checksum \[\"\w+\"\], expected \[.*\]\); choose another", line)
+    assert train(tmp_path, np.asfortranarray(rows), steps=20) == 0  # the same values
+
+
+def test_a_training_owns_its_directory(rows, tmp_path, capsys):
+    with owned(tmp_path / "run/checkpoints"):
+        assert train(tmp_path, rows, steps=20) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert re.search(
+            r"run/checkpoints: another process writes there \(process \d+ of .*\); stop it, or choose", line
+        )
+        assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoints"]
+    assert train(tmp_path, rows, steps=20) == 0
+
+
+def test_a_window_is_for_files_too(rows, tmp_path, capsys):
+    found = []
+    for number, window in enumerate([(), ("--window", 500), ("--window", 64)]):
+        assert train(tmp_path / str(number), rows, *window, steps=10) == 0
+        found.append((tmp_path / str(number) / "run/sae/sae.safetensors").read_bytes())
+    assert found[0] == found[1] != found[2]
+    capsys.readouterr()
+    assert train(tmp_path / "3", rows, "--window", 0, steps=10) == 2
+    assert capsys.readouterr().err == "jaxsae: got window 0; pass at least 1.\n"
+
+
+def test_the_progress_of_a_resumed_run_ends_where_it_should(rows, tmp_path):
+    options, counts = runs.Options("topk", 32, k=4, batch=64, steps=24, heldout=100), []
+    for steps in (17, 24):
+        said: list[int] = []
+        log = {"progress": lambda text, steps, said=said: said.append(steps), "resumed": said.append}
+        runs.run(tmp_path / "run", data={"x": rows}, options=options._replace(steps=steps), **log)
+        counts.append(said)
+    assert counts == [[10, 7], [17, 3, 4]]

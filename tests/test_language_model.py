@@ -14,6 +14,7 @@ from problems import atoms_of, f64, optimum, sae
 import jaxsae
 from jaxsae import language_model as lm
 from jaxsae import model_files
+from jaxsae.files import InputError
 
 SAVED = Path(__file__).parent / "language_models"
 GOLDEN = Path(__file__).parents[2] / "shared" / "fixtures" / "smollm2" / "golden.npz"
@@ -162,6 +163,63 @@ def test_a_splice_of_another_shape_is_refused(fn):
         lm.splice(tiny(), tokens(), 1, fn)
 
 
+@pytest.mark.parametrize(
+    ("fn", "skip_first", "error", "message"),
+    [
+        (lambda h: (h, h), 1, TypeError, "got tuple from fn; return residuals"),
+        (lambda h: 0.0, 1, TypeError, "got float from fn"),
+        (lambda h: h > 0, 1, TypeError, "got bool from fn for residuals of float32"),
+        (lambda h: h.astype(int), 1, TypeError, "got int32 from fn"),
+        (lambda h: h.astype(complex), 1, TypeError, "got complex64 from fn"),
+        (jnp.zeros_like, -1, ValueError, "got skip_first -1 for 6 positions"),
+        (jnp.zeros_like, 6, ValueError, "got skip_first 6 for 6 positions"),
+    ],
+)
+def test_a_splice_that_would_do_nothing_or_something_else_is_refused(fn, skip_first, error, message, unchecked):
+    with pytest.raises(error, match=message):
+        lm.splice(tiny(), tokens(), 1, fn, skip_first=skip_first)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_splice_in_another_precision_keeps_that_of_the_model(dtype):
+    model, ids = tiny(), tokens()
+    found = splice(model, ids, 1, lambda h: h.astype(dtype))
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, splice(model, ids, 1, same), atol=0.05)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("bad", [-1, -260, 260, 2**30])
+def test_a_token_that_the_vocabulary_has_not_is_refused_or_nan(bad, name):
+    model, _ = saved(name)
+    ids = tokens(2, 6, vocab=260).at[1, 3].set(bad)
+    for call in (
+        lambda: lm.residual(model, ids, 1),
+        lambda: lm.splice(model, ids, 1, same),
+        lambda: lm.cross_entropy(model, [ids], 1, {}),
+    ):
+        with pytest.raises(ValueError, match=r"got tokens from .* pass 0 to 259"):
+            call()
+    wrong = np.isnan(np.asarray(residual(model, ids, 1))).all(axis=-1)
+    assert not wrong[0].any() and wrong[1, 3:].all()
+
+
+@pytest.mark.parametrize(
+    ("h", "layer", "message"),
+    [(jnp.zeros((2, 6, 7)), 1, r"pass \(b, s, 8\)"), (jnp.zeros((6, 8)), 1, r"pass \(b, s, 8\)")]
+    + [(jnp.zeros((2, 6, 8)), layer, "pass 0 to 2") for layer in (-1, 3, 1.0)],
+)
+def test_logits_of_what_does_not_fit_are_refused(h, layer, message, unchecked):
+    with pytest.raises(ValueError, match=message):
+        lm.logits(tiny(), h, layer)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float16", "float64", "half-ish"])
+def test_a_model_of_another_dtype_is_refused(dtype):
+    with pytest.raises(InputError, match="pass float32 or bfloat16"):
+        lm.load(SAVED / "llama", dtype=dtype)
+
+
 def test_the_past_does_not_see_a_splice():
     model, ids = tiny(), tokens()
     plain = logits(model, residual(model, ids, 0), 0)
@@ -240,6 +298,19 @@ def test_cross_entropy_leaves_the_first_positions_alone(skip_first):
 def test_cross_entropy_needs_batches():
     with pytest.raises(ValueError, match="`cross_entropy` got no batches; pass at least one"):
         lm.cross_entropy(tiny(), [], 1, {"zero": jnp.zeros_like})
+
+
+@pytest.mark.parametrize(("length", "skip_first"), [(1, 0), (2, 1), (6, 5)])
+def test_cross_entropy_of_what_no_prediction_sees_is_refused(length, skip_first):
+    with pytest.raises(ValueError, match="no prediction sees the splice"):
+        lm.cross_entropy(tiny(), [tokens(2, length)], 1, {"zero": jnp.zeros_like}, skip_first=skip_first)
+
+
+def test_where_an_ablation_loses_nothing_nothing_is_recovered():
+    for number in (float, jnp.float32):
+        clean, spliced = (lm.NextToken(number(10), number(nats), number(0)) for nats in (20, 30))
+        assert np.isnan(lm.loss_recovered(clean, spliced, clean))
+        assert jax.jit(lm.loss_recovered)(clean, spliced, spliced + spliced) == 0
 
 
 def test_loss_recovered():

@@ -40,6 +40,8 @@ class Law:
     whole: str | None = None
     # Why each device needs every row of a sharded batch, if so.
     gathers: str | None = None
+    # Why there is no forward mode, if so.
+    backwards_only: str | None = None
 
 
 NO_SHARDED_TOP_K = "XLA does not partition top-k over rows on a CPU"
@@ -67,8 +69,10 @@ LAWS = {
     "refine": Law(
         lambda sae, rows: jaxsae.refine(sae, rows.x),
         smooth=lambda sae, rows: jaxsae.refine(sae, rows.x, None, EXACT)[0],
+        backwards_only="the derivative of a refit is a rule for cotangents alone",
         gathers=NO_SHARDED_TOP_K,
     ),
+    "reconstruct": Law(lambda sae, rows: jaxsae.reconstruct(sae, rows.x, rows.code)),
     "refit": Law(
         lambda sae, rows: jaxsae.refit(sae.W_dec, rows.x, rows.code),
         smooth="compared entry by entry in test_refit",
@@ -79,6 +83,11 @@ LAWS = {
         whole="it sums over the rows",
     ),
     "codes.combine": Law(lambda sae, rows: jaxsae.codes.combine(sae.W_dec, rows.code)),
+    "codes.correlate": Law(
+        lambda sae, rows: jaxsae.codes.correlate(rows.code, rows.x),
+        whole="it sums over the rows",
+        gathers="the order of the sums is fixed, row by row",
+    ),
     "codes.from_dense": Law(lambda sae, rows: jaxsae.codes.from_dense(rows.x, 5), gathers=NO_SHARDED_TOP_K),
     "pursuit.iti": Law(
         lambda sae, rows: jaxsae.pursuit.iti(sae.W_dec, rows.x, k=K),
@@ -199,17 +208,90 @@ def test_the_gradient_is_that_of_finite_differences(name, x64):
         # The support is held fixed: where a row changes it, a difference measures a jump.
         return weights @ numbers, jnp.append(discrete, numbers == 0)
 
-    # One program for the values and the gradient: compiling is most of the time.
-    evaluate = jax.jit(lambda points: jax.lax.map(jax.value_and_grad(loss, has_aux=True), points))
+    # One program for the values, the gradient and the slopes: compiling is most of the time.
+    @jax.jit
+    def evaluate(points, directions):
+        found = jax.lax.map(jax.value_and_grad(loss, has_aux=True), points)
+        if law.backwards_only:
+            return found, jnp.full(len(directions), jnp.nan)
+        return found, jax.lax.map(lambda d: jax.jvp(lambda p: loss(p)[0], (points[-1],), (d,))[1], directions)
+
     directions, h = np.random.default_rng(5).normal(size=(4, point.size)), 1e-6
     points = np.concatenate([point + h * directions, point - h * directions, [point]])
-    (values, support), gradients = jax.tree.map(np.asarray, evaluate(points))
+    ((values, support), gradients), slopes = jax.tree.map(np.asarray, evaluate(points, directions))
     assert np.all(support == support[0])
     right, left = values[:-1].reshape(2, -1)
     gradient = gradients[-1]
     scale = np.linalg.norm(gradient) * np.linalg.norm(directions, axis=1)
     assert np.all(scale > 0)
     np.testing.assert_allclose((right - left) / (2 * h) / scale, directions @ gradient / scale, atol=1e-7)
+    if not law.backwards_only:  # forward mode is backward mode transposed
+        np.testing.assert_allclose(slopes / scale, directions @ gradient / scale, atol=1e-14)
+
+
+def _takes_a_code(name: str) -> bool:
+    model, rows = data()
+    try:
+        jax.eval_shape(LAWS[name].call, model, Rows(rows.x, None, None))
+    except AttributeError:
+        return True
+    return False
+
+
+# What else takes a code, and is not among the public functions above.
+OF_A_CODE = {
+    "dense": lambda sae, rows: (rows.code.dense(), rows.code.l0, rows.code.mask),
+    "refine of a code": lambda sae, rows: jaxsae.refine(sae, rows.x, rows.code),
+    "codes.sum_by_latent": lambda sae, rows: jaxsae.codes.sum_by_latent(rows.code),
+    "gradients": lambda sae, rows: jax.grad(_quartic, (0, 1))(sae.W_dec, rows.code.values, rows.code, rows.x),
+    "gradient of a refit": lambda sae, rows: jax.grad(_of_a_refit, (0, 1))(sae.W_dec, rows.x, rows.code),
+    "kernels": lambda sae, rows: (
+        jaxsae.kernels.gather_gram(sae.W_dec, rows.code.indices, rows.x),
+        jaxsae.kernels.gather_decode(sae.W_dec, rows.code.indices, rows.code.values),
+        jaxsae.kernels.refit_fused(sae.W_dec, rows.code.indices, rows.x, rows.code.values, max_steps=3),
+        jaxsae.kernels.scatter_rows(
+            rows.code.indices, rows.code.values[..., None], rows.x[..., None, :], num_latents=rows.code.num_latents
+        ),
+    ),
+    "ksvd": lambda sae, rows: (
+        jaxsae.ksvd.approximate(sae.W_dec, rows.x, rows.code),
+        jaxsae.ksvd.replace(sae.W_dec, rows.x, rows.code),
+    ),
+    "losses.matryoshka": lambda sae, rows: jaxsae.losses.matryoshka(sae, rows.x, rows.code, (4, 16)),
+    "metrics": lambda sae, rows: (
+        jaxsae.metrics.activity(rows.code),
+        jaxsae.metrics.progressive(sae, rows.x, rows.code, (2, K)),
+    ),
+}
+
+
+def _quartic(dictionary, values, code, x):
+    return jnp.sum((x - jaxsae.codes.combine(dictionary, code.replace(values=values))) ** 2)
+
+
+def _of_a_refit(dictionary, x, code):
+    return jnp.sum(jaxsae.refit(dictionary, x, code)[0].values ** 2)
+
+
+@pytest.mark.parametrize("name", [*OF_A_CODE, *LAWS])
+def test_an_index_out_of_range_is_an_unused_slot(name):
+    if name in LAWS and not _takes_a_code(name):
+        pytest.skip("takes no code")
+    model, rows = data()
+    off = np.random.default_rng(0).random(rows.code.indices.shape) < 0.4
+    call, on = jax.jit(OF_A_CODE[name] if name in OF_A_CODE else LAWS[name].call), jnp.asarray(~off)
+
+    def with_unused(index):
+        def unused(code):
+            return with_code(code, indices=jnp.where(on, code.indices, index), values=jnp.where(on, code.values, 7.0))
+
+        out = call(model, Rows(rows.x, unused(rows.code), unused(rows.refined)))
+        same = {"is_leaf": lambda node: isinstance(node, SparseCode)}
+        return jax.tree.map(lambda x: (x.dense(), x.mask, x.overflow) if isinstance(x, SparseCode) else x, out, **same)
+
+    expected = with_unused(M)
+    for index in (-1, -M, M + 7, np.iinfo(np.int32).min, np.iinfo(np.int32).max):
+        assert_close(with_unused(index), expected)
 
 
 @every_law

@@ -117,6 +117,14 @@ def without_tensor(name):
     return edit
 
 
+def more_tensor(name, size):
+    def edit(folder):
+        more = weights_of(folder) | {name: np.zeros(size, np.float32)}
+        safetensors.numpy.save_file(more, folder / "model.safetensors")
+
+    return edit
+
+
 def removed(name):
     return lambda folder: (folder / name).unlink()
 
@@ -149,6 +157,27 @@ BAD_DIRECTORIES = {
     "exact gelu": ("gpt2", configured(activation_function="gelu"), "has activation_function = 'gelu', expected"),
     "scaled by layer": ("gpt2", configured(scale_attn_by_inverse_layer_idx=True), "has scale_attn_by_inverse"),
     "yarn": ("llama", configured(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "of type 'yarn', expected"),
+    "a window": ("llama", configured(sliding_window=32), "has sliding_window = 32, expected None"),
+    "capped logits": ("llama", configured(final_logit_softcapping=30.0), "has final_logit_softcapping = 30.0"),
+    "scaled embeddings": (
+        "llama",
+        configured(embedding_multiplier=12.0),
+        "has embedding_multiplier = 12.0, expected 1",
+    ),
+    "quantised weights": ("gpt2", configured(quantization_config={"bits": 4}), "has quantization_config = "),
+    "rotated in part": ("llama", configured(partial_rotary_factor=0.5), "has partial_rotary_factor = 0.5, expected 1"),
+    "two bases": ("llama", configured(rope_theta=3.0), r"has rope_theta = .*, expected 3\.0"),
+    "two types": ("llama3", configured(rope_scaling={"type": "linear"}), "has rope_type = 'llama3', expected 'linear'"),
+    "more blocks than it says": (
+        "llama3",
+        configured(num_hidden_layers=2),
+        r"that a llama of its config.json does not use: model\.layers\.2\.",
+    ),
+    "biases of which nothing is said": (
+        "llama3",
+        more_tensor("model.layers.0.self_attn.q_proj.bias", 32),
+        r"does not use: model\.layers\.0\.self_attn\.q_proj\.bias",
+    ),
     "rope without factor": ("llama", configured(rope_scaling={"type": "linear"}, rope_parameters=None), "no 'factor'"),
     "no tensor": ("gpt2", without_tensor("transformer.h.1.ln_2.bias"), r"has no tensor h\.1\.ln_2\.bias"),
     "no head": ("llama3", without_tensor("lm_head.weight"), r"has no tensor lm_head\.weight"),
@@ -265,6 +294,16 @@ def test_linear_scaling_in_a_gguf(tmp_path):
     np.testing.assert_allclose(config.rope, [10000 ** (-2 * i / 6) / 4 for i in range(3)], rtol=1e-12)
 
 
+def test_a_factor_alone_is_that_of_linear_scaling_and_what_says_nothing_is_no_reason_to_refuse(tmp_path):
+    def add(writer):
+        writer.add_rope_scaling_factor(4.0)
+        writer.add_uint32("llama.expert_count", 0)
+        writer.add_float32("llama.logit_scale", 1.0)
+
+    config, _ = read(saved_as_gguf(tmp_path / "a.gguf", add=add), np.dtype("float32"))
+    np.testing.assert_allclose(config.rope, [10000 ** (-2 * i / 6) / 4 for i in range(3)], rtol=1e-12)
+
+
 # Quantised blocks are 32 long: so are the rows of all that is quantised.
 WIDE = {
     "hidden_size": 64,
@@ -319,7 +358,20 @@ def q8_1():
 
 
 BIAS = [("blk.0.attn_q.bias", np.zeros(24, np.float32), Kind.F32)]
+
+
+def saying(name, value):
+    add = "add_bool" if isinstance(value, bool) else "add_uint32" if isinstance(value, int) else "add_float32"
+    return lambda path: saved_as_gguf(path, add=lambda writer: getattr(writer, add)(f"llama.{name}", value))
+
+
 BAD_GGUF = {
+    "a window": (saying("attention.sliding_window", 32), r"has attention\.sliding_window = 32, expected None"),
+    "capped logits": (saying("final_logit_softcapping", 30.0), r"has final_logit_softcapping = 30\.0, expected None"),
+    "scaled embeddings": (saying("embedding_scale", 12.0), r"has embedding_scale = 12\.0, expected 1"),
+    "values of another width": (saying("attention.value_length", 4), r"has attention\.value_length = 4, expected 6"),
+    "what looks ahead": (saying("attention.causal", False), r"has attention\.causal = False, expected True"),
+    "experts": (saying("expert_count", 8), "has expert_count = 8, expected None"),
     "missing": (lambda path: None, "no such file; expected a GGUF file, a Hugging Face directory, or"),
     "empty": (lambda path: path.touch(), "is not a GGUF file; expected"),
     "text": (lambda path: path.write_text("hello\nworld\n"), "is not a GGUF file; expected"),

@@ -171,7 +171,7 @@ def test_terms_add_up():
     state = train.init_state(model, optax.sgd(0.1)).replace(idle=jnp.arange(M))
     terms = (L1(0.3), AuxK(3), MultiTopK())
     total, plain, *alone = (
-        Objective(some, dead_after=20)(model, x, state)[0] for some in (terms, (), *((term,) for term in terms))
+        Objective(some, idle_after=20)(model, x, state)[0] for some in (terms, (), *((term,) for term in terms))
     )
     np.testing.assert_allclose(total - plain, sum(part - plain for part in alone), rtol=1e-5)
 

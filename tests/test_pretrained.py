@@ -74,7 +74,7 @@ def test_an_sae_that_fails_to_save_leaves_the_old_one(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pretrained.safetensors.flax, "save_file", fail)
+    monkeypatch.setattr(safetensors.numpy, "save_file", fail)
     with pytest.raises(OSError, match="No space"):
         pretrained.save(sae(1), tmp_path / "sae")
     assert_same_bits(pretrained.load(tmp_path / "sae"), sae())

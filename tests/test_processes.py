@@ -72,3 +72,54 @@ def test_two_processes_train_like_one(mesh, tmp_path):
         np.testing.assert_array_equal(value, b[name])
     reports = [json.loads((tmp_path / out / "report.json").read_text()) for out in ("two", "stopped")]
     assert reports[0] == reports[1]
+
+
+# Saves two steps together; then each restores from a place of its own, in which one of the two may be damaged.
+RESTORE = """
+import shutil, sys
+from pathlib import Path
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxsae.checkpoint import Checkpoints
+process, folder = int(sys.argv[1]), Path(sys.argv[2])
+jax.distributed.initialize(sys.argv[3], 2, process)
+mesh = Mesh(np.array(jax.devices()), ("latent",))
+over = [NamedSharding(mesh, spec) for spec in (PartitionSpec("latent"), PartitionSpec())]
+spread, same = (jax.jit(lambda: jnp.arange(32.0).reshape(16, 2), out_shardings=sharding) for sharding in over)
+like = {"x": spread(), "n": same()}
+with Checkpoints(folder / "common", config=None) as checkpoints:
+    for step in (1, 2):
+        checkpoints.save(step, {"x": step * spread(), "n": same()}, progress=step, wait=True)
+for number, damaged in enumerate(({}, {0: "manifest"}, {1: "state"}, {1: "."}, {0: "state", 1: "manifest"})):
+    mine = folder / f"{number}-{process}"
+    shutil.copytree(folder / "common", mine)
+    if process in damaged:
+        shutil.rmtree(mine / "2" / damaged[process])
+    saved = Checkpoints(mine, config=None).restore(like)
+    local = [np.asarray(each.data).sum() for each in saved.state["x"].addressable_shards]
+    print("restored", number, saved.step, saved.progress, sum(local), flush=True)
+"""
+
+
+def test_processes_restore_the_same_step_though_one_cannot_read_the_last(tmp_path):
+    address = f"127.0.0.1:{free_port()}"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    commands = [[sys.executable, "-c", RESTORE, str(process), str(tmp_path), address] for process in range(2)]
+    said = finish([subprocess.Popen(each, env=environment, stdout=-1, stderr=-1, text=True) for each in commands])
+    halves = [np.arange(16.0).sum(), np.arange(16.0, 32.0).sum()]
+    for half, (out, _) in zip(halves, said, strict=True):
+        found = [line.split()[2:] for line in out.splitlines() if line.startswith("restored")]
+        assert found == [[str(step), str(step), str(step * half)] for step in (2, 1, 1, 1, 1)]
+
+
+def test_of_two_jobs_of_two_processes_one_owns_the_directory(tmp_path):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).standard_normal((900, 16)).astype(np.float32))
+    from jaxsae.files import owned
+
+    with owned(tmp_path / "run/checkpoints"):
+        together = start(tmp_path, "run", (1, 4), 2)
+        said = [process.communicate(timeout=120) for process in together]
+    assert [process.returncode for process in together] == [2, 2], said
+    assert "another process writes there" in said[0][1]
+    assert "is refused to the first process" in said[1][1]
+    assert not any("Traceback" in err for _, err in said)

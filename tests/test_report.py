@@ -29,7 +29,15 @@ def a_row(family, value, l0, **more):
     bins[0, 0] = 1000  # many values become 0: more than any other bin has
     numbers = {"nmse_before": 4 / l0, "nmse_after": 3 / l0, "mean_before": 0.05, "mean_after": 0.075}
     numbers |= {"mean_change": 0.5, "rising": 0.625, "gamma_before": 0.9, "gamma_after": 1.0, "certified": 1.0}
-    return {"family": family, "k_or_l1": value, "l0": l0, "dead": 0.25, "worst_kkt": 1e-7 * l0, **numbers} | {
+    return {
+        "family": family,
+        "k_or_l1": value,
+        "l0": l0,
+        "dead": 0.25,
+        "dead_rows": 102_048,
+        "worst_kkt": 1e-7 * l0,
+        **numbers,
+    } | {
         "change": bins[0].tolist(),
         "latent_change": bins[1].tolist(),
         "firing": [64, 20, 30, 40, 50, 30, 10, 8, 4, 0, 1],
@@ -60,11 +68,12 @@ def with_losses(found):
 
 def a_run(**more):
     """What `runs.run` reports."""
-    heldout = {"nmse": 0.0643, "explained_variance": 0.9357, "l0": 16.0, "dead": 0.125, "rows": 2048, "nonfinite": 0}
+    heldout = {"nmse": 0.0643, "explained_variance": 0.9357, "l0": 16.0, "rows": 2048, "nonfinite": 0}
+    heldout |= {"dead": 0.125, "dead_rows": 9000}
     heldout |= {"nmse_at": {"1": 0.6587, "4": 0.2293, "16": 0.0643}, "firing": [64, 100, 200, 140, 8]}
     return {
         "options": OPTIONS._asdict(),
-        "data": {"path": "x.npy", "rows": 9000, "heldout": 2048, "width": 108},
+        "data": {"path": "x.npy", "rows": 9000, "passes": 22.75, "heldout": 2048, "width": 108},
         "steps": 2000,
         "skipped": 0,
         "nonfinite_rows": {},
@@ -83,7 +92,10 @@ def log(folder, first=10, last=200, value=lambda step: 1 / step):
     """Event files, as a training writes them."""
     with runs.logs(folder, OPTIONS) as told:
         for step in range(first, last + 1, 10):
-            told(step, {"nmse": value(step), "l0": 16.0, "dead": 0.0, "loss": value(step), "skipped": 0.0})
+            told(
+                step,
+                {"nmse": value(step), "l0": 16.0, "dead": 0.0, "dead_rows": 0.0, "loss": value(step), "skipped": 0.0},
+            )
 
 
 class Page(html.parser.HTMLParser):
@@ -185,7 +197,8 @@ def test_a_run_has_every_section(a_run_folder):
     facts = [(name["text"], value["text"]) for name, value in zip(page.all("dt"), page.all("dd"), strict=True)]
     assert facts == [
         *(("NMSE", "0.0643"), ("explained variance", "0.9357"), ("L0", "16.0"), ("dead latents", "12.5%")),
-        *(("held-out rows", "2,048"), ("steps", "2,000")),
+        *(("rows counted for these", "9,000"), ("held-out rows", "2,048"), ("steps", "2,000")),
+        ("passes over the data", "22.8"),
     ]
 
 
@@ -207,6 +220,7 @@ def test_the_tables_have_the_numbers_of_the_report(tmp_path):
             "0.9000",
             "1.0000",
             "25.0%",
+            "102,048",
         ),
         *("100%", "1.2e-06"),
     ]
@@ -312,7 +326,7 @@ def test_curves_are_what_was_logged_and_the_last_told_of_each_step(tmp_path):
     file.rename(tmp_path / "events.out.tfevents.0000000001.host")
     log(tmp_path, first=150, last=250, value=lambda step: 7.0)  # it went back, and on
     curves = runs.curves(tmp_path)
-    assert sorted(curves) == ["dead", "l0", "loss", "nmse", "skipped"]
+    assert sorted(curves) == ["dead", "dead_rows", "l0", "loss", "nmse", "skipped"]
     assert list(curves["nmse"]) == list(range(10, 251, 10))
     np.testing.assert_allclose(list(curves["nmse"].values()), [1 / s if s < 150 else 7 for s in range(10, 251, 10)])
 

@@ -40,7 +40,7 @@ WAYS = {
     "topk": ("--k", K, "--multi-topk"),
     "abstopk": ("--k", K),
     "groupmax": ("--k", K),
-    "batchtopk": ("--k", K, "--dead-after", 200),
+    "batchtopk": ("--k", K, "--idle-after", 200),
     "jumprelu": ("--k", K),
     "gated": ("--l1", 0.05, "--no-auxk"),
 }
@@ -68,10 +68,11 @@ def test_a_run_makes_an_autoencoder_of_the_raw_activations(activation, data, tmp
     measured = report["heldout"]
     np.testing.assert_allclose(measured["nmse"], (error**2).sum() / (spread**2).sum(), rtol=1e-3)
     np.testing.assert_allclose(measured["l0"], (f64(z) != 0).sum(1).mean(), rtol=1e-6)
-    np.testing.assert_allclose(measured["dead"], (f64(z) == 0).all(0).mean(), atol=1e-6)
-    fires = (f64(z) != 0).sum(0)
-    octaves = [np.sum(fires == 0), *(np.sum((fires >= 2**n) & (fires < 2 ** (n + 1))) for n in range(7))]
-    assert measured["firing"] == octaves[: len(measured["firing"])]
+    everything = jaxsae.encode_dense(model, jnp.asarray(rows()))
+    fires = (f64(everything) != 0).sum(0)
+    assert abs(np.mean(fires == 0) - measured["dead"]) * M <= 1 and measured["dead_rows"] == 600
+    octaves = [np.sum(fires == 0), *(np.sum((fires >= 2**n) & (fires < 2 ** (n + 1))) for n in range(10))]
+    np.testing.assert_allclose(measured["firing"], octaves[: len(measured["firing"])], atol=1)  # rows at a threshold
     assert sum(measured["firing"]) == M
     assert measured["nmse"] < 0.9
     (events,) = out.glob("events.out.tfevents*")
@@ -84,7 +85,10 @@ def test_eval_prints_what_the_run_measured(data, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "run" / "report.json").read_text())
     assert main(["eval", "--sae", str(tmp_path / "run"), "--data", str(tmp_path / "heldout.npy"), "--json"]) == 0
     measured = json.loads(capsys.readouterr().out)
-    assert measured == json.loads((tmp_path / "run" / "report.json").read_text())["heldout"]
+    reported = json.loads((tmp_path / "run" / "report.json").read_text())["heldout"]
+    of_more_rows = ("dead", "dead_rows", "firing")
+    assert {**measured, **{name: reported[name] for name in of_more_rows}} == reported
+    assert (measured["rows"], measured["dead_rows"], reported["dead_rows"]) == (100, 100, 600)
     assert main(["eval", "--sae", str(tmp_path / "run"), "--data", str(tmp_path / "heldout.npy")]) == 0
     out = capsys.readouterr().out
     assert f"{measured['nmse']:.4f}" in out
@@ -109,6 +113,43 @@ def test_eval_leaves_out_and_counts_rows_that_are_not_finite():
     spoilt = runs.evaluate(sae(m=M), x)
     assert spoilt["nonfinite"] == 2
     np.testing.assert_allclose(spoilt["nmse"], clean["nmse"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["batchtopk", "jumprelu"])
+def test_the_l0_asked_for_is_that_of_rows_held_out(activation, data, tmp_path):
+    options = runs.Options(activation, M, k=K, batch=64, steps=60, heldout=100, learning_rate=1e-2)
+    report = runs.run(tmp_path / "run", data=data, options=options)
+    np.testing.assert_allclose(report["heldout"]["l0"], K, rtol=0.01)
+    assert report["trained"]["rows"] == 500
+
+
+def test_auxk_starts_in_a_run_of_any_length():
+    for steps, batch in ((60, 64), (2000, 1024), (1, 8)):
+        found = runs.resolved(runs.Options("topk", M, k=K, steps=steps, batch=batch))
+        assert batch <= found.idle_after <= max(batch, steps * batch / 50)
+    assert runs.resolved(found._replace(idle_after=7)).idle_after == 7
+    objective, _, _ = runs.recipe(runs.Options("topk", M, k=K, steps=100, batch=64), jnp.zeros(D), 1.0)
+    assert objective.idle_after == 128
+
+
+def test_the_weights_with_auxk_are_not_those_without(data, tmp_path):
+    made = []
+    for auxk in (True, False):
+        options = runs.Options("topk", M, k=1, batch=64, steps=60, heldout=100, auxk=auxk)
+        runs.run(tmp_path / str(auxk), data=data, options=options)
+        made.append(pretrained.load(tmp_path / str(auxk)).W_dec)
+    assert not np.array_equal(*made)
+
+
+def test_passes_over_the_data_are_reported_and_above_ten_warned_of(data, tmp_path, capsys):
+    assert train(data, tmp_path / "few", "topk") == 0
+    told = capsys.readouterr()
+    assert "7.7 passes over 500 rows, learning rate 0.01, AuxK for latents idle for 76 rows" in told.out
+    assert "passes" not in told.err
+    assert train(data, tmp_path / "many", "topk", "--steps", 100) == 0
+    assert "warning: 100 steps of 64 rows are 13 passes over 500 rows" in capsys.readouterr().err
+    report = json.loads((tmp_path / "many/report.json").read_text())
+    assert (report["data"]["passes"], report["options"]["learning_rate"]) == (12.8, 1e-2)
 
 
 def test_the_same_seed_makes_the_same_autoencoder(data, tmp_path):

@@ -19,7 +19,7 @@ every_mesh = pytest.mark.parametrize(
     "shape", [shape if shape == (2, 4) else pytest.param(shape, marks=pytest.mark.slow) for shape in MESHES], ids=str
 )
 TX = train.recipe(1e-2, clip=1.0)
-OBJECTIVE = Objective((AuxK(8), MultiTopK()), dead_after=3 * B)
+OBJECTIVE = Objective((AuxK(8), MultiTopK()), idle_after=3 * B)
 STEP = train.make_step(OBJECTIVE, TX)
 
 

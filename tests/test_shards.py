@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -104,6 +105,44 @@ def test_others_can_read_it(tmp_path):
         assert list(shard["files"]) == [f"{number:05d}.npy", f"{number:05d}.tokens.npy"]
         assert all(file["bytes"] == (tmp_path / name).stat().st_size for name, file in shard["files"].items())
         np.testing.assert_array_equal(np.load(tmp_path / f"{number:05d}.npy"), part(number)[0])
+
+
+ORDERS = {
+    "Fortran": np.asfortranarray,
+    "big-endian": lambda x: x.astype(x.dtype.newbyteorder(">")),
+    "strided": lambda x: np.repeat(x, 2, axis=1)[:, ::2],
+    "backwards": lambda x: x[::-1].copy()[::-1],
+    "read-only": lambda x: np.frombuffer(x.tobytes(), x.dtype).reshape(x.shape),
+    "of JAX": jnp.asarray,
+    "a list": lambda x: x.tolist(),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_rows_and_columns_may_lie_in_memory_in_any_order(order, dtype, tmp_path):
+    rows, tokens = np.arange(30, dtype=np.float32).reshape(5, WIDTH), np.arange(35, dtype=np.int32).reshape(5, 7)
+    writer(tmp_path, dtype=dtype).append(ORDERS[order](rows), tokens=ORDERS[order](tokens))
+    np.testing.assert_array_equal(np.asarray(shards.open_rows(tmp_path), np.float32), rows)
+    np.testing.assert_array_equal(shards.column(tmp_path, "tokens"), tokens)
+
+
+@pytest.mark.parametrize("rows", [np.ones((2, WIDTH), complex), np.full((2, WIDTH), None), np.full((2, WIDTH), "1")])
+def test_what_are_no_real_numbers_is_refused(rows, tmp_path):
+    refused(f"holds {rows.dtype}; expected real numbers", writer(tmp_path).append, rows)
+
+
+@pytest.mark.parametrize("order", ["Fortran", "big-endian"])
+def test_a_shard_of_another_program_in_another_order_is_refused(order, tmp_path):
+    rows = part(0)[0]
+    writer(tmp_path).append(rows)
+    np.save(tmp_path / "00000.npy", ORDERS[order](rows))
+    content = (tmp_path / "00000.npy").read_bytes()
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["shards"][0]["files"]["00000.npy"] = {"bytes": len(content), "crc32": shards._crc32(content)}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    shards.verify(tmp_path)
+    refused(r"00000\.npy: holds no array \(5, 6\) of float16, row after row", shards.open_rows, tmp_path)
 
 
 @pytest.mark.parametrize("bad", [1e5, -1e5])
@@ -223,9 +262,12 @@ def test_only_what_a_writer_leaves_is_removed_on_continuing(tmp_path):
         ".00002.npy.partial",
         ".00002.tokens.npy.partial",
         ".manifest.json.partial",
+        ".00002.npy.x7_a2kq9.partial/00002.npy",
+        ".manifest.json.x7_a2kq9.partial/manifest.json",
     ]
     others = ["notes.txt", "00002.txt", "x.npy", ".x.npy.partial", "2.npy", "00001.a.b.npy"]
     for name in left + others:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     assert writer(tmp_path).shards == 2
     assert set(os.listdir(tmp_path)) == {
@@ -262,7 +304,9 @@ def dying(at, after):
                 os.kill(os.getpid(), signal.SIGKILL)
             return result
         return wrapped
-    shards.open, os.fsync, os.replace, os.mkdir = wrap(open), wrap(os.fsync), wrap(os.replace), wrap(os.mkdir)
+    from pathlib import Path
+    Path.write_bytes = wrap(Path.write_bytes)
+    os.fsync, os.replace, os.mkdir, os.rmdir = wrap(os.fsync), wrap(os.replace), wrap(os.mkdir), wrap(os.rmdir)
 
 for after in (0, 1):
     for at in range(10**9):
@@ -327,9 +371,9 @@ def test_files_are_on_the_disk_before_they_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda fd: told.append(f"flush {Path(f'/proc/self/fd/{fd}').resolve().name}"))
     into.append(part(1)[0], tokens=part(1)[1])
     files = ["00001.npy", "00001.tokens.npy"]
-    expected = [told for name in files for told in (f"flush .{name}.partial", f"name {name}")]
     folder = f"flush {tmp_path.name}"
-    assert told == [*expected, folder, "flush .manifest.json.partial", "name manifest.json", folder]
+    steps = [(f"flush {name}", f"name {name}", folder) for name in [*files, "manifest.json"]]
+    assert told == [told for step in steps for told in step]
 
 
 class Disk:
@@ -337,9 +381,8 @@ class Disk:
 
     def __init__(self, monkeypatch, calls, times=1):
         self.calls, self.times, self.failed = calls, times, 0
-        for module, name in ((os, "fsync"), (os, "replace"), (shards, "open")):
-            call = open if name == "open" else getattr(module, name)
-            monkeypatch.setattr(module, name, self.wrap(call), raising=False)
+        for module, name in ((os, "fsync"), (os, "replace"), (Path, "write_bytes")):
+            monkeypatch.setattr(module, name, self.wrap(getattr(module, name)))
 
     def wrap(self, call):
         def wrapped(*arguments, **options):

@@ -14,7 +14,7 @@ import scipy.special
 from problems import f64
 
 import jaxsae
-from jaxsae import cli, data, language_model, metrics, plots, pretrained, shards, study
+from jaxsae import cli, data, language_model, metrics, plots, pretrained, runs, shards, study, train
 from jaxsae.files import InputError
 from jaxsae.stream import refine_blocks
 
@@ -63,9 +63,13 @@ def test_the_report_is_what_was_returned(done):
     assert saved == json.loads(json.dumps(done.report))
     assert saved["complete"] is True
     source = str(done.out.parent / "x.npy")
-    assert saved["data"] == {"source": source, "rows": 4000 - PLAN.heldout, "heldout": PLAN.heldout, "width": 192}
+    passes = PLAN.steps * PLAN.batch / 3744
+    sizes = {"rows": 3744, "passes": passes, "heldout": PLAN.heldout, "width": 192}
+    assert saved["data"] == {"source": source, **sizes}
     assert saved["config"]["seed"] == 0
     assert saved["config"]["latents"] == PLAN.latents
+    assert saved["config"]["learning_rate"] == train.learning_rate(PLAN.latents, PLAN.steps)
+    assert saved["config"]["idle_after"] == PLAN.steps * PLAN.batch // 50
     assert {"jaxsae", "jax", "numpy", "python"} <= set(saved["versions"])
 
 
@@ -114,7 +118,8 @@ def test_latents_and_rows_are_told(done):
     for row in done.report["rows"]:
         assert sum(row["firing"]) == PLAN.latents
         np.testing.assert_allclose(row["firing"][0] / PLAN.latents, row["dead"], rtol=1e-6)
-        assert sum(row["latent_change"]) == PLAN.latents - row["firing"][0]
+        assert row["dead_rows"] == 4000
+        assert sum(row["latent_change"]) <= PLAN.latents - row["firing"][0]  # which are of more rows
         kkt = [worst["kkt"] for worst in row["worst_rows"]]
         assert len({worst["row"] for worst in row["worst_rows"]}) == len(kkt) == 10
         assert kkt == sorted(kkt, reverse=True)
@@ -332,7 +337,8 @@ def test_a_place_that_cannot_be_written_is_said_before_the_training(tmp_path, mo
 
 def test_a_dead_autoencoder_is_reported_in_valid_json(tmp_path, monkeypatch):
     # As an L1 weight that is too large makes it.
-    def dead(rows, activation, *_):
+    def dead(rows, options, *_):
+        activation = runs.FAMILIES[options.activation].activation(options)
         sae = jaxsae.init(jax.random.key(0), d=rows.shape[1], m=SMALL.latents, activation=activation)
         return sae.replace(b_enc=sae.b_enc - 1e6), {}
 
@@ -346,7 +352,8 @@ def test_a_dead_autoencoder_is_reported_in_valid_json(tmp_path, monkeypatch):
 
 
 def test_a_diverged_autoencoder_is_reported_and_printed(tmp_path, monkeypatch, capsys):
-    def diverged(rows, activation, *_):
+    def diverged(rows, options, *_):
+        activation = runs.FAMILIES[options.activation].activation(options)
         sae = jaxsae.init(jax.random.key(0), d=rows.shape[1], m=SMALL.latents, activation=activation)
         return sae.replace(b_enc=sae.b_enc * np.nan), {}
 

@@ -178,6 +178,10 @@ MALICIOUS = {
     "an extension": (state(b"\x82\x01"), "EXT1"),
     "a tuple as a function": (state(b")(tR"), "calls a tuple"),
     "a tensor of a function": (state(b"ctorch._utils\n_rebuild_tensor_v2\n(" + OS_SYSTEM + b"K\x00))\x89}tR"), "posix"),
+    "a tensor of negatives": (
+        state(tensor()[:-2] + b"}X\x03\x00\x00\x00neg\x88stR"),
+        "makes a tensor whose values are not those in its storage",
+    ),
     "storage of another kind": (state(tensor(kind=b"UntypedStorage")), "torch.UntypedStorage"),
     "a storage that is a path": (state(tensor(key=b"../../../etc/passwd")), "names the storage '../../../etc/passwd'"),
     "a key that cannot be hashed": (state()[:-2] + b"]K\x01u.", "has a list as a key"),

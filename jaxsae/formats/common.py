@@ -13,11 +13,37 @@ import numpy as np
 import safetensors.numpy
 
 from jaxsae import torch_pickle
-from jaxsae.activations import Activation, Gated, GroupMax
+from jaxsae.activations import Activation, Gated, GroupMax, TopK
 from jaxsae.files import InputError
 from jaxsae.normalisation import Normalisation
 from jaxsae.sae import SAE
-from jaxsae.tensors import Arrays, place, read_json, read_safetensors, safetensors_file
+from jaxsae.tensors import Arrays, place, read_json, read_safetensors, safetensors_file, writable
+
+
+class Tensors(dict[str, np.ndarray]):
+    """Arrays by name, which remember which of them were used: what a format leaves over it does not know."""
+
+    def __init__(self, arrays: Arrays):
+        """None is used yet.
+
+        Args:
+          arrays: by name.
+        """
+        super().__init__(arrays)
+        self._used: set[str] = set()
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        self._used.add(name)
+        return super().__getitem__(name)
+
+    @property
+    def unused(self) -> list[str]:
+        """The names of those that nobody asked for."""
+        return sorted(self.keys() - self._used)
+
+    def ignore(self, *names: str) -> None:
+        """Some that change nothing of what is computed, such as statistics."""
+        self._used |= set(names)
 
 
 class Raw(NamedTuple):
@@ -32,7 +58,7 @@ class Raw(NamedTuple):
 
     path: Path
     config: dict[str, Any]
-    arrays: Arrays
+    arrays: Tensors
     dtype: Any = None
 
 
@@ -118,15 +144,23 @@ def require(path: Path, file: Path | None, what: str) -> Path:
 # --- checking
 
 
-def take(raw: Raw, name: str) -> np.ndarray:
-    """An array of numbers, which must be there."""
+def take(raw: Raw, name: str, said: str = "") -> np.ndarray:
+    """An array of numbers, which must be there, perhaps because an entry of the configuration says so."""
     if name not in raw.arrays:
         there = ", ".join(sorted(raw.arrays)) or "nothing"
-        raise InputError(f"{raw.path}: holds {there}, expected {name} too; download it again.")
+        said = f", of which {said} speaks" if said else _kind(raw)
+        raise InputError(f"{raw.path}: holds {there}, expected {name} too{said}; download it again.")
     array = raw.arrays[name]
     if array.dtype.kind != "f" and array.dtype != ml_dtypes.bfloat16:
         raise InputError(f"{raw.path}: {name} is {array.dtype}, expected floating point; download it again.")
     return array
+
+
+def _kind(raw: Raw) -> str:
+    """What the configuration says that it is, as far as it does."""
+    said = {name: raw.config.get(name) for name in ("architecture", "activation", "act_fn", "dict_class")}
+    shown = ", ".join(f"{name} {value!r}" for name, value in said.items() if isinstance(value, str))
+    return f" ({shown})" if shown else ""
 
 
 def take_one(raw: Raw, name: str) -> np.ndarray:
@@ -141,9 +175,16 @@ def number(raw: Raw, value: Any, name: str) -> float:
     """A finite number of a configuration, or of an array of one."""
     value = value.item() if isinstance(value, np.ndarray) and value.size == 1 else value
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 2**62:
-        shown = value if isinstance(value, int | float | str | None) else type(value).__name__
-        raise InputError(f"{raw.path}: {name} is {shown!r}, expected a number; mend its configuration.")
+        raise InputError(f"{raw.path}: {name} is {_shown(value)}, expected a number; mend its configuration.")
     return float(value)
+
+
+def flag(raw: Raw, name: str, default: bool) -> bool:
+    """A yes or no of a configuration, where it has it: text and numbers are neither."""
+    value = raw.config.get(name, default)
+    if not isinstance(value, bool):
+        raise InputError(f"{raw.path}: {name} is {_shown(value)}, expected true or false; mend its configuration.")
+    return value
 
 
 def positive(raw: Raw, value: Any, name: str) -> float:
@@ -165,13 +206,40 @@ def integer(raw: Raw, value: Any, name: str) -> int:
 def choice(raw: Raw, what: str, value: Any, known: Iterable[Any]) -> Any:
     """A value, which must be among those known."""
     known = list(known)
-    if isinstance(value, dict | list) or value not in known:
-        shown = value if isinstance(value, int | float | str | None) else type(value).__name__
+    if isinstance(value, dict | list) or value not in known or type(value) not in map(type, known):
         raise InputError(
-            f"{raw.path}: its {what} is {shown!r}, expected one of: {', '.join(str(name) for name in known)}; jaxsae "
-            "cannot compute it."
+            f"{raw.path}: its {what} is {_shown(value)}, expected one of: {', '.join(str(name) for name in known)}; "
+            "jaxsae cannot compute it."
         )
     return value
+
+
+def _shown(value: Any) -> str:
+    return repr(value) if isinstance(value, int | float | str | None) else repr(type(value).__name__)
+
+
+def require_sizes(raw: Raw, **sizes: int) -> None:
+    """What a configuration says of sizes, if it does, must be so of the weights.
+
+    Args:
+      raw: with the configuration.
+      sizes: of the weights, by the names in the configuration.
+    """
+    for name, size in sizes.items():
+        said = raw.config.get(name)
+        if said is not None and integer(raw, said, name) != size:
+            raise InputError(
+                f"{raw.path}: its configuration says {name} {said}, but its weights {size}; mend the one that is wrong."
+            )
+
+
+def require_used(raw: Raw, format: str, activation: Activation) -> None:
+    """Every array must have been used: one that was not would change what the autoencoder computes."""
+    if unused := raw.arrays.unused:
+        raise InputError(
+            f"{raw.path}: holds {', '.join(unused)}, which {type(activation).__name__} of {format} has not"
+            f"{_kind(raw)}; say what it is in its configuration, or remove what is not used."
+        )
 
 
 # --- making
@@ -201,29 +269,47 @@ def assemble(
     if W_enc.ndim != 2 or W_dec.ndim != 2:
         raise InputError(f"{raw.path}: weights of shapes {W_enc.shape} and {W_dec.shape}, expected two axes each.")
     (d, m), d_out = W_enc.shape, W_dec.shape[1] if transcoder else W_enc.shape[0]
+    if centred and d != d_out:
+        raise InputError(f"{raw.path}: subtracts b_dec, {d_out} wide, from rows {d} wide; jaxsae cannot compute it.")
     expected = {"W_dec": (m, d_out), "b_enc": (m,), "b_dec": (d_out,), "W_skip": (d, d_out)}
     found = {name: array.shape for name, array in weights._asdict().items() if name in expected and array is not None}
     wrong = {name: shape for name, shape in found.items() if shape != expected[name]}
-    parameters = [leaf.shape for leaf in jax.tree.leaves(activation) if leaf.shape not in ((), (m,))]
+    parameters = [shape for leaf in jax.tree.leaves(activation) if (shape := np.shape(leaf)) not in ((), (m,))]
     wrong |= {"activation": parameters[0]} if parameters else {}
     if wrong or not d * m * d_out:
         shown = ", ".join(f"{name} {shape}" for name, shape in wrong.items()) or "nothing"
         raise InputError(f"{raw.path}: {shown} does not fit {m} latents, {d} to {d_out} wide; download it again.")
-    k = activation.slots or 1
-    if k > m or (isinstance(activation, GroupMax) and m % k):
-        raise InputError(f"{raw.path}: k is {k}, which does not fit {m} latents; mend its configuration.")
-    arrays = {name: place(array, raw.dtype) for name, array in weights._asdict().items() if array is not None}
+    require_k(f"{raw.path}: ", activation, m)
+    arrays = {
+        name: place(array, raw.dtype, name=f"{raw.path}: {name}", infinite=name == "b_enc")  # −∞ silences a latent
+        for name, array in weights._asdict().items()
+        if array is not None
+    }
     return SAE(**arrays, activation=activation, centred=centred, transcoder=transcoder, normalisation=normalisation)
 
 
+def require_k(where: str, activation: Activation, m: int) -> None:
+    """There must be latents for what the activation keeps."""
+    k = activation.slots or 1
+    if k > m or (isinstance(activation, GroupMax) and m % k):
+        raise InputError(f"{where}k is {k}, which does not fit {m} latents; mend its configuration.")
+
+
 def place_threshold(raw: Raw, array: np.ndarray) -> jax.Array:
-    """Thresholds in float32 or better, whatever the weights."""
-    return place(array, np.promote_types(raw.dtype or array.dtype, np.float32))
+    """Thresholds in float32 or better, whatever the weights; an infinite one silences a latent."""
+    return place(
+        array, np.promote_types(raw.dtype or array.dtype, np.float32), name=f"{raw.path}: threshold", infinite=True
+    )
 
 
 def gated(raw: Raw, r_mag: str, b_gate: str, b_mag: str) -> Gated:
     """`Gated` of arrays of these names."""
-    return Gated(*(place(take(raw, name), raw.dtype) for name in (r_mag, b_gate, b_mag)))
+    return Gated(
+        *(
+            place(take(raw, name), raw.dtype, name=f"{raw.path}: {name}", infinite=True)
+            for name in (r_mag, b_gate, b_mag)
+        )
+    )
 
 
 def zeros(raw: Raw, size: int) -> np.ndarray:
@@ -244,11 +330,6 @@ def fold_norms(weights: Weights) -> Weights:
 # --- writing
 
 
-def host(array: Any) -> np.ndarray:
-    """An array as files want it."""
-    return np.ascontiguousarray(np.asarray(array)).reshape(np.shape(array))
-
-
 def refuse(format: str, what: str) -> InputError:
     """Why an SAE cannot be saved so."""
     return InputError(f"{format} has no {what}; save it in another format, such as jaxsae.")
@@ -264,6 +345,16 @@ def refuse_unless(format: str, sae: SAE, *, transcoder: bool = False, normalised
         raise refuse(format, type(sae.normalisation).__name__)
 
 
+def fixed_k(format: str, activation: Any) -> int:
+    """How many latents a row keeps, of an activation that may keep fewer than it could."""
+    keep = getattr(activation, "keep", None) if isinstance(activation, TopK) else None
+    if keep is None:
+        return activation.slots
+    if not keep >= 1:
+        raise refuse(format, f"TopK that keeps {keep} of {activation.k}")
+    return int(min(keep, activation.k))
+
+
 def centre(sae: SAE, centred: bool) -> SAE:
     """The same function with `b_dec` subtracted from `x`, or not, as a format has it: the encoder's biases differ."""
     if sae.centred == centred:
@@ -272,25 +363,31 @@ def centre(sae: SAE, centred: bool) -> SAE:
         raise InputError("this SAE cannot be written with another centre; save it in another format, such as jaxsae.")
     wide = np.promote_types(np.asarray(sae.W_enc).dtype, np.float32)
     shift = (np.asarray(sae.b_dec, np.float64) @ np.asarray(sae.W_enc, np.float64)).astype(wide)
-    bias = np.asarray(sae.b_enc, wide) + (shift if centred else -shift)
-    return dataclasses.replace(sae, b_enc=jax.numpy.asarray(bias, sae.b_enc.dtype), centred=centred)
+    bias: Any = np.asarray(sae.b_enc, wide) + (shift if centred else -shift)
+    return dataclasses.replace(sae, b_enc=bias.astype(sae.b_enc.dtype), centred=centred)
 
 
 def gate_biases(sae: SAE) -> tuple[np.ndarray, np.ndarray]:
     """The biases of `Gated`, of the gate and of the values, with `b_enc` in them."""
     gate: Any = sae.activation
     b_enc = np.asarray(sae.b_enc)
-    return host(gate.b_gate + b_enc), host(gate.b_mag + np.exp(np.asarray(gate.r_mag)) * b_enc)
+    return gate.b_gate + b_enc, gate.b_mag + np.exp(np.asarray(gate.r_mag)) * b_enc
 
 
 def write_safetensors(file: Path, arrays: Mapping[str, Any]) -> None:
     """Arrays, without metadata."""
-    safetensors.numpy.save_file({name: host(array) for name, array in arrays.items()}, file)
+    safetensors.numpy.save_file({name: writable(array, name) for name, array in arrays.items()}, file)
 
 
 def write_json(file: Path, config: Mapping[str, Any]) -> None:
     """A configuration."""
-    file.write_text(json.dumps(config, indent=2, allow_nan=False) + "\n")
+    try:
+        text = json.dumps(config, indent=2, allow_nan=False)
+    except ValueError as error:
+        raise InputError(
+            f"{file.name}: JSON has no NaN and no infinite numbers, got {config}; save finite ones."
+        ) from error
+    file.write_text(text + "\n")
 
 
 def mean_k(raw: Raw, k: Any) -> int:

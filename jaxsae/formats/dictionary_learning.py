@@ -7,18 +7,20 @@ import numpy as np
 
 from jaxsae import torch_pickle
 from jaxsae.activations import Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK
-from jaxsae.files import atomic_directory
+from jaxsae.files import InputError, atomic_directory
 from jaxsae.formats.common import (
     Raw,
+    Tensors,
     Weights,
     assemble,
     centre,
+    choice,
     find_config,
     find_file,
     find_torch,
+    fixed_k,
     gate_biases,
     gated,
-    host,
     integer,
     is_torch,
     is_zip,
@@ -28,6 +30,7 @@ from jaxsae.formats.common import (
     refuse,
     refuse_unless,
     require,
+    require_sizes,
     take,
     take_one,
     write_json,
@@ -37,8 +40,14 @@ from jaxsae.sae import SAE, rescale
 from jaxsae.tensors import Arrays, read_npz
 
 _CONFIG, _WEIGHTS = "config.json", "ae.pt"
-_BACKUP = {"ae", "step", "optimizer"}
-_BIASES = ("bias", "decoder_bias", "b_dec", "decoder.bias")  # of the decoder, in its various classes
+_BACKUP = {"ae", "step", "optimizer", "config", "norm_factor"}
+_BIASES = {  # of the decoder, by class
+    "AutoEncoder": "bias",
+    "AutoEncoderNew": "decoder.bias",
+    "GatedAutoEncoder": "decoder_bias",
+    "AutoEncoderTopK": "b_dec",
+    "BatchTopKSAE": "b_dec",
+}
 
 
 def _find(path: Path) -> Path | None:
@@ -77,47 +86,89 @@ def read(path: Path) -> Raw:
     arrays, rest = _state(file, check=True)
     trainer = find_config(file, _CONFIG).get("trainer")
     config = dict(trainer) if isinstance(trainer, dict) else {}
-    if isinstance(rest.get("ae"), dict):
-        config |= rest["config"] if isinstance(rest.get("config"), dict) else {}
-        config["norm_factor"] = rest.get("norm_factor")
-    return Raw(file, config, arrays)
+    backup = isinstance(rest.get("ae"), dict)
+    if unknown := rest.keys() - (_BACKUP if backup else set()):
+        raise InputError(f"{file}: holds {', '.join(sorted(unknown))}, expected arrays alone; save its state dict.")
+    if backup and isinstance(rest.get("config"), dict):
+        config |= rest["config"]
+    # In training, rows are divided by this; what is saved in the end takes them as they are.
+    config["norm_factor"] = rest.get("norm_factor")
+    return Raw(file, config, Tensors(arrays))
 
 
 def convert(raw: Raw) -> SAE:
-    """One of its classes, told by the names of its arrays.
+    """One of its classes, told by the names of its arrays, and of the two that share theirs by the configuration."""
+    return _convert(raw, raw.config.get("dict_class"))
 
-    TopK and BatchTopK have the same arrays: without a `config.json` that names the class, top-k it is.
-    """
-    names = raw.arrays.keys()
-    if "W_enc" in names:
-        weights = Weights(*(take(raw, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")))
-        matryoshka = "group_sizes" in names
-        activation = _batch_topk(raw) if matryoshka else JumpReLU(place_threshold(raw, take(raw, "threshold")))
-        sae = assemble(raw, activation, weights, centred=matryoshka)
+
+def convert_topk(raw: Raw) -> SAE:
+    """An `AutoEncoderTopK`, of which the files do not say so."""
+    return _convert(raw, "AutoEncoderTopK")
+
+
+def convert_batch_topk(raw: Raw) -> SAE:
+    """A `BatchTopKSAE`, of which the files do not say so."""
+    return _convert(raw, "BatchTopKSAE")
+
+
+def _convert(raw: Raw, named: str | None) -> SAE:
+    name = _class(raw, named)
+    activation = _activation(raw, name)
+    if "W_enc" in raw.arrays:
+        weights = Weights(*(take(raw, each) for each in ("W_enc", "b_enc", "W_dec", "b_dec")))
     else:
-        activation = _activation(raw)
         W_enc, W_dec = take(raw, "encoder.weight").T, take(raw, "decoder.weight").T
         b_enc = zeros(raw, W_enc.shape[-1]) if isinstance(activation, Gated) else take(raw, "encoder.bias")
-        bias = next((name for name in _BIASES if name in names), "bias")
-        sae = assemble(raw, activation, Weights(W_enc, b_enc, W_dec, take(raw, bias)), centred=bias != "decoder.bias")
+        weights = Weights(W_enc, b_enc, W_dec, take(raw, _BIASES[name]))
+    sae = assemble(raw, activation, weights, centred=name not in ("JumpReluAutoEncoder", "AutoEncoderNew"))
+    require_sizes(raw, activation_dim=sae.d, dict_size=sae.m)
+    if "group_sizes" in raw.arrays and raw.arrays["group_sizes"].sum() != sae.m:
+        raise InputError(f"{raw.path}: its group_sizes do not add up to {sae.m} latents; download it again.")
     factor = raw.config.get("norm_factor")
-    # In training, rows are divided by this; what is saved in the end takes them as they are.
     return sae if factor is None else rescale(sae, 1 / positive(raw, factor, "norm_factor"))
 
 
-def _activation(raw: Raw) -> Activation:
-    if "r_mag" in raw.arrays:
-        return gated(raw, "r_mag", "gate_bias", "mag_bias")
-    if "b_dec" not in raw.arrays:
-        return ReLU()
-    if "BatchTopK" in str(raw.config.get("dict_class")):
-        return _batch_topk(raw)
-    return TopK(integer(raw, raw.arrays.get("k", raw.config.get("k")), "k"))
+def _class(raw: Raw, named: str | None) -> str:
+    """Which of its classes: there may be several whose arrays have these names."""
+    names = raw.arrays.keys()
+    if "W_enc" in names:
+        classes = ["MatryoshkaBatchTopKSAE" if "group_sizes" in names else "JumpReluAutoEncoder"]
+    elif "r_mag" in names:
+        classes = ["GatedAutoEncoder"]
+    elif "b_dec" in names:
+        classes = ["AutoEncoderTopK", "BatchTopKSAE"]
+    else:
+        classes = ["AutoEncoderNew" if "decoder.bias" in names else "AutoEncoder"]
+    if named is None and len(classes) > 1:
+        raise InputError(
+            f"{raw.path}: may be an {classes[0]} or a {classes[1]}, whose arrays are the same, and no {_CONFIG} has "
+            "the dict_class; put its own beside it, or pass format='dictionary_learning_topk' or "
+            "'dictionary_learning_batch_topk'."
+        )
+    # Of those that train either, one trainer writes the name of the other.
+    alike = ["AutoEncoder"] if classes == ["AutoEncoderNew"] else []
+    found = choice(raw, "dict_class", classes[0] if named is None else named, classes + alike)
+    return found if found in classes else classes[0]
 
 
-def _batch_topk(raw: Raw) -> BatchTopK:
-    k = integer(raw, raw.arrays.get("k", raw.config.get("k")), "k")
-    return BatchTopK(k, place_threshold(raw, take_one(raw, "threshold")))
+def _activation(raw: Raw, name: str) -> Activation:
+    match name:
+        case "GatedAutoEncoder":
+            return gated(raw, "r_mag", "gate_bias", "mag_bias")
+        case "JumpReluAutoEncoder":
+            return JumpReLU(place_threshold(raw, take(raw, "threshold")))
+        case "AutoEncoderTopK":
+            raw.arrays.ignore("threshold")  # an estimate of the smallest value kept, for other uses
+            return TopK(_k(raw))
+        case "BatchTopKSAE" | "MatryoshkaBatchTopKSAE":
+            return BatchTopK(_k(raw), place_threshold(raw, take_one(raw, "threshold")))
+    return ReLU()
+
+
+def _k(raw: Raw) -> int:
+    k = integer(raw, raw.arrays["k"] if "k" in raw.arrays else raw.config.get("k"), "k")
+    require_sizes(raw, k=k)
+    return k
 
 
 def write(sae: SAE, path: Path) -> None:
@@ -128,7 +179,7 @@ def write(sae: SAE, path: Path) -> None:
     trainer |= {"k": int(state["k"])} if "k" in state else {}
     with atomic_directory(path) as folder:
         write_json(folder / _CONFIG, {"trainer": trainer})
-        torch_pickle.write(folder / _WEIGHTS, {name: host(array) for name, array in state.items()})
+        torch_pickle.write(folder / _WEIGHTS, {name: np.asarray(array) for name, array in state.items()})
 
 
 def _written(sae: SAE) -> tuple[str, SAE, dict[str, Any]]:
@@ -148,9 +199,8 @@ def _written(sae: SAE) -> tuple[str, SAE, dict[str, Any]]:
             return "JumpReluAutoEncoder", sae, arrays
         case TopK() | BatchTopK():
             sae, topk = centre(sae, True), isinstance(activation, TopK)
-            threshold = np.asarray(-1.0 if isinstance(activation, TopK) else activation.threshold, np.float32)
-            keep = getattr(activation, "keep", None)
-            k = np.asarray(activation.k if keep is None else int(keep), np.int32)
+            threshold = np.float32(-1) if isinstance(activation, TopK) else np.asarray(activation.threshold)
+            k = np.int32(fixed_k("dictionary_learning", activation) if topk else activation.k)
             state = {"b_dec": sae.b_dec, "k": k, "threshold": threshold, "encoder.bias": sae.b_enc} | layers
             return "AutoEncoderTopK" if topk else "BatchTopKSAE", sae, state
         case Gated():

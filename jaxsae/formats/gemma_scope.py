@@ -10,6 +10,7 @@ from jaxsae.activations import Activation, BatchTopK, JumpReLU, ReLU
 from jaxsae.files import InputError, atomic_directory
 from jaxsae.formats.common import (
     Raw,
+    Tensors,
     Weights,
     array_names,
     assemble,
@@ -18,19 +19,20 @@ from jaxsae.formats.common import (
     find_config,
     find_file,
     find_weights,
-    host,
+    flag,
     is_torch,
     is_zip,
     place_threshold,
     refuse,
     refuse_unless,
     require,
+    require_sizes,
     take,
     write_json,
     write_safetensors,
 )
 from jaxsae.sae import SAE, fold_scale
-from jaxsae.tensors import read_npz, read_safetensors
+from jaxsae.tensors import read_npz, read_safetensors, writable
 
 _NPZ, _CONFIG, _WEIGHTS = "params.npz", "config.json", "params.safetensors"
 
@@ -63,8 +65,10 @@ def detect_transcoder(path: Path) -> bool:
 def read(path: Path) -> Raw:
     """`params.npz`; some files have names in lower case."""
     file = require(path, _find_npz(path), _NPZ)
-    names = {"w_enc": "W_enc", "w_dec": "W_dec"}
-    return Raw(file, {}, {names.get(name, name): array for name, array in read_npz(file).items()})
+    names, arrays = {"w_enc": "W_enc", "w_dec": "W_dec"}, read_npz(file)
+    if twice := sorted(name for name in names.keys() & arrays.keys() if names[name] in arrays):
+        raise InputError(f"{file}: holds {names[twice[0]]} and {twice[0]}; remove the one that is wrong.")
+    return Raw(file, {}, Tensors({names.get(name, name): array for name, array in arrays.items()}))
 
 
 def convert(raw: Raw) -> SAE:
@@ -90,15 +94,16 @@ def _activation(raw: Raw) -> Activation:
 
 
 def write(sae: SAE, path: Path) -> None:
-    """`params.npz`, in float32."""
+    """`params.npz`, in float32, or better where the SAE is."""
     if sae.W_skip is not None:
         raise refuse("gemma_scope", "skip connections")
     if sae.transcoder and sae.b_dec.size == sae.d:
         raise refuse("gemma_scope", "way to tell a transcoder to the same width from an autoencoder")
     sae, threshold = _written(sae, "gemma_scope")
-    arrays = {name: np.asarray(getattr(sae, name), np.float32) for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
+    arrays = {name: getattr(sae, name) for name in ("W_enc", "W_dec", "b_enc", "b_dec")} | {"threshold": threshold}
+    wide = {name: writable(array.astype(_wide(array)), name) for name, array in arrays.items()}
     with atomic_directory(path) as folder:
-        np.savez(folder / _NPZ, allow_pickle=False, **arrays, threshold=threshold)  # pyright: ignore[reportArgumentType]
+        np.savez(folder / _NPZ, allow_pickle=False, **wide)  # pyright: ignore[reportArgumentType]
 
 
 def _written(sae: SAE, format: str) -> tuple[SAE, np.ndarray]:
@@ -107,10 +112,16 @@ def _written(sae: SAE, format: str) -> tuple[SAE, np.ndarray]:
     sae = centre(sae, False)
     match sae.activation:
         case JumpReLU() | BatchTopK():
-            return sae, np.broadcast_to(np.asarray(sae.activation.threshold, np.float32), (sae.m,)).copy()
+            threshold = np.asarray(sae.activation.threshold)
+            return sae, np.broadcast_to(threshold.astype(_wide(threshold)), (sae.m,))
         case ReLU():
             return sae, np.zeros(sae.m, np.float32)
     raise refuse(format, type(sae.activation).__name__)
+
+
+def _wide(array: np.ndarray) -> np.dtype:
+    """Float32 or better."""
+    return np.promote_types(array.dtype, np.float32)
 
 
 # --- Gemma Scope 2
@@ -124,7 +135,7 @@ def detect_2(path: Path) -> bool:
 def read_2(path: Path) -> Raw:
     """`params.safetensors` and, where there is one, `config.json`."""
     file = require(path, find_weights(path, _WEIGHTS), f"{_CONFIG} and {_WEIGHTS}")
-    return Raw(file, find_config(file, _CONFIG), read_safetensors(file))
+    return Raw(file, find_config(file, _CONFIG), Tensors(read_safetensors(file)))
 
 
 def convert_2(raw: Raw) -> SAE:
@@ -135,11 +146,13 @@ def convert_2(raw: Raw) -> SAE:
             f"{raw.path}: w_dec has shape {raw.arrays['w_dec'].shape}, of a cross-layer transcoder, which writes to "
             "several layers; expected one layer: choose another."
         )
-    skip = take(raw, "affine_skip_connection") if "affine_skip_connection" in raw.arrays else None
+    affine = flag(raw, "affine_connection", "affine_skip_connection" in raw.arrays)
+    skip = take(raw, "affine_skip_connection", "affine_connection") if affine else None
     weights = Weights(*(take(raw, name) for name in ("w_enc", "b_enc", "w_dec", "b_dec")))._replace(W_skip=skip)
     out = raw.config.get("hf_hook_point_out")
     elsewhere = out not in (None, raw.config.get("hf_hook_point_in"))
     transcoder = elsewhere or skip is not None or weights.W_dec.shape[-1:] != weights.W_enc.shape[:1]
+    require_sizes(raw, width=len(weights.W_dec))
     return assemble(raw, _activation(raw), weights, centred=False, transcoder=transcoder)
 
 
@@ -152,4 +165,4 @@ def write_2(sae: SAE, path: Path) -> None:
     arrays |= {} if sae.W_skip is None else {"affine_skip_connection": sae.W_skip}
     with atomic_directory(path) as folder:
         write_json(folder / _CONFIG, config)
-        write_safetensors(folder / _WEIGHTS, {name: host(array) for name, array in arrays.items()})
+        write_safetensors(folder / _WEIGHTS, arrays)

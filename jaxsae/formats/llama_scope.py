@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from jaxsae.activations import Activation, BatchTopK, JumpReLU, ReLU, TopK
-from jaxsae.files import atomic_directory
+from jaxsae.files import InputError, atomic_directory
 from jaxsae.formats.common import (
     Raw,
+    Tensors,
     Weights,
     array_names,
     assemble,
@@ -18,6 +19,7 @@ from jaxsae.formats.common import (
     choice,
     find_config,
     find_weights,
+    flag,
     integer,
     number,
     place_threshold,
@@ -25,6 +27,7 @@ from jaxsae.formats.common import (
     refuse,
     refuse_unless,
     require,
+    require_sizes,
     take,
     write_json,
     write_safetensors,
@@ -55,7 +58,7 @@ def read(path: Path) -> Raw:
     """Both files; later ones are named `config.json` and `sae_weights.safetensors`."""
     file, config = _find(path)
     file = require(path, file if config else None, f"{_CONFIG} and checkpoints/{_WEIGHTS}")
-    return Raw(file, config, read_safetensors(file))
+    return Raw(file, config, Tensors(read_safetensors(file)))
 
 
 def convert(raw: Raw) -> SAE:
@@ -65,43 +68,73 @@ def convert(raw: Raw) -> SAE:
     """
     config = raw.config
     W_enc, W_dec = take(raw, "encoder.weight").T, take(raw, "decoder.weight").T
-    b_dec = take(raw, "decoder.bias") if config.get("use_decoder_bias", True) else zeros(raw, W_dec.shape[-1])
+    b_dec = (
+        take(raw, "decoder.bias", "use_decoder_bias")
+        if flag(raw, "use_decoder_bias", True)
+        else zeros(raw, W_dec.shape[-1])
+    )
     weights = Weights(W_enc, take(raw, "encoder.bias"), W_dec, b_dec)
+    choice(raw, "use_glu_encoder", config.get("use_glu_encoder", False), [False])
+    choice(raw, "sae_type", config.get("sae_type", "sae"), ["sae"])
     transcoder = config.get("hook_point_out") not in (None, config.get("hook_point_in"))
-    centred = bool(config.get("apply_decoder_bias_to_pre_encoder")) and not transcoder
     kinds = {"dataset-wise": AverageNorm(), "token-wise": ConstantNorm(), "inference": None}
     kind = choice(raw, "norm_activation", config.get("norm_activation") or "dataset-wise", kinds)
     norms, width = config.get("dataset_average_activation_norm"), math.sqrt(W_enc.shape[0])
     known = kind == "dataset-wise" and isinstance(norms, dict)
     into, out = (norms.get("in"), norms.get("out", norms.get("in"))) if known else (width, width)  # pyright: ignore[reportOptionalMemberAccess]
     scale, scale_out = (width / positive(raw, norm, "dataset_average_activation_norm") for norm in (into, out))
+    centred = flag(raw, "apply_decoder_bias_to_pre_encoder", False)
+    if centred and (transcoder or scale != scale_out):
+        raise InputError(
+            f"{raw.path}: apply_decoder_bias_to_pre_encoder is true of a transcoder; jaxsae cannot compute it."
+        )
     sae = assemble(
         raw,
-        _activation(raw, W_dec, scale),
+        _activation(raw, W_dec, None if kind == "dataset-wise" and not known else scale),
         weights,
         centred=centred,
         transcoder=transcoder,
         normalisation=None if known else kinds[kind],
     )
+    if config.get("d_sae") is None and "expansion_factor" in config:
+        raw = raw._replace(
+            config=config | {"d_sae": int(sae.d * positive(raw, config["expansion_factor"], "expansion_factor"))}
+        )
+    require_sizes(raw, d_model=sae.d, d_sae=sae.m)
     folded = {"W_enc": sae.W_enc * scale, "W_dec": sae.W_dec / scale_out, "b_dec": sae.b_dec / scale_out}
     return sae if scale == scale_out == 1 else dataclasses.replace(sae, **folded)
 
 
-def _activation(raw: Raw, W_dec: np.ndarray, scale: float) -> Activation:
+def _activation(raw: Raw, W_dec: np.ndarray, scale: float | None) -> Activation:
+    """Thresholds are for pre-activations of scaled rows; the scale is None where nobody knows it."""
     config = raw.config
     kind = choice(raw, "act_fn", config.get("act_fn", "jumprelu"), ("jumprelu", "topk", "relu"))
+    wide = np.promote_types(W_dec.dtype, np.float32)
+    norms = np.ones(len(W_dec), wide)
+    if flag(raw, "sparsity_include_decoder_norm", False):  # what decides is `pre · ‖atom‖`
+        norms = np.linalg.norm(W_dec.astype(wide), axis=1)
     if kind == "relu":
         return ReLU()
     if kind == "topk":
+        if not np.allclose(norms, 1, rtol=1e-3):
+            raise InputError(
+                f"{raw.path}: sparsity_include_decoder_norm is true of topk, and atoms have other norms than 1; "
+                "jaxsae cannot compute it: make them of norm 1 there."
+            )
         return TopK(integer(raw, config.get("top_k"), "top_k"))
     if "log_jumprelu_threshold" in raw.arrays:
-        return JumpReLU(place_threshold(raw, np.exp(take(raw, "log_jumprelu_threshold").astype(np.float32))))
-    threshold = scale * number(raw, config.get("jump_relu_threshold"), "jump_relu_threshold")
-    thresholds = np.full(len(W_dec), threshold, np.float32)
-    if config.get("sparsity_include_decoder_norm"):  # what is compared is `pre · ‖atom‖`
-        norms = np.linalg.norm(W_dec.astype(np.float32), axis=1)
-        thresholds = (thresholds / np.where(norms > 0, norms, 1)).astype(np.float32)
-    return JumpReLU(place_threshold(raw, thresholds))
+        threshold = np.exp(take(raw, "log_jumprelu_threshold").astype(wide))
+    else:
+        threshold = number(raw, config.get("jump_relu_threshold"), "jump_relu_threshold")
+        if threshold and scale is None:
+            raise InputError(
+                f"{raw.path}: has no dataset_average_activation_norm, on which its threshold depends; mend its "
+                "configuration."
+            )
+        threshold = np.full(len(W_dec), threshold * (scale or 1), wide)
+    if threshold.shape != norms.shape:
+        raise InputError(f"{raw.path}: has {threshold.shape} thresholds for {len(norms)} latents; download it again.")
+    return JumpReLU(place_threshold(raw, (threshold / np.where(norms > 0, norms, 1)).astype(wide)))
 
 
 def write(sae: SAE, path: Path) -> None:
@@ -119,6 +152,7 @@ def write(sae: SAE, path: Path) -> None:
         "jump_relu_threshold": float(thresholds.flat[0]),
         "use_decoder_bias": True,
         "apply_decoder_bias_to_pre_encoder": False,
+        "sparsity_include_decoder_norm": False,
         "norm_activation": "dataset-wise",
         "dataset_average_activation_norm": {"in": math.sqrt(sae.d), "out": math.sqrt(sae.d)},
         "hook_point_in": "input",

@@ -6,15 +6,16 @@ import numpy as np
 
 from jaxsae import torch_pickle
 from jaxsae.activations import ReLU, TopK
-from jaxsae.files import atomic_file
+from jaxsae.files import InputError, atomic_file
 from jaxsae.formats.common import (
     Raw,
+    Tensors,
     Weights,
     assemble,
     centre,
     choice,
     find_torch,
-    host,
+    fixed_k,
     integer,
     read_state,
     refuse,
@@ -24,6 +25,9 @@ from jaxsae.formats.common import (
 )
 from jaxsae.normalisation import LayerNorm
 from jaxsae.sae import SAE
+
+_STATISTICS = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square")
+_OPTIONS: dict[str, set[str]] = {"ReLU": set(), "TopK": {"k", "postact_fn"}}
 
 
 def detect(path: Path) -> bool:
@@ -36,17 +40,22 @@ def read(path: Path) -> Raw:
     """One `.pt`."""
     file = require(path, find_torch(path), "one .pt of OpenAI's")
     arrays, config = read_state(file, check=True)
-    return Raw(file, config, arrays)
+    return Raw(file, config, Tensors(arrays))
 
 
 def convert(raw: Raw) -> SAE:
     """Rows are layer-normalised exactly where the activation is TopK."""
     named = (take(raw, "encoder.weight").T, take(raw, "latent_bias"), take(raw, "decoder.weight").T)
     weights = Weights(*named, take(raw, "pre_bias"))
-    if choice(raw, "activation", raw.config.get("activation", "ReLU"), ["TopK", "ReLU"]) == "ReLU":
+    raw.arrays.ignore(*_STATISTICS)
+    kind = choice(raw, "activation", raw.config.get("activation", "ReLU"), _OPTIONS)
+    options = raw.config.get("activation_state_dict", {})
+    options = options if isinstance(options, dict) else {"activation_state_dict": options}
+    there = {*map(str, options), *raw.config} - {"activation", "activation_state_dict"}
+    if unused := sorted(there - _OPTIONS[kind]):
+        raise InputError(f"{raw.path}: holds {', '.join(unused)}, which {kind} of openai has not; name its activation.")
+    if kind == "ReLU":
         return assemble(raw, ReLU(), weights, centred=True)
-    options = raw.config.get("activation_state_dict")
-    options = options if isinstance(options, dict) else {}
     choice(raw, "postact_fn", options.get("postact_fn", "ReLU"), ["ReLU"])
     activation = TopK(integer(raw, options.get("k"), "k"))
     return assemble(raw, activation, weights, centred=True, normalisation=LayerNorm())
@@ -62,17 +71,16 @@ def write(sae: SAE, path: Path) -> None:
         raise refuse("openai", f"layer norm with eps {sae.normalisation.eps}")
     sae = centre(sae, True)
     state = {
-        "pre_bias": host(sae.b_dec),
-        "latent_bias": host(sae.b_enc),
+        "pre_bias": sae.b_dec,
+        "latent_bias": sae.b_enc,
         "stats_last_nonzero": np.zeros(sae.m, np.int64),
         "latents_activation_frequency": np.zeros(sae.m, np.float32),
         "latents_mean_square": np.zeros(sae.m, np.float32),
-        "encoder.weight": host(np.asarray(sae.W_enc).T),
-        "decoder.weight": host(np.asarray(sae.W_dec).T),
+        "encoder.weight": np.asarray(sae.W_enc).T,
+        "decoder.weight": np.asarray(sae.W_dec).T,
         "activation": type(activation).__name__,
     }
     if isinstance(activation, TopK):
-        k = activation.k if activation.keep is None else int(activation.keep)
-        state["activation_state_dict"] = {"k": k, "postact_fn": "ReLU"}
+        state["activation_state_dict"] = {"k": fixed_k("openai", activation), "postact_fn": "ReLU"}
     with atomic_file(path) as temporary:
         torch_pickle.write(temporary, state)

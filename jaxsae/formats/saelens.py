@@ -12,12 +12,16 @@ from jaxsae.activations import AbsTopK, Activation, BatchTopK, Gated, JumpReLU, 
 from jaxsae.files import InputError, atomic_directory
 from jaxsae.formats.common import (
     Raw,
+    Tensors,
     Weights,
     array_names,
     assemble,
+    centre,
     choice,
     find_config,
     find_weights,
+    fixed_k,
+    flag,
     fold_norms,
     gate_biases,
     gated,
@@ -28,6 +32,7 @@ from jaxsae.formats.common import (
     refuse,
     require,
     require_config,
+    require_sizes,
     take,
     take_one,
     write_json,
@@ -65,33 +70,62 @@ def read(path: Path) -> Raw:
     file = require(path, find_weights(path, _WEIGHTS), f"{_CONFIG} and {_WEIGHTS}")
     renamed = {"hook_point": "hook_name", "activation_fn_str": "activation_fn"}
     config = {renamed.get(name, name): value for name, value in require_config(file, _CONFIG).items()}
-    options = config.get("activation_fn_kwargs")
-    if config.get("activation_fn") == "topk" and isinstance(options, dict) and "k" in options:
-        config |= {"architecture": "topk", "k": options["k"]}
     if isinstance(config.get("normalize_activations"), bool | None):
         config["normalize_activations"] = "expected_average_only_in" if config.get("normalize_activations") else "none"
-    return Raw(file, {"architecture": "standard"} | config, read_safetensors(file))
+    raw = Raw(file, config, Tensors(read_safetensors(file)))
+    return raw._replace(config={"architecture": "standard"} | config | _activation_fn(raw))
+
+
+def _activation_fn(raw: Raw) -> dict[str, Any]:
+    """What configurations before version 6 say of an architecture by an activation function."""
+    config, options = raw.config, raw.config.get("activation_fn_kwargs") or {}
+    name = choice(raw, "activation_fn", config.get("activation_fn") or "relu", ("relu", "topk"))
+    known = {"k", "signed"} if name == "topk" else set()
+    if not isinstance(options, dict) or options.keys() - known or options.get("signed"):
+        raise InputError(f"{raw.path}: activation_fn_kwargs is {options} for {name}; jaxsae cannot compute it.")
+    if name == "relu":
+        return {}
+    choice(raw, "architecture", config.get("architecture", "standard"), ("standard", "topk"))
+    k = integer(raw, options.get("k", config.get("k")), "k")
+    require_sizes(raw, k=k)
+    return {"architecture": "topk", "k": k}
 
 
 def convert(raw: Raw) -> SAE:
     """An autoencoder or a transcoder."""
     config = raw.config
     kind = choice(raw, "architecture", config["architecture"], _ACTIVATIONS)
-    choice(raw, "activation_fn", config.get("activation_fn") or "relu", ("relu", "topk"))
+    _require_known_options(raw, kind)
     dtype = choice(raw, "dtype", str(config.get("dtype", "float32")).removeprefix("torch."), _DTYPES)
     raw = raw._replace(dtype=raw.dtype or _DTYPES[dtype])
+    choice(raw, "reshape_activations", config.get("reshape_activations") or "none", ("none", "hook_z"))
     normalisation = _NORMALISATIONS[
         choice(raw, "normalize_activations", config["normalize_activations"], _NORMALISATIONS)
     ]
     transcoder = kind.endswith("transcoder")
-    centred = bool(config.get("apply_b_dec_to_input", True)) and not transcoder
+    centred = flag(raw, "apply_b_dec_to_input", not transcoder)
+    if centred and transcoder:
+        raise InputError(f"{raw.path}: apply_b_dec_to_input is true of a transcoder, which has no such; say false.")
     weights = _weights(raw, kind)
-    if config.get("rescale_acts_by_decoder_norm") and kind in ("topk", "batchtopk", "matryoshka_batchtopk"):
+    if flag(raw, "rescale_acts_by_decoder_norm", False):
         weights = fold_norms(weights)
     if kind == "matching_pursuit" and not centred:  # what was not subtracted is not added
         weights = weights._replace(b_dec=np.zeros_like(weights.b_dec))
     activation = _ACTIVATIONS[kind](raw)
-    return assemble(raw, activation, weights, centred=centred, transcoder=transcoder, normalisation=normalisation)
+    sae = assemble(raw, activation, weights, centred=centred, transcoder=transcoder, normalisation=normalisation)
+    require_sizes(raw, d_in=sae.d, d_sae=sae.m, d_out=sae.b_dec.size)
+    return sae
+
+
+def _require_known_options(raw: Raw, kind: str) -> None:
+    """An option of other architectures would be dropped, and its autoencoder be another."""
+    known = next((options for name, options in _OPTIONS.items() if name in kind), ())
+    for name in {each for options in _OPTIONS.values() for each in options}.difference(known):
+        if raw.config.get(name) not in (None, False):
+            raise InputError(
+                f"{raw.path}: has {name}, which the architecture {kind!r} has not; say which architecture it is, or "
+                f"remove {name}."
+            )
 
 
 def _weights(raw: Raw, kind: str) -> Weights:
@@ -101,14 +135,17 @@ def _weights(raw: Raw, kind: str) -> Weights:
     W_enc = W_dec.T if kind == "matching_pursuit" else take(raw, "W_enc")
     b_enc = zeros(raw, len(W_dec)) if kind in ("gated", "matching_pursuit") else take(raw, "b_enc")
     W_skip = take(raw, "W_skip").T if "skip" in kind else None
-    if "scaling_factor" in raw.arrays and not np.all(raw.arrays["scaling_factor"] == 1):
+    finetuned = flag(raw, "finetuning_scaling_factor", False)
+    if "scaling_factor" in raw.arrays:  # ones where it was added anyway
         factor = take(raw, "scaling_factor")
-        if not raw.config.get("finetuning_scaling_factor") or factor.shape != (len(W_dec),):
+        if factor.shape != (len(W_dec),) or not (finetuned or np.all(factor == 1)):
             raise InputError(
                 f"{raw.path}: has a scaling_factor that its configuration does not use; set finetuning_scaling_factor, "
                 "or remove it."
             )
-        W_dec = W_dec * factor[:, None]
+        W_dec = W_dec if np.all(factor == 1) else W_dec * factor[:, None]
+    elif finetuned:
+        take(raw, "scaling_factor", "finetuning_scaling_factor")
     return Weights(W_enc, b_enc, W_dec, take(raw, "b_dec"), W_skip)
 
 
@@ -121,8 +158,9 @@ def _jumprelu(raw: Raw) -> Activation:
     details = metadata.get("training_architecture_details")
     k = details.get("k") if isinstance(details, dict) else None
     trained = k is not None and "batchtopk" in str(metadata.get("training_architecture"))
-    if trained and threshold.size and np.all(threshold == threshold.flat[0]):
-        return BatchTopK(mean_k(raw, k), place_threshold(raw, threshold.reshape(-1)[:1].reshape(())))
+    whole = threshold.size and threshold.shape == take(raw, "b_enc").shape
+    if trained and whole and np.all(threshold == threshold[0]):
+        return BatchTopK(mean_k(raw, k), place_threshold(raw, threshold[:1].reshape(())))
     return JumpReLU(place_threshold(raw, threshold))
 
 
@@ -135,7 +173,7 @@ def _matching_pursuit(raw: Raw) -> Activation:
     return MatchingPursuit(
         jnp.asarray(number(raw, raw.config.get("residual_threshold", 0.01), "residual_threshold"), jnp.float32),
         None if steps is None else integer(raw, steps, "max_iterations"),
-        bool(raw.config.get("stop_on_duplicate_support", True)),
+        flag(raw, "stop_on_duplicate_support", True),
     )
 
 
@@ -155,12 +193,23 @@ _ACTIVATIONS: dict[str, Callable[[Raw], Activation]] = {
 }
 
 
+# What only some architectures have, by a part of their names; the first that fits counts.
+_OPTIONS = {
+    "abstopk": ("k", "rescale_acts_by_decoder_norm"),
+    "batchtopk": ("k", "rescale_acts_by_decoder_norm"),
+    "topk": ("k", "rescale_acts_by_decoder_norm"),
+    "jumprelu": ("k",),  # of what was trained as BatchTopK
+    "matching_pursuit": ("residual_threshold", "max_iterations", "stop_on_duplicate_support"),
+}
+
+
 def write(sae: SAE, path: Path) -> None:
     """As its library saves for inference: BatchTopK as a JumpReLU that says what it was trained as."""
     if isinstance(sae.normalisation, LayerNorm) and sae.normalisation.eps != 1e-5:
         raise refuse("saelens", f"layer norm with eps {sae.normalisation.eps}")
     if sae.W_skip is not None and not sae.transcoder:
         raise refuse("saelens", "skip connection but in transcoders")
+    sae = centre(sae, False) if sae.transcoder else sae
     kind, options, arrays = _written_activation(sae)
     metadata = options.pop("metadata", {}) | {"sae_lens_version": _VERSION, "sae_lens_training_version": None}
     normalisation = next(name for name, value in _NORMALISATIONS.items() if type(value) is type(sae.normalisation))
@@ -190,7 +239,7 @@ def _written_activation(sae: SAE) -> tuple[str, dict[str, Any], dict[str, Any]]:
         case ReLU():
             kind, options, arrays = "standard", {}, {}
         case TopK() if not transcoder:
-            k = activation.k if activation.keep is None else int(activation.keep)
+            k = fixed_k("saelens", activation)
             kind, options, arrays = "topk", {"k": k, "rescale_acts_by_decoder_norm": False}, {}
         case AbsTopK() if not transcoder:
             kind, options, arrays = "abstopk", {"k": activation.k, "rescale_acts_by_decoder_norm": False}, {}

@@ -8,6 +8,7 @@ from jaxsae.activations import GroupMax, TopK
 from jaxsae.files import InputError, atomic_directory
 from jaxsae.formats.common import (
     Raw,
+    Tensors,
     Weights,
     array_names,
     assemble,
@@ -15,6 +16,8 @@ from jaxsae.formats.common import (
     choice,
     find_config,
     find_weights,
+    fixed_k,
+    flag,
     integer,
     refuse,
     refuse_unless,
@@ -40,7 +43,7 @@ def detect(path: Path) -> bool:
 def read(path: Path) -> Raw:
     """Both files."""
     file = require(path, find_weights(path, _WEIGHTS), f"{_CONFIG} and {_WEIGHTS}")
-    return Raw(file, require_config(file, _CONFIG), read_safetensors(file))
+    return Raw(file, require_config(file, _CONFIG), Tensors(read_safetensors(file)))
 
 
 def convert(raw: Raw) -> SAE:
@@ -48,16 +51,16 @@ def convert(raw: Raw) -> SAE:
     config = raw.config
     make = _ACTIVATIONS[choice(raw, "activation", config.get("activation", "topk"), _ACTIVATIONS)]
     choice(raw, "signed", config.get("signed", False), [False])
-    transcoder = bool(config.get("transcode"))
-    W_skip = take(raw, "W_skip").T if "W_skip" in raw.arrays else None
+    transcoder = flag(raw, "transcode", False)
+    W_skip = take(raw, "W_skip", "skip_connection").T if flag(raw, "skip_connection", "W_skip" in raw.arrays) else None
     rest = (take(raw, name) for name in ("encoder.bias", "W_dec", "b_dec"))
     weights = Weights(take(raw, "encoder.weight").T, *rest)._replace(W_skip=W_skip)
     d = integer(raw, config.get("d_in", weights.W_enc.shape[0]), "d_in")
     m = config.get("num_latents") or d * integer(raw, config.get("expansion_factor", 32), "expansion_factor")
-    if weights.W_enc.shape != (d, m):
+    if weights.W_enc.shape != (d, integer(raw, m, "num_latents")):
         raise InputError(
             f"{raw.path}: its encoder has shape {weights.W_enc.shape[::-1]}, but {_CONFIG} says {m!r} latents of width "
-            f"{d}; download it again."
+            f"{d} (num_latents or expansion_factor, and d_in); download it again."
         )
     activation = make(integer(raw, config.get("k"), "k"))
     return assemble(raw, activation, weights, centred=not transcoder, transcoder=transcoder)
@@ -70,13 +73,12 @@ def write(sae: SAE, path: Path) -> None:
     if kind is None or sae.b_dec.size != sae.d:
         raise refuse("sparsify", type(sae.activation).__name__ if kind is None else "output of another width")
     sae = centre(sae, not sae.transcoder)
-    keep = getattr(sae.activation, "keep", None)
     config = {
         "activation": kind,
         "expansion_factor": 32,
         "normalize_decoder": True,
         "num_latents": sae.m,
-        "k": sae.activation.slots if keep is None else int(keep),
+        "k": fixed_k("sparsify", sae.activation),
         "multi_topk": False,
         "skip_connection": sae.W_skip is not None,
         "transcode": sae.transcoder,

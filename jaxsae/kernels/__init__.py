@@ -58,7 +58,7 @@ def gather_gram(
 
     Args:
       dictionary: `[m d]`, one atom a row.
-      indices: `[*b k]`; a slot that is not in use holds `m`, and has zeros in `G` and `c`.
+      indices: `[*b k]`; a slot out of range, such as `m` or −1, is not in use, and has zeros in `G` and `c`.
       y: targets `[*b d]`.
       implementation: "xla" or "pallas", or None for what was measured to be best.
 
@@ -91,7 +91,7 @@ def gather_decode(
 
     Args:
       dictionary: `[m d]`, one atom a row.
-      indices: `[*b k]`; slots of index `m` count nothing.
+      indices: `[*b k]`; slots out of range, such as `m` or −1, count nothing.
       values: `[*b k]`.
       implementation: "xla" or "pallas", or None for what was measured to be best.
 
@@ -133,7 +133,7 @@ def refit_fused(
 
     Args:
       dictionary: `[m d]`, one atom a row.
-      indices: `[*b k]`; a slot that is not in use holds `m`.
+      indices: `[*b k]`; a slot out of range, such as `m` or −1, is not in use.
       y: targets `[*b d]`.
       z0: starting values `[*b k]`.
       nonnegative: constrain `z ≥ 0`.
@@ -182,7 +182,7 @@ def scatter_rows(
     That of `gather_decode` is of rank `r = 1`, `z x̄ᵀ`; that of a refit of rank 2, `u rᵀ − z (Aᵀu)ᵀ`.
 
     Args:
-      indices: `[*b k]`; slots of index `num_latents` are dropped.
+      indices: `[*b k]`; slots out of range are dropped.
       left: `[*b k r]`.
       right: `[*b r d]`.
       num_latents: `m`.
@@ -234,6 +234,7 @@ def solve(
     implementation: str | None = None,
 ) -> gram.Solved:  # fmt: skip
     """FISTA on the problems of `n` rows, free of units: what `refit_fused` and `refit` are made of."""
+    indices = _slots(indices, len(dictionary))
 
     def by_kernel(kernel, options):
         _, scale, norm = gram.scaled(y.astype(ridge.dtype))
@@ -324,6 +325,11 @@ def _choose(op: str, implementation: str | None, d: int, k: int, dtype, by_kerne
         return by_xla()
 
 
+def _slots(indices: Array, m: int) -> Array:
+    """Indices in `[0, m]`, as kernels take them: `m` for whatever is out of range."""
+    return jnp.where(gram.used(indices, m), indices, m)
+
+
 def _bucket(n: int) -> int:
     """Rows to compile for: so that a batch that is a little larger or smaller meets a program that is there."""
     step = max(128, 1 << max((n - 1).bit_length() - 3, 0))
@@ -347,8 +353,8 @@ def _over_rows(f) -> Callable[..., Any]:
         def call(shared, per_row):
             indices, *others = per_row
             batch = indices.shape[:-1]
-            n, flat = _flat(batch, indices, *others)
             m = shared[0].shape[0]
+            n, flat = _flat(batch, _slots(indices, m), *others)
             size = n if static.implementation == "xla" or _device()[0] not in _PLATFORMS else _bucket(n)
             if size != n:
                 flat = [
@@ -502,7 +508,7 @@ def _scatter_flat(static: _Static, indices, left, right):
     m, (n, k, r) = static.num_latents, left.shape
 
     def by_kernel(kernel, options):
-        indices_ = jnp.where((indices >= 0) & (indices < m), indices, m)
+        indices_ = _slots(indices, m)
         order = codes.by_latent(indices_, m)
         places = indices_.ravel()[order], order // k, left.reshape(n * k, r)[order], right
         return kernel.scatter_sorted(*places, m=m, **options)

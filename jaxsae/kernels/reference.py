@@ -23,8 +23,7 @@ def gather_gram(D, indices, y):
 
 def gather_decode(D, indices, values):
     """`Σᵢ valuesᵢ D[indicesᵢ]` `[n d]`."""
-    used = jnp.where(gram.used(indices, len(D)), values, 0)
-    return codes.combine(D, SparseCode(used, indices, len(D)))
+    return codes.combine(D, SparseCode(values, indices, len(D)))
 
 
 def solve(D, indices, y, z0, ridge, tol, most, *, nonnegative: bool) -> gram.Solved:

@@ -1,0 +1,91 @@
+"""What a trained autoencoder does on more rows than fit in memory: which latents fire, and where thresholds belong."""
+
+import functools
+import operator
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxsae import metrics
+from jaxsae.sae import SAE, encode, encode_dense, pre_activations
+
+_LEFT_OUT = 11  # of the 32 bits of a float: a bin is 2⁻¹² of its value wide
+_BINS = 1 << (31 - _LEFT_OUT)
+
+
+def activity(sae: SAE, batches: Iterable[Float[Array, "b d"] | np.ndarray]) -> metrics.Activity:
+    """Which latents fire on rows, and how often: encoded alone, a batch at a time.
+
+    Args:
+      sae: the autoencoder.
+      batches: of rows `[b d]`, at least one; rows with NaN or Inf are left out.
+
+    Example:
+      >>> import jaxsae
+      >>> sae = jaxsae.SAE(jnp.eye(2), jnp.zeros(2), jnp.eye(2), jnp.zeros(2), jaxsae.ReLU())
+      >>> found = activity(sae, [np.array([[1.0, -1.0]]), np.array([[2.0, -3.0], [np.nan, 1.0]])])
+      >>> found.rows, found.dead
+      (Array(2., dtype=float32), Array(0.5, dtype=float32))
+    """
+    return functools.reduce(operator.add, (_activity(sae, jnp.asarray(x, jnp.float32)) for x in batches))
+
+
+@jax.jit
+def _activity(sae: SAE, x) -> metrics.Activity:
+    finite = jnp.isfinite(x).all(-1)
+    if sae.activation.slots is None:
+        active = encode_dense(sae, jnp.where(finite[:, None], x, 0)) != 0
+        fired = jnp.sum(active & finite[:, None], axis=0, dtype=jnp.float32)
+    else:
+        code = encode(sae, jnp.where(finite[:, None], x, 0))
+        code = code.replace(values=jnp.where(finite[:, None], code.values, 0))
+        fired = metrics.activity(code).fired
+    return metrics.Activity(jnp.sum(finite, dtype=jnp.float32), fired)
+
+
+def calibrate(sae: SAE, batches: Iterable[Float[Array, "b d"] | np.ndarray], l0: float) -> SAE:
+    """The autoencoder with its thresholds moved together such that so many latents are active, on average over rows.
+
+    One pass: how far each latent of each row is past its threshold is counted into bins of 2⁻¹² of that value, and the
+    new thresholds are at the edge of a bin. So the answer depends on the rows alone, not on their order or batches.
+
+    Args:
+      sae: with `BatchTopK`, whose threshold is set, or `JumpReLU`, whose thresholds keep their proportions.
+      batches: of rows `[b d]`; rows with NaN or Inf are left out.
+      l0: active latents a row.
+
+    Raises:
+      InputError: if the activation has no thresholds.
+
+    Example:
+      >>> import jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=16, m=64, activation=jaxsae.BatchTopK(4))
+      >>> x = jax.random.normal(jax.random.key(1), (256, 16))
+      >>> calibrated = calibrate(sae, [x[:100], x[100:]], 4)
+      >>> bool(abs(jaxsae.encode(calibrated, x, capacity=64).l0.mean() - 4) < 0.01)
+      True
+    """
+    counts, rows = np.zeros(_BINS, np.int64), 0
+    for x in batches:
+        found, finite = _count(sae, jnp.asarray(x, jnp.float32))
+        counts += np.asarray(found)
+        rows += int(finite)
+    at_least = np.cumsum(counts[::-1])[::-1]  # of each bin's lower edge
+    edge = (np.argmin(np.abs(at_least - l0 * rows)).astype(np.int32) << _LEFT_OUT).view(np.float32)
+    below = jnp.asarray(np.nextafter(edge, np.float32(0)))  # what is in the bin is active too
+    return sae.replace(activation=sae.activation.at_margin(below))
+
+
+@jax.jit
+def _count(sae: SAE, x):
+    """How many positive margins of finite rows are in each bin; bins are by exponent and first bits."""
+    finite = jnp.isfinite(x).all(-1)
+    pre = pre_activations(sae, jnp.where(finite[:, None], x, 0))
+    margin = jnp.where(finite[:, None], sae.activation.margin(pre), 0).astype(jnp.float32)
+    margin = jnp.minimum(margin, jnp.finfo(margin.dtype).max)  # at a threshold of 0 it has no end
+    bins = jax.lax.bitcast_convert_type(margin, jnp.int32) >> _LEFT_OUT
+    counted = (margin > 0).astype(jnp.int32)
+    return jnp.zeros(_BINS, jnp.int32).at[bins.ravel()].add(counted.ravel()), jnp.sum(finite)

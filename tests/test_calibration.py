@@ -1,0 +1,71 @@
+"""Thresholds of exactly the L0 asked for, and which latents fire, whatever the order and the batches of the rows."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import activations, sae
+
+import jaxsae
+from jaxsae import calibration
+
+D, M, K = 16, 32, 4
+THRESHOLDS = jnp.linspace(0.01, 0.5, M)
+WAYS = {
+    "batchtopk": jaxsae.BatchTopK(K),
+    "jumprelu": jaxsae.JumpReLU(THRESHOLDS),
+    "one at 0": jaxsae.JumpReLU(THRESHOLDS.at[3].set(0)),
+}
+
+
+def active(model, x):
+    return np.asarray(jaxsae.encode_dense(model, jnp.asarray(x)) != 0)
+
+
+@pytest.fixture
+def x():
+    return np.array(activations(batch=(400,)))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("l0", [1.0, 3.5, 8.0])
+def test_the_l0_is_the_one_asked_for(way, l0, x):
+    model = calibration.calibrate(sae(m=M, activation=WAYS[way]), [x], l0)
+    found = active(model, x).sum(1).mean()
+    np.testing.assert_allclose(found, l0, rtol=5e-3)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
+def test_the_units_of_the_rows_do_not_matter(scale, x):
+    model = sae(m=M, activation=jaxsae.BatchTopK(K))
+    model = calibration.calibrate(model.replace(b_enc=scale * model.b_enc, b_dec=scale * model.b_dec), [scale * x], 4.0)
+    np.testing.assert_allclose(active(model, scale * x).sum(1).mean(), 4.0, rtol=5e-3)
+
+
+def test_order_and_batches_do_not_matter_and_rows_with_nan_do_not_count(x):
+    model = sae(m=M, activation=WAYS["jumprelu"])
+    spoilt = np.concatenate([x[::-1], np.full((3, D), np.nan, np.float32)])
+    pieces = [spoilt[:150], spoilt[150:300], spoilt[300:]]
+    whole, parts = (calibration.calibrate(model, each, 4.0).activation.threshold for each in ([x], pieces))
+    np.testing.assert_array_equal(whole, parts)
+    found = calibration.activity(model, pieces)
+    assert found.rows == 400
+    np.testing.assert_array_equal(found.fired, active(model, x).sum(0))
+
+
+def test_thresholds_of_jumprelu_keep_their_proportions(x):
+    before = WAYS["jumprelu"].threshold
+    after = calibration.calibrate(sae(m=M, activation=WAYS["jumprelu"]), [x], 2.0).activation.threshold
+    np.testing.assert_allclose(after / after[0], before / before[0], rtol=1e-5)
+
+
+def test_more_than_ever_fire_is_all_that_fire(x):
+    model = calibration.calibrate(sae(m=M, activation=jaxsae.BatchTopK(K)), [x], 32.0)
+    relu = model.replace(activation=jaxsae.ReLU())
+    np.testing.assert_array_equal(active(model, x), active(relu, x))
+
+
+@pytest.mark.parametrize("activation", [jaxsae.TopK(K), jaxsae.ReLU()])
+def test_activity_is_that_of_the_code(activation, x):
+    model = sae(m=M, activation=activation)
+    found = calibration.activity(model, [x[:300], x[300:]])
+    np.testing.assert_array_equal(found.fired, active(model, x).sum(0))
