@@ -78,6 +78,14 @@ class Activation:
         """The dense code of a training batch, and the activation after it: the same, unless it estimates something."""
         return self(pre), self
 
+    def margin(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
+        """How far each latent is past its threshold, of an activation that has thresholds."""
+        raise NotImplementedError(f"{type(self).__name__} has no threshold to move; pass BatchTopK or JumpReLU.")
+
+    def at_margin(self, t: float | Array) -> "Activation":
+        """The activation under which positive latents of a margin beyond `t` are active, and no others."""
+        raise NotImplementedError(f"{type(self).__name__} has no threshold to move; pass BatchTopK or JumpReLU.")
+
     def rescale(self, scale: float | Array) -> "Activation":
         """The activation in other units: `rescale(s)(pre/s) = self(pre)/s`."""
         raise ValueError(f"{type(self).__name__} does not say how it changes units; define rescale(self, scale).")
@@ -373,11 +381,11 @@ class BatchTopK(Activation):
         return z, dataclasses.replace(self, threshold=jnp.where(jnp.isfinite(least), threshold, self.threshold))
 
     def margin(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
-        """The largest `t` at which each latent is still off in `at_margin(t)`: its value."""
-        return jax.nn.relu(pre)
+        """How far past a threshold of 0 each latent is, if it is positive: `t` in `at_margin(t)` where it turns off."""
+        return pre
 
     def at_margin(self, t: float | Array) -> "BatchTopK":
-        """The activation under which latents of a margin beyond `t` are active, and no others."""
+        """The activation under which positive latents of a margin beyond `t` are active, and no others."""
         return dataclasses.replace(self, threshold=jnp.asarray(t, jnp.float32))
 
     def rescale(self, scale: float | Array) -> "BatchTopK":
@@ -443,12 +451,15 @@ class JumpReLU(Activation):
         return jnp.where(jnp.isfinite(threshold), threshold, 0)
 
     def margin(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
-        """The largest `t` at which each latent is still off in `at_margin(t)`: its value over its threshold."""
-        return jax.nn.relu(pre) / jnp.maximum(self.threshold, jnp.finfo(self.threshold.dtype).tiny)
+        """How far past its threshold each latent is, if it is positive: `t` in `at_margin(t)` where it turns off."""
+        return pre - self.threshold
 
     def at_margin(self, t: float | Array) -> "JumpReLU":
-        """The activation under which latents of a margin beyond `t` are active, and no others."""
-        return dataclasses.replace(self, threshold=t * self.threshold)
+        """The activation under which positive latents of a margin beyond `t` are active, and no others.
+
+        All thresholds are moved alike: a common factor, tried too, costs more error.
+        """
+        return dataclasses.replace(self, threshold=jnp.maximum(self.threshold + t, 0))
 
     def rescale(self, scale: float | Array) -> "JumpReLU":
         """The activation in other units; the bandwidth, which matters in training alone, stays."""

@@ -1,5 +1,6 @@
 """What a trained autoencoder does on more rows than fit in memory: which latents fire, and where thresholds belong."""
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Iterable
@@ -13,7 +14,7 @@ from jaxsae import metrics
 from jaxsae.sae import SAE, encode, encode_dense, pre_activations
 
 _LEFT_OUT = 11  # of the 32 bits of a float: a bin is 2⁻¹² of its value wide
-_BINS = 1 << (31 - _LEFT_OUT)
+_BINS = 1 << (32 - _LEFT_OUT)
 
 
 def activity(sae: SAE, batches: Iterable[Float[Array, "b d"] | np.ndarray]) -> metrics.Activity:
@@ -41,7 +42,7 @@ def _activity(sae: SAE, x) -> metrics.Activity:
         fired = jnp.sum(active & finite[:, None], axis=0, dtype=jnp.float32)
     else:
         code = encode(sae, jnp.where(finite[:, None], x, 0))
-        code = code.replace(values=jnp.where(finite[:, None], code.values, 0))
+        code = dataclasses.replace(code, values=jnp.where(finite[:, None], code.values, 0))
         fired = metrics.activity(code).fired
     return metrics.Activity(jnp.sum(finite, dtype=jnp.float32), fired)
 
@@ -53,12 +54,12 @@ def calibrate(sae: SAE, batches: Iterable[Float[Array, "b d"] | np.ndarray], l0:
     new thresholds are at the edge of a bin. So the answer depends on the rows alone, not on their order or batches.
 
     Args:
-      sae: with `BatchTopK`, whose threshold is set, or `JumpReLU`, whose thresholds keep their proportions.
+      sae: with `BatchTopK`, whose threshold is set, or `JumpReLU`, to all of whose thresholds one number is added.
       batches: of rows `[b d]`; rows with NaN or Inf are left out.
       l0: active latents a row.
 
     Raises:
-      InputError: if the activation has no thresholds.
+      NotImplementedError: if the activation has no thresholds.
 
     Example:
       >>> import jaxsae
@@ -73,19 +74,22 @@ def calibrate(sae: SAE, batches: Iterable[Float[Array, "b d"] | np.ndarray], l0:
         found, finite = _count(sae, jnp.asarray(x, jnp.float32))
         counts += np.asarray(found)
         rows += int(finite)
-    at_least = np.cumsum(counts[::-1])[::-1]  # of each bin's lower edge
-    edge = (np.argmin(np.abs(at_least - l0 * rows)).astype(np.int32) << _LEFT_OUT).view(np.float32)
-    below = jnp.asarray(np.nextafter(edge, np.float32(0)))  # what is in the bin is active too
-    return sae.replace(activation=sae.activation.at_margin(below))
+    at_least = np.cumsum(counts[::-1])  # from the last bin down
+    chosen = _BINS - 1 - int(np.argmin(np.abs(at_least - l0 * rows)))
+    key = np.int32((chosen - _BINS // 2) << _LEFT_OUT)
+    edge = (key ^ (key >> 31 & np.int32(0x7FFFFFFF))).view(np.float32)
+    below = jnp.asarray(np.nextafter(edge, np.float32(-np.inf)))  # what is in the bin is active too
+    return dataclasses.replace(sae, activation=sae.activation.at_margin(below))
 
 
 @jax.jit
 def _count(sae: SAE, x):
-    """How many positive margins of finite rows are in each bin; bins are by exponent and first bits."""
+    """How many margins of finite rows are in each bin, in ascending order, by sign, exponent and first bits."""
     finite = jnp.isfinite(x).all(-1)
     pre = pre_activations(sae, jnp.where(finite[:, None], x, 0))
-    margin = jnp.where(finite[:, None], sae.activation.margin(pre), 0).astype(jnp.float32)
-    margin = jnp.minimum(margin, jnp.finfo(margin.dtype).max)  # at a threshold of 0 it has no end
-    bins = jax.lax.bitcast_convert_type(margin, jnp.int32) >> _LEFT_OUT
-    counted = (margin > 0).astype(jnp.int32)
-    return jnp.zeros(_BINS, jnp.int32).at[bins.ravel()].add(counted.ravel()), jnp.sum(finite)
+    margin = sae.activation.margin(pre).astype(jnp.float32)
+    bits = jax.lax.bitcast_convert_type(margin, jnp.int32)
+    key = bits ^ (bits >> 31 & 0x7FFFFFFF)  # in the order of the numbers
+    counted = finite[:, None] & (pre > 0) & jnp.isfinite(margin)
+    bins = jnp.where(counted, (key >> _LEFT_OUT) + _BINS // 2, _BINS)
+    return jnp.zeros(_BINS, jnp.int32).at[bins.ravel()].add(1, mode="drop"), jnp.sum(finite)

@@ -126,7 +126,7 @@ def run(
       >>> batches = data.batches(np.random.default_rng(0).normal(size=(64, 4)), 16, seed=0)
       >>> with tempfile.TemporaryDirectory() as folder, checkpoint.Checkpoints(folder, config={}) as checkpoints:
       ...     fresh = lambda: train.init_state(sae, tx)
-      ...     state, progress = run(step, fresh, batches, checkpoints, steps=5, save_every=60)
+      ...     state, progress = run(step, fresh, batches, checkpoints, steps=5, save_every=60.0)
       ...     checkpoints.steps(), progress.position
       ([5], 5)
     """

@@ -477,6 +477,17 @@ def _gguf_tokenizer(path: Path, reader):
 
 # --- Hugging Face
 
+# What others of their kin have, and these compute without.
+_NEUTRAL = {
+    **dict.fromkeys(("sliding_window", "no_rope_layers", "no_rope_layer_interval")),
+    **dict.fromkeys(("final_logit_softcapping", "attn_logit_softcapping", "query_pre_attn_scalar", "clip_qkv")),
+    **dict.fromkeys(("num_experts", "num_local_experts", "attention_multiplier", "quantization_config")),
+    **dict.fromkeys(("use_qk_norm", "qk_layernorm", "use_parallel_residual", "attention_out_bias"), False),
+    **dict.fromkeys(("partial_rotary_factor", "logit_scale", "logits_scaling"), 1),
+    **dict.fromkeys(("embedding_multiplier", "residual_multiplier"), 1),
+}
+# Masks and frequencies that are computed; a head where it is the embedding.
+_WITHOUT_EFFECT = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.(masked_)?bias)|lm_head\.weight")
 _LLAMA_NAMES = {
     "embedding.embedding": "model.embed_tokens.weight",
     "norm.scale": "model.norm.weight",
@@ -509,19 +520,6 @@ _GPT2_NAMES = {
     "blocks.down.kernel": "h.{}.mlp.c_proj.weight",
     "blocks.down.bias": "h.{}.mlp.c_proj.bias",
 }
-
-
-# What others of their kin have, and these compute without.
-_NEUTRAL = {
-    **dict.fromkeys(("sliding_window", "no_rope_layers", "no_rope_layer_interval")),
-    **dict.fromkeys(("final_logit_softcapping", "attn_logit_softcapping", "query_pre_attn_scalar", "clip_qkv")),
-    **dict.fromkeys(("num_experts", "num_local_experts", "attention_multiplier", "quantization_config")),
-    **dict.fromkeys(("use_qk_norm", "qk_layernorm", "use_parallel_residual", "attention_out_bias"), False),
-    **dict.fromkeys(("partial_rotary_factor", "logit_scale", "logits_scaling"), 1),
-    **dict.fromkeys(("embedding_multiplier", "residual_multiplier"), 1),
-}
-# Masks and frequencies that are computed; a head where it is the embedding.
-_WITHOUT_EFFECT = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.(masked_)?bias)|lm_head\.weight")
 
 
 def _directory_config(path: Path) -> tuple[Config, str]:
@@ -572,6 +570,8 @@ def _open_shards(path: Path) -> dict[str, Any]:
 
     index = path / "model.safetensors.index.json"
     if index.is_file():
+        if (path / "model.safetensors").is_file():
+            raise InputError(f"{path}: has model.safetensors and {index.name}; remove the one that is old.")
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     else:
         names = ["model.safetensors"]

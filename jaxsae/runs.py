@@ -6,6 +6,7 @@ A run is a directory: `sae/`, the autoencoder in the units of the data; `report.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import operator
@@ -323,13 +324,13 @@ def recipe(
         sae = init(jax.random.key(o.seed), d=d, m=o.latents, activation=activation, b_dec=scale * centre)
         return train.init_state(sae, tx)
 
-    return Objective(terms, idle_after=o.idle_after), tx, fresh
+    return Objective(terms, idle_after=o.idle_after), tx, fresh  # pyright: ignore[reportArgumentType]
 
 
 def _lengthened(options: Options, step: int, before: int, steps: int) -> str:
     """One sentence on what is other for a run that was made longer."""
     wanted = (resolved(options._replace(steps=count)) for count in (before, steps))
-    old, new = (float(_schedule(o.learning_rate, o.steps)(step)) for o in wanted)
+    old, new = (np.float32(_schedule(o.learning_rate, o.steps)(step)) for o in wanted)  # pyright: ignore[reportArgumentType]
     return (
         f"the run is lengthened from {before} to {steps} steps: from step {step} on, all that depends on their number "
         f"is that of {steps}, such as the learning rate ({new:.3g}, it was {old:.3g})."
@@ -559,7 +560,7 @@ def evaluate(sae: SAE, rows: data_module.Rows, more: metrics.Activity | None = N
 def _measure(sae: SAE, x, capacity: int, keep: tuple[int, ...]):
     finite = jnp.isfinite(x).all(1, keepdims=True)
     code = encode(sae, jnp.where(finite, x, jnp.nan), capacity=capacity)
-    code = code.replace(values=jnp.where(finite, code.values, jnp.nan))  # a threshold passes over NaN
+    code = dataclasses.replace(code, values=jnp.where(finite, code.values, jnp.nan))  # a threshold passes over NaN
     whole = metrics.reconstruction(x, reconstruct(sae, x, code))
     return whole, metrics.activity(code), metrics.progressive(sae, x, code, keep)
 

@@ -76,8 +76,8 @@ class Plan(NamedTuple):
     train_rows: Count = 100_000
 
 
-FULL = Plan(latents=2048, steps=500, batch=512, heldout=2048, l1=(0.02, 0.05, 0.1, 0.2))
-QUICK = Plan(latents=512, steps=200, batch=512, heldout=512, l1=(0.05, 0.2))
+FULL = Plan(latents=2048, steps=500, batch=512, heldout=2048, l1=(0.012, 0.03, 0.06, 0.12))
+QUICK = Plan(latents=512, steps=200, batch=512, heldout=512, l1=(0.03, 0.12))
 # In a language model; whole contexts are held out.
 FULL_MODEL = Plan(4096, 600, 512, 16 * (_CONTEXT - 1), l1=(0.06, 0.1, 0.16), train_rows=200_000)
 QUICK_MODEL = Plan(1024, 200, 512, 4 * (_CONTEXT - 1), l1=(0.05, 0.2), train_rows=20_000)
@@ -295,8 +295,8 @@ def _load(path, plan: Plan, seed: int) -> tuple[np.ndarray, np.ndarray, float, s
 
 def _options(plan: Plan, seed: int) -> runs.Options:
     """Of all trainings, but for what makes each sparse."""
-    sizes = {"batch": plan.batch, "steps": plan.steps, "heldout": plan.heldout}
-    return runs.resolved(runs.Options("topk", plan.latents, learning_rate=plan.learning_rate, seed=seed, **sizes))
+    options = runs.Options("topk", plan.latents, learning_rate=plan.learning_rate, heldout=plan.heldout, seed=seed)
+    return runs.resolved(options._replace(batch=plan.batch, steps=plan.steps))
 
 
 def _matching_k(l0: list[float | None], most: int) -> list[int]:

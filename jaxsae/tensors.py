@@ -90,6 +90,8 @@ def _once(members: list[tuple[str, Any]]) -> dict[str, Any]:
 def safetensors_file(path: Path) -> Path | None:
     """The file of that name, or its index if it is sharded, or None."""
     index = path.with_name(f"{path.name}.index.json")
+    if path.is_file() and index.is_file():
+        raise InputError(f"{path}: is there in one piece and in those of {index.name}; remove the one that is old.")
     return path if path.is_file() else index if index.is_file() else None
 
 

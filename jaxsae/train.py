@@ -155,9 +155,10 @@ def unit_norm_decoder(tx: optax.GradientTransformation) -> optax.GradientTransfo
 def learning_rate(m: int, steps: int | None = None) -> float:
     """The learning rate of Gao et al. (2024), for 10⁵ steps and more, and a larger one for fewer.
 
-        2e-4 / √(m / 2¹⁴) · max(1, 10⁵ / steps)^¼
+        2e-4 / √(m / 2¹⁴) · max(1, 10⁵ / steps)^¼,   raised to 4e-3 at most
 
-    The power is that of the best rates from 250 to 1,000 steps, by `python -m benchmarks rates`.
+    The power is that of the best rates from 250 to 1,000 steps, by `python -m benchmarks rates`, where latents die of
+    more than 4e-3.
 
     Args:
       m: number of latents.
@@ -169,8 +170,9 @@ def learning_rate(m: int, steps: int | None = None) -> float:
 
     Source: Gao et al. (2024), Appendix A.
     """
+    theirs = 2e-4 / (m / 2**14) ** 0.5
     shorter = 1.0 if steps is None else max(1.0, 1e5 / steps)
-    return 2e-4 / (m / 2**14) ** 0.5 * shorter**0.25
+    return max(theirs, min(theirs * shorter**0.25, 4e-3))
 
 
 def recipe(rate: optax.ScalarOrSchedule, *, clip: float | None = None) -> optax.GradientTransformation:

@@ -12,12 +12,12 @@ sys.path.append(str(Path(__file__).parent.parent))
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # Before jax is imported: XLA reads its flags once, and ends the process at one that it does not know. Half of what is
 # left is MLIR's, of which jaxlib 0.10 can do without (later ones cannot); see `pytest_collection_modifyitems`.
-flags = os.environ.get("XLA_FLAGS", "").split()
-if not any(flag.startswith("--xla_force_host_platform_device_count=") for flag in flags):
-    flags.append("--xla_force_host_platform_device_count=8")
-if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and version("jaxlib").startswith("0.10."):
-    flags.append("--xla_cpu_use_fusion_emitters=false")
-os.environ["XLA_FLAGS"] = " ".join(flags)
+os.environ["XLA_FLAGS"] = " ".join(
+    ["--xla_force_host_platform_device_count=8"]  # the last word is that of the environment
+    + ["--xla_cpu_use_fusion_emitters=false"]
+    * (os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and version("jaxlib").startswith("0.10."))
+    + os.environ.get("XLA_FLAGS", "").split()
+)
 os.environ.setdefault("PJRT_NPROC", "64")  # threads that devices made of one CPU share: not to run out of them
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Commands that tests start leave nothing in the user's cache.

@@ -13,7 +13,7 @@ THRESHOLDS = jnp.linspace(0.01, 0.5, M)
 WAYS = {
     "batchtopk": jaxsae.BatchTopK(K),
     "jumprelu": jaxsae.JumpReLU(THRESHOLDS),
-    "one at 0": jaxsae.JumpReLU(THRESHOLDS.at[3].set(0)),
+    "far off": jaxsae.JumpReLU(THRESHOLDS + 100),
 }
 
 
@@ -52,10 +52,12 @@ def test_order_and_batches_do_not_matter_and_rows_with_nan_do_not_count(x):
     np.testing.assert_array_equal(found.fired, active(model, x).sum(0))
 
 
-def test_thresholds_of_jumprelu_keep_their_proportions(x):
-    before = WAYS["jumprelu"].threshold
-    after = calibration.calibrate(sae(m=M, activation=WAYS["jumprelu"]), [x], 2.0).activation.threshold
-    np.testing.assert_allclose(after / after[0], before / before[0], rtol=1e-5)
+@pytest.mark.parametrize("l0", [1.0, 8.0])
+def test_thresholds_of_jumprelu_are_moved_alike_and_not_below_0(l0, x):
+    after = calibration.calibrate(sae(m=M, activation=WAYS["jumprelu"]), [x], l0).activation.threshold
+    moved = np.asarray(after - THRESHOLDS)[np.asarray(after) > 0]
+    assert len(moved) > 1 and after.min() >= 0
+    np.testing.assert_allclose(moved, moved[0], atol=1e-6)
 
 
 def test_more_than_ever_fire_is_all_that_fire(x):
@@ -69,3 +71,8 @@ def test_activity_is_that_of_the_code(activation, x):
     model = sae(m=M, activation=activation)
     found = calibration.activity(model, [x[:300], x[300:]])
     np.testing.assert_array_equal(found.fired, active(model, x).sum(0))
+
+
+def test_what_has_no_thresholds_is_refused(x):
+    with pytest.raises(NotImplementedError, match="TopK has no threshold to move; pass BatchTopK or JumpReLU"):
+        calibration.calibrate(sae(m=M, activation=jaxsae.TopK(K)), [x], 4.0)

@@ -243,5 +243,5 @@ def test_the_tables_of_benchmarks_are_those_of_the_committed_results():
     names = ("refine", "train", "families", "harvest", "load", "jobs")
     names += ("pursuit", "transitions", "lasso", "ksvd", "pictures")
     results = [ROOT / f"benchmarks/results/{name}/paper-cpu.json" for name in names]
-    results.append(ROOT / "benchmarks/results/kernels/small-cpu.json")
+    results += [ROOT / f"benchmarks/results/{name}/small-cpu.json" for name in ("kernels", "rates")]
     assert table.insert(text, [json.loads(path.read_text()) for path in results]) == text

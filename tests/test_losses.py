@@ -57,6 +57,35 @@ def test_l0_target_is_the_squared_relative_distance():
     np.testing.assert_allclose(losses.l0_target(jnp.array([10.0, 14.0]), 16.0), 0.0625)
 
 
+def test_the_distance_from_no_target_is_nan():
+    assert np.isnan(losses.l0_target(jnp.array([10.0, 14.0]), 0.0))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_losses_are_summed_in_float32(dtype):
+    x, x_hat = (50 * activations(seed, batch=(64,), dtype=dtype) for seed in (0, 1))
+    z, atoms = 100 * activations(batch=(64,), d=M, dtype=dtype), sae(m=M, dtype=dtype).W_dec
+    found = {"mse": losses.mse(x, x_hat), "nmse": losses.nmse(x, x_hat), "l1": losses.l1(z, atoms)}
+    error = ((f64(x) - f64(x_hat)) ** 2).sum()
+    expected = {
+        "mse": error / 64,
+        "nmse": error / ((f64(x) - f64(x).mean(0)) ** 2).sum(),
+        "l1": (np.abs(f64(z)) * np.linalg.norm(f64(atoms), axis=1)).sum() / 64,
+    }
+    for name, value in found.items():
+        np.testing.assert_allclose(value, expected[name], rtol=1e-5, err_msg=name)
+        assert value.dtype == jnp.float32
+
+
+def test_an_atom_of_zero_has_a_slope_of_zero():
+    z, atoms = activations(batch=(B,), d=M), sae(m=M).W_dec.at[3].set(0)
+    slope = jax.grad(losses.l1, argnums=1)(z, atoms)
+    assert not np.any(slope[3])
+    weights = np.abs(f64(z)).mean(0)[:, None]
+    expected = weights * f64(atoms) / np.maximum(np.linalg.norm(f64(atoms), axis=1, keepdims=True), 1e-30)
+    np.testing.assert_allclose(slope, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_the_gate_cannot_move_the_decoder():
     model, x = sae(m=M), activations(batch=(B,))
     gated = activations(3, batch=(B,), d=M)

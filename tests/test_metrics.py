@@ -9,7 +9,7 @@ import pytest
 from problems import activations, f64, sae
 
 import jaxsae
-from jaxsae import SparseCode
+from jaxsae import SparseCode, losses, metrics
 from jaxsae.metrics import RATIO_EDGES, Activity, activity, moments, reconstruction, shrinkage
 
 ROWS, D, M, K = 64, 16, 32, 6
@@ -320,3 +320,134 @@ def test_rows_that_are_not_finite_are_left_out(name, bad):
     whole = (broken, *codes_of(model, broken, capacity=M))
     expected = measure(name, model, *jax.tree.map(lambda a: a[good], whole))
     assert_same_numbers(measure(name, model, *whole), expected, rtol=1e-5, atol=1e-6)
+
+
+# --- Ratios have no unit, sums no end: every metric
+
+
+def numbers(metric):
+    """All ratios of a metric, by name; the mean activation is in the units of the codes."""
+    kinds = {name: each for name, each in vars(type(metric)).items() if isinstance(each, property)}
+    values = {name: getattr(metric, name) for name in kinds if name not in ("squares", "_units", "octaves")}
+    return {name: np.asarray(value) for name, value in values.items()}
+
+
+def scaled(tree, scale):
+    return jax.tree.map(lambda leaf: leaf * scale if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, tree)
+
+
+@jax.jit
+def all_metrics(model, x, code, refined):
+    x_hat = jaxsae.decode(model, code)
+    return {
+        "reconstruction": metrics.reconstruction(x, x_hat),
+        "progressive": metrics.progressive(model, x, code, (1, 4)),
+        "activity": metrics.activity(code),
+        "shrinkage": metrics.shrinkage(model, x, code, refined),
+        "nmse": losses.nmse(x, x_hat),
+    }
+
+
+def ratios(parts):
+    """Of what `all_metrics` measured of each part of a batch, merged."""
+    merged = {
+        name: functools.reduce(operator.add, [part[name] for part in parts]) for name in parts[0] if name != "nmse"
+    }
+    found = {f"{name}.{number}": value for name, each in merged.items() for number, value in numbers(each).items()}
+    return found | {"nmse": np.asarray(parts[0]["nmse"])}
+
+
+@pytest.mark.parametrize("power", [-90, -40, 40, 90])
+def test_ratios_do_not_depend_on_the_unit(power):
+    model, *rows = case(offset=2.0)
+    scale = np.float32(2.0**power)
+    other = model.replace(b_dec=model.b_dec * scale, b_enc=model.b_enc * scale)
+    plain = ratios([all_metrics(model, *part) for part in slices(rows, ROWS // 2)])
+    found = ratios([all_metrics(other, *scaled(part, scale)) for part in slices(rows, ROWS // 2)])
+    assert found.keys() == plain.keys()
+    for name, value in plain.items():
+        unit = scale if name.startswith("shrinkage.mean_") and not name.endswith("change") else 1
+        np.testing.assert_allclose(found[name] / unit, value, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("power", [-90, 0, 90])
+def test_of_rows_that_are_equal_what_is_relative_to_their_spread_is_nan(power):
+    model, x, code, refined = case()
+    same = [
+        jax.tree.map(lambda leaf: jnp.tile(leaf[3:4], (ROWS, *[1] * (leaf.ndim - 1))), each)
+        for each in (x, code, refined)
+    ]
+    same = scaled(same, np.float32(2.0**power))
+    model = model.replace(b_dec=model.b_dec * np.float32(2.0**power))
+    found = ratios([all_metrics(model, *part) for part in slices(same, ROWS // 2)])
+    undefined = {name for name, value in found.items() if np.all(np.isnan(value))}
+    wanted = {"nmse", "reconstruction.nmse", "reconstruction.explained_variance", "progressive.nmse"}
+    assert undefined == wanted | {"shrinkage.nmse_before", "shrinkage.nmse_after"}
+
+
+def test_of_no_rows_and_of_no_active_values_every_ratio_is_nan_or_0():
+    model, x, code, _ = case()
+    x, code = jax.tree.map(lambda leaf: leaf[: ROWS // 2], (x, code))
+    silent = code.replace(values=jnp.zeros_like(code.values))
+    found = ratios([all_metrics(model, x, silent, silent)])
+    for name in ("mean_before", "mean_after", "mean_change", "rising_share", "gamma_before", "gamma_after", "ratio"):
+        assert np.all(np.isnan(found[f"shrinkage.{name}"])), name
+    nothing = ratios([all_metrics(model, x * jnp.nan, silent.replace(values=silent.values * jnp.nan), silent)])
+    assert all(np.all(np.isnan(value)) for name, value in nothing.items() if name != "activity.dead")
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_thousands_of_equal_batches_have_the_ratios_of_one(dtype):
+    model, *rows = jax.tree.map(np.asarray, case())
+    x, code, refined = jax.tree.map(lambda leaf: leaf[: ROWS // 2], rows)
+    model, x, code, refined = jax.tree.map(
+        lambda leaf: jnp.asarray(leaf, dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf,
+        (model, 20 * x, code.replace(values=20 * code.values), refined.replace(values=20 * refined.values)),
+    )
+    one = {name: each for name, each in all_metrics(model, x, code, refined).items() if name != "nmse"}
+    kinds = {leaf.dtype for leaf in jax.tree.leaves(one)}
+    assert kinds == {np.dtype(np.float32)}
+    times = 20_001
+
+    @jax.jit
+    def merged(one):
+        add = functools.partial(jax.tree.map, operator.add, is_leaf=lambda node: hasattr(node, "_plus"))
+        return jax.lax.scan(lambda total, _: (add(total, one), None), one, length=times - 1)[0]
+
+    many = merged(one)
+    for name, each in one.items():
+        for number, value in numbers(each).items():
+            np.testing.assert_allclose(numbers(many[name])[number], value, rtol=1e-6, err_msg=f"{name}.{number}")
+    shrunk = many["shrinkage"]
+    for name in ("error_before", "power_after", "cross_before", "before", "count", "rising"):
+        expected = times * f64(getattr(one["shrinkage"], name))
+        np.testing.assert_allclose(getattr(shrunk, name), expected, rtol=1e-6, err_msg=name)
+    # And the sums themselves are those of numpy, not of the narrow type.
+    x_hat = f64(dense(code)) @ f64(model.W_dec)
+    np.testing.assert_allclose(one["shrinkage"].power_before, (x_hat**2).sum(), rtol=1e-5)
+
+
+def test_counts_go_on_beyond_what_float32_counts_to():
+    one = activity(SparseCode(jnp.ones((1, 1)), jnp.zeros((1, 1), jnp.int32), M))
+
+    @jax.jit
+    def after(start, steps):
+        return jax.lax.fori_loop(0, steps, lambda _, total: total + one, start)
+
+    start = one
+    for _ in range(24):
+        start = start + start
+    total = after(start, 1001)
+    for name in ("rows", "fired"):
+        high, low = np.max(getattr(total, name)), total.rest[name].ravel()[0]
+        assert float(high) + float(low) == 2**24 + 1001, name
+        assert float(high) == np.float32(2**24 + 1001), name
+    assert total.density[0] == 1
+
+
+def test_rows_that_are_not_finite_fire_nothing():
+    _, _, code, _ = case()
+    bad = code.replace(values=code.values.at[3].set(jnp.nan).at[5, 0].set(jnp.inf))
+    found, good = activity(bad), np.delete(np.arange(ROWS), [3, 5])
+    assert_same_numbers(found, activity(jax.tree.map(lambda leaf: leaf[good], code)))
+    assert found.rows == ROWS - 2

@@ -157,6 +157,11 @@ BAD_DIRECTORIES = {
     "exact gelu": ("gpt2", configured(activation_function="gelu"), "has activation_function = 'gelu', expected"),
     "scaled by layer": ("gpt2", configured(scale_attn_by_inverse_layer_idx=True), "has scale_attn_by_inverse"),
     "yarn": ("llama", configured(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "of type 'yarn', expected"),
+    "whole and in pieces": (
+        "llama",
+        lambda folder: shutil.copy(folder / "model-00001-of-00004.safetensors", folder / "model.safetensors"),
+        r"has model\.safetensors and model\.safetensors\.index\.json; remove the one that is old",
+    ),
     "a window": ("llama", configured(sliding_window=32), "has sliding_window = 32, expected None"),
     "capped logits": ("llama", configured(final_logit_softcapping=30.0), "has final_logit_softcapping = 30.0"),
     "scaled embeddings": (

@@ -259,3 +259,63 @@ def test_batch_topk_estimates_the_threshold_it_infers_with():
     l0 = jaxsae.encode(state.sae, activations(9, batch=(512,)), capacity=M).l0
     assert abs(float(l0.mean()) - K) < 0.5
     assert l0.min() < l0.max()
+
+
+class Plain:
+    """A term, but for the decorator."""
+
+    def __call__(self, p):
+        return jnp.sum(p.x)
+
+
+class Heavier(L1):
+    """One made of a term, and no more a pytree than that."""
+
+
+@pytest.mark.parametrize(
+    ("term", "name"),
+    [
+        (lambda p: jnp.sum(p.x), "<lambda>"),
+        (Plain(), "Plain"),
+        (Heavier(0.1), "Heavier"),
+        (L1, "L1"),
+        (losses.mse, "mse"),
+    ],
+)
+def test_a_term_that_is_no_pytree_is_refused_in_one_line(term, name):
+    with pytest.raises(TypeError, match=f"`Objective` got a term that is no pytree, {name}; write") as error:
+        Objective((L1(0.1), term))
+    assert "\n" not in str(error.value)
+
+
+def test_terms_may_be_anything_that_jax_puts_in_their_place():
+    objective = Objective((L1(0.1), AuxK(3), jax.tree_util.Partial(lambda p: jnp.sum(p.x))))
+    leaves, structure = jax.tree.flatten(objective)
+    for stand_in in (object(), None, "x", 1.0, jax.ShapeDtypeStruct((), jnp.float32)):
+        structure.unflatten([stand_in] * len(leaves))
+
+
+@pytest.mark.parametrize("batch", [[], "x", (1, 2, 3), [jnp.ones((2, D))]], ids=str)
+def test_a_batch_that_is_none_is_refused(batch):
+    state = train.init_state(sae(m=M), optax.sgd(0.1))
+    with pytest.raises(TypeError, match=r"got a batch that is a (list|tuple|str) of "):
+        Objective()(sae(m=M), batch, state)
+
+
+def test_the_l0_term_wants_a_target():
+    with pytest.raises(ValueError, match="`L0` got target 0; pass a number of latents above 0"):
+        L0(1.0, target=0)
+
+
+@pytest.mark.parametrize("terms", [(), (L1(0.1),), (AuxK(3),), (MultiTopK(),)])
+def test_losses_of_a_narrow_type_are_numbers_of_float32(terms):
+    # A squared error of 65,504 is infinite in float16, and so is every batch of rows of norm 256.
+    model, x = sae(m=M, dtype=jnp.float16), 100 * activations(batch=(B,), dtype=jnp.float16)
+    state = train.init_state(model, optax.sgd(0.0)).replace(idle=jnp.full(M, 100))
+    objective = Objective(terms, dead_after=50)
+    value, measured = jax.jit(objective)(model, x, state)
+    wide, rows = (jax.tree.map(lambda leaf: leaf.astype(jnp.float32), each) for each in (model, x))
+    expected, other = jax.jit(objective)(wide, rows, state)
+    assert value.dtype == measured.metrics["nmse"].dtype == jnp.float32
+    np.testing.assert_allclose(value, expected, rtol=2e-2)
+    np.testing.assert_allclose(measured.metrics["nmse"], other.metrics["nmse"], rtol=2e-2)

@@ -43,6 +43,11 @@ def test_shards_are_read_through_their_index(tmp_path):
     (tmp_path / "sae_weights.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     (tmp_path / "cfg.json").write_text(json.dumps({"d_in": D, "d_sae": M}))
     model = pretrained.load(tmp_path)
+    safetensors.numpy.save_file(w, tmp_path / "sae_weights.safetensors")
+    with pytest.raises(
+        InputError, match=r"is there in one piece and in those of sae_weights\.safetensors\.index\.json"
+    ):
+        pretrained.load(tmp_path)
     assert_same_bits(model.W_dec, w["W_dec"])
     assert_same_bits(model.b_enc, w["b_enc"])
 

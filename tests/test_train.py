@@ -189,6 +189,16 @@ def test_dead_is_the_share_of_latents_that_never_fired_on_the_last_100_000_rows_
     assert rows == [B, 2 * B, 3 * B, 3 * B, 3 * B]
 
 
+def test_the_learning_rate_of_short_trainings_is_larger_and_tends_to_the_papers():
+    theirs = [2e-4 / (m / 2**14) ** 0.5 for m in (4, 1024, 2**20)]
+    assert [train.learning_rate(m) for m in (4, 1024, 2**20)] == theirs
+    for m, paper in zip((4, 1024, 2**20), theirs, strict=True):
+        rates = [train.learning_rate(m, steps) for steps in (10, 250, 1000, 20_000, 100_000, 10**7)]
+        assert rates == sorted(rates, reverse=True) and rates[-2:] == [paper, paper]
+        assert rates[0] <= max(paper, 4e-3)
+    assert 1e-3 < train.learning_rate(1024, 1000) < train.learning_rate(1024, 250) < 4e-3
+
+
 def test_nothing_is_dead_before_the_first_row():
     tx, x = optax.sgd(0.1), activations(batch=(B,)).at[0, 0].set(jnp.nan)
     _, shown = train.make_step(Objective(), tx)(train.init_state(sae(m=M), tx), x)
@@ -661,7 +671,7 @@ def test_resampling_never_chooses_a_row_that_is_not_finite(dtype, power):
     state = dead_state(sae(m=M, activation=RELU, dtype=dtype))
     x = activations(batch=(64,), dtype=dtype) * 2.0**power
     x = x.at[0].set(jnp.nan).at[1, 3].set(jnp.inf)
-    new = train.resample(jax.random.key(0), state, x, dead_after=1000).sae
+    new = train.resample(jax.random.key(0), state, x, idle_after=1000).sae
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(new))
     assert jax.tree.map(jnp.result_type, new) == jax.tree.map(jnp.result_type, state.sae)
     np.testing.assert_allclose(np.linalg.norm(f64(new.W_dec[:5]), axis=1), 1, atol=float(jnp.finfo(dtype).eps))
@@ -670,7 +680,7 @@ def test_resampling_never_chooses_a_row_that_is_not_finite(dtype, power):
 @pytest.mark.parametrize("x", [np.full((64, D), np.nan, np.float32), np.zeros((64, D), np.float32)], ids=["NaN", "0"])
 def test_resampling_changes_nothing_where_no_row_has_an_error(x):
     state = dead_state(sae(m=M, activation=RELU).replace(b_dec=jnp.zeros(D), b_enc=jnp.full(M, -1.0)))
-    assert_same_bits(train.resample(jax.random.key(0), state, jnp.asarray(x), dead_after=1000), state)
+    assert_same_bits(train.resample(jax.random.key(0), state, jnp.asarray(x), idle_after=1000), state)
 
 
 def test_resampling_draws_in_proportion_and_in_little_memory():
@@ -682,7 +692,7 @@ def test_resampling_draws_in_proportion_and_in_little_memory():
     m, n = 2048, 8192
     state = jax.eval_shape(lambda: train.init_state(sae(m=m, activation=RELU), optax.sgd(0.1)))
     x = jax.ShapeDtypeStruct((n, D), jnp.float32)
-    program = train.resample.lower(jax.random.key(0), state, x, dead_after=jnp.int32(10)).compile()
+    program = train.resample.lower(jax.random.key(0), state, x, idle_after=jnp.int32(10)).compile()
     assert program.memory_analysis().temp_size_in_bytes < m * n * 4 / 4
 
 
