@@ -90,7 +90,8 @@ def resolved(options: Options) -> Options:
     """
     o = options
     rate = train.learning_rate(o.latents, o.steps) if o.learning_rate is None else o.learning_rate
-    idle_after = max(o.batch, o.steps * o.batch // 50) if o.idle_after is None else o.idle_after
+    fiftieth = min(max(o.batch, o.steps * o.batch // 50), 2**31 - 1)  # rows are counted in int32
+    idle_after = fiftieth if o.idle_after is None else o.idle_after
     return o._replace(learning_rate=rate, idle_after=idle_after)
 
 

@@ -133,6 +133,13 @@ def test_what_is_not(name, value):
         arguments.check(Some, {name: value})
 
 
+@pytest.mark.parametrize("steps, batch", [(1, 1), (2**31 - 1, 2**31 - 1)])
+def test_what_follows_from_options_is_in_range_too(steps, batch):
+    found = runs.resolved(runs.Options("topk", 2**31 - 1, k=1, steps=steps, batch=batch))
+    assert found.idle_after is not None and found.learning_rate is not None
+    arguments.check(runs.Options, found._asdict())
+
+
 def test_the_jobs_check_their_own_options(tmp_path):
     rows = np.zeros((64, D), np.float32)
     options = runs.Options("topk", M, k=K, batch=8, steps=2, heldout=8)
