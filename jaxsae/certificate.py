@@ -132,10 +132,9 @@ def _certify_row(nonnegative: bool, atoms, ridge, weight, some, r, z, finite):
             moved = matmul(delta, atoms)
             return moved, slope - matmul(atoms, moved) - ridge * delta
 
-        delta, dual = jnp.zeros_like(z), slope
-        for _ in range(2):  # once more for what the rounding of G has left
-            delta = delta + solve_on(G, on, wanted(dual))
-            moved, dual = move(delta)
+        delta = solve_on(G, on, wanted(slope))
+        delta = delta + solve_on(G, on, wanted(move(delta)[1]))  # once more for what the rounding of G has left
+        moved, dual = move(delta)
         infeasible = max_or_nan(project(dual) if nonnegative else jnp.abs(dual))
         # P − D = ½‖r − u‖² − zᵀAu, free of the cancellation between two nearly equal objectives.
         value = relative(jnp.sum(moved**2) + jnp.sum(ridge * delta**2) - 2 * jnp.sum(z * dual))

@@ -330,8 +330,9 @@ def recipe(
 
 def _lengthened(options: Options, step: int, before: int, steps: int) -> str:
     """One sentence on what is other for a run that was made longer."""
-    wanted = (resolved(options._replace(steps=count)) for count in (before, steps))
-    old, new = (np.asarray(_schedule(o.learning_rate, o.steps)(step)).item() for o in wanted)
+    rates = (resolved(options._replace(steps=count)).learning_rate for count in (before, steps))
+    schedules = (_schedule(rate or 0.0, count) for rate, count in zip(rates, (before, steps), strict=True))
+    old, new = (np.asarray(schedule(step)).item() for schedule in schedules)
     return (
         f"the run is lengthened from {before} to {steps} steps: from step {step} on, all that depends on their number "
         f"is that of {steps}, such as the learning rate ({new:.3g}, it was {old:.3g})."
