@@ -131,7 +131,7 @@ def _certify_row(nonnegative: bool, atoms, ridge, weight, some, r, z, finite):
             moved = matmul(delta, atoms)
             return moved, slope - matmul(atoms, moved) - ridge * delta
 
-        delta, dual = jnp.zeros_like(z), slope
+        delta, moved, dual = jnp.zeros_like(z), jnp.zeros_like(r), slope
         for _ in range(2):  # once more for what the rounding of G has left
             delta = delta + solve_on(G, on, wanted(dual))
             moved, dual = move(delta)

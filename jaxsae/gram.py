@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from jaxsae import rows, solvers
@@ -271,7 +272,7 @@ def check_numbers(
     name: str, what: str, x: Any, *, least: int | float = 0, most: int | float = math.inf, do: str
 ) -> None:
     """Raise if an option that is known, one number or an array, is NaN, infinite or out of `[least, most]`."""
-    if isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
+    if isinstance(x, Tracer) or not getattr(x, "is_fully_addressable", True):
         return
     x = np.asarray(x)
     wrong = ~(np.isfinite(x) & (x >= least) & (x <= most))
