@@ -267,8 +267,10 @@ def _judge(row: _Row, A, z, lam, r):
     g, g_on = matmul(row.D, r), matmul(A, r)
     g = g if row.static.nonnegative else jnp.abs(g)
     top = max_or_nan(g)
-    alpha = jnp.where(top > lam + row.rounding, divide(lam, top), 1)
-    gap = 0.5 * (1 - alpha) ** 2 * jnp.sum(r * r) + jnp.sum(jnp.abs(z) * (lam - alpha * g_on * jnp.sign(z)))
+    shrunk = jnp.where(top > lam, divide(lam, top), 1)
+    alpha = jnp.where(top > lam + row.rounding, shrunk, 1)
+    # The first term is small enough to count what the second is spared: where `λ` is small, it may be all there is.
+    gap = 0.5 * (1 - shrunk) ** 2 * jnp.sum(r * r) + jnp.sum(jnp.abs(z) * (lam - alpha * g_on * jnp.sign(z)))
     off = max_or_nan(jnp.where(z != 0, jnp.abs(g_on - lam * jnp.sign(z)), 0))
     kkt = divide(jnp.maximum(off, top - lam), row.scale)
     gap = divide(gap, 0.5 * jnp.sum(row.y * row.y))

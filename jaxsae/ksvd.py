@@ -27,7 +27,7 @@ _ALIKE = 0.99  # the cosine from which on two atoms count as one, as in the auth
 
 
 class History(NamedTuple):
-    """What each of `t` steps of `fit` left: `‖Y − ZD‖² / ‖Y‖²`, over the rows that are finite.
+    """What each of `t` steps of `fit` left: `‖Y − ZD‖² / ‖Y‖²`, over the finite rows; NaN if those are subnormal.
 
     Attributes:
       coded: `[t]` after coding.
@@ -123,7 +123,8 @@ def _fit(static: _Static, start, y, tol):
     known = jnp.where(finite[:, None], y, 0)
 
     def error(D, code):
-        return divide(jnp.sum((known - codes.combine(D, _on(code, finite))) ** 2), jnp.sum(known**2))
+        left = divide(jnp.sum((known - codes.combine(D, _on(code, finite))) ** 2), jnp.sum(known**2))
+        return jnp.where(jnp.isnan(scale), jnp.nan, left)
 
     def step(D, _):
         code, _ = pursuit.omp(D, y, k=k, nonnegative=nonnegative, tol=tol)

@@ -39,7 +39,8 @@ class LassoInfo(RefitInfo):
         more to come; 2 not finite, or out of range; 3 `lam` negative or not finite (an empty code, like that of 2).
       gap: `[*b]` duality gap relative to `½‖y‖²`: the excess of the objective over the least is at most this. The dual
         point, the residual scaled down to `|g| ≤ λ`, is feasible to `8 eps max‖a‖ ‖y‖` and the rounding of a product
-        with an atom: whatever the order of sums, the gap falls short by at most `(2d + 18) eps max‖a‖ ‖z‖₁ / ‖y‖`.
+        with an atom: whatever the order of sums, the gap falls short by at most `(2d + 18) eps max‖a‖ ‖z‖₁ / ‖y‖`, to
+        first order in `d eps max‖a‖ ‖y‖ / λ`.
       lam: `[*b]` the penalty.
     """
 

@@ -342,3 +342,31 @@ def test_fits_are_compiled_once():
     for key in map(jax.random.key, range(2)):
         ksvd.fit(key, y, m=50, k=3, steps=2, tol=0.1)
     assert ksvd._fit._cache_size() <= before + 1
+
+
+@pytest.mark.parametrize("update", [ksvd.exact, ksvd.approximate, ksvd.mod], ids=lambda update: update.__name__)
+def test_learning_is_free_of_units(update):
+    y = jnp.asarray(np.random.default_rng(0).normal(size=(60, 10)), jnp.float32)
+
+    def fit(unit):
+        return ksvd.fit(jax.random.key(0), unit * y, m=8, k=2, steps=2, update=update, tol=0.5 * unit)
+
+    D, history = fit(1.0)
+    assert history.updated[-1] < history.coded[0]
+    code, _ = jaxsae.pursuit.omp(D, y, k=2)
+    start = D * jnp.float32(1.5)  # not of norm 1
+    moved = update(start, y, code)
+    for unit in (2.0**-60, 2.0**60):
+        again, seen = fit(unit)
+        np.testing.assert_array_equal(again, D)
+        np.testing.assert_array_equal(seen.updated, history.updated)
+        for atoms in (1.0, 2.0**-60, 2.0**60):
+            if unit / atoms in (2.0**-120, 2.0**120):
+                continue  # values near the end of the range
+            values = code.values * jnp.float32(unit / atoms)
+            got = update(atoms * start, unit * y, code.replace(values=values))
+            np.testing.assert_array_equal(got[0], moved[0])
+            np.testing.assert_array_equal(got[1].values, unit * moved[1].values)
+    lost = jnp.asarray(np.float32(f64(y) * 1e-39))
+    _, history = ksvd.fit(jax.random.key(0), lost, m=8, k=2, steps=2, update=update)
+    assert np.all(np.isnan(history.updated)), "what is lost is said to be"

@@ -297,7 +297,10 @@ def test_the_gap_holds_whatever_the_order_of_sums(coherence, nonnegative, optimi
             z, lam, gap = code.dense()[:, at], info.lam[:, at], f64(info.gap[:, at])
             stated = (2 * D + 18) * np.finfo(np.float32).eps * longest * np.abs(f64(z)).sum(-1)
             stated /= np.linalg.norm(f64(permuted[1]), axis=-1)
+            unit = longest * np.linalg.norm(f64(permuted[1]), axis=-1) / np.where(lam > 0, f64(lam), np.inf)
+            second = (D / 2 + 1) * np.finfo(np.float32).eps * unit
             short = gap_by_definition(*permuted, z, lam, nonnegative) - gap * (1 + 1e-5)
+            short -= 2 * np.sqrt(gap) * second + second**2
             assert np.all(short <= np.minimum(stated, slack(*permuted, z)) + 1e-7)
             r = f64(permuted[1]) - f64(z) @ f64(permuted[0])
             g = r @ f64(permuted[0]).T

@@ -155,6 +155,20 @@ def test_jit_is_eager_and_traces_once(name):
     chex.clear_trace_counter()
 
 
+@pytest.mark.parametrize(
+    "name", ["certify", "refit", "lasso.lasso", "lasso.path", "lambda_max", "pursuit.omp", "pursuit.iti"]
+)
+def test_arrays_of_numpy_are_taken(name, unchecked):
+    others = {
+        "lasso.path": lambda sae, rows: jaxsae.lasso.path(sae.W_dec, rows.x, n_lambdas=3),
+        "lambda_max": lambda sae, rows: jaxsae.lasso.lambda_max(sae.W_dec, rows.x),
+    }
+    call = others[name] if name in others else LAWS[name].call
+    given = call(*data())
+    assert_close(call(*jax.tree.map(np.asarray, data())), given)
+    assert_close(call(*jax.tree.map(lambda x: np.asarray(x, float if x.dtype == np.float32 else None), data())), given)
+
+
 @row_by_row
 def test_vmap_is_the_batch(name):
     assert_close(jax.jit(jax.vmap(LAWS[name].call, in_axes=(None, 0)))(*data()), expected(name))
