@@ -293,7 +293,7 @@ def activity(code: SparseCode) -> Activity:
     keep = _finite(code)
     active = code.mask & (code.values != 0) & keep[..., None]
     dtype = jnp.promote_types(code.values.dtype, jnp.float32)
-    fired = _by_latent(code, active, jnp.ones_like(code.values, dtype))
+    fired = codes.sum_by_latent(dataclasses.replace(code, values=active.astype(dtype)))
     return Activity(**_exact({"rows": jnp.sum(keep, dtype=dtype), "fired": fired}))
 
 
