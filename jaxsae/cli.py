@@ -191,7 +191,7 @@ def train(
         tokens: read so many, rounded up to whole contexts; all by default.
         context: tokens it sees at a time.
         window: its rows that are shuffled among themselves.
-        k: active latents a row: of each row, on average over a batch (batchtopk), or aimed at (jumprelu).
+        k: active latents a row: of each, or on average over the rows held out (batchtopk, jumprelu).
         l1: weight of the L1 penalty (relu, gated).
         batch: rows a step.
         steps: how many; more than ten passes over the data are warned of.
