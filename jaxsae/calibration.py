@@ -65,7 +65,7 @@ def calibrate(sae: SAE, batches: Iterable[Float[Array, "b d"] | np.ndarray], l0:
       >>> import jaxsae
       >>> sae = jaxsae.init(jax.random.key(0), d=16, m=64, activation=jaxsae.BatchTopK(4))
       >>> x = jax.random.normal(jax.random.key(1), (256, 16))
-      >>> calibrated = calibrate(sae, [x[:100], x[100:]], 4)
+      >>> calibrated = calibrate(sae, [x[:100], x[100:]], 4.0)
       >>> bool(abs(jaxsae.encode(calibrated, x, capacity=64).l0.mean() - 4) < 0.01)
       True
     """
