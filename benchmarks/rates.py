@@ -48,7 +48,7 @@ def _train(rows: np.ndarray, options: runs.Options) -> train.TrainState:
     saes = train.stack([fresh().sae] * len(RATES))
     batches = data.batches(rows, options.batch, seed=options.seed)
     tx = functools.partial(runs.optimiser, steps=options.steps)
-    return train.sweep(saes, batches, loss=objective, tx=tx, rates=np.float32(RATES), steps=options.steps)
+    return train.sweep(saes, batches, loss=objective, tx=tx, rates=np.asarray(RATES, np.float32), steps=options.steps)
 
 
 def _measure(sae: SAE, heldout: np.ndarray, options: runs.Options) -> dict[str, float]:
