@@ -65,7 +65,7 @@ def calibrate(sae: SAE, batches: Iterable[Float[Array, "b d"] | np.ndarray], l0:
       >>> import jaxsae
       >>> sae = jaxsae.init(jax.random.key(0), d=16, m=64, activation=jaxsae.BatchTopK(4))
       >>> x = jax.random.normal(jax.random.key(1), (256, 16))
-      >>> calibrated = calibrate(sae, [x[:100], x[100:]], 4)
+      >>> calibrated = calibrate(sae, [x[:100], x[100:]], 4.0)
       >>> bool(abs(jaxsae.encode(calibrated, x, capacity=64).l0.mean() - 4) < 0.01)
       True
     """
@@ -74,9 +74,11 @@ def calibrate(sae: SAE, batches: Iterable[Float[Array, "b d"] | np.ndarray], l0:
         found, finite = _count(sae, jnp.asarray(x, jnp.float32))
         counts += np.asarray(found)
         rows += int(finite)
-    at_least = np.cumsum(counts[::-1])  # from the last bin down
-    chosen = _BINS - 1 - int(np.argmin(np.abs(at_least - l0 * rows)))
-    key = np.int32((chosen - _BINS // 2) << _LEFT_OUT)
+    occupied = np.flatnonzero(counts)[::-1]
+    if not len(occupied):  # nothing is positive, whatever the thresholds
+        return sae
+    chosen = occupied[np.argmin(np.abs(np.cumsum(counts[occupied]) - l0 * rows))]
+    key = np.int32((int(chosen) - _BINS // 2) << _LEFT_OUT)
     edge = (key ^ (key >> 31 & np.int32(0x7FFFFFFF))).view(np.float32)
     below = jnp.asarray(np.nextafter(edge, np.float32(-np.inf)))  # what is in the bin is active too
     return dataclasses.replace(sae, activation=sae.activation.at_margin(below))

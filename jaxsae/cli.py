@@ -240,7 +240,7 @@ def train(
         context: tokens it sees at a time.
         window: rows that are shuffled among themselves, one window after another; by default all --data, or 65536 of
             a --model.
-        k: active latents a row: of each row, on average over a batch (batchtopk), or aimed at (jumprelu).
+        k: active latents a row: of each, or on average over the rows held out (batchtopk, jumprelu).
         l1: weight of the L1 penalty (relu, gated).
         batch: rows a step.
         steps: how many; more than ten passes over the data are warned of. With more of them than it has, a run is made

@@ -268,11 +268,13 @@ def run(
                 state, reached, diverged = error.state, error.progress, error
     sae = rescale(jax.tree.map(jnp.asarray, sharding.gathered(state.sae)), scale)
     if o.k is not None and sae.activation.slots is None:
+        # On rows never trained on: those seen several times have fewer active latents at the same thresholds, by 12 %
+        # after fourteen passes over activations of SmolLM2.
         sae = calibration.calibrate(sae, (x for _, x in stream.chunks(sae, heldout)), float(o.k))
-    trained = calibration.activity(sae, _in_order(read().source, o.batch, min(total, DEAD_ROWS)))
     chief = jax.process_index() == 0
     if chief:
         pretrained.save(sae, out / "sae")
+    trained = calibration.activity(sae, _in_order(read().source, o.batch, min(total, DEAD_ROWS)))
     bad = _rows_to_blame(sources, names, batches, reached.bad)
     report = {
         "options": resolved(o)._asdict(),

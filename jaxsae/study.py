@@ -77,8 +77,8 @@ class Plan(NamedTuple):
     train_rows: Count = 100_000
 
 
-FULL = Plan(latents=2048, steps=500, batch=512, heldout=2048, l1=(0.012, 0.03, 0.06, 0.12))
-QUICK = Plan(latents=512, steps=200, batch=512, heldout=512, l1=(0.03, 0.12))
+FULL = Plan(latents=2048, steps=500, batch=512, heldout=2048, l1=(0.02, 0.05, 0.08, 0.15))
+QUICK = Plan(latents=512, steps=200, batch=512, heldout=512, l1=(0.05, 0.15))
 # In a language model; whole contexts are held out.
 FULL_MODEL = Plan(4096, 600, 512, 16 * (_CONTEXT - 1), l1=(0.06, 0.1, 0.16), train_rows=200_000)
 QUICK_MODEL = Plan(1024, 200, 512, 4 * (_CONTEXT - 1), l1=(0.05, 0.2), train_rows=20_000)

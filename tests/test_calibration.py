@@ -76,3 +76,12 @@ def test_activity_is_that_of_the_code(activation, x):
 def test_what_has_no_thresholds_is_refused(x):
     with pytest.raises(NotImplementedError, match="TopK has no threshold to move; pass BatchTopK or JumpReLU"):
         calibration.calibrate(sae(m=M, activation=jaxsae.TopK(K)), [x], 4.0)
+
+
+def test_thresholds_stay_where_nothing_is_positive_and_are_finite_where_values_tie():
+    model = sae(m=M, activation=jaxsae.BatchTopK(K, threshold=jnp.float32(0.5)))
+    silent = model.replace(b_enc=jnp.full(M, -1e6))
+    assert calibration.calibrate(silent, [np.ones((4, D), np.float32)], 4.0).activation.threshold == 0.5
+    alike = model.replace(W_enc=jnp.zeros((D, M)), b_enc=jnp.ones(M))  # all or none
+    found = calibration.calibrate(alike, [np.ones((1, D), np.float32)], 1.0).activation.threshold
+    assert 0.99 < found < 1
