@@ -532,7 +532,7 @@ def evaluate(sae: SAE, rows: data_module.Rows, more: metrics.Activity | None = N
     if rows.shape[1] != sae.d:
         raise InputError(f"got rows of width {rows.shape[1]} for an SAE of {sae.d}; pass those of its own layer.")
     if sae.transcoder:
-        raise InputError("got a transcoder, whose target is not its input; measure it with `sae.reconstruct`.")
+        raise InputError("got a transcoder, whose target is not its input; measure `jaxsae.reconstruct` against that.")
     capacity = sae.activation.slots or stream.max_l0(sae, rows)
     keep = tuple(2**n for n in range(capacity.bit_length()))
     parts, nonfinite = [], 0
