@@ -286,12 +286,13 @@ def train(
         _join(coordinator, processes, process)
     spread = None if mesh is None else _mesh(*mesh)
 
+    chief = jax.process_index() == 0
+    log = runs.logs(out, options, wandb=wandb) if chief else None
     rows = data
     if model is not None and layer is not None:
         window = 1 << 16 if window is None else window
         rows = _live(model, layer, text, tokens, context, window)
     try:
-        chief = jax.process_index() == 0
         with console.progress(steps, rows=batch, quiet=not chief) as advance:
             report = runs.run(
                 out,
@@ -305,10 +306,10 @@ def train(
                 progress=advance,
                 resumed=lambda step: advance(f"resuming from step {step}", step, before=True),
                 warn=console.warn,
-                log=runs.logs(out, options, wandb=wandb) if chief else None,
+                log=log,
             )
     except job.Stopped as stopped:
-        if jax.process_index() == 0:
+        if chief:
             said = f"Stopped after {stopped.step} steps; all is saved: the same command goes on."
             console.tell({"stopped_after": stopped.step}, said, as_json=json)
         return 0 if stopped.signum == signal.SIGTERM else 130
