@@ -537,7 +537,7 @@ def evaluate(sae: SAE, rows: data_module.Rows, more: metrics.Activity | None = N
     if rows.shape[1] != sae.d:
         raise InputError(f"got rows of width {rows.shape[1]} for an SAE of {sae.d}; pass those of its own layer.")
     if sae.transcoder:
-        raise InputError("got a transcoder, whose target is not its input; measure it with `sae.reconstruct`.")
+        raise InputError("got a transcoder, whose target is not its input; measure `jaxsae.reconstruct` against that.")
     capacity = sae.activation.slots or stream.max_l0(sae, rows)
     keep = tuple(2**n for n in range(capacity.bit_length()))
     parts, nonfinite = [], 0
@@ -570,8 +570,7 @@ def _measure(sae: SAE, x, capacity: int, keep: tuple[int, ...]):
     return whole, metrics.activity(code), metrics.progressive(sae, x, code, keep)
 
 
-@contextlib.contextmanager
-def logs(folder: str | os.PathLike, options: Options, *, wandb: bool = False) -> Iterator[Log]:
+def logs(folder: str | os.PathLike, options: Options, *, wandb: bool = False) -> contextlib.AbstractContextManager[Log]:
     """Log to TensorBoard event files in a folder and, if asked, to Weights & Biases (or, `WANDB_MODE=offline`, files).
 
     Args:
@@ -580,7 +579,7 @@ def logs(folder: str | os.PathLike, options: Options, *, wandb: bool = False) ->
       wandb: whether to log there.
 
     Raises:
-      InputError: if what writes them is not installed.
+      InputError: if what writes them is not installed; nothing is written before the block begins.
 
     Example:
       >>> import tempfile
@@ -591,9 +590,15 @@ def logs(folder: str | os.PathLike, options: Options, *, wandb: bool = False) ->
         from tensorboardX import SummaryWriter
     except ImportError as error:
         raise InputError(_NO_TENSORBOARD) from error
+    start = _wandb(folder, options) if wandb else None
+    return _writing(lambda: SummaryWriter(str(local_path(folder))), start)
+
+
+@contextlib.contextmanager
+def _writing(open_writer: Callable[[], Any], start: Callable[[], Any] | None) -> Iterator[Log]:
     with contextlib.ExitStack() as stack:
-        writer = stack.enter_context(SummaryWriter(str(local_path(folder))))
-        active = stack.enter_context(_wandb(folder, options)) if wandb else None
+        writer = stack.enter_context(open_writer())
+        active = None if start is None else stack.enter_context(start())
 
         def log(step: int, numbers: dict[str, float]) -> None:
             for name, value in numbers.items():
@@ -652,9 +657,9 @@ def _records(content: bytes) -> Iterator[bytes]:
             yield content[start:end]
 
 
-def _wandb(folder, options: Options):
+def _wandb(folder, options: Options) -> Callable[[], Any]:
     try:
         import wandb  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise InputError("got --wandb, but wandb is missing; pip install wandb.") from error
-    return wandb.init(dir=str(folder), project="jaxsae", config=options._asdict())
+    return functools.partial(wandb.init, dir=str(folder), project="jaxsae", config=options._asdict())

@@ -18,6 +18,7 @@ ORDER = [
     "__main__",
     "cli",
     "cli_pictures",
+    "cli_plan",
     "report",
     "console",
     "compiled",

@@ -65,7 +65,9 @@ def commands(text: str) -> list[list[str]]:
     return [argv for argv in argvs if len(argv) > 1 and argv[-1] not in ("--help", "--mesh")]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/which.md", "jaxsae/cli.py", "jaxsae/cli_pictures.py"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/which.md", "jaxsae/cli.py", "jaxsae/cli_pictures.py", "jaxsae/cli_plan.py"]
+)
 def test_commands_of_a_page_are_understood(page, monkeypatch):
     got = []
     for name, command in cli.COMMANDS.items():

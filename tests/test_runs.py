@@ -182,6 +182,7 @@ def test_weights_and_biases_that_is_not_installed_is_told(data, tmp_path, monkey
     assert train(data, tmp_path / "run", "topk", "--wandb") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == "jaxsae: got --wandb, but wandb is missing; pip install wandb."
+    assert not (tmp_path / "run").exists()
 
 
 def test_batches_with_nan_are_skipped_and_told(data, tmp_path, capsys):
