@@ -398,7 +398,7 @@ def test_a_study_of_a_model_has_its_losses(spliced):
     assert strict(done.out / "report.json") == json.loads(json.dumps(report))
     assert report["data"] == {
         "source": f"residual of {MODEL} after block 1, on {done.out.parent / 'text.txt'}",
-        **{"rows": 1500, "heldout": 90, "width": 24},
+        **{"rows": 1500, "passes": 40 * 64 / 1500, "heldout": 90, "width": 24},
     }
     losses = [f"{name}_{when}" for name in ("ce", "kl", "recovered_zero", "recovered_mean") for when in WHEN]
     assert all(np.isfinite(row[name]) for row in report["rows"] for name in (*NUMBERS, *losses))
