@@ -210,6 +210,8 @@ def run(
     if mesh is not None and options.latents % mesh.shape["latent"]:
         ways = mesh.shape["latent"]
         raise InputError(f"got {options.latents} latents for a mesh that splits them {ways} ways; pass a multiple.")
+    if resume and not (local_path(out) / "checkpoints").is_dir():  # before a directory is made
+        raise InputError(f"{out}: holds no run to resume; leave out --resume to begin one.")
     names, everything = _open(data)
     sources, heldout = _split(names, everything, options, weights)
     out, o, name = local_path(out), options, ", ".join(names)
