@@ -211,6 +211,8 @@ def run(
         ways = mesh.shape["latent"]
         raise InputError(f"got {options.latents} latents for a mesh that splits them {ways} ways; pass a multiple.")
     out = local_path(out)
+    if resume and not (out / "checkpoints").is_dir():  # before a directory is made
+        raise InputError(f"{out}: holds no run to resume; leave out --resume to begin one.")
     names, everything = _open(data)
     sources, heldout = _split(names, everything, options, weights)
     o, name = options, ", ".join(names)

@@ -371,6 +371,8 @@ TRIED: dict[str, collections.Counter] = collections.defaultdict(collections.Coun
 
 def ends_well(argv: list[str], names: list[str], here: Path) -> None:
     """Run a command: it says in one line what is wrong with it, or does what it is to do."""
+    for path in here.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -387,8 +389,6 @@ def ends_well(argv: list[str], names: list[str], here: Path) -> None:
         assert len(lines) == 1 and lines[0].startswith("jaxsae: ") and lines[0].endswith("."), said
         assert out.getvalue() == ""
         assert not list(here.iterdir()), "something was made"
-    for path in here.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 BOUNDED = hypothesis.settings(
