@@ -425,6 +425,8 @@ def _by_chunks(f, dictionary, x, indices):
 def _correlate(values, x, indices, *, m: int):
     k, d = indices.shape[-1], x.shape[-1]
     dtype = jnp.promote_types(jnp.result_type(values, x), jnp.float32)
+    if not indices.size:
+        return jnp.zeros((m, d), dtype)
     values, indices, x = values.reshape(-1, k).astype(dtype), indices.reshape(-1, k), x.reshape(-1, d)
     # A zero that XLA cannot know: it would make constant ones early, share them with other sums, and copy them.
     zero = 0 * jnp.sum(values[:1, :1])

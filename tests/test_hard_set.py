@@ -391,7 +391,7 @@ CHANGES = ["rows permuted", "y scaled by a power of two", "support permuted", "y
 
 @pytest.mark.parametrize(
     ("change", "solver"),
-    [*itertools.product(CHANGES, SOLVERS), ("half of the rows", None)],
+    [*itertools.product(CHANGES, SOLVERS), pytest.param("half of the rows", None, marks=pytest.mark.bits)],
     ids=lambda value: value if isinstance(value, str) else name(value),
 )
 @pytest.mark.parametrize(
