@@ -6,6 +6,7 @@ that goes on neither repeats a row nor loses one.
 """
 
 import codecs
+import contextlib
 import functools
 import itertools
 import os
@@ -107,29 +108,29 @@ def pack(files: Sequence[Path], tokenizer: Any, *, context: int, tokens: int | N
         raise InputError(f"got contexts of {context} tokens; pass at least {max(2, 1 + len(start))}.")
     if tokens is not None and tokens < 1:
         raise InputError(f"got {tokens} tokens to read; pass at least 1.")
-    plain = _plain(tokenizer)
-    control = {id: token.content for id, token in plain.get_added_tokens_decoder().items() if token.special}
+    control = {id: token.content for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     separator = tokenizer.token_to_id("<|endoftext|>")
     control |= {} if separator is None else {separator: "<|endoftext|>"}
     wanted = sys.maxsize if tokens is None else -(-tokens // context) * body
     parts, count, found = [], 0, Text(np.zeros((0, context), np.int32), [], 0, 0)
-    for file in files:
-        if count >= wanted:
-            break
-        text, bad, at = _read(file)
-        found = found._replace(
-            files=[*found.files, str(file)],
-            replaced=found.replaced + bad,
-            empty=found.empty + (not text),
-            replaced_at=found.replaced_at or at,
-        )
-        for piece in _tokenise(plain, text, wanted - count):
-            _require_text(piece, text, control, file)
-            parts.append(piece.ids)
-            count += len(piece.ids)
-        if separator is not None and text:
-            parts.append(np.array([separator], np.int32))
-            count += 1
+    with _as_text(tokenizer):
+        for file in files:
+            if count >= wanted:
+                break
+            text, bad, at = _read(file)
+            found = found._replace(
+                files=[*found.files, str(file)],
+                replaced=found.replaced + bad,
+                empty=found.empty + (not text),
+                replaced_at=found.replaced_at or at,
+            )
+            for piece in _tokenise(tokenizer, text, wanted - count):
+                _require_text(piece, text, control, file)
+                parts.append(piece.ids)
+                count += len(piece.ids)
+            if separator is not None and text:
+                parts.append(np.array([separator], np.int32))
+                count += 1
     ids = np.concatenate([np.zeros(0, np.int32), *parts])[:wanted]
     rows = ids[: len(ids) // body * body].reshape(-1, body)
     if not len(rows):
@@ -169,13 +170,24 @@ def _read(file: Path) -> tuple[str, int, str]:
 # --- Tokens
 
 
-def _plain(tokenizer):
-    """A copy that makes text of all it reads, and reads all: the control tokens of its vocabulary are letters to it."""
-    plain = type(tokenizer).from_str(tokenizer.to_str())
-    plain.encode_special_tokens = True
-    plain.no_truncation()
-    plain.no_padding()
-    return plain
+@contextlib.contextmanager
+def _as_text(tokenizer) -> Iterator[None]:
+    """Make text of all that a tokenizer reads, and read all: the control tokens of its vocabulary are letters to it.
+
+    It is not a copy that is changed: a copy goes through JSON, which rounds the scores of Unigram.
+    """
+    before = tokenizer.encode_special_tokens, tokenizer.truncation, tokenizer.padding
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    try:
+        yield
+    finally:
+        tokenizer.encode_special_tokens, truncation, padding = before
+        if truncation is not None:
+            tokenizer.enable_truncation(**truncation)
+        if padding is not None:
+            tokenizer.enable_padding(**padding)
 
 
 class _Piece(NamedTuple):

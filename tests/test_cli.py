@@ -149,7 +149,7 @@ def test_study_passes_its_options_and_prints_the_table(quick, fake_study, tmp_pa
     options = ["--data", tmp_path / "x.npy", "--seed", 7, *(["--quick"] if quick else [])]
     assert run("study", "--out", tmp_path / "out", *options) == 0
     (call,) = calls
-    del call["progress"]
+    del call["progress"], call["warn"]
     plan = study.QUICK if quick else study.FULL
     assert call == {"out": tmp_path / "out", "data": tmp_path / "x.npy", "plan": plan, "seed": 7, "saes": ()}
     out, err = capsys.readouterr()

@@ -304,21 +304,21 @@ def test_a_live_training_that_is_stopped_goes_on_to_the_bit(tmp_path, capsys):
 
 @pytest.mark.parametrize("options", [[], ["--model", MODEL], ["--layer", 1, "--data", "x.npy"]])
 def test_a_training_takes_data_or_a_model(options, tmp_path, capsys):
-    assert cli("train", *options, "--activation", "topk", "--latents", 32, "--out", tmp_path / "run") == 2
+    assert cli("train", *options, "--activation", "topk", "--k", 2, "--latents", 32, "--out", tmp_path / "run") == 2
     assert capsys.readouterr().err == "jaxsae: pass --data, or --model and --layer.\n"
 
 
 BAD = {
-    "no text": (["--text", "no-such-file"], "no-such-file: No such file"),
+    "no text": (["--text", "no-such-file"], "no-such-file: no such file or directory"),
     "empty text": (["--text", "empty.txt"], "empty.txt: the text is empty"),
     "layer": (["--layer", 3], "got layer 3, the model has 3; pass one from 0 to 2"),
-    "negative layer": (["--layer", -1], "got layer -1"),
+    "negative layer": (["--layer", -1], "got --layer -1; pass"),
     "long context": (["--context", 65], "got contexts of 65 tokens, the model takes 64"),
-    "short context": (["--context", 1], "got contexts of 1 tokens"),
+    "short context": (["--context", 1], "got --context 1; pass"),
     "no batch": (["--batch", 0], "--batch 0"),
     "no tokens": (["--tokens", 0], "--tokens 0"),
-    "integers": (["--dtype", "int8"], "dtype int8; pass"),
-    "no such dtype": (["--dtype", "half-ish"], "dtype half-ish; pass"),
+    "integers": (["--dtype", "int8"], "--dtype 'int8', expected one of: float16, float32"),
+    "no such dtype": (["--dtype", "half-ish"], "--dtype 'half-ish', expected one of: float16, float32"),
     "model": (["--model", "no-such-model"], "no-such-model: no such file"),
     "not fetched": (["--model", "smollm2"], "run: jaxsae fetch smollm2"),
     "other files": (["--out", "."], "holds files but no manifest.json"),

@@ -312,7 +312,7 @@ def test_losses_of_a_narrow_type_are_numbers_of_float32(terms):
     # A squared error of 65,504 is infinite in float16, and so is every batch of rows of norm 256.
     model, x = sae(m=M, dtype=jnp.float16), 100 * activations(batch=(B,), dtype=jnp.float16)
     state = train.init_state(model, optax.sgd(0.0)).replace(idle=jnp.full(M, 100))
-    objective = Objective(terms, dead_after=50)
+    objective = Objective(terms, idle_after=50)
     value, measured = jax.jit(objective)(model, x, state)
     wide, rows = (jax.tree.map(lambda leaf: leaf.astype(jnp.float32), each) for each in (model, x))
     expected, other = jax.jit(objective)(wide, rows, state)

@@ -282,15 +282,16 @@ def test_files_that_do_not_say_how_texts_begin_are_refused(case, tmp_path):
 # --- Before the work
 
 
+TRAIN = ["--activation", "topk", "--k", "2", "--latents", "8"]
 EARLY = [
     ("harvest", ["--layer", "3"], "got layer 3, the model has 3"),
-    ("harvest", ["--layer", "1", "--context", "1"], "got contexts of 1 tokens"),
+    ("harvest", ["--layer", "1", "--context", "1"], "got --context 1; pass"),
     ("harvest", ["--layer", "1", "--context", "65"], "the model takes 64"),
-    ("harvest", ["--layer", "1", "--dtype", "int8"], "got dtype int8"),
+    ("harvest", ["--layer", "1", "--dtype", "int8"], "got --dtype 'int8', expected one of"),
     ("harvest", ["--layer", "1", "--out", "full"], "holds files but no manifest.json"),
-    ("harvest", ["--layer", "1", "--out", "a.txt"], "Not a directory"),
-    ("train", ["--activation", "topk", "--latents", "8", "--layer", "-1"], "got layer -1"),
-    ("train", ["--activation", "topk", "--latents", "8", "--layer", "1", "--context", "65"], "the model takes 64"),
+    ("harvest", ["--layer", "1", "--out", "a.txt"], "cannot write a.txt: something else is there"),
+    ("train", [*TRAIN, "--layer", "-1"], "got --layer -1; pass"),
+    ("train", [*TRAIN, "--layer", "1", "--context", "65"], "the model takes 64"),
     ("study", ["--layer", "7"], "got layer 7, the model has 3"),
 ]
 
