@@ -344,7 +344,15 @@ def test_fits_are_compiled_once():
     assert ksvd._fit._cache_size() <= before + 1
 
 
-@pytest.mark.parametrize("update", [ksvd.exact, ksvd.approximate, ksvd.mod], ids=lambda update: update.__name__)
+@pytest.mark.parametrize(
+    "update",
+    [
+        pytest.param(ksvd.exact, marks=pytest.mark.slow),
+        ksvd.approximate,
+        pytest.param(ksvd.mod, marks=pytest.mark.slow),
+    ],
+    ids=lambda update: update.__name__,
+)
 def test_learning_is_free_of_units(update):
     y = jnp.asarray(np.random.default_rng(0).normal(size=(60, 10)), jnp.float32)
 

@@ -283,7 +283,9 @@ def test_what_float32_cannot_solve_is_said_to_be_unsolved(optimised):
 
 
 @each_sign
-@pytest.mark.parametrize("coherence", [0.9, 0.99, 0.999])
+@pytest.mark.parametrize(
+    "coherence", [pytest.param(0.9, marks=pytest.mark.slow), 0.99, pytest.param(0.999, marks=pytest.mark.slow)]
+)
 def test_the_gap_holds_whatever_the_order_of_sums(coherence, nonnegative, optimised):
     # Other orders of atoms and coordinates are other orders of sums; large codes cancel to what is left of y.
     rng = np.random.default_rng(0)
