@@ -289,7 +289,9 @@ def _of_all(value: int | bool) -> list[int]:
 
 def _leaf(leaf: Any) -> Any:
     """What orbax saves or restores; a copy of what is numpy's, which may change until it is written."""
-    return leaf if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) else np.array(writable(np.asarray(leaf), "a leaf"))
+    if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+        return leaf
+    return np.array(writable(np.asarray(leaf), "a leaf"))
 
 
 def _members(config: Any) -> dict[str, str]:

@@ -117,7 +117,7 @@ def test_leaves_may_lie_in_memory_in_any_order(dtype, tmp_path):
 def test_a_leaf_that_is_no_number_is_refused(leaf, tmp_path):
     with (
         Checkpoints(tmp_path, config=None) as checkpoints,
-        pytest.raises(InputError, match="a leaf holds .*, expected one of"),
+        pytest.raises(InputError, match=r"a leaf holds .*, expected one of"),
     ):
         checkpoints.save(1, {"x": leaf}, progress=None)
 
