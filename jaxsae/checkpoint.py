@@ -291,7 +291,7 @@ def _leaf(leaf: Any) -> Any:
     """What orbax saves or restores; a copy of what is numpy's, which may change until it is written."""
     if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
         return leaf
-    return np.array(writable(np.asarray(leaf), "a leaf"))
+    return np.array(writable(leaf, "a leaf"))
 
 
 def _members(config: Any) -> dict[str, str]:

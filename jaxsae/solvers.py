@@ -25,6 +25,7 @@ __all__ = [
     "ConjugateGradient",
     "ProjectedGradient",
     "default",
+    "within",
 ]
 
 

@@ -312,7 +312,7 @@ def test_a_window_is_for_files_too(rows, tmp_path, capsys):
     assert found[0] == found[1] != found[2]
     capsys.readouterr()
     assert train(tmp_path / "3", rows, "--window", 0, steps=10) == 2
-    assert capsys.readouterr().err == "jaxsae: got window 0; pass at least 1.\n"
+    assert capsys.readouterr().err == "jaxsae: got --window 0; pass a whole number from 1 to 2147483647.\n"
 
 
 def test_the_progress_of_a_resumed_run_ends_where_it_should(rows, tmp_path):

@@ -28,7 +28,7 @@ if not DOCS.is_dir():
 INTERNAL = {
     *("cli", "formats", "homotopy", "implicit", "linalg", "rank_one", "rows", "selection", "tensors", "thresholding"),
     *("__main__", "kernels.fista", "kernels.gpu", "kernels.reference", "kernels.shapes", "kernels.tpu"),
-    *("kernels.tuning", "pages", "svg", "console", "compiled", "exports"),
+    *("kernels.tuning", "pages", "svg", "console", "compiled", "exports", "arguments", "cli_pictures", "cli_plan"),
 }
 
 

@@ -68,6 +68,7 @@ def test_where_the_atoms_stand_among_the_slots_is_no_matter():
     np.testing.assert_array_equal(again[1].status, answer[1].status)
 
 
+@pytest.mark.bits
 def test_rows_of_any_number_of_atoms_are_the_same_to_the_bit_alone_and_in_a_crowd():
     l0 = np.random.default_rng(3).permutation(np.concatenate([L0, np.arange(0, 200, 3)]))
     p = sparse_rows(l0)
