@@ -72,8 +72,8 @@ def test_convert_writes_what_computes_the_same(tmp_path, capsys):
     "argv, message",
     [
         (("--to", "gemma_scope"), "gemma_scope has no TopK; save it in another format"),
-        (("--to", "numpy"), "got format 'numpy', expected one of: jaxsae, saelens"),
-        (("--to", "saelens", "--dtype", "int3"), "got dtype 'int3', expected one of: float32"),
+        (("--to", "numpy"), "got --to 'numpy', expected one of: jaxsae, saelens"),
+        (("--to", "saelens", "--dtype", "int3"), "got --dtype 'int3', expected one of: float32"),
         (("--to", "saelens", "--revision", "v1"), "got revision 'v1' for"),
     ],
 )

@@ -82,6 +82,7 @@ NO_SOURCE = {
     *("jaxsae.ksvd.History", "jaxsae.lasso.lambda_max", "jaxsae.losses.mse", "jaxsae.losses.nmse"),
     *("jaxsae.objectives.Measured", "jaxsae.objectives.Objective", "jaxsae.objectives.Pass"),
     *("jaxsae.normalisation.Normalisation", "jaxsae.normalisation.Normalised", "jaxsae.solvers.default"),
+    "jaxsae.solvers.within",
 }
 OF_PAPERS = {
     *("activations", "certificate", "ksvd", "lasso", "losses", "normalisation", "objectives", "refit", "solvers"),
