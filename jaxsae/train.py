@@ -372,7 +372,8 @@ def _advance(tx: Any, loss: Any, state: TrainState, batch: Any) -> tuple[TrainSt
 
     # Learnt twice, here only to be looked at: one that was kept until known to be good would be a second copy of all.
     # Matrices are looked at where they must be, since that is half of what the update itself costs.
-    squares = sum(jnp.sum(g**2) for g in jax.tree.leaves(grads))  # Adam keeps each
+    # Behind a barrier, without which XLA (jaxlib 0.12) makes another copy of a gradient for this sum.
+    squares = sum(jnp.sum(g**2) for g in jax.tree.leaves(jax.lax.optimization_barrier(grads)))  # Adam keeps each
     matrices = not isinstance(tx, _Sound)
     good = jnp.isfinite(value) & jnp.isfinite(squares) & _stays_finite(state, learn(state), matrices=matrices)
     state = jax.lax.cond(good, learn, skip, state)
