@@ -352,14 +352,12 @@ def _shape(left, right, indices, *, wrt: str, m: int, members: int, mesh):
 
 
 def _transpose(bar, left, right, indices, *, wrt: str, mesh, **params):
+    if type(bar) is ad.Zero:  # of what nothing depends on, both may be unknown
+        return [ad.Zero(x.aval) if ad.is_undefined_primal(x) else None for x in (left, right, indices)]
     known = dict(zip(_OTHERS[wrt], (left, right), strict=True)) | {wrt: bar}
     (wanted,) = (name for name, x in known.items() if ad.is_undefined_primal(x))
-    aval = known[wanted].aval
-    if type(bar) is ad.Zero:
-        found = ad.Zero(aval)
-    else:
-        arguments = sharding.vary_alike((*(known[name] for name in _OTHERS[wanted]), indices))
-        found = _form.bind(*arguments, wrt=wanted, mesh=mesh, **params).astype(aval.dtype)
+    arguments = sharding.vary_alike((*(known[name] for name in _OTHERS[wanted]), indices))
+    found = _form.bind(*arguments, wrt=wanted, mesh=mesh, **params).astype(known[wanted].aval.dtype)
     return [found if ad.is_undefined_primal(x) else None for x in (left, right)] + [None]
 
 

@@ -10,8 +10,6 @@ gathered (pre-activations, atoms) is split by hand in `codes` and `refit`: each 
 candidates or sums are exchanged. On a mesh without both of these axes XLA splits all of it.
 """
 
-import functools
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -282,10 +280,18 @@ def vary_alike(tree: Any, *others: Any) -> Any:
     In a `shard_map` of a user's own JAX takes a constant to be the same on every device, refuses a loop that makes it
     differ, and wants a derivative to differ as its argument does.
     """
-    if not (jax.sharding.get_abstract_mesh().manual_axes and jax.tree.leaves(tree)):
-        return tree
-    known = functools.reduce(operator.or_, [jnp.any(x == x) for x in jax.tree.leaves((tree, others))])
-    return jax.tree.map(lambda x: jnp.where(known, x, x), tree)  # which XLA knows to be x
+    axes = frozenset().union(*(_varies(x) for x in jax.tree.leaves((tree, others))))
+
+    def vary(x):
+        missing = axes - _varies(x)
+        return jax.lax.pcast(x, tuple(missing), to="varying") if missing else x
+
+    return jax.tree.map(vary, tree)
+
+
+def _varies(x: Any) -> frozenset[str]:
+    """The axes of a `shard_map` along which an array differs from device to device."""
+    return jax.typeof(x).manual_axis_type.varying
 
 
 def automatic(f: Callable, rows: Any = None) -> Callable:

@@ -39,7 +39,7 @@ _SAFETENSORS = {
     "BOOL": np.bool_,
 }
 _WRITTEN = {np.dtype(dtype) for dtype in _SAFETENSORS.values()}
-_CHUNK = 32 << 20  # bytes copied between two looks at how much memory is mapped
+_CHUNK = 8 << 20  # bytes copied between two looks at how much memory is mapped
 _ALIGNMENT = 64  # bytes, at which jax takes numpy's memory for its own
 _MAX_JSON = 64 << 20  # bytes
 _MOST_EXPANSION = 20  # times: weights do not compress, what expands more is a trap
