@@ -11,7 +11,8 @@ import numpy as np
 import optax
 
 import jaxsae
-from jaxsae import objectives, stream, train
+from jaxsae import stream, train
+from jaxsae.train import objectives
 
 _MOST = 256  # slots: on patches a few rows use half of all latents, and would make the case theirs alone
 DATA = Path(__file__).parents[2] / "shared/data/smollm2_layer8_shakespeare.npy"

@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 
 from benchmarks.clock import say
-from jaxsae import calibration, pretrained, runs
-from jaxsae.activations import TopK
-from jaxsae.data import image_patches, open_rows
-from jaxsae.metrics import DEAD_ROWS
-from jaxsae.stream import chunks
+from jaxsae import pretrained
+from jaxsae.app import runs
+from jaxsae.autoencoder import calibration
+from jaxsae.autoencoder.activations import TopK
+from jaxsae.autoencoder.metrics import DEAD_ROWS
+from jaxsae.autoencoder.stream import chunks
+from jaxsae.data.photographs import image_patches
+from jaxsae.data.rows import open_rows
 
 K, BATCH, HELDOUT = 20, 512, 2048
 SETTINGS: list[tuple[str, dict[str, Any]]] = [

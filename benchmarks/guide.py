@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks import table
 from benchmarks.pursuit import half_point
-from jaxsae.plots import method
+from jaxsae.app.plots import method
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.clock import say, timings
-from jaxsae import harvest, language_model
+from jaxsae import language_model
+from jaxsae.language_model import harvest
 
 STEPS = 12
 

@@ -18,7 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.clock import say
-from jaxsae import checkpoint, data, runs, shards, train
+from jaxsae import data, train
+from jaxsae.app import runs
+from jaxsae.data import shards
+from jaxsae.train import checkpoint
 
 SIZES = {
     "tiny": {"d": 16, "m": 64, "k": 4, "batch": 64, "rows": 4096, "steps": 30},

@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks.clock import say, timings
 from jaxsae import codes, kernels
-from jaxsae.kernels import tuning
+from jaxsae.least_squares.kernels import tuning
 
 
 class Case(NamedTuple):

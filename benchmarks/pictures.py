@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.clock import name_missing, say
-from jaxsae import images
+from jaxsae.ksvd import images
 
 SIGMA, SIDE, ATOMS, MOST = 25.0, 8, 256, 16  # at most so many atoms a patch
 PATCHES, STEPS = 1 << 15, 10

@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.clock import say
-from jaxsae import calibration, data, runs, train
-from jaxsae.sae import SAE, encode_dense, reconstruct
+from jaxsae import data, train
+from jaxsae.app import runs
+from jaxsae.autoencoder import calibration
+from jaxsae.autoencoder.sae import SAE, encode_dense, reconstruct
 
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 FAMILIES: dict[str, dict[str, Any]] = {"topk": {"k": 20}, "relu": {"l1": 0.1}, "jumprelu": {"k": 20}}

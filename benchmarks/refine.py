@@ -14,7 +14,7 @@ import jaxsae
 from benchmarks import cases, peers
 from benchmarks.clock import clock, name_missing, say, timings
 from benchmarks.judge import Judge, Verdict, padded
-from jaxsae.files import InputError
+from jaxsae._core.files import InputError
 
 SOLVERS: dict[str, Any] = {
     "jaxsae (default)": None,

@@ -14,6 +14,7 @@ from benchmarks.clock import say, timings
 from benchmarks.pursuit import problem
 from jaxsae import codes, data, ksvd, lasso, pursuit, refit
 from jaxsae.codes import SparseCode
+from jaxsae.pursuit import greedy
 
 SIZES = {
     "tiny": {"random": (16, 64, 4, 64), "patches": (3, 32, 4, 64)},
@@ -57,7 +58,7 @@ def _pursuit(method: Callable, D: Array, y: Array, k: int) -> SparseCode:
 
 SELECTORS: dict[str, Callable[[Array, Array, int], SparseCode]] = {
     "largest correlations": _largest,
-    **{name: functools.partial(_pursuit, getattr(pursuit, name)) for name in pursuit.__all__},
+    **{name: functools.partial(_pursuit, getattr(pursuit, name)) for name in greedy.__all__},
     "lasso": _lasso,
 }
 

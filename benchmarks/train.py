@@ -15,7 +15,8 @@ import numpy as np
 
 import jaxsae
 from benchmarks.clock import clock, name_missing, say, timings
-from jaxsae import objectives, train
+from jaxsae import train
+from jaxsae.train import objectives
 
 
 class Case(NamedTuple):
@@ -63,7 +64,7 @@ def dense(sae: jaxsae.SAE, x, state):
     """The same objective by autodiff of the dense code."""
     z = jaxsae.encode_dense(sae, x)
     x_hat = jaxsae.decode(sae, z)
-    return jaxsae.losses.mse(x, x_hat), ((z != 0).any(0), {"nmse": jaxsae.losses.nmse(x, x_hat)})
+    return jaxsae.train.losses.mse(x, x_hat), ((z != 0).any(0), {"nmse": jaxsae.train.losses.nmse(x, x_hat)})
 
 
 def _sparsify(case: Case, weights: dict[str, np.ndarray], x: np.ndarray) -> Contestant:

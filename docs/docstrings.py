@@ -5,7 +5,7 @@ from typing import Any
 
 import griffe
 
-_CONSTRUCTED = {"jaxsae.pytrees.dataclass", "typing.NamedTuple"}
+_CONSTRUCTED = {"jaxsae._core.pytrees.dataclass", "typing.NamedTuple"}
 
 
 class Habits(griffe.Extension):

@@ -4,33 +4,51 @@
                            └──── shrinkage ────┘
 
 An `SAE` is a pytree of parameters, a `SparseCode` says which latents are active and their values, and
-everything else is a pure function of the two.
+everything else is a pure function of the two. Packages, from the bottom up: `least_squares` (the refit and its
+solvers), `pursuit` and `lasso` (which atoms, without an encoder), `autoencoder`, `ksvd`, `formats` (files of other
+libraries), `train`; beside them `data` and `language_model`.
 """
 
-from jaxsae import (
-    codes,
-    data,
-    kernels,
-    ksvd,
-    lasso,
-    losses,
+from jaxsae import autoencoder, codes, data, formats, ksvd, lasso, least_squares, pursuit, sharding, train
+from jaxsae._core import lazy, pytrees
+from jaxsae._core.files import InputError
+from jaxsae.autoencoder import (
+    SAE,
+    AbsTopK,
+    BatchTopK,
+    Gated,
+    GroupMax,
+    JumpReLU,
+    MatchingPursuit,
+    ReLU,
+    Shrinkage,
+    TopK,
+    decode,
+    encode,
+    encode_dense,
+    init,
     metrics,
-    objectives,
-    pretrained,
-    pursuit,
-    sae,
-    solvers,
+    reconstruct,
+    refine,
+    shrinkage,
     stream,
-    train,
 )
-from jaxsae import exports as exports  # so that `jax.export` knows our pytrees
-from jaxsae.activations import AbsTopK, BatchTopK, Gated, GroupMax, JumpReLU, ReLU, TopK
-from jaxsae.certificate import Certificate, certify
 from jaxsae.codes import SparseCode
-from jaxsae.metrics import Shrinkage, shrinkage
-from jaxsae.refit import RefitInfo, Status, check, refit
-from jaxsae.sae import SAE, decode, encode, encode_dense, init, reconstruct, refine
-from jaxsae.solvers import FISTA, BlockPivoting, ConjugateGradient, ProjectedGradient
+from jaxsae.formats import pretrained
+from jaxsae.least_squares import (
+    FISTA,
+    BlockPivoting,
+    Certificate,
+    ConjugateGradient,
+    ProjectedGradient,
+    RefitInfo,
+    Status,
+    certify,
+    check,
+    kernels,
+    refit,
+    solvers,
+)
 
 __all__ = [
     "FISTA",
@@ -42,7 +60,9 @@ __all__ = [
     "ConjugateGradient",
     "Gated",
     "GroupMax",
+    "InputError",
     "JumpReLU",
+    "MatchingPursuit",
     "ProjectedGradient",
     "ReLU",
     "RefitInfo",
@@ -50,6 +70,8 @@ __all__ = [
     "SparseCode",
     "Status",
     "TopK",
+    "app",
+    "autoencoder",
     "certify",
     "check",
     "codes",
@@ -57,21 +79,31 @@ __all__ = [
     "decode",
     "encode",
     "encode_dense",
+    "formats",
     "init",
     "kernels",
     "ksvd",
+    "language_model",
     "lasso",
-    "losses",
+    "least_squares",
     "metrics",
-    "objectives",
     "pretrained",
     "pursuit",
+    "pytrees",
     "reconstruct",
     "refine",
     "refit",
-    "sae",
+    "sharding",
     "shrinkage",
     "solvers",
     "stream",
     "train",
 ]
+
+
+# With the modules of Flax, and what the command needs.
+__getattr__ = lazy.submodules(__name__, "app", "language_model")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -2,6 +2,6 @@
 
 import sys
 
-from jaxsae.cli import main
+from jaxsae.app.cli import main
 
 sys.exit(main())

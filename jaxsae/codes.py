@@ -10,7 +10,8 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsae import pytrees, rows, sharding
+from jaxsae import sharding
+from jaxsae._core import chunking, pytrees
 
 __all__ = [
     "SparseCode",
@@ -417,7 +418,7 @@ def _project(dictionary, x, indices, *, m: int):
 
 def _by_chunks(f, dictionary, x, indices):
     row_bytes = indices.shape[-1] * dictionary.shape[-1] * max(dictionary.dtype.itemsize, 4)
-    return rows.map_chunks(f, x, indices, batch=indices.shape[:-1], row_bytes=row_bytes)
+    return chunking.map_chunks(f, x, indices, batch=indices.shape[:-1], row_bytes=row_bytes)
 
 
 def _correlate(values, x, indices, *, m: int):
@@ -435,7 +436,7 @@ def _correlate(values, x, indices, *, m: int):
             return scatter_add(total, indices, values[:, :, None] * x[:, None, :].astype(dtype)), None
 
         row_bytes = 2 * k * d * dtype.itemsize
-        return rows.scan_chunks(scatter, total, values, indices, x, batch=indices.shape[:1], row_bytes=row_bytes)[0]
+        return chunking.scan_chunks(scatter, total, values, indices, x, batch=indices.shape[:1], row_bytes=row_bytes)[0]
 
     order = by_latent(indices, m) if total.nbytes > _CACHE else jnp.arange(indices.size)
 

@@ -184,7 +184,7 @@ def test_a_bandwidth_of_no_sense_is_refused(bandwidth):
 
 
 def test_what_is_no_activation_is_refused_in_a_line(unchecked):
-    class Bare(jaxsae.activations.Activation):
+    class Bare(jaxsae.autoencoder.activations.Activation):
         def __call__(self, pre):
             return pre
 

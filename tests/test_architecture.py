@@ -12,74 +12,26 @@ import jaxsae
 
 PACKAGE = Path(jaxsae.__file__).parent
 
-# Each module imports only from those below it.
-ORDER = [
-    "__init__",
-    "__main__",
-    "cli",
-    "cli_pictures",
-    "cli_plan",
-    "report",
-    "console",
-    "compiled",
-    "study",
-    "plan",
-    "runs",
-    "pages",
-    "plots",
-    "svg",
-    "exports",
-    "calibration",
-    "stream",
-    "job",
-    "pretrained",
-    "hub",
-    "formats",
-    "torch_pickle",
-    "train",
-    "checkpoint",
-    "data",
-    "harvest",
-    "language_model",
-    "model_files",
-    "shards",
-    "objectives",
-    "losses",
-    "metrics",
-    "sae",
-    "normalisation",
-    "activations",
-    "images",
-    "ksvd",
-    "rank_one",
-    "lasso",
-    "homotopy",
-    "pursuit",
-    "thresholding",
-    "selection",
-    "certificate",
-    "refit",
-    "kernels",
-    "implicit",
-    "gram",
-    "solvers",
-    "synthetic",
-    "codes",
-    "linalg",
-    "tensors",
-    "arguments",
-    "files",
-    "rows",
-    "sharding",
-    "pytrees",
+# Packages and files of the top level: each imports only from levels below its own.
+LEVELS = [
+    ["__init__", "__main__"],
+    ["app"],
+    ["train"],
+    ["ksvd", "formats"],
+    ["autoencoder", "pursuit", "lasso"],
+    ["least_squares", "language_model"],
+    ["codes", "data"],
+    ["_core"],
+    ["sharding"],
 ]
+LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 per_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 
 
-def module(path: Path) -> str:
-    """A file's place in the order: its own name, or that of the subpackage it is in."""
+def place(path: Path) -> str:
+    """What of the top level a file belongs to: its package, or itself."""
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
@@ -88,7 +40,7 @@ def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(), filename=str(path))
 
 
-def modules_imported(path: Path) -> set[str]:
+def places_imported(path: Path) -> set[str]:
     """The library's own modules that a file imports, at its top or inside a function."""
     here = ("jaxsae", *path.relative_to(PACKAGE).parts[:-1])
     dotted = set()
@@ -100,24 +52,35 @@ def modules_imported(path: Path) -> set[str]:
             base = ".".join([*package, node.module or ""]).strip(".")
             dotted |= {f"{base}.{alias.name}" for alias in node.names}
     parts = [name.split(".") for name in dotted if name.split(".")[0] == "jaxsae"]
-    existing = {module(file) for file in FILES}
+    existing = {place(file) for file in FILES}
     return {name[1] if name[1:] and name[1] in existing else "__init__" for name in parts}
 
 
-def test_every_module_has_a_place_in_the_order():
-    assert {module(path) for path in FILES} <= set(ORDER)
+def test_everything_at_the_top_has_a_level():
+    assert {place(path) for path in FILES} == set(LEVEL)
 
 
 @per_file
-def test_a_module_imports_only_from_those_below_it(path):
-    above_or_level = set(ORDER[: ORDER.index(module(path)) + 1]) - {module(path)}
-    if module(path) != "__init__":
-        assert not modules_imported(path) & above_or_level
+def test_a_package_imports_only_from_those_below_it(path):
+    own = place(path)
+    if own != "__init__":
+        assert not {other for other in places_imported(path) - {own} if LEVEL[other] <= LEVEL[own]}
 
 
 def test_the_parser_of_imports_sees_them():
     # The test above would pass if nothing were found.
-    assert {"codes", "rows", "solvers"} <= modules_imported(PACKAGE / "refit.py")
+    assert {"_core", "codes", "sharding"} <= places_imported(PACKAGE / "least_squares" / "refit.py")
+
+
+@per_file
+def test_a_package_leaves_the_private_names_of_others_alone(path):
+    strangers = []
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jaxsae"):
+            other = [*node.module.split("."), ""][1]
+            names = [alias.name for alias in node.names if alias.name.startswith("_") and alias.name != "_core"]
+            strangers += names if other != place(path) else []
+    assert not strangers
 
 
 @per_file
@@ -129,7 +92,7 @@ def test_modules_are_short(path):
 def test_the_library_neither_prints_nor_asserts(path):
     nodes = list(ast.walk(tree(path)))
     assert not [node.lineno for node in nodes if isinstance(node, ast.Assert)]
-    if module(path) != "console":
+    if path.name != "console.py":
         calls = [node for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
         assert not [call.lineno for call in calls if call.func.id == "print"]
 

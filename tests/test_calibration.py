@@ -6,7 +6,7 @@ import pytest
 from problems import activations, sae
 
 import jaxsae
-from jaxsae import calibration
+from jaxsae.autoencoder import calibration
 
 D, M, K = 16, 32, 4
 THRESHOLDS = jnp.linspace(0.01, 0.5, M)

@@ -13,10 +13,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from problems import activations, assert_same_bits, sae
 
 import jaxsae
-from jaxsae import checkpoint, train
-from jaxsae.checkpoint import Checkpoints, fingerprint
-from jaxsae.files import InputError
-from jaxsae.objectives import AuxK, Objective
+from jaxsae import train
+from jaxsae._core.files import InputError
+from jaxsae.train import checkpoint
+from jaxsae.train.checkpoint import Checkpoints, fingerprint
+from jaxsae.train.objectives import AuxK, Objective
 
 TX = train.average(train.recipe(optax.linear_schedule(1e-2, 0.0, 100), clip=1.0), decay=0.9)
 

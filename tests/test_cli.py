@@ -12,9 +12,12 @@ import pytest
 from problems import activations, sae
 
 import jaxsae
-from jaxsae import console, data, harvest, images, model_files, pretrained, stream, study
-from jaxsae.cli import COMMANDS, main
-from jaxsae.files import InputError
+from jaxsae import data, pretrained, stream
+from jaxsae._core.files import InputError
+from jaxsae.app import console, study
+from jaxsae.app.cli import COMMANDS, main
+from jaxsae.ksvd import images
+from jaxsae.language_model import files, harvest
 
 D, M, K, ROWS = 16, 32, 4, 40
 
@@ -398,7 +401,7 @@ def test_json_of_refine_eval_info_and_convert(folder, capsys):
 
 
 def test_json_of_fetch_and_of_pictures(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(model_files, "fetch", lambda name: tmp_path / name)
+    monkeypatch.setattr(files, "fetch", lambda name: tmp_path / name)
     assert run("fetch", "smollm2", "--json") == 0
     assert printed(capsys) == {"path": str(tmp_path / "smollm2")}
     picture, atoms = np.full((8, 8), 100.0), np.ones((64, 4))

@@ -4,9 +4,9 @@ import warnings
 
 import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
+from jax.experimental.compilation_cache import compilation_cache as of_jax
 
-from jaxsae import compiled
+from jaxsae.app import compilation_cache
 
 OPTIONS = (
     *("jax_enable_compilation_cache", "jax_compilation_cache_dir", "jax_compilation_cache_max_size"),
@@ -20,18 +20,18 @@ def cache(tmp_path, monkeypatch):
     before = {name: getattr(jax.config, name) for name in OPTIONS}
     jax.config.update("jax_enable_compilation_cache", True)
     monkeypatch.setenv("JAXSAE_CACHE", str(tmp_path / "cache"))
-    compilation_cache.reset_cache()
+    of_jax.reset_cache()
     with warnings.catch_warnings():
         yield tmp_path / "cache"
     for name, value in before.items():
         jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    of_jax.reset_cache()
 
 
 def compute():
     """A program, compiled, or read, as by a new process."""
     jax.clear_caches()
-    compilation_cache.reset_cache()
+    of_jax.reset_cache()
     assert jax.jit(lambda x: 3 * x + 1)(2.0) == 7.0
 
 
@@ -40,24 +40,24 @@ def names(folder):
 
 
 def test_a_second_run_finds_what_the_first_compiled(cache):
-    assert compiled.kept() is None
-    compiled.keep()
-    folder = compiled.kept()
+    assert compilation_cache.kept() is None
+    compilation_cache.keep()
+    folder = compilation_cache.kept()
     assert folder is not None
     assert folder.parent == cache / "compiled"
     assert folder.stat().st_mode & 0o777 == 0o700
     compute()
     first = names(folder)
     assert first
-    assert compiled.size(folder) == sum(file.stat().st_size for file in folder.glob("*-cache")) > 0
+    assert compilation_cache.size(folder) == sum(file.stat().st_size for file in folder.glob("*-cache")) > 0
     compute()
     assert names(folder) == first
 
 
 def test_garbage_is_compiled_again_without_a_word(cache):
-    compiled.keep()
+    compilation_cache.keep()
     compute()
-    folder = compiled.kept()
+    folder = compilation_cache.kept()
     assert folder is not None
     for file in folder.glob("*-cache"):
         file.write_bytes(b"garbage")
@@ -74,16 +74,16 @@ def test_a_place_that_cannot_be_had_is_done_without(broken, cache, monkeypatch):
             raise PermissionError(1, "Operation not permitted")
 
         monkeypatch.setattr("pathlib.Path.chmod", forbidden)
-    compiled.keep()
-    assert compiled.kept() is None
+    compilation_cache.keep()
+    assert compilation_cache.kept() is None
     compute()
 
 
 def test_the_users_own_settings_win(cache, tmp_path):
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "theirs"))
-    compiled.keep()
-    assert compiled.kept() == tmp_path / "theirs"
+    compilation_cache.keep()
+    assert compilation_cache.kept() == tmp_path / "theirs"
     assert not cache.exists()
     jax.config.update("jax_enable_compilation_cache", False)
-    compiled.keep()
-    assert compiled.kept() is None
+    compilation_cache.keep()
+    assert compilation_cache.kept() is None

@@ -12,9 +12,12 @@ import sklearn.datasets
 import sklearn.utils
 from array_record.python import array_record_module
 
-from jaxsae import data, shards
-from jaxsae.data import batches, fingerprint, image_patches, open_rows, require_finite
-from jaxsae.files import InputError
+from jaxsae import data
+from jaxsae._core.files import InputError
+from jaxsae.data import shards
+from jaxsae.data.batching import batches
+from jaxsae.data.photographs import image_patches
+from jaxsae.data.rows import fingerprint, open_rows, require_finite
 
 # --- open_rows
 

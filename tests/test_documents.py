@@ -18,7 +18,9 @@ import pytest
 
 import jaxsae
 from benchmarks import table
-from jaxsae import cli, data, images, plots, study
+from jaxsae import data
+from jaxsae.app import cli, plots, study
+from jaxsae.ksvd import images
 
 ROOT = Path(__file__).parent.parent
 
@@ -66,7 +68,7 @@ def commands(text: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/which.md", "jaxsae/cli.py", "jaxsae/cli_pictures.py", "jaxsae/cli_plan.py"]
+    "page", ["README.md", "docs/which.md", "jaxsae/app/cli.py", "jaxsae/app/cli_pictures.py", "jaxsae/app/cli_plan.py"]
 )
 def test_commands_of_a_page_are_understood(page, monkeypatch):
     got = []

@@ -11,22 +11,15 @@ import pytest
 import tokenizers
 from problems import sae
 
-from jaxsae import (
-    data,
-    files,
-    harvest,
-    images,
-    language_model,
-    model_files,
-    pretrained,
-    report,
-    runs,
-    shards,
-    stream,
-    study,
-)
-from jaxsae.checkpoint import Checkpoints, steps
-from jaxsae.files import InputError, atomic_directory, atomic_file, local_path, owned, settled
+from jaxsae import data, language_model, pretrained, stream
+from jaxsae._core import files
+from jaxsae._core.files import InputError, atomic_directory, atomic_file, local_path, owned, settled
+from jaxsae.app import report, runs, study
+from jaxsae.data import shards
+from jaxsae.ksvd import images
+from jaxsae.language_model import files as model_files
+from jaxsae.language_model import harvest
+from jaxsae.train.checkpoint import Checkpoints, steps
 
 
 def write(manager, path, text):

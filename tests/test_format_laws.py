@@ -17,9 +17,14 @@ from hypothesis import strategies as st
 from problems import assert_same_bits
 
 import jaxsae
-from jaxsae import activations, checkpoint, normalisation, pretrained, pytrees, shards, torch_pickle
-from jaxsae.files import InputError
-from jaxsae.tensors import writable
+from jaxsae import pretrained
+from jaxsae._core import pytrees
+from jaxsae._core.files import InputError
+from jaxsae.autoencoder import activations, normalisation
+from jaxsae.data import shards
+from jaxsae.formats import torch_pickle
+from jaxsae.formats.tensors import writable
+from jaxsae.train import checkpoint
 
 WRITTEN = [name for name, row in pretrained.FORMATS.items() if row.write]
 per_format = pytest.mark.parametrize("format", WRITTEN)
@@ -138,7 +143,7 @@ def test_a_number_in_the_place_of_an_array_is_one(tmp_path):
 
 
 @pytrees.dataclass
-class Squared(jaxsae.activations.Activation):
+class Squared(jaxsae.autoencoder.activations.Activation):
     def __call__(self, pre):
         return jnp.maximum(pre, 0) ** 2
 

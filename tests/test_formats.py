@@ -27,8 +27,10 @@ from foreign import (
 from problems import activations, assert_same_bits, sae
 
 import jaxsae
-from jaxsae import normalisation, pretrained, torch_pickle
-from jaxsae.files import InputError
+from jaxsae import pretrained
+from jaxsae._core.files import InputError
+from jaxsae.autoencoder import normalisation
+from jaxsae.formats import torch_pickle
 
 per_case = pytest.mark.parametrize("case", CASES)
 WRITTEN = [name for name, row in pretrained.FORMATS.items() if row.write]
@@ -38,10 +40,10 @@ WRITTEN = [name for name, row in pretrained.FORMATS.items() if row.write]
 def run(model, x):
     """The code of rows, and what is made of it."""
     z = jaxsae.encode_dense(model, x)
-    return z, jaxsae.sae.reconstruct(model, x, z)
+    return z, jaxsae.autoencoder.reconstruct(model, x, z)
 
 
-reconstruct = jax.jit(jaxsae.sae.reconstruct)
+reconstruct = jax.jit(jaxsae.autoencoder.reconstruct)
 
 
 def assert_computes(model, x, z, x_hat=None):
@@ -149,7 +151,7 @@ def test_flat_topk_and_normalisation_as_a_bool(tmp_path):
     assert model.normalisation == normalisation.AverageNorm()
     z = top_k(relu(pre(X, W)), K)
     assert_computes(model, X, z, z @ W["W_dec"] + W["b_dec"])  # it does nothing at run time
-    folded = jaxsae.sae.fold_scale(model, 4.0)
+    folded = jaxsae.autoencoder.fold_scale(model, 4.0)
     assert folded.normalisation is None
     scaled, raw = run(model, 4 * X), run(folded, X)
     np.testing.assert_allclose(raw[0], scaled[0], rtol=1e-5, atol=1e-5)
@@ -785,7 +787,7 @@ def test_conventions_survive_our_own_format_and_are_printed(tmp_path):
         "encoder       input W_enc + b_enc",
         "decoder       z W_dec + b_dec, in the units of the row",
     ]
-    pursuit = dataclasses.replace(sae(), activation=jaxsae.activations.MatchingPursuit())
+    pursuit = dataclasses.replace(sae(), activation=jaxsae.autoencoder.activations.MatchingPursuit())
     pretrained.save(pursuit, tmp_path / "pursuit")
     assert pretrained.load(tmp_path / "pursuit").activation.max_steps is None
     assert "none: (input - b_dec) is pursued on W_dec" in str(pursuit)
@@ -819,7 +821,7 @@ def test_refining_and_shrinkage_are_in_the_units_of_the_rows():
     code = jaxsae.encode(model, x)
     refined, info = jaxsae.refine(model, x, code)
     assert float(info.kkt.max()) < 1e-4
-    before, after = (np.sum((x - jaxsae.sae.reconstruct(model, x, c)) ** 2) for c in (code, refined))
+    before, after = (np.sum((x - jaxsae.autoencoder.reconstruct(model, x, c)) ** 2) for c in (code, refined))
     assert after < before
     measured = jaxsae.shrinkage(model, x, code, refined)
     np.testing.assert_allclose([measured.error_before, measured.error_after], [before, after], rtol=1e-4)
@@ -841,7 +843,7 @@ def test_a_row_without_spread_is_its_own_mean():
     model = dataclasses.replace(sae(), normalisation=normalisation.LayerNorm())
     x = jnp.full((64, 16), 3.0)
     code = jaxsae.encode(model, x)
-    np.testing.assert_allclose(jaxsae.sae.reconstruct(model, x, code), x)
+    np.testing.assert_allclose(jaxsae.autoencoder.reconstruct(model, x, code), x)
     refined, _ = jaxsae.refine(model, x, code)
     assert np.isfinite(np.asarray(refined.values)).all()
 

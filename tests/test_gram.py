@@ -8,7 +8,8 @@ from flax import struct
 from problems import assert_same_bits, atoms_of, f64, nmse, objective, problem
 
 import jaxsae
-from jaxsae import SparseCode, gram
+from jaxsae import SparseCode
+from jaxsae.least_squares import problems
 
 
 @struct.dataclass
@@ -146,7 +147,7 @@ def test_scratch_is_bounded_whatever_the_batch(B):
 
 def test_scratch_is_an_argument():
     dictionary, y, code = problem(batch=(100,), d=64, k=8)
-    bound = 8 * gram.row_bytes(8, 64, 4)
+    bound = 8 * problems.row_bytes(8, 64, 4)
     small = compiled_refit(100, 8, d=64, m=32, scratch=bound).memory_analysis().temp_size_in_bytes
     usual = compiled_refit(100, 8, d=64, m=32).memory_analysis().temp_size_in_bytes
     assert small < usual / 2
@@ -162,7 +163,7 @@ def test_a_problem_is_free_of_units(sizes):
     dictionary, y, code = problem(batch=(16,))
     dictionary, y, ridge = sizes.get("atoms", 1.0) * dictionary, sizes.get("y", 1.0) * y, sizes.get("ridge", 0.0)
     options = {"num_latents": code.num_latents, "ridge": jnp.float32(ridge)}
-    made, rows = (f(dictionary, y, code.indices, **options) for f in (gram.problems, gram.unit_rows))
+    made, rows = (f(dictionary, y, code.indices, **options) for f in (problems.problems, problems.unit_rows))
     atoms, target = atoms_of(dictionary, code), f64(y)
     norm, y_norm = np.sqrt((atoms**2).sum(2) + ridge), np.linalg.norm(target, axis=1, keepdims=True)
     unit_atoms, eye = atoms / norm[:, :, None], np.eye(code.indices.shape[1])

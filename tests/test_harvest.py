@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import tokenizers
 
-from jaxsae import harvest, language_model, model_files, shards
-from jaxsae.cli import main
-from jaxsae.data import batches
-from jaxsae.files import InputError
+from jaxsae import language_model
+from jaxsae._core.files import InputError
+from jaxsae.app.cli import main
+from jaxsae.data import shards
+from jaxsae.data.batching import batches
+from jaxsae.language_model import files, harvest
 
 MODEL = Path(__file__).parent / "language_models" / "llama"
 END = 256  # <|endoftext|>; every byte is a token of its own
@@ -29,7 +31,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return model_files.read_tokenizer(MODEL)
+    return files.read_tokenizer(MODEL)
 
 
 def contexts_of(n, length=16, seed=0):
@@ -59,7 +61,7 @@ def test_files_follow_one_another_and_a_rest_is_left_out(tmp_path, tokenizer):
 
 
 def test_contexts_begin_as_the_tokenizer_begins_texts(tmp_path):
-    tokenizer = model_files.read_tokenizer(MODEL)
+    tokenizer = files.read_tokenizer(MODEL)
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", END)]
     )
@@ -144,7 +146,8 @@ def test_an_interrupted_harvest_goes_on(tmp_path, model, monkeypatch):
 
 KILLED = """
 import sys, numpy as np
-from jaxsae import harvest, language_model
+from jaxsae import language_model
+from jaxsae.language_model import harvest
 harvest._MOST_STEPS = 1
 contexts = np.random.default_rng(0).integers(0, 256, (400, 16), np.int32)
 print("ready", flush=True)
@@ -288,7 +291,7 @@ def test_a_live_training_that_is_stopped_goes_on_to_the_bit(tmp_path, capsys):
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jaxsae.console.progress", lambda *_, **__: contextlib.nullcontext(stop))
+        patch.setattr("jaxsae.app.console.progress", lambda *_, **__: contextlib.nullcontext(stop))
         code = cli("train", *options, "--out", tmp_path / "run")
     printed = capsys.readouterr().out
     assert (code, "Stopped after" in printed) == (0, True)

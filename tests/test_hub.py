@@ -17,9 +17,11 @@ import pytest
 from foreign import D, M, arrays, write
 from problems import assert_same_bits, sae
 
-from jaxsae import hub, normalisation, pretrained
-from jaxsae.cli import main
-from jaxsae.files import InputError
+from jaxsae import pretrained
+from jaxsae._core.files import InputError
+from jaxsae.app.cli import main
+from jaxsae.autoencoder import normalisation
+from jaxsae.formats import hub
 
 constants = pytest.importorskip("huggingface_hub.constants")
 MAIN, OLD = "a" * 40, "b" * 40

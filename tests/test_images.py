@@ -11,9 +11,10 @@ import scipy.interpolate
 from PIL import Image, ImageCms, ImageOps
 from problems import f64
 
-from jaxsae import images, ksvd, pursuit
-from jaxsae.cli import main
-from jaxsae.files import InputError
+from jaxsae import ksvd, pursuit
+from jaxsae._core.files import InputError
+from jaxsae.app.cli import main
+from jaxsae.ksvd import images
 
 SMALL = {"m": 64, "k": 4, "steps": 2, "patches": 512}  # one shape for all that is learnt here
 

@@ -14,10 +14,12 @@ from problems import sae
 
 import jaxsae
 from benchmarks.jobs import Job
-from jaxsae import checkpoint, data, job, runs
+from jaxsae import data
 from jaxsae import train as training
-from jaxsae.cli import main
-from jaxsae.files import owned
+from jaxsae._core.files import owned
+from jaxsae.app import runs
+from jaxsae.app.cli import main
+from jaxsae.train import checkpoint, job
 
 
 def test_a_run_that_is_interrupted_in_every_way_ends_like_one_left_alone(tmp_path):

@@ -19,8 +19,9 @@ from jax.sharding import PartitionSpec as P
 from problems import f64, optimum
 
 import jaxsae
-from jaxsae import codes, gram, kernels
-from jaxsae.kernels import reference, tuning
+from jaxsae import codes, kernels
+from jaxsae.least_squares import problems
+from jaxsae.least_squares.kernels import reference, tuning
 
 # Shapes of every kind, small ones by default: (rows, d, m, k, dtype).
 QUICK = [
@@ -78,13 +79,13 @@ def case(shape, seed=0) -> Case:
 def interpreted(platform: str, checked: bool = True) -> SimpleNamespace:
     """The kernels of a platform on a CPU: for TPUs with the checks of races, of bounds, and NaN in fresh memory."""
     if platform == "gpu":
-        from jaxsae.kernels import gpu as module
+        from jaxsae.least_squares.kernels import gpu as module
 
         interpret = True
     else:
         from jax.experimental.pallas import tpu as pltpu
 
-        from jaxsae.kernels import tpu as module
+        from jaxsae.least_squares.kernels import tpu as module
 
         checks = {"detect_races": True, "out_of_bounds_reads": "raise", "uninitialized_memory": "nan"}
         interpret = pltpu.InterpretParams(**checks) if checked else True
@@ -162,7 +163,7 @@ def test_the_fused_refit_is_that_of_the_reference(platform, shape):
     checked = shape == QUICK[0]  # the checks take milliseconds an access to memory, of which a solver makes thousands
     ridge, tol, most = jnp.float32(0.01), jnp.float32(1e-5), jnp.int32(2000)
     wanted = reference.solve(c.D, c.indices, c.y, c.z0, ridge, tol, most, nonnegative=True)
-    _, scale, norm = gram.scaled(c.y)
+    _, scale, norm = problems.scaled(c.y)
     try:
         x, square, usable, kkt, steps = interpreted(platform, checked).solve(
             c.D, c.indices, c.y, scale, norm, c.z0, ridge, tol, most, nonnegative=True
@@ -170,7 +171,7 @@ def test_the_fused_refit_is_that_of_the_reference(platform, shape):
     except NotImplementedError:
         assert shape[3] > 128
         return
-    _, units = gram.measure(square, gram.used(c.indices, shape[2]), scale, norm, ridge)
+    _, units = problems.measure(square, problems.used(c.indices, shape[2]), scale, norm, ridge)
     np.testing.assert_array_equal(units.finite, wanted.finite)
     good = np.asarray(wanted.finite)
     assert good.any()
@@ -517,7 +518,7 @@ def kernels_of(module, m):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("shape", ISSUE)
 def test_kernels_lower_for_cuda(shape, dtype):
-    from jaxsae.kernels import gpu
+    from jaxsae.least_squares.kernels import gpu
 
     device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
     with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
@@ -537,8 +538,8 @@ def compile_for_tpu(chip: str):
     from jax.experimental.layout import Format, Layout
     from jax.sharding import SingleDeviceSharding
 
-    from jaxsae import plan
-    from jaxsae.kernels import tpu
+    from jaxsae.app import plan
+    from jaxsae.least_squares.kernels import tpu
 
     device = plan.topology_mesh(TOPOLOGIES[chip]).devices.flat[0]
     abstract = AbstractDevice(device_kind=device.device_kind, num_cores=1, platform="tpu")

@@ -9,7 +9,8 @@ from problems import assert_same_bits, f64, residual, with_code
 
 import jaxsae
 from benchmarks.ksvd import recovered, synthetic
-from jaxsae import SparseCode, Status, ksvd, rank_one
+from jaxsae import SparseCode, Status, ksvd
+from jaxsae.ksvd import learning, rank_one
 
 N, D, M, K = 96, 8, 12, 3
 UPDATES = [ksvd.exact, ksvd.approximate, ksvd.mod]
@@ -338,10 +339,10 @@ def test_what_cannot_be_learnt_is_refused(options, message, unchecked):
 
 def test_fits_are_compiled_once():
     y = experiment(n=200)
-    before = ksvd._fit._cache_size()
+    before = learning._fit._cache_size()
     for key in map(jax.random.key, range(2)):
         ksvd.fit(key, y, m=50, k=3, steps=2, tol=0.1)
-    assert ksvd._fit._cache_size() <= before + 1
+    assert learning._fit._cache_size() <= before + 1
 
 
 @pytest.mark.parametrize(

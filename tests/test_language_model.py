@@ -13,8 +13,8 @@ from problems import atoms_of, f64, optimum, sae
 
 import jaxsae
 from jaxsae import language_model as lm
-from jaxsae import model_files
-from jaxsae.files import InputError
+from jaxsae._core.files import InputError
+from jaxsae.language_model import files
 
 SAVED = Path(__file__).parent / "language_models"
 GOLDEN = Path(__file__).parents[2] / "shared" / "fixtures" / "smollm2" / "golden.npz"
@@ -370,4 +370,4 @@ def test_the_cross_entropies_of_smollm2(real):
 @pytest.mark.lm
 def test_the_tokens_of_smollm2(real):
     _, golden = real
-    assert model_files.read_tokenizer("smollm2").encode(str(golden["text"])).ids == golden["ids"].ravel().tolist()
+    assert files.read_tokenizer("smollm2").encode(str(golden["text"])).ids == golden["ids"].ravel().tolist()

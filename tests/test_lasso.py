@@ -10,8 +10,9 @@ from problems import assert_same_bits, f64
 from sklearn.linear_model import Lasso
 
 import jaxsae
-from jaxsae import Status, homotopy
-from jaxsae.lasso import blend, cross_validate, lambda_max, lasso, path, relaxed
+from jaxsae import Status
+from jaxsae.lasso import homotopy
+from jaxsae.lasso.penalised import blend, cross_validate, lambda_max, lasso, path, relaxed
 
 # One shape for almost everything, and so one program a dtype and a sign.
 ROWS, D, M = 40, 16, 32

@@ -17,8 +17,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from problems import activations, problem, sae, with_code
 
 import jaxsae
-from jaxsae import SparseCode, normalisation, pytrees
-from jaxsae.activations import Activation
+from jaxsae import SparseCode
+from jaxsae._core import pytrees
+from jaxsae.autoencoder import normalisation
+from jaxsae.autoencoder.activations import Activation
 
 D, M, K = 16, 32, 6  # with 64 rows, the shape that other tests have compiled already
 
@@ -101,7 +103,7 @@ LAWS = {
         smooth="its values have the derivative of the refit: test_pursuit compares them",
         gathers=NO_SHARDED_CHOLESKY,
     ),
-    "sae.pre_activations": Law(lambda sae, rows: jaxsae.sae.pre_activations(sae, rows.x)),
+    "sae.pre_activations": Law(lambda sae, rows: jaxsae.autoencoder.pre_activations(sae, rows.x)),
 }
 
 LAWLESS = {
@@ -276,7 +278,7 @@ OF_A_CODE = {
         jaxsae.ksvd.approximate(sae.W_dec, rows.x, rows.code),
         jaxsae.ksvd.replace(sae.W_dec, rows.x, rows.code),
     ),
-    "losses.matryoshka": lambda sae, rows: jaxsae.losses.matryoshka(sae, rows.x, rows.code, (4, 16)),
+    "losses.matryoshka": lambda sae, rows: jaxsae.train.losses.matryoshka(sae, rows.x, rows.code, (4, 16)),
     "metrics": lambda sae, rows: (
         jaxsae.metrics.activity(rows.code),
         jaxsae.metrics.progressive(sae, rows.x, rows.code, (2, K)),
@@ -388,7 +390,7 @@ ACTIVATIONS = {
     "BatchTopK": jaxsae.BatchTopK(K, 0.1),
     "JumpReLU": jaxsae.JumpReLU(EACH, bandwidth=0.5),
     "Gated": jaxsae.Gated(EACH, EACH, EACH),
-    "MatchingPursuit": jaxsae.activations.MatchingPursuit(max_steps=K),
+    "MatchingPursuit": jaxsae.autoencoder.activations.MatchingPursuit(max_steps=K),
     "kept": jaxsae.TopK(K, keep=2.5),
     "Square": Square(K),
     "SquareOfTopK": SquareOfTopK(K),
@@ -397,7 +399,7 @@ every_activation = pytest.mark.parametrize("name", ACTIVATIONS)
 
 
 def test_every_activation_has_a_row():
-    names = {name for name in jaxsae.activations.__all__ if name != "Activation"}
+    names = {name for name in jaxsae.autoencoder.activations.__all__ if name != "Activation"}
     assert names <= ACTIVATIONS.keys()
 
 
@@ -462,15 +464,15 @@ def test_rescale_keeps_the_reconstruction_or_refuses(name):
         per_row = normalise is not None and normalise.per_row
         if name.startswith("Square") and not per_row:  # it has units, and does not say which
             with pytest.raises(ValueError, match=r"does not say how it changes units; define"):
-                jaxsae.sae.rescale(model, scale)
+                jaxsae.autoencoder.rescale(model, scale)
             continue
-        rescaled = jaxsae.sae.rescale(model, scale)
+        rescaled = jaxsae.autoencoder.rescale(model, scale)
         np.testing.assert_allclose(after(rescaled, x), before(model, x), rtol=1e-4, atol=1e-4, err_msg=way)
         with pytest.raises(ValueError, match="`rescale` got a transcoder"):
-            jaxsae.sae.rescale(model.replace(transcoder=True, centred=False), scale)
+            jaxsae.autoencoder.rescale(model.replace(transcoder=True, centred=False), scale)
         if per_row:
             with pytest.raises(ValueError, match=r"`fold_scale` got (an SAE that normalises each row|a pursuit)"):
-                jaxsae.sae.fold_scale(model, scale)
+                jaxsae.autoencoder.fold_scale(model, scale)
         elif not model.activation.pursues:
-            folded = jaxsae.sae.fold_scale(model, scale)
+            folded = jaxsae.autoencoder.fold_scale(model, scale)
             np.testing.assert_allclose(after(folded, x), before(model, x), rtol=1e-4, atol=1e-4, err_msg=way)

@@ -7,7 +7,7 @@ import pytest
 from problems import activations, f64, sae
 
 import jaxsae
-from jaxsae import losses
+from jaxsae.train import losses
 
 B, D, M = 6, 16, 32
 DEAD = jnp.arange(M) % 4 == 0  # 8 of them

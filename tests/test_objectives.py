@@ -8,8 +8,9 @@ import pytest
 from problems import activations, f64, sae
 
 import jaxsae
-from jaxsae import losses, train
-from jaxsae.objectives import L0, L1, AuxK, Gate, Matryoshka, MultiTopK, Objective
+from jaxsae import train
+from jaxsae.train import losses
+from jaxsae.train.objectives import L0, L1, AuxK, Gate, Matryoshka, MultiTopK, Objective
 
 B, D, M, K = 12, 16, 32, 4
 
@@ -83,7 +84,7 @@ def test_the_gradient_is_that_of_the_dense_formulation(name, kind):
             batch = (x, target)
         state = train.init_state(model, optax.sgd(0.1))
         (value, measured), grads = jax.value_and_grad(Objective(), has_aux=True)(model, batch, state)
-        pre = np.asarray(jaxsae.sae.pre_activations(model, x))
+        pre = np.asarray(jaxsae.autoencoder.pre_activations(model, x))
         on = support(name, pre, activation)
         assert on.any()
         expected, expected_grads = jax.value_and_grad(dense_loss)(model, model.W_skip, x, target, on)
@@ -110,7 +111,11 @@ def test_the_thresholds_of_jumprelu_learn_by_the_straight_through_derivative():
         state = train.init_state(model, optax.sgd(0.1))
         objective = Objective((L0(0.3, target=5.0),))
         grads = jax.grad(objective, has_aux=True)(model, x, state)[0]
-        pre, theta, width = f64(jaxsae.sae.pre_activations(model, x)), f64(activation.threshold), activation.bandwidth
+        pre, theta, width = (
+            f64(jaxsae.autoencoder.pre_activations(model, x)),
+            f64(activation.threshold),
+            activation.bandwidth,
+        )
         z = np.where(pre > theta, pre, 0)
         residual = f64(x) - z @ f64(model.W_dec) - f64(model.b_dec)
         kernel = np.abs(pre - theta) < width / 2
@@ -141,7 +146,9 @@ def test_the_gate_learns_from_its_own_terms_and_the_frozen_decoder_not_at_all():
     without, with_gate = (jax.grad(Objective(terms), has_aux=True)(model, x, state)[0] for terms in ((), (Gate(0.2),)))
     assert not np.any(without.activation.b_gate)  # the step has no slope
     assert np.any(with_gate.activation.b_gate)
-    penalty = jax.grad(lambda W: 0.2 * losses.l1(jax.nn.relu(activation.gate(jaxsae.sae.pre_activations(model, x))), W))
+    penalty = jax.grad(
+        lambda W: 0.2 * losses.l1(jax.nn.relu(activation.gate(jaxsae.autoencoder.pre_activations(model, x))), W)
+    )
     np.testing.assert_allclose(with_gate.W_dec - without.W_dec, penalty(model.W_dec), rtol=1e-3, atol=1e-4)
 
 
@@ -214,7 +221,9 @@ def test_rescaling_gives_the_same_codes_in_other_units(name):
     model, x = sae(m=M, activation=activation), activations(batch=(B,))
     z = jaxsae.encode_dense(model, 4.0 * x)
     assert np.any(z)
-    np.testing.assert_allclose(jaxsae.encode_dense(jaxsae.sae.rescale(model, 4.0), x), z / 4, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        jaxsae.encode_dense(jaxsae.autoencoder.rescale(model, 4.0), x), z / 4, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_signed_codes_are_refined_with_free_signs():
@@ -237,7 +246,8 @@ def test_a_transcoder_is_refined_towards_its_target():
     model = model.replace(W_skip=0.1 * activations(6, batch=(D,), d=7))
     refined, _ = jaxsae.refine(model, x, target=target)
     before, after = (
-        losses.mse(target, jaxsae.sae.reconstruct(model, x, code)) for code in (jaxsae.encode(model, x), refined)
+        losses.mse(target, jaxsae.autoencoder.reconstruct(model, x, code))
+        for code in (jaxsae.encode(model, x), refined)
     )
     assert after < before
     with pytest.raises(ValueError, match="got a transcoder and no target"):
@@ -251,7 +261,7 @@ def test_batch_topk_estimates_the_threshold_it_infers_with():
     expected = None
     for seed in range(3):
         x = activations(seed, batch=(64,))
-        least = float(jnp.sort(jax.nn.relu(jaxsae.sae.pre_activations(model, x)).ravel())[-64 * K])
+        least = float(jnp.sort(jax.nn.relu(jaxsae.autoencoder.pre_activations(model, x)).ravel())[-64 * K])
         expected = least if expected is None else 0.99 * expected + 0.01 * least
         state, shown = step(state, x)
         np.testing.assert_allclose(shown["l0"], K)

@@ -18,27 +18,16 @@ from hypothesis import strategies as st
 from problems import activations, sae
 
 import jaxsae
-from jaxsae import (
-    arguments,
-    cli,
-    harvest,
-    hub,
-    images,
-    job,
-    language_model,
-    model_files,
-    plan,
-    plots,
-    pretrained,
-    runs,
-    sharding,
-    stream,
-    study,
-    train,
-)
-from jaxsae.cli import COMMANDS, main
-from jaxsae.files import InputError
-from jaxsae.refit import RefitInfo
+from jaxsae import language_model, pretrained, sharding, stream, train
+from jaxsae._core import arguments
+from jaxsae._core.files import InputError
+from jaxsae.app import cli, plan, plots, runs, study
+from jaxsae.app.cli import COMMANDS, main
+from jaxsae.formats import hub
+from jaxsae.ksvd import images
+from jaxsae.language_model import files, harvest
+from jaxsae.least_squares.refit import RefitInfo
+from jaxsae.train import job
 
 ROOT = Path(__file__).parent
 D, M, K, ROWS = 16, 32, 4, 96
@@ -89,7 +78,7 @@ def test_the_names_declared_are_those_there_are():
     assert arguments.ACTIVATION.names == tuple(runs.FAMILIES)
     assert cli.FORMAT.names == tuple(name for name, row in pretrained.FORMATS.items() if row.write)
     (names,) = (hint.__metadata__[0].names for hint in [get_type_hints(cli.fetch, include_extras=True)["name"]])
-    assert names == tuple(model_files.WHEELS)
+    assert names == tuple(files.WHEELS)
 
 
 MODEL, CONTEXTS = language_model.tiny(), np.ones((2, 6), np.int32)
@@ -356,7 +345,7 @@ def here(world, monkeypatch, tmp_path):
         raise OSError("offline")
 
     monkeypatch.setattr(hub, "_fetch", offline)
-    monkeypatch.setattr(model_files, "fetch", lambda name: Path(name))
+    monkeypatch.setattr(files, "fetch", lambda name: Path(name))
     monkeypatch.setattr(plan, "topology_mesh", lambda topology, data: cli._mesh(data, 8 // data))
     for name in ("FULL", "QUICK", "FULL_MODEL", "QUICK_MODEL"):
         heldout = 15 if "MODEL" in name else 16

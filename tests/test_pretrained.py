@@ -10,7 +10,7 @@ from problems import activations, assert_same_bits, sae
 
 import jaxsae
 from jaxsae import pretrained
-from jaxsae.files import InputError
+from jaxsae._core.files import InputError
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])

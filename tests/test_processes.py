@@ -82,7 +82,7 @@ import shutil, sys
 from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxsae.checkpoint import Checkpoints
+from jaxsae.train.checkpoint import Checkpoints
 process, folder = int(sys.argv[1]), Path(sys.argv[2])
 jax.distributed.initialize(sys.argv[3], 2, process)
 mesh = Mesh(np.array(jax.devices()), ("latent",))
@@ -116,7 +116,7 @@ def test_processes_restore_the_same_step_though_one_cannot_read_the_last(tmp_pat
 
 def test_of_two_jobs_of_two_processes_one_owns_the_directory(tmp_path):
     np.save(tmp_path / "x.npy", np.random.default_rng(0).standard_normal((900, 16)).astype(np.float32))
-    from jaxsae.files import owned
+    from jaxsae._core.files import owned
 
     with owned(tmp_path / "run/checkpoints"):
         together = start(tmp_path, "run", (1, 4), 2)

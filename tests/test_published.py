@@ -10,10 +10,11 @@ from foreign import fixture, recorded
 from problems import activations, sae
 
 import jaxsae
-from jaxsae import pretrained, study
-from jaxsae.cli import main
-from jaxsae.files import InputError
-from jaxsae.normalisation import LayerNorm
+from jaxsae import pretrained
+from jaxsae._core.files import InputError
+from jaxsae.app import study
+from jaxsae.app.cli import main
+from jaxsae.autoencoder.normalisation import LayerNorm
 
 
 def run(*argv):
@@ -22,7 +23,7 @@ def run(*argv):
 
 def reconstructed(model, x):
     x = jnp.asarray(x)
-    return np.asarray(jaxsae.sae.reconstruct(model, x, jaxsae.encode_dense(model, x)))
+    return np.asarray(jaxsae.autoencoder.reconstruct(model, x, jaxsae.encode_dense(model, x)))
 
 
 @pytest.fixture

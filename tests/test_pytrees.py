@@ -12,7 +12,7 @@ import numpy as np
 from flax import serialization, struct
 
 import jaxsae
-from jaxsae import pytrees
+from jaxsae._core import pytrees
 
 
 @pytrees.dataclass

@@ -13,10 +13,11 @@ import PIL.Image
 import pytest
 from browser import FOUND, browser
 
-from jaxsae import metrics, pages, plots, report, runs
-from jaxsae.cli import main
-from jaxsae.files import InputError
-from jaxsae.plots import FAMILIES
+from jaxsae import metrics
+from jaxsae._core.files import InputError
+from jaxsae.app import html, plots, report, runs
+from jaxsae.app.cli import main
+from jaxsae.app.plots import FAMILIES
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = runs.Options("topk", 512, k=16)
@@ -442,8 +443,8 @@ def test_it_asks_for_nothing_from_elsewhere(text):
 def test_the_style_has_every_colour_and_class_it_needs(text):
     page = Page(text)
     style = page.all("style")[0]["text"]
-    assert set(re.findall(r"var\(--([\w-]+)\)", style)) <= {*pages.LIGHT, "c", "gap"}
-    assert pages.LIGHT.keys() == pages.DARK.keys()
+    assert set(re.findall(r"var\(--([\w-]+)\)", style)) <= {*html.LIGHT, "c", "gap"}
+    assert html.LIGHT.keys() == html.DARK.keys()
     used = {name for element in page.elements for name in element.get("class", "").split()}
     assert {name for name in used if f".{name}" not in style} <= {"tick", "label"}  # as all text of a chart
 
@@ -454,7 +455,7 @@ def luminance(colour):
     return linear @ [0.2126, 0.7152, 0.0722]
 
 
-@pytest.mark.parametrize("colours", [pages.LIGHT, pages.DARK], ids=["light", "dark"])
+@pytest.mark.parametrize("colours", [html.LIGHT, html.DARK], ids=["light", "dark"])
 def test_text_has_the_contrast_that_wcag_asks_for(colours):
     for name in ("ink", "soft", "bad", "other", *FAMILIES):
         dim, bright = sorted(luminance(colours[side]) for side in ("paper", name))

@@ -9,7 +9,8 @@ from problems import assert_same_bits, atoms_of, f64, nmse, problem, with_code
 from test_hard_set import near
 
 import jaxsae
-from jaxsae import SparseCode, Status, rows
+from jaxsae import SparseCode, Status
+from jaxsae._core import chunking
 
 
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 100])
@@ -22,7 +23,7 @@ def test_the_rows_named_are_revised_and_no_others(n, share):
     def f(x):
         return {"square": x * x, "sum": x.sum(1)}
 
-    new = jax.jit(lambda where, x: rows.revise_rows(f, where, old, x, row_bytes=1 << 22))(where, x)
+    new = jax.jit(lambda where, x: chunking.revise_rows(f, where, old, x, row_bytes=1 << 22))(where, x)
     np.testing.assert_array_equal(new["square"], np.where(where[:, None], x * x, 7))
     np.testing.assert_allclose(new["sum"], np.where(where, x.sum(1), 7), rtol=1e-6)
 

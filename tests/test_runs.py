@@ -12,9 +12,10 @@ import pytest
 from problems import activations, f64, sae
 
 import jaxsae
-from jaxsae import pretrained, runs
-from jaxsae.cli import main
-from jaxsae.files import InputError
+from jaxsae import pretrained
+from jaxsae._core.files import InputError
+from jaxsae.app import runs
+from jaxsae.app.cli import main
 
 D, M, K = 16, 32, 4
 CENTRE, SIZE = 100.0, 50.0  # raw activations are neither centred nor of unit size
@@ -262,11 +263,11 @@ def test_data_with_nothing_to_learn(tmp_path):
 def test_rethresholding_keeps_the_latents_and_moves_the_l0():
     model, x = sae(m=M), activations(batch=(400,))
     for l0 in (2.0, 4.0, 7.5):
-        thresholded = jaxsae.sae.rethreshold(model, x, l0)
+        thresholded = jaxsae.autoencoder.rethreshold(model, x, l0)
         code = jaxsae.encode(thresholded, x, capacity=M)
         np.testing.assert_allclose(code.l0.mean(), l0, atol=1e-6)
     with pytest.raises(ValueError, match=r"got l0 = 33\.0 for 32 latents"):
-        jaxsae.sae.rethreshold(model, x, 33.0)
+        jaxsae.autoencoder.rethreshold(model, x, 33.0)
 
 
 def test_devices_made_of_one_cpu_have_threads_for_all_to_wait(tmp_path, monkeypatch):

@@ -175,7 +175,7 @@ def test_refine_takes_a_solver_by_position():
 @pytest.mark.parametrize("scale", [0.25, 3.0])
 def test_a_rescaled_sae_does_to_x_what_the_sae_does_to_scaled_x(activation, scale):
     model, x = sae(activation=activation), activations()
-    rescaled = jaxsae.sae.rescale(model, scale)
+    rescaled = jaxsae.autoencoder.rescale(model, scale)
     scaled, raw = encode(model, scale * x, capacity=32), encode(rescaled, x, capacity=32)
     np.testing.assert_array_equal(raw.indices, scaled.indices)
     np.testing.assert_allclose(raw.values, scaled.values / scale, rtol=1e-4, atol=1e-5)
@@ -256,30 +256,30 @@ def test_reconstruct_encodes_by_itself_and_knows_every_convention():
 
 def test_to_fit_is_what_reconstruct_adds_up_whatever_the_conventions():
     x = activations()
-    for each in (None, jaxsae.normalisation.LayerNorm(), jaxsae.normalisation.ConstantNorm()):
+    for each in (None, jaxsae.autoencoder.normalisation.LayerNorm(), jaxsae.autoencoder.normalisation.ConstantNorm()):
         model = sae().replace(normalisation=each, W_skip=activations(9, batch=(16,), d=16))
         code = encode(model, x)
         target = jaxsae.reconstruct(model, x, code)
-        y = jaxsae.sae.to_fit(model, x, target).y
+        y = jaxsae.autoencoder.to_fit(model, x, target).y
         np.testing.assert_allclose(y, jaxsae.codes.combine(model.W_dec, code), rtol=1e-3, atol=1e-3)
 
 
 def test_rethreshold_leaves_out_rows_that_are_not_finite():
     model, x = sae(activation=jaxsae.TopK(4)), activations(batch=(64,))
     broken = jnp.concatenate([x, x.at[:, 0].set(jnp.nan)[:16], x.at[:, 0].set(jnp.inf)[:16]])
-    threshold = jaxsae.sae.rethreshold(model, broken, 6.5).activation.threshold
-    np.testing.assert_allclose(threshold, jaxsae.sae.rethreshold(model, x, 6.5).activation.threshold, rtol=1e-5)
+    threshold = jaxsae.autoencoder.rethreshold(model, broken, 6.5).activation.threshold
+    np.testing.assert_allclose(threshold, jaxsae.autoencoder.rethreshold(model, x, 6.5).activation.threshold, rtol=1e-5)
 
 
 @pytest.mark.parametrize("activation", [jaxsae.AbsTopK(4), jaxsae.Gated(*jnp.zeros((3, 32)))], ids=str)
 def test_rethreshold_refuses_values_that_are_not_the_largest_pre_activations(activation):
     with pytest.raises(ValueError, match=r"`rethreshold` got .*, whose values are not the largest pre-activations"):
-        jaxsae.sae.rethreshold(sae(activation=activation), activations(), 6.5)
+        jaxsae.autoencoder.rethreshold(sae(activation=activation), activations(), 6.5)
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, np.nan, np.inf, 1j])
 def test_a_scale_that_is_none_is_refused(scale, unchecked):
-    for change in (jaxsae.sae.rescale, jaxsae.sae.fold_scale):
+    for change in (jaxsae.autoencoder.rescale, jaxsae.autoencoder.fold_scale):
         with pytest.raises(ValueError, match=r"got a scale of .*, expected a positive number"):
             change(sae(), scale)
 

@@ -10,9 +10,10 @@ import pytest
 from problems import activations, f64
 
 import jaxsae
-from jaxsae import checkpoint, codes, sharding, train
-from jaxsae.objectives import L0, L1, AuxK, Gate, MultiTopK, Objective
-from jaxsae.plan import collectives
+from jaxsae import codes, sharding, train
+from jaxsae.app.plan import collectives
+from jaxsae.train import checkpoint
+from jaxsae.train.objectives import L0, L1, AuxK, Gate, MultiTopK, Objective
 
 D, M, K, B = 32, 256, 8, 64
 MESHES = [(data, latent) for data in (1, 2, 4, 8) for latent in (1, 2, 4, 8) if 1 < data * latent <= 8]

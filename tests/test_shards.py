@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 import jaxsae
-from jaxsae import data, shards
-from jaxsae.files import InputError
+from jaxsae import data
+from jaxsae._core.files import InputError
+from jaxsae.data import shards
 
 WIDTH, SOURCE = 6, {"model": "none", "layer": 2}
 
@@ -642,7 +643,7 @@ def test_as_the_library_uses_rows(opened):
     np.testing.assert_array_equal(np.isfinite(opened[2:9]).all(axis=1), True)
     np.testing.assert_array_equal(np.mean(opened[:7], axis=0, dtype=float), ROWS[:7].mean(axis=0, dtype=float))
     np.testing.assert_array_equal(np.asarray(opened[::3][:2], np.float32), ROWS[::3][:2])
-    np.testing.assert_array_equal(jaxsae.sae.jnp.asarray(opened[-4:], "float32"), ROWS[-4:])
+    np.testing.assert_array_equal(jnp.asarray(opened[-4:], "float32"), ROWS[-4:])
     assert opened[0].nbytes == ROWS[0].nbytes
     data.require_finite(opened, "x")
     for _, mapped, whole in zip(range(5), *(data.batches(rows, 4, seed=0) for rows in (opened, ROWS)), strict=False):
@@ -692,7 +693,6 @@ def test_data_counts_rows_that_are_not_finite(tmp_path):
 
 
 def test_bfloat16_rows_come_back_and_are_readable_by_others(tmp_path):
-    jnp = jaxsae.sae.jnp
     rows = np.asarray(jnp.asarray(ROWS, "bfloat16"))
     writer = shards.Writer(tmp_path, width=ROWS.shape[1], dtype="bfloat16", source=None)
     writer.append(ROWS)

@@ -11,8 +11,8 @@ from problems import f64, sae
 
 import jaxsae
 from jaxsae import RefitInfo, SparseCode, Status, stream
-from jaxsae.files import InputError
-from jaxsae.stream import RefineSummary, max_l0, refine_blocks, refine_file
+from jaxsae._core.files import InputError
+from jaxsae.autoencoder.stream import RefineSummary, max_l0, refine_blocks, refine_file
 
 ROWS, D, M, K = 768, 64, 128, 8
 SOLVER = jaxsae.ConjugateGradient(tol=1e-6, max_steps=5000)

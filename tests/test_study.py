@@ -14,9 +14,11 @@ import scipy.special
 from problems import f64
 
 import jaxsae
-from jaxsae import cli, data, language_model, metrics, plots, pretrained, runs, shards, study, train
-from jaxsae.files import InputError
-from jaxsae.stream import refine_blocks
+from jaxsae import data, language_model, metrics, pretrained, train
+from jaxsae._core.files import InputError
+from jaxsae.app import cli, plots, runs, study
+from jaxsae.autoencoder.stream import refine_blocks
+from jaxsae.data import shards
 
 PLAN = study.Plan(latents=128, steps=60, batch=256, heldout=256, l1=(0.05, 0.2))
 NUMBERS = [

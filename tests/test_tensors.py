@@ -15,8 +15,9 @@ import safetensors.numpy
 from foreign import CASES, NAMED, D, M, X, arrays, fixture, published, write
 from problems import assert_same_bits
 
-from jaxsae import pretrained, tensors
-from jaxsae.files import InputError
+from jaxsae import pretrained
+from jaxsae._core.files import InputError
+from jaxsae.formats import tensors
 
 SMALL = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.array(2.0), "c": np.ones(3, ml_dtypes.bfloat16)}
 

@@ -9,9 +9,9 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
-from jaxsae import harvest, model_files
-from jaxsae.cli import main
-from jaxsae.files import InputError
+from jaxsae._core.files import InputError
+from jaxsae.app.cli import main
+from jaxsae.language_model import files, harvest
 
 MODEL = Path(__file__).parent / "language_models" / "llama"
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "—", "déjà", "vu,", "日本語", "テキスト"]
@@ -114,7 +114,7 @@ PLAIN = "The quick — 日本語 🙂 fox\r\n" * 20
 
 def packed(folder, content, tokenizer=None, context=16, **options):
     (folder / "a.txt").write_bytes(content)
-    return harvest.pack([folder / "a.txt"], tokenizer or model_files.read_tokenizer(MODEL), context=context, **options)
+    return harvest.pack([folder / "a.txt"], tokenizer or files.read_tokenizer(MODEL), context=context, **options)
 
 
 @pytest.mark.parametrize("marked", [True, False])
@@ -153,7 +153,7 @@ def test_what_is_not_utf_8_is_counted_and_said_where(tmp_path):
 
 def test_a_directory_is_no_text(tmp_path):
     with pytest.raises(InputError, match="Is a directory; pass files of text"):
-        harvest.pack([tmp_path], model_files.read_tokenizer(MODEL), context=4)
+        harvest.pack([tmp_path], files.read_tokenizer(MODEL), context=4)
 
 
 @pytest.mark.parametrize("tokens", [0, -5])
@@ -167,7 +167,7 @@ def test_no_tokens_are_refused(tokens, tmp_path):
 
 @pytest.mark.parametrize("name", ["<|endoftext|>", "<|im_start|>"])
 def test_a_control_token_that_a_text_spells_is_letters(name, tmp_path):
-    tokenizer = model_files.read_tokenizer(MODEL)
+    tokenizer = files.read_tokenizer(MODEL)
     tokenizer.add_special_tokens(["<|im_start|>"])
     text = f"one {name} two{name}"
     found = packed(tmp_path, text.encode(), tokenizer, context=2).contexts.ravel()
@@ -197,7 +197,7 @@ def test_what_is_unknown_may_be_any(tmp_path):
 
 
 def test_a_tokenizer_that_would_cut_or_fill_texts_does_not(tmp_path):
-    tokenizer = model_files.read_tokenizer(MODEL)
+    tokenizer = files.read_tokenizer(MODEL)
     expected = packed(tmp_path, PLAIN.encode(), tokenizer)
     tokenizer.enable_truncation(8)
     tokenizer.enable_padding(length=4000)
@@ -206,7 +206,7 @@ def test_a_tokenizer_that_would_cut_or_fill_texts_does_not(tmp_path):
 
 
 def test_what_ends_texts_does_not_begin_contexts(tmp_path):
-    tokenizer = model_files.read_tokenizer(MODEL)
+    tokenizer = files.read_tokenizer(MODEL)
     end = tokenizer.token_to_id("<|endoftext|>")
     tokenizer.post_processor = processors.TemplateProcessing(
         "$A <|endoftext|>", special_tokens=[("<|endoftext|>", end)]
@@ -252,7 +252,7 @@ BOS = {
 @pytest.mark.parametrize("case", BOS)
 def test_texts_and_contexts_begin_with_bos_as_the_files_say(case, tmp_path):
     options, begins, expected = BOS[case]
-    tokenizer = model_files.read_tokenizer(directory(tmp_path / "model", options, begins=begins))
+    tokenizer = files.read_tokenizer(directory(tmp_path / "model", options, begins=begins))
     bos = [tokenizer.token_to_id("<s>")] if expected else []
     plain = tokenizer.encode("abcdefgh", add_special_tokens=False).ids
     assert tokenizer.encode("abcdefgh").ids == bos + plain
@@ -275,7 +275,7 @@ BAD_BOS = {
 def test_files_that_do_not_say_how_texts_begin_are_refused(case, tmp_path):
     options, begins, message = BAD_BOS[case]
     with pytest.raises(InputError, match=message) as caught:
-        model_files.read_tokenizer(directory(tmp_path / "model", options, begins=begins))
+        files.read_tokenizer(directory(tmp_path / "model", options, begins=begins))
     assert "\n" not in str(caught.value)
 
 
@@ -321,7 +321,7 @@ def test_a_choice_that_the_model_has_not_is_refused_before_the_work(
     "contexts", [np.zeros((0, 4), np.int32), np.zeros((2, 4)), np.zeros(4, np.int32), np.zeros((2, 1), np.int32)]
 )
 def test_what_are_no_contexts_are_refused(contexts, tmp_path):
-    from jaxsae.language_model import tiny
+    from jaxsae.language_model.models import tiny
 
     for call in (
         lambda: harvest.run(tmp_path, tiny(), contexts, layer=1, source={}),

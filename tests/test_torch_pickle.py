@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from foreign import CASES, fixture
 
-from jaxsae import pretrained, torch_pickle
-from jaxsae.files import InputError
+from jaxsae import pretrained
+from jaxsae._core.files import InputError
+from jaxsae.formats import torch_pickle
 
 PT = [case for case in CASES if case.startswith("dictionary_learning")]
 OS_SYSTEM = b"cposix\nsystem\n"

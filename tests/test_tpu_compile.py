@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from jaxsae import plan, runs
-from jaxsae.cli import main
+from jaxsae.app import plan, runs
+from jaxsae.app.cli import main
 
 pytestmark = pytest.mark.tpu
 

@@ -13,9 +13,11 @@ from flax import struct
 from problems import activations, assert_same_bits, f64, sae
 
 import jaxsae
-from jaxsae import losses, pytrees, train
-from jaxsae.activations import Activation
-from jaxsae.objectives import L1, AuxK, Objective
+from jaxsae import train
+from jaxsae._core import pytrees
+from jaxsae.autoencoder.activations import Activation
+from jaxsae.train import losses, startup, steps
+from jaxsae.train.objectives import L1, AuxK, Objective
 
 B, D, M, K = 8, 16, 32, 4
 RELU = jaxsae.ReLU()
@@ -324,10 +326,10 @@ def test_fit_raises_at_the_tenth_and_waits_for_few_of_the_others(good):
     seen = []
     stream = itertools.chain([False] * good, itertools.repeat(True))
     with pytest.raises(train.Diverged):
-        train._run(step, state, stream, 100, lambda number, metrics: seen.append(number))
+        steps._run(step, state, stream, 100, lambda number, metrics: seen.append(number))
     assert seen[-1] == good + 10
     assert len(looks) <= 6
-    train._run(step, state.replace(skipped_last=Counted(0)), itertools.repeat(False), 100, None)
+    steps._run(step, state.replace(skipped_last=Counted(0)), itertools.repeat(False), 100, None)
     assert len(looks) <= 6 + 11
     assert x.shape == (B, D)
 
@@ -427,7 +429,7 @@ class Bent(Activation):
 FIXED = {
     "TopK": (jaxsae.TopK(K, keep=3.0), {"keep"}),
     "BatchTopK": (jaxsae.BatchTopK(K), {"threshold"}),
-    "MatchingPursuit": (jaxsae.activations.MatchingPursuit(max_steps=2), {"residual_threshold"}),
+    "MatchingPursuit": (jaxsae.autoencoder.activations.MatchingPursuit(max_steps=2), {"residual_threshold"}),
     "custom": (Bent(jnp.ones(M), shifts={"a": [jnp.ones(2)]}), {"at_most", "shifts", "power"}),
     "JumpReLU": (jaxsae.JumpReLU(jnp.full(M, 0.1)), set()),
     "Gated": (jaxsae.Gated(*jnp.full((3, M), 0.1)), set()),
@@ -489,7 +491,7 @@ def test_long_sums_are_those_of_float32(dtype):
             slopes = sum(jax.tree.leaves(pytrees.partition(slopes)[0]))
             return slopes, (state.idle < 0, {}, estimate)
 
-        step = jax.jit(lambda state, _: (train._advance(tx, jax.tree_util.Partial(loss), state, x)[0], None))
+        step = jax.jit(lambda state, _: (steps._advance(tx, jax.tree_util.Partial(loss), state, x)[0], None))
         return jax.lax.scan(step, train.init_state(model, tx), length=steps)[0]
 
     narrow = jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(dtype), with_threshold)
@@ -685,7 +687,7 @@ def test_resampling_changes_nothing_where_no_row_has_an_error(x):
 
 def test_resampling_draws_in_proportion_and_in_little_memory():
     weight = np.random.default_rng(0).exponential(size=50) * (np.arange(50) % 3 > 0)
-    drawn = np.bincount(train._draw(jax.random.key(0), jnp.asarray(weight, jnp.float32), 100_000), minlength=50)
+    drawn = np.bincount(startup._draw(jax.random.key(0), jnp.asarray(weight, jnp.float32), 100_000), minlength=50)
     expected = 100_000 * weight / weight.sum()
     assert not drawn[weight == 0].any()
     assert (np.abs(drawn - expected) < 5 * np.sqrt(expected) + 1).all()
@@ -741,14 +743,14 @@ def test_a_sweep_compiles_once_whatever_its_numbers(monkeypatch):
     traces, mse = [], losses.mse
     monkeypatch.setattr(losses, "mse", lambda *args: traces.append(1) or mse(*args))
     counts = []
-    for steps, weight, rate in ((1, 0.1, 1e-2), (5, 0.2, 1e-3)):
+    for number, weight, rate in ((1, 0.1, 1e-2), (5, 0.2, 1e-3)):
         train.sweep(
             train.stack([sae(seed, m=M) for seed in range(3)]),
             jaxsae.data.batches(rows, 32, seed=0),
             loss=Objective((L1(weight * jnp.arange(3.0)),)),
             tx=train.recipe,
             rates=jnp.full(3, rate),
-            steps=steps,
+            steps=number,
         )
         counts.append(len(traces))
     assert counts[0] == counts[1] > 0

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxsae
-from jaxsae import normalisation, pretrained
-from jaxsae.activations import MatchingPursuit
+from jaxsae import pretrained
+from jaxsae.autoencoder import normalisation
+from jaxsae.autoencoder.activations import MatchingPursuit
 
 D, M, K, D_OUT, ROWS = 16, 64, 8, 12, 32
 GATE = 1e-4  # largest difference of a code or a reconstruction, relative to the largest value where that exceeds 1
@@ -82,7 +83,7 @@ def cases() -> dict[str, tuple[str, jaxsae.SAE]]:
 def compute(model: jaxsae.SAE, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Code and reconstruction."""
     z = jaxsae.encode_dense(model, x)
-    return z, jaxsae.sae.reconstruct(model, x, z)
+    return z, jaxsae.autoencoder.reconstruct(model, x, z)
 
 
 def write(folder: Path) -> None:

@@ -5,3 +5,7 @@
 A format is told by what is in its files, not by their names alone. `convert` knows the conventions of its library, and
 `write` refuses what its format cannot say. `pretrained.py` has the table of them.
 """
+
+from jaxsae.formats import hub, pretrained, torch_pickle
+
+__all__ = ["hub", "pretrained", "torch_pickle"]

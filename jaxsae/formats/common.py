@@ -12,12 +12,12 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
-from jaxsae import torch_pickle
-from jaxsae.activations import Activation, Gated, GroupMax, TopK
-from jaxsae.files import InputError
-from jaxsae.normalisation import Normalisation
-from jaxsae.sae import SAE
-from jaxsae.tensors import Arrays, place, read_json, read_safetensors, safetensors_file, writable
+from jaxsae._core.files import InputError
+from jaxsae.autoencoder.activations import Activation, Gated, GroupMax, TopK
+from jaxsae.autoencoder.normalisation import Normalisation
+from jaxsae.autoencoder.sae import SAE
+from jaxsae.formats import torch_pickle
+from jaxsae.formats.tensors import Arrays, place, read_json, read_safetensors, safetensors_file, writable
 
 
 class Tensors(dict[str, np.ndarray]):

@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxsae import torch_pickle
-from jaxsae.activations import Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK
-from jaxsae.files import InputError, atomic_directory
+from jaxsae._core.files import InputError, atomic_directory
+from jaxsae.autoencoder.activations import Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK
+from jaxsae.autoencoder.sae import SAE, rescale
+from jaxsae.formats import torch_pickle
 from jaxsae.formats.common import (
     Raw,
     Tensors,
@@ -36,8 +37,7 @@ from jaxsae.formats.common import (
     write_json,
     zeros,
 )
-from jaxsae.sae import SAE, rescale
-from jaxsae.tensors import Arrays, read_npz
+from jaxsae.formats.tensors import Arrays, read_npz
 
 _CONFIG, _WEIGHTS = "config.json", "ae.pt"
 _BACKUP = {"ae", "step", "optimizer", "config", "norm_factor"}

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxsae.activations import Activation, BatchTopK, JumpReLU, ReLU
-from jaxsae.files import InputError, atomic_directory
+from jaxsae._core.files import InputError, atomic_directory
+from jaxsae.autoencoder.activations import Activation, BatchTopK, JumpReLU, ReLU
+from jaxsae.autoencoder.sae import SAE, fold_scale
 from jaxsae.formats.common import (
     Raw,
     Tensors,
@@ -31,8 +32,7 @@ from jaxsae.formats.common import (
     write_json,
     write_safetensors,
 )
-from jaxsae.sae import SAE, fold_scale
-from jaxsae.tensors import read_npz, read_safetensors, writable
+from jaxsae.formats.tensors import read_npz, read_safetensors, writable
 
 _NPZ, _CONFIG, _WEIGHTS = "params.npz", "config.json", "params.safetensors"
 

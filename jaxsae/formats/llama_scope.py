@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxsae.activations import Activation, BatchTopK, JumpReLU, ReLU, TopK
-from jaxsae.files import InputError, atomic_directory
+from jaxsae._core.files import InputError, atomic_directory
+from jaxsae.autoencoder.activations import Activation, BatchTopK, JumpReLU, ReLU, TopK
+from jaxsae.autoencoder.normalisation import AverageNorm, ConstantNorm
+from jaxsae.autoencoder.sae import SAE
 from jaxsae.formats.common import (
     Raw,
     Tensors,
@@ -33,9 +35,7 @@ from jaxsae.formats.common import (
     write_safetensors,
     zeros,
 )
-from jaxsae.normalisation import AverageNorm, ConstantNorm
-from jaxsae.sae import SAE
-from jaxsae.tensors import read_safetensors
+from jaxsae.formats.tensors import read_safetensors
 
 _CONFIG, _WEIGHTS = "hyperparams.json", "final.safetensors"
 

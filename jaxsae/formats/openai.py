@@ -4,9 +4,11 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxsae import torch_pickle
-from jaxsae.activations import ReLU, TopK
-from jaxsae.files import InputError, atomic_file
+from jaxsae._core.files import InputError, atomic_file
+from jaxsae.autoencoder.activations import ReLU, TopK
+from jaxsae.autoencoder.normalisation import LayerNorm
+from jaxsae.autoencoder.sae import SAE
+from jaxsae.formats import torch_pickle
 from jaxsae.formats.common import (
     Raw,
     Tensors,
@@ -23,8 +25,6 @@ from jaxsae.formats.common import (
     require,
     take,
 )
-from jaxsae.normalisation import LayerNorm
-from jaxsae.sae import SAE
 
 _STATISTICS = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square")
 _OPTIONS: dict[str, set[str]] = {"ReLU": set(), "TopK": {"k", "postact_fn"}}

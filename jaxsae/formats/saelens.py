@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from jaxsae.activations import AbsTopK, Activation, BatchTopK, Gated, JumpReLU, MatchingPursuit, ReLU, TopK
-from jaxsae.files import InputError, atomic_directory
+from jaxsae._core.files import InputError, atomic_directory
+from jaxsae.autoencoder.activations import AbsTopK, Activation, BatchTopK, Gated, JumpReLU, MatchingPursuit, ReLU, TopK
+from jaxsae.autoencoder.normalisation import AverageNorm, ConstantNorm, LayerNorm, Normalisation
+from jaxsae.autoencoder.sae import SAE
 from jaxsae.formats.common import (
     Raw,
     Tensors,
@@ -39,9 +41,7 @@ from jaxsae.formats.common import (
     write_safetensors,
     zeros,
 )
-from jaxsae.normalisation import AverageNorm, ConstantNorm, LayerNorm, Normalisation
-from jaxsae.sae import SAE
-from jaxsae.tensors import read_safetensors
+from jaxsae.formats.tensors import read_safetensors
 
 _CONFIG, _WEIGHTS = "cfg.json", "sae_weights.safetensors"
 _VERSION = "6.54.12"  # whose files these are

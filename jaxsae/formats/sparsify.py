@@ -4,8 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxsae.activations import GroupMax, TopK
-from jaxsae.files import InputError, atomic_directory
+from jaxsae._core.files import InputError, atomic_directory
+from jaxsae.autoencoder.activations import GroupMax, TopK
+from jaxsae.autoencoder.sae import SAE
 from jaxsae.formats.common import (
     Raw,
     Tensors,
@@ -27,8 +28,7 @@ from jaxsae.formats.common import (
     write_json,
     write_safetensors,
 )
-from jaxsae.sae import SAE
-from jaxsae.tensors import read_safetensors
+from jaxsae.formats.tensors import read_safetensors
 
 _CONFIG, _WEIGHTS = "cfg.json", "sae.safetensors"
 _ACTIVATIONS = {"topk": TopK, "groupmax": GroupMax}

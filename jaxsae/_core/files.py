@@ -1,0 +1,302 @@
+"""Files are written whole or not at all, and what is wrong with one is said in one sentence."""
+
+import contextlib
+import ctypes
+import errno
+import math
+import os
+import re
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+
+class InputError(ValueError):
+    """A file, or a choice, that the user can mend; the message says what was got, what was expected and what to do."""
+
+    __module__ = "jaxsae"  # where it is public
+
+
+def cache() -> Path:
+    """Where things are kept that can be had again: `$JAXSAE_CACHE`, or else the user's cache directory.
+
+    Raises:
+      InputError: if neither is known.
+
+    Example:
+      >>> isinstance(cache(), Path)
+      True
+    """
+    if "JAXSAE_CACHE" in os.environ:
+        return local_path(os.environ["JAXSAE_CACHE"])
+    try:
+        import platformdirs
+    except ImportError as error:
+        raise InputError("got no JAXSAE_CACHE, and platformdirs is missing; pip install 'jaxsae[lm]'.") from error
+    return platformdirs.user_cache_path("jaxsae")
+
+
+def json_number(value: Any) -> float | None:
+    """A number as JSON can hold it, which has no NaN, the mean of nothing for example: that is null.
+
+    Args:
+      value: a number, or an array of one.
+
+    Example:
+      >>> json_number(0.5), json_number(float("nan"))
+      (0.5, None)
+    """
+    return float(value) if math.isfinite(value) else None
+
+
+def local_path(path: str | os.PathLike) -> Path:
+    """A path of this machine's file systems; whatever takes a path of the user's asks here.
+
+    Args:
+      path: any path.
+
+    Raises:
+      InputError: if it is an address, `gs://bucket/run`, that would make a local directory `gs:`.
+
+    Example:
+      >>> local_path("run/sae").name
+      'sae'
+      >>> local_path(Path("gs://bucket/run"))
+      Traceback (most recent call last):
+      jaxsae.InputError: gs:/bucket/run: is an address, expected a local path; copy it here, or mount the bucket.
+    """
+    scheme = re.match(r"([a-z][a-z0-9+.-]+):/", os.fspath(path), re.IGNORECASE)  # `Path` makes one slash of two
+    if scheme is None:
+        return Path(path)
+    do = {"hf": "hf:// is for an SAE to read, as a string", "file": "leave out file://"}
+    do = do.get(scheme[1].lower(), "copy it here, or mount the bucket")
+    raise InputError(f"{os.fspath(path)}: is an address, expected a local path; {do}.")
+
+
+def settled(path: str | os.PathLike) -> Path:
+    """Where a directory is that `atomic_directory` wrote: a crash may have left its old content beside its place.
+
+    Args:
+      path: of the directory, there or not.
+
+    Example:
+      >>> settled("run/sae").name
+      'sae'
+    """
+    path = local_path(path)
+    return _aside(path) if not os.path.lexists(path) and _aside(path).is_dir() else path
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; it takes its name, on the disk, when the block ends well.
+
+    Any crash leaves the old file or the new one, whole; after one, `.NAME.….partial` may be left beside it.
+
+    Args:
+      path: of the file; directories that are missing are made.
+
+    Raises:
+      InputError: if nothing can be written there.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     with atomic_file(Path(folder, "a.txt")) as temporary:
+      ...         _ = temporary.write_text("whole")
+      ...     Path(folder, "a.txt").read_text()
+      'whole'
+    """
+    path = local_path(path)
+    with _temporary_directory(path) as folder:
+        yield folder / path.name
+        _flush(folder / path.name)
+        os.replace(folder / path.name, path)
+        flush_folder(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary directory beside `path`; it takes its name, and its place, when the block ends well.
+
+    Any crash leaves the old directory or the new one, whole. Where the file system cannot exchange two directories, the
+    old one may then be beside its place: `settled` finds it.
+
+    Args:
+      path: of the directory; those above it that are missing are made.
+
+    Raises:
+      InputError: if nothing can be written there.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     with atomic_directory(Path(folder, "run")) as temporary:
+      ...         _ = Path(temporary, "a.txt").write_text("whole")
+      ...     Path(folder, "run", "a.txt").read_text()
+      'whole'
+    """
+    path = local_path(path)
+    with _temporary_directory(path) as folder:
+        new = folder / "new"
+        new.mkdir()
+        yield new
+        for place, _, names in os.walk(new):
+            for name in names:
+                _flush(Path(place, name))
+            flush_folder(place)
+        _put(new, path)
+        flush_folder(path.parent)
+        remove(_aside(path))
+
+
+def _put(new: Path, path: Path) -> None:
+    """Give a directory its place; what was there is then in the temporary folder, or set aside."""
+    if not os.path.lexists(path):
+        os.rename(new, path)
+        return
+    try:
+        _exchange(new, path)
+        return
+    except OSError:
+        pass  # two renames, then: if they fail as well, they say why
+    remove(_aside(path))
+    os.rename(path, _aside(path))
+    flush_folder(path.parent)
+    try:
+        os.rename(new, path)
+    except OSError:
+        os.rename(_aside(path), path)
+        raise
+
+
+def _exchange(a: Path, b: Path) -> None:
+    """Exchange what two names stand for, in one step; an OSError where that cannot be done."""
+    libc, names = ctypes.CDLL(None, use_errno=True), (os.fsencode(a), os.fsencode(b))
+    if hasattr(libc, "renameat2"):  # Linux
+        here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+        failed = libc.renameat2(here, names[0], here, names[1], exchange)
+    elif hasattr(libc, "renamex_np"):  # macOS
+        failed = libc.renamex_np(*names, 2)  # RENAME_SWAP
+    else:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    if failed:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(b))
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a directory and all that is in it, if it is there.
+
+    Args:
+      path: of it.
+
+    Example:
+      >>> remove(Path("no-such-place"))
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """Put the content of a file on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def flush_folder(path: str | os.PathLike) -> None:
+    """Put the names in a folder on the disk; a file system that cannot may lose the last ones with the power.
+
+    Args:
+      path: of the folder.
+
+    Example:
+      >>> flush_folder(".")
+    """
+    with contextlib.suppress(OSError):
+        _flush(Path(path))
+
+
+@contextlib.contextmanager
+def owned(folder: str | os.PathLike, *, warn: Callable[[str], None] = lambda text: None) -> Iterator[None]:
+    """Be the one process that writes to a folder; a lock on a file in it, which ends with the process however it ends.
+
+    Args:
+      folder: made if missing; the file is `.lock`.
+      warn: called if the file system has no locks.
+
+    Raises:
+      InputError: if another process writes there, or nothing can be written.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder, owned(folder), owned(folder):
+      ...     pass
+      Traceback (most recent call last):
+      jaxsae.InputError: ...: another process writes there (...); stop it, or choose another --out.
+    """
+    folder = local_path(folder)
+    with _locked(folder, warn) as file:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} of {socket.gethostname()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            (folder / ".lock").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # if there is nothing else in it
+
+
+def _locked(folder: Path, warn: Callable[[str], None]) -> IO[str]:
+    """The file of a folder's lock, which is held until it is closed."""
+    import fcntl
+
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = open(folder / ".lock", "a+")  # noqa: SIM115
+        except FileNotFoundError:
+            continue  # another owner has just removed its folder
+        except OSError as error:
+            raise InputError(f"cannot write {folder}: {error.strerror}; choose another place.") from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            with file:
+                file.seek(0)
+                owner = file.read() or "which has just started"
+            what = f"{folder}: another process writes there ({owner}); stop it, or choose another --out."
+            raise InputError(what) from error
+        except OSError as error:
+            warn(f"{folder}: cannot be locked ({error.strerror}); start no other process on it.")
+        try:
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / ".lock")):
+                return file
+        except FileNotFoundError:
+            pass
+        file.close()  # the lock of a file that its last owner has removed since
+
+
+@contextlib.contextmanager
+def _temporary_directory(path: Path) -> Iterator[Path]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; choose another place.") from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

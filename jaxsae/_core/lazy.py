@@ -1,0 +1,16 @@
+"""Submodules that are imported when they are first asked for (PEP 562)."""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+
+def submodules(package: str, *names: str) -> Callable[[str], Any]:
+    """A package's `__getattr__`: what has these names is imported, of others there is none."""
+
+    def __getattr__(name: str) -> Any:
+        if name in names:
+            return importlib.import_module(f"{package}.{name}")
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return __getattr__

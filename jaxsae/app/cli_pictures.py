@@ -1,0 +1,88 @@
+"""The commands of pictures."""
+
+from pathlib import Path
+
+from jaxsae._core.arguments import InputPath, OutputFile, Positive, Seed
+from jaxsae._core.files import InputError
+from jaxsae.app import console
+
+
+def denoise(
+    image: InputPath,
+    /,
+    *,
+    sigma: Positive,
+    out: OutputFile,
+    dictionary: OutputFile | None = None,
+    seed: Seed = 0,
+    json: bool = False,
+) -> int:
+    """Remove white noise from a picture, by k-SVD on its patches.
+
+    Example: jaxsae denoise noisy.png --sigma 25 --out clean.png
+
+    Args:
+        image: PNG, JPEG or the like.
+        sigma: standard deviation of the noise, in levels from 0 to 255.
+        out: the picture to write; its suffix names the format.
+        dictionary: write the atoms as a picture too.
+        seed: of the patches that are learnt from.
+        json: print what was written as one JSON object.
+    """
+    from jaxsae.ksvd import images
+
+    _require_two(out, dictionary)
+    images.check_suffix(out, dictionary)
+    noisy, profile = images.read(image), images.profile(image)
+    images.check_suffix(out, shape=noisy.shape, profile=profile)
+    with console.progress(noisy.size // noisy.shape[1]) as advance:
+        quiet, atoms = images.denoise(noisy, sigma, seed=seed, progress=advance)
+    return _write_picture(out, quiet, profile, dictionary, atoms, json)
+
+
+def inpaint(
+    image: InputPath,
+    /,
+    *,
+    missing: InputPath,
+    out: OutputFile,
+    dictionary: OutputFile | None = None,
+    seed: Seed = 0,
+    json: bool = False,
+) -> int:
+    """Fill in missing pixels of a picture, by k-SVD on the others.
+
+    Example: jaxsae inpaint scratched.png --missing scratches.png --out whole.png
+
+    Args:
+        image: PNG, JPEG or the like.
+        missing: a picture as large as that, white where its pixels are missing.
+        out: the picture to write; its suffix names the format.
+        dictionary: write the atoms as a picture too.
+        seed: of the patches that are learnt from.
+        json: print what was written as one JSON object.
+    """
+    from jaxsae.ksvd import images
+
+    _require_two(out, dictionary)
+    images.check_suffix(out, dictionary)
+    holes, mask, profile = images.read(image), images.read(missing), images.profile(image)
+    images.check_suffix(out, shape=holes.shape, profile=profile)
+    filled, atoms = images.inpaint(holes, (mask if mask.ndim == 2 else mask.mean(2)) > 127.5, seed=seed)
+    return _write_picture(out, filled, profile, dictionary, atoms, json)
+
+
+def _require_two(out: Path, dictionary: Path | None) -> None:
+    if dictionary is not None and dictionary.absolute() == out.absolute():
+        raise InputError(f"got {out} for --out and for --dictionary; pass two files.")
+
+
+def _write_picture(out: Path, picture, profile: bytes | None, dictionary: Path | None, atoms, json: bool) -> int:
+    from jaxsae.ksvd import images
+
+    images.write(out, picture.round(), profile=profile)  # whole levels: those of a dark picture are not in [0, 1]
+    if dictionary is not None:
+        images.write(dictionary, images.mosaic(atoms))
+    text = f"Written: {out}{'' if dictionary is None else f', {dictionary}'}"
+    console.tell({"out": out, "dictionary": dictionary}, text, as_json=json)
+    return 0

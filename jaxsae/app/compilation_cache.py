@@ -1,0 +1,65 @@
+"""Programs that XLA compiled, kept on disk, so that the second run of a command starts in seconds.
+
+JAX keeps them, and names them by what they compute and by the versions that made them. On a CPU they are machine code,
+and one made for other instructions than this CPU has is loaded all the same, with no more than a line in the log
+(jax-ml/jax issue 38445 quotes it). So each kind of CPU has a directory of its own, in a home that machines may share.
+"""
+
+import contextlib
+import hashlib
+import platform
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxsae._core.files import InputError, cache
+
+MOST = 1 << 28  # bytes; what was used longest ago goes first
+_config: Any = jax.config  # whose options are not annotated
+
+
+def kept() -> Path | None:
+    """Where JAX keeps them, if it does."""
+    folder = _config.jax_compilation_cache_dir
+    return Path(folder) if folder and _config.jax_enable_compilation_cache else None
+
+
+def size(folder: Path) -> int:
+    """Bytes that those in a directory take."""
+    total = 0
+    for file in folder.glob("*-cache"):
+        with contextlib.suppress(FileNotFoundError):  # another command dropped it just now
+            total += file.stat().st_size
+    return total
+
+
+def keep() -> None:
+    """Have JAX keep them, unless its own settings say where, or that it should not; where that fails, it does without.
+
+    Nobody else may write there: what is there is run.
+    """
+    if not _config.jax_enable_compilation_cache or _config.jax_compilation_cache_dir:
+        return
+    try:
+        folder = cache() / "compiled" / _machine()
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)  # fails if it is somebody else's
+    except (OSError, InputError):
+        return
+    _config.update("jax_compilation_cache_dir", str(folder))
+    _config.update("jax_compilation_cache_max_size", MOST)
+    _config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    # What cannot be read is compiled again.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
+
+
+def _machine() -> str:
+    """The kind of CPU: its architecture, and a hash of its model and of what it can do."""
+    try:
+        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
+        cpu = "\n".join(line for line in first if line.startswith(("model name", "flags", "Features", "CPU ")))
+    except OSError:  # not Linux
+        cpu = platform.processor()
+    return f"{platform.machine()}-{hashlib.sha256(cpu.encode()).hexdigest()[:8]}"

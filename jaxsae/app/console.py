@@ -1,0 +1,120 @@
+"""What the commands say: results on stdout, as text or as one JSON object; progress and warnings on stderr."""
+
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from typing import Any
+
+
+def tell(result: dict[str, Any], text: str, *, as_json: bool) -> None:
+    """Print a result: for people, or as one JSON object, in which NaN and Inf are null.
+
+    Whoever reads it may stop before its end.
+    """
+    encoding = sys.stdout.encoding or "utf-8"
+    if as_json:
+        text = json.dumps(_finite(result), allow_nan=False, default=os.fspath)
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except OSError as error:  # what is left in the buffer would fail again when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def warn(text: str) -> None:
+    """Print a warning."""
+    fail(f"warning: {text}")
+
+
+def fail(text: str) -> None:
+    """Print what went wrong, in one line whatever it names."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    print(f"jaxsae: {shown}", file=sys.stderr)
+
+
+def gib(size: int) -> str:
+    """A number of bytes in GiB."""
+    return f"{size / 2**30:.2f} GiB"
+
+
+@contextlib.contextmanager
+def progress(total: int, *, rows: int | None = None, unit: str = "rows", quiet: bool = False):
+    """Yield `advance(text, steps)`: a bar with the time left on a terminal, a plain line every tenth elsewhere.
+
+    With `rows`, those of one step, both show the speed. Steps taken `before` say nothing of that.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True, quiet=quiet)
+    live = console.is_terminal and not console.is_dumb_terminal
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not live) as bar:
+        task = bar.add_task("starting", total=total)
+        done: int = 0
+        began: tuple[int, float] | None = None
+
+        def advance(text: str, steps: int, *, before: bool = False) -> None:
+            nonlocal done, began
+            if before:
+                done += steps
+                bar.reset(task, total=total, completed=done, description=text)
+                if not quiet:
+                    console.print(f"{100 * done // total:3}%  {text}", highlight=False)
+                return
+            if rows is not None and began is not None:
+                number, since = began
+                text += f"  {rows * (done + steps - number) / (time.monotonic() - since):,.0f} {unit}/s"
+            bar.update(task, description=text, advance=steps)
+            if not (live or quiet) and 10 * (done + steps) // total > 10 * done // total:
+                print(f"{100 * (done + steps) // total:3}%  {text}", file=sys.stderr, flush=True)
+            done += steps
+            began = began or (done, time.monotonic())  # compilation is over
+
+        yield advance
+
+
+def study_table(report: dict[str, Any]) -> str:
+    """The rows of a study's report, in colour on a terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from jaxsae.app.plots import method
+
+    columns = ["method", "L0", "NMSE", "refined", "mean act.", "refined", "change", "rising", "γ", "refined"]
+    columns += ["worst KKT", *(("cross-entropy", "refined") if "ce_clean" in report else ())]
+    data = report["data"]
+    table = Table(*columns, title=f"{data['heldout']} held-out rows of width {data['width']}: {data['source']}")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in report["rows"]:
+        shown = {"l0": ".1f", "nmse_before": ".4f", "nmse_after": ".4f", "mean_before": ".3f", "mean_after": ".3f"}
+        shown |= {"mean_change": "+.1%", "rising": ".0%", "gamma_before": ".4f", "gamma_after": ".4f"}
+        shown |= {"worst_kkt": ".1e"}
+        cells = ["–" if row[key] is None else format(row[key], form) for key, form in shown.items()]
+        if row["certified"] < 1:
+            cells[-1] += f" ({1 - row['certified']:.1%} fail)"
+        if "ce_clean" in report:
+            cells += [format(row[name], ".4f") for name in ("ce_before", "ce_after")]
+        table.add_row(method(row), *cells)
+    if "ce_clean" in report:
+        clean, mean, zero = (f"{report[f'ce_{name}']:.4f}" for name in ("clean", "mean", "zero"))
+        table.caption = (
+            f"cross-entropy of the model itself {clean}, with the mean for its residual {mean}, with zeros {zero}"
+        )
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    with console.capture() as captured:
+        console.print(table)
+    return captured.get().rstrip("\n")

@@ -1,0 +1,163 @@
+"""Self-contained HTML: tables, figures and a page around them, legible in light and dark, with all text escaped."""
+
+import functools
+import json
+import math
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from jaxsae.app.plots import FAMILIES
+
+# Colours by name: text, what is less important, lines, and one for each family.
+LIGHT = {
+    "paper": "#ffffff",
+    "wash": "#f5f6f8",
+    "ink": "#1c2026",
+    "soft": "#59616e",
+    "rule": "#dfe3e8",
+    "bad": "#b3261e",
+    "other": "#555b66",
+} | {family: colour for family, (_, colour, _) in FAMILIES.items()}
+DARK = {
+    "paper": "#14171b",
+    "wash": "#1d2127",
+    "ink": "#e7eaee",
+    "soft": "#a1a9b5",
+    "rule": "#30363e",
+    "bad": "#ff8f85",
+    "other": "#aab1bc",
+} | {family: colour for family, (_, _, colour) in FAMILIES.items()}
+
+
+def form(value: Any, how: str) -> str:
+    """A number as text, with a real minus; a dash for one that is not there.
+
+    Args:
+      value: a number, or None.
+      how: as for `format`; `g%` at the end is a percentage with as many digits as it needs.
+
+    Example:
+      >>> form(-0.25, "+.0%"), form(1, ".4g%"), form(None, ".1f")
+      ('−25%', '100%', '–')
+    """
+    if value is None or not math.isfinite(value):
+        return "–"
+    text = f"{100 * value:{how[:-1]}}%" if how.endswith("g%") else f"{value:{how}}"
+    return text.replace("-", "−", 1) if text.startswith("-") else text
+
+
+def colour(family: str) -> str:
+    """The CSS class that gives what is drawn the colour of a family."""
+    return f"c-{family}" if family in FAMILIES else "c-other"
+
+
+def label(family: str) -> str:
+    """What a family is called."""
+    return FAMILIES[family][0] if family in FAMILIES else family
+
+
+def note(text: str) -> str:
+    """A paragraph that explains."""
+    return f'<p class="note">{escape(text)}</p>'
+
+
+def legend(families: Iterable[str]) -> str:
+    """Families beside their colours."""
+    items = "".join(f'<li class="{colour(family)}">{escape(label(family))}</li>' for family in families)
+    return f'<ul class="legend">{items}</ul>'
+
+
+def figure(drawn: str, name: str = "", told: str = "") -> str:
+    """A chart of `svg`, below its name and what it tells."""
+    caption = f"<strong>{escape(name)}</strong> " if name else ""
+    caption += f"<span>{escape(told)}</span>" if told else ""
+    return f"<figure>{f'<figcaption>{caption}</figcaption>' if caption else ''}{drawn}</figure>"
+
+
+def grid(figures: Iterable[str], size: str = "wide") -> str:
+    """Figures side by side, as many as there is room for; `size` is wide or small."""
+    text = "".join(figures)
+    return f'<div class="{size}-grid">{text}</div>' if text else ""
+
+
+def table(
+    caption: str, head: Sequence[str], rows: Iterable[Sequence[str]], groups: Sequence[tuple[str, int]] = ()
+) -> str:
+    """A table whose first column names its rows; one wider than the window scrolls in its place.
+
+    Args:
+      caption: above it.
+      head: names of the columns.
+      rows: cells.
+      groups: names over so many columns each, from the left.
+    """
+    over = "".join(
+        f'<th scope="colgroup" colspan="{span}">{escape(name)}</th>' if name else f'<td colspan="{span}"></td>'
+        for name, span in groups
+    )
+    names = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
+    body = "".join(
+        f'<tr><th scope="row">{escape(first)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in rest)}</tr>'
+        for first, *rest in rows
+    )
+    top = f'<tr class="groups">{over}</tr>' if groups else ""
+    inner = f"<caption>{escape(caption)}</caption><thead>{top}<tr>{names}</tr></thead><tbody>{body}</tbody>"
+    return f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(caption)}"><table>{inner}</table></div>'
+
+
+def pairs(caption: str, values: dict[str, Any] | None) -> str:
+    """A table of names and values, these as JSON unless they are text."""
+    cells = [[name, value if isinstance(value, str) else json.dumps(value)] for name, value in (values or {}).items()]
+    return f'<div class="pairs">{table(caption, ["name", "value"], cells)}</div>' if cells else ""
+
+
+def document(
+    title: str, subtitle: str, facts: dict[str, str], warnings: Sequence[str], sections: dict[str, str]
+) -> str:
+    """A whole page.
+
+    Args:
+      title: plain words of our own, as are the names of facts and sections.
+      subtitle: what it is about.
+      facts: numbers to begin with, by name; those that are a dash are left out.
+      warnings: what the reader must know.
+      sections: HTML by name; those that are empty are left out.
+    """
+    shown = [(name, "-".join(name.lower().replace(",", "").split()), text) for name, text in sections.items() if text]
+    links = "".join(f'<li><a href="#{anchor}">{name}</a></li>' for name, anchor, _ in shown)
+    tiles = "".join(f"<div><dt>{name}</dt><dd>{text}</dd></div>" for name, text in facts.items() if text != "–")
+    told = "".join(f'<p class="warning" role="note">{escape(text)}</p>' for text in warnings)
+    body = "".join(
+        f'<section id="{anchor}" aria-labelledby="h-{anchor}"><h2 id="h-{anchor}">{name}</h2>{text}</section>\n'
+        for name, anchor, text in shown
+    )
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>{escape(f"{title}: {subtitle}")}</title>
+<style>
+{_style()}</style>
+</head>
+<body>
+<header><h1>{title}</h1><p>{escape(subtitle)}</p></header>
+<main>
+{told}{f'<dl class="facts">{tiles}</dl>' if tiles else ""}
+<nav aria-label="Contents"><ul>{links}</ul></nav>
+{body}</main>
+<footer><p>Made by <code>jaxsae report</code>.</p></footer>
+</body>
+</html>
+"""
+
+
+@functools.cache
+def _style() -> str:
+    light, dark = ("".join(f"--{name}:{colour};" for name, colour in side.items()) for side in (LIGHT, DARK))
+    scheme = f":root{{color-scheme:light dark;{light}}}\n@media(prefers-color-scheme:dark){{:root{{{dark}}}}}\n"
+    families = "".join(f".c-{name}{{--c:var(--{name})}}\n" for name in (*FAMILIES, "other"))
+    return scheme + families + (Path(__file__).parent / "pages.css").read_text()

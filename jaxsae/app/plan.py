@@ -1,0 +1,244 @@
+"""What a training will need on TPUs, before anyone rents one: the real step is compiled for them, and read.
+
+libtpu compiles on any machine, with no TPU; memory, FLOPs, bytes and collectives are those of the compiled program.
+"""
+
+import collections
+import dataclasses
+import math
+import os
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from jaxsae import sharding, train
+from jaxsae._core.files import InputError
+from jaxsae.app import runs
+from jaxsae.autoencoder.sae import refine
+
+
+class Chip(NamedTuple):
+    """One chip.
+
+    Attributes:
+      flops: bfloat16 operations a second.
+      memory: bytes.
+      bandwidth: bytes a second, of its memory.
+      network: bytes a second, of all its links to other chips.
+      price: US dollars an hour, on demand in us-central or us-east, in 2025.
+
+    Source: https://cloud.google.com/tpu/docs.
+    """
+
+    flops: float
+    memory: int
+    bandwidth: float
+    network: float
+    price: float
+
+
+CHIPS = {
+    "v4": Chip(275e12, 32 << 30, 1228e9, 300e9, 3.22),
+    "v5e": Chip(197e12, 16 << 30, 819e9, 200e9, 1.20),
+    "v5p": Chip(459e12, 95 << 30, 2765e9, 600e9, 4.20),
+    "v6e": Chip(918e12, 32 << 30, 1640e9, 448e9, 2.70),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled program, a chip's part of it.
+
+    Attributes:
+      arguments: bytes of what it is given, the state of a training among it.
+      scratch: bytes it needs beside that, and beside results that take the place of arguments.
+      flops: as XLA counts them; the body of a loop of unknown length once.
+      bytes: read from memory and written, likewise.
+      collectives: `{(kind, bytes of its result): how many}`.
+    """
+
+    arguments: int
+    scratch: int
+    flops: float
+    bytes: float
+    collectives: dict[tuple[str, int], int]
+
+    @property
+    def memory(self) -> int:
+        """Bytes of a chip."""
+        return self.arguments + self.scratch
+
+    @property
+    def exchanged(self) -> int:
+        """Bytes of all collectives."""
+        return sum(size * count for (_, size), count in self.collectives.items())
+
+    def seconds(self, chip: Chip) -> dict[str, float]:
+        """The least time that arithmetic, memory and network need, each at its peak."""
+        return {
+            "arithmetic": self.flops / chip.flops,
+            "memory": self.bytes / chip.bandwidth,
+            "network": self.exchanged / chip.network,
+        }
+
+
+def topology_mesh(topology: str, data: int = 1) -> Mesh:
+    """The mesh of a TPU slice that need not exist.
+
+    Args:
+      topology: for example `"v5e:4x4"`; the shape of one chip is `"v5e:1x1"`.
+      data: how many parts the rows are in; latents are over the rest.
+
+    Raises:
+      InputError: if libtpu is not there, or knows no such slice.
+
+    Example:
+      >>> topology_mesh("4x4")
+      Traceback (most recent call last):
+      jaxsae.InputError: got topology '4x4'; pass a kind of v4, v5e, v5p, v6e and its shape, like v5e:4x4.
+    """
+    from jax.experimental import topologies
+
+    kind = topology.partition(":")[0]
+    if kind not in CHIPS:
+        raise InputError(f"got topology {topology!r}; pass a kind of {', '.join(CHIPS)} and its shape, like v5e:4x4.")
+    # libtpu would else ask the machine that it is on which TPU it has.
+    for name, value in _LIBTPU.items():
+        os.environ.setdefault(name, value)
+    options: dict[str, Any] = {}
+    if math.prod(map(int, re.findall(r"\d+", topology.partition(":")[2]))) == 1:
+        options = {"chips_per_host_bounds": (1, 1, 1), "num_slices": 1}
+    try:
+        slice_ = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        reason = str(error).strip().partition("\n")[0][:200]
+        raise InputError(
+            f"cannot compile for {topology} ({reason}); pass a slice that exists, and pip install 'jaxsae[tpu-aot]'."
+        ) from error
+    devices = np.array(slice_.devices)
+    if data < 1 or devices.size % data:
+        raise InputError(f"got {data} parts of the rows for {devices.size} chips; pass a number that divides them.")
+    return Mesh(devices.reshape(data, -1), ("data", "latent"), axis_types=(AxisType.Auto,) * 2)
+
+
+_LIBTPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+
+
+def training_step(options: runs.Options, d: int, mesh: Mesh) -> Program:
+    """The step of `jaxsae train`, compiled.
+
+    Args:
+      options: of the training.
+      d: width of the activations.
+      mesh: of devices that need not exist.
+
+    Raises:
+      InputError: if the options do not fit, or the program does not fit into the memory of a chip.
+
+    Example:
+      For one device of this machine:
+
+      >>> options = runs.Options(activation="topk", latents=32, k=2, batch=16, auxk=False)
+      >>> training_step(options, 8, sharding.make_mesh()).collectives
+      {}
+    """
+    objective, tx, fresh = runs.recipe(options, jnp.zeros(d), 1.0)
+    step: Any = train.make_step(objective, tx)
+    with jax.set_mesh(mesh):
+        state = _abstract(fresh)
+        return _read(lambda: step.func.lower(*step.args, state, _batch(options.batch, d, mesh)))
+
+
+def refit_step(options: runs.Options, d: int, mesh: Mesh) -> Program:
+    """Encoding and refining a batch, compiled.
+
+    Args:
+      options: of the training.
+      d: width of the activations.
+      mesh: of devices that need not exist.
+
+    Raises:
+      InputError: as `training_step`.
+
+    Example:
+      >>> refit_step(runs.Options(activation="topk", latents=32), 8, sharding.make_mesh())
+      Traceback (most recent call last):
+      jaxsae.InputError: topk is made sparse by k; pass k, and no l1.
+    """
+    _, _, fresh = runs.recipe(options, jnp.zeros(d), 1.0)
+    with jax.set_mesh(mesh):
+        sae = _abstract(fresh).sae
+        return _read(lambda: jax.jit(lambda sae, x: refine(sae, x)).lower(sae, _batch(options.batch, d, mesh)))
+
+
+def _abstract(fresh):
+    try:
+        return sharding.abstract(fresh)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def _batch(rows: int, d: int, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    x = jax.ShapeDtypeStruct((rows, d), jnp.float32)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.rows_sharding(x, mesh))
+
+
+def _read(lower) -> Program:
+    try:
+        compiled = lower().compile()
+    except OverflowError as error:
+        raise InputError("no program has arrays of these sizes; pass a smaller batch.") from error
+    except jax.errors.JaxRuntimeError as error:
+        text = str(error)
+        if "RESOURCE_EXHAUSTED" not in text:
+            raise
+        used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", text)
+        what = f"it needs {used[1]} of {used[2]}" if used else text.partition("\n")[0][:200]
+        raise InputError(f"does not fit into a chip: {what}; take more chips, or a smaller batch.") from error
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    return Program(
+        arguments=memory.argument_size_in_bytes,
+        scratch=memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        flops=float(cost["flops"]),
+        bytes=float(cost["bytes accessed"]),
+        collectives=collectives(compiled.as_text()),
+    )
+
+
+_COLLECTIVE = re.compile(
+    r" = (?P<result>.*?) "
+    r"(?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?P<start>-start)?\("
+)
+_ARRAY = re.compile(r"\b[a-z]+(\d+)?[a-z0-9]*\[([\d,]*)\]")
+
+
+def collectives(hlo: str) -> dict[tuple[str, int], int]:
+    """Which collectives a compiled program has, by kind and by the bytes of what each makes.
+
+    Args:
+      hlo: its text, as `compiled.as_text()` gives it.
+
+    Example:
+      >>> collectives("  %sum = f32[16,8]{1,0} all-reduce(%x), replica_groups={}")
+      {('all-reduce', 512): 1}
+    """
+    found: collections.Counter = collections.Counter()
+    for match in filter(None, map(_COLLECTIVE.search, hlo.splitlines())):
+        sizes = [_size(array) for array in _ARRAY.finditer(match["result"])]
+        # What is started gives its arguments too, but a reduction its results alone.
+        started = match["start"] and match["kind"] != "all-reduce"
+        found[match["kind"], max(sizes, default=0) if started else sum(sizes)] += 1
+    return dict(sorted(found.items(), key=lambda item: -item[0][1]))
+
+
+def _size(array: re.Match) -> int:
+    bits = int(array[1] or 8)
+    return math.prod(int(n) for n in array[2].split(",") if n) * bits // 8

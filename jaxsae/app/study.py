@@ -1,0 +1,411 @@
+"""The main job, Section 5.1 of Gao et al. (2024): does refinement raise activations, and whose.
+
+Train ReLU autoencoders at several L1 weights and TopK ones at the L0s that these reached; refine the codes of held-out
+rows with a certificate for each row; compare. In a language model, the rows are its residual stream, and the comparison
+goes on to what each code does to the next-token loss.
+"""
+
+import functools
+import json
+import operator
+import os
+import platform
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsae import data as data_module
+from jaxsae import language_model, train
+from jaxsae._core import arguments
+from jaxsae._core.arguments import Count, Index, Positive, Seed, Weight
+from jaxsae._core.files import InputError, atomic_file, json_number, local_path
+from jaxsae.app import plots, runs
+from jaxsae.autoencoder import calibration, metrics
+from jaxsae.autoencoder.metrics import DEAD_ROWS
+from jaxsae.autoencoder.sae import SAE, reconstruct, rescale, to_fit
+from jaxsae.autoencoder.stream import Block, chunks, refine_blocks
+from jaxsae.data import shards
+from jaxsae.formats import pretrained
+from jaxsae.language_model import files as model_files
+from jaxsae.language_model import harvest
+from jaxsae.language_model.models import LanguageModel, NextToken, loss_recovered
+from jaxsae.least_squares import solvers
+from jaxsae.least_squares.certificate import certify
+
+CERTIFIED = 1e-5  # the KKT residual that certifies a row
+_TOL = 1e-6  # of the solver: tighter, so that the certificate does not hang on rounding
+_REPORT_EVERY = 25  # steps
+_WORST = 10  # rows of the largest KKT residuals that are told
+_CONTEXT = 256  # tokens in a context, of which the first gives no row
+_MEAN_ROWS = 10_000  # rows from which the mean is taken, where nothing is trained
+_TOGETHER = 4  # contexts whose logits are in memory together
+
+
+class Plan(NamedTuple):
+    """Sizes of a study.
+
+    Attributes:
+      latents: of each autoencoder.
+      steps: of each training.
+      batch: rows of a step.
+      heldout: rows that are measured.
+      l1: weights of ReLU's penalty, for rows scaled to unit mean square.
+      learning_rate: of all trainings, after a warm-up; `train.learning_rate(latents, steps)` if None.
+      train_rows: at most.
+
+    Example:
+      >>> QUICK._replace(steps=50).latents
+      512
+    """
+
+    latents: Count
+    steps: Count
+    batch: Count
+    heldout: Count
+    l1: tuple[Weight, ...]
+    learning_rate: Positive | None = None
+    train_rows: Count = 100_000
+
+
+FULL = Plan(latents=2048, steps=500, batch=512, heldout=2048, l1=(0.02, 0.05, 0.08, 0.15))
+QUICK = Plan(latents=512, steps=200, batch=512, heldout=512, l1=(0.05, 0.15))
+# In a language model; whole contexts are held out.
+FULL_MODEL = Plan(4096, 600, 512, 16 * (_CONTEXT - 1), l1=(0.06, 0.1, 0.16), train_rows=200_000)
+QUICK_MODEL = Plan(1024, 200, 512, 4 * (_CONTEXT - 1), l1=(0.05, 0.2), train_rows=20_000)
+
+Progress = Callable[[str, int], None]
+
+
+class Site(NamedTuple):
+    """Where in a language model, and on which text, rows are harvested.
+
+    Attributes:
+      model: as for `language_model.load`.
+      layer: block after which, from 0.
+      text: files; Python's standard library, if None.
+
+    Example:
+      >>> Site("smollm2").layer
+      8
+    """
+
+    model: str | os.PathLike
+    layer: Index = 8
+    text: Sequence[Path] | None = None
+
+
+def run(
+    out: Annotated[str | os.PathLike, arguments.DIRECTORY],
+    *,
+    data: str | os.PathLike | Site | None = None,
+    plan: Plan = FULL,
+    seed: Seed = 0,
+    saes: Sequence[str] = (),
+    progress: Progress = lambda text, steps: None,
+    warn: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Run the study and write `report.json`, `shrinkage.png` and the SAEs under `out`, each as soon as it is known.
+
+    Args:
+      out: directory, made if missing.
+      data: file or directory of activations; or a `Site`, harvested to `out/activations`; patches of photographs by
+        default.
+      plan: sizes; `FULL` or `QUICK`, and `FULL_MODEL` or `QUICK_MODEL` of a `Site`.
+      seed: of initialisation, shuffles and patches.
+      saes: published or saved autoencoders of these activations, as `pretrained.load` takes them, to measure instead of
+        training any.
+      progress: called with what is going on and how many steps that took; `total_steps(plan, data, saes)` in all.
+      warn: called with what may spoil the result.
+
+    Returns:
+      The report: `rows`, one for each SAE, with the data, the configuration and versions.
+
+    Raises:
+      InputError: if the data cannot be used or `out` cannot be written.
+    """
+    arguments.check(run, {"out": out, "seed": seed})
+    arguments.check(Plan, plan._asdict())
+    out, probe = local_path(out), None
+    loaded = {name: _published(name) for name in saes}
+    if saes:
+        if data is None:
+            raise InputError("got autoencoders and no activations; pass those of the site that they are for.")
+        plan = plan._replace(batch=1)
+        if isinstance(data, Site):
+            plan = plan._replace(train_rows=min(plan.train_rows, _MEAN_ROWS))
+    if isinstance(data, Site):
+        probe, data = _harvest(data, out / "activations", plan, progress), out / "activations"
+    rows, heldout, scale, source = _load(data, plan, seed)
+    options = _options(plan, seed)
+    trained = {} if saes else {"learning_rate": options.learning_rate, "idle_after": options.idle_after}
+    passes = None if saes else runs.passes(options, len(rows), warn)
+    report: dict[str, Any] = {
+        "rows": [],
+        "complete": False,
+        "data": {
+            "source": source,
+            "rows": len(rows),
+            "passes": passes,
+            "heldout": len(heldout),
+            "width": rows.shape[1],
+        },
+        "config": {**plan._asdict(), **trained, "seed": seed, "solver_tol": _TOL, "certified_at": CERTIFIED},
+        "versions": {name: version(name) for name in ("jaxsae", "jax", "flax", "optax", "numpy")}
+        | {"python": platform.python_version(), "backend": jax.default_backend()},
+        "ratio_edges": metrics.RATIO_EDGES.tolist(),
+    }
+    if probe is not None:
+        report["data"]["source"] = probe.source
+        report["config"]["context"] = _CONTEXT
+    _write(report, out)
+    reconstructed: dict[str, np.ndarray] = {}
+
+    def tell(sae: SAE, row: dict[str, Any], name: str) -> None:
+        keep = {} if probe is None else {f"{when} {len(report['rows'])}": when for when in ("before", "after")}
+        reconstructed.update({name: np.empty_like(heldout) for name in keep})
+
+        def see(block: Block) -> None:
+            for name, when in keep.items():
+                code = block.code if when == "before" else block.refined
+                reconstructed[name][block.rows] = reconstruct(sae, block.x, code)
+
+        report["rows"].append({**row, **measure(sae, heldout, rows[:DEAD_ROWS] / scale, see=see)})
+        progress(f"{name}  refined", plan.heldout // _REPORT_EVERY)
+        _write(report, out)
+
+    def add(options: runs.Options) -> None:
+        family, value = options.activation, options.l1 if options.k is None else options.k
+        name = f"TopK k={value}" if family == "topk" else f"ReLU λ={value:g}"
+        sae, curve = _train(rows, options, lambda text, steps: progress(f"{name}  {text}", steps))
+        sae = rescale(sae, scale)
+        pretrained.save(sae, out / "sae" / f"{family}-{value:g}")
+        tell(sae, {"family": family, "k_or_l1": value, "curve": curve}, name)
+
+    width = rows.shape[1]
+    for name, sae in loaded.items():
+        if sae.d != width:
+            raise InputError(f"{name}: is {sae.d} wide, and the rows {width}; pass the activations of its own site.")
+    try:
+        for name, sae in loaded.items():
+            family, k = type(sae.activation).__name__.lower(), getattr(sae.activation, "k", None)
+            tell(sae, {"family": family, "k_or_l1": k, "sae": name}, name)
+        for weight in () if saes else plan.l1:
+            add(options._replace(activation="relu", l1=weight))
+        reached = [] if saes else [row["l0"] for row in report["rows"]]
+        for k in _matching_k(reached, most=min(plan.latents, width)):
+            add(options._replace(k=k))
+        if probe is not None:
+            mean = np.broadcast_to(rows.mean(axis=0) / scale, heldout.shape)
+            _add_losses(
+                report, _losses(probe, reconstructed | {"zero": np.zeros_like(heldout), "mean": mean}, progress)
+            )
+        report["complete"] = True
+    finally:  # an interruption leaves what is finished
+        if report["rows"]:
+            _write(report, out)
+            with atomic_file(out / "shrinkage.png") as temporary:
+                plots.shrinkage(report, temporary)
+    return report
+
+
+def total_steps(plan: Plan, data: Any = None, saes: Sequence[str] = ()) -> int:
+    """How many steps a study reports as progress in all.
+
+    Args:
+      plan: as for `run`.
+      data: as for `run`.
+      saes: as for `run`.
+
+    Example:
+      >>> total_steps(QUICK)
+      880
+    """
+    count = len(saes) or 2 * len(plan.l1)
+    steps = count * (plan.heldout // _REPORT_EVERY + (0 if saes else plan.steps))
+    if isinstance(data, Site):
+        harvested = min(plan.train_rows, _MEAN_ROWS) if saes else plan.train_rows
+        steps += _contexts(harvested + plan.heldout) + _contexts(plan.heldout) * (2 * count + 2)
+    return steps
+
+
+def _published(name: str) -> SAE:
+    sae = pretrained.load(name)
+    if sae.transcoder:
+        raise InputError(f"{name}: is a transcoder, whose target is not its input; pass an autoencoder.")
+    return sae
+
+
+def _contexts(rows: int) -> int:
+    return -(-rows // (_CONTEXT - 1))
+
+
+class _Probe(NamedTuple):
+    """A language model, and the contexts of the held-out rows."""
+
+    model: LanguageModel
+    layer: int
+    contexts: np.ndarray  # [n s]
+    source: str
+
+
+def _harvest(site: Site, folder: Path, plan: Plan, progress: Progress) -> _Probe:
+    arguments.check(Site, site._asdict())
+    harvest.check(site.model, layer=site.layer, context=_CONTEXT, out=folder)
+    tokenizer = model_files.read_tokenizer(site.model)
+    model = language_model.load(site.model)
+    wanted = _contexts(plan.train_rows + plan.heldout)
+    files = harvest.standard_library() if site.text is None else site.text
+    text = harvest.pack(files, tokenizer, context=_CONTEXT, tokens=wanted * _CONTEXT)
+    of = "the sources of Python's standard library" if site.text is None else ", ".join(text.files)
+    source = {"model": str(site.model), "text": of}
+    tell = functools.partial(progress, f"{site.model}  harvesting")
+    harvest.run(folder, model, text.contexts, layer=site.layer, source=source, progress=tell)
+    name = f"residual of {site.model} after block {site.layer}, on {of}"
+    name += f" ({text.replaced} characters of it not UTF-8)" if text.replaced else ""
+    return _Probe(model, site.layer, text.contexts[-_contexts(plan.heldout) :], name)
+
+
+def _load(path, plan: Plan, seed: int) -> tuple[np.ndarray, np.ndarray, float, str]:
+    """Training rows scaled to unit mean square about their mean, held-out rows as they are, the scale, a name."""
+    if path is None:
+        rows, heldout = data_module.image_patches(plan.train_rows, plan.heldout, side=8, seed=seed)
+        return rows, heldout, 1.0, "8 × 8 colour patches of scikit-learn's two photographs"
+    everything = data_module.open_rows(path)
+    needed = plan.batch + plan.heldout
+    if len(everything) < needed:
+        raise InputError(f"{path}: holds {len(everything)} rows, the study needs at least {needed}; pass more.")
+    data_module.require_finite(everything, str(path))
+    first = len(everything) - plan.heldout
+    rows = shards.cast(everything[: min(first, plan.train_rows)], np.float32, str(path), "scale it")
+    heldout = shards.cast(everything[first:], np.float32, str(path), "scale it", range(first, len(everything)))
+    if (rows == rows[0]).all():
+        raise InputError(f"{path}: all rows are equal, there is nothing to learn; pass activations of varied inputs.")
+    spread = np.sum(np.var(rows[:: max(1, len(rows) // 10_000)], axis=0, dtype=np.float64))
+    scale = float(1 / np.sqrt(spread))
+    return rows * scale, heldout, scale, str(path)
+
+
+def _options(plan: Plan, seed: int) -> runs.Options:
+    """Of all trainings, but for what makes each sparse."""
+    options = runs.Options("topk", plan.latents, learning_rate=plan.learning_rate, heldout=plan.heldout, seed=seed)
+    return runs.resolved(options._replace(batch=plan.batch, steps=plan.steps))
+
+
+def _matching_k(l0: list[float | None], most: int) -> list[int]:
+    return sorted({int(np.clip(round(value), 1, most)) for value in l0 if value is not None})
+
+
+def _train(rows, options: runs.Options, progress: Progress) -> tuple[SAE, dict[str, list]]:
+    """An autoencoder, and the curves of its training: that of `jaxsae train`, on rows scaled already."""
+    curve: dict[str, list] = {"step": [], "nmse": [], "l0": []}
+    objective, tx, fresh = runs.recipe(options, jnp.asarray(rows[:10_000].mean(axis=0)), 1.0)
+
+    def tell(step, shown):
+        if step % _REPORT_EVERY == 0 or step == options.steps:
+            nmse, l0 = float(shown["nmse"]), float(shown["l0"])
+            for name, value in {"step": step, "nmse": json_number(nmse), "l0": json_number(l0)}.items():
+                curve[name].append(value)
+            progress(f"NMSE {nmse:.3f}  L0 {l0:.0f}", (step - 1) % _REPORT_EVERY + 1)
+
+    batches = data_module.batches(rows, options.batch, seed=options.seed)
+    state = train.fit(fresh(), batches, loss=objective, tx=tx, steps=options.steps, callback=tell)
+    return state.sae, curve
+
+
+def _solver(k: int, d: int) -> Any:
+    return solvers.within(solvers.default(k, d), tol=_TOL)
+
+
+def measure(
+    sae: SAE,
+    rows: np.ndarray,
+    more: np.ndarray | None = None,
+    *,
+    see: Callable[[Block], None] = lambda block: None,
+) -> dict[str, Any]:
+    """Refine the codes of rows and measure the shrinkage: one row of the report, without its name.
+
+    Beside the numbers: `change` and `latent_change`, histograms over `metrics.RATIO_EDGES` of refined/original, of
+    active values and of latents' means; `firing`, how many latents fire on no row, on 1, on 2 or 3, on 4 to 7 …, and
+    `dead`, the share of the first, of `dead_rows` rows, these and `more`; `worst_rows`, those of the largest KKT
+    residuals.
+
+    Args:
+      sae: the autoencoder.
+      rows: `[n d]`, finite.
+      more: other rows `[n d]` on which latents may fire, where these are few.
+      see: called with each block of them, refined.
+    """
+
+    def measure_block(block):
+        see(block)
+        y, _ = to_fit(sae, block.x)
+        kkt = _certified_kkt(sae.W_dec, y, block.refined, nonnegative=not sae.activation.signed)
+        shrunk = metrics.shrinkage(sae, block.x, block.code, block.refined)
+        return (shrunk, metrics.activity(block.code)), (block.rows, np.asarray(kkt), np.asarray(block.code.l0))
+
+    sums, columns = zip(*map(measure_block, refine_blocks(sae, rows, _solver)), strict=True)
+    shrunk, active = (functools.reduce(operator.add, part) for part in zip(*sums, strict=True))
+    if more is not None:
+        active += calibration.activity(sae, (x for _, x in chunks(sae, more)))
+    number, kkt, l0 = map(np.concatenate, zip(*columns, strict=True))
+    worst = np.argsort(-np.nan_to_num(kkt, nan=np.inf), kind="stable")[:_WORST]
+    ratio = np.asarray(shrunk.ratio)
+    ratio = np.clip(ratio[np.isfinite(ratio)], metrics.RATIO_EDGES[0], metrics.RATIO_EDGES[-1])
+    numbers = {
+        **shrunk.numbers(),
+        "worst_kkt": kkt.max(),
+        "certified": np.mean(kkt <= CERTIFIED),
+        "dead": active.dead,
+    }
+    numbers = {name: json_number(value) for name, value in numbers.items()}
+    return numbers | {
+        "change": np.asarray(shrunk.change).tolist(),
+        "latent_change": np.histogram(ratio, metrics.RATIO_EDGES)[0].tolist(),
+        "firing": active.octaves,
+        "dead_rows": int(active.rows),
+        "worst_rows": [{"row": int(number[i]), "l0": int(l0[i]), "kkt": json_number(kkt[i])} for i in worst],
+    }
+
+
+@functools.partial(jax.jit, static_argnames="nonnegative")
+def _certified_kkt(dictionary, y, code, *, nonnegative: bool = True):
+    return certify(dictionary, y, code, nonnegative=nonnegative).kkt  # the gap, not asked for, is not computed
+
+
+def _losses(probe: _Probe, replaced: dict[str, np.ndarray], progress: Progress) -> dict[str, NextToken]:
+    """Next-token losses with rows `[n d]` in place of the residual stream, by name, and `"clean"` ones."""
+
+    def put(rows, h):
+        return h.at[:, 1:].set(rows.reshape(h.shape[0], -1, h.shape[2]))
+
+    found = []
+    for start in range(0, len(probe.contexts), _TOGETHER):
+        contexts = probe.contexts[start : start + _TOGETHER]
+        of = slice(start * (_CONTEXT - 1), (start + len(contexts)) * (_CONTEXT - 1))
+        splices = {name: functools.partial(put, rows[of]) for name, rows in replaced.items()}
+        found.append(language_model.cross_entropy(probe.model, [jnp.asarray(contexts)], probe.layer, splices))
+        progress("next-token loss", len(contexts) * len(replaced))
+    return {name: functools.reduce(operator.add, (part[name] for part in found)) for name in found[0]}
+
+
+def _add_losses(report: dict[str, Any], found: dict[str, NextToken]) -> None:
+    clean = found["clean"]
+    report |= {f"ce_{name}": json_number(found[name].cross_entropy) for name in ("clean", "zero", "mean")}
+    for number, row in enumerate(report["rows"]):
+        for when in ("before", "after"):
+            spliced = found[f"{when} {number}"]
+            row |= {f"ce_{when}": json_number(spliced.cross_entropy), f"kl_{when}": json_number(spliced.kl)}
+            for ablation in ("zero", "mean"):
+                recovered = loss_recovered(clean, spliced, found[ablation])
+                row[f"recovered_{ablation}_{when}"] = json_number(recovered)
+
+
+def _write(report: dict[str, Any], out: Path) -> None:
+    with atomic_file(out / "report.json") as temporary:
+        temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")

@@ -1,0 +1,97 @@
+"""What a trained autoencoder does on more rows than fit in memory: which latents fire, and where thresholds belong."""
+
+import dataclasses
+import functools
+import operator
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxsae.autoencoder import metrics
+from jaxsae.autoencoder.sae import SAE, encode, encode_dense, pre_activations
+
+_LEFT_OUT = 11  # of the 32 bits of a float: a bin is 2⁻¹² of its value wide
+_BINS = 1 << (32 - _LEFT_OUT)
+
+
+def activity(sae: SAE, batches: Iterable[Float[Array, "b d"] | np.ndarray]) -> metrics.Activity:
+    """Which latents fire on rows, and how often: encoded alone, a batch at a time.
+
+    Args:
+      sae: the autoencoder.
+      batches: of rows `[b d]`, at least one; rows with NaN or Inf are left out.
+
+    Example:
+      >>> import jaxsae
+      >>> sae = jaxsae.SAE(jnp.eye(2), jnp.zeros(2), jnp.eye(2), jnp.zeros(2), jaxsae.ReLU())
+      >>> found = activity(sae, [np.array([[1.0, -1.0]]), np.array([[2.0, -3.0], [np.nan, 1.0]])])
+      >>> found.rows, found.dead
+      (Array(2., dtype=float32), Array(0.5, dtype=float32))
+    """
+    return functools.reduce(operator.add, (_activity(sae, jnp.asarray(x, jnp.float32)) for x in batches))
+
+
+@jax.jit
+def _activity(sae: SAE, x) -> metrics.Activity:
+    finite = jnp.isfinite(x).all(-1)
+    if sae.activation.slots is None:
+        active = encode_dense(sae, jnp.where(finite[:, None], x, 0)) != 0
+        fired = jnp.sum(active & finite[:, None], axis=0, dtype=jnp.float32)
+    else:
+        code = encode(sae, jnp.where(finite[:, None], x, 0))
+        code = dataclasses.replace(code, values=jnp.where(finite[:, None], code.values, 0))
+        fired = metrics.activity(code).fired
+    return metrics.Activity(jnp.sum(finite, dtype=jnp.float32), fired)
+
+
+def calibrate(sae: SAE, batches: Iterable[Float[Array, "b d"] | np.ndarray], l0: float) -> SAE:
+    """The autoencoder with its thresholds moved together such that so many latents are active, on average over rows.
+
+    One pass: how far each latent of each row is past its threshold is counted into bins of 2⁻¹² of that value, and the
+    new thresholds are at the edge of a bin. So the answer depends on the rows alone, not on their order or batches.
+
+    Args:
+      sae: with `BatchTopK`, whose threshold is set, or `JumpReLU`, to all of whose thresholds one number is added.
+      batches: of rows `[b d]`; rows with NaN or Inf are left out.
+      l0: active latents a row.
+
+    Raises:
+      NotImplementedError: if the activation has no thresholds.
+
+    Example:
+      >>> import jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=16, m=64, activation=jaxsae.BatchTopK(4))
+      >>> x = jax.random.normal(jax.random.key(1), (256, 16))
+      >>> calibrated = calibrate(sae, [x[:100], x[100:]], 4.0)
+      >>> bool(abs(jaxsae.encode(calibrated, x, capacity=64).l0.mean() - 4) < 0.01)
+      True
+    """
+    counts, rows = np.zeros(_BINS, np.int64), 0
+    for x in batches:
+        found, finite = _count(sae, jnp.asarray(x, jnp.float32))
+        counts += np.asarray(found)
+        rows += int(finite)
+    occupied = np.flatnonzero(counts)[::-1]
+    if not len(occupied):  # nothing is positive, whatever the thresholds
+        return sae
+    chosen = occupied[np.argmin(np.abs(np.cumsum(counts[occupied]) - l0 * rows))]
+    key = np.int32((int(chosen) - _BINS // 2) << _LEFT_OUT)
+    edge = (key ^ (key >> 31 & np.int32(0x7FFFFFFF))).view(np.float32)
+    below = jnp.asarray(np.nextafter(edge, np.float32(-np.inf)))  # what is in the bin is active too
+    return dataclasses.replace(sae, activation=sae.activation.at_margin(below))
+
+
+@jax.jit
+def _count(sae: SAE, x):
+    """How many margins of finite rows are in each bin, in ascending order, by sign, exponent and first bits."""
+    finite = jnp.isfinite(x).all(-1)
+    pre = pre_activations(sae, jnp.where(finite[:, None], x, 0))
+    margin = sae.activation.margin(pre).astype(jnp.float32)
+    bits = jax.lax.bitcast_convert_type(margin, jnp.int32)
+    key = bits ^ (bits >> 31 & 0x7FFFFFFF)  # in the order of the numbers
+    counted = finite[:, None] & (pre > 0) & jnp.isfinite(margin)
+    bins = jnp.where(counted, (key >> _LEFT_OUT) + _BINS // 2, _BINS)
+    return jnp.zeros(_BINS, jnp.int32).at[bins.ravel()].add(1, mode="drop"), jnp.sum(finite)

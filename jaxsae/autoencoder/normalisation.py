@@ -1,0 +1,140 @@
+"""How an autoencoder wants its inputs: small pytrees that act row by row, before anything is subtracted.
+
+Each is called on rows `x [*b d]` and gives what the encoder sees, with the way back: `x = scale · inputs + shift`,
+where `scale` and `shift` are None if they change nothing.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from flax import struct
+from jax.core import Tracer
+from jaxtyping import Array, Float
+
+from jaxsae._core import pytrees
+
+
+class Normalised(NamedTuple):
+    """Rows in the units of an autoencoder.
+
+    Attributes:
+      inputs: `[*b d]`, what the encoder sees.
+      scale: `[*b 1]`, from these units back to those of the rows, or None.
+      shift: `[*b 1]`, added after that, or None.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> inputs, scale, shift = LayerNorm()(jnp.array([1.0, 3.0]))
+      >>> bool(jnp.allclose(inputs * scale + shift, jnp.array([1.0, 3.0]), atol=1e-4))
+      True
+    """
+
+    inputs: Float[Array, "*b d"]
+    scale: Float[Array, "*b 1"] | None = None
+    shift: Float[Array, "*b 1"] | None = None
+
+
+class Normalisation:
+    """What an SAE asks of its normalisation; subclasses are made by `pytrees.dataclass`.
+
+    Attributes:
+      per_row: whether the way back needs the row, so that a code alone does not say what it reconstructs.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsae import pytrees
+      >>> @pytrees.dataclass
+      ... class Centred(Normalisation):
+      ...     def __call__(self, x):
+      ...         mean = jnp.mean(x, axis=-1, keepdims=True)
+      ...         return Normalised(x - mean, shift=mean)
+      >>> Centred()(jnp.array([1.0, 3.0])).inputs
+      Array([-1.,  1.], dtype=float32)
+    """
+
+    per_row: bool = True
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Normalised:
+        """Normalise rows."""
+        raise NotImplementedError(f"{type(self).__name__} has no __call__; define what it does to rows.")
+
+    def rescale(self, scale: float | Array) -> "Normalisation":
+        """The normalisation in other units, which gives of `x` what this one gives of `scale · x`."""
+        raise ValueError(f"{type(self).__name__} does not say how it changes units; define rescale(self, scale).")
+
+
+@pytrees.dataclass
+class LayerNorm(Normalisation):
+    """Each row less its mean, over its standard deviation: `(x − μ) / (σ + ε)`, and back by `σ · x̂ + μ`.
+
+    `σ` is the unbiased estimate (`d − 1` in the denominator), and `ε` is added to it, not to its square.
+
+    Attributes:
+      eps: `ε`; static.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> LayerNorm()(jnp.array([1.0, 3.0])).scale
+      Array([1.4142135], dtype=float32)
+
+    Source: Gao et al. (2024), Section 2.1; SAELens' `layer_norm`.
+    """
+
+    eps: float = struct.field(pytree_node=False, default=1e-5)
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Normalised:
+        """Normalise rows."""
+        mean = jnp.mean(x, axis=-1, keepdims=True)
+        centred = x - mean
+        deviation = jnp.sqrt(jnp.sum(centred**2, axis=-1, keepdims=True) / (x.shape[-1] - 1))
+        return Normalised(centred / (deviation + self.eps), deviation, mean)
+
+    def rescale(self, scale: float | Array) -> "LayerNorm":
+        """With another `ε`, which is in the units of the rows."""
+        if isinstance(scale, Tracer):
+            raise ValueError("LayerNorm got a traced scale, but its eps is static; rescale outside of jit.")
+        return LayerNorm(self.eps / float(scale))
+
+
+@pytrees.dataclass
+class ConstantNorm(Normalisation):
+    """Each row scaled to norm `√d`: `x · √d / ‖x‖`. A row of zeros has no such scale, and becomes NaN.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> ConstantNorm()(jnp.array([3.0, 4.0, 0.0, 0.0])).inputs
+      Array([1.2, 1.6, 0. , 0. ], dtype=float32)
+
+    Source: SAELens' `constant_norm_rescale`; OpenMOSS' `token-wise`.
+    """
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Normalised:
+        """Normalise rows."""
+        scale = jnp.linalg.norm(x, axis=-1, keepdims=True) / jnp.sqrt(jnp.asarray(x.shape[-1], x.dtype))
+        return Normalised(x / scale, scale)
+
+    def rescale(self, scale: float | Array) -> "ConstantNorm":
+        """Itself: every row has the same norm in the end."""
+        del scale
+        return self
+
+
+@pytrees.dataclass
+class AverageNorm(Normalisation):
+    """Rows are to come scaled such that their mean norm is `√d`; nothing is done to them here.
+
+    Which scale that is, only the data can tell: `sae.fold_scale(sae, √d / mean ‖x‖)` then takes rows as they are.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> AverageNorm()(jnp.array([3.0, 4.0])).inputs
+      Array([3., 4.], dtype=float32)
+
+    Source: SAELens' `expected_average_only_in`.
+    """
+
+    per_row = False
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Normalised:
+        """Leave rows as they are."""
+        return Normalised(x)

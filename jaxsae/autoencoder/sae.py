@@ -1,0 +1,632 @@
+"""The sparse autoencoder: its parameters, and the pure functions that act on them."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax.core import Tracer
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from jaxsae import codes, sharding
+from jaxsae._core import pytrees
+from jaxsae.autoencoder import activations
+from jaxsae.autoencoder.activations import Activation, BatchTopK, GroupMax, JumpReLU, ReLU, TopK
+from jaxsae.autoencoder.normalisation import Normalisation
+from jaxsae.codes import SparseCode
+from jaxsae.least_squares.refit import RefitInfo, refit
+
+
+@pytrees.dataclass
+class SAE:
+    """Parameters of a sparse autoencoder, a pytree.
+
+        z = activation((x − b_dec) W_enc + b_enc),   x̂ = z W_dec + b_dec
+
+    Conventions differ in whether `b_dec` is subtracted from `x`, and in whether each row of `x` is normalised first
+    (and `x̂` put back into its units). A transcoder maps to a target other than its input: `W_dec` and `b_dec` then have
+    the target's width, nothing is subtracted from `x`, `x̂` is in units of the target, and a skip connection may add
+    `x W_skip` to it. A crosscoder is an SAE of rows in which several sites lie side by side:
+    `W_dec.reshape(m, sites, -1)` has its atoms by site. `print(sae)` says all of this.
+
+    Attributes:
+      W_enc: `[d m]`.
+      b_enc: `[m]`.
+      W_dec: `[m d_out]`, the dictionary: one latent's atom a row; `d_out` is `d`, but in transcoders.
+      b_dec: `[d_out]`.
+      activation: a pytree of `activations.py`.
+      W_skip: `[d d_out]`, or None.
+      normalisation: a pytree of `normalisation.py`, or None; it belongs to the data, and is not trained.
+      centred: whether `b_dec` is subtracted from `x`; not in transcoders; static.
+      transcoder: whether the target is another than the input; static.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> sae = jaxsae.SAE(
+      ...     W_enc=jnp.eye(2), b_enc=jnp.zeros(2), W_dec=jnp.eye(2), b_dec=jnp.ones(2), activation=jaxsae.ReLU()
+      ... )
+      >>> jaxsae.encode_dense(sae, jnp.array([3.0, 0.0]))
+      Array([2., 0.], dtype=float32)
+
+    Source: Bricken et al. (2023), "Towards monosemanticity"; Cunningham et al. (2023), "Sparse autoencoders find
+      highly interpretable features in language models".
+    """
+
+    W_enc: Float[Array, "d m"]
+    b_enc: Float[Array, " m"]
+    W_dec: Float[Array, "m d_out"]
+    b_dec: Float[Array, " d_out"]
+    activation: Activation
+    W_skip: Float[Array, "d d_out"] | None = None
+    normalisation: Normalisation | None = pytrees.fixed(default=None)
+    centred: bool = struct.field(pytree_node=False, default=True)
+    transcoder: bool = struct.field(pytree_node=False, default=False)
+
+    def __post_init__(self):
+        # JAX rebuilds pytrees around things that are no activations (axes, specs, None): leave those alone.
+        if callable(self.activation):
+            activations.validate(self.activation, "SAE")
+
+    @property
+    def d(self) -> int:
+        """Width of the activations that it codes."""
+        return self.W_enc.shape[-2]
+
+    @property
+    def m(self) -> int:
+        """Number of latents."""
+        return self.W_dec.shape[-2]
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name:14}{value}" for name, value in describe(self).items())
+
+
+def describe(sae: SAE) -> dict[str, str]:
+    """An SAE in words: its kind, sizes, and every convention that decides what it computes.
+
+    Args:
+      sae: the autoencoder.
+
+    Example:
+      >>> import jax, jaxsae
+      >>> print(jaxsae.init(jax.random.key(0), d=64, m=512, activation=jaxsae.TopK(8)))
+      kind          autoencoder, 64 wide, 512 latents, float32
+      activation    TopK(k=8)
+      input         x
+      encoder       (input - b_dec) W_enc + b_enc
+      decoder       z W_dec + b_dec
+    """
+    d_out = sae.W_dec.shape[-1]
+    kind = f"transcoder, {sae.d} to {d_out} wide" if sae.transcoder else f"autoencoder, {sae.d} wide"
+    decoder = "z W_dec + b_dec" + (" + x W_skip" if sae.W_skip is not None else "")
+    inputs = "(input - b_dec)" if sae.centred else "input"
+    return {
+        "kind": f"{kind}, {sae.m} latents, {sae.W_dec.dtype}",
+        "activation": _shown(sae.activation),
+        "input": "x" if sae.normalisation is None else f"{_shown(sae.normalisation)} of x",
+        "encoder": f"none: {inputs} is pursued on W_dec" if sae.activation.pursues else f"{inputs} W_enc + b_enc",
+        "decoder": f"{decoder}, in the units of the row" if _restores(sae) else decoder,
+    }
+
+
+def _shown(options: Any) -> str:
+    """`TopK(k=8)`: numbers as they are, arrays by their range."""
+
+    def shown(value) -> str:
+        if getattr(value, "size", 1) == 1:
+            return f"{float(value):.4g}" if hasattr(value, "dtype") else f"{value}"
+        return f"{float(jnp.min(value)):.4g} to {float(jnp.max(value)):.4g}"
+
+    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+    return f"{type(options).__name__}({', '.join(f'{n}={shown(v)}' for n, v in values.items() if v is not None)})"
+
+
+def init(
+    key: PRNGKeyArray,
+    *,
+    d: int,
+    m: int,
+    activation: Activation,
+    b_dec: Float[Array, " d_out"] | None = None,
+    transcoder: bool = False,
+    skip: bool = False,
+) -> SAE:
+    """Make an SAE with random unit-norm atoms and an encoder that is the decoder's transpose.
+
+    Args:
+      key: PRNG key.
+      d: width of the activations.
+      m: number of latents.
+      activation: for example `ReLU()` or `TopK(32)`.
+      b_dec: `[d_out]`, a centre of the data (its mean or median) or, in a transcoder, of the target; zeros, as many as
+        `d`, by default.
+      transcoder: the target is another than the input: nothing is subtracted from `x`, and atoms are drawn apart.
+      skip: with a skip connection, zero at first; for transcoders.
+
+    Returns:
+      `SAE`; `b_enc` is zero.
+
+    Raises:
+      TypeError: if the activation is none of `activations.py` nor made like them, or `b_dec` is not floating point.
+      ValueError: if a size is not positive, if `b_dec` does not fit, if the activation wants more latents than `m`, or
+        if there is a skip connection without a transcoder.
+
+    Example:
+      >>> import jax, jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=64, m=512, activation=jaxsae.TopK(8))
+      >>> sae.W_dec.shape
+      (512, 64)
+
+    Source: Gao et al. (2024), Section 2 and Appendix A; Dunefsky, Chlenski & Nanda (2024), "Transcoders find
+    interpretable LLM feature circuits"; Paulo, Shabalin & Belrose (2025), "Transcoders beat sparse autoencoders".
+    """
+    activations.validate(activation, "init")
+    if d < 1 or m < 1:
+        raise ValueError(f"`init` got d = {d} and m = {m}; pass sizes of at least 1.")
+    if activation.slots is not None and activation.slots > m:
+        raise ValueError(f"`init` got k = {activation.slots} for m = {m} latents; pass k of at most {m}.")
+    if skip and not transcoder:
+        raise ValueError("`init` got skip without transcoder; an autoencoder could copy its input through it.")
+    b_dec = jnp.zeros(d) if b_dec is None else _floating(b_dec, "init", "b_dec")
+    if b_dec.ndim != 1 or (b_dec.shape != (d,) and not transcoder):
+        raise ValueError(f"`init` got b_dec of shape {b_dec.shape}, expected ({d},); pass one value for each input.")
+    atoms = _unit_rows(key, m, d, b_dec.dtype)
+    return SAE(
+        W_enc=atoms.T,
+        b_enc=jnp.zeros(m, b_dec.dtype),
+        W_dec=_unit_rows(jax.random.fold_in(key, 1), m, b_dec.size, b_dec.dtype) if transcoder else atoms,
+        b_dec=b_dec,
+        activation=activation,
+        W_skip=jnp.zeros((d, b_dec.size), b_dec.dtype) if skip else None,
+        centred=not transcoder,
+        transcoder=transcoder,
+    )
+
+
+def _unit_rows(key, m: int, d: int, dtype):
+    rows = jax.random.normal(key, (m, d), jnp.promote_types(dtype, jnp.float32))  # in bfloat16 norms would be rounded
+    return (rows / jnp.linalg.norm(rows, axis=1, keepdims=True)).astype(dtype)
+
+
+def pre_activations(sae: SAE, x: Float[Array, "*b d"]) -> Float[Array, "*b m"]:
+    """What the activation acts on: `(x − b_dec) W_enc + b_enc`, `x` normalised where the SAE wants that.
+
+    `b_dec` is left out where it is not subtracted.
+
+    Args:
+      sae: the autoencoder.
+      x: activations `[*b d]`.
+
+    Raises:
+      TypeError, ValueError: at trace time, if `x` is not floating point or not of width `d`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.ReLU())
+      >>> jaxsae.autoencoder.pre_activations(sae, jnp.ones((3, 4))).shape
+      (3, 8)
+    """
+    return _inputs(sae, x) @ sae.W_enc + sae.b_enc
+
+
+def _inputs(sae: SAE, x):
+    """What the encoder multiplies: rows normalised and centred, as the conventions have it."""
+    x = _validate(sae, x, "encode")
+    x = x if sae.normalisation is None else sae.normalisation(x).inputs
+    return x - sae.b_dec if sae.centred else x
+
+
+def encode(sae: SAE, x: Float[Array, "*b d"], *, capacity: int | None = None) -> SparseCode:
+    """Encode activations into a sparse code.
+
+    Where the activation selects pre-activations and leaves them as they are (`TopK`, `AbsTopK`, `GroupMax`), the
+    derivative touches the weights of active latents alone.
+
+    Args:
+      sae: the autoencoder.
+      x: activations `[*b d]`.
+      capacity: slots `k` a row, at most `m`; required unless the activation fixes it. Active latents beyond it are
+        left out, smallest first, and counted in `code.overflow`.
+
+    Returns:
+      `SparseCode` `[*b k]`, in descending order of magnitude.
+
+    Raises:
+      TypeError, ValueError: at trace time, if `x` or `capacity` does not fit the SAE.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.TopK(2))
+      >>> jaxsae.encode(sae, jnp.ones((3, 4))).indices.shape
+      (3, 2)
+    """
+    capacity = sae.activation.slots if capacity is None else capacity
+    if capacity is None:
+        raise ValueError(
+            f"`encode` got no capacity, and {type(sae.activation).__name__} does not fix how many latents are active; "
+            "pass capacity, the number of slots a row."
+        )
+    if isinstance(capacity, Tracer):
+        raise TypeError("`encode` got a traced capacity; make it static, jax.jit(encode, static_argnames='capacity').")
+    if sae.activation.pursues:
+        return codes.from_dense(encode_dense(sae, x), capacity)
+    if not sae.activation.selects:
+        return sae.activation.code(pre_activations(sae, x), capacity)
+    x = _validate(sae, x, "encode")
+    code = sae.activation.code(jax.lax.stop_gradient(pre_activations(sae, x)), capacity)
+    b_dec = sae.b_dec if sae.centred else jnp.zeros(sae.d, sae.b_dec.dtype)
+    x = x if sae.normalisation is None else sae.normalisation(x).inputs
+    arguments = code.values, code.indices, x, sae.W_enc, sae.b_enc, b_dec
+    values = _selected(*sharding.vary_alike(arguments))
+    return dataclasses.replace(code, values=values)
+
+
+@jax.custom_jvp
+def _selected(values, indices, x, W_enc, b_enc, b_dec):
+    """The values `(x − b_dec) W_enc[:, indices] + b_enc[indices]`, known already, with their derivative."""
+    return values
+
+
+def _selected_tangent(primals, tangents):
+    values, indices, x, W_enc, b_enc, b_dec = primals
+    _, _, x_dot, W_dot, b_dot, b_dec_dot = tangents
+    m, still = b_enc.size, lambda dot: isinstance(dot, SymbolicZero)
+    total = jnp.zeros_like(values, jnp.promote_types(values.dtype, jnp.float32))
+    if not still(W_dot):
+        total += codes.form("values", W_dot.T, x - b_dec, indices, m=m)
+    if not still(x_dot):
+        total += codes.form("values", W_enc.T, x_dot, indices, m=m)
+    if not still(b_dot):
+        total += sharding.automatic(codes.take, indices)(b_dot, indices)
+    if not still(b_dec_dot):  # the same for all rows: each latent's once, not each slot's
+        total -= sharding.automatic(codes.take, indices)(b_dec_dot @ W_enc, indices)
+    return values, total.astype(values.dtype)
+
+
+_selected.defjvp(_selected_tangent, symbolic_zeros=True)
+
+
+def encode_dense(sae: SAE, x: Float[Array, "*b d"]) -> Float[Array, "*b m"]:
+    """Encode activations into a dense code `[*b m]`.
+
+    Args:
+      sae: the autoencoder.
+      x: activations `[*b d]`.
+
+    Raises:
+      TypeError, ValueError: at trace time, if `x` does not fit the SAE.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.ReLU())
+      >>> jaxsae.encode_dense(sae, jnp.ones((3, 4))).shape
+      (3, 8)
+    """
+    if sae.activation.pursues:
+        return sae.activation.pursue(_inputs(sae, x), sae.W_dec)
+    return sae.activation(pre_activations(sae, x))
+
+
+def decode(sae: SAE, code: SparseCode | Float[Array, "*b m"]) -> Float[Array, "*b d"]:
+    """Reconstruct activations from a code alone: `x̂ = z W_dec + b_dec`; `reconstruct` does of any SAE.
+
+    Args:
+      sae: the autoencoder.
+      code: a `SparseCode` `[*b k]`, or a dense code `[*b m]`.
+
+    Returns:
+      Reconstruction `[*b d]`.
+
+    Raises:
+      TypeError, ValueError: at trace time, if the code does not fit the SAE; or if it is not all that `x̂` is made of:
+        the SAE normalises each row, whose units the code does not know, or has a skip connection. See `reconstruct`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.TopK(2))
+      >>> jaxsae.decode(sae, jaxsae.encode(sae, jnp.ones((3, 4)))).shape
+      (3, 4)
+    """
+    if _restores(sae):
+        raise ValueError(
+            f"`decode` got a code alone, but this SAE normalises each row ({type(sae.normalisation).__name__}) and its "
+            "output is in the row's units; call jaxsae.reconstruct(sae, x, code)."
+        )
+    if sae.W_skip is not None:
+        raise ValueError(
+            "`decode` got a code alone, but this transcoder adds x W_skip to its output; call "
+            "jaxsae.reconstruct(sae, x, code)."
+        )
+    return _decode(sae, code, "decode")
+
+
+def _restores(sae: SAE) -> bool:
+    """Whether the output is put back into the units of each row."""
+    return sae.normalisation is not None and sae.normalisation.per_row and not sae.transcoder
+
+
+def _decode(sae: SAE, code, name: str):
+    z: Any = code if isinstance(code, SparseCode) else _floating(code, name, "a code")
+    m = z.num_latents if isinstance(z, SparseCode) else z.shape[-1] if z.ndim else 0
+    if m != sae.m:
+        raise ValueError(f"`{name}` got a code of {m} latents for an SAE of {sae.m}; pass a code that this SAE made.")
+    return (codes.combine(sae.W_dec, z) if isinstance(z, SparseCode) else z @ sae.W_dec) + sae.b_dec
+
+
+def reconstruct(
+    sae: SAE, x: Float[Array, "*b d"], code: SparseCode | Float[Array, "*b m"] | None = None
+) -> Float[Array, "*b d_out"]:
+    """What an SAE makes of an input: `decode` in the units of the row, and the skip connection, if any.
+
+        x̂ = scale (z W_dec + b_dec) + shift + x W_skip
+
+    Args:
+      sae: the autoencoder or transcoder.
+      x: activations `[*b d]`.
+      code: a `SparseCode` `[*b k]`, or a dense code `[*b m]`, such as a refined one; the SAE's own by default.
+
+    Raises:
+      TypeError, ValueError: at trace time, if `x` or the code does not fit the SAE, or they do not fit each other.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsae
+      >>> sae = jaxsae.init(
+      ...     jax.random.key(0), d=4, m=8, activation=jaxsae.TopK(2), b_dec=jnp.ones(6), transcoder=True, skip=True
+      ... )
+      >>> jaxsae.reconstruct(sae, jnp.ones((3, 4))).shape
+      (3, 6)
+    """
+    x = _validate(sae, x, "reconstruct")
+    if code is None:
+        code = encode_dense(sae, x) if sae.activation.slots is None else encode(sae, x)
+    x_hat = _decode(sae, code, "reconstruct")
+    if x_hat.shape[:-1] != x.shape[:-1]:
+        raise ValueError(
+            f"`reconstruct` got x of shape {x.shape} and a code of rows {x_hat.shape[:-1]}; pass the x of that code."
+        )
+    if sae.normalisation is not None and _restores(sae):
+        _, scale, shift = sae.normalisation(x)
+        x_hat = x_hat if scale is None else x_hat * scale
+        x_hat = x_hat if shift is None else x_hat + shift
+    return x_hat if sae.W_skip is None else x_hat + x @ sae.W_skip
+
+
+class Fit(NamedTuple):
+    """What the atoms of a code are to sum to, row by row.
+
+    Attributes:
+      y: `[*b d_out]`, so that the reconstruction is the target where `z W_dec = y`.
+      scale: `[*b 1]`, how many units of the target one of `y` is, or None for 1.
+    """
+
+    y: Float[Array, "*b d_out"]
+    scale: Float[Array, "*b 1"] | None = None
+
+
+def to_fit(sae: SAE, x: Float[Array, "*b d"], target: Float[Array, "*b d_out"] | None = None) -> Fit:
+    """What is left for the atoms, once biases, skip connection and normalisation are taken off: `y ≈ z W_dec`.
+
+        y = (target − x W_skip − shift) / scale − b_dec
+
+    Args:
+      sae: the autoencoder.
+      x: activations `[*b d]`.
+      target: `[*b d_out]`, what to reconstruct; `x` itself by default, but in transcoders.
+
+    Raises:
+      ValueError: if a transcoder gets no target.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=2, m=4, activation=jaxsae.ReLU(), b_dec=jnp.ones(2))
+      >>> jaxsae.autoencoder.to_fit(sae, jnp.array([3.0, 4.0])).y
+      Array([2., 3.], dtype=float32)
+    """
+    if target is None:
+        if sae.transcoder:
+            raise ValueError("got a transcoder and no target; pass target, what it is to reconstruct from x.")
+        target = x
+    x, target = _validate(sae, x, "to_fit"), _floating(target, "to_fit", "a target")
+    scale = None
+    if sae.W_skip is not None:
+        target = target - x @ sae.W_skip
+    if sae.normalisation is not None and _restores(sae):
+        _, scale, shift = sae.normalisation(x)
+        target = target if shift is None else target - shift
+        # A row without spread is its own mean, whatever the code.
+        target = target if scale is None else jnp.where(scale == 0, 0, target / jnp.where(scale == 0, 1, scale))
+    return Fit(target - sae.b_dec, scale)
+
+
+def refine(
+    sae: SAE,
+    x: Float[Array, "*b d"],
+    code: SparseCode | None = None,
+    solver: Any = None,
+    *,
+    capacity: int | None = None,
+    target: Float[Array, "*b d_out"] | None = None,
+) -> tuple[SparseCode, RefitInfo]:
+    """Refine a code: keep the encoder's support, and optimise its values for reconstruction, the decoder fixed.
+
+        minimise_z ‖x − (z W_dec + b_dec)‖²   over z ≥ 0 on the support
+
+    Values that rise measure the shrinkage of the encoder's own estimates. Where the activation has values of both
+    signs, the sign is free.
+
+    Args:
+      sae: the autoencoder.
+      x: activations `[*b d]`.
+      code: support and starting values; `encode(sae, x, capacity=capacity)` by default.
+      solver: any pytree of `solvers.py`; `solvers.default(k, d)` if None.
+      capacity: slots a row, if the code is to be made here and the activation does not fix it.
+      target: `[*b d_out]`, what to reconstruct; `x` itself by default, but in transcoders.
+
+    Returns:
+      The refined code and `RefitInfo`; `jaxsae.check` raises on the host if a row failed. See `refit` for what
+      holds row by row, and for the derivative.
+
+    Raises:
+      TypeError, ValueError: at trace time, if the arguments do not fit together.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.TopK(2))
+      >>> x = jax.random.normal(jax.random.key(1), (3, 4))
+      >>> refined, info = jaxsae.refine(sae, x)
+      >>> bool((info.kkt <= 1e-5).all())
+      True
+
+    Source: Gao et al. (2024), "Scaling and evaluating sparse autoencoders", Section 5.1.
+    """
+    x = _validate(sae, x, "refine")
+    y, _ = to_fit(sae, x, target)
+    if code is None:
+        code = encode(sae, x, capacity=capacity)
+    return refit(sae.W_dec, y, code, solver, nonnegative=not sae.activation.signed)
+
+
+def rescale(sae: SAE, scale: float | Float[Array, ""]) -> SAE:
+    """The SAE that does to `x` what `sae` does to `scale · x`, in the units of `x`.
+
+        reconstruct(rescale(sae, scale), x) = reconstruct(sae, scale · x) / scale
+
+    The supports are the same, and values are in the units of `x` too, `z / scale`, but where each row is normalised.
+    Weights stay as they are, so atoms of unit norm keep it; only biases and thresholds change units.
+
+    Args:
+      sae: an autoencoder of scaled activations.
+      scale: positive factor from raw to scaled activations.
+
+    Raises:
+      ValueError: if the scale is not positive and finite; if it is a transcoder, whose target may have units of its
+        own; or if its activation or normalisation is one that does not say how it changes units.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.ReLU(), b_dec=jnp.ones(4))
+      >>> jaxsae.autoencoder.rescale(sae, 0.5).b_dec
+      Array([2., 2., 2., 2.], dtype=float32)
+    """
+    _validate_scale(scale, "rescale")
+    if sae.transcoder or sae.W_skip is not None:
+        raise ValueError(
+            "`rescale` got a transcoder, whose target may have units of its own; scale what it reads, "
+            "sae.replace(W_enc=scale * sae.W_enc), and W_skip likewise if it has one."
+        )
+    if sae.normalisation is not None and sae.normalisation.per_row:  # inside, the units are the row's own
+        return dataclasses.replace(sae, normalisation=sae.normalisation.rescale(scale))
+    activation = sae.activation.rescale(scale)
+    return dataclasses.replace(sae, b_enc=sae.b_enc / scale, b_dec=sae.b_dec / scale, activation=activation)
+
+
+def _validate_scale(scale, name: str) -> None:
+    if isinstance(scale, Tracer):
+        return
+    if jnp.iscomplexobj(scale) or not np.all((np.asarray(scale) > 0) & np.isfinite(scale)):
+        raise ValueError(f"`{name}` got a scale of {scale}, expected a positive number; pass √d / mean ‖x‖, say.")
+
+
+def fold_scale(sae: SAE, scale: float | Float[Array, ""]) -> SAE:
+    """The SAE that takes `x` as it is, of one that wants `scale · x`; codes keep their values.
+
+        W_enc ← scale · W_enc,   W_dec ← W_dec / scale,   b_dec ← b_dec / scale
+
+    Unlike `rescale`, which keeps the weights and changes the units of the codes. What comes out is in the units of `x`:
+    the target of a transcoder is taken to have come scaled too.
+
+    Args:
+      sae: an autoencoder of scaled activations, as one with `AverageNorm`, which is then done with.
+      scale: positive factor from raw to scaled activations, such as `√d / mean ‖x‖`.
+
+    Raises:
+      ValueError: if the scale is not positive and finite, if it has no encoder, or if it normalises each row.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.ReLU(), b_dec=jnp.ones(4))
+      >>> jaxsae.autoencoder.fold_scale(sae, 0.5).b_dec
+      Array([2., 2., 2., 2.], dtype=float32)
+
+    Source: SAELens, `fold_activation_norm_scaling_factor`.
+    """
+    if sae.activation.pursues:
+        raise ValueError("`fold_scale` got a pursuit, which has no encoder to fold into; scale its rows instead.")
+    _validate_scale(scale, "fold_scale")
+    if sae.normalisation is not None and sae.normalisation.per_row:
+        raise ValueError(
+            f"`fold_scale` got an SAE that normalises each row ({type(sae.normalisation).__name__}), which takes rows "
+            "of any scale; leave it as it is, or call rescale."
+        )
+    weights = {"W_enc": sae.W_enc * scale, "W_dec": sae.W_dec / scale, "b_dec": sae.b_dec / scale}
+    return dataclasses.replace(sae, **weights, normalisation=None)
+
+
+def rethreshold(sae: SAE, x: Float[Array, "n d"], l0: float) -> SAE:
+    """The SAE with one threshold for all latents in place of its activation, such that its mean L0 on `x` is `l0`.
+
+    A trained TopK then spends its latents where they are needed, and each row and latent can be computed alone. Rows
+    with NaN or Inf are left out.
+
+    Args:
+      sae: the autoencoder.
+      x: a sample of activations `[n d]`.
+      l0: mean number of active latents a row to aim at, at most `m`.
+
+    Returns:
+      The SAE with a `JumpReLU`.
+
+    Raises:
+      ValueError: if `l0` is not between 0 and `m`, or if the values of its activation are not the pre-activations that
+        are large enough, so that another activation cannot stand in its place.
+
+    Example:
+      >>> import jax, jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=16, m=64, activation=jaxsae.TopK(4))
+      >>> x = jax.random.normal(jax.random.key(1), (256, 16))
+      >>> float(jaxsae.encode(rethreshold(sae, x, 6.5), x, capacity=64).l0.mean())
+      6.5
+
+    Source: Gao et al. (2024), Section 5.2.
+    """
+    if not 0 < l0 <= sae.m:
+        raise ValueError(f"`rethreshold` got l0 = {l0} for {sae.m} latents; pass more than 0, and at most that.")
+    if type(sae.activation) not in _POSITIVE_PARTS:
+        raise ValueError(
+            f"`rethreshold` got {type(sae.activation).__name__}, whose values are not the largest pre-activations; "
+            f"pass an SAE with one of {', '.join(kind.__name__ for kind in _POSITIVE_PARTS)}."
+        )
+    pre = pre_activations(sae, x)
+    finite = jnp.isfinite(pre).all(-1, keepdims=True)
+    largest = jnp.sort(jnp.where(finite, jax.nn.relu(pre), 0).ravel())[::-1]
+    count = jnp.round(l0 * jnp.sum(finite)).astype(jnp.int32)
+    threshold = jnp.full(
+        sae.m, largest.at[count].get(mode="clip"), jnp.float32
+    )  # of which as many are greater, but for ties
+    return dataclasses.replace(sae, activation=JumpReLU(threshold))
+
+
+_POSITIVE_PARTS = ReLU, TopK, BatchTopK, JumpReLU, GroupMax
+
+
+def _floating(x, name: str, what: str) -> Array:
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(
+            f"`{name}` got {what} of dtype {x.dtype}, expected floating point; convert it, "
+            f"{what.split()[-1]}.astype('float32')."
+        )
+    return x
+
+
+def _validate(sae: SAE, x, name: str) -> Array:
+    x = _floating(x, name, "x")
+    if x.shape[-1:] != (sae.d,):
+        raise ValueError(
+            f"`{name}` got x of shape {x.shape}, but this SAE has d = {sae.d}; pass activations (*b, {sae.d}) of the "
+            "layer the SAE was made for."
+        )
+    return x

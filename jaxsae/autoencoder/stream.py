@@ -1,0 +1,260 @@
+"""Refine more rows than fit in memory: blocks of rows in, blocks of codes out."""
+
+import functools
+import operator
+import os
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jaxsae._core.files import InputError, atomic_file, local_path
+from jaxsae.autoencoder.metrics import Shrinkage, shrinkage
+from jaxsae.autoencoder.sae import SAE, encode, encode_dense, refine
+from jaxsae.codes import SparseCode
+from jaxsae.data import shards
+from jaxsae.data.rows import Rows
+from jaxsae.least_squares.refit import RefitInfo, Status
+
+_BLOCK = 256  # rows refined together
+_PRE_ACTIVATIONS = 256 << 20  # bytes of pre-activations held at a time
+
+
+class Block(NamedTuple):
+    """Some rows of a stream, refined.
+
+    Attributes:
+      rows: `[n]`, where in the stream they are.
+      x: `[n d]`.
+      code: the encoder's, `[n k]`.
+      refined: `[n k]`.
+      info: `[n]`.
+    """
+
+    rows: np.ndarray
+    x: Array
+    code: SparseCode
+    refined: SparseCode
+    info: RefitInfo
+
+
+def chunks(sae: SAE, rows: Rows) -> Iterator[tuple[int, Array]]:
+    """Rows in chunks whose pre-activations fit in memory, each with the number of its first row.
+
+    Args:
+      sae: the autoencoder.
+      rows: `[n d]`, may be memory-mapped.
+
+    Example:
+      >>> import jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.ReLU())
+      >>> [(start, x.shape) for start, x in chunks(sae, np.zeros((600, 4)))]
+      [(0, (600, 4))]
+    """
+    size = max(_BLOCK, _PRE_ACTIVATIONS // (4 * sae.m) // _BLOCK * _BLOCK)
+    # At least float32, whatever the SAE's: what is certified is then what is written.
+    dtype = jnp.promote_types(sae.W_dec.dtype, jnp.float32)
+    for start in range(0, len(rows), size):
+        block, numbers = rows[start : start + size], range(start, len(rows))
+        yield start, jnp.asarray(shards.cast(block, dtype, "the rows", "scale them", numbers))
+
+
+@jax.jit
+def _max_l0(sae, x):
+    l0 = jnp.sum(encode_dense(sae, x) != 0, axis=1)
+    return jnp.max(jnp.where(jnp.isfinite(x).all(1), l0, 0))
+
+
+def max_l0(sae: SAE, rows: Rows) -> int:
+    """The number of active latents of the densest row: the capacity that loses nothing, at least 1.
+
+    Args:
+      sae: the autoencoder.
+      rows: `[n d]`, may be memory-mapped.
+
+    Example:
+      >>> import jaxsae
+      >>> sae = jaxsae.SAE(jnp.eye(3), jnp.zeros(3), jnp.eye(3), jnp.zeros(3), jaxsae.ReLU())
+      >>> max_l0(sae, np.array([[1.0, 0.0, 0.0], [1.0, 2.0, 0.0]]))
+      2
+    """
+    return max([1, *(int(_max_l0(sae, x)) for _, x in chunks(sae, rows))])
+
+
+def refine_blocks(sae: SAE, rows: Rows, solver: Any = None, *, capacity: int | None = None) -> Iterator[Block]:
+    """Encode and refine rows, a block at a time.
+
+    Rows of similar L0 go together, in as few slots as hold them, 32, 128, 256 … or the width: the cost of a refit grows
+    with the square of its slots, and a ReLU's L0 has a long tail. So blocks are not in the order of the rows: see
+    `Block.rows`.
+
+    Args:
+      sae: the autoencoder.
+      rows: `[n d]`, may be memory-mapped.
+      solver: as for `refine`, or a function that makes one for rows of `k` slots and width `d`.
+      capacity: most slots a row; `max_l0` by default, unless the activation fixes it.
+
+    Example:
+      >>> import jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.TopK(2))
+      >>> for block in refine_blocks(sae, np.random.default_rng(0).normal(size=(64, 4))):
+      ...     block.refined.values.shape, bool((block.info.kkt <= 1e-5).all())
+      ((64, 4), True)
+    """
+    _require_fit(sae, rows)
+    if capacity is None and sae.activation.slots is None:
+        capacity = max_l0(sae, rows)
+    for start, x in chunks(sae, rows):
+        code = _encode(sae, x, capacity)
+        l0 = np.asarray(code.l0)
+        order = np.argsort(l0, kind="stable")
+        for at in range(0, len(order), _BLOCK):
+            block = order[at : at + _BLOCK]
+            slots = _slots(int(l0[block].max()), sae)
+            values, indices = _resize(code.values[block], slots, 0), _resize(code.indices[block], slots, sae.m)
+            part = SparseCode(values, indices, sae.m, code.overflow[block])
+            own = solver(slots, sae.W_dec.shape[1]) if callable(solver) else solver
+            refined, info = refine(sae, x[block], part, own)
+            yield Block(start + block, x[block], part, refined, info)
+
+
+@functools.partial(jax.jit, static_argnames="capacity")  # traced once, not once a call of `refine_blocks`
+def _encode(sae: SAE, x, capacity: int | None) -> SparseCode:
+    return encode(sae, x, capacity=capacity)
+
+
+def _require_fit(sae: SAE, rows: Rows) -> None:
+    if sae.transcoder:
+        raise InputError("got a transcoder, whose target is not its input; call `jaxsae.refine` with that as `target`.")
+    if not len(rows):
+        raise InputError("got no rows; pass at least one.")
+    if rows.shape[1] != sae.d:
+        raise InputError(
+            f"got rows of width {rows.shape[1]}, but this SAE has d = {sae.d}; pass the data it was made for."
+        )
+
+
+def _slots(l0: int, sae: SAE) -> int:
+    # Few sizes, since each is compiled, once for all autoencoders of a shape: 32, 128, 256, 512 …
+    slots = 32 if l0 <= 32 else min(max(128, 1 << (l0 - 1).bit_length()), sae.m)
+    width = sae.W_dec.shape[1]
+    return width if l0 <= width < slots else slots  # empty slots must not turn a row into one of more atoms than width
+
+
+def _resize(slots, size: int, empty: int):
+    # Slots are in descending order of value: what is cut off is empty.
+    return jnp.pad(slots[:, :size], [(0, 0), (0, max(0, size - slots.shape[1]))], constant_values=empty)
+
+
+class RefineSummary(NamedTuple):
+    """What `refine_file` did.
+
+    Attributes:
+      rows: how many.
+      capacity: slots a row.
+      shrinkage: of all rows.
+      overflowed: rows with more active latents than slots.
+      nonfinite: rows with NaN or Inf, left as they are.
+      unconverged: rows that stopped at `max_steps`.
+      worst_kkt: the largest relative KKT residual.
+    """
+
+    rows: int
+    capacity: int
+    shrinkage: Shrinkage
+    overflowed: int
+    nonfinite: int
+    unconverged: int
+    worst_kkt: float
+
+
+def refine_file(
+    sae: SAE,
+    rows: Rows,
+    out: str | os.PathLike,
+    solver: Any = None,
+    *,
+    capacity: int | None = None,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> RefineSummary:
+    """Refine rows into an `.npz` file, in their order: `indices`, `values` `[n k]`, `kkt`, `status`, `overflow` `[n]`.
+
+    Only blocks are in memory, so that rows may be a memory-mapped file larger than it; the file appears when whole.
+
+    Args:
+      sae: the autoencoder.
+      rows: `[n d]`.
+      out: the file to write.
+      solver: as for `refine_blocks`.
+      capacity: slots a row; `max_l0` by default, unless the activation fixes it.
+      progress: called with the number of rows just done.
+
+    Raises:
+      InputError: if the rows are not as wide as the SAE, or the file cannot be written.
+
+    Example:
+      >>> import tempfile, jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.TopK(2))
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     told = refine_file(sae, np.random.default_rng(0).normal(size=(64, 4)), f"{folder}/codes.npz")
+      ...     told.unconverged, np.load(f"{folder}/codes.npz")["values"].shape
+      (0, (64, 2))
+    """
+    out = local_path(out)
+    _require_fit(sae, rows)
+    capacity = capacity or sae.activation.slots or max_l0(sae, rows)
+    if capacity > sae.m:
+        raise InputError(f"got capacity {capacity} for {sae.m} latents; pass a capacity of at most {sae.m}.")
+    columns = {
+        "indices": (np.int32, (len(rows), capacity)),
+        "values": (np.float32, (len(rows), capacity)),
+        "kkt": (np.float32, (len(rows),)),
+        "status": (np.int32, (len(rows),)),
+        "overflow": (np.int32, (len(rows),)),
+    }
+    with atomic_file(out) as temporary:
+        _require_space(temporary, 2 * len(rows) * (8 * capacity + 12))  # the columns, and the file made of them
+        parts = {name: f"{temporary}.{name}.npy" for name in columns}
+        arrays = {name: np.lib.format.open_memmap(parts[name], "w+", *columns[name]) for name in columns}
+
+        def write(block: Block) -> Shrinkage:
+            slots = min(capacity, block.refined.indices.shape[1])
+            arrays["indices"][block.rows, :slots] = block.refined.indices[:, :slots]
+            arrays["indices"][block.rows, slots:] = sae.m
+            arrays["values"][block.rows, :slots] = block.refined.values[:, :slots]
+            arrays["kkt"][block.rows] = block.info.kkt
+            arrays["status"][block.rows] = block.info.status
+            arrays["overflow"][block.rows] = block.code.overflow
+            progress(len(block.rows))
+            return shrinkage(sae, block.x, block.code, block.refined)
+
+        measured = functools.reduce(operator.add, map(write, refine_blocks(sae, rows, solver, capacity=capacity)))
+        summary = RefineSummary(
+            rows=len(rows),
+            capacity=capacity,
+            shrinkage=measured,
+            overflowed=int(np.count_nonzero(arrays["overflow"] * (arrays["status"] != Status.NONFINITE))),
+            nonfinite=int(np.count_nonzero(arrays["status"] == Status.NONFINITE)),
+            unconverged=int(np.count_nonzero(arrays["status"] == Status.MAX_STEPS)),
+            worst_kkt=float(np.max(np.nan_to_num(arrays["kkt"]), initial=0)),
+        )
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+            for name, array in arrays.items():
+                array.flush()
+                archive.write(parts[name], f"{name}.npy")
+    return summary
+
+
+def _require_space(path: Path, needed: int) -> None:
+    # A memory map that outgrows the disk ends the process with no word.
+    free = shutil.disk_usage(path.parent).free
+    if free < needed:
+        raise InputError(
+            f"the codes need {needed >> 20} MiB of disk while they are written, {free >> 20} MiB are free."
+        )

@@ -1,0 +1,159 @@
+"""Batches of rows, in an order that a seed fixes, read ahead by grain."""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxsae._core.files import InputError
+from jaxsae.data import shards
+from jaxsae.data.rows import Rows
+
+_THREADS, _AHEAD = 2, 8  # of the reading of batches; in number
+
+
+class Batches:
+    """Batches `[size d]` in float32 for ever, read ahead by grain; the order is a function of the seed alone.
+
+    Attributes:
+      position: how many batches were taken; set it to go on from there, or from anywhere else, to the bit.
+    """
+
+    def __init__(self, source: "_Numbered"):
+        """As `batches` makes it.
+
+        Args:
+          source: batch by its number.
+        """
+        import grain
+
+        self.source = source
+        reading = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_AHEAD)
+        self._iterator = iter(grain.MapDataset.source(source).to_iter_dataset(reading))
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> np.ndarray:
+        try:
+            return next(self._iterator)
+        except InputError as error:  # grain adds lines of its own
+            raise InputError(str(error).partition("\n")[0]) from error
+
+    @property
+    def position(self) -> int:
+        """Of the attributes."""
+        return self._iterator.get_state()["next_index"]
+
+    @position.setter
+    def position(self, number: int) -> None:
+        self._iterator.set_state({"next_index": number})
+
+    def rows(self, number: int) -> list[tuple[int, np.ndarray]]:
+        """Which rows batch `number` holds: `(source, row numbers)`, for those sources that it draws from."""
+        return [(source, numbers) for source, _, numbers in self.source.parts(number)]
+
+
+class _Numbered:
+    """Batch by its number: what grain reads."""
+
+    def __init__(self, sources: Sequence[Rows], names: Sequence[str], order: Any, size: int, part: slice):
+        self._sources, self._names, self._order = sources, names, order
+        self._size, self._part = size, range(size)[part]
+        self._edges = np.cumsum([0, *map(len, sources)])
+
+    def __len__(self) -> int:
+        return (1 << 62) // self._size
+
+    def parts(self, number: int) -> list[tuple[int, np.ndarray, np.ndarray]]:
+        """Of each source that a batch draws from: its number, places in the batch, and row numbers, ascending."""
+        flat = np.array([self._order[number * self._size + place] for place in self._part])
+        sources = np.searchsorted(self._edges, flat, side="right") - 1
+        order = np.argsort(flat, kind="stable")  # a memory-mapped file is then read forwards
+        cuts = np.searchsorted(sources[order], range(len(self._sources) + 1))
+        found = [(source, order[cuts[source] : cuts[source + 1]]) for source in range(len(self._sources))]
+        return [(source, at, flat[at] - self._edges[source]) for source, at in found if len(at)]
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        batch = np.empty((len(self._part), self._sources[0].shape[1]), np.float32)
+        for source, at, numbers in self.parts(index):
+            rows = self._sources[source][numbers]
+            batch[at] = shards.cast(rows, np.float32, self._names[source], "scale it", numbers)
+        return batch
+
+
+def batches(
+    rows: Rows | Sequence[Rows],
+    size: int,
+    *,
+    seed: int,
+    weights: Sequence[float] | None = None,
+    window: int | None = None,
+    part: slice = slice(None),
+    names: Sequence[str] | None = None,
+) -> Batches:
+    """Yield batches `[size d]` in float32 for ever, each row once before any comes again, in an order anew each time.
+
+    So it is of each source: a pass over its rows ends before the next begins, though a batch may hold rows of both.
+
+    Args:
+      rows: `[n d]`, may be memory-mapped; or several of them, to be mixed.
+      size: rows a batch, at most `n`.
+      seed: of the shuffles.
+      weights: in which proportions to mix, whatever the lengths; by default in those of the lengths, as if joined.
+      window: rows that are shuffled among themselves, one window after the other, where rows had better be read
+        forwards (`harvest.live`); by default all are. The last window of a pass holds the rest.
+      part: which rows of each batch to read, those that this process needs; all by default.
+      names: of the sources, for messages.
+
+    Raises:
+      InputError: if there are fewer rows than a batch holds, or the shapes, dtypes, window or weights do not fit; in
+        reading, at a row of float64 that overflows.
+
+    Example:
+      >>> stream = batches(np.arange(6.0).reshape(3, 2), 2, seed=0)
+      >>> next(stream).shape, stream.position
+      ((2, 2), 1)
+    """
+    import grain
+
+    sources: list[Any] = [rows] if hasattr(rows, "shape") else list(rows)  # pyright: ignore[reportArgumentType]
+    names = names or [f"source {number}" for number in range(len(sources))]
+    for name, source in zip(names, sources, strict=True):
+        if source.ndim != 2 or not source.size or source.dtype.kind in "cObSU":
+            got = f"{source.dtype} of shape {source.shape}"
+            raise InputError(f"{name}: got {got}, expected real numbers (rows, width); pass those.")
+    for option, value in (("size", size), ("window", window)):
+        if value is not None and value < 1:
+            raise InputError(f"got {option} {value}; pass at least 1.")
+    total = sum(map(len, sources))
+    if total < size:
+        raise InputError(f"got {total} rows for batches of {size}; pass more rows or a smaller batch.")
+    widths = {source.shape[1] for source in sources}
+    if len(widths) > 1:
+        raise InputError(f"got sources of widths {sorted(widths)}; pass activations of one layer.")
+
+    def shuffled(first: int, end: int, seed: int):
+        def together(first):
+            return grain.MapDataset.range(first, end).seed(seed % 2**32).shuffle()
+
+        if window is None or window >= end - first:
+            return together(first).repeat()
+        rest = end - (end - first) % window  # the rows from here on are a window of their own
+        windows = grain.experimental.WindowShuffleMapDataset(
+            grain.MapDataset.range(first, rest),
+            window_size=window,
+            seed=seed % 2**31,  # the number of the window is added to it, and the sum has 32 bits
+        )
+        return grain.MapDataset.concatenate([windows, together(rest)] if rest < end else [windows]).repeat()
+
+    if weights is None:
+        order = shuffled(0, total, seed)
+    else:
+        if len(weights) != len(sources) or not all(0 < weight < np.inf for weight in weights):
+            raise InputError(f"got weights {list(weights)} for {len(sources)} sources; pass a positive one for each.")
+        edges = np.cumsum([0, *map(len, sources)]).tolist()
+        pairs = enumerate(itertools.pairwise(edges))
+        order = grain.MapDataset.mix([shuffled(*pair, seed + number) for number, pair in pairs], weights)
+    return Batches(_Numbered(sources, names, order, size, part))

@@ -1,0 +1,218 @@
+"""Rows to train and measure on: activations on disk, or patches of two photographs."""
+
+import hashlib
+import io
+import json
+import os
+import tokenize
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+
+from jaxsae._core.files import InputError, local_path
+from jaxsae.data import shards
+
+Rows = np.ndarray | shards.Rows  # `[n d]`, in memory or not
+_SAMPLED, _BLOCKS = 64 << 20, 256  # bytes of rows whose values are hashed, and in how many places
+_MEND = "write the file anew"
+# What numpy lets out when a file is not what it says.
+_UNREADABLE = (
+    *(ValueError, TypeError, EOFError, OSError, LookupError, SyntaxError, NotImplementedError, MemoryError),
+    *(tokenize.TokenError, zipfile.BadZipFile, zlib.error, safetensors.SafetensorError, RuntimeError),
+)
+
+
+def open_rows(path: str | os.PathLike) -> Rows:
+    """Open activations as rows `[n d]`: a file in one of several formats, or a directory of shards.
+
+    Formats are `.npy` and `.safetensors`, memory-mapped; `.npz`; and `.array_record`, whose records are rows, each as
+    the bytes of an `.npy` file. Leading axes are flattened into rows. There must be one array of activations in a file.
+    Of a directory that is still being written, the whole shards are opened.
+
+    Args:
+      path: the file, or the directory.
+
+    Returns:
+      `[n d]`, float16, bfloat16, float32 or float64.
+
+    Raises:
+      InputError: if the file is missing, truncated, not an array, empty, or not floating point; as `shards.read`.
+
+    Example:
+      >>> import tempfile, numpy as np
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     np.save(f"{folder}/x.npy", np.zeros((2, 3, 4), np.float32))
+      ...     open_rows(f"{folder}/x.npy").shape
+      (6, 4)
+    """
+    path = local_path(path)
+    expected = "expected a .npy or .npz array of floating-point activations (rows, width)"
+    kind = {".safetensors": _open_safetensors, ".array_record": _open_records}.get(path.suffix)
+    if Path(path, shards.MANIFEST).is_file():
+        rows = shards.open_rows(path)
+        if not len(rows):
+            raise InputError(f"{path}: has shape {rows.shape}; {expected}.")
+        return rows
+    if not path.is_file():
+        what = f"a directory without {shards.MANIFEST}" if path.is_dir() else "no such file"
+        raise InputError(f"{path}: {what}; {expected}.")
+    with open(path, "rb") as file:
+        magic = file.read(6)
+    if kind is None and magic[:2] != b"PK" and magic != b"\x93NUMPY":
+        raise InputError(f"{path}: {'not an array file' if magic else 'the file is empty'}; {expected}.")
+    try:
+        if kind is not None:
+            array = kind(path)
+        elif magic[:2] == b"PK":
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+                array = _only_array(archive, path)
+        else:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except InputError:
+        raise
+    except _UNREADABLE as error:
+        raise InputError(f"{path}: is damaged or holds no plain array ({_reason(error)}); {expected}.") from error
+    dtype = array.dtype.newbyteorder("=")
+    if dtype not in (np.float16, np.float32, np.float64, jnp.bfloat16):
+        raise InputError(f"{path}: holds {array.dtype}; {expected}: convert it with .astype('float32').")
+    if array.ndim < 2 or array.size == 0:
+        raise InputError(f"{path}: has shape {array.shape}; {expected}.")
+    if isinstance(array, shards.Rows):
+        return array
+    rows = array.reshape(-1, array.shape[-1])
+    if dtype == array.dtype:
+        return rows
+    return shards.Rows(lambda _: rows, np.array([0, len(rows)]), range(len(rows)), rows.shape[1], dtype)
+
+
+def _open_safetensors(path: Path) -> np.ndarray:
+    with safetensors.safe_open(path, "numpy") as file:  # checks the header
+        names = list(file.keys())
+    if len(names) != 1:
+        raise InputError(f"{path}: holds {len(names)} arrays ({', '.join(names) or 'nothing'}); expected one.")
+    with open(path, "rb") as file:
+        start = int.from_bytes(file.read(8), "little")
+        entry = json.loads(file.read(start))[names[0]]
+    dtype = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}.get(entry["dtype"])
+    if dtype is None:
+        raise TypeError(f"its values are {entry['dtype']}")
+    offset = 8 + start + entry["data_offsets"][0]
+    return np.memmap(path, jnp.dtype(dtype), "r", offset, tuple(entry["shape"]))
+
+
+class _Records:
+    """Rows of an ArrayRecord file by their numbers."""
+
+    def __init__(self, path: Path):
+        import grain
+
+        self._path = path
+        self._source: Any = grain.sources.ArrayRecordDataSource([str(path)])
+        if not len(self._source):
+            raise ValueError("it has no records")
+        (self.first,) = self._rows([0])
+        if self.first.ndim != 1:
+            raise ValueError(f"a record has shape {self.first.shape}")
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, numbers: np.ndarray) -> np.ndarray:
+        rows, expected = self._rows(np.asarray(numbers).tolist()), self.first
+        for number, row in zip(numbers, rows, strict=True):
+            if row.ndim == 1 and row.shape != expected.shape:
+                what, wanted = f"has width {len(row)}", f"{len(expected)}"
+            elif (row.shape, row.dtype) != (expected.shape, expected.dtype):
+                what, wanted = f"has shape {row.shape} of {row.dtype}", f"{expected.shape} of {expected.dtype}"
+            else:
+                continue
+            raise InputError(f"{self._path}: record {number} {what}, expected {wanted} as record 0; {_MEND}.")
+        return np.stack(rows)
+
+    def _rows(self, numbers: list[int]) -> list[np.ndarray]:
+        try:
+            records = map(io.BytesIO, self._source.__getitems__(numbers))
+            return [np.lib.format.read_array(record, allow_pickle=False) for record in records]
+        except _UNREADABLE as error:
+            if len(numbers) > 1:  # find which
+                return [row for number in numbers for row in self._rows([number])]
+            raise InputError(
+                f"{self._path}: record {numbers[0]} is no .npy file ({_reason(error)}); {_MEND}."
+            ) from error
+
+
+def _open_records(path: Path) -> shards.Rows:
+    records: Any = _Records(path)
+    window, dtype = range(len(records)), records.first.dtype.newbyteorder("=")
+    return shards.Rows(lambda _: records, np.array([0, len(records)]), window, len(records.first), dtype)
+
+
+def _reason(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _only_array(archive, path: Path) -> np.ndarray:
+    if len(archive.files) != 1:
+        names = ", ".join(archive.files) or "nothing"
+        raise InputError(f"{path}: holds {len(archive.files)} arrays ({names}); expected one: save it alone.")
+    array = archive[archive.files[0]]
+    if not isinstance(array, np.ndarray):
+        raise TypeError(f"its only member is {archive.files[0]!r}")
+    return array
+
+
+def require_finite(rows: Rows, what: str) -> None:
+    """Raise if there are rows with NaN or Inf.
+
+    Args:
+      rows: `[n d]`, may be memory-mapped.
+      what: they are, to be told.
+
+    Raises:
+      InputError: how many there are, and which is the first.
+
+    Example:
+      >>> require_finite(np.array([[1.0], [np.nan]]), "x.npy")
+      Traceback (most recent call last):
+      jaxsae.InputError: x.npy: 1 of 2 rows hold NaN or Inf, the first is row 1; drop or mend them.
+    """
+    chunk = max(1, (64 << 20) // rows[0].nbytes)  # the rows may be a file larger than memory
+    finite = [np.isfinite(rows[at : at + chunk]).all(axis=1) for at in range(0, len(rows), chunk)]
+    bad = np.flatnonzero(~np.concatenate(finite))
+    if bad.size:
+        raise InputError(
+            f"{what}: {bad.size} of {len(rows)} rows hold NaN or Inf, the first is row {bad[0]}; drop or mend them."
+        )
+
+
+def fingerprint(rows: Rows) -> str:
+    """A hash by which other rows in the place of these are noticed, cheap for any number of them.
+
+    It is of their number, width, dtype and values: all of them up to 64 MiB, beyond that blocks spread evenly; of a
+    directory of shards, the checksums in its manifest instead; of rows that are computed, no values.
+
+    Args:
+      rows: `[n d]`, may be memory-mapped.
+
+    Example:
+      >>> a, b = np.zeros((5, 2)), np.zeros((5, 2))
+      >>> b[3, 1] = 1.0
+      >>> fingerprint(a) == fingerprint(a.copy()), fingerprint(a) == fingerprint(b)
+      (True, False)
+    """
+    hashed = hashlib.blake2b(repr((rows.shape, rows.dtype.newbyteorder("=").name)).encode(), digest_size=8)
+    if isinstance(rows, shards.Rows) and rows.checksum is not None:
+        hashed.update(rows.checksum.encode())
+        return hashed.hexdigest()
+    most = max(_BLOCKS, _SAMPLED // max(1, rows.nbytes // len(rows)))
+    blocks = 1 if len(rows) <= most else _BLOCKS
+    size = min(len(rows), most) // blocks
+    for start in np.linspace(0, len(rows) - size, blocks).astype(int).tolist():
+        block = np.asarray(rows[start : start + size])
+        hashed.update(np.ascontiguousarray(block, block.dtype.newbyteorder("<")).tobytes())
+    return hashed.hexdigest()

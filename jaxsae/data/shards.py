@@ -1,0 +1,481 @@
+"""A directory of activations that others can read: plain `.npy` shards and a JSON manifest, never half-valid.
+
+    manifest.json     width, dtype, rows, complete, source; the rows of each shard, size and CRC-32 of its files
+    00000.npy         [n d], float16 or float32; bfloat16, which .npy does not know, as uint16 of the same bits
+    00000.tokens.npy  a column beside it, of any shape and dtype
+
+A shard is there once the manifest names it: the manifest is replaced, in one step, when the files are on the disk.
+"""
+
+import contextlib
+import functools
+import io
+import json
+import math
+import os
+import re
+import tokenize
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsae._core.files import InputError, atomic_file, flush_folder, local_path, remove
+
+MANIFEST = "manifest.json"
+_FORMAT, _VERSION, _DTYPES = "jaxsae-activations", 1, ("float16", "float32", "bfloat16")
+_SHARD = re.compile(r"([0-9]{5,})(?:\.([A-Za-z_][A-Za-z0-9_]*))?\.npy")  # its number; the column that it is
+_PARTIAL = re.compile(rf"\.(?:{_SHARD.pattern}|{re.escape(MANIFEST)})(?:\.\w+)?\.partial")  # of `atomic_file`
+_MOST_MAPS = 128  # each holds a file descriptor, of which some systems allow 256
+_MEND = "copy or make the directory anew"
+
+
+class Manifest(NamedTuple):
+    """What a directory holds.
+
+    Attributes:
+      width: of the rows.
+      dtype: of the rows, by name.
+      source: JSON, where the rows come from.
+      complete: whether its writer has finished.
+      shards: as in the JSON, `{"rows": n, "files": {name: {"bytes": …, "crc32": …}}}`.
+    """
+
+    width: int
+    dtype: str
+    source: Any
+    complete: bool = False
+    shards: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """Of all shards."""
+        return sum(shard["rows"] for shard in self.shards)
+
+    @property
+    def files(self) -> dict[str, dict[str, Any]]:
+        """Of all shards, by name."""
+        return {name: file for shard in self.shards for name, file in shard["files"].items()}
+
+
+def read(folder: str | os.PathLike) -> Manifest:
+    """Read the manifest of a directory, complete or not, and check that its files are there.
+
+    Args:
+      folder: the directory.
+
+    Raises:
+      InputError: if the manifest is missing, damaged or of another format, or a file is missing or of another size.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     Writer(folder, width=4, dtype="float16", source={}).append(np.zeros((6, 4)))
+      ...     read(folder).rows, read(folder).complete
+      (6, False)
+    """
+    path = local_path(folder) / MANIFEST
+    try:
+        manifest = _parse(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; expected the manifest of a directory of activations.") from error
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
+        raise InputError(f"{path}: is damaged or no manifest of activations ({reason}); {_MEND}.") from error
+    for name, file in manifest.files.items():
+        path = Path(folder, name)
+        found = f"has {path.stat().st_size} bytes" if path.is_file() else "no such file"
+        if found != f"has {file['bytes']} bytes":
+            raise InputError(f"{path}: {found}, expected {file['bytes']} bytes; {_MEND}.")
+    return manifest
+
+
+def _parse(content: bytes) -> Manifest:
+    record = json.loads(content)
+    if (record["format"], record["version"]) != (_FORMAT, _VERSION):
+        raise ValueError(f"{record['format']!r} {record['version']!r}, expected {_FORMAT!r} {_VERSION}")
+    manifest = Manifest(**{name: record[name] for name in Manifest._fields})._replace(shards=tuple(record["shards"]))
+    right = type(manifest.width) is int and manifest.width > 0
+    right &= manifest.dtype in _DTYPES and type(manifest.complete) is bool
+    for number, shard in enumerate(manifest.shards):
+        names = [_SHARD.fullmatch(name) for name in shard["files"]]  # none leads out of the directory
+        right &= all(name and int(name[1]) == number for name in names) and _name(number) in shard["files"]
+        right &= all(type(file["bytes"]) is int and type(file["crc32"]) is str for file in shard["files"].values())
+        right &= type(shard["rows"]) is int and shard["rows"] > 0
+    if not right or record["rows"] != manifest.rows:
+        raise ValueError("a value is not as it must be")
+    return manifest
+
+
+def _name(number: int, column: str | None = None) -> str:
+    return f"{number:05d}.npy" if column is None else f"{number:05d}.{column}.npy"
+
+
+class Writer:
+    """The one writer of a directory: starts it, or goes on after its last whole shard.
+
+    Attributes: `manifest`, as it is on the disk; `shards` and `rows`, how many it has.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     writer = Writer(folder, width=4, dtype="float16", source={"model": "none"})
+      ...     writer.append(np.zeros((6, 4)), tokens=np.arange(6))
+      ...     writer.finish()
+      ...     writer.shards, open_rows(folder).shape, column(folder, "tokens").shape
+      (1, (6, 4), (6,))
+    """
+
+    def __init__(self, folder: str | os.PathLike, *, width: int, dtype: Any, source: Any):
+        """Start, or go on.
+
+        Args:
+          folder: the directory, made if missing.
+          width: of the rows.
+          dtype: float16, float32 or bfloat16.
+          source: any JSON, where the rows come from; a directory is only continued with an equal one.
+
+        Raises:
+          InputError: if the directory holds something else, was made with other arguments, or is damaged.
+        """
+        self.folder = local_path(folder)
+        self._path = self.folder / MANIFEST
+        name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
+        new = Manifest(int(width), name, json.loads(json.dumps(source, allow_nan=False)))
+        if new.width < 1 or new.dtype not in _DTYPES:
+            raise InputError(
+                f"{folder}: got width {width} and dtype {name}; pass at least 1, and one of {', '.join(_DTYPES)}."
+            )
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot write {folder}: {error.strerror}; choose another --out.") from error
+        flush_folder(self.folder.parent)
+        if self._path.exists():
+            self._hold(read(folder))
+            got, expected = _arguments(new), _arguments(self.manifest)
+            for name in (name for name in sorted(got | expected) if got.get(name) != expected.get(name)):
+                what = f"got {name} {got.get(name, 'nothing')}, expected {expected.get(name, 'nothing')}"
+                raise InputError(f"{folder}: {what}; choose another --out, or remove it.")
+        elif all(_PARTIAL.fullmatch(name) for name in os.listdir(folder)):
+            self._commit(new)
+        else:
+            raise InputError(f"{folder}: holds files but no {MANIFEST}; choose another --out, or remove it.")
+        self._sweep()
+
+    def append(self, rows: Any, /, **columns: Any) -> None:
+        """Write a shard, whole or not at all.
+
+        Args:
+          rows: `[n d]`, cast to the directory's dtype.
+          **columns: arrays of any shape and dtype, the same names in every shard.
+
+        Raises:
+          InputError: if the rows are of another width or overflow in the cast, or the directory is complete.
+          OSError: if the disk is full, say; what was there stays.
+        """
+        self._require_mine()
+        rows = _stored_rows(rows, self.manifest, self.folder)
+        contents = {_name(self.shards, name): _serialised(x, name) for name, x in {None: rows, **columns}.items()}
+        first = self.manifest.shards[0]["files"] if self.shards else contents
+        same = {name.partition(".")[2] for name in first} == {name.partition(".")[2] for name in contents}
+        if not same or not all(map(_SHARD.fullmatch, contents)):
+            raise InputError(f"{self.folder}: got columns {list(columns)}; pass plain names, the same in every shard.")
+        files = {name: {"bytes": len(content), "crc32": _crc32(content)} for name, content in contents.items()}
+        shards = (*self.manifest.shards, {"rows": len(rows), "files": files})
+        try:
+            for name, content in contents.items():
+                _write(self.folder / name, content)
+            self._commit(self.manifest._replace(shards=shards))
+        except BaseException:
+            with contextlib.suppress(OSError, ValueError):
+                if _parse(self._path.read_bytes()) == self.manifest:  # else it names the new shard
+                    self._sweep()
+            raise
+
+    def finish(self) -> None:
+        """Mark the directory complete."""
+        if not self.manifest.complete:
+            self._require_mine()
+            self._commit(self.manifest._replace(complete=True))
+
+    def _require_mine(self) -> None:
+        if self.manifest.complete:
+            raise InputError(f"{self.folder}: is complete; choose another --out, or remove it.")
+        if _parse(self._path.read_bytes()) != self.manifest:
+            raise InputError(f"{self.folder}: another process has written there; stop one, and start the other again.")
+
+    def _commit(self, manifest: Manifest) -> None:
+        record = {"format": _FORMAT, "version": _VERSION, "rows": manifest.rows, **manifest._asdict()}
+        _write(self._path, json.dumps(record, indent=1).encode())
+        self._hold(manifest)
+
+    def _hold(self, manifest: Manifest) -> None:
+        self.manifest, self.shards, self.rows = manifest, len(manifest.shards), manifest.rows
+
+    def _sweep(self) -> None:
+        """Remove what is left of an unfinished shard."""
+        for name in os.listdir(self.folder):
+            if _PARTIAL.fullmatch(name) or (_SHARD.fullmatch(name) and name not in self.manifest.files):
+                remove(self.folder / name)
+
+
+def _arguments(manifest: Manifest) -> dict[str, str]:
+    """What a directory is made with; a source that is an object by its members, to name the one that differs."""
+    source = manifest.source if isinstance(manifest.source, dict) else {"": manifest.source}
+    parts = {f"source {name}".rstrip(): value for name, value in source.items()}
+    parts |= {"width": manifest.width, "dtype": manifest.dtype}
+    return {name: json.dumps(value, sort_keys=True) for name, value in parts.items()}
+
+
+def _stored_rows(rows: Any, manifest: Manifest, folder: Path) -> np.ndarray:
+    rows = np.asarray(rows)
+    if rows.ndim != 2 or rows.shape[1] != manifest.width or not len(rows):
+        raise InputError(f"{folder}: got rows of shape {rows.shape}; pass at least one, {manifest.width} wide.")
+    return cast(rows, manifest.dtype, str(folder), "pass --dtype float32").view(_stored(manifest.dtype))
+
+
+def cast(rows: Any, dtype: Any, what: str, do: str, numbers: Any = None) -> np.ndarray:
+    """Rows in another floating-point dtype; none becomes infinite in silence.
+
+    Args:
+      rows: `[n d]`, real numbers.
+      dtype: wanted.
+      what: the rows are, for the message.
+      do: what the message says to do.
+      numbers: of the rows, for the message; their places by default.
+
+    Raises:
+      InputError: if they are no real numbers, or a finite one overflows.
+
+    Example:
+      >>> cast(np.array([[1.0], [1e300]]), np.float32, "x.npy", "scale it")
+      Traceback (most recent call last):
+      jaxsae.InputError: x.npy: row 1 holds 1e+300, 1 finite values overflow float32; scale it.
+    """
+    rows, dtype = np.asarray(rows), jnp.dtype(dtype)
+    if not (jnp.issubdtype(rows.dtype, jnp.floating) or jnp.issubdtype(rows.dtype, jnp.integer)):
+        raise InputError(f"{what}: holds {rows.dtype}; expected real numbers: convert it with .astype('float32').")
+    with np.errstate(over="ignore"):
+        found = rows.astype(dtype, copy=False)
+    if not np.can_cast(rows.dtype, dtype):
+        wrong = np.argwhere(~np.isfinite(found) & np.isfinite(rows))
+        if len(wrong):
+            row = wrong[0, 0] if numbers is None else numbers[wrong[0, 0]]
+            held = f"row {row} holds {rows[tuple(wrong[0])]:g}"
+            raise InputError(f"{what}: {held}, {len(wrong)} finite values overflow {dtype}; {do}.")
+    return found
+
+
+def _stored(dtype: str) -> str:
+    """As what values are in a `.npy` file."""
+    return "uint16" if dtype == "bfloat16" else dtype
+
+
+def _serialised(array: Any, column: str | None) -> bytes:
+    array = np.atleast_1d(array)
+    if array.dtype.kind in "OV":
+        raise InputError(f"column {column}: holds {array.dtype}, which .npy files cannot; convert it with .astype().")
+    np.save(buffer := io.BytesIO(), np.ascontiguousarray(array), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _crc32(content: bytes) -> str:
+    return f"{zlib.crc32(content):08x}"
+
+
+def _write(path: Path, content: bytes) -> None:
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def column(folder: str | os.PathLike, name: str) -> np.ndarray:
+    """A column of all whole shards, joined along its first axis.
+
+    Args:
+      folder: the directory.
+      name: of the column.
+
+    Raises:
+      InputError: as `read`, or if a shard has no such column, or it is damaged.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     Writer(folder, width=4, dtype="float16", source={}).append(np.zeros((2, 4)), tokens=np.array([7, 9]))
+      ...     column(folder, "tokens").tolist()
+      [7, 9]
+    """
+    manifest = read(folder)
+    files = [_name(number, name) for number in range(len(manifest.shards))]
+    if not files or not manifest.files.keys() >= set(files):
+        raise InputError(f"{folder}: not every shard has a column {name!r}; pass one that its {MANIFEST} names.")
+    contents = [_checked(Path(folder, file), manifest.files[file]["crc32"]) for file in files]
+    try:
+        return np.concatenate([np.load(io.BytesIO(content), allow_pickle=False) for content in contents])
+    except ValueError as error:
+        raise InputError(f"{folder}: the column {name!r} does not fit together ({error}); read its files.") from error
+
+
+def verify(folder: str | os.PathLike) -> None:
+    """Read every file of a directory, and compare it with its checksum.
+
+    Args:
+      folder: the directory.
+
+    Raises:
+      InputError: as `read`, or at the first file that is not what was written.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     Writer(folder, width=4, dtype="float16", source={}).append(np.zeros((6, 4)))
+      ...     verify(folder)
+    """
+    for name, file in read(folder).files.items():
+        _checked(Path(folder, name), file["crc32"])
+
+
+def _checked(path: Path, crc32: str) -> bytes:
+    content = path.read_bytes()
+    _require(path, _crc32(content), crc32)
+    return content
+
+
+def _check(path: Path, crc32: str) -> None:
+    """The same of a file that need not be in memory."""
+    total = 0
+    try:
+        with open(path, "rb") as file:
+            while piece := file.read(1 << 22):
+                total = zlib.crc32(piece, total)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); {_MEND}.") from error
+    _require(path, f"{total:08x}", crc32)
+
+
+def _require(path: Path, got: str, expected: str) -> None:
+    if got != expected:
+        raise InputError(f"{path}: is damaged, its CRC-32 is {got}, expected {expected}; {_MEND}.")
+
+
+class Rows:
+    """Rows `[n d]` of a directory, memory-mapped and read when asked for.
+
+    A slice is a view, which reads nothing. Arrays are: a row, rows by number, a slice with a step, `np.asarray(rows)`.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[int], np.ndarray],
+        edges: np.ndarray,
+        window: range,
+        width: int,
+        dtype: Any,
+        checksum: str | None = None,
+    ):
+        """As `open_rows` makes it.
+
+        Args:
+          load: maps a shard by its number.
+          edges: where shards begin, and the end.
+          window: what is seen.
+          width: of the rows.
+          dtype: of the rows.
+          checksum: of all that can be loaded, if it is known; "" of what is computed.
+        """
+        self._load, self._edges, self._window, self.checksum = load, edges, window, checksum
+        self.shape, self.ndim, self.dtype = (len(window), width), 2, np.dtype(dtype)
+        self.size = len(window) * width
+        self.nbytes = self.size * self.dtype.itemsize
+
+    def __len__(self) -> int:
+        return len(self._window)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            window = self._window[index]
+            if window.step == 1:
+                return Rows(self._load, self._edges, window, self.shape[1], self.dtype, self.checksum)
+            return self._take(np.arange(window.start, window.stop, window.step), self.dtype)
+        numbers = np.asarray(index)
+        if isinstance(index, tuple) or (numbers.dtype.kind not in "iu" and numbers.size):
+            raise IndexError("rows are taken by a slice or by number; np.asarray(rows) takes any index")
+        if ((numbers < -len(self)) | (numbers >= len(self))).any():
+            raise IndexError(f"an index is out of range for {len(self)} rows")
+        return self._take(self._window.start + numbers.astype(np.intp) % max(1, len(self)), self.dtype)
+
+    def _take(self, numbers: Any, dtype: Any) -> np.ndarray:
+        """Rows by their numbers in the directory."""
+        numbers = np.asarray(numbers, np.intp)
+        flat = numbers.ravel()
+        shards = np.searchsorted(self._edges, flat, side="right") - 1
+        order = np.argsort(shards, kind="stable")
+        out = np.empty((flat.size, self.shape[1]), dtype)
+        for part in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1) if flat.size else ():
+            number = int(shards[part[0]])
+            out[part] = self._load(number)[flat[part] - self._edges[number]]
+        return out.reshape(*numbers.shape, self.shape[1])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False:
+            raise ValueError("rows of a directory cannot be an array without a copy")
+        return self._take(np.arange(self._window.start, self._window.stop), dtype or self.dtype)
+
+
+def open_rows(folder: str | os.PathLike) -> Rows:
+    """Open the rows of a directory: of its whole shards, if it is not complete.
+
+    Args:
+      folder: the directory.
+
+    Returns:
+      `[n d]`, float16, float32 or bfloat16. A shard is checked when it is first read, and an `InputError` if damaged.
+
+    Raises:
+      InputError: as `read`, or if a shard is no array of the shape and dtype that the manifest tells.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     Writer(folder, width=4, dtype="float16", source={}).append(np.ones((6, 4)))
+      ...     rows = open_rows(folder)
+      ...     rows[2:4].shape, rows[0].tolist()
+      ((2, 4), [1.0, 1.0, 1.0, 1.0])
+    """
+    manifest = read(folder)
+    paths = [Path(folder, _name(number)) for number in range(len(manifest.shards))]
+    shapes, dtype = [(shard["rows"], manifest.width) for shard in manifest.shards], jnp.dtype(manifest.dtype)
+    offsets = [_offset(path, shape, manifest.dtype) for path, shape in zip(paths, shapes, strict=True)]
+
+    checked: set[int] = set()
+
+    @functools.lru_cache(_MOST_MAPS)
+    def load(number):
+        if number not in checked:
+            _check(paths[number], manifest.files[paths[number].name]["crc32"])
+            checked.add(number)
+        return np.asarray(np.memmap(paths[number], dtype, "r", offsets[number], shapes[number]))
+
+    edges = np.cumsum([0, *(rows for rows, _ in shapes)])
+    checksum = " ".join(manifest.files[path.name]["crc32"] for path in paths)
+    return Rows(load, edges, range(manifest.rows), manifest.width, dtype, checksum)
+
+
+def _offset(path: Path, shape: tuple[int, int], dtype: str) -> int:
+    """Where the values of a shard begin."""
+    try:
+        with open(path, "rb") as file:
+            version = np.lib.format.read_magic(file)
+            found = np.lib.format.read_array_header_1_0(file)
+            offset = file.tell()
+    except (ValueError, TypeError, SyntaxError, LookupError, tokenize.TokenError) as error:
+        raise InputError(f"{path}: is no .npy file ({str(error).partition(chr(10))[0]}); {_MEND}.") from error
+    in_order = (shape, False, np.dtype(_stored(dtype)).newbyteorder("<"))
+    whole = offset + math.prod(shape) * jnp.dtype(dtype).itemsize == path.stat().st_size
+    if version != (1, 0) or found != in_order or not whole:
+        raise InputError(f"{path}: holds no array {shape} of {dtype}, row after row; {_MEND}.")
+    return offset

@@ -1,0 +1,457 @@
+"""SAEs on disk and on the hub: our own format, and those of other libraries, in one table.
+
+Our own is a directory: `sae.json` says what it is, `sae.safetensors` holds the arrays.
+"""
+
+import dataclasses
+import os
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsae._core.files import InputError, atomic_directory, local_path, settled
+from jaxsae.autoencoder import activations, normalisation
+from jaxsae.autoencoder.sae import SAE, fold_scale
+from jaxsae.autoencoder.sae import describe as describe_sae
+from jaxsae.formats import dictionary_learning, gemma_scope, hub, llama_scope, openai, saelens, sparsify
+from jaxsae.formats.common import (
+    Raw,
+    Tensors,
+    Weights,
+    assemble,
+    flag,
+    number,
+    require_k,
+    require_used,
+    take,
+    write_json,
+    write_safetensors,
+)
+from jaxsae.formats.tensors import place, read_json, read_safetensors, writable
+
+_VERSION = 1
+_CONFIG, _WEIGHTS = "sae.json", "sae.safetensors"
+_ACTIVATIONS = {
+    cls.__name__: cls
+    for cls in (
+        *(activations.ReLU, activations.TopK, activations.AbsTopK, activations.BatchTopK),
+        *(activations.JumpReLU, activations.Gated, activations.GroupMax, activations.MatchingPursuit),
+    )
+}
+_KEYS = {
+    *("format", "version", "d", "m", "d_out", "centred", "transcoder", "skip", "activation", "normalisation", "arrays")
+}
+_NORMALISATIONS = {
+    cls.__name__: cls for cls in (normalisation.LayerNorm, normalisation.ConstantNorm, normalisation.AverageNorm)
+}
+
+
+class _Format(NamedTuple):
+    detect: Callable[[Path], bool]
+    read: Callable[[Path], Raw]
+    convert: Callable[[Raw], SAE]
+    write: Callable[[SAE, Path], None] | None
+
+
+def load(path: str | os.PathLike, *, format: str | None = None, dtype: Any = None, revision: str | None = None) -> SAE:
+    """Load an SAE from disk, or from the Hugging Face hub: one that computes what its origin computes.
+
+    Large arrays are mapped and copied piece by piece, so that hardly more than the SAE itself is in memory. Torch
+    pickles are read without torch, and without running what is in them.
+
+    Args:
+      path: what `save` wrote, a training run, or a directory or file of another library; on the hub,
+        `"hf://org/repository/path"`, or a release and id of SAELens', `"gpt2-small-res-jb/blocks.8.hook_resid_pre"`, if
+        sae-lens is installed.
+      format: a name from `FORMATS`; found out from the contents by default.
+      dtype: of the weights, such as `"float32"`; that of the files by default. Thresholds stay in float32 or better.
+      revision: branch, tag or commit, on the hub.
+
+    Raises:
+      InputError: if nothing is there, or it is of no known format or of several, of a newer version, truncated, or
+        wants to run code; if arrays and configuration disagree, an array is of no use, or holds NaN.
+
+    Example:
+      >>> import tempfile, jax, jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.TopK(2))
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     jaxsae.pretrained.save(sae, f"{folder}/sae", format="saelens")
+      ...     jaxsae.pretrained.load(f"{folder}/sae").activation.k
+      2
+    """
+    return _load(path, format, dtype, revision)[0]
+
+
+def describe(path: str | os.PathLike, *, revision: str | None = None) -> dict[str, str]:
+    """What is at a path, in words: its format, what it computes, and the site that it is for, where that is written.
+
+    Args:
+      path: as for `load`.
+      revision: branch, tag or commit, on the hub.
+
+    Raises:
+      InputError: as for `load`.
+
+    Example:
+      >>> import tempfile, jax, jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.TopK(2))
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     jaxsae.pretrained.save(sae, f"{folder}/sae", format="sparsify")
+      ...     told = jaxsae.pretrained.describe(f"{folder}/sae")
+      >>> told["format"], told["kind"]
+      ('sparsify', 'autoencoder, 4 wide, 8 latents, float32')
+    """
+    sae, format, config = _load(path, None, None, revision)
+    metadata = config.get("metadata")
+    known = config | (metadata if isinstance(metadata, dict) else {})
+    names = ("model_name", "lm_name", "hook_name", "hf_hook_point_in", "hook_point_in", "layer")
+    site = ", ".join(str(known[name]) for name in names if known.get(name) is not None)
+    return {"format": format, **describe_sae(sae)} | ({"site": site} if site else {})
+
+
+def _load(
+    path: str | os.PathLike, format: str | None, dtype: Any, revision: str | None
+) -> tuple[SAE, str, dict[str, Any]]:
+    """The SAE, its format, and its configuration."""
+    found = hub.find(path, revision=revision)
+    local = found.path
+    name = detect(local) if format is None else format
+    row = _row(name)
+    local = _within_run(local) if name == "jaxsae" else local
+    try:
+        raw = row.read(local)
+        config = raw.config | (found.config if name == "saelens" else {})
+        wanted = None if dtype is None else _dtype(dtype)
+        with np.errstate(all="ignore"):  # numbers that overflow are what is in the file
+            raw = raw._replace(config=config, dtype=wanted)
+            sae = row.convert(raw)
+        require_used(raw, name, sae.activation)
+    except OSError as error:
+        raise InputError(f"{local}: {error.strerror or error}; expected files of format {name}.") from error
+    averaged = isinstance(sae.normalisation, normalisation.AverageNorm)
+    return (fold_scale(sae, found.scale) if averaged and found.scale is not None else sae), name, config
+
+
+def _dtype(dtype: Any) -> np.dtype:
+    known = ("float32", "bfloat16", "float16", "float64")
+    try:
+        found = np.dtype(jnp.dtype(dtype))
+    except TypeError:
+        found = None
+    if found is None or found.name not in known:
+        raise InputError(f"got dtype {dtype!r}, expected one of: {', '.join(known)}.")
+    if jax.dtypes.canonicalize_dtype(found) != found:
+        raise InputError(f"got dtype {found.name!r}, which jax computes with jax_enable_x64 alone; set it first.")
+    return found
+
+
+def detect(path: str | os.PathLike) -> str:
+    """The name of the format that files are in, found out from their contents.
+
+    Args:
+      path: a directory or file.
+
+    Raises:
+      InputError: if there is nothing, or nothing known.
+
+    Example:
+      >>> import tempfile, jax, jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.TopK(2))
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     jaxsae.pretrained.save(sae, f"{folder}/sae", format="dictionary_learning")
+      ...     jaxsae.pretrained.detect(f"{folder}/sae")
+      'dictionary_learning'
+    """
+    path = settled(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file or directory; expected a saved SAE ({', '.join(FORMATS)}).")
+    damaged: InputError | None = None
+    found: dict[Callable[[Path], Raw], str] = {}  # by how they are read: some formats are others with one convention
+    for name, row in FORMATS.items():
+        try:
+            if row.detect(path):
+                found.setdefault(row.read, name)
+        except InputError as error:
+            damaged = damaged or error
+    if len(found) > 1:
+        raise InputError(
+            f"{path}: holds SAEs of several formats ({', '.join(found.values())}); pass format, one of them."
+        )
+    if found:
+        return next(iter(found.values()))
+    if path.is_dir() and not any(path.iterdir()):
+        raise InputError(f"{path}: the directory is empty; expected a saved SAE ({', '.join(FORMATS)}).")
+    raise damaged or InputError(f"{path}: not an SAE of a known format; expected one of: {', '.join(FORMATS)}.")
+
+
+def save(sae: SAE, path: str | os.PathLike, *, format: str = "jaxsae") -> None:
+    """Save an SAE, whole or not at all; what was at `path` is replaced, if it is an SAE of the same format.
+
+    Args:
+      sae: the autoencoder; its arrays may be numpy's, of any memory order.
+      path: where to; a directory, but a file for `"openai"`.
+      format: a name from `FORMATS` that is written.
+
+    Raises:
+      InputError: if the format is unknown or cannot say what this SAE computes, as that of an activation of one's own;
+        if its arrays do not fit together, or are several SAEs stacked; or if the place cannot be written.
+
+    Example:
+      >>> import tempfile, jax, jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.TopK(2))
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     jaxsae.pretrained.save(sae, f"{folder}/sae")
+      ...     bool((jaxsae.pretrained.load(f"{folder}/sae").W_dec == sae.W_dec).all())
+      True
+    """
+    path, row = local_path(path), _row(format)
+    if row.write is None:
+        written = ", ".join(name for name, row in FORMATS.items() if row.write)
+        raise InputError(f"{format} is read, not written; expected one of: {written}.")
+    sae = _on_host(sae)
+    if path.exists() and (_within_run(path) != path or not _is(row, path)):
+        raise InputError(f"{path}: exists and is not a saved SAE; choose another place, or remove it.")
+    row.write(sae, path)
+
+
+def _on_host(sae: SAE) -> SAE:
+    """The SAE with its arrays as they may be written, if a file can say what it computes."""
+    if not isinstance(sae, SAE):
+        raise InputError(f"got a {type(sae).__name__} to save, expected an SAE; pass one.")
+    _require_known("activation", sae.activation, _ACTIVATIONS)
+    _require_known("normalisation", sae.normalisation, _NORMALISATIONS)
+    names = ("W_enc", "b_enc", "W_dec", "b_dec", *(() if sae.W_skip is None else ("W_skip",)))
+    arrays = {name: writable(getattr(sae, name), name) for name in names}
+    d, m, d_out = arrays["W_enc"].shape[:1], arrays["W_dec"].shape[:1], arrays["W_dec"].shape[1:]
+    shapes = {"W_enc": (*d, *m), "b_enc": m, "W_dec": (*m, *d_out), "b_dec": d_out, "W_skip": (*d, *d_out)}
+    parameters = {name: _number(value, name) for name, value in _parameters(sae.activation).items()}
+    shapes |= {name: m if value.ndim else () for name, value in parameters.items()}
+    for name, array in (arrays | parameters).items():
+        if array.shape != shapes[name] or arrays["W_dec"].ndim != 2:
+            raise InputError(
+                f"got {name} of shape {array.shape} for {m[0] if m else 1} latents; pass one SAE: of several that are "
+                "stacked, jax.tree.map(lambda leaf: leaf[i], sae)."
+            )
+        if array.dtype == bool or (name in arrays and not jnp.issubdtype(array.dtype, jnp.floating)):
+            raise InputError(f"got {name} of {array.dtype}, expected floating point; convert it.")
+    if sae.centred and d != d_out:
+        raise InputError(
+            f"got an SAE that subtracts b_dec, {d_out[0]} wide, from rows {d[0]} wide; pass centred=False."
+        )
+    activation = dataclasses.replace(sae.activation, **parameters)  # pyright: ignore[reportArgumentType]
+    require_k("got an SAE whose ", activation, m[0])
+    return dataclasses.replace(sae, **arrays, activation=activation)
+
+
+def _require_known(what: str, part: Any, known: dict[str, type]) -> None:
+    # By class, not by name: one of the user's may have the name of ours, or be made from it.
+    if part is not None and known.get(type(part).__name__) is not type(part):
+        raise InputError(
+            f"got the {what} {type(part).__name__} to save, of which a file can say nothing; expected one of: "
+            f"{', '.join(known)}: save the SAE with one of these, or its arrays by yourself."
+        )
+
+
+def _parameters(activation: Any) -> dict[str, Any]:
+    """The arrays of an activation, and the numbers in their place, by name."""
+    values, static = _options(activation)
+    return {name: value for name, value in values.items() if name not in static and value is not None}
+
+
+def _number(value: Any, name: str) -> np.ndarray:
+    return writable(float(value) if isinstance(value, int | float) else value, name)
+
+
+def _is(row: _Format, path: Path) -> bool:
+    try:
+        return row.detect(path)
+    except InputError:
+        return False
+
+
+def _row(format: str) -> _Format:
+    if format not in FORMATS:
+        raise InputError(f"got format {format!r}, expected one of: {', '.join(FORMATS)}.")
+    return FORMATS[format]
+
+
+# --- our own
+
+
+def _within_run(path: Path) -> Path:
+    inner = settled(path / "sae")
+    return inner if (inner / _CONFIG).is_file() else path
+
+
+def _detect_own(path: Path) -> bool:
+    return (_within_run(path) / _CONFIG).is_file()
+
+
+def _write_own(sae: SAE, path: Path) -> None:
+    values, static = _options(sae.activation)
+    config = {
+        "format": "jaxsae",
+        "version": _VERSION,
+        "d": sae.d,
+        "m": sae.m,
+        "d_out": sae.b_dec.size,
+        "centred": sae.centred,
+        "transcoder": sae.transcoder,
+        "skip": sae.W_skip is not None,
+        "activation": {
+            "name": type(sae.activation).__name__,
+            **{name: value for name, value in values.items() if name in static},
+        },
+    }
+    if sae.normalisation is not None:
+        config["normalisation"] = {"name": type(sae.normalisation).__name__, **_options(sae.normalisation)[0]}
+    arrays = {name: getattr(sae, name) for name in _shapes(config)}
+    arrays |= {f"activation.{name}": value for name, value in _parameters(sae.activation).items()}
+    with atomic_directory(path) as folder:
+        write_safetensors(folder / _WEIGHTS, arrays)
+        write_json(folder / _CONFIG, config | {"arrays": sorted(arrays)})
+
+
+def _options(part: Any) -> tuple[dict[str, Any], set[str]]:
+    """The fields of an activation or normalisation, and the names of those that are static."""
+    fields = dataclasses.fields(part)
+    static = {field.name for field in fields if not field.metadata.get("pytree_node", True)}
+    return {field.name: getattr(part, field.name) for field in fields}, static
+
+
+def _shapes(config: dict[str, Any]) -> dict[str, tuple]:
+    """The arrays of an SAE and their shapes."""
+    d, m, d_out = config.get("d"), config.get("m"), config.get("d_out")
+    shapes = {"W_enc": (d, m), "b_enc": (m,), "W_dec": (m, d_out), "b_dec": (d_out,)}
+    return shapes | {"W_skip": (d, d_out)} if config.get("skip") else shapes
+
+
+def _read_own(path: Path) -> Raw:
+    try:
+        config, arrays = read_json(path / _CONFIG), read_safetensors(path / _WEIGHTS)
+    except InputError as error:
+        raise InputError(
+            f"{path}: not a whole SAE ({str(error).split('; ')[0]}); expected {_CONFIG} and {_WEIGHTS}: save it again."
+        ) from error
+    if (config.get("format"), config.get("version")) != ("jaxsae", _VERSION):
+        raise InputError(
+            f"{path / _CONFIG}: says {config.get('format')!r} version {config.get('version')!r}, expected 'jaxsae' "
+            f"version {_VERSION} (format, version); load it with the version of jaxsae that wrote it."
+        )
+    if unknown := config.keys() - _KEYS:
+        raise InputError(f"{path / _CONFIG}: says {', '.join(sorted(unknown))}, which is unknown; update jaxsae.")
+    return Raw(path / _WEIGHTS, config, Tensors(arrays))
+
+
+def _convert_own(raw: Raw) -> SAE:
+    # As those of 0.1 before transcoders, and before autoencoders that subtract nothing.
+    centred = flag(raw, "centred", True)
+    config = {"d_out": raw.config.get("d"), "centred": centred, "transcoder": not centred, "skip": False} | raw.config
+    raw = raw._replace(config=config)
+    skip, shapes = flag(raw, "skip", False), _shapes(config)
+    found = {name: raw.arrays[name].shape if name in raw.arrays else None for name in shapes}
+    if found != shapes:
+        sizes = ", ".join(f"{name} {config.get(name)!r}" for name in ("d", "m", "d_out"))
+        raise InputError(f"{raw.path}: holds shapes {found}, but {_CONFIG} says {sizes}; save it again.")
+    listed = config.get("arrays", sorted(raw.arrays))  # those of 0.1 have no list
+    if listed != sorted(raw.arrays):
+        raise InputError(
+            f"{raw.path}: holds {sorted(raw.arrays)}, but the arrays of {_CONFIG} are {listed}; save it again."
+        )
+    weights = Weights(*(take(raw, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")))
+    return assemble(
+        raw,
+        _activation(raw),
+        weights._replace(W_skip=take(raw, "W_skip")) if skip else weights,
+        centred=centred,
+        transcoder=flag(raw, "transcoder", False),
+        normalisation=_normalisation(raw),
+    )
+
+
+def _normalisation(raw: Raw) -> normalisation.Normalisation | None:
+    options = raw.config.get("normalisation")
+    if options is None:
+        return None
+    name, options = _named(raw, "normalisation", options, _NORMALISATIONS)
+    try:
+        values = {option: number(raw, value, option) for option, value in options.items()}
+        return _NORMALISATIONS[name](**values)
+    except TypeError as error:
+        raise InputError(f"{raw.path.parent}: its normalisation does not fit ({error}); save it again.") from error
+
+
+def _activation(raw: Raw) -> activations.Activation:
+    name, static = _named(raw, "activation", raw.config.get("activation"), _ACTIVATIONS)
+    prefix = "activation."
+    arrays = {each.removeprefix(prefix): raw.arrays[each] for each in raw.arrays if each.startswith(prefix)}
+    try:
+        for field in dataclasses.fields(_ACTIVATIONS[name]):
+            if field.name not in arrays | static and field.default not in (None, dataclasses.MISSING):
+                raise TypeError(f"{field.name} is missing")
+            if field.name in static and not _is_of(static[field.name], field.type):
+                raise TypeError(f"{field.name} is {static[field.name]!r}")
+        return _ACTIVATIONS[name](**{each: _placed(raw, each, array) for each, array in arrays.items()}, **static)
+    except InputError:
+        raise
+    except (TypeError, ValueError) as error:
+        reason = str(error).rstrip(".")
+        raise InputError(f"{raw.path.parent}: its activation does not fit ({reason}); save it again.") from error
+
+
+def _named(raw: Raw, what: str, options: Any, known: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The name of an activation or normalisation, which must be known, and its options."""
+    name = options.get("name") if isinstance(options, dict) else options
+    if not isinstance(options, dict) or not isinstance(name, str) or name not in known:
+        raise InputError(
+            f"{raw.path.parent / _CONFIG}: {what} {name!r} is unknown, expected one of {', '.join(known)}; "
+            "update jaxsae."
+        )
+    return name, {option: value for option, value in options.items() if option != "name"}
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a value of JSON is of the type of a field: no text for a number, no 1 for true."""
+    kinds = typing.get_args(kind) or (kind,)
+    return type(value) in kinds or (type(value) is int and float in kinds)
+
+
+def _placed(raw: Raw, name: str, array: np.ndarray) -> jax.Array:
+    if array.dtype == bool:
+        raise TypeError(f"{name} is of {array.dtype}")
+    whole = not jnp.issubdtype(array.dtype, jnp.floating)
+    dtype = None if whole or raw.dtype is None else raw.dtype
+    if dtype is not None and "threshold" in name:
+        dtype = np.promote_types(dtype, np.float32)
+    return place(array, dtype, name=f"{raw.path}: {name}", infinite=True)
+
+
+FORMATS = {
+    "jaxsae": _Format(_detect_own, _read_own, _convert_own, _write_own),
+    "saelens": _Format(saelens.detect, saelens.read, saelens.convert, saelens.write),
+    "gemma_scope_embedding": _Format(
+        gemma_scope.detect_embedding, gemma_scope.read, gemma_scope.convert_embedding, None
+    ),
+    "gemma_scope_transcoder": _Format(
+        gemma_scope.detect_transcoder, gemma_scope.read, gemma_scope.convert_transcoder, None
+    ),
+    "gemma_scope": _Format(gemma_scope.detect, gemma_scope.read, gemma_scope.convert, gemma_scope.write),
+    "gemma_scope_2": _Format(gemma_scope.detect_2, gemma_scope.read_2, gemma_scope.convert_2, gemma_scope.write_2),
+    "sparsify": _Format(sparsify.detect, sparsify.read, sparsify.convert, sparsify.write),
+    "dictionary_learning": _Format(
+        dictionary_learning.detect, dictionary_learning.read, dictionary_learning.convert, dictionary_learning.write
+    ),
+    "dictionary_learning_topk": _Format(
+        dictionary_learning.detect, dictionary_learning.read, dictionary_learning.convert_topk, None
+    ),
+    "dictionary_learning_batch_topk": _Format(
+        dictionary_learning.detect, dictionary_learning.read, dictionary_learning.convert_batch_topk, None
+    ),
+    "openai": _Format(openai.detect, openai.read, openai.convert, openai.write),
+    "llama_scope": _Format(llama_scope.detect, llama_scope.read, llama_scope.convert, llama_scope.write),
+}

@@ -1,0 +1,332 @@
+"""Arrays in files that others wrote: mapped into memory where they lie, checked before anything is believed.
+
+Whatever a file claims, sizes are compared with its own before memory is taken, nothing outside its folder is opened,
+and what is wrong is said in one `InputError`.
+"""
+
+import io
+import json
+import math
+import mmap
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from jax.core import Tracer
+from safetensors import SafetensorError, safe_open
+
+from jaxsae._core.files import InputError
+
+Arrays = dict[str, np.ndarray]
+
+_SAFETENSORS = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+_WRITTEN = {np.dtype(dtype) for dtype in _SAFETENSORS.values()}
+_CHUNK = 8 << 20  # bytes copied between two looks at how much memory is mapped
+_ALIGNMENT = 64  # bytes, at which jax takes numpy's memory for its own
+_MAX_JSON = 64 << 20  # bytes
+_MOST_EXPANSION = 20  # times: weights do not compress, what expands more is a trap
+_FREE_EXPANSION = 1 << 20  # bytes for which nobody cares
+
+
+def map_file(path: Path) -> memoryview:
+    """The bytes of a file, mapped and not read.
+
+    Raises:
+      InputError: if it is empty, missing or no file.
+    """
+    try:
+        with open(path, "rb") as file:
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "the file is empty"
+        raise InputError(f"{path}: {reason}; expected a file of weights: download it again.") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+      InputError: if it is missing, damaged or no object.
+    """
+    try:
+        if path.stat().st_size > _MAX_JSON:
+            raise ValueError(f"{path.stat().st_size >> 20} MiB")
+        config = json.loads(path.read_bytes(), object_pairs_hook=_once)
+    except (OSError, ValueError, RecursionError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path}: not a JSON configuration ({reason}); download it again.") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: holds {type(config).__name__}, expected a JSON object; download it again.")
+    return config
+
+
+def _once(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The members of a JSON object, each of a name of its own: of two, one would be dropped."""
+    found = dict(members)
+    if len(found) < len(members):
+        names = [name for name, _ in members]
+        raise ValueError(f"it has {next(name for name in names if names.count(name) > 1)!r} twice")
+    return found
+
+
+def safetensors_file(path: Path) -> Path | None:
+    """The file of that name, or its index if it is sharded, or None."""
+    index = path.with_name(f"{path.name}.index.json")
+    if path.is_file() and index.is_file():
+        raise InputError(f"{path}: is there in one piece and in those of {index.name}; remove the one that is old.")
+    return path if path.is_file() else index if index.is_file() else None
+
+
+def read_safetensors(path: Path) -> Arrays:
+    """The arrays of a safetensors file, or of all that an index `….safetensors.index.json` names, memory-mapped.
+
+    Raises:
+      InputError: if a file is missing, damaged, or outside the folder of the index.
+    """
+    if path.suffix != ".json":
+        return _read_one_safetensors(path)
+    names = read_json(path).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise InputError(f"{path}: has no weight_map from arrays to files; download it again.")
+    arrays: Arrays = {}
+    for name in sorted(set(names.values())):
+        if name != os.path.basename(name) or name in ("", ".", ".."):
+            raise InputError(f"{path}: names {name!r}, which is not a file beside it; do not trust this file.")
+        part = _read_one_safetensors(path.with_name(name))
+        if twice := arrays.keys() & part.keys():
+            raise InputError(f"{path}: {min(twice)} is in two of its files; download it again.")
+        arrays |= part
+    if missing := names.keys() - arrays.keys():
+        raise InputError(f"{path}: {', '.join(sorted(missing))} is in none of its files; download it again.")
+    return arrays
+
+
+def _read_one_safetensors(path: Path) -> Arrays:
+    data = map_file(path)
+    try:
+        with safe_open(path, framework="numpy"):  # validates the header
+            pass
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(bytes(data[8 : 8 + length]))
+        header.pop("__metadata__", None)
+        unknown = {name: info["dtype"] for name, info in header.items() if info["dtype"] not in _SAFETENSORS}
+        if unknown:
+            raise InputError(f"{path}: holds dtypes {unknown}, expected {', '.join(_SAFETENSORS)}; convert it.")
+        arrays = {}
+        for name, info in header.items():
+            start, stop = (8 + length + offset for offset in info["data_offsets"])
+            arrays[name] = np.frombuffer(data[start:stop], _SAFETENSORS[info["dtype"]]).reshape(info["shape"])
+    except (SafetensorError, ValueError, KeyError, TypeError, OSError, RecursionError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path}: is damaged or no safetensors file ({reason}); download it again.") from error
+    return arrays
+
+
+def read_zip(path: Path, *, check: bool = True) -> dict[str, memoryview]:
+    """The members of a zip file by name: mapped where they are stored as they are, else unpacked.
+
+    Args:
+      path: the file.
+      check: compare contents with their checksums.
+
+    Raises:
+      InputError: if it is damaged, or a trap: members that expand absurdly, or whose names lead elsewhere.
+    """
+    data = map_file(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            infos = archive.infolist()
+            _refuse_traps(path, infos, len(data))
+            return {info.filename: _member(data, archive, info, check) for info in infos if not info.is_dir()}
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError) as error:
+        reason = error
+    except (ValueError, KeyError, OSError, OverflowError, struct.error, LookupError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = error
+    said = (str(reason) or type(reason).__name__).splitlines()[0]
+    raise InputError(f"{path}: is damaged or no zip file ({said}); download it again.") from reason
+
+
+def _refuse_traps(path: Path, infos: list[zipfile.ZipInfo], size: int) -> None:
+    for info in infos:
+        parts = info.filename.replace("\\", "/").split("/")
+        if ".." in parts or parts[0] == "" or ":" in parts[0]:
+            raise InputError(f"{path}: its member {info.filename!r} leads out of it; do not trust this file.")
+    unpacked = sum(info.file_size for info in infos)
+    if unpacked > max(_MOST_EXPANSION * size, _FREE_EXPANSION):
+        raise InputError(
+            f"{path}: {size:,} bytes would unpack to {unpacked:,}, and weights do not compress; do not trust this file."
+        )
+    names = [info.filename for info in infos]
+    if len(set(names)) < len(names):
+        raise InputError(f"{path}: has two members of one name; do not trust this file.")
+
+
+def _member(data: memoryview, archive: zipfile.ZipFile, info: zipfile.ZipInfo, check: bool) -> memoryview:
+    if info.flag_bits & 1:
+        raise ValueError(f"{info.filename} is encrypted")
+    if info.compress_type != zipfile.ZIP_STORED:
+        with archive.open(info) as file:
+            content = file.read(info.file_size + 1)
+        if len(content) != info.file_size:
+            raise ValueError(f"{info.filename} has another size than it says")
+        return memoryview(content)
+    header = info.header_offset
+    if header < 0 or bytes(data[header : header + 4]) != b"PK\x03\x04":
+        raise ValueError(f"{info.filename} is not where it should be")
+    start = header + 30 + sum(struct.unpack("<HH", data[header + 26 : header + 30]))
+    content = data[start : start + info.file_size]
+    if len(content) != info.file_size:
+        raise ValueError(f"{info.filename} is truncated")
+    if check and _checksum(content) != info.CRC:
+        raise ValueError(f"{info.filename} has another checksum")
+    return content
+
+
+def _checksum(content: memoryview) -> int:
+    checksum = 0
+    for start in range(0, len(content), _CHUNK):
+        checksum = zlib.crc32(content[start : start + _CHUNK], checksum)
+        _forget(content)
+    return checksum
+
+
+def read_npz(path: Path, *, check: bool = True) -> Arrays:
+    """The arrays of an `.npz` file, memory-mapped if it is not compressed.
+
+    Raises:
+      InputError: if it is damaged, or holds other things than numbers.
+    """
+    arrays = {}
+    for name, content in read_zip(path, check=check).items():
+        if not name.endswith(".npy"):
+            raise InputError(f"{path}: holds {name}, expected arrays alone; download it again.")
+        try:
+            arrays[name.removesuffix(".npy")] = _npy(content)
+        except (ValueError, TypeError, OverflowError, SyntaxError, MemoryError, EOFError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise InputError(f"{path}: {name} is no plain array ({reason}); download it again.") from error
+    return arrays
+
+
+def _npy(content: memoryview) -> np.ndarray:
+    file = io.BytesIO(bytes(content[: 1 << 16]))
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"version {version}")
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(file)
+    if dtype.kind not in "fiub" or dtype.itemsize > 8:
+        raise ValueError(f"dtype {dtype}")
+    body = content[file.tell() :]
+    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != len(body):
+        raise ValueError(f"shape {shape} of {dtype} in {len(body)} bytes")
+    return np.frombuffer(body, dtype).reshape(shape, order="F" if fortran else "C")
+
+
+def place(array: np.ndarray, dtype: Any = None, *, name: str = "an array", infinite: bool = False) -> jax.Array:
+    """Copy an array, perhaps memory-mapped and transposed, to where jax computes, in another dtype if given.
+
+    It is copied piece by piece, and pages that were read are given back: of a large file no more than the arrays
+    themselves is in memory.
+
+    Args:
+      array: of numbers.
+      dtype: of the copy; that of the array by default.
+      name: what it is called in errors.
+      infinite: whether infinite numbers mean something, as thresholds that nothing exceeds.
+
+    Raises:
+      InputError: if it holds NaN or, unless they mean something, infinite numbers.
+    """
+    dtype = jax.dtypes.canonicalize_dtype(array.dtype if dtype is None else dtype)
+    size = array.size * dtype.itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    out = memory[start : start + size].view(dtype).reshape(array.shape)
+    for part in _pieces(array):
+        out[part] = array[part]
+        _forget(array)
+        if not (usable := ~np.isnan(out[part]) if infinite else np.isfinite(out[part])).all():
+            kind = "NaN" if infinite else "NaN or infinite"
+            raise InputError(
+                f"{name} holds {kind} numbers in {dtype}, such as {out[part][~usable].flat[0]}; expected numbers: "
+                "use another SAE, or another dtype if they are too large for this one."
+            )
+    return jax.device_put(out)
+
+
+def writable(value: Any, name: str = "an array") -> np.ndarray:
+    """An array as it may be written: in host memory, row by row, in the byte order of files.
+
+    Writers copy buffers as they lie, whatever strides and byte orders say: every array that is written comes through
+    here.
+
+    Args:
+      value: of numpy or jax, or what numpy makes an array of; plain numbers get the dtype that jax gives them.
+      name: what it is called in errors.
+
+    Raises:
+      InputError: if it holds no numbers that can be written, or its numbers cannot be had.
+
+    Example:
+      >>> writable(np.arange(6, dtype=">f4").reshape(2, 3).T).flags.c_contiguous
+      True
+    """
+    if isinstance(value, Tracer | jax.ShapeDtypeStruct | np.ma.MaskedArray):
+        what = "masked" if isinstance(value, np.ma.MaskedArray) else "no numbers yet, being traced"
+        raise InputError(f"{name} is {what} ({type(value).__name__}); pass an array of numbers, outside of jit.")
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"{name} is a {type(value).__name__} that numpy cannot read ({reason}); convert it."
+        ) from error
+    if not hasattr(value, "dtype"):
+        array = array.astype(jax.dtypes.canonicalize_dtype(array.dtype))
+    dtype = array.dtype.newbyteorder("<")
+    if dtype not in _WRITTEN:
+        known = ", ".join(sorted(kind.name for kind in _WRITTEN))
+        raise InputError(f"{name} holds {array.dtype}, expected one of {known}; convert it.")
+    return np.ascontiguousarray(array, dtype).reshape(array.shape)
+
+
+def _pieces(array: np.ndarray) -> Iterator[tuple[slice, ...]]:
+    """Slices that follow the order of the file."""
+    if array.nbytes <= _CHUNK:
+        yield (slice(None),) * array.ndim
+        return
+    axis = int(np.argmax(np.abs(array.strides)))
+    step = max(1, _CHUNK * array.shape[axis] // array.nbytes)
+    for start in range(0, array.shape[axis], step):
+        yield (slice(None),) * axis + (slice(start, start + step),)
+
+
+def _forget(content: Any) -> None:
+    """Give back the pages of a mapped file that were read; they stay in the cache of the system."""
+    while content is not None and not isinstance(content, mmap.mmap):
+        content = content.obj if isinstance(content, memoryview) else getattr(content, "base", None)
+    if content is not None and hasattr(mmap, "MADV_DONTNEED") and len(content) > _CHUNK:
+        content.madvise(mmap.MADV_DONTNEED)

@@ -1,0 +1,468 @@
+"""Files of `torch.save`, read and written without torch, and without running anything that is in them.
+
+A pickle is a program. This is an interpreter for the few instructions that plain containers and tensors need; the
+things that a pickle may name are looked up in one table, never imported, and nothing else is ever called. Storages are
+mapped where they lie in the file, and a tensor is a view of one whose bounds were checked.
+"""
+
+import dataclasses
+import math
+import pickletools
+import struct
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from jaxsae._core.files import InputError
+from jaxsae.formats.tensors import map_file, read_zip, writable
+
+_DTYPES = {
+    "DoubleStorage": np.float64,
+    "FloatStorage": np.float32,
+    "HalfStorage": np.float16,
+    "BFloat16Storage": ml_dtypes.bfloat16,
+    "LongStorage": np.int64,
+    "IntStorage": np.int32,
+    "ShortStorage": np.int16,
+    "CharStorage": np.int8,
+    "ByteStorage": np.uint8,
+    "BoolStorage": np.bool_,
+}
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_MOST_REPEATED = 1 << 24  # elements of a tensor that repeats its storage, as `expand` makes them
+_KEYS = (str, int, float, bool, type(None))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Name:
+    """Something that a pickle names: inert."""
+
+    name: str
+
+
+class _Storage(NamedTuple):
+    dtype: np.dtype
+    key: str
+    size: int  # elements
+    offset: int  # elements, in the storage that it is a view of
+
+
+class _Mark:
+    """Where a container's items begin on the stack."""
+
+
+def read(path: Path, *, check: bool = True) -> Any:
+    """Read what `torch.save` wrote: containers, with numpy arrays in the place of tensors, mapped into memory.
+
+    Args:
+      path: the file, in the zip layout of torch 1.6 or the one before.
+      check: compare storages with their checksums, where the layout has them.
+
+    Raises:
+      InputError: if it is damaged, or holds anything but tensors, numbers, strings and plain containers: it is named.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     write(Path(folder, "x.pt"), {"k": 2, "W": np.eye(2)})
+      ...     {name: np.shape(thing) for name, thing in read(Path(folder, "x.pt")).items()}
+      {'k': (), 'W': (2, 2)}
+    """
+    start = bytes(map_file(path)[:8])
+    try:
+        if start[:2] == b"PK":
+            return _read_zip(path, check)
+        return _read_legacy(path)
+    except InputError:
+        raise
+    except _Refused as error:
+        raise InputError(f"{path}: {error}; do not trust this file, or save its tensors alone.") from error
+    except _DAMAGE as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path}: is damaged or no file of torch.save ({reason}); download it again.") from error
+
+
+class _Refused(Exception):
+    """A pickle asks for something else than data."""
+
+
+# What damaged instructions lead to.
+_DAMAGE = (ValueError, TypeError, LookupError, EOFError, ArithmeticError, AttributeError, struct.error, MemoryError)
+
+
+def _read_zip(path: Path, check: bool) -> Any:
+    members = read_zip(path, check=check)
+    (program,) = [name for name in members if name.endswith("/data.pkl")] or [""]
+    if not program:
+        raise InputError(f"{path}: has no data.pkl, expected a file of torch.save; export it with torch.save.")
+    folder = program.removesuffix("data.pkl")
+    if f"{folder}constants.pkl" in members or any(name.startswith(f"{folder}code/") for name in members):
+        raise _Refused("is TorchScript, which is code")
+    if bytes(members.get(f"{folder}byteorder", memoryview(b"little"))) != b"little":
+        raise InputError(f"{path}: is big-endian, expected little-endian; save it on another machine.")
+
+    def storage(key: str) -> memoryview:
+        if f"{folder}data/{key}" not in members:
+            raise _Refused(f"names the storage {key!r}, which it does not hold")
+        return members[f"{folder}data/{key}"]
+
+    file = _Bytes(members[program])
+    return _Interpreter(storage).run(file)
+
+
+def _read_legacy(path: Path) -> Any:
+    data = map_file(path)
+    file = _Bytes(data)
+    if bytes(data[257:262]) == b"ustar":
+        raise InputError(f"{path}: is of torch before 0.4, expected a later one; load and save it with a later one.")
+    magic, protocol, system = (_Interpreter(None).run(file) for _ in range(3))
+    if (magic, protocol) != (_LEGACY_MAGIC, 1001) or not isinstance(system, dict):
+        raise ValueError("it does not begin as one")
+    if system.get("little_endian") is not True:
+        raise InputError(f"{path}: is big-endian, expected little-endian; save it on another machine.")
+    # Storages come after the program that names them: tensors are made once these are known.
+    at = file.tell()
+    _Interpreter(lambda key: None).run(file)
+    keys = _Interpreter(None).run(file)
+    storages, sizes = {}, _Sizes(data, at)
+    if missing := sizes.widths.keys() - set(map(str, keys)):
+        raise _Refused(f"names the storage {min(missing)!r}, which it does not hold")
+    for key in keys:
+        width = sizes.widths[str(key)]
+        (count,) = struct.unpack("<q", file.read(8))
+        if count < 0:
+            raise ValueError(f"storage {key} has {count} elements")
+        storages[str(key)] = file.take(count * width)
+
+    def storage(key: str) -> memoryview:
+        if key not in storages:
+            raise _Refused(f"names the storage {key!r}, which it does not hold")
+        return storages[key]
+
+    file.seek(at)
+    return _Interpreter(storage).run(file)
+
+
+class _Sizes:
+    """How wide the elements of each storage are, as the program says."""
+
+    def __init__(self, data: memoryview, at: int):
+        self.widths: dict[str, int] = {}
+        interpreter = _Interpreter(lambda key: None)
+        interpreter.seen = lambda storage: self.widths.setdefault(storage.key, storage.dtype.itemsize)
+        file = _Bytes(data)
+        file.seek(at)
+        interpreter.run(file)
+
+
+class _Bytes:
+    """A file over mapped memory, which never gives more than there is, as pickletools reads one."""
+
+    def __init__(self, data: memoryview):
+        self.data, self.at = data, 0
+
+    def read(self, size: int) -> bytes:
+        return bytes(self._next(size))
+
+    def take(self, size: int) -> memoryview:
+        """The next bytes, still mapped."""
+        taken = self._next(size)
+        if len(taken) < size:
+            raise EOFError(f"the file ends {size - len(taken)} bytes too soon")
+        return taken
+
+    def readline(self) -> bytes:
+        # Names and numbers as text are short.
+        part = bytes(self.data[self.at : self.at + 4096])
+        end = part.find(b"\n") + 1
+        return self.read(end or len(part))
+
+    def tell(self) -> int:
+        return self.at
+
+    def seek(self, at: int) -> None:
+        self.at = at
+
+    def _next(self, size: int) -> memoryview:
+        part = self.data[self.at : self.at + size] if size > 0 else memoryview(b"")
+        self.at += len(part)
+        return part
+
+
+class _Interpreter:
+    """Runs one pickle; `storage` gives the bytes of a storage, or None while they are not known."""
+
+    def __init__(self, storage: Callable[[str], memoryview | None] | None):
+        self.storage = storage
+        self.seen: Callable[[_Storage], Any] = lambda storage: None
+
+    def run(self, file: _Bytes) -> Any:
+        """The object that a pickle makes; the file is left where it ends."""
+        stack: list[Any] = []
+        memo: dict[int, Any] = {}
+        argument: Any
+        for opcode, argument, _ in pickletools.genops(file):  # pyright: ignore[reportArgumentType]
+            name = opcode.name
+            if name == "STOP":
+                return stack.pop()
+            if name in _CONSTANTS:
+                stack.append(_CONSTANTS[name]())
+            elif name in _LITERALS:
+                stack.append(argument)
+            elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
+                memo[argument] = stack[-1]
+            elif name == "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            elif name in ("GET", "BINGET", "LONG_BINGET"):
+                stack.append(memo[argument])
+            elif name in ("GLOBAL", "STACK_GLOBAL"):
+                parts = reversed([stack.pop(), stack.pop()]) if name == "STACK_GLOBAL" else argument.split(" ")
+                stack.append(_Name(".".join(parts)))
+            elif name in _ACTIONS:
+                _ACTIONS[name](stack)
+            elif name == "REDUCE":
+                arguments = stack.pop()
+                stack.append(self._reduce(stack.pop(), arguments))
+            elif name == "BINPERSID":
+                stack.append(self._persistent(stack.pop()))
+            elif name in ("NEWOBJ", "NEWOBJ_EX", "OBJ", "INST"):
+                made = argument.replace(" ", ".") if argument else next(n.name for n in stack[::-1] if type(n) is _Name)
+                raise _Refused(f"makes {made}")
+            elif name not in ("PROTO", "FRAME"):
+                raise _Refused(f"uses the pickle instruction {name}, which no tensor needs")
+        raise EOFError("the pickle does not end")
+
+    def _persistent(self, identity: Any) -> _Storage:
+        if self.storage is None or not isinstance(identity, tuple) or len(identity) not in (5, 6):
+            raise _Refused(f"refers to {_short(identity)}, which is no storage")
+        kind, storage_type, key, _, size, *view = identity
+        name = storage_type.name if isinstance(storage_type, _Name) else ""
+        module, _, storage_name = name.rpartition(".")
+        if kind != "storage" or module != "torch" or storage_name not in _DTYPES:
+            raise _Refused(f"refers to {_short(storage_type)}, which is no storage of numbers")
+        offset = 0
+        if view and view[0] is not None:
+            _, offset, size = view[0]
+        if not (isinstance(size, int) and isinstance(offset, int) and size >= 0 and offset >= 0):
+            raise ValueError(f"a storage of {_short(size)} elements at {_short(offset)}")
+        if not isinstance(key, str | int):
+            raise ValueError(f"a storage named {_short(key)}")
+        storage = _Storage(np.dtype(_DTYPES[storage_name]), str(key), size, offset)
+        self.seen(storage)
+        return storage
+
+    def _reduce(self, function: Any, arguments: Any) -> Any:
+        name = function.name if isinstance(function, _Name) else None
+        if name is None or not isinstance(arguments, tuple):
+            raise _Refused(f"calls {_short(function)}")
+        if name == "collections.OrderedDict" and not arguments:
+            return {}
+        if name in ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"):
+            if len(arguments) > 6 and arguments[6]:  # that its values stand for their negatives, say
+                raise _Refused("makes a tensor whose values are not those in its storage")
+            return self._tensor(*arguments[:4])
+        if name == "torch._utils._rebuild_parameter" and isinstance(arguments[0], np.ndarray | type(None)):
+            return arguments[0]
+        if name == "torch.Size" and len(arguments) == 1 and isinstance(arguments[0], tuple | list):
+            return arguments[0]
+        if name == "torch.device":
+            return arguments
+        raise _Refused(f"calls {name}")
+
+    def _tensor(self, storage: Any, offset: Any, shape: Any, strides: Any) -> np.ndarray | None:
+        if not isinstance(storage, _Storage) or self.storage is None:
+            raise _Refused(f"makes a tensor of {_short(storage)}")
+        content = self.storage(storage.key)
+        if content is None:
+            return None
+        numbers = [offset, *shape, *strides]
+        if len(shape) != len(strides) or not all(type(n) is int and 0 <= n < 2**48 for n in numbers) or len(shape) > 8:
+            raise ValueError(f"a tensor of shape {_short(shape)} and strides {_short(strides)} at {_short(offset)}")
+        width = storage.dtype.itemsize
+        content = content[storage.offset * width : (storage.offset + storage.size) * width]
+        if len(content) != storage.size * width:
+            raise ValueError(
+                f"storage {storage.key} is to have {storage.size:,} elements, and has {len(content):,} bytes"
+            )
+        count = math.prod(shape)
+        last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) if count else 0
+        if last >= max(storage.size, 1) or (count and not storage.size):
+            raise ValueError(f"a tensor of shape {shape} and strides {strides} in {storage.size:,} elements")
+        if count > max(storage.size, _MOST_REPEATED):
+            raise ValueError(f"a tensor of {count:,} elements that repeats {storage.size:,}")
+        flat = np.frombuffer(content, storage.dtype)[offset:] if count else np.empty(0, storage.dtype)
+        steps = tuple(width * stride for stride in strides)
+        return np.lib.stride_tricks.as_strided(flat, shape, steps, writeable=False)
+
+
+def _short(thing: Any) -> str:
+    """A thing in a pickle in a few words."""
+    if isinstance(thing, _Name):
+        return thing.name
+    # Containers may hold one another: to spell them out could take for ever.
+    text = repr(thing) if isinstance(thing, _KEYS) else f"a {type(thing).__name__}"
+    return text if len(text) < 60 else f"{text[:57]}..."
+
+
+def _items(stack: list[Any]) -> list[Any]:
+    """Take what is above the last mark off the stack."""
+    at = len(stack) - 1
+    while not isinstance(stack[at], _Mark):
+        at -= 1
+        if at < 0:
+            raise IndexError("an unmarked container")
+    items = stack[at + 1 :]
+    del stack[at:]
+    return items
+
+
+def _tuple(count: int | None) -> Callable[[list[Any]], None]:
+    def act(stack: list[Any]) -> None:
+        if count is None:
+            stack.append(tuple(_items(stack)))
+        else:
+            items = [stack.pop() for _ in range(count)]
+            stack.append(tuple(reversed(items)))
+
+    return act
+
+
+def _set_items(stack: list[Any]) -> None:
+    items = _items(stack)
+    _update(stack, items[::2], items[1::2])
+
+
+def _set_item(stack: list[Any]) -> None:
+    value, key = stack.pop(), stack.pop()
+    _update(stack, [key], [value])
+
+
+def _update(stack: list[Any], keys: list[Any], values: list[Any]) -> None:
+    if not isinstance(stack[-1], dict):
+        raise _Refused(f"sets items of {_short(stack[-1])}")
+    for key, value in zip(keys, values, strict=True):
+        if not isinstance(key, _KEYS):  # nested tuples can take for ever to hash
+            raise _Refused(f"has {_short(key)} as a key")
+        stack[-1][key] = value
+
+
+def _extend(stack: list[Any], items: list[Any]) -> None:
+    if not isinstance(stack[-1], list):
+        raise _Refused(f"appends to {_short(stack[-1])}")
+    stack[-1].extend(items)
+
+
+def _append(stack: list[Any]) -> None:
+    item = stack.pop()
+    _extend(stack, [item])
+
+
+def _build(stack: list[Any]) -> None:
+    """The attributes of an object: those that a state dict has, versions of its modules, are of no use here."""
+    stack.pop()
+    if not isinstance(stack[-1], dict):
+        raise _Refused(f"sets attributes of {_short(stack[-1])}")
+
+
+_CONSTANTS: dict[str, Callable[[], Any]] = {
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_TUPLE": lambda: (),
+    "EMPTY_LIST": list,
+    "EMPTY_DICT": dict,
+    "MARK": _Mark,
+}
+_LITERALS = (
+    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+    *("STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES"),
+    *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
+)
+_ACTIONS: dict[str, Callable[[list[Any]], None]] = {
+    "TUPLE": _tuple(None),
+    "TUPLE1": _tuple(1),
+    "TUPLE2": _tuple(2),
+    "TUPLE3": _tuple(3),
+    "LIST": lambda stack: stack.append(_items(stack)),
+    "SETITEM": _set_item,
+    "SETITEMS": _set_items,
+    "APPEND": _append,
+    "APPENDS": lambda stack: _extend(stack, _items(stack)),
+    "BUILD": _build,
+    "POP": list.pop,
+}
+
+
+# --- writing
+
+
+def write(path: Path, thing: Any) -> None:
+    """Write containers, numbers, strings and numpy arrays such that `torch.load` reads arrays as tensors.
+
+    Args:
+      path: the file, in the zip layout.
+      thing: dicts, lists, tuples, None, bools, ints, floats, strings, and arrays of a dtype that torch has.
+
+    Raises:
+      TypeError: if it holds anything else.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     write(Path(folder, "x.pt"), {"W": np.zeros((2, 3), np.float32)})
+      ...     read(Path(folder, "x.pt"))["W"].dtype
+      dtype('float32')
+    """
+    storages: list[np.ndarray] = []
+    program = b"\x80\x02" + _emit(thing, storages) + b"."
+    contents = {"data.pkl": program, "byteorder": b"little"}
+    contents |= {f"data/{key}": array.data.cast("B") for key, array in enumerate(storages)}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in (contents | {"version": b"3\n"}).items():
+            with archive.open(zipfile.ZipInfo(f"archive/{name}"), "w", force_zip64=len(content) >= 2**31) as file:
+                file.write(content)
+
+
+def _emit(thing: Any, storages: list[np.ndarray]) -> bytes:
+    """The instructions that make a thing."""
+    if thing is None or isinstance(thing, bool):
+        return {None: b"N", True: b"\x88", False: b"\x89"}[thing]
+    if isinstance(thing, int):
+        return b"\x8a\x09" + thing.to_bytes(9, "little", signed=True)
+    if isinstance(thing, float):
+        return b"G" + struct.pack(">d", thing)
+    if isinstance(thing, str):
+        return b"X" + struct.pack("<I", len(thing.encode())) + thing.encode()
+    if isinstance(thing, _Name):
+        module, _, name = thing.name.rpartition(".")
+        return f"c{module}\n{name}\n".encode()
+    if isinstance(thing, tuple):
+        return b"(" + _emit_all(thing, storages) + b"t"
+    if isinstance(thing, list):
+        return b"](" + _emit_all(thing, storages) + b"e"
+    if isinstance(thing, dict):
+        return b"}(" + _emit_all([each for item in thing.items() for each in item], storages) + b"u"
+    if not isinstance(thing, np.ndarray):
+        raise TypeError(
+            f"got {type(thing).__name__}, which torch_pickle.write does not write; pass arrays and containers."
+        )
+    return _emit_tensor(writable(thing), storages)
+
+
+def _emit_all(things: Sequence[Any], storages: list[np.ndarray]) -> bytes:
+    return b"".join(_emit(each, storages) for each in things)
+
+
+def _emit_tensor(array: np.ndarray, storages: list[np.ndarray]) -> bytes:
+    kind = next(name for name, dtype in _DTYPES.items() if array.dtype == dtype)
+    identity = ("storage", _Name(f"torch.{kind}"), str(len(storages)), "cpu", array.size)
+    storages.append(array.reshape(-1).view(np.uint8))
+    strides = tuple(stride // array.itemsize for stride in array.strides)
+    rebuild = _emit(_Name("torch._utils._rebuild_tensor_v2"), storages)
+    hooks = _emit(_Name("collections.OrderedDict"), storages) + b")R"
+    rest = _emit_all((0, array.shape, strides, False), storages)
+    return rebuild + b"(" + _emit(identity, storages) + b"Q" + rest + hooks + b"tR"

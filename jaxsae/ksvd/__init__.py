@@ -1,0 +1,11 @@
+"""Dictionary learning by k-SVD: code with the dictionary fixed, update the atoms one after another, and repeat.
+
+    minimise ‖Y − Z D‖²   over D [m d] with rows of norm 1, and Z [n m] with at most k entries a row
+
+`learning` has the loop, `rank_one` an atom's update, `images` denoising and inpainting.
+"""
+
+from jaxsae.ksvd import images
+from jaxsae.ksvd.learning import History, approximate, exact, fit, mod, refine, replace
+
+__all__ = ["History", "approximate", "exact", "fit", "images", "mod", "refine", "replace"]

@@ -1,0 +1,653 @@
+"""Pictures: denoising and inpainting by dictionaries that are learnt from the picture itself.
+
+Every patch of `side × side` pixels is a signal. A dictionary is learnt from some of them by `ksvd`, all are coded
+with as few atoms as come within what the noise explains, and each pixel becomes the mean of what its patches say.
+Pictures are arrays `[h w]` or `[h w c]` in units of any size, in which `sigma` is too: scaled and shifted pictures give
+scaled and shifted results. Files hold levels from 0 to 255.
+"""
+
+import functools
+import io
+import os
+import struct
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxsae import codes, pursuit
+from jaxsae._core import chunking, pytrees
+from jaxsae._core.files import InputError, atomic_file, local_path
+from jaxsae._core.linalg import divide, matmul
+from jaxsae.codes import SparseCode
+from jaxsae.ksvd import learning
+from jaxsae.least_squares.refit import refit
+
+_GAIN = 1.15  # a patch is explained when its residual is at most this times the noise's expected norm
+_STRIP = 1 << 14  # patches coded at a time
+_WRITTEN = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "PPM")  # formats of which it is known how many bits a channel has
+_READ = (*_WRITTEN, "GIF")
+_GREY, _COLOUR = ("1", "L", "LA"), ("P", "PA", "RGB", "RGBA", "RGBX")  # modes
+_NO_PROFILE = ("BMP", "PPM")  # formats that hold no colour profile
+
+
+def read(path: str | os.PathLike) -> np.ndarray:
+    """Read a picture of 8 bits a channel as it is seen, turned as its EXIF orientation says.
+
+    Args:
+      path: a PNG, JPEG, TIFF, WebP, BMP, PPM or GIF.
+
+    Returns:
+      `[h w]` if it is grey, `[h w 3]` if not, float32 from 0 to 255; transparency is dropped.
+
+    Raises:
+      InputError: if it is missing or no picture, several, neither grey nor RGB, or has more than 8 bits a channel; or
+        if Pillow is not installed.
+
+    Example:
+      >>> import tempfile, numpy as np
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     write(f"{folder}/grey.png", np.full((8, 9), 100.0))
+      ...     read(f"{folder}/grey.png").shape
+      (8, 9)
+    """
+    return _open(path)[0]
+
+
+def profile(path: str | os.PathLike) -> bytes | None:
+    """The ICC profile of a picture, which says what its colours look like; `write` takes it.
+
+    Args:
+      path: as for `read`.
+
+    Returns:
+      The profile, or None if it has none.
+
+    Raises:
+      InputError: as `read`.
+
+    Example:
+      >>> import tempfile, numpy as np
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     write(f"{folder}/grey.png", np.full((8, 9), 100.0))
+      ...     print(profile(f"{folder}/grey.png"))
+      None
+    """
+    return _open(path)[1]
+
+
+def _open(path) -> tuple[np.ndarray, bytes | None]:
+    """A picture and its colour profile."""
+    pillow = _pillow()
+    from PIL import ImageOps
+
+    if not local_path(path).is_file():
+        raise InputError(f"{path}: no such file; expected a picture, such as a PNG or a JPEG.")
+    try:
+        with warnings.catch_warnings(action="ignore"), pillow.open(path, formats=_READ) as picture:
+            _require_plain(path, picture)
+            seen = ImageOps.exif_transpose(picture)
+            levels = np.asarray(seen.convert("L" if picture.mode in _GREY else "RGB"), np.float32)
+            return levels, picture.info.get("icc_profile")
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        LookupError,
+        TypeError,
+        struct.error,
+        pillow.DecompressionBombError,
+    ) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: cannot be read as a picture; expected a {', '.join(_READ)}.") from error
+
+
+def _require_plain(path, picture) -> None:
+    """Refuse what Pillow would make levels of that are not the picture's."""
+    if picture.mode[0] in "IF" or _is_deep(picture):
+        raise InputError(f"{path}: has more than 8 bits a channel; expected 8: convert it first.")
+    if picture.mode not in _GREY + _COLOUR:
+        raise InputError(f"{path}: has pixels of mode {picture.mode}; expected grey or RGB: convert it first.")
+    frames = getattr(picture, "n_frames", 1)
+    if frames > 1 and picture.format != "MPO":  # a JPEG with previews behind it
+        raise InputError(f"{path}: holds {frames} pictures; expected one: save it by itself.")
+
+
+def _is_deep(picture) -> bool:
+    """Whether Pillow would cut colours to 8 bits, which it does without a word."""
+    if picture.format == "PPM":
+        return any(isinstance(tile.args, tuple) and tile.args[-1] > 255 for tile in picture.tile)
+    return picture.format in ("PNG", "TIFF") and any(";16" in str(tile.args) for tile in picture.tile)
+
+
+def write(path: str | os.PathLike, picture: np.ndarray, *, profile: bytes | None = None) -> None:
+    """Write a picture, whole or not at all, in the format that its suffix names.
+
+    Args:
+      path: the file.
+      picture: `[h w]` or `[h w 3]` in levels; rounded, and clipped to 0 to 255.
+      profile: ICC profile of its colours, as `profile` reads it.
+
+    Raises:
+      InputError: if it cannot be written, if it is no picture in levels, as one in [0, 1] is not, if the format cannot
+        be written or cannot hold it, or if Pillow is not installed.
+
+    Example:
+      >>> import tempfile, numpy as np
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     write(f"{folder}/colour.png", np.zeros((8, 9, 3)))
+    """
+    content = _encoded(path, _levels(picture), profile)
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def check_suffix(
+    *paths: str | os.PathLike | None, shape: tuple[int, ...] = (1, 1), profile: bytes | None = None
+) -> None:
+    """Raise if `write` could not write a picture to one of these paths, before there is something to write.
+
+    Args:
+      *paths: files to be written; None is passed over.
+      shape: of the picture.
+      profile: its ICC profile.
+
+    Raises:
+      InputError: naming the first one with a suffix whose format is not written, or cannot hold such a picture, that is
+        a directory, or that comes twice.
+
+    Example:
+      >>> check_suffix("clean.png")
+      >>> check_suffix("clean.psd")
+      Traceback (most recent call last):
+      jaxsae.InputError: clean.psd: a suffix that Pillow does not know how to write, or not ...
+    """
+    wanted = [local_path(path) for path in paths if path is not None]
+    for n, path in enumerate(wanted):
+        _encoded(path, np.zeros(shape, np.uint8), profile)
+        if path in wanted[:n]:
+            raise InputError(f"{path}: got it for two pictures; pass a name for each.")
+
+
+def _encoded(path, levels: np.ndarray, profile: bytes | None) -> bytes:
+    """The content of a file."""
+    pillow = _pillow()
+    kind = pillow.registered_extensions().get(local_path(path).suffix.lower())
+    if kind not in _WRITTEN or kind not in pillow.SAVE:
+        raise InputError(f"{path}: a suffix that Pillow does not know how to write, or not exactly; use .png or .jpg.")
+    if local_path(path).is_dir():
+        raise InputError(f"{path}: is a directory; choose another name.")
+    if profile and kind in _NO_PROFILE:
+        raise InputError(f"{path}: {kind} cannot hold the colour profile of the picture; use .png or .jpg.")
+    buffer = io.BytesIO()
+    try:
+        pillow.fromarray(levels).save(buffer, kind, icc_profile=profile)
+    except (OSError, ValueError, SyntaxError, struct.error) as error:
+        raise InputError(
+            f"{path}: {kind} cannot hold a picture of shape {levels.shape} ({error}); use .png."
+        ) from error
+    return buffer.getvalue()
+
+
+def _levels(picture: np.ndarray) -> np.ndarray:
+    """A picture as it is written, `uint8`."""
+    picture = np.asarray(picture)
+    if (
+        picture.ndim not in (2, 3)
+        or picture.shape[2:] not in ((), (3,))
+        or not picture.size
+        or picture.dtype.kind not in "uif"
+    ):
+        raise InputError(
+            f"`write` got shape {picture.shape} of {picture.dtype}; pass numbers of shape (h, w) or (h, w, 3)."
+        )
+    if not np.isfinite(picture).all():
+        raise InputError("`write` got a picture with NaN or Inf; pass levels from 0 to 255.")
+    low, high = picture.min(), picture.max()
+    if picture.dtype.kind == "f" and 0 <= low < high <= 1 and (picture != np.rint(picture)).any():
+        raise InputError("`write` got a picture in [0, 1], which would be black; pass levels from 0 to 255.")
+    if picture.dtype.kind in "ui" and not 0 <= low <= high <= 255:
+        raise InputError(f"`write` got {picture.dtype} from {low} to {high}; pass levels from 0 to 255.")
+    return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
+
+
+def _pillow() -> Any:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise InputError("pictures need Pillow, which is missing; pip install 'jaxsae[study]'.") from error
+    return Image
+
+
+def psnr(picture: np.ndarray, clean: np.ndarray, *, data_range: float = 255.0) -> float:
+    """Peak signal-to-noise ratio, in dB: `10 log₁₀(R² / mean (picture − clean)²)`.
+
+    Args:
+      picture: of any shape; clipped to 0 to `R`, as `write` does with levels.
+      clean: what it should be, of the same shape.
+      data_range: `R`, from black to white: 255 for levels.
+
+    Returns:
+      The ratio; infinite for equal pictures.
+
+    Raises:
+      ValueError: if the shapes differ, or the range is not positive.
+
+    Example:
+      >>> round(psnr(np.full((8, 8), 110.0), np.full((8, 8), 100.0)), 2)
+      28.13
+    """
+    if np.shape(picture) != np.shape(clean):
+        raise ValueError(f"`psnr` got shapes {np.shape(picture)} and {np.shape(clean)}; pass pictures of one shape.")
+    if not 0 < data_range < np.inf:
+        raise ValueError(f"`psnr` got data_range {data_range}; pass white less black, 255 for levels.")
+    error = np.mean((np.clip(np.float64(picture) / data_range, 0, 1) - np.float64(clean) / data_range) ** 2)
+    return float(-10 * np.log10(error)) if error else float("inf")
+
+
+def dct(m: int, side: int) -> np.ndarray:
+    """The overcomplete discrete cosine transform: products of cosines of `⌈√m⌉` frequencies in each direction.
+
+    All but the first have mean 0.
+
+    Args:
+      m: atoms.
+      side: pixels along a side.
+
+    Returns:
+      `[m side²]` float32, of norm 1.
+
+    Example:
+      >>> dct(256, 8).shape
+      (256, 64)
+
+    Source: Elad & Aharon (2006), "Image denoising via sparse and redundant representations over learned dictionaries".
+    """
+    frequencies = int(np.ceil(np.sqrt(m)))
+    waves = np.cos(np.pi * np.outer(np.arange(frequencies), np.arange(side)) / frequencies)
+    waves[1:] -= waves[1:].mean(axis=1, keepdims=True)
+    waves /= np.linalg.norm(waves, axis=1, keepdims=True)
+    return np.kron(waves, waves)[:m].astype(np.float32)
+
+
+def mosaic(D: np.ndarray, *, scale: int = 3) -> np.ndarray:
+    """The atoms of a dictionary as one picture, each with its own contrast.
+
+    Args:
+      D: dictionary `[m side²]`.
+      scale: pixels of the picture for each of an atom's.
+
+    Returns:
+      `[h w]` in levels.
+
+    Example:
+      >>> mosaic(dct(256, 8), scale=1).shape
+      (145, 145)
+    """
+    D = np.asarray(D)
+    side, across = int(np.sqrt(D.shape[1])), int(np.ceil(np.sqrt(len(D))))
+    largest = np.abs(D).max(axis=1, keepdims=True)
+    tiles = np.full((across * across, side + 1, side + 1), 255.0)
+    tiles[: len(D), :side, :side] = (128 + 127 * D / np.where(largest > 0, largest, 1)).reshape(-1, side, side)
+    picture = tiles.reshape(across, across, side + 1, side + 1).swapaxes(1, 2).reshape(across * (side + 1), -1)
+    return np.kron(np.pad(picture, ((1, 0), (1, 0)), constant_values=255.0), np.ones((scale, scale)))
+
+
+def denoise(
+    picture: np.ndarray,
+    sigma: float,
+    *,
+    m: int = 256,
+    k: int = 16,
+    side: int = 8,
+    steps: int = 10,
+    patches: int = 1 << 15,
+    seed: int = 0,
+    progress: Callable[[str, int], None] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Remove white noise, by k-SVD on the noisy picture itself.
+
+    Patches without their means are coded by orthogonal matching pursuit up to a residual of `1.15 σ · side`; the
+    picture is the mean of them all, with the noisy one in it at a weight of `s/2σ` patches, where `s` is the standard
+    deviation of the picture without its noise: about the `30/σ` of the source for photographs in levels. Colours are
+    rotated into brightness and two differences, which keeps the noise white; all have one dictionary. In any units,
+    `denoise(a·x + b, a·σ) = a·denoise(x, σ) + b`.
+
+    Args:
+      picture: `[h w]` or `[h w c]`, in units of any size.
+      sigma: standard deviation of the noise, in the units of the picture: 25 in levels is 25/255 in [0, 1].
+      m: atoms.
+      k: most atoms of a patch.
+      side: pixels along the side of a patch.
+      steps: of `ksvd.fit`, from the overcomplete cosine transform.
+      patches: how many to learn from.
+      seed: of their places.
+      progress: called with what is going on and how many rows of pixels, times channels, are done.
+
+    Returns:
+      The picture, float32, and the dictionary `[m side²]`.
+
+    Raises:
+      InputError: if the picture is smaller than a patch, or not a picture, or `sigma` not positive.
+      ValueError: if a size is out of its range.
+
+    Example:
+      >>> clean = np.kron(np.array([[50.0, 200.0], [200.0, 50.0]]), np.ones((16, 16)))
+      >>> noisy = clean + np.random.default_rng(0).normal(0, 25, clean.shape)
+      >>> quiet, _ = denoise(noisy, 25, m=64, k=4, steps=2)
+      >>> bool(np.mean((quiet - clean) ** 2) < 0.2 * np.mean((noisy - clean) ** 2))
+      True
+
+    Source: Elad & Aharon (2006), "Image denoising via sparse and redundant representations over learned dictionaries".
+    """
+    _require_sizes(m, k, side, steps, patches, seed)
+    if not (np.isfinite(sigma) and sigma > 0):
+        raise InputError(
+            f"got sigma {sigma}; pass the standard deviation of the noise, in the picture's units, above 0."
+        )
+    picture = _require_picture(picture, side)
+    units = _units(picture)
+    planes, sigma = _planes(units.scaled(picture)), float(sigma) / units.size
+    tol, start = _GAIN * sigma * side, jnp.asarray(dct(m, side))
+    (y,) = _some_patches(side, patches, seed, planes)
+    y = jnp.asarray(y - y.mean(axis=1, keepdims=True))
+    if progress:
+        progress("learning", 0)
+    D, _ = learning.fit(
+        jax.random.key(seed), y, m=m, k=k, steps=steps, tol=tol, start=start, update=learning.approximate
+    )
+    total, weight = _assemble(_Method(_denoised, k, side), D, tol, planes, progress=progress)
+    own = _deviation(units.scaled(picture), sigma) / (2 * sigma)
+    return units.restored(_from_planes((own * planes + total) / (own + weight), picture)), np.asarray(D)
+
+
+def inpaint(
+    picture: np.ndarray,
+    missing: np.ndarray,
+    *,
+    sigma: float | None = None,
+    m: int = 256,
+    k: int = 16,
+    side: int = 8,
+    steps: int = 10,
+    patches: int = 1 << 15,
+    seed: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Fill in missing pixels, by k-SVD on what is known.
+
+        code:     minimise ‖M(y − Dᵀz)‖ in each patch, by orthogonal matching pursuit among the masked atoms `M d`
+        learn:    one sweep of k-SVD over the patches with what is missing filled in by their codes
+
+    What a code fills in, it fits without error; and the error of all pixels is never less than that of the known ones.
+    So a sweep over the filled patches, which lowers the one, lowers the other. Patches of which nothing is known have
+    no say; a pixel that is in no other patch becomes the mean of the picture. In any units,
+    `inpaint(a·x + b) = a·inpaint(x) + b`.
+
+    Args:
+      picture: `[h w]` or `[h w c]`, in units of any size; missing pixels may hold anything.
+      missing: `[h w]`, True, or 1, where they are.
+      sigma: noise that the codes leave unexplained, in the units of the picture; by default 2/255 of the range of the
+        known pixels.
+      m: as for `denoise`, and so the rest.
+      k: most atoms of a patch.
+      side: pixels along the side of a patch.
+      steps: codings, each with its sweep.
+      patches: how many to learn from.
+      seed: of their places.
+
+    Returns:
+      The picture, float32, known pixels as they were, and the dictionary `[m side²]`.
+
+    Raises:
+      InputError: if the picture is smaller than a patch or not a picture, if the mask does not fit it, if no pixel is
+        known, or if `sigma` is negative.
+      ValueError: if a size is out of its range.
+
+    Example:
+      >>> clean = np.kron(np.array([[50.0, 200.0], [200.0, 50.0]]), np.ones((16, 16)))
+      >>> missing = np.random.default_rng(0).random(clean.shape) < 0.5
+      >>> filled, _ = inpaint(np.where(missing, 0, clean), missing, m=64, k=4, steps=2)
+      >>> bool(np.mean((filled - clean)[missing] ** 2) < 0.1 * np.var(clean))
+      True
+
+    Source: Mairal, Elad & Sapiro (2008), "Sparse representation for color image restoration".
+    """
+    if np.shape(missing) != np.shape(picture)[:2]:
+        raise InputError(
+            f"got a mask of shape {np.shape(missing)} for a picture of shape {np.shape(picture)}; pass one of its "
+            f"height and width."
+        )
+    if not np.isin(missing, (0, 1)).all():
+        raise InputError("got a mask with values other than 0 and 1; pass which pixels are missing, as `mask > 127.5`.")
+    missing = np.asarray(missing, bool)
+    if missing.all():
+        raise InputError("got a picture of which every pixel is missing; pass one of which some are known.")
+    if sigma is not None and not 0 <= sigma < np.inf:
+        raise InputError(f"got sigma {sigma}; pass the noise to leave unexplained, in the picture's units, 0 or more.")
+    _require_sizes(m, k, side, steps, patches, seed)
+    holes = missing.reshape(missing.shape + (1,) * (np.ndim(picture) - 2))
+    picture = _require_picture(np.where(holes, np.asarray(picture)[~missing].flat[0], picture), side)
+    units = _units(picture)
+    planes = _planes(np.where(holes, 0, units.scaled(picture)))
+    known = np.broadcast_to(~missing, planes.shape).astype(np.float32)
+    sigma = 2 / 255 * float(np.ptp(picture)) if sigma is None else float(sigma)
+    tol = _GAIN * sigma / units.size
+    start = jnp.asarray(dct(m, side))
+    y, mask = map(jnp.asarray, _some_patches(side, patches, seed, planes, known))
+    D = _learn_masked(k, steps, start, y, mask, tol)
+    total, weight = _assemble(_Method(_inpainted, k, side), D, tol, planes, known)
+    mean = planes.sum(axis=(1, 2), keepdims=True) / known.sum(axis=(1, 2), keepdims=True)
+    estimate = np.where(weight > 0, total / np.maximum(weight, 1), mean)
+    filled = units.restored(_from_planes(estimate, picture))
+    return np.where(holes, filled, picture.astype(np.float32)), np.asarray(D)
+
+
+# --- Pictures and their patches
+
+
+def _require_sizes(m: int, k: int, side: int, steps: int, patches: int, seed: int) -> None:
+    if not (1 <= k <= min(m, side**2) and steps >= 0 and patches >= 1 and seed >= 0):
+        raise ValueError(
+            f"got m={m}, k={k}, side={side}, steps={steps}, patches={patches}, seed={seed}; pass k from 1 to m and "
+            f"side², at least one patch, and neither steps nor a seed below 0."
+        )
+
+
+def _require_picture(picture, side: int) -> np.ndarray:
+    """A picture in float64, in which units of any size can be told apart."""
+    picture = np.asarray(picture)
+    if picture.ndim not in (2, 3) or min(picture.shape) < 1 or min(picture.shape[:2]) < side:
+        raise InputError(
+            f"got a picture of shape {picture.shape}; pass one of shape (h, w) or (h, w, c), at least {side} × {side}."
+        )
+    if picture.dtype.kind not in "biuf":
+        raise InputError(f"got a picture of {picture.dtype}; pass real numbers.")
+    picture = picture.astype(np.float64)
+    if not np.isfinite(picture).all():
+        raise InputError("got a picture with NaN or Inf; pass them as missing to `inpaint`.")
+    return picture
+
+
+class _Units(NamedTuple):
+    """Units in which a picture is within ±1, and most of it near 0: float32 holds it, and sums of squares are safe."""
+
+    middle: float
+    size: float
+
+    def scaled(self, picture: np.ndarray) -> np.ndarray:
+        return ((picture - self.middle) / self.size).astype(np.float32)
+
+    def restored(self, picture: np.ndarray) -> np.ndarray:
+        return (picture.astype(np.float64) * self.size + self.middle).astype(np.float32)
+
+
+def _units(picture: np.ndarray) -> _Units:
+    middle = float(np.median(picture))
+    return _Units(middle, float(np.abs(picture - middle).max()) or 1.0)
+
+
+def _deviation(picture: np.ndarray, sigma: float) -> float:
+    """The standard deviation of a channel without its noise; a hundredth of the pixels at either end has no say."""
+    clipped = np.clip(picture, *np.percentile(picture, (1, 99), axis=(0, 1)))
+    return np.sqrt(max(np.mean(np.var(clipped, axis=(0, 1), dtype=np.float64)) - sigma**2, 0.0))
+
+
+def _planes(picture: np.ndarray) -> np.ndarray:
+    """A picture `[h w]` or `[h w c]` as `[c h w]` float32, colours rotated by an orthonormal cosine transform."""
+    if picture.ndim == 2:
+        return picture[None]
+    return np.ascontiguousarray(np.moveaxis(picture @ _rotation(picture.shape[2]), 2, 0))
+
+
+def _from_planes(planes, like) -> np.ndarray:
+    if np.ndim(like) == 2:
+        return planes[0].astype(np.float32)
+    return (np.moveaxis(planes, 0, 2) @ _rotation(len(planes)).T).astype(np.float32)
+
+
+def _rotation(channels: int) -> np.ndarray:
+    """`[c c]` orthonormal, the first column their mean: the noise stays white, the colours are decorrelated."""
+    waves = np.cos(np.pi * np.outer(np.arange(channels) + 0.5, np.arange(channels)) / channels)
+    return (waves / np.linalg.norm(waves, axis=0)).astype(np.float32)
+
+
+def _some_patches(side: int, count: int, seed: int, *stacks: np.ndarray) -> list[np.ndarray]:
+    """Patches `[n side²]` at the same random places, each at most once, of each stack of planes."""
+    windows = [np.lib.stride_tricks.sliding_window_view(stack, (side, side), axis=(1, 2)) for stack in stacks]
+    shape = windows[0].shape[:3]
+    total = int(np.prod(shape))
+    places = np.random.default_rng(seed).choice(total, min(count, total), replace=False)
+    at = np.unravel_index(np.sort(places), shape)
+    return [window[at].reshape(len(places), side * side) for window in windows]
+
+
+class _Method(NamedTuple):
+    """How patches are estimated: `estimate(D, tol, *patches [n d], k=k) -> (estimates [n d], weights [n])`."""
+
+    estimate: Callable[..., tuple[Array, Array]]
+    k: int
+    side: int
+
+
+def _assemble(method: _Method, D, tol, *stacks: np.ndarray, progress=None) -> tuple[np.ndarray, np.ndarray]:
+    """Sum of the estimates of all patches, and of their weights, at each pixel `[c h w]`, a strip at a time."""
+    side, (planes, height, width) = method.side, stacks[0].shape
+    depth = min(max(1, _STRIP // (width - side + 1)), height - side + 1)  # rows of patches in a strip
+    total, weight = np.zeros_like(stacks[0]), np.zeros_like(stacks[0])
+    for plane in range(planes):
+        for top in range(0, height - side + 1, depth):
+            here = slice(top, top + depth + side - 1)
+            strips = [stack[plane, here] for stack in stacks]
+            lacking = depth + side - 1 - len(strips[0])
+            strips = [np.pad(strip, ((0, lacking), (0, 0)), mode="edge") for strip in strips]
+            sums = _strip(method, D, tol, height - side + 1 - top, *strips)
+            for into, part in zip((total, weight), sums, strict=True):
+                into[plane, here] += np.asarray(part)[: depth + side - 1 - lacking]
+            if progress:
+                progress("denoising", min(depth, height - side + 1 - top))
+    return total, weight
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _strip(method: _Method, D, tol, valid, *strips):
+    """Sums at each pixel of a strip; rows of patches from `valid` on are padding."""
+    side = method.side
+    height, width = (size - side + 1 for size in strips[0].shape)
+
+    def patches(strip):
+        across = jnp.stack([strip[:, j : j + width] for j in range(side)], axis=-1)
+        return jnp.stack([across[i : i + height] for i in range(side)], axis=-2).reshape(height * width, side * side)
+
+    def sums(parts):
+        """The sum at each pixel of patches' parts `[h w side side]`, along one axis and then the other."""
+        across = [jnp.pad(parts[:, :, :, j], ((0, 0), (j, side - 1 - j), (0, 0))) for j in range(side)]
+        across = functools.reduce(jnp.add, across)
+        down = [jnp.pad(across[:, :, i], ((i, side - 1 - i), (0, 0))) for i in range(side)]
+        return functools.reduce(jnp.add, down)
+
+    estimates, weights = method.estimate(D, tol, *map(patches, strips), k=method.k)
+    weights = weights.reshape(height, width) * (jnp.arange(height) < valid)[:, None]
+    weights = jnp.broadcast_to(weights[:, :, None, None], (height, width, side, side))
+    return sums(estimates.reshape(weights.shape) * weights), sums(weights)
+
+
+def _denoised(D, tol, y, *, k: int):
+    mean = jnp.mean(y, axis=1, keepdims=True)
+    code, _ = pursuit.omp(D, y - mean, k=k, tol=jnp.broadcast_to(tol, y.shape[:1]))
+    return codes.combine(D, code) + mean, jnp.ones(len(y), y.dtype)
+
+
+# --- Patches of which not every pixel is known
+
+
+@pytrees.dataclass
+class _Masked:
+    """The atoms as each row sees them: number `row · m + atom` is `known[row] * D[atom]`."""
+
+    D: Float[Array, "m d"]
+    known: Float[Array, "n d"]
+
+    def take(self, indices):
+        """Masked atoms."""
+        return self.D[indices % len(self.D)] * self.known[indices // len(self.D)]
+
+
+def _inpainted(D, tol, y, known, *, k: int):
+    code, mean = _code_masked(D, tol, y, known, k=k)
+    return codes.combine(D, code) + mean, jnp.any(known > 0, axis=1).astype(y.dtype)
+
+
+def _code_masked(D, tol, y, known, *, k: int) -> tuple[SparseCode, Array]:
+    """Codes of what is known of each patch less its mean, and that mean: selection, then the shared refit."""
+    (n, _), m = y.shape, len(D)
+    count = jnp.sum(known, axis=1, keepdims=True)
+    mean = divide(jnp.sum(known * y, axis=1, keepdims=True), count)
+    y = known * (y - mean)
+    indices = chunking.map_chunks(
+        functools.partial(_select_masked, D, k),
+        *(y, known, tol * jnp.sqrt(count[:, 0])),
+        batch=(n,),
+        row_bytes=(3 * m + 2 * k * y.shape[1]) * y.dtype.itemsize,
+        cpu_rows=512,
+    )
+    numbers = jnp.where(indices < m, jnp.arange(n)[:, None] * m + indices, n * m)
+    zeros = jnp.zeros(indices.shape, y.dtype)
+    refitted, _ = refit(_Masked(D, known), y, SparseCode(zeros, numbers, n * m), nonnegative=False)
+    return SparseCode(refitted.values, indices, m), mean
+
+
+def _select_masked(D, k: int, y, known, tol):
+    """Orthogonal matching pursuit among masked atoms; those chosen, made orthonormal, are the only factorisation."""
+    n, m = len(y), len(D)
+    norm = jnp.sqrt(matmul(known, (D**2).T))
+
+    def choose(slot, carry):
+        residual, basis, indices = carry
+        best = jnp.argmax(jnp.abs(divide(matmul(residual, D.T), norm)), axis=1)
+        new = D[best] * known
+        for _ in range(2):  # twice is enough, for orthogonality to rounding
+            new = new - jnp.einsum("nkd,nk->nd", basis, jnp.einsum("nkd,nd->nk", basis, new))
+        left = jnp.linalg.norm(new, axis=1)
+        independent = left > 1e-3 * norm[jnp.arange(n), best]
+        chosen = independent & (jnp.linalg.norm(residual, axis=1) > tol)
+        new = jnp.where(chosen[:, None], divide(new, left[:, None]), 0)
+        residual = residual - jnp.sum(new * residual, axis=1, keepdims=True) * new
+        return residual, basis.at[:, slot].set(new), indices.at[:, slot].set(jnp.where(chosen, best, m))
+
+    start = y, jnp.zeros((n, k, y.shape[1]), y.dtype), jnp.full((n, k), m, jnp.int32)
+    return jax.lax.fori_loop(0, k, choose, start)[2]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _learn_masked(k: int, steps: int, D, y, known, tol):
+    def step(D, _):
+        code, mean = _code_masked(D, tol, y, known, k=k)
+        filled = jnp.where(known > 0, y - mean, codes.combine(D, code))
+        return learning.approximate(D, filled, code)[0], None
+
+    return jax.lax.scan(step, D, length=steps)[0]

@@ -1,0 +1,405 @@
+"""Dictionary learning by k-SVD: code with the dictionary fixed, update the atoms one after another, and repeat.
+
+    minimise ‖Y − Z D‖²   over D [m d] with rows of norm 1, and Z [n m] with at most k entries a row
+
+Coding is `pursuit.omp`; an update keeps the supports. Without atom j, the rows that use it are left with
+`E = R + v dᵀ`, and the best rank-one fit `E ≈ v dᵀ` gives both the atom and its values, at the cost of those rows
+alone. Each atom sees the updates of those before it, so the objective never rises.
+
+With the dictionary fixed too, what remains is least squares on the supports: `refine`, which is the shared `refit`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from jaxsae import codes, pursuit
+from jaxsae._core import chunking
+from jaxsae._core.linalg import divide, matmul, solve_semidefinite
+from jaxsae.codes import SparseCode
+from jaxsae.ksvd import rank_one
+from jaxsae.least_squares import problems
+from jaxsae.least_squares.refit import RefitInfo, refit
+
+_ALIKE = 0.99  # the cosine from which on two atoms count as one, as in the authors' own code
+
+
+class History(NamedTuple):
+    """What each of `t` steps of `fit` left: `‖Y − ZD‖² / ‖Y‖²`, over the finite rows; NaN if those are subnormal.
+
+    Attributes:
+      coded: `[t]` after coding.
+      updated: `[t]` after the update of the dictionary; never more.
+      replaced: `[t]` int32, atoms that were replaced then.
+    """
+
+    coded: Float[Array, " t"]
+    updated: Float[Array, " t"]
+    replaced: Int[Array, " t"]
+
+
+def fit(
+    key: PRNGKeyArray,
+    y: Float[Array, "n d"],
+    *,
+    m: int,
+    k: int,
+    steps: int = 20,
+    tol: float | Float[Array, ""] = 0.0,
+    start: Float[Array, "m d"] | None = None,
+    update: Callable[..., tuple[Array, SparseCode]] | None = None,
+    nonnegative: bool = False,
+    nonnegative_atoms: bool = False,
+) -> tuple[Float[Array, "m d"], History]:
+    """Learn a dictionary of `m` atoms in which each signal is a sum of `k` of them.
+
+    Each step codes the signals by orthogonal matching pursuit, updates atoms and values, then replaces atoms that are
+    of no use (`replace`). Signals with NaN or Inf take no part.
+
+    Args:
+      key: chooses the signals to start from.
+      y: signals `[n d]`.
+      m: atoms.
+      k: most atoms of a signal.
+      steps: codings, each with its update.
+      tol: residual norm at which a signal needs no further atom, in the units of `y`.
+      start: dictionary to start from, of any norm; by default `m` of the signals.
+      update: `exact` (the default), `approximate` or `mod`, or another function of their signature.
+      nonnegative: constrain the values, `z ≥ 0`.
+      nonnegative_atoms: constrain the atoms, for signals that are non-negative themselves.
+
+    Returns:
+      Atoms `[m d]` of norm 1, and `History`.
+
+    Raises:
+      ValueError: at trace time, if `k` exceeds `m` or `d`, or if there are fewer signals than atoms to start from.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsae
+      >>> y = jnp.array([[3.0, 3.0], [1.0, 1.0], [0.0, -2.0], [0.0, 1.0]])
+      >>> D, history = jaxsae.ksvd.fit(jax.random.key(0), y, m=2, k=1, steps=4)
+      >>> float(history.updated[-1]) < 1e-6
+      True
+
+    Source: Aharon, Elad & Bruckstein (2006), "K-SVD: An algorithm for designing overcomplete dictionaries for sparse
+    representation".
+    """
+    y, start = jnp.asarray(y), None if start is None else jnp.asarray(start)
+    if y.ndim != 2 or not jnp.issubdtype(y.dtype, jnp.floating):
+        raise ValueError(f"`fit` got signals of dtype {y.dtype} and shape {y.shape}; pass floating point (n, d).")
+    n, d = y.shape
+    problems.check_numbers("fit", "tol", tol, do="a finite norm of at least 0")
+    if steps < 1:
+        raise ValueError(f"`fit` got {steps} steps; pass at least 1.")
+    if not 1 <= k <= min(m, d):
+        raise ValueError(f"`fit` got k = {k} for m = {m} atoms of width {d}; pass k from 1 to {min(m, d)}.")
+    if start is None and m > n:
+        raise ValueError(
+            f"`fit` got {n} signals to start m = {m} atoms from; pass more signals, fewer atoms or `start`."
+        )
+    if start is not None and start.shape != (m, d):
+        raise ValueError(f"`fit` got a start of shape {start.shape}; pass one of shape ({m}, {d}), one atom a row.")
+    start = _signals(key, y, m) if start is None else start
+    static = _Static(k, steps, update or exact, nonnegative, nonnegative_atoms)
+    return _fit(static, rank_one.unit(jax.nn.relu(start) if nonnegative_atoms else start), y, jnp.full(n, tol, y.dtype))
+
+
+class _Static(NamedTuple):
+    k: int
+    steps: int
+    update: Callable[..., tuple[Array, SparseCode]]
+    nonnegative: bool
+    nonnegative_atoms: bool
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _fit(static: _Static, start, y, tol):
+    k, steps, update, nonnegative, nonnegative_atoms = static
+    y, scale = _without_units(y)
+    tol = divide(tol, scale)
+    finite = jnp.isfinite(y).all(axis=1)
+    known = jnp.where(finite[:, None], y, 0)
+
+    def error(D, code):
+        left = divide(jnp.sum((known - codes.combine(D, _on(code, finite))) ** 2), jnp.sum(known**2))
+        return jnp.where(jnp.isnan(scale), jnp.nan, left)
+
+    def step(D, _):
+        code, _ = pursuit.omp(D, y, k=k, nonnegative=nonnegative, tol=tol)
+        coded = error(D, code)
+        D, code = update(D, y, code, nonnegative=nonnegative, nonnegative_atoms=nonnegative_atoms)
+        updated = error(D, code)
+        D, replaced = replace(D, y, code, nonnegative_atoms=nonnegative_atoms)
+        return D, History(coded, updated, replaced)
+
+    return jax.lax.scan(step, start, length=steps)
+
+
+def _without_units(y):
+    """Signals divided by a power of two, so that none of their squares is out of range, and the power."""
+    wide = y.astype(jnp.promote_types(y.dtype, jnp.float32))
+    finite = jnp.isfinite(wide).all(axis=1, keepdims=True)
+    scale = problems.power_of_two(problems.largest(jnp.where(finite, wide, 0), (0, 1)))[0, 0]
+    return divide(wide, scale).astype(y.dtype), scale
+
+
+def _signals(key, y, m: int):
+    """Signals drawn without replacement, of norm 1; those that are 0 or not finite only if there are no others."""
+    usable = jnp.isfinite(y).all(axis=1) & (y != 0).any(axis=1)
+    _, chosen = jax.lax.top_k(jax.random.uniform(key, (len(y),)) + usable, m)
+    return jnp.where(usable[chosen, None], y[chosen], 0)
+
+
+def _on(code: SparseCode, rows: Array) -> SparseCode:
+    """The code with the other rows empty."""
+    on = code.mask & rows[:, None]
+    return dataclasses.replace(
+        code, values=jnp.where(on, code.values, 0), indices=jnp.where(on, code.indices, code.num_latents)
+    )
+
+
+# --- Updates of a dictionary and the values of a code, the supports given
+
+
+def refine(
+    D: Float[Array, "m d"], y: Float[Array, "n d"], code: SparseCode, *, nonnegative: bool = False
+) -> tuple[SparseCode, RefitInfo]:
+    """Update the values alone, supports and dictionary fixed: the shared `refit`.
+
+    Args:
+      D: dictionary `[m d]`.
+      y: signals `[n d]`.
+      code: supports and starting values `[n k]`.
+      nonnegative: constrain `z ≥ 0`.
+
+    Returns:
+      As `refit`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> code = jaxsae.SparseCode(values=jnp.array([[1.0]]), indices=jnp.array([[1]]), num_latents=2)
+      >>> jaxsae.ksvd.refine(jnp.eye(2), jnp.array([[1.0, 3.0]]), code)[0].values
+      Array([[3.]], dtype=float32)
+
+    Source: Gao et al. (2024), "Scaling and evaluating sparse autoencoders", Section 5.1.
+    """
+    return refit(D, y, code, nonnegative=nonnegative)
+
+
+def exact(
+    D: Float[Array, "m d"],
+    y: Float[Array, "n d"],
+    code: SparseCode,
+    *,
+    nonnegative: bool = False,
+    nonnegative_atoms: bool = False,
+) -> tuple[Float[Array, "m d"], SparseCode]:
+    """Update atoms and their values in turn, each by the best rank-one fit of what the others leave: exact k-SVD.
+
+        E = R + v dᵀ,   (d, v) = argmin ‖E − v dᵀ‖²,   R ← E − v dᵀ        (rows that use the atom)
+
+    `d` is the leading eigenvector of `EᵀE [d d]`, meant for widths up to a few hundred. Under constraints `d` and `v`
+    are found in turn, each the best given the other, from whichever start is best: the atom, or the singular vector
+    of either sign (non-negative k-SVD, Aharon et al. 2005). The objective never rises.
+
+    Args:
+      D: dictionary `[m d]`, atoms of any norm.
+      y: signals `[n d]`; rows with NaN or Inf, in `y` or in their values, take no part.
+      code: supports and values `[n k]`. An index that stands twice in a row is put into its first slot.
+      nonnegative: constrain `z ≥ 0`.
+      nonnegative_atoms: constrain the atoms.
+
+    Returns:
+      Atoms of norm 1 (0 where they were 0 and no row uses them), and the code with its values updated.
+
+    Raises:
+      ValueError, TypeError: at trace time, if shapes or dtypes do not fit together.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> code = jaxsae.SparseCode(values=jnp.ones((2, 1)), indices=jnp.zeros((2, 1), jnp.int32), num_latents=1)
+      >>> D, code = jaxsae.ksvd.exact(jnp.array([[1.0, 0.0]]), jnp.array([[3.0, 4.0], [6.0, 8.0]]), code)
+      >>> jnp.round(D, 3), jnp.round(code.values, 3)
+      (Array([[0.6, 0.8]], dtype=float32), Array([[ 5.],
+             [10.]], dtype=float32))
+
+    Source: Aharon, Elad & Bruckstein (2006), "K-SVD"; Aharon, Elad & Bruckstein (2005), "K-SVD and its non-negative
+    variant for dictionary design".
+    """
+    fit_atom = rank_one.alternating if nonnegative or nonnegative_atoms else rank_one.leading
+    D, y, code = problems.validate(D, y, code, "exact")
+    return rank_one.sweep(fit_atom, rank_one.Signs(nonnegative, nonnegative_atoms), D, y, code)
+
+
+def approximate(
+    D: Float[Array, "m d"],
+    y: Float[Array, "n d"],
+    code: SparseCode,
+    *,
+    nonnegative: bool = False,
+    nonnegative_atoms: bool = False,
+) -> tuple[Float[Array, "m d"], SparseCode]:
+    """Update atoms and their values in turn, each by one power step in place of the exact fit: approximate k-SVD.
+
+        d = Eᵀv / ‖Eᵀv‖,   v = E d        (projected, under constraints)
+
+    Each half is the best given the other, so the objective never rises. It costs a few passes over the rows of an atom,
+    whatever the width.
+
+    Args:
+      D: as for `exact`.
+      y: as for `exact`.
+      code: as for `exact`.
+      nonnegative: as for `exact`.
+      nonnegative_atoms: as for `exact`.
+
+    Returns:
+      As `exact`.
+
+    Raises:
+      ValueError, TypeError: as `exact`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> code = jaxsae.SparseCode(values=jnp.ones((2, 1)), indices=jnp.zeros((2, 1), jnp.int32), num_latents=1)
+      >>> D, code = jaxsae.ksvd.approximate(jnp.array([[1.0, 0.0]]), jnp.array([[3.0, 4.0], [6.0, 8.0]]), code)
+      >>> jnp.round(D, 3)
+      Array([[0.6, 0.8]], dtype=float32)
+
+    Source: Rubinstein, Zibulevsky & Elad (2008), "Efficient implementation of the K-SVD algorithm using batch
+    orthogonal matching pursuit".
+    """
+    D, y, code = problems.validate(D, y, code, "approximate")
+    return rank_one.sweep(rank_one.power_step, rank_one.Signs(nonnegative, nonnegative_atoms), D, y, code)
+
+
+def mod(
+    D: Float[Array, "m d"],
+    y: Float[Array, "n d"],
+    code: SparseCode,
+    *,
+    nonnegative: bool = False,
+    nonnegative_atoms: bool = False,
+) -> tuple[Float[Array, "m d"], SparseCode]:
+    """Update all atoms at once, the values fixed: the method of optimal directions.
+
+        D = (ZᵀZ)⁻¹ ZᵀY,   then atoms of norm 1, and values to match
+
+    It takes memory and time of `[m m]`. Where rounding would make the error rise, the dictionary is kept.
+
+    Args:
+      D: as for `exact`.
+      y: as for `exact`.
+      code: as for `exact`.
+      nonnegative: makes no difference: values keep their signs.
+      nonnegative_atoms: must be False.
+
+    Returns:
+      As `exact`.
+
+    Raises:
+      ValueError, TypeError: as `exact`, and for `nonnegative_atoms`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> code = jaxsae.SparseCode(values=jnp.ones((2, 1)), indices=jnp.zeros((2, 1), jnp.int32), num_latents=1)
+      >>> D, code = jaxsae.ksvd.mod(jnp.array([[1.0, 0.0]]), jnp.array([[3.0, 4.0], [6.0, 8.0]]), code)
+      >>> jnp.round(D, 3)
+      Array([[0.6, 0.8]], dtype=float32)
+
+    Source: Engan, Aase & Husøy (1999), "Method of optimal directions for frame design".
+    """
+    if nonnegative_atoms:
+        raise ValueError("`mod` got nonnegative_atoms, which it has no way to keep; use `exact` or `approximate`.")
+    D, y, code = problems.validate(D, y, code, "mod")
+    return _mod(D, y, code)
+
+
+@jax.jit
+def _mod(D, y, code: SparseCode):
+    given = rank_one.learnable(D, y, code)
+    learnt, known = given.code, given.signals
+    m, dtype = len(D), known.dtype
+
+    def add(total, values, indices):
+        z = SparseCode(values, indices, m).dense()
+        return total + matmul(z.T, z), None
+
+    zz, _ = chunking.scan_chunks(
+        *(add, jnp.zeros((m, m), dtype), learnt.values, learnt.indices),
+        batch=y.shape[:1],
+        row_bytes=m * dtype.itemsize,
+        cpu_rows=1024,
+    )
+    norm = jnp.sqrt(jnp.diagonal(zz))
+    unit = divide(zz, norm[:, None] * norm).at[jnp.diag_indices(m)].set(1)
+    best = divide(solve_semidefinite(unit, divide(codes.correlate(learnt, known), norm[:, None])), norm[:, None])
+    best = jnp.where(norm[:, None] > 0, best, given.atoms)
+    error, error_before = (jnp.sum((known - codes.combine(atoms, learnt)) ** 2) for atoms in (best, given.atoms))
+    best = jnp.where(error < error_before, best, given.atoms)
+    size = jnp.linalg.norm(best, axis=1).at[learnt.indices].get(mode="fill", fill_value=0)
+    learnt = dataclasses.replace(learnt, values=learnt.values * size)
+    return rank_one.unit(best).astype(D.dtype), given.put(code, learnt)
+
+
+def replace(
+    D: Float[Array, "m d"], y: Float[Array, "n d"], code: SparseCode, *, nonnegative_atoms: bool = False
+) -> tuple[Float[Array, "m d"], Int[Array, ""]]:
+    """Replace atoms of no use by the signals that are represented worst.
+
+    Of no use is an atom that no signal uses, or one whose cosine with an earlier atom is above 0.99 in absolute value.
+    Each takes a signal of its own, as long as there are signals with an error.
+
+    Args:
+      D: dictionary `[m d]`.
+      y: signals `[n d]`.
+      code: what represents them, `[n k]`.
+      nonnegative_atoms: take the positive part of the signals.
+
+    Returns:
+      The dictionary, new atoms of norm 1, and how many were replaced.
+
+    Raises:
+      ValueError, TypeError: at trace time, if shapes or dtypes do not fit together.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> code = jaxsae.SparseCode(values=jnp.ones((4, 1)), indices=jnp.zeros((4, 1), jnp.int32), num_latents=2)
+      >>> y = jnp.array([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [1.0, 5.0]])
+      >>> D, count = jaxsae.ksvd.replace(jnp.array([[1.0, 0.0], [1.0, 0.0]]), y, code)
+      >>> [round(x, 2) for x in D[1].tolist()], int(count)
+      ([0.2, 0.98], 1)
+
+    Source: Aharon, Elad & Bruckstein (2006), Section IV.
+    """
+    D, y, code = problems.validate(D, y, code, "replace")
+    return _replace(nonnegative_atoms, D, y, code)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _replace(nonnegative_atoms: bool, D, y, code: SparseCode):
+    m = len(D)
+    given = rank_one.learnable(D, y, code)
+    learnt, known, atoms = given.code, given.signals, rank_one.unit(given.atoms)
+
+    def repeats(some, number):
+        return jnp.any((jnp.abs(matmul(some, atoms.T)) > _ALIKE) & (jnp.arange(m) < number[:, None]), axis=1)
+
+    repeated = chunking.map_chunks(
+        repeats, atoms, jnp.arange(m), batch=(m,), row_bytes=m * atoms.dtype.itemsize, cpu_rows=256
+    )
+    uses = jnp.zeros(m, jnp.int32).at[learnt.indices].add(1, mode="drop")
+    useless = repeated | (uses == 0)
+    error = jnp.sum((known - codes.combine(given.atoms, learnt)) ** 2, axis=1)
+    error, worst = jax.lax.top_k(error, min(m, len(y)))
+    turn = jnp.cumsum(useless) - 1
+    error, worst = (x.at[turn].get(mode="fill", fill_value=0) for x in (error, worst))
+    new = known[worst]
+    new = rank_one.unit(jax.nn.relu(new) if nonnegative_atoms else new)
+    useless &= (error > 0) & (new != 0).any(axis=1)
+    return jnp.where(useless[:, None], new, atoms).astype(D.dtype), jnp.sum(useless, dtype=jnp.int32)

@@ -1,0 +1,34 @@
+"""A language model around the activations: take residuals out of it, put other ones in, and see what that costs.
+
+`models` computes, `files` reads GGUF files and Hugging Face directories, `harvest` goes from text to activations.
+"""
+
+from jaxsae.language_model import harvest
+from jaxsae.language_model.files import cached, fetch, read_tokenizer
+from jaxsae.language_model.models import (
+    LanguageModel,
+    NextToken,
+    cross_entropy,
+    load,
+    logits,
+    loss_recovered,
+    residual,
+    splice,
+    tiny,
+)
+
+__all__ = [
+    "LanguageModel",
+    "NextToken",
+    "cached",
+    "cross_entropy",
+    "fetch",
+    "harvest",
+    "load",
+    "logits",
+    "loss_recovered",
+    "read_tokenizer",
+    "residual",
+    "splice",
+    "tiny",
+]

@@ -1,0 +1,489 @@
+"""From text to activations: tokenise, pack into contexts, run a language model, write or hand on its residual stream.
+
+A context holds `context` tokens, and gives `context − 1` rows: its first position, whose activation is massive in most
+models, is left out. A shard holds the rows of the same contexts however often a harvest was interrupted, so that one
+that goes on neither repeats a row nor loses one.
+"""
+
+import codecs
+import contextlib
+import functools
+import itertools
+import os
+import random
+import sys
+import sysconfig
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxsae._core import arguments
+from jaxsae._core.arguments import Count, Index
+from jaxsae._core.files import InputError, local_path
+from jaxsae.data import shards
+from jaxsae.language_model import files as model_files
+from jaxsae.language_model.models import LanguageModel, residual
+
+_SHARD = 128 << 20  # bytes of float32 rows, about
+_MOST_STEPS = 32  # in a shard
+_PIECE = 1 << 20  # characters tokenised at a time: a tokenizer takes some hundred bytes for each
+_OVERLAP = 1 << 14  # characters that two pieces share, at first
+_AGREE = 32  # tokens that must be the same in both
+_ENCODINGS = {  # by the mark that a file begins with, those of four bytes first
+    codecs.BOM_UTF32_LE: "utf-32-le",
+    codecs.BOM_UTF32_BE: "utf-32-be",
+    codecs.BOM_UTF16_LE: "utf-16-le",
+    codecs.BOM_UTF16_BE: "utf-16-be",
+    codecs.BOM_UTF8: "utf-8",
+}
+_DTYPES = ("float16", "float32", "bfloat16")
+
+
+class Text(NamedTuple):
+    """Tokens of some files, packed.
+
+    Attributes:
+      contexts: `[n s]` int32.
+      files: that were read; those after `tokens` was reached were not.
+      replaced: characters that were not UTF-8.
+      empty: files with nothing in them.
+      replaced_at: the file, and the byte, of the first that was not; "" if all were.
+    """
+
+    contexts: np.ndarray
+    files: list[str]
+    replaced: int
+    empty: int
+    replaced_at: str = ""
+
+
+def standard_library() -> list[Path]:
+    """The sources of Python's standard library, without its tests, shuffled: a text that is on every machine.
+
+    Example:
+      >>> standard_library()[0].suffix
+      '.py'
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    left_out = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
+    files = [file for file in sorted(root.rglob("*.py")) if not left_out & set(file.relative_to(root).parts)]
+    random.Random(0).shuffle(files)
+    return files
+
+
+def pack(files: Sequence[Path], tokenizer: Any, *, context: int, tokens: int | None = None) -> Text:
+    """Tokenise files, one after the other, and cut them into contexts; a rest that fills none is left out.
+
+    Files are separated by `<|endoftext|>` where the vocabulary has it, and contexts begin with whatever the tokenizer
+    puts before a text. What is written in a file is text: `<|endoftext|>` in it becomes the tokens of its letters.
+
+    Args:
+      files: text, in this order: UTF-8, or UTF-16 or UTF-32 where a byte-order mark says so, which becomes no token.
+        Bytes that are not UTF-8 become U+FFFD and are counted.
+      tokenizer: a `tokenizers.Tokenizer`.
+      context: tokens in a context, at least 2.
+      tokens: read so many, rounded up to whole contexts; all by default.
+
+    Raises:
+      InputError: if a file cannot be read, holds NULs or what the tokenizer makes a control token of, or all of them do
+        not fill a context.
+
+    Example:
+      >>> import tempfile, tokenizers
+      >>> tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+      >>> tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     _ = Path(folder, "x.txt").write_text("a b b a b")
+      ...     pack([Path(folder, "x.txt")], tokenizer, context=2).contexts.tolist()
+      [[0, 1], [1, 0]]
+    """
+    start = model_files.start(tokenizer)
+    body = context - len(start)
+    if body < 1 or context < 2:
+        raise InputError(f"got contexts of {context} tokens; pass at least {max(2, 1 + len(start))}.")
+    if tokens is not None and tokens < 1:
+        raise InputError(f"got {tokens} tokens to read; pass at least 1.")
+    control = {id: token.content for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    separator = tokenizer.token_to_id("<|endoftext|>")
+    control |= {} if separator is None else {separator: "<|endoftext|>"}
+    wanted = sys.maxsize if tokens is None else -(-tokens // context) * body
+    parts, count, found = [], 0, Text(np.zeros((0, context), np.int32), [], 0, 0)
+    with _as_text(tokenizer):
+        for file in files:
+            if count >= wanted:
+                break
+            text, bad, at = _read(file)
+            found = found._replace(
+                files=[*found.files, str(file)],
+                replaced=found.replaced + bad,
+                empty=found.empty + (not text),
+                replaced_at=found.replaced_at or at,
+            )
+            for piece in _tokenise(tokenizer, text, wanted - count):
+                _require_text(piece, text, control, file)
+                parts.append(piece.ids)
+                count += len(piece.ids)
+            if separator is not None and text:
+                parts.append(np.array([separator], np.int32))
+                count += 1
+    ids = np.concatenate([np.zeros(0, np.int32), *parts])[:wanted]
+    rows = ids[: len(ids) // body * body].reshape(-1, body)
+    if not len(rows):
+        what = "the text is empty" if not len(ids) else f"the text has {len(ids)} tokens, less than a context of {body}"
+        raise InputError(f"{_names(files)}: {what}; pass more text, or a smaller --context.")
+    before = np.tile(np.asarray(start, np.int32), (len(rows), 1))
+    return found._replace(contexts=np.concatenate([before, rows], axis=1))
+
+
+def _names(files) -> str:
+    return str(files[0]) if len(files) == 1 else f"{len(files)} files"
+
+
+def _read(file: Path) -> tuple[str, int, str]:
+    """A file's text, how many of its characters were not UTF-8, and where the first was."""
+    try:
+        content = local_path(file).read_bytes()
+    except OSError as error:
+        raise InputError(f"{file}: {error.strerror}; pass files of text.") from error
+    mark = next((mark for mark in _ENCODINGS if content.startswith(mark)), b"")
+    encoding, content = _ENCODINGS.get(mark, "utf-8"), content[len(mark) :]
+    bad, at = 0, ""
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        at = f"{file}, byte {len(mark) + error.start}"
+        if encoding != "utf-8":
+            raise InputError(f"{at}: is not {encoding}, as the file begins; convert it to UTF-8.") from error
+        text = content.decode(errors="replace")
+        bad = text.count("\ufffd") - content.count("\ufffd".encode())
+    if "\0" in text:
+        where = text.index("\0")
+        raise InputError(f"{file}: holds NULs, the first after {where} characters; expected text: convert it to UTF-8.")
+    return text, bad, at
+
+
+# --- Tokens
+
+
+@contextlib.contextmanager
+def _as_text(tokenizer) -> Iterator[None]:
+    """Make text of all that a tokenizer reads, and read all: the control tokens of its vocabulary are letters to it.
+
+    It is not a copy that is changed: a copy goes through JSON, which rounds the scores of Unigram.
+    """
+    before = tokenizer.encode_special_tokens, tokenizer.truncation, tokenizer.padding
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    try:
+        yield
+    finally:
+        tokenizer.encode_special_tokens, truncation, padding = before
+        if truncation is not None:
+            tokenizer.enable_truncation(**truncation)
+        if padding is not None:
+            tokenizer.enable_padding(**padding)
+
+
+class _Piece(NamedTuple):
+    """Tokens of a part of a text; the characters of each, `[n 2]`, counted from the beginning of the text; and which of
+    them begin a word.
+    """
+
+    ids: np.ndarray
+    places: np.ndarray
+    first: np.ndarray
+
+    def part(self, first: int | None, last: int | None) -> "_Piece":
+        return _Piece(*(each[first:last] for each in self))
+
+
+def _encode(tokenizer, text: str, first: int, last: int) -> _Piece:
+    found = tokenizer.encode(text[first:last], add_special_tokens=False)
+    places = first + np.asarray(found.offsets, np.int64).reshape(-1, 2)
+    words = np.array([-1, *(-1 if word is None else word for word in found.word_ids)])
+    return _Piece(np.asarray(found.ids, np.int32), places, words[1:] != words[:-1])
+
+
+def _tokenise(tokenizer, text: str, most: int) -> Iterator[_Piece]:
+    """The tokens of a text as if it was tokenised whole, or at least the first `most`; a long one is read in pieces.
+
+    Pieces overlap, and are joined where a word begins in both, among tokens that are the same and far from the ends of
+    either. What a piece is at its ends and the text is not, half a word or the "▁" that SentencePiece puts before, has
+    then had no effect: a tokenizer splits words off from left to right, and the tokens of a word depend on nothing
+    else. A byte-pair encoding may have one word for the whole text, and its merges are as local. (Unigram's path is
+    not: equal ones differ by the rounding of sums over the word.) If pieces do not agree they overlap by more; if they
+    never do, the text is tokenised whole.
+    """
+    from tokenizers import models
+
+    in_words = isinstance(tokenizer.model, models.BPE)
+    end, count = min(_PIECE, len(text)), 0
+    piece = _encode(tokenizer, text, 0, end)
+    while end < len(text) and count < most:
+        overlap, joint, following = _OVERLAP, None, piece
+        while joint is None and 2 * overlap <= _PIECE:
+            following = _encode(tokenizer, text, end - overlap, end - overlap + _PIECE)
+            joint, overlap = _joint(piece, following, end - overlap, end, in_words=in_words), 2 * overlap
+        if joint is None:
+            end, piece = len(text), _encode(tokenizer, text, 0, len(text)).part(count, None)
+        else:
+            yield piece.part(None, joint[0])
+            end, count = min(end - overlap // 2 + _PIECE, len(text)), count + joint[0]
+            piece = following.part(joint[1], None)
+    if count < most:
+        yield piece
+
+
+def _joint(piece: _Piece, following: _Piece, first: int, last: int, *, in_words: bool) -> tuple[int, int] | None:
+    """The number of a token in both of two pieces that share characters from `first` to `last`, if they agree there.
+
+    It begins a word, or is any if it may be in one.
+    """
+    margin = (last - first) // 4
+
+    def shared(of):
+        inside = (of.places[:, 0] >= first + margin) & (of.places[:, 1] <= last - margin)
+        begin, count = int(np.argmax(inside)), int(np.count_nonzero(inside))
+        return begin, of.part(begin, begin + count)
+
+    (begin, ours), (other, theirs) = shared(piece), shared(following)
+    places = np.flatnonzero(ours.first) if ours.first.any() or not in_words else np.arange(len(ours.ids))
+    same = len(ours.ids) == len(theirs.ids) and all(map(np.array_equal, ours, theirs))
+    if not same or len(ours.ids) < _AGREE or not len(places):
+        return None
+    middle = int(places[len(places) // 2])
+    return begin + middle, other + middle
+
+
+def _require_text(piece: _Piece, text: str, control: dict[int, str], file: Path) -> None:
+    """Refuse control tokens that a text spells; one that stands for what is unknown may be in any."""
+    for n in np.flatnonzero(np.isin(piece.ids, list(control))):
+        (first, last), name = piece.places[n], control[int(piece.ids[n])]
+        if name in text[first:last]:
+            raise InputError(
+                f"{file}: holds {name!r} after {first} characters, which the tokenizer makes a control token of; "
+                f"leave it out, or write it in another way."
+            )
+
+
+# --- Rows
+
+
+def run(
+    out: str | os.PathLike,
+    model: LanguageModel,
+    contexts: np.ndarray,
+    *,
+    layer: Index,
+    source: dict[str, Any],
+    batch: Count = 8,
+    dtype: Annotated[str, arguments.ROWS_DTYPE] = "float16",
+    progress: Callable[[int], None] = lambda contexts: None,
+) -> shards.Rows:
+    """Write the residual stream of a language model over contexts, as shards, with the tokens beside them.
+
+    Row `r` of a shard belongs to position `1 + r mod (s − 1)` of context `r // (s − 1)` in its column `tokens`. What an
+    interrupted harvest of the same contexts left in `out` is kept, and gone on from.
+
+    Args:
+      out: directory.
+      model: the language model.
+      contexts: tokens `[n s]`.
+      layer: block after which the residual is taken, from 0.
+      source: where the contexts come from; written into the manifest.
+      batch: contexts in a step, rounded up to a multiple of the devices, over which they are spread.
+      dtype: of the rows, float16 or float32.
+      progress: called with the number of contexts just done, those of an interrupted harvest first.
+
+    Returns:
+      All rows, `[n·(s − 1) d]`.
+
+    Raises:
+      InputError: if an argument does not fit the model, a row overflows `dtype`, or `out` holds something else.
+
+    Example:
+      >>> import tempfile
+      >>> from jaxsae.language_model import tiny
+      >>> contexts = np.arange(12, dtype=np.int32).reshape(2, 6)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     run(folder, tiny(), contexts, layer=1, source={"model": "tiny"}).shape
+      (10, 8)
+    """
+    arguments.check(run, {"layer": layer, "batch": batch, "dtype": dtype})
+    require_fit(model, contexts, layer)
+    n, length = contexts.shape
+    crc = f"{zlib.crc32(np.asarray(contexts, np.int32).tobytes()):08x}"
+    source = {**source, "layer": layer, "contexts": n, "context": length, "tokens_crc32": crc}
+    writer = shards.Writer(out, width=model.config.width, dtype=dtype, source=source)
+    first = writer.rows // (length - 1)
+    if first:
+        progress(first)
+    if not writer.manifest.complete:
+        mesh, batch = _spread(jax.devices(), batch, n)
+        steps = _steps_per_shard(batch * (length - 1) * model.config.width)
+        residuals = _residuals(model, contexts[first:], layer, batch, mesh, progress)
+        for start in range(first, n, steps * batch):
+            rows = np.concatenate(list(itertools.islice(residuals, steps)))
+            writer.append(rows.reshape(-1, rows.shape[-1]), tokens=contexts[start : start + len(rows)])
+        writer.finish()
+    return shards.open_rows(out)
+
+
+def live(
+    model: LanguageModel, contexts: np.ndarray, *, layer: Index, batch: Count = 8, window: Count = 1 << 16
+) -> shards.Rows:
+    """The residual stream of a language model over contexts, computed when it is asked for: nothing is written.
+
+    Row `r` belongs to position `1 + r mod (s − 1)` of context `r // (s − 1)`. Contexts are computed a step at a time,
+    and kept as long as a reader needs them that takes rows in windows, `data.batches(rows, …, window=window)`: each is
+    computed once a pass. The position is all there is to save of such a reader; the window it is in is computed anew.
+
+    Args:
+      model: the language model.
+      contexts: tokens `[n s]`.
+      layer: block after which the residual is taken, from 0.
+      batch: contexts in a step, rounded up to a multiple of this process' devices, over which they are spread.
+      window: rows that are shuffled among themselves; two windows are kept in memory, in float32.
+
+    Returns:
+      `[n·(s − 1) d]`, float32.
+
+    Raises:
+      InputError: if an argument does not fit the model.
+
+    Example:
+      >>> from jaxsae.language_model import tiny
+      >>> live(tiny(), np.arange(12, dtype=np.int32).reshape(2, 6), layer=1)[np.array([3, 9])].shape
+      (2, 8)
+    """
+    arguments.check(live, {"layer": layer, "batch": batch, "window": window})
+    require_fit(model, contexts, layer)
+    mesh, batch = _spread(jax.local_devices(), batch, len(contexts))
+    model = jax.device_put(model, NamedSharding(mesh, PartitionSpec()))
+    (n, length), alone = contexts.shape, threading.Lock()
+    step = batch * (length - 1)
+
+    @functools.lru_cache(2 * (-(-window // step) + 1))
+    def compute(number):
+        some = contexts[number * batch : (number + 1) * batch]
+        return np.asarray(_step(model, some, layer, batch, mesh)).reshape(-1, model.config.width)
+
+    def load(number):
+        with alone:  # readers that want the same one
+            return compute(number)
+
+    edges = np.minimum(np.arange(-(-n // batch) + 1) * step, n * (length - 1))
+    return shards.Rows(load, edges, range(n * (length - 1)), model.config.width, np.float32, "")
+
+
+def check(
+    model: str | os.PathLike, *, layer: int, context: int, dtype: str = "float16", out: str | os.PathLike | None = None
+) -> None:
+    """Raise what a harvest would, before text is tokenised and weights are read.
+
+    Args:
+      model: as for `language_model.load`; its configuration alone is read.
+      layer: block after which the residual is to be taken, from 0.
+      context: tokens in a context.
+      dtype: of the rows.
+      out: directory to write, or None.
+
+    Raises:
+      InputError: what it is, and what the model has.
+
+    Example:
+      >>> check("no-such-place", layer=1, context=64)
+      Traceback (most recent call last):
+      jaxsae.InputError: no-such-place: no such file; expected a GGUF file, a Hugging Face directory, or ...
+    """
+    if dtype not in _DTYPES:
+        raise InputError(f"got dtype {dtype}; pass one of {', '.join(_DTYPES)}.")
+    if out is not None and Path(out).exists() and not Path(out).is_dir():
+        raise InputError(f"cannot write {out}: Not a directory; choose another --out.")
+    if out is not None and Path(out).is_dir() and any(Path(out).iterdir()) and not Path(out, shards.MANIFEST).exists():
+        raise InputError(f"{out}: holds files but no {shards.MANIFEST}; choose another --out, or remove it.")
+    _require_site(model_files.read_config(model), layer, context)
+
+
+def require_fit(model: LanguageModel, contexts: np.ndarray, layer: int) -> None:
+    """Raise if a model has no such layer, or cannot read such contexts.
+
+    Args:
+      model: the language model.
+      contexts: tokens `[n s]`.
+      layer: block after which the residual is to be taken, from 0.
+
+    Raises:
+      InputError: what it is, and what the model has.
+
+    Example:
+      >>> from jaxsae.language_model import tiny
+      >>> require_fit(tiny(), np.array([[1, 2, 99]]), 1)
+      Traceback (most recent call last):
+      jaxsae.InputError: the tokenizer made token 99, the model's vocabulary has 16; pass the model's own.
+    """
+    if np.ndim(contexts) != 2 or not np.size(contexts) or np.asarray(contexts).dtype.kind not in "iu":
+        what = f"{np.shape(contexts)} of {np.asarray(contexts).dtype}"
+        raise InputError(f"got contexts of shape {what}; pass tokens (n, s), at least one context.")
+    c, (low, high) = model.config, (int(np.min(contexts)), int(np.max(contexts)))
+    _require_site(c, layer, np.shape(contexts)[1])
+    if low < 0 or high >= c.vocab:
+        wrong = low if low < 0 else high
+        raise InputError(
+            f"the tokenizer made token {wrong}, the model's vocabulary has {c.vocab}; pass the model's own."
+        )
+
+
+def _require_site(c: model_files.Config, layer: int, context: int) -> None:
+    if not 0 <= layer < c.layers:
+        raise InputError(f"got layer {layer}, the model has {c.layers}; pass one from 0 to {c.layers - 1}.")
+    if context < 2:
+        raise InputError(f"got contexts of {context} tokens, of which the first gives no row; pass at least 2.")
+    if context > c.context:
+        raise InputError(f"got contexts of {context} tokens, the model takes {c.context}; pass that or less.")
+
+
+def _steps_per_shard(values: int) -> int:
+    """As many steps of so many values as are kept in memory, and lost if the harvest is killed."""
+    return max(1, min(_MOST_STEPS, _SHARD // (4 * values)))
+
+
+def _spread(devices, batch: int, contexts: int) -> tuple[Mesh, int]:
+    """A mesh of devices, and a number of contexts, no more than there are, that can be split evenly over them."""
+    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    return mesh, -(-min(batch, contexts) // len(devices)) * len(devices)
+
+
+def _residuals(model, contexts, layer: int, batch: int, mesh: Mesh, progress) -> Iterator[np.ndarray]:
+    """Residuals `[batch s − 1 d]`, without those of the first position; the last batch may be smaller."""
+    model = jax.device_put(model, NamedSharding(mesh, PartitionSpec()))
+    pending = None
+    for start in range(0, len(contexts), batch):
+        some = contexts[start : start + batch]
+        rows = _step(model, some, layer, batch, mesh)
+        # One step ahead: the device computes while rows are fetched and written.
+        if pending is not None:
+            yield np.asarray(pending)
+        pending = rows
+        progress(len(some))
+    if pending is not None:
+        yield np.asarray(pending)
+
+
+def _step(model, some: np.ndarray, layer: int, batch: int, mesh: Mesh) -> jax.Array:
+    """Residuals of at most `batch` contexts."""
+    ids = np.pad(some, [(0, batch - len(some)), (0, 0)])
+    return _after_first(model, jax.device_put(ids, NamedSharding(mesh, PartitionSpec("data"))), layer)[: len(some)]
+
+
+@functools.partial(jax.jit, static_argnames="layer")
+def _after_first(model, ids, layer):
+    return residual(model, ids, layer)[:, 1:].astype(jnp.float32)

@@ -1,0 +1,349 @@
+"""The lasso's path, followed from one change of the support to the next.
+
+The minimiser of `½‖y − Dᵀz‖² + λ‖z‖₁` is piecewise linear in `λ`: while its support `S` and signs `s` stay,
+
+    z_S(λ) = G_SS⁻¹(c_S − λ s),   G = DDᵀ,  c = Dy.
+
+It starts at `λ_max`, where the first atom comes in, and goes down to the next penalty at which an atom joins or leaves
+(Osborne et al. 2000; LARS with the lasso's modification). The steps are as many as the changes, each at the cost of two
+products with `D` and of a rank-one change of `G_SS⁻¹`. Correlations come from the residual anew at each step, and what
+they miss is put right by the next: errors do not add up. A duality gap judges the end; rows that ties or nearly
+dependent atoms have led astray go on by FISTA.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxsae import codes
+from jaxsae._core import chunking
+from jaxsae._core.linalg import divide, matmul, max_or_nan, residual, squared_norm
+from jaxsae.codes import SparseCode
+from jaxsae.least_squares import problems
+
+_STARTS = 4  # of a row that goes on by FISTA, each from the end of the one before
+
+
+class Static(NamedTuple):
+    """What fixes the program: the sign constraint and the slots of a row."""
+
+    nonnegative: bool
+    capacity: int
+
+
+class Arrival(NamedTuple):
+    """The solution of rows, or of one, at a penalty."""
+
+    values: Array  # [k]
+    indices: Array  # [k]  m where a slot is free
+    overflow: Array  # atoms that the slots had no room for
+    steps: Array
+    kkt: Array  # relative, as of `certify`; NaN where the row is not finite
+    gap: Array  # relative to ½‖y‖²
+
+
+def solve(static: Static, shared, per_row) -> Arrival:
+    """Solve rows at penalties, each of its own, on all atoms or on a support: `[*b L]`.
+
+    Args:
+      static: `Static`.
+      shared: `D [m d]`, the gap to be reached, and the most steps.
+      per_row: `y [*b d]`, penalties `[*b L]` in descending order, and supports `[*b s]`, or None. Then the indices
+        found are positions in the support.
+    """
+    D, tol, most = shared
+    y, lams, support = per_row
+    (*batch, d), count, k, itemsize = y.shape, lams.shape[-1], static.capacity, y.dtype.itemsize
+    n, m = math.prod(batch), len(D) if support is None else support.shape[-1]
+    valid = jnp.isfinite(D).all()
+    unit = problems.power_of_two(problems.largest(D, (0, 1)))[0, 0]
+    valid &= jnp.isfinite(unit)
+    D = divide(D, unit)
+    y, y_unit, y_norm = problems.scaled(y.reshape(n, d))
+    lams = lams.reshape(n, count)
+    valid &= jnp.isfinite(y_unit) & jnp.isfinite(y_norm) & (lams >= 0) & jnp.isfinite(lams)
+    valid &= problems.can_be_written(divide(unit, y_unit))
+    lams = jnp.minimum(divide(divide(lams, y_unit), unit), jnp.finfo(y.dtype).max)
+    support = None if support is None else support.reshape(n, m)
+
+    def of_rows(f, support):
+        """`f(dictionary, ...)` of a chunk of rows, which share the dictionary or have atoms of their own."""
+        if support is None:
+            return jax.vmap(functools.partial(f, D))
+        return functools.partial(jax.vmap(f), _take(D, support))
+
+    def follow(y, lams, support):
+        return of_rows(functools.partial(_follow, static, most), support)(y, lams)
+
+    def go_on(row, lam, arrival):
+        own = None if support is None else support.at[row].get(mode="clip")
+        descend = functools.partial(_descend, static, tol, most)
+        return of_rows(descend, own)(y.at[row].get(mode="clip"), lam, arrival)
+
+    own_bytes = 0 if support is None else m * d
+    walk_bytes = (6 * k * (k + d) + 12 * m + 4 * count * k + own_bytes) * itemsize
+    arrival = chunking.map_chunks(follow, y, lams, support, batch=(n,), row_bytes=walk_bytes)
+    arrival = jax.tree.map(lambda x: x.reshape(n * count, *x.shape[2:]), arrival)
+    astray = ~(arrival.gap <= tol) & (arrival.overflow == 0) & valid.ravel()
+    owner = jnp.repeat(jnp.arange(n), count, total_repeat_length=n * count)
+    arrival = chunking.revise_rows(
+        *(go_on, astray, arrival, owner, lams.ravel(), arrival), row_bytes=(20 * m + 4 * d + own_bytes) * itemsize
+    )
+
+    arrival = jax.tree.map(lambda x: x.reshape(n, count, *x.shape[1:]), arrival)
+    values = divide(arrival.values * y_unit[:, :, None], unit)
+    finite = valid & jnp.isfinite(arrival.kkt) & jnp.isfinite(values).all(-1)
+    arrival = Arrival(
+        values=jnp.where(finite[:, :, None], values, 0),
+        indices=jnp.where(finite[:, :, None], arrival.indices, m),
+        overflow=jnp.where(finite, arrival.overflow, 0),
+        steps=jnp.where(finite, arrival.steps, 0),
+        kkt=jnp.where(finite, arrival.kkt, jnp.nan),
+        gap=jnp.where(finite, arrival.gap, jnp.nan),
+    )
+    return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), arrival)
+
+
+def _take(D, indices):
+    """Atoms, zeros where a slot is free."""
+    return D.at[indices].get(mode="fill", fill_value=0)
+
+
+class _Row(NamedTuple):
+    """One row's problem, free of units."""
+
+    D: Array  # [m d]
+    y: Array  # [d]
+    scale: Array  # max‖a‖ ‖y‖
+    rounding: Array  # of a correlation
+    static: Static
+
+
+def _row(static: Static, D, y) -> _Row:
+    scale = jnp.sqrt(jnp.max(jnp.sum(D * D, axis=1))) * jnp.linalg.norm(y)
+    return _Row(D, y, scale, 8 * jnp.finfo(D.dtype).eps * scale, static)
+
+
+# --- The walk
+
+
+class _Walk(NamedTuple):
+    """A point of one row's path, where every atom of the support has `⟨aᵢ, r⟩ = λ signᵢ`."""
+
+    lam: Array
+    values: Array  # [k]
+    indices: Array  # [k]  m where a slot is free
+    signs: Array  # [k]  0 where a slot is free
+    inverse: Array  # [k k]  of the Gram matrix of the support; 0 elsewhere
+    standing: Array  # [m]  int8: whether an atom may join
+    full: Array  # an atom would join, and no slot is free
+    lost: Array  # rounding has taken the walk off the path
+    steps: Array
+
+
+# How an atom stands. A dependent one is in the span of the support, until an atom leaves it.
+_FREE, _ACTIVE, _DEPENDENT = range(3)
+
+
+def _follow(static: Static, most, D, y, lams) -> Arrival:
+    """Follow one row's path down to each of its penalties: `[L]`."""
+    row = _row(static, D, y)
+
+    def down(walk: _Walk, lam):
+        def on_the_way(walk):
+            return (walk.lam > lam) & ~walk.full & ~walk.lost & (walk.steps < most)
+
+        walk = jax.lax.while_loop(on_the_way, lambda walk: _step(row, walk, lam), walk)
+        return walk, _arrive(row, walk, lam)
+
+    return jax.lax.scan(down, _start(row), lams)[1]
+
+
+def _start(row: _Row) -> _Walk:
+    k, m, dtype = row.static.capacity, len(row.D), row.D.dtype
+    c = matmul(row.D, row.y)
+    return _Walk(
+        lam=max_or_nan(c if row.static.nonnegative else jnp.abs(c)),
+        values=jnp.zeros(k, dtype),
+        indices=jnp.full(k, m, jnp.int32),
+        signs=jnp.zeros(k, dtype),
+        inverse=jnp.zeros((k, k), dtype),
+        standing=jnp.full(m, _FREE, jnp.int8),
+        full=jnp.zeros((), bool),
+        lost=jnp.zeros((), bool),
+        steps=jnp.zeros((), jnp.int32),
+    )
+
+
+def _step(row: _Row, walk: _Walk, target) -> _Walk:
+    """Go down to the penalty at which an atom joins the support or leaves it, or to `target`."""
+    m, tiny = len(row.D), 64 * jnp.finfo(row.D.dtype).eps
+    A = _take(row.D, walk.indices)
+    r = row.y - matmul(walk.values, A)
+    g_on = matmul(A, r)
+    slope = matmul(walk.inverse, walk.signs)  # of the values, as λ falls
+    g, fall = matmul(jnp.stack([r, matmul(slope, A)]), row.D.T)  # correlations, and how fast they go down
+    z = _corrected(walk, g_on)
+
+    def until_joining(sign):
+        gain = 1 - sign * fall  # at which λ comes down on the correlation; a repeated atom's falls as fast as λ
+        able = (walk.standing == _FREE) & (gain > tiny)
+        return jnp.where(able, jnp.maximum(walk.lam - sign * g, 0) / jnp.where(able, gain, 1), jnp.inf)
+
+    positive = until_joining(1)
+    joining = positive if row.static.nonnegative else jnp.minimum(positive, until_joining(-1))
+    j = jnp.argmin(joining)
+    shrinks = walk.signs * slope < 0
+    leaving = jnp.where(shrinks, jnp.maximum(-z / jnp.where(shrinks, slope, 1), 0), jnp.inf)
+    i = jnp.argmin(leaving)
+    length = jnp.minimum(jnp.minimum(joining[j], leaving[i]), walk.lam - target)
+    arrives = length >= walk.lam - target
+    leaves = ~arrives & (leaving[i] <= joining[j])
+    joins = ~arrives & ~leaves
+
+    projection, distance = _project(walk, A, row.D[j])
+    independent = (distance > tiny * jnp.sum(row.D[j] ** 2)) & (jnp.sum(walk.indices < m) < row.y.size)
+    slot = jnp.argmax(walk.indices == m)
+    room = walk.indices[slot] == m
+    entering = (joins & independent & room) & (jnp.arange(z.size) == slot)
+    out = leaves & (jnp.arange(z.size) == i)
+    # The inverse of a matrix with one row and column more, or less, differs by one of rank one.
+    edge = jnp.where(leaves, walk.inverse[i], projection - entering)
+    weight = jnp.where(leaves, -divide(1, walk.inverse[i, i]), jnp.where(entering.any(), divide(1, distance), 0))
+    inverse = walk.inverse + weight * edge[:, None] * edge
+
+    chosen, gone = jnp.arange(m) == j, jnp.arange(m) == walk.indices[i]
+    standing = jnp.where(joins & chosen, jnp.where(independent, _ACTIVE, _DEPENDENT), walk.standing)
+    standing = jnp.where(leaves & (gone | (standing == _DEPENDENT)), _FREE, standing)
+    lost = jnp.max(jnp.abs(g_on - walk.lam * walk.signs)) > 0.1 * walk.lam + 4 * row.rounding
+    return _Walk(
+        lam=jnp.where(lost, walk.lam, jnp.where(arrives, target, walk.lam - length)),
+        values=jnp.where(out, 0, z + length * slope),
+        indices=jnp.where(out, m, jnp.where(entering, j, walk.indices)).astype(jnp.int32),
+        signs=jnp.where(out, 0, jnp.where(entering, jnp.where(positive[j] <= joining[j], 1, -1), walk.signs)),
+        inverse=jnp.where(out[:, None] | out, 0, inverse),
+        standing=standing.astype(jnp.int8),
+        full=joins & independent & ~room,
+        lost=lost,
+        steps=walk.steps + 1,
+    )
+
+
+def _corrected(walk: _Walk, g_on):
+    """Values at which the correlations of the support are `λ signs`, from those at the walk's values."""
+    return walk.values + matmul(walk.inverse, g_on - walk.lam * walk.signs)
+
+
+def _project(walk: _Walk, A, atom):
+    """Coordinates `[k]` of an atom's projection on the span of the support, and its squared distance from there."""
+    x = matmul(walk.inverse, matmul(A, atom))
+    x = x + matmul(walk.inverse, matmul(A, atom - matmul(x, A)))  # without which nearby atoms spoil the inverse
+    return x, jnp.sum((atom - matmul(x, A)) ** 2)
+
+
+def _arrive(row: _Row, walk: _Walk, lam) -> Arrival:
+    A = _take(row.D, walk.indices)
+    z = _corrected(walk, matmul(A, residual(row.y, walk.values, A)))
+    z = jnp.where(walk.signs * z > 0, z, 0)
+    kkt, gap, over = _judge(row, A, z, lam, residual(row.y, z, A))
+    missing = jnp.maximum(over - jnp.sum(walk.indices < len(row.D), dtype=jnp.int32), 1)
+    overflow = jnp.where(walk.full & (walk.lam > lam), missing, 0)
+    return Arrival(z, walk.indices, overflow, walk.steps, kkt, gap)
+
+
+def _judge(row: _Row, A, z, lam, r):
+    """KKT residual and duality gap, both relative, of the values `z` of atoms `A`; and how many atoms exceed `λ`.
+
+    With `u = αr`, `α` the largest in [0, 1] for which `u` is feasible to rounding (`|Du| ≤ λ`),
+
+        P(z) − D(u) = ½(1 − α)²‖r‖² + Σᵢ |zᵢ| (λ − α gᵢ sign zᵢ),
+
+    whose terms are not negative: no two nearly equal objectives are subtracted. What the gap falls short by is the
+    rounding of `g`, and so `r` must be right to the last digit: where atoms nearly cancel, one from plain sums is not,
+    by many times the rounding of `g`.
+    """
+    g, g_on = matmul(row.D, r), matmul(A, r)
+    g = g if row.static.nonnegative else jnp.abs(g)
+    top = max_or_nan(g)
+    shrunk = jnp.where(top > lam, divide(lam, top), 1)
+    alpha = jnp.where(top > lam + row.rounding, shrunk, 1)
+    # The first term is small enough to count what the second is spared: where `λ` is small, it may be all there is.
+    gap = 0.5 * (1 - shrunk) ** 2 * jnp.sum(r * r) + jnp.sum(jnp.abs(z) * (lam - alpha * g_on * jnp.sign(z)))
+    off = max_or_nan(jnp.where(z != 0, jnp.abs(g_on - lam * jnp.sign(z)), 0))
+    kkt = divide(jnp.maximum(off, top - lam), row.scale)
+    gap = divide(gap, 0.5 * jnp.sum(row.y * row.y))
+    return jnp.maximum(kkt, 0), jnp.maximum(gap, 0), jnp.sum(g > lam + row.rounding, dtype=jnp.int32)
+
+
+# --- What answers where the walk does not
+
+
+class _Descent(NamedTuple):
+    """Iterate `z [m]`, extrapolation `w [m]`, their residuals `[d]`, curvature, momentum, and the best iterate."""
+
+    z: Array
+    r: Array
+    w: Array
+    r_w: Array
+    curvature: Array
+    t: Array
+    best: Array
+    kkt: Array
+    gap: Array
+    steps: Array
+
+
+def _descend(static: Static, tol, most, D, y, lam, arrival: Arrival) -> Arrival:
+    """Go on with one row by FISTA with gradient restart, on all atoms, from where its walk ended or from 0.
+
+    Residuals are the start's, less what the change makes of it: right to the last digit near the start alone. So a row
+    that is done by them, and not by its own, starts again from there.
+    """
+    row = _row(static, D, y)
+    return jax.lax.fori_loop(0, _STARTS, lambda _, arrival: _descend_from(row, tol, most, lam, arrival), arrival)
+
+
+def _descend_from(row: _Row, tol, most, lam, arrival: Arrival) -> Arrival:
+    static, D, y = row.static, row.D, row.y
+    usable = arrival.gap <= 1  # as 0 has it, whose residuals are no larger either
+    kkt, gap = (jnp.where(usable, x, 1) for x in (arrival.kkt, arrival.gap))
+    given = jnp.where(usable, arrival.values, 0)
+    start, r_start = SparseCode(given, arrival.indices, len(D)).dense(), residual(y, given, _take(D, arrival.indices))
+    curvature = squared_norm(D, jnp.max(jnp.abs(D), axis=0), 8)
+    one = jnp.ones((), D.dtype)
+    begin = _Descent(start, r_start, start, r_start, curvature, one, start, kkt, gap, arrival.steps)
+
+    def step(s: _Descent) -> _Descent:
+        moved, threshold = s.w + divide(matmul(D, s.r_w), s.curvature), divide(lam, s.curvature)
+        z = jnp.maximum(moved - threshold, 0)
+        z = z if static.nonnegative else z + jnp.minimum(moved + threshold, 0)
+        r = r_start - matmul(z - start, D)
+        restart = jnp.sum((s.w - z) * (z - s.z)) > 0
+        t = jnp.where(restart, 1, (1 + jnp.sqrt(1 + 4 * s.t**2)) / 2)
+        momentum = jnp.where(restart, 0, (s.t - 1) / t)
+        # Power iteration estimates the curvature from below; each step taken is evidence that can only raise it.
+        met = divide(jnp.sum((r - s.r_w) ** 2), jnp.sum((z - s.w) ** 2))
+        kkt, gap, _ = _judge(row, D, z, lam, r)
+        better = gap < s.gap
+        best, kkt, gap = (jnp.where(better, *pair) for pair in ((z, s.best), (kkt, s.kkt), (gap, s.gap)))
+        w, r_w = z + momentum * (z - s.z), r + momentum * (r - s.r)
+        return _Descent(z, r, w, r_w, jnp.maximum(s.curvature, met), t, best, kkt, gap, s.steps + 1)
+
+    end = jax.lax.while_loop(lambda s: (s.gap > tol) & (s.steps < most), step, begin)
+    code = codes.from_dense(end.best, static.capacity)
+    # Judged anew: the slots may have had no room for all of it, and far from the start its residual was rounded.
+    A = _take(D, code.indices)
+    kkt, gap, _ = _judge(row, A, code.values, lam, residual(y, code.values, A))
+    found = Arrival(code.values, code.indices, code.overflow, end.steps, kkt, gap)
+    # What did not fit may have been what cancelled the rest: an empty code is better than that.
+    empty = jnp.zeros_like(code.values), jnp.full_like(code.indices, len(D)), code.overflow, end.steps
+    found = _choose(gap <= 1, found, Arrival(*empty, jnp.ones_like(kkt), jnp.ones_like(gap)))
+    return _choose(usable & ~(found.gap < arrival.gap), arrival._replace(steps=end.steps), found)
+
+
+def _choose(first, a, b):
+    return jax.tree.map(lambda a, b: jnp.where(first, a, b), a, b)

@@ -1,0 +1,262 @@
+"""Pallas kernels for GPUs (Triton): one program a row, its atoms gathered by pointer, its Gram matrix in registers.
+
+Sizes are padded to powers of two and masked: an unused slot reads nothing and is a row of zeros. Products of float32
+are three of TF32, whose error is near that of float32; those of bfloat16 are exact, and summed in float32.
+
+From 0.11 on jax warns that Triton will leave Pallas, in favour of Mosaic GPU. That one needs warp groups and barriers
+laid out by hand, which nobody should write without a GPU to run them on.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from jaxsae._core.linalg import EXACT, divide
+from jaxsae.least_squares.kernels import fista
+from jaxsae.least_squares.kernels.shapes import like
+
+_TILE = 128  # most rows and columns of a Gram matrix that one program holds
+
+
+def _power_of_two(n: int, least: int) -> int:
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def _check(*arrays) -> None:
+    for x in arrays:
+        if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+            raise NotImplementedError(f"the GPU kernels take float32, bfloat16 and float16, not {x.dtype}")
+
+
+def _precision(dtype, interpret: Any):
+    if dtype != jnp.float32:
+        return None
+    return EXACT if interpret else jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3  # no CPU has TF32
+
+
+def _slots(indices_ref, row, first, K: int, k: int, m: int):
+    """Indices of the slots `first … first + K`, and which of them are in use."""
+    slot = first + jnp.arange(K)
+    index = plgpu.load(indices_ref.at[row, slot], mask=slot < k, other=m)
+    used = (index >= 0) & (index < m)
+    return jnp.where(used, index, 0), used
+
+
+def _atoms(D_ref, index, used, columns):
+    """Atoms `[K bd]`, zeros for slots that are not in use and columns beyond the last."""
+    mask = used[:, None] & (columns < D_ref.shape[1])[None, :]
+    return plgpu.load(D_ref.at[index[:, None], columns[None, :]], mask=mask, other=0.0)
+
+
+def _row(ref, row, columns):
+    return plgpu.load(ref.at[row, columns], mask=columns < ref.shape[1], other=0.0).astype(jnp.float32)
+
+
+def _dot(a, b, precision):
+    contract = (((1,), (1,)), ((), ()))
+    return jax.lax.dot_general(a, b, contract, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _call(kernel, grid, inputs, out_shape, *, warps: int, stages: int, interpret: Any, name: str, **options):
+    return pl.pallas_call(
+        kernel,
+        grid=grid,
+        out_shape=[like(inputs, shape, dtype) for shape, dtype in out_shape],
+        compiler_params=None if interpret else plgpu.CompilerParams(num_warps=warps, num_stages=stages),
+        interpret=bool(interpret),
+        name=name,
+        **options,
+    )(*inputs)
+
+
+def gather_gram(D, indices, y, *, block: int = 32, warps: int = 4, stages: int = 3, interpret: Any = False):
+    """`G [n k k]` and `c [n k]` of `n` rows, a tile of `G` a program."""
+    (n, k), (m, d) = indices.shape, D.shape
+    _check(D, y)
+    if D.dtype != jnp.float32:
+        y = y.astype(jnp.float32)
+    T = min(_power_of_two(k, 16), _TILE)
+    tiles = pl.cdiv(k, T)
+    precision = _precision(D.dtype, interpret)
+
+    def kernel(indices_ref, D_ref, y_ref, gram_ref, c_ref):
+        row, top, left = pl.program_id(0), pl.program_id(1) * T, pl.program_id(2) * T
+        index, used = _slots(indices_ref, row, top, T, k, m)
+        index_, used_ = _slots(indices_ref, row, left, T, k, m)
+
+        def add(step, carry):
+            G, c = carry
+            columns = step * block + jnp.arange(block)
+            atoms = _atoms(D_ref, index, used, columns)
+            others = atoms if tiles == 1 else _atoms(D_ref, index_, used_, columns)
+            c = c + jnp.sum(atoms.astype(jnp.float32) * _row(y_ref, row, columns)[None, :], axis=1)
+            return G + _dot(atoms, others, precision), c
+
+        zeros = jnp.zeros((T, T), jnp.float32), jnp.zeros(T, jnp.float32)
+        G, c = jax.lax.fori_loop(0, pl.cdiv(d, block), add, zeros)
+        i, j = top + jnp.arange(T), left + jnp.arange(T)
+        plgpu.store(gram_ref.at[row, i[:, None], j[None, :]], G, mask=(i < k)[:, None] & (j < k)[None, :])
+        plgpu.store(c_ref.at[row, i], c, mask=(i < k) & (left == 0))
+
+    return _call(
+        kernel,
+        (n, tiles, tiles),
+        (indices, D, y),
+        [((n, k, k), jnp.float32), ((n, k), jnp.float32)],
+        warps=warps,
+        stages=stages,
+        interpret=interpret,
+        name="gather_gram",
+    )
+
+
+def gather_decode(
+    D, indices, values, *, block: int = 128, slots: int = 32, warps: int = 4, stages: int = 3, interpret: Any = False
+):
+    """`Σᵢ valuesᵢ D[indicesᵢ]` `[n d]` in float32, some of the columns a program."""
+    (n, k), (m, d) = indices.shape, D.shape
+    _check(D, values)
+    K = min(_power_of_two(k, 1), slots)
+    block = min(block, _power_of_two(d, 16))
+
+    def kernel(indices_ref, values_ref, D_ref, out_ref):
+        row, columns = pl.program_id(0), pl.program_id(1) * block + jnp.arange(block)
+
+        def add(step, total):
+            index, used = _slots(indices_ref, row, step * K, K, k, m)
+            value = plgpu.load(values_ref.at[row, jnp.minimum(step * K + jnp.arange(K), k - 1)], mask=used, other=0.0)
+            atoms = _atoms(D_ref, index, used, columns).astype(jnp.float32)
+            return total + jnp.sum(value.astype(jnp.float32)[:, None] * atoms, axis=0)
+
+        total = jax.lax.fori_loop(0, pl.cdiv(k, K), add, jnp.zeros(block, jnp.float32))
+        plgpu.store(out_ref.at[row, columns], total, mask=columns < d)
+
+    (out,) = _call(
+        kernel,
+        (n, pl.cdiv(d, block)),
+        (indices, values, D),
+        [((n, d), jnp.float32)],
+        warps=warps,
+        stages=stages,
+        interpret=interpret,
+        name="gather_decode",
+    )
+    return out
+
+
+def solve(
+    D, indices, y, y_scale, y_norm, z0, ridge, tol, most,
+    *, nonnegative: bool, block: int = 32, warps: int | None = None, stages: int = 3, interpret: Any = False,
+):  # fmt: skip
+    """Gather, Gram and FISTA of `n` rows, a row a program; arguments and results as of `reference.solve`."""
+    (n, k), (m, d) = indices.shape, D.shape
+    _check(D, y)
+    K = _power_of_two(k, 16)
+    if K > _TILE:
+        raise NotImplementedError(f"the Gram matrix of {k} atoms does not fit into registers; that of {_TILE} does")
+    precision = _precision(D.dtype, interpret)
+    start = divide(divide(z0.astype(jnp.float32), y_norm), y_scale)
+    target = jnp.concatenate([divide(1.0, y_scale), y_norm], axis=1)
+    numbers = jnp.stack([jnp.asarray(x, jnp.float32) for x in (ridge, tol)])
+    most = jnp.asarray(most, jnp.int32).reshape(1)
+
+    def kernel(
+        indices_ref, D_ref, y_ref, start_ref, target_ref, numbers_ref, most_ref,
+        x_ref, square_ref, kkt_ref, steps_ref, usable_ref,
+    ):  # fmt: skip
+        row, slot = pl.program_id(0), jnp.arange(K)
+        index, on = _slots(indices_ref, row, 0, K, k, m)
+        scale, y_norm, ridge = target_ref[row, 0], target_ref[row, 1], numbers_ref[0]
+
+        def add(step, carry):
+            G, c = carry
+            columns = step * block + jnp.arange(block)
+            atoms = _atoms(D_ref, index, on, columns)
+            y = _row(y_ref, row, columns) * scale
+            return G + _dot(atoms, atoms, precision), c + jnp.sum(atoms.astype(jnp.float32) * y[None, :], axis=1)
+
+        zeros = jnp.zeros((K, K), jnp.float32), jnp.zeros(K, jnp.float32)
+        G, c = jax.lax.fori_loop(0, pl.cdiv(d, block), add, zeros)
+        diagonal = slot[:, None] == slot[None, :]
+        squares = jnp.sum(jnp.where(diagonal, G, 0.0), axis=1)
+        norm = jnp.sqrt(squares + jnp.where(on, ridge, 0.0))
+        both = on[:, None] & on[None, :]
+        G = divide(jnp.where(both, G, 0.0) + jnp.where(diagonal & both, ridge, 0.0), norm[:, None] * norm[None, :])
+        c = divide(c, norm * y_norm)
+        weight = norm / jnp.sqrt(jnp.maximum(jnp.max(squares), 2.0**-60))
+
+        def matvec(v):
+            return jnp.sum(G * v[None, :], axis=1)
+
+        start = plgpu.load(start_ref.at[row, jnp.minimum(slot, k - 1)], mask=on, other=0.0) * norm
+        start = jnp.maximum(start, 0.0) if nonnegative else start
+        usable = 0.5 * jnp.sum(start * (matvec(start) - 2 * c)) < 10
+        start = jnp.where(usable, start, 0.0)
+        space = fista.Space(matvec, jnp.sum, jnp.max, lambda running: running > 0, slot.astype(jnp.float32))
+        x, kkt, steps = fista.solve(
+            *(space, jnp.sum(G * G, axis=1), c, weight, start),
+            tol=numbers_ref[1],
+            most=most_ref[0],
+            nonnegative=nonnegative,
+        )
+        plgpu.store(x_ref.at[row, slot], x, mask=slot < k)
+        plgpu.store(square_ref.at[row, slot], squares, mask=slot < k)
+        kkt_ref[row], steps_ref[row] = kkt, steps
+        usable_ref[row] = usable.astype(jnp.int32)
+
+    x, square, kkt, steps, usable = _call(
+        kernel,
+        (n,),
+        (indices, D, y, start, target, numbers, most),
+        [((n, k), jnp.float32)] * 2 + [((n,), jnp.float32), ((n,), jnp.int32), ((n,), jnp.int32)],
+        warps=warps or (8 if K == _TILE else 4),
+        stages=stages,
+        interpret=interpret,
+        name="refit_fused",
+    )
+    return x, square, usable > 0, kkt, steps
+
+
+def scatter_sorted(latents, rows, left, right, *, m: int, block: int = 256, warps: int = 4, interpret: Any = False):
+    """`[m d]`, the sum of `left · right[row]` over the places of each latent; as of `reference.scatter_sorted`.
+
+    The program at the first place of a latent sums all of them and writes one row: no atomics, one order.
+    """
+    (N, r), (_, _, d) = left.shape, right.shape
+    _check(left, right)
+    block = min(block, _power_of_two(d, 16))
+    zeros = jnp.zeros((m, d), jnp.float32)
+
+    def kernel(latents_ref, rows_ref, left_ref, right_ref, zeros_ref, out_ref):
+        at, columns = pl.program_id(0), pl.program_id(1) * block + jnp.arange(block)
+        latent = latents_ref[at]
+        first = ((at == 0) | (latents_ref[jnp.maximum(at - 1, 0)] != latent)) & (latent < m)
+
+        def add(carry):
+            place, total, _ = carry
+            for j in range(r):
+                target = right_ref.at[rows_ref[place], j, columns]
+                target = plgpu.load(target, mask=columns < d, other=0.0)
+                total = total + left_ref[place, j] * target.astype(jnp.float32)
+            following = jnp.where(place + 1 < N, latents_ref[jnp.minimum(place + 1, N - 1)], m)
+            return place + 1, total, following == latent
+
+        carry = (at, jnp.zeros(block, jnp.float32), first)
+        _, total, _ = jax.lax.while_loop(lambda carry: carry[2], add, carry)
+        plgpu.store(out_ref.at[jnp.minimum(latent, m - 1), columns], total, mask=first & (columns < d))
+
+    (out,) = _call(
+        kernel,
+        (N, pl.cdiv(d, block)),
+        (latents, rows, left, right, zeros),
+        [((m, d), jnp.float32)],
+        warps=warps,
+        stages=1,
+        interpret=interpret,
+        name="scatter_rows",
+        input_output_aliases={4: 0},
+    )
+    return out

@@ -1,0 +1,590 @@
+"""Pallas kernels for TPUs (Mosaic): one DMA a row from HBM, two groups in flight, Gram matrices on the MXU.
+
+Indices wait in scalar memory; each slot in use starts one DMA of its atom, and while a group of rows is worked on the
+next one's atoms are on their way. Unused slots start none. What a buffer held before, NaN included, is masked after
+the product, in which a row of `A` meets only its own row and column of `AAᵀ`.
+
+Rows of 16 bits lie in pairs in a TPU's memory, so that the least a DMA can read is a pair; the half is chosen in VMEM.
+A bfloat16 dictionary therefore costs the bytes of a float32 one here, and needs an even number of atoms.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxsae._core.linalg import EXACT, divide
+from jaxsae.least_squares.kernels import fista
+from jaxsae.least_squares.kernels.shapes import like
+
+LANES = 128
+_VMEM = 54 << 20  # bytes that a kernel may plan with; v5e, v5p and v6e have at least 64 MiB a core
+_SMEM = 1 << 19
+_RING = 4  # sums of `scatter_sorted`: one being made, the others being written
+
+
+def _up(n: int, to: int) -> int:
+    return math.ceil(n / to) * to
+
+
+class _Fetch:
+    """Rows of an array `[n d]` in HBM, into buffers of two slots in VMEM."""
+
+    def __init__(self, source, buffers, semaphores):
+        self.packed = source.dtype in (jnp.bfloat16, jnp.int32)
+        self.source = source.bitcast(jnp.int32) if source.dtype == jnp.bfloat16 else source
+        self.count = self.source.shape[0] * (2 if self.packed else 1)
+        self.buffers, self.semaphores = buffers, semaphores
+
+    def copy(self, row, at, slot):
+        """The copy of one row to one place of a slot, to be started or waited for."""
+        source = self.source.at[pl.ds(row // 2 if self.packed else row, 1)]
+        return pltpu.make_async_copy(source, self.buffers.at[slot, pl.ds(at, 1)], self.semaphores.at[slot])
+
+    def read(self, row, at, slot):
+        """One row in float32 `[1 d]`, once it is there."""
+        raw = self.buffers[slot, pl.ds(at, 1), :]
+        if not self.packed:
+            return raw
+        bits = jnp.where(row % 2 == 1, raw, raw << 16) & -65536
+        return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _viewed(x, interpret: Any):
+    """An array as the kernel gets it: the interpreter cannot look at a reference as of another dtype."""
+    if not interpret or x.dtype != jnp.bfloat16:
+        return x
+    pairs = jnp.swapaxes(x.reshape(-1, 2, x.shape[1]), 1, 2)
+    return jax.lax.bitcast_convert_type(pairs, jnp.int32)
+
+
+def _buffer(dtype) -> Any:
+    return jnp.int32 if dtype == jnp.bfloat16 else dtype
+
+
+def _each(count, f) -> None:
+    """Run `f(i)` for `i < count`."""
+
+    def body(i, carry):
+        f(i)
+        return carry
+
+    jax.lax.fori_loop(0, count, body, 0)
+
+
+def _pipeline(groups: int, each, work) -> None:
+    """Start the copies of the next group, wait for this one's, and work on it, for each group in turn.
+
+    Args:
+      groups: how many.
+      each: `each(group, slot, act)` calls `act(copy)` for every copy of a group.
+      work: `work(group, slot)`.
+    """
+    each(0, 0, lambda copy: copy.start())
+
+    def body(group):
+        slot = group % 2
+
+        @pl.when(group + 1 < groups)
+        def _():
+            each(group + 1, 1 - slot, lambda copy: copy.start())
+
+        each(group, slot, lambda copy: copy.wait())
+        work(group, slot)
+
+    _each(groups, body)
+
+
+def _params(vmem: int):
+    return pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=max(16 << 20, vmem + (8 << 20)))
+
+
+def _check(D, vmem: int, smem: int, *, y: Any = None) -> None:
+    """Raise if a kernel does not apply."""
+    for x in (D,) if y is None else (D, y):
+        if x.dtype not in (jnp.float32, jnp.bfloat16):
+            raise NotImplementedError(f"the TPU kernels take float32 and bfloat16, not {x.dtype}")
+    if D.dtype == jnp.bfloat16 and D.shape[0] % 2:
+        raise NotImplementedError(f"the TPU kernels read bfloat16 atoms in pairs, and {D.shape[0]} is odd")
+    if vmem > _VMEM or smem > _SMEM:
+        raise NotImplementedError(f"the kernel would need {vmem} bytes of VMEM and {smem} of SMEM")
+
+
+class _Group:
+    """Samples whose atoms lie one below the other in a buffer, so that one product fills the MXU.
+
+    `P` samples of `kp` rows each; then `P` targets, in `8` rows.
+    """
+
+    def __init__(self, k: int, most: int = 8):
+        self.k, self.kp = k, _up(k, 8)
+        self.P = max(1, min(most, LANES // self.kp))
+        self.R = self.P * self.kp
+
+    def vmem(self, d: int) -> int:
+        """Bytes of `scratch`, and of the values that a product keeps beside it."""
+        return (4 * self.R + 40) * _up(d, LANES) * 4 + 4 * (self.R + 8) * _up(self.R, LANES) * 4
+
+    def scratch(self, D, y):
+        """Two slots of atoms and of targets, a buffer in float32, and their semaphores."""
+        d = D.shape[1]
+        return [
+            pltpu.VMEM((2, self.R, d), _buffer(D.dtype)),
+            pltpu.VMEM((2, 8, d), _buffer(y.dtype)),
+            pltpu.VMEM((self.R + 8, d), jnp.float32),
+            pltpu.SemaphoreType.DMA((2,)),
+            pltpu.SemaphoreType.DMA((2,)),
+        ]
+
+    def products(self, D_ref, y_ref, buffers, sample, first_row, index, groups, emit, scale=None) -> None:
+        """`emit(group, AAᵀ [R + 8, R])` for each group; rows `R + p` are the targets' products with all atoms.
+
+        Args:
+          D_ref: the dictionary, in HBM.
+          y_ref: targets, in HBM.
+          buffers: as of `scratch`.
+          sample: `(group, p) -> ` the number of a sample in the block.
+          first_row: the block's first row of `y`.
+          index: `(sample, i) -> ` the index of its slot `i`.
+          groups: how many.
+          emit: what to do with the products.
+          scale: `sample -> ` what to multiply its target by.
+        """
+        atoms_buffer, y_buffer, work, atoms_sem, y_sem = buffers
+        atoms, targets = _Fetch(D_ref, atoms_buffer, atoms_sem), _Fetch(y_ref, y_buffer, y_sem)
+
+        def each(group, slot, act):
+            for p in range(self.P):
+                at = sample(group, p)
+
+                def one(i, p=p, at=at):
+                    row = index(at, i)
+
+                    @pl.when((row >= 0) & (row < atoms.count))
+                    def _():
+                        act(atoms.copy(row, p * self.kp + i, slot))
+
+                _each(self.k, one)
+
+                @pl.when(first_row + at < targets.count)
+                def _(p=p, at=at):
+                    act(targets.copy(first_row + at, p, slot))
+
+        def multiply(group, slot):
+            for p in range(self.P):
+                at = sample(group, p)
+                if atoms.packed:
+
+                    def one(i, p=p, at=at):
+                        place = p * self.kp + i
+                        work[pl.ds(place, 1), :] = atoms.read(index(at, i), place, slot)
+
+                    _each(self.k, one)
+                target = targets.read(first_row + at, p, slot)
+                work[pl.ds(self.R + p, 1), :] = target if scale is None else target * scale(at)
+            if not atoms.packed:
+                work[pl.ds(0, self.R), :] = atoms_buffer[slot]
+            both = work[...]
+            contract = (((1,), (1,)), ((), ()))
+            emit(
+                group,
+                jax.lax.dot_general(
+                    both, work[pl.ds(0, self.R), :], contract, precision=EXACT, preferred_element_type=jnp.float32
+                ),
+            )
+
+        _pipeline(groups, each, multiply)
+
+
+def gather_gram(D, indices, y, *, samples: int = 32, interpret: Any = False):
+    """`G [n k k]` and `c [n k]` of `n` rows; slots that are not in use hold what is to be masked."""
+    (n, k), (m, d), y = indices.shape, D.shape, _even(y)
+    group = _Group(k)
+    least = math.lcm(8, group.P)
+    samples = _up(min(samples, n), least)
+
+    def needed(samples):
+        return group.vmem(d) + 2 * samples * (group.kp + 8) * _up(k, LANES) * 4
+
+    while samples > least and needed(samples) > _VMEM // 2:
+        samples = _up(samples // 2, least)
+    _check(D, needed(samples), 2 * samples * _up(k, LANES) * 4, y=y)
+    n_padded = _up(n, samples)
+
+    def kernel(indices_ref, D_ref, y_ref, gram_ref, c_ref, *buffers):
+        def emit(g, products):
+            for p in range(group.P):
+                at, first = g * group.P + p, p * group.kp
+                gram_ref[at] = products[first : first + k, first : first + k]
+                c_ref[pl.ds(at, 1), :] = products[group.R + p : group.R + p + 1, first : first + k]
+
+        group.products(
+            *(D_ref, y_ref, buffers),
+            sample=lambda g, p: g * group.P + p,
+            first_row=pl.program_id(0) * samples,
+            index=lambda at, i: indices_ref[at, i],
+            groups=samples // group.P,
+            emit=emit,
+        )
+
+    G, c = pl.pallas_call(
+        kernel,
+        grid=(n_padded // samples,),
+        in_specs=[
+            pl.BlockSpec((samples, k), lambda i: (i, 0), memory_space=pltpu.SMEM),
+            pl.BlockSpec(memory_space=pl.ANY),
+            pl.BlockSpec(memory_space=pl.ANY),
+        ],
+        out_specs=[pl.BlockSpec((samples, k, k), lambda i: (i, 0, 0)), pl.BlockSpec((samples, k), lambda i: (i, 0))],
+        out_shape=[
+            like((indices, D, y), (n_padded, k, k), jnp.float32),
+            like((indices, D, y), (n_padded, k), jnp.float32),
+        ],
+        scratch_shapes=group.scratch(D, y),
+        compiler_params=_params(needed(samples)),
+        interpret=interpret,
+        name="gather_gram",
+    )(_pad(indices, n_padded, m), _viewed(D, interpret), _viewed(y, interpret))
+    return G[:n], c[:n]
+
+
+def gather_decode(D, indices, values, *, samples: int = 128, interpret: Any = False):
+    """`Σᵢ valuesᵢ D[indicesᵢ]` `[n d]` in float32; slots that are not in use count nothing, whatever their value."""
+    (n, k), (m, d) = indices.shape, D.shape
+    kp, wide, width = _up(k, 8), _up(d, LANES), _up(k, LANES)
+    samples = min(_up(n, 8), samples)
+    while samples > 8 and (8 * samples * wide > _VMEM // 2 or 4 * samples * width * 4 > _SMEM):
+        samples = _up(samples // 2, 8)
+    vmem = (3 * kp * wide + 2 * samples * wide) * 4
+    _check(D, vmem, 4 * samples * width * 4)
+    n_padded = _up(n, samples)
+
+    def kernel(indices_ref, values_ref, D_ref, out_ref, buffer, semaphores):
+        atoms = _Fetch(D_ref, buffer, semaphores)
+        row_of = jax.lax.broadcasted_iota(jnp.int32, (8, 1), 0)
+
+        def used(at, i):
+            row = indices_ref[at, i]
+            return (row >= 0) & (row < m)
+
+        def each(at, slot, act):
+            def one(i):
+                @pl.when(used(at, i))
+                def _():
+                    act(atoms.copy(indices_ref[at, i], i, slot))
+
+            _each(k, one)
+
+        def combine(at, slot):
+            def eight(tile, total):
+                # Eight rows of the buffer at a time: a column of their values, which are scalars.
+                column, on = jnp.zeros((8, 1), jnp.float32), jnp.zeros((8, 1), jnp.int32)
+                rows = buffer[slot, pl.ds(pl.multiple_of(8 * tile, 8), 8), :]
+                odd = jnp.zeros((8, 1), jnp.int32)
+                for j in range(8):
+                    i = jnp.minimum(8 * tile + j, k - 1)
+                    here = (row_of == j) & used(at, i) & (8 * tile + j < k)
+                    column = jnp.where(here, values_ref[at, i], column)
+                    on = jnp.where(here, 1, on)
+                    odd = jnp.where(here, indices_ref[at, i] % 2, odd)
+                if atoms.packed:
+                    bits = jnp.where(odd == 1, rows, rows << 16) & -65536
+                    rows = jax.lax.bitcast_convert_type(bits, jnp.float32)
+                return total + jnp.where(on == 1, rows * column, 0.0)
+
+            total = jax.lax.fori_loop(0, kp // 8, eight, jnp.zeros((8, d), jnp.float32))
+            out_ref[pl.ds(at, 1), :] = jnp.sum(total, axis=0, keepdims=True)
+
+        _pipeline(samples, each, combine)
+
+    out = pl.pallas_call(
+        kernel,
+        grid=(n_padded // samples,),
+        in_specs=[
+            pl.BlockSpec((samples, k), lambda i: (i, 0), memory_space=pltpu.SMEM),
+            pl.BlockSpec((samples, k), lambda i: (i, 0), memory_space=pltpu.SMEM),
+            pl.BlockSpec(memory_space=pl.ANY),
+        ],
+        out_specs=pl.BlockSpec((samples, d), lambda i: (i, 0)),
+        out_shape=like((indices, values, D), (n_padded, d), jnp.float32),
+        scratch_shapes=[pltpu.VMEM((2, kp, d), _buffer(D.dtype)), pltpu.SemaphoreType.DMA((2,))],
+        compiler_params=_params(vmem),
+        interpret=interpret,
+        name="gather_decode",
+    )(_pad(indices, n_padded, m), _pad(values.astype(jnp.float32), n_padded, 0), _viewed(D, interpret))
+    return out[:n]
+
+
+def solve(D, indices, y, y_scale, y_norm, z0, ridge, tol, most, *, nonnegative: bool, interpret: Any = False):
+    """Gather, Gram and FISTA of `n` rows in one pass; arguments and results as of `reference.solve`.
+
+    128 groups of rows fill a block: their Gram matrices are turned so that rows lie in lanes, where a product with `G`
+    is `k²` multiplications for 128 rows at once.
+    """
+    (n, k), (m, d), y = indices.shape, D.shape, _even(y)
+    group = _Group(k, most=4)
+    P, kp, R = group.P, group.kp, group.R
+    if k > LANES:
+        raise NotImplementedError(f"the Gram matrices of 128 rows of {k} atoms do not fit into VMEM; at most 128 do")
+    samples, height = P * LANES, R + 8
+    turned = P * kp * kp * LANES * 4
+    vmem = group.vmem(d) + height * LANES * LANES * 4 + turned + 10 * samples * LANES * 4 + 16 * kp * LANES * 4
+    _check(D, vmem, 2 * samples * LANES * 4, y=y)
+    n_padded = _up(n, samples)
+    numbers = jnp.stack([jnp.asarray(x, jnp.float32) for x in (ridge, tol)])[None]
+    limit = jnp.asarray(most, jnp.int32).reshape(1, 1)
+
+    def kernel(
+        indices_ref, scale_ref, numbers_ref, limit_ref, D_ref, y_ref, used_ref, norm_ref, z0_ref,
+        x_ref, square_ref, kkt_ref, steps_ref, usable_ref, *scratch,
+    ):  # fmt: skip
+        *buffers, products, gram, square = scratch
+        ridge, tol = numbers_ref[0, 0], numbers_ref[0, 1]
+
+        def emit(g, product):
+            products[pl.ds(pl.multiple_of(g * height, 8), height), pl.ds(0, R)] = product
+
+        group.products(
+            *(D_ref, y_ref, buffers),
+            sample=lambda g, p: p * LANES + g,
+            first_row=pl.program_id(0) * samples,
+            index=lambda at, i: indices_ref[at, i],
+            groups=LANES,
+            emit=emit,
+            scale=lambda at: scale_ref[0, 0, at],
+        )
+
+        def row(r):  # of all groups' products, turned: [R 128]
+            return products[pl.ds(r, LANES, stride=height), :].T[:R]
+
+        square[...] = jnp.zeros_like(square)
+        slot = jax.lax.broadcasted_iota(jnp.int32, (kp, LANES), 0)
+        for p in range(P):
+
+            def turn(i, p=p):
+                turned = row(p * kp + i)[p * kp : (p + 1) * kp]
+                gram[p, pl.ds(i, 1)] = turned[None]
+                square[p] = jnp.where(slot == i, turned, square[p])
+
+            _each(kp, turn)
+        for p in range(P):
+            on = _turn(used_ref, p, k, kp) > 0
+            squares = jnp.where(on, square[p], 0.0)
+            norm = jnp.sqrt(squares + jnp.where(on, ridge, 0.0))
+            square[p] = norm
+
+            def normalise(i, columns, p=p, on=on, norm=norm):
+                norm_i = square[p, pl.ds(i, 1), :]
+                entries = jnp.where(on & (norm_i > 0), gram[p, i], 0.0) + jnp.where(on & (slot == i), ridge, 0.0)
+                entries = divide(entries, norm * norm_i)
+                gram[p, pl.ds(i, 1)] = entries[None]
+                return columns + entries * entries
+
+            columns = jax.lax.fori_loop(0, kp, normalise, jnp.zeros((kp, LANES), jnp.float32))
+            y_norm = norm_ref[0, pl.ds(p, 1), :]
+            c = divide(jnp.where(on, row(R + p)[p * kp : (p + 1) * kp], 0.0), norm * y_norm)
+            weight = norm / jnp.sqrt(jnp.maximum(jnp.max(squares, axis=0, keepdims=True), 2.0**-60))
+
+            def matvec(v, p=p):
+                # Row by row of `v`, from memory: a value has no row at a place that is not known yet.
+                square[p] = v
+
+                def add(i, total):
+                    return total + gram[p, i] * square[p, pl.ds(i, 1), :]
+
+                return jax.lax.fori_loop(0, kp, add, jnp.zeros((kp, LANES), jnp.float32))
+
+            start = jnp.where(on, _turn(z0_ref, p, k, kp), 0.0) * norm
+            start = jnp.maximum(start, 0.0) if nonnegative else start
+            usable = 0.5 * jnp.sum(start * (matvec(start) - 2 * c), axis=0, keepdims=True) < 10
+            start = jnp.where(usable, start, 0.0)
+            space = fista.Space(
+                matvec=matvec,
+                total=lambda x: jnp.sum(x, axis=0, keepdims=True),
+                largest=lambda x: jnp.max(x, axis=0, keepdims=True),
+                any=lambda running: jnp.max(running) > 0,
+                slot=slot.astype(jnp.float32),
+            )
+            x, kkt, steps = fista.solve(
+                *(space, columns, c, weight, start), tol=tol, most=limit_ref[0, 0], nonnegative=nonnegative
+            )
+            here = pl.ds(p * LANES, LANES)
+            x_ref[here, :] = _turn_back(x, k)
+            square_ref[here, :] = _turn_back(squares, k)
+            kkt_ref[0, pl.ds(p, 1), :] = kkt
+            steps_ref[0, pl.ds(p, 1), :] = steps
+            usable_ref[0, pl.ds(p, 1), :] = jnp.where(usable, 1, 0)
+
+    blocks = n_padded // samples
+    indices = _pad(indices, n_padded, m)
+    used = jnp.where(indices < m, 1.0, 0.0)
+    y_scale, y_norm = (_pad(x, n_padded, 1)[:, 0] for x in (y_scale, y_norm))
+    z0 = divide(divide(z0.astype(jnp.float32), y_norm[:n, None]), y_scale[:n, None])
+    row_wise = pl.BlockSpec((samples, k), lambda i: (i, 0))
+    number = pl.BlockSpec((1, P, LANES), lambda i: (i, 0, 0))
+    scalars = pl.BlockSpec(memory_space=pltpu.SMEM)
+    inputs = (
+        indices, divide(1.0, y_scale).reshape(blocks, 1, samples), numbers, limit,
+        _viewed(D, interpret), _viewed(y, interpret), used, y_norm.reshape(blocks, P, LANES), _pad(z0, n_padded, 0),
+    )  # fmt: skip
+    x, square, kkt, steps, usable = pl.pallas_call(
+        kernel,
+        grid=(blocks,),
+        in_specs=[
+            pl.BlockSpec((samples, k), lambda i: (i, 0), memory_space=pltpu.SMEM),
+            pl.BlockSpec((1, 1, samples), lambda i: (i, 0, 0), memory_space=pltpu.SMEM),
+            *(scalars, scalars),
+            *(pl.BlockSpec(memory_space=pl.ANY),) * 2,
+            *(row_wise, number, row_wise),
+        ],
+        out_specs=[row_wise, row_wise, number, number, number],
+        out_shape=[
+            *(like(inputs, (n_padded, k), jnp.float32),) * 2,
+            like(inputs, (blocks, P, LANES), jnp.float32),
+            *(like(inputs, (blocks, P, LANES), jnp.int32),) * 2,
+        ],
+        scratch_shapes=[
+            *group.scratch(D, y),
+            pltpu.VMEM((height * LANES, LANES), jnp.float32),
+            pltpu.VMEM((P, kp, kp, LANES), jnp.float32),
+            pltpu.VMEM((P, kp, LANES), jnp.float32),
+        ],
+        compiler_params=_params(vmem),
+        interpret=interpret,
+        name="refit_fused",
+    )(*inputs)
+    kkt, steps, usable = (x.reshape(n_padded)[:n] for x in (kkt, steps, usable))
+    return x[:n], square[:n], usable > 0, kkt, steps
+
+
+def _turn(ref, p: int, k: int, kp: int):
+    """Rows `p` of a block `[samples k]`, in lanes: `[kp 128]`, zeros for slots beyond `k`."""
+    rows = ref[pl.ds(p * LANES, LANES), :]
+    if k < LANES:
+        rows = jnp.concatenate([rows, jnp.zeros((LANES, LANES - k), rows.dtype)], axis=1)
+    return rows.T[:kp]
+
+
+def _turn_back(x, k: int):
+    """The inverse of `_turn`: `[128 k]`."""
+    kp = x.shape[0]
+    if kp < LANES:
+        x = jnp.concatenate([x, jnp.zeros((LANES - kp, LANES), x.dtype)], axis=0)
+    return x.T[:, :k]
+
+
+def _even(y):
+    """Targets that can be read in pairs."""
+    return y.astype(jnp.float32) if y.dtype == jnp.bfloat16 and y.shape[0] % 2 else y
+
+
+def _pad(x, n: int, value):
+    if x.shape[0] == n:
+        return x
+    return jnp.pad(x, ((0, n - x.shape[0]), *((0, 0),) * (x.ndim - 1)), constant_values=value)
+
+
+def scatter_sorted(latents, rows, left, right, *, m: int, entries: int = 256, interpret: Any = False):
+    """`[m d]`, the sum of `left · right[row]` over the places of each latent; as of `reference.scatter_sorted`.
+
+    Places come in the order of their latents: a sum stays in VMEM until the latent changes, and is written once, while
+    the next one is made. Blocks follow each other on one core, since a latent may span two of them.
+    """
+    (N, r), d = left.shape, right.shape[-1]
+    if right.dtype not in (jnp.float32, jnp.bfloat16):
+        raise NotImplementedError(f"the TPU kernels take float32 and bfloat16, not {right.dtype}")
+    if r > 8:
+        raise NotImplementedError(f"the kernel was made for outer products of rank 1 and 2, not {r}")
+    right = right.astype(jnp.float32)
+    wide = _up(d, LANES)
+    vmem = (2 * 8 * 8 + 8 * _RING + 16) * wide * 4
+    _check(right, vmem, 0)
+    padded = _up(N, entries)
+    latents, rows = (_pad(x[:, None], padded, value).reshape(1, padded) for x, value in ((latents, m), (rows, 0)))
+    left = _pad(left.astype(jnp.float32), padded, 0).T
+    blocks = padded // entries
+
+    def kernel(latents_ref, rows_ref, left_ref, right_ref, zeros_ref, out_ref, buffer, sums, state, arriving, leaving):
+        current, started = 0, 1  # of the state: the latent being summed, and how many writes were started
+
+        @pl.when(pl.program_id(0) == 0)
+        def _():
+            state[current], state[started] = m, 0
+
+        def each(group, slot, act):
+            for e in range(8):
+                at = 8 * group + e
+
+                @pl.when(latents_ref[0, at] < m)
+                def _(at=at, e=e):
+                    source = right_ref.at[pl.ds(rows_ref[0, at], 1)]
+                    act(pltpu.make_async_copy(source, buffer.at[slot, pl.ds(e, 1)], arriving.at[slot]))
+
+        def write(number):
+            place = number % _RING
+            return pltpu.make_async_copy(sums.at[place], out_ref.at[pl.ds(state[current], 1)], leaving.at[place])
+
+        def flush():
+            @pl.when(state[current] < m)
+            def _():
+                write(state[started]).start()
+                state[started] += 1
+
+                @pl.when(state[started] >= _RING)
+                def _():
+                    write(state[started]).wait()  # of that place's last write
+
+        def add(group, slot):
+            for e in range(8):
+                at = 8 * group + e
+                latent = latents_ref[0, at]
+
+                @pl.when(latent != state[current])
+                def _(latent=latent):
+                    flush()
+                    state[current] = latent
+                    sums[state[started] % _RING] = jnp.zeros((1, d), jnp.float32)
+
+                @pl.when(latent < m)
+                def _(at=at, e=e):
+                    place = state[started] % _RING
+                    for j in range(r):
+                        sums[place] += left_ref[j, at] * buffer[slot, e, pl.ds(j, 1), :]
+
+        _pipeline(entries // 8, each, add)
+
+        @pl.when(pl.program_id(0) == blocks - 1)
+        def _():
+            flush()
+            first = jnp.maximum(state[started] - _RING + 1, 0)
+            _each(state[started] - first, lambda i: write(first + i).wait())
+
+    block = pl.BlockSpec((1, entries), lambda i: (0, i), memory_space=pltpu.SMEM)
+    params = _params(vmem)
+    return pl.pallas_call(
+        kernel,
+        grid=(blocks,),
+        in_specs=[
+            *(block, block),
+            pl.BlockSpec((r, entries), lambda i: (0, i), memory_space=pltpu.SMEM),
+            pl.BlockSpec(memory_space=pl.ANY),
+            pl.BlockSpec(memory_space=pl.ANY),
+        ],
+        out_specs=pl.BlockSpec(memory_space=pl.ANY),
+        out_shape=like((latents, rows, left, right), (m, d), jnp.float32),
+        scratch_shapes=[
+            pltpu.VMEM((2, 8, r, d), jnp.float32),
+            pltpu.VMEM((_RING, 1, d), jnp.float32),
+            pltpu.SMEM((2,), jnp.int32),
+            pltpu.SemaphoreType.DMA((2,)),
+            pltpu.SemaphoreType.DMA((_RING,)),
+        ],
+        input_output_aliases={4: 0},
+        compiler_params=dataclasses.replace(params, dimension_semantics=("arbitrary",)),
+        interpret=interpret,
+        name="scatter_rows",
+    )(latents, rows, left, right, jnp.zeros((m, d), jnp.float32))

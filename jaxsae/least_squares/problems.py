@@ -1,0 +1,325 @@
+"""Rows' atoms from a dictionary, and the least-squares problem that they make: `G = AAᵀ`, `c = Ay`, free of units.
+
+A dictionary is an array `[m d]`, or any pytree with `take(indices [*b k]) -> atoms [*b k d]`.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Float, Int
+
+from jaxsae import codes
+from jaxsae._core import chunking
+from jaxsae._core.linalg import EXACT, divide, matmul, max_or_nan, residual
+from jaxsae.codes import SparseCode
+from jaxsae.least_squares import solvers
+
+__all__ = [
+    "Dictionary",
+]
+
+
+@runtime_checkable
+class Dictionary(Protocol):
+    """A dictionary that need not be an array: sharded, quantised, factored.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxsae import pytrees
+      >>> @pytrees.dataclass
+      ... class Halves:
+      ...     atoms: jax.Array
+      ...
+      ...     def take(self, indices):
+      ...         return 0.5 * self.atoms[indices]
+      >>> isinstance(Halves(jnp.eye(2)), Dictionary)  # and so `jaxsae.refit` and `jaxsae.certify` take it
+      True
+    """
+
+    def take(self, indices: Int[Array, "*b k"]) -> Float[Array, "*b k d"]:
+        """The atoms of these indices, all in range."""
+        ...
+
+
+def is_array(dictionary: Any) -> bool:
+    """Whether a dictionary is an array `[m d]`, rather than an object with `take`."""
+    return hasattr(dictionary, "ndim") or isinstance(dictionary, list | tuple)
+
+
+def take(dictionary: Any, indices: Array, num_latents: int, dtype) -> Array:
+    """Atoms `[*b k d]`; those of unused slots are some atom or other, to be masked."""
+    indices = jnp.clip(indices, 0, num_latents - 1)
+    if is_array(dictionary):
+        return dictionary.at[indices].get(mode="clip").astype(dtype)
+    return dictionary.take(indices).astype(dtype)
+
+
+def used(indices: Array, num_latents: int) -> Array:
+    """The support as a mask."""
+    return codes.used(indices, num_latents)
+
+
+class Problem(NamedTuple):
+    """Unit-free problems of `n` rows: `x = z · unit` minimises `½xᵀGx − cᵀx`; `G` has ones on its diagonal."""
+
+    gram: Array  # [n k k]
+    c: Array  # [n k]
+    unit: Array  # [n k]  ‖a_i‖ / ‖y‖; 0 for padding, zero atoms and y = 0, where the answer is 0
+    weight: Array  # [n k]  ‖a_i‖ / max‖a‖: from the gradient in x to the KKT residual
+    finite: Array  # [n]  and within range: an answer that overflows or vanishes is none
+
+
+def power_of_two(x):
+    """The power of two below each `x`, by which division changes no digit; 0 for 0, and `x` if not finite."""
+    return jnp.where(jnp.isfinite(x), jnp.ldexp(jnp.sign(x), jnp.frexp(x)[1] - 1), x)
+
+
+def largest(x: Array, axis: int | tuple[int, ...] = -1) -> Array:
+    """`max |x|`, axes kept; NaN where that cannot be relied upon: where an entry is not finite, or lost.
+
+    XLA takes a subnormal number for 0 on most devices, which is more than rounding among others of about its size.
+    """
+    most = max_or_nan(jnp.abs(x), axis, keepdims=True)
+    limits = jnp.finfo(x.dtype)
+    kind = jnp.dtype(f"uint{limits.bits}")
+    size = jax.lax.bitcast_convert_type(x, kind) << 1  # without the sign
+    lost = (size > 0) & (size < np.asarray(limits.tiny).view(kind) << 1)
+    return jnp.where(lost.any(axis, keepdims=True) & (most < limits.tiny / limits.eps), jnp.nan, most)
+
+
+def scaled(y: Array) -> tuple[Array, Array, Array]:
+    """Targets of a size that can be squared, the powers of two `[n 1]` that they were divided by, and their norms.
+
+    The power is NaN where a target is not finite, or too small.
+    """
+    scale = power_of_two(largest(y))
+    y = divide(y, scale)
+    return y, scale, jnp.linalg.norm(y, axis=1, keepdims=True)
+
+
+def problems(dictionary: Any, y: Array, indices: Array, *, num_latents: int, ridge: Array) -> Problem:
+    """The problems of `n` rows, in the dtype of `ridge`, if the squares of their atoms are within its range."""
+    atoms, on = take(dictionary, indices, num_latents, y.dtype), used(indices, num_latents)
+    k, d = atoms.shape[1:]
+    y, y_scale, y_norm = scaled(y)
+    gram = chunking.each_row(lambda atoms: matmul(atoms, atoms.T), atoms, flops=2 * k * k * d)
+    gram = jnp.where(on[:, :, None] & on[:, None, :], gram, 0)
+    c = jnp.where(on, jnp.einsum("nid,nd->ni", atoms, y, precision=EXACT), 0)
+    square = jnp.diagonal(gram, axis1=1, axis2=2)
+    norm, units = measure(square, on, y_scale, y_norm, ridge)
+    return Problem(
+        gram=divide(gram + ridge * jnp.eye(k, dtype=gram.dtype), norm[:, :, None] * norm[:, None, :]),
+        c=divide(c, norm * y_norm),
+        **units._asdict(),
+    )
+
+
+class Units(NamedTuple):
+    """What makes the problems of `n` rows free of units, and back; as of `Problem`."""
+
+    unit: Array  # [n k]
+    weight: Array  # [n k]
+    finite: Array  # [n]
+
+
+def measure(square: Array, on: Array, y_scale: Array, y_norm: Array, ridge: Array) -> tuple[Array, Units]:
+    """The norms `[n k]` of atoms with their ridge, and units, from the atoms' squares and what `scaled` returned."""
+    norm = jnp.sqrt(square + jnp.where(on, ridge, 0))  # the ridge joins the diagonal before it is made 1
+    unit = divide(divide(norm, y_norm), y_scale)
+    determined = can_be_written(unit) & ((unit > 0) | (y_scale == 0)) & jnp.isfinite(y_scale)
+    in_range = ~on | ((square > 2.0**-60) & (square < 2.0**60) & determined)
+    longest = jnp.sqrt(jnp.max(square, axis=1, keepdims=True, initial=2.0**-60))
+    return norm, Units(unit, norm / longest, in_range.all(1) & (ridge >= 0) & (ridge < 2.0**60))
+
+
+def can_be_written(unit: Array) -> Array:
+    """Whether values `x / unit` are written to rounding, rather than as 0, for `x` of about 1."""
+    limits = jnp.finfo(unit.dtype)
+    return unit < limits.eps / limits.tiny
+
+
+class Solved(NamedTuple):
+    """What a solver made of the problems of `n` rows."""
+
+    x: Array  # [n k]  values without units
+    unit: Array  # [n k]  as of `Problem`
+    finite: Array  # [n]  as of `Problem`
+    usable: Array  # [n]  whether the starting values were better than being far from the answer
+    kkt: Array  # [n]
+    steps: Array  # [n]
+
+
+def drive_rows(solver, problem: Problem, z, most, nonnegative: bool):
+    """Run a solver on `n` rows, each for at most `most [n]` steps."""
+    drive = functools.partial(solvers.drive, solver, nonnegative=nonnegative)
+    return jax.vmap(drive)(problem.gram, problem.c, problem.weight, z, most)
+
+
+def solved(solver, problem: Problem, values: Array, nonnegative: bool) -> Solved:
+    """Run a solver on `n` rows, from starting values `[n k]` with units."""
+    start = values * problem.unit
+    start = jnp.maximum(start, 0) if nonnegative else start
+    # From far away (‖y‖² is 1 here) rounding follows the solver; NaN, and what is too large to square, are far too.
+    usable = jax.vmap(excess)(problem.gram, problem.c, start, jnp.zeros_like(start)) < 10
+    start = jnp.where(usable[:, None], start, 0)
+    most = jnp.full(values.shape[:1], solver.max_steps, jnp.int32)
+    x, kkt, steps = drive_rows(solver, problem, start, most, nonnegative)
+    return Solved(x, problem.unit, problem.finite, usable, kkt, steps)
+
+
+def excess(G, c, z, other):
+    """How much higher the objective of one row is at `z` than at `other`."""
+    return 0.5 * jnp.sum((z - other) * (matmul(G, z + other) - 2 * c))
+
+
+class UnitRows(NamedTuple):
+    """Problems of `n` rows before their products are formed: `x = z · unit` minimises `½‖y − Aᵀx‖² + ½ Σ ridge x²`."""
+
+    atoms: Array  # [n k d]  together with the ridge of norm 1
+    y: Array  # [n d]  of norm 1
+    ridge: Array  # [n k]
+    unit: Array  # [n k]  as of `Problem`, but y = 0 counts as of norm 1
+    weight: Array  # [n k]  as of `Problem`
+    finite: Array  # [n]  as of `Problem`
+
+
+def unit_rows(dictionary: Any, y: Array, indices: Array, *, num_latents: int, ridge: Array) -> UnitRows:
+    """The atoms and targets of `n` rows, free of units, whatever their size; 0 stays 0."""
+    on = used(indices, num_latents)
+    atoms = jnp.where(on[:, :, None], take(dictionary, indices, num_latents, y.dtype), 0)
+    root = jnp.sqrt(ridge)
+    y, *of_y = scaled(y)
+    y_scale, y_norm = (jnp.where(x == 0, 1, x) for x in of_y)
+    size = power_of_two(largest(atoms)[:, :, 0])
+    atom_scale = jnp.where(size == 0, 0, jnp.maximum(size, power_of_two(root)))
+    atoms = divide(atoms, atom_scale[:, :, None])
+    length, relative_root = jnp.linalg.norm(atoms, axis=2), divide(root, atom_scale)
+    norm = jnp.hypot(length, relative_root)
+    unit = norm / y_norm * atom_scale / y_scale
+    longest = max_or_nan(length * atom_scale, 1, keepdims=True)
+    determined = can_be_written(unit) & ((unit > 0) | (norm == 0)) & jnp.isfinite(y_scale)
+    return UnitRows(
+        atoms=divide(atoms, norm[:, :, None]),
+        y=y / y_norm,
+        ridge=divide(relative_root, norm) ** 2,
+        unit=unit,
+        weight=divide(norm * atom_scale, longest),
+        finite=determined.all(1) & jnp.isfinite(longest[:, 0]) & (ridge >= 0),
+    )
+
+
+def residuals(dictionary: Any, y: Array, code: SparseCode) -> Array:
+    """`(y − Aᵀz) / ‖y‖` `[n d]`, to the last digit; of y = 0, as of norm 1.
+
+    Atoms, values and targets are divided by powers of two alone, so that nothing is rounded before it cancels.
+    """
+    on = used(code.indices, code.num_latents)
+    atoms = jnp.where(on[:, :, None], take(dictionary, code.indices, code.num_latents, y.dtype), 0)
+    atom_scale = power_of_two(largest(atoms)[:, :, 0])
+    y, *of_y = scaled(y)
+    y_scale, y_norm = (jnp.where(x == 0, 1, x) for x in of_y)
+    values = code.values.astype(y.dtype) * atom_scale / y_scale
+    return jax.vmap(residual)(y, values, divide(atoms, atom_scale[:, :, None])) / y_norm
+
+
+def row_bytes(k: int, d: int, itemsize: int) -> int:
+    """Scratch of one row whose atoms are gathered."""
+    return (k * (2 * d + 4 * k) + 2 * d) * itemsize
+
+
+def zero_cotangent(dictionary: Any, dtype) -> Any:
+    """Where `accumulate` starts: a zero for every number of the dictionary that can move."""
+    return [jnp.zeros(leaf.shape, dtype) if _moves(leaf) else None for leaf in jax.tree.leaves(dictionary)]
+
+
+def accumulate(carry: Any, dictionary: Any, indices, num_latents: int, on, atoms_bar) -> Any:
+    """Add the cotangent of the rows' atoms `[n k d]`, where `on [n k]`, to that of the dictionary."""
+    if is_array(dictionary):
+        return [carry[0].at[jnp.where(on, indices, num_latents)].add(atoms_bar, mode="drop")]
+    _, pull_back = jax.vjp(lambda dictionary: take(dictionary, indices, num_latents, atoms_bar.dtype), dictionary)
+    (bar,) = pull_back(atoms_bar)  # 0 for unused slots, since u and z are
+    return [None if total is None else total + leaf for total, leaf in zip(carry, jax.tree.leaves(bar), strict=True)]
+
+
+def cotangent(carry: Any, dictionary: Any) -> Any:
+    """What was accumulated, in the dictionary's own structure and dtypes."""
+    leaves, structure = jax.tree.flatten(dictionary)
+    bars = [
+        np.zeros(leaf.shape, jax.dtypes.float0) if total is None else total.astype(leaf.dtype)
+        for total, leaf in zip(carry, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, bars)
+
+
+def _moves(leaf) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+def accumulator(dictionary: Any, y: Array) -> jnp.dtype:
+    """The dtype of the arithmetic: float32 or better."""
+    atom = dictionary if is_array(dictionary) else _one_atom(dictionary)
+    return jnp.promote_types(jnp.result_type(atom.dtype, y.dtype), jnp.float32)
+
+
+def _one_atom(dictionary: Any):
+    return jax.eval_shape(lambda dictionary: dictionary.take(jnp.zeros((1, 1), jnp.int32)), dictionary)
+
+
+def check_numbers(
+    name: str, what: str, x: Any, *, least: int | float = 0, most: int | float = math.inf, do: str
+) -> None:
+    """Raise if an option that is known, one number or an array, is NaN, infinite or out of `[least, most]`."""
+    if isinstance(x, Tracer) or not getattr(x, "is_fully_addressable", True):
+        return
+    x = np.asarray(x)
+    wrong = ~(np.isfinite(x) & (x >= least) & (x <= most))
+    if wrong.any():
+        raise ValueError(f"`{name}` got {what} {x[wrong][0]}; pass {do}.")
+
+
+def validate(dictionary: Any, y: Any, code: SparseCode, name: str) -> tuple[Any, Array, SparseCode]:
+    """Raise if a dictionary, targets and a code do not fit together; else what they are as arrays of JAX."""
+    y, code = jnp.asarray(y), jax.tree.map(jnp.asarray, code)
+    if not is_array(dictionary):
+        if not isinstance(dictionary, Dictionary):
+            raise TypeError(
+                f"`{name}` got a dictionary of type {type(dictionary).__name__}; pass an array of shape (m, d), or a "
+                f"pytree with a method take(indices) that returns atoms of shape (*indices.shape, d)."
+            )
+        atom = _one_atom(dictionary)
+        if atom.ndim != 3 or atom.shape[:2] != (1, 1):
+            raise ValueError(
+                f"`{name}` got a dictionary whose take gives shape {atom.shape} for indices of shape (1, 1); return "
+                f"atoms of shape (1, 1, d)."
+            )
+        shape, dtype = (code.num_latents, atom.shape[-1]), atom.dtype
+    else:
+        dictionary = jnp.asarray(dictionary)
+        shape, dtype = dictionary.shape, dictionary.dtype
+    for what, kind in (("a dictionary", dtype), ("y", y.dtype), ("values", code.values.dtype)):
+        if not jnp.issubdtype(kind, jnp.floating):
+            raise TypeError(f"`{name}` got {what} of dtype {kind}, expected floating point; convert it first.")
+    if not jnp.issubdtype(code.indices.dtype, jnp.integer):
+        raise TypeError(
+            f"`{name}` got indices of dtype {code.indices.dtype}, expected integers; convert them to int32."
+        )
+    if len(shape) != 2 or shape[0] != code.num_latents:
+        raise ValueError(
+            f"`{name}` got a dictionary of shape {shape} for a code of {code.num_latents} latents; pass "
+            f"one of shape ({code.num_latents}, d), one atom a row."
+        )
+    if y.shape[-1:] != shape[1:]:
+        raise ValueError(
+            f"`{name}` got y of shape {y.shape}, but the atoms have width {shape[1]}; pass y of shape (*b, {shape[1]})."
+        )
+    if code.indices.shape != code.values.shape or code.indices.shape[:-1] != y.shape[:-1]:
+        raise ValueError(
+            f"`{name}` got values {code.values.shape} and indices {code.indices.shape} for y of shape {y.shape}; "
+            f"pass both with shape {(*y.shape[:-1], 'k')}."
+        )
+    return dictionary, y, code

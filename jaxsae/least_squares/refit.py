@@ -1,0 +1,492 @@
+"""Masked least squares: the values of the atoms that are active in each row.
+
+Given which atoms are active, what should their values be?
+
+For one row with dictionary rows `A = D[indices] [k d]` the refit solves
+
+    minimise ½‖y − Aᵀz‖² + ½ ridge ‖z‖²   over z ≥ 0 (or z free)
+
+in Gram space, `G = AAᵀ`, `c = Ay`. Every selector in the library (encoder, pursuit, lasso) ends here.
+
+Inside, each problem is made free of units: atoms have unit norm and so has `y`. Then one tolerance fits all
+data, norms that spread over many orders cost nothing, and neither tiny nor huge data leave float32's range.
+
+A refit goes over its rows twice: all of them, by the solver itself; then, packed together, those that it left, those
+whose atoms are too large or too small to square and those in which rounding shows, by its fallback and from the
+residual. What a row goes through depends on nothing but the row.
+"""
+
+import dataclasses
+import enum
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxsae import sharding
+from jaxsae._core import chunking, pytrees
+from jaxsae._core.linalg import EXACT, divide, max_or_nan, solve_on
+from jaxsae.codes import SparseCode
+from jaxsae.least_squares import implicit, kernels, problems, solvers
+
+
+class Status(enum.IntEnum):
+    """How the refit of a row ended.
+
+    Example:
+      >>> import jaxsae
+      >>> jaxsae.Status(1).name
+      'MAX_STEPS'
+    """
+
+    CONVERGED = 0
+    MAX_STEPS = 1
+    NONFINITE = 2
+    INVALID = 3
+
+
+@pytrees.dataclass
+class RefitInfo:
+    """How a refit ended, row by row.
+
+    Attributes:
+      kkt: `[*b]` relative KKT residual of the values returned (see `certify`), as the solver saw it; NaN where the
+        row is not finite.
+      steps: `[*b]` int32, solver steps taken.
+      status: `[*b]` int32, a `Status`: 0 converged, to the tolerance of the solver or of its last fallback; 1 stopped
+        at `max_steps`; 2 not finite, or out of the dtype's range, and so are subnormal numbers; 3 invalid, a ridge or a
+        penalty that is negative or not finite. Rows of 2 and 3 are returned unchanged.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> info = jaxsae.RefitInfo(kkt=jnp.array([1e-6, 1e-2]), steps=jnp.array([4, 100]), status=jnp.array([0, 1]))
+      >>> jaxsae.check(info)
+      Traceback (most recent call last):
+      RuntimeError: 1 of 2 rows stopped at max_steps (rows 1), the worst at KKT 1.0e-02; raise max_steps or tol.
+    """
+
+    kkt: Float[Array, "*b"]
+    steps: Int[Array, "*b"]
+    status: Int[Array, "*b"]
+
+
+def refit(
+    dictionary: Float[Array, "m d"] | problems.Dictionary,
+    y: Float[Array, "*b d"],
+    code: SparseCode,
+    solver: Any = None,
+    *,
+    nonnegative: bool = True,
+    ridge: float | Float[Array, ""] = 0.0,
+    scratch: int | None = None,
+) -> tuple[SparseCode, RefitInfo]:
+    """Optimise the values of a code on its support, the dictionary fixed.
+
+        minimise_z ½‖y − Σᵢ zᵢ D[indices_i]‖² + ½ ridge ‖z‖²,   z ≥ 0
+
+    A row never ends worse than it began (starting values are projected first, and 0 stands in for those that are far
+    worse); a row with NaN or Inf comes back unchanged with status `NONFINITE` and touches no other. The derivative in
+    `dictionary`, `y` and `ridge` is the implicit one on the active set; the support, and the starting values, have
+    none.
+
+    Args:
+      dictionary: `[m d]`, one atom a row, any norm, or any pytree with `take(indices [*b k]) -> atoms [*b k d]`;
+        atoms in bfloat16 and float16 are accumulated in float32.
+      y: targets `[*b d]`.
+      code: support and starting values, `[*b k]`.
+      solver: any pytree of `solvers.py`, with the fallback that it names; `solvers.default(k, d)` if None.
+      nonnegative: constrain `z ≥ 0`.
+      ridge: weight of `½‖z‖²`, in the units of the atoms' squared norm.
+      scratch: most bytes that the rows in work may need, beside arguments and results; `chunking.SCRATCH` by default, or
+        what one row needs.
+
+    Returns:
+      The code with its values refitted, in the dtype they had, and `RefitInfo`.
+
+    Raises:
+      ValueError, TypeError: at trace time, if shapes or dtypes do not fit together, or a known `tol` or `max_steps` of
+        the solver is negative or not finite. Of a ridge, rows say so in their status.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsae
+      >>> D = jnp.array([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
+      >>> code = jaxsae.SparseCode(values=jnp.array([0.5, 0.5]), indices=jnp.array([0, 1]), num_latents=3)
+      >>> refitted, info = jaxsae.refit(D, jnp.array([2.2, 1.6]), code)
+      >>> jnp.round(refitted.values, 3), int(info.status)
+      (Array([1., 2.], dtype=float32), 0)
+
+      Train a dictionary through the refit: rows of two atoms, learnt from a perturbed start with the supports given.
+
+      >>> keys = jax.random.split(jax.random.key(0), 4)
+      >>> true = jax.random.normal(keys[0], (8, 6))
+      >>> _, support = jax.lax.top_k(jax.random.uniform(keys[1], (64, 8)), 2)
+      >>> code = jaxsae.SparseCode(values=jax.random.uniform(keys[2], (64, 2)), indices=support, num_latents=8)
+      >>> y = jaxsae.codes.combine(true, code)
+      >>> def loss(D):
+      ...     return jnp.mean((y - jaxsae.codes.combine(D, jaxsae.refit(D, y, code)[0])) ** 2)
+      >>> D = start = true + 0.3 * jax.random.normal(keys[3], true.shape)
+      >>> slope = jax.jit(jax.grad(loss))
+      >>> for _ in range(100):
+      ...     D = D - 5.0 * slope(D)
+      >>> bool(loss(D) < 0.01 * loss(start))
+      True
+
+    Source: Gao et al. (2024), "Scaling and evaluating sparse autoencoders", Section 5.1.
+    """
+    dictionary, y, code = problems.validate(dictionary, y, code, "refit")
+    needed = _row_bytes(code.indices.shape[-1], y.shape[-1], problems.accumulator(dictionary, y).itemsize)
+    scratch = max(chunking.SCRATCH, needed) if scratch is None else scratch
+    if scratch < needed:
+        raise ValueError(f"`refit` got scratch of {scratch} bytes, but one row needs {needed}; pass at least that.")
+    kernel = solver is None and kernels.applies(dictionary, code.indices, y, code.values)
+    if solver is None:
+        solver = solvers.default(code.indices.shape[-1], y.shape[-1], kernel=kernel)
+    solver = solvers.resolve(solver)
+    _check_solver(solver)
+    ridge = jnp.asarray(ridge, problems.accumulator(dictionary, y))
+    static = _Static(nonnegative, code.num_latents, scratch, kernel)
+    if jax.sharding.get_abstract_mesh().explicit_axes:
+        options = {"solver": solver, "nonnegative": nonnegative, "ridge": ridge, "scratch": scratch}
+        return sharding.automatic(functools.partial(refit, **options), code.indices)(dictionary, y, code)
+    if sharding.spread(code.num_latents) and problems.is_array(dictionary):
+        values, info = _refit_by_devices(static, solver, dictionary, y, code.indices, code.values, ridge)
+        return dataclasses.replace(code, values=values), info
+    arguments = solver, dictionary, y, code.indices, code.values, ridge
+    values, info = _refit(static, *sharding.vary_alike(arguments))
+    return dataclasses.replace(code, values=values), info
+
+
+def _check_solver(solver) -> None:
+    while solver is not None:
+        for what in ("tol", "max_steps"):
+            problems.check_numbers(
+                *(type(solver).__name__, what, getattr(solver, what)), do="a finite number of at least 0"
+            )
+        solver = solver.fallback
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _refit_by_devices(static: "_Static", solver, dictionary, y, indices, values, ridge):
+    """Each device refits some of the rows by itself, once it has their atoms from the devices that keep them."""
+    batch, n = y.shape[:-1], math.prod(y.shape[:-1])
+    spare = -n % (sharding.ways("data") * sharding.ways("latent"))
+    empty = (0, static.num_latents, 0)
+    y, indices, values = (
+        jnp.pad(x.reshape(n, x.shape[-1]), [(0, spare), (0, 0)], constant_values=value)
+        for x, value in zip((y, indices, values), empty, strict=True)
+    )
+
+    def here(solver, dictionary, y, indices, values, ridge):
+        atoms = sharding.fetch(dictionary, indices)
+        slots = jnp.arange(indices.size, dtype=indices.dtype).reshape(indices.shape)
+        slots = jnp.where(problems.used(indices, static.num_latents), slots, indices.size)
+        own = static._replace(num_latents=indices.size)
+        return _refit(own, solver, atoms.reshape(-1, atoms.shape[-1]), y, slots, values, ridge)
+
+    row, whole = sharding.BOTH, sharding.WHOLE
+    split = sharding.split(here, (whole, sharding.LATENTS, row, row, row, whole), row)
+    values, info = split(solver, dictionary, y, indices, values, ridge)
+    return values[:n].reshape(*batch, -1), jax.tree.map(lambda x: x[:n].reshape(batch), info)
+
+
+def check(info_or_code: RefitInfo | SparseCode) -> None:
+    """Raise if any row of a refit failed, or if any row of a code overflowed; on the host, outside jit.
+
+    Args:
+      info_or_code: what `refit` or `refine` returned beside the code, or a code.
+
+    Raises:
+      RuntimeError: naming how many rows, the worst of them, and what to do.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> jaxsae.check(jaxsae.codes.from_dense(jnp.array([[0.0, 2.0, 1.0]]), capacity=1))
+      Traceback (most recent call last):
+      RuntimeError: 1 of 1 rows have more active latents than slots; row 0 lost 1. Pass a capacity of at least 2.
+    """
+    if isinstance(info_or_code, SparseCode):
+        overflow = np.asarray(info_or_code.overflow).ravel()
+        if overflow.any():
+            worst = int(overflow.argmax())
+            needed = info_or_code.indices.shape[-1] + overflow[worst]
+            raise RuntimeError(
+                f"{np.count_nonzero(overflow)} of {overflow.size} rows have more active latents than slots; "
+                f"row {worst} lost {overflow[worst]}. Pass a capacity of at least {needed}."
+            )
+        return
+    status, kkt = np.asarray(info_or_code.status).ravel(), np.asarray(info_or_code.kkt).ravel()
+    nonfinite, unconverged, invalid = (status == x for x in (Status.NONFINITE, Status.MAX_STEPS, Status.INVALID))
+    problems = []
+    if nonfinite.any():
+        problems.append(
+            f"{nonfinite.sum()} of {status.size} rows hold NaN or Inf {_some(nonfinite.nonzero()[0])}; mend them."
+        )
+    if invalid.any():
+        problems.append(
+            f"{invalid.sum()} of {status.size} rows have a ridge or penalty that is negative or not finite "
+            f"{_some(invalid.nonzero()[0])}; pass 0 or more."
+        )
+    if unconverged.any():
+        worst = sorted(unconverged.nonzero()[0], key=lambda row: -kkt[row])
+        problems.append(
+            f"{unconverged.sum()} of {status.size} rows stopped at max_steps {_some(worst)}, the worst at KKT "
+            f"{kkt[worst[0]]:.1e}; raise max_steps or tol."
+        )
+    if problems:
+        raise RuntimeError(" ".join(problems))
+
+
+def _some(row_numbers) -> str:
+    shown = ", ".join(str(row) for row in row_numbers[:5])
+    return f"(rows {shown}{', …' if len(row_numbers) > 5 else ''})"
+
+
+class _Static(NamedTuple):
+    nonnegative: bool
+    num_latents: int
+    scratch: int
+    kernel: bool  # whether a kernel solves the rows, before those that it left are gone over
+
+
+def _drive_chain(solver, problem: problems.Problem, z, most, nonnegative: bool):
+    """Run a solver on `n` rows, then its fallback on those that it left."""
+    best, kkt, steps = problems.drive_rows(solver, problem, z, most, nonnegative)
+    if solver.fallback is None:
+        return best, kkt, steps
+
+    def go_on():
+        most = jnp.full_like(steps, solver.fallback.max_steps)
+        best_, kkt_, steps_ = _drive_chain(solver.fallback, problem, best, most, nonnegative)
+        return best_, kkt_, steps + steps_
+
+    return jax.lax.cond(jnp.any(_left(solver, kkt, steps, most)), go_on, lambda: (best, kkt, steps))
+
+
+def _left(solver, kkt, steps, most):
+    """Whether a solver leaves a row to its fallback."""
+    return (steps >= most) & (kkt > solver.tol)
+
+
+def _unsolved(solver, info: RefitInfo):
+    """Whether a row was left by the solver, or out of range for it."""
+    unsolved = info.status == Status.NONFINITE
+    return unsolved if solver.fallback is None else unsolved | _left(solver, info.kkt, info.steps, solver.max_steps)
+
+
+def _last_tol(solver):
+    """The tolerance that a row is judged by: that of the last solver of the chain."""
+    return solver.tol if solver.fallback is None else _last_tol(solver.fallback)
+
+
+def _solver_bytes(k: int, d: int, itemsize: int) -> int:
+    """Scratch of one row while it is solved."""
+    return (4 * k * k + 16 * (k + d)) * itemsize
+
+
+def _row_bytes(k: int, d: int, itemsize: int) -> int:
+    """Scratch of one row, whatever it goes through; half of it while its problem is formed."""
+    return 2 * (problems.row_bytes(k, d, itemsize) + _solver_bytes(k, d, itemsize))
+
+
+class _Outcome(NamedTuple):
+    """What came of `n` rows."""
+
+    values: Array  # [n k]
+    x: Array  # [n k]  the same without units, as the solver left it
+    info: RefitInfo
+
+
+def _solve_rows(static: _Static, shared, y, indices, values) -> _Outcome:
+    """Refit `n` rows by the solver alone; those whose atoms are out of range come back as if not finite."""
+    solver, dictionary, ridge = shared
+    nonnegative, num_latents, scratch, kernel = static
+    y = y.astype(ridge.dtype)
+    problem = None
+    if kernel:
+        solved = kernels.solve(dictionary, indices, y, values, ridge, solver.tol, solver.max_steps, nonnegative)
+    else:
+        problem = chunking.map_chunks(
+            functools.partial(problems.problems, dictionary, num_latents=num_latents, ridge=ridge),
+            *(y, indices),
+            batch=y.shape[:1],
+            row_bytes=problems.row_bytes(indices.shape[1], y.shape[1], y.dtype.itemsize),
+            scratch=scratch // 2,
+        )
+        solved = problems.solved(solver, problem, values.astype(ridge.dtype), nonnegative)
+    on = problems.used(indices, num_latents)
+    finite = solved.finite & (jnp.isfinite(values) | ~on).all(1)
+    feasible = jax.nn.relu(values) if nonnegative else values
+    refitted = divide(solved.x, solved.unit).astype(values.dtype)
+    moved = (solved.steps > 0) | ~solved.usable  # else the start is optimal already, and comes back to the bit
+    # Rounded to fewer bits, the best iterate can be worse than the start.
+    if problem is not None and values.dtype != ridge.dtype:
+        rounded = refitted.astype(ridge.dtype) * solved.unit
+        began = feasible.astype(ridge.dtype) * solved.unit
+        moved &= ~(jax.vmap(problems.excess)(problem.gram, problem.c, rounded, began) > 0)
+    refitted = jnp.where(moved[:, None] | (solved.unit == 0), refitted, feasible)
+    finite &= jnp.isfinite(refitted).all(1)
+    info = _info(solver, solved.kkt, solved.steps, finite)
+    return _Outcome(jnp.where(finite[:, None], refitted, values), solved.x, info)
+
+
+def _info(solver, kkt, steps, finite) -> RefitInfo:
+    """How rows ended, judged by the last solver of the chain."""
+    status = jnp.where(kkt <= _last_tol(solver), Status.CONVERGED, Status.MAX_STEPS)
+    return RefitInfo(
+        kkt=jnp.where(finite, kkt, jnp.nan),
+        steps=jnp.where(finite, steps, 0),
+        status=jnp.where(finite, status, Status.NONFINITE).astype(jnp.int32),
+    )
+
+
+def _revise(static: _Static, shared, y, indices, values, x, info: RefitInfo) -> _Outcome:
+    """Refit `n` rows for which the solver alone was not enough, and judge them by their residuals.
+
+    Atoms of any size are scaled; rows that are not solved yet go on to the fallback; then one Newton step on the active
+    set is taken if it helps, and the start, or 0, returned if that is better. The rounding of `Gx` is magnified by the
+    condition of `G`, which it may even leave indefinite; that of the residual, by the square root of it.
+    """
+    solver, dictionary, ridge = shared
+    nonnegative, num_latents, *_ = static
+    y = y.astype(ridge.dtype)
+    atoms, y, ridge, unit, weight, finite = problems.unit_rows(
+        dictionary, y, indices, num_latents=num_latents, ridge=ridge
+    )
+
+    def at(x):
+        x = jnp.maximum(x, 0) if nonnegative else x
+        residual = y - jnp.einsum("nkd,nk->nd", atoms, x, precision=EXACT)
+        return x, ridge * x - jnp.einsum("nkd,nd->nk", atoms, residual, precision=EXACT)
+
+    def lower(point, other):  # NaN is not
+        return jnp.sum((point[0] - other[0]) * (point[1] + other[1]), axis=1, keepdims=True) < 0
+
+    def choose(where, a, b):
+        return jax.tree.map(lambda a, b: jnp.where(where, a, b), a, b)
+
+    given, origin = at(values.astype(y.dtype) * unit), at(jnp.zeros_like(x))
+    usable = lower(given, origin)
+    start = choose(usable, given, origin)
+    G = jnp.einsum("nid,njd->nij", atoms, atoms, precision=EXACT) + jax.vmap(jnp.diag)(ridge)
+    c = jnp.einsum("nkd,nd->nk", atoms, y, precision=EXACT)
+    fallback = solver if solver.fallback is None else solver.fallback
+    most = jnp.where(_unsolved(solver, info), fallback.max_steps, 0).astype(jnp.int32)
+    problem = problems.Problem(G, c, unit, weight, finite)
+    begun = info.steps[:, None] > 0
+    best, _, steps = _drive_chain(fallback, problem, jnp.where(begun, x, start[0]), most, nonnegative)
+    steps = info.steps + steps
+    here = at(best)
+    newton = at(best - jax.vmap(solve_on)(G, (best > 0) if nonnegative else unit > 0, here[1]))
+    best = choose((steps[:, None] > 0) & lower(newton, here), newton, here)
+
+    refitted = divide(best[0], unit).astype(values.dtype)
+    moved = lower(at(refitted.astype(y.dtype) * unit), start)
+    best, gradient = choose(moved, best, start)
+    feasible = jax.nn.relu(values) if nonnegative else values
+    refitted = jnp.where(moved | (unit == 0), refitted, jnp.where(usable, feasible, 0))
+    finite &= (jnp.isfinite(values) | ~problems.used(indices, num_latents)).all(1) & jnp.isfinite(refitted).all(1)
+    kkt = max_or_nan(weight * solvers.violation(best, gradient, nonnegative), 1)
+    return _Outcome(jnp.where(finite[:, None], refitted, values), best, _info(solver, kkt, steps, finite))
+
+
+def _widths(k: int) -> list[int]:
+    """Numbers of slots to solve at, so that a row of few atoms among many slots need not pay for all of them.
+
+    Each width costs more than a second of compilation. On an accelerator its rows would have to fill the device.
+    """
+    return [k // 4, k // 2, k] if k >= 192 and sharding.on_cpu() else [k]
+
+
+def _narrow(solve, num_latents: int, width: int, y, indices, values) -> _Outcome:
+    """Solve rows of at most `width` atoms in that many slots."""
+    on = problems.used(indices, num_latents)
+    slots = jnp.argsort(~on, axis=1, stable=True)[:, :width]
+    outcome = solve(y, *(jnp.take_along_axis(array, slots, axis=1) for array in (indices, values)))
+    place = jnp.minimum(jnp.cumsum(on, axis=1) - 1, width - 1)
+    values, x = (jnp.where(on, jnp.take_along_axis(array, place, axis=1), 0) for array in outcome[:2])
+    return _Outcome(values, x, outcome.info)
+
+
+def _solve(static: _Static, shared, per_row):
+    """All rows by the solver itself, then those for which that was not enough."""
+    batch = per_row[0].shape[:-1]
+    n = math.prod(batch)
+    per_row = y, indices, _ = tuple(x.reshape(n, x.shape[-1]) for x in per_row)
+    k, d, itemsize = indices.shape[1], y.shape[1], shared[2].dtype.itemsize
+    solve, half = functools.partial(_solve_rows, static, shared), static.scratch // 2
+    if static.kernel:
+        outcome = solve(*per_row)  # it needs no scratch
+    elif len(_widths(k)) == 1:
+        in_cache = (4 << 20) // max(k * k * itemsize, 1)  # rows whose Gram matrices the cache holds
+        outcome = chunking.map_chunks(
+            *(solve, *per_row),
+            batch=(n,),
+            row_bytes=_solver_bytes(k, d, itemsize),
+            scratch=half,
+            cpu_rows=max(16, min(256, in_cache // 16 * 16)),
+        )
+    else:
+        l0 = jnp.sum(problems.used(indices, static.num_latents), axis=1)
+        outcome = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(solve, *per_row))
+        previous = -1
+        for width in _widths(k):
+            f = solve if width == k else functools.partial(_narrow, solve, static.num_latents, width)
+            where = (l0 > previous) & (l0 <= width)
+            row_bytes = _solver_bytes(width, d, itemsize)
+            outcome = chunking.revise_rows(f, where, outcome, *per_row, row_bytes=row_bytes, scratch=half)
+            previous = width
+
+    x, info = outcome.x, outcome.info
+    # Where large terms of `Gx` cancel, the rounding of `G` shows.
+    cancels = (info.steps > 0) & (jnp.finfo(x.dtype).eps * jnp.sum(x * x, axis=1) > 2.0**-18)
+    refitted, _, info = chunking.revise_rows(
+        functools.partial(_revise, static, shared),
+        *(_unsolved(shared[0], info) | cancels, outcome),
+        *(*per_row, x, info),
+        row_bytes=_row_bytes(k, d, itemsize),
+        scratch=static.scratch,
+    )
+    status = jnp.where(_is_ridge(shared[2]), info.status, Status.INVALID).astype(jnp.int32)
+    info = dataclasses.replace(info, status=status)
+    return refitted.reshape(*batch, k), jax.tree.map(lambda x: x.reshape(batch), info)
+
+
+def _is_ridge(ridge):
+    return (ridge >= 0) & jnp.isfinite(ridge)
+
+
+@functools.cache
+def _solve_folded(static: _Static):
+    return chunking.fold_vmap(functools.partial(_solve, static))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _solve_jitted(static: _Static, solver, dictionary, y, indices, values, ridge):
+    return _solve_folded(static)((solver, dictionary, ridge), (y, indices, values))
+
+
+_refit = jax.custom_vjp[tuple[Array, RefitInfo]](_solve_jitted, nondiff_argnums=(0,))
+
+
+def _refit_forward(static, solver, dictionary, y, indices, values, ridge):
+    outputs = _refit(static, solver, dictionary, y, indices, values, ridge)
+    values, info = outputs
+    return outputs, (dictionary, y, indices, values, ridge, info.status < Status.NONFINITE)
+
+
+def _refit_backward(static: _Static, residuals, cotangents):
+    dictionary, y, indices, values, ridge, finite = residuals
+    bars = implicit.backward(
+        *(dictionary, y, indices, values, cotangents[0], ridge, finite),
+        nonnegative=static.nonnegative,
+        num_latents=static.num_latents,
+        scratch=static.scratch,
+    )
+    return None, bars.dictionary, bars.y, None, None, bars.ridge
+
+
+_refit.defvjp(_refit_forward, jax.jit(_refit_backward, static_argnums=0))

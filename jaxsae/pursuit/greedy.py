@@ -1,0 +1,320 @@
+"""Pursuits: they choose the atoms that represent a row when no encoder does.
+
+Each function chooses at most `k` atoms a row, greedily or by thresholding, and ends in the shared `refit`:
+
+    y ──▶ correlations D r ──▶ support ──refit──▶ SparseCode
+              ▲                   │
+              └──── residual ◀────┘
+
+Atoms may have any norm: choices are made between atoms scaled to norm 1, and zero atoms (or such as are not finite) are
+never chosen. Choices have no derivative; the values have that of the refit on the support chosen. A row ends when its
+own rule says so, and touches no other; one with NaN or Inf gets an empty code and the status `NONFINITE`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxsae._core.linalg import EXACT, matmul
+from jaxsae.codes import SparseCode
+from jaxsae.least_squares.refit import RefitInfo
+from jaxsae.pursuit.selection import (
+    Chosen,
+    Method,
+    Problem,
+    by_chunks,
+    empty,
+    invert,
+    largest,
+    line_search,
+    pursue,
+    residual,
+    rounding,
+    square,
+    take_atoms,
+)
+from jaxsae.pursuit.thresholding import cosamp, iht, iti, niht
+
+__all__ = ["cosamp", "gradient_pursuit", "iht", "iti", "matching_pursuit", "niht", "omp"]
+
+_GRAM_BYTES = 4 << 20  # of a Gram matrix that is worth forming: more would not stay in a cache
+
+
+def omp(
+    D: Float[Array, "m d"],
+    y: Float[Array, "*b d"],
+    *,
+    k: int,
+    tol: float | Float[Array, "*b"] = 0.0,
+    limit: Int[Array, "*b"] | None = None,
+    nonnegative: bool = False,
+) -> tuple[SparseCode, RefitInfo]:
+    """Orthogonal matching pursuit: add the atom that correlates most with the residual, refit all, repeat.
+
+        j = argmax |⟨a_j, r⟩| / ‖a_j‖,   S ← S ∪ {j},   z_S = argmin ‖y − A_Sᵀ z‖,   r = y − A_Sᵀ z_S
+
+    With free signs the refits are updates of a Cholesky factorisation, `A_S A_Sᵀ = LLᵀ`: with `Q = L⁻¹A_S`, the
+    orthonormal atoms so far, a new atom `a` adds the row `(w, ρ)` to `L`, the row `q` to `Q`, and lowers the residual:
+
+        w = Qa,   q = (a − Qᵀw) / ρ,   ρ = ‖a − Qᵀw‖,   r ← r − ⟨q, r⟩ q
+
+    The same elimination, applied to `Da` and to coordinates, keeps `Dr` and the values. So with the Gram matrix `DDᵀ`
+    no step costs a product with `D`; it is formed if it has 4 MiB at most and `4k ≤ d`, and else the rows of a chunk
+    share one product `D r` a step. The rule asks nothing about the batch: a row's answer does not depend on it.
+    Non-negative values are refitted after each choice, and an atom whose value fell to 0 keeps its slot.
+
+    Args:
+      D: dictionary `[m d]`, one atom a row, any norm.
+      y: targets `[*b d]`.
+      k: most atoms a row, at most `m`.
+      tol: end a row when `‖r‖` is at most this, in units of `y`; a number, or `[*b]`, one for each row.
+      limit: most atoms of each row, `[*b]`, at most `k`; `k` if None.
+      nonnegative: values `z ≥ 0`, and choices by `⟨a_j, r⟩` itself (Bruckstein et al. 2008).
+
+    Returns:
+      The code `[*b k]`, atoms in the order in which they were chosen, and `RefitInfo`, with `steps` the number of
+      atoms chosen. A row ends with fewer than `k` also if no atom correlates with what is left, to rounding.
+
+    Raises:
+      ValueError, TypeError: at trace time, if shapes or dtypes do not fit together, or `k` is not in `[1, m]`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> from jaxsae import pursuit
+      >>> D = jnp.array([[1.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.6, 0.8]])
+      >>> code, info = pursuit.omp(D, jnp.array([3.0, -4.0, 0.0]), k=3)
+      >>> code.indices.tolist(), code.values.tolist()
+      ([1, 0, 3], [-2.0, 3.0, 0.0])
+
+    Source: Pati, Rezaiifar & Krishnaprasad (1993), "Orthogonal matching pursuit"; Rubinstein, Zibulevsky & Elad (2008),
+      "Efficient implementation of the K-SVD algorithm using batch orthogonal matching pursuit"; Bruckstein, Elad &
+      Zibulevsky (2008), "On the uniqueness of nonnegative sparse solutions to underdetermined systems of equations".
+    """
+    return pursue(Method("omp", _omp_nonnegative if nonnegative else _omp, k, nonnegative), D, y, tol, limit)
+
+
+def _omp(problem: Problem) -> Chosen:
+    """Choose with free signs, by updates of a Cholesky factorisation.
+
+    A row `q` of the basis is followed by `Dq`, if there is a Gram matrix, and the residual `r` by `Dr`. Coordinates in
+    the atoms chosen are kept apart, in arrays of their own: in one with the basis they make it too wide for vectors.
+    """
+    (m, d), k = problem.D.shape, problem.k
+    precomputed = 4 * k <= d and m * m * problem.D.dtype.itemsize <= _GRAM_BYTES
+    table = jnp.concatenate([problem.D, matmul(problem.D, problem.D.T)], axis=1) if precomputed else problem.D
+    width = table.shape[1]
+
+    def correlations(state):
+        return state[:, d : d + m] if precomputed else matmul(state[:, :d], problem.D.T)
+
+    def chunk(part: Problem) -> Chosen:
+        y, n = part.y, len(part.y)
+        products = matmul(y, problem.D.T) if precomputed else y[:, :0]
+
+        def step(carry: _Greedy) -> _Greedy:
+            number, state, basis, coordinates, values, free, indices, running = carry
+            score, at = largest(jnp.where(free, jnp.abs(correlations(state)), 0))
+            atom = table[at]
+            w = basis[:, jnp.arange(n), d + at] if precomputed else jnp.sum(basis[:, :, :d] * atom, axis=2)
+
+            def without(i, pair):
+                rest, x = pair
+                return rest - w[i][:, None] * basis[i], x - w[i][:, None] * coordinates[i]
+
+            itself = jnp.broadcast_to(jnp.arange(k) == number, (n, k)).astype(y.dtype)
+            rest, x = jax.lax.fori_loop(0, number, without, (atom, itself))
+            pivot = square(rest[:, :d])
+            running = running & (score > rounding(y)) & (square(state[:, :d]) > part.tol**2) & (number < part.limit)
+            running &= pivot > jnp.finfo(y.dtype).eps  # else it depends on the others, to rounding
+            size = jnp.sqrt(jnp.where(running, pivot, 1))[:, None]
+            q, x = (jnp.where(running[:, None], v / size, 0) for v in (rest, x))
+            explained = jnp.sum(q[:, :d] * state[:, :d], axis=1, keepdims=True)
+            state, values = state - explained * q, values + explained * x
+            basis, coordinates = basis.at[number].set(q), coordinates.at[number].set(x)
+            here = running[:, None] & (jnp.arange(m) == at[:, None])
+            indices = indices.at[:, number].set(jnp.where(running, at, m))
+            return _Greedy(number + 1, state, basis, coordinates, values, free & ~here, indices, running)
+
+        start = _Greedy(
+            jnp.int32(0),
+            jnp.concatenate([y, products], axis=1),
+            jnp.zeros((k, n, width), y.dtype),
+            jnp.zeros((k, n, k), y.dtype),
+            jnp.zeros((n, k), y.dtype),
+            jnp.ones((n, m), bool),
+            jnp.full((n, k), m, jnp.int32),
+            jnp.ones(n, bool),
+        )
+        end = jax.lax.while_loop(lambda carry: (carry.number < k) & jnp.any(carry.running), step, start)
+        steps = jnp.sum(end.indices < m, axis=1, dtype=jnp.int32)
+        return Chosen(end.values, end.indices, steps, jnp.ones(n, bool))
+
+    # With a Gram matrix a step is arithmetic on rows, which XLA spreads over the cores if there are enough of them.
+    return by_chunks(chunk, problem, row_bytes=4 * (k * (width + k) + 2 * m), cpu_rows=512 if precomputed else 256)
+
+
+class _Greedy(NamedTuple):
+    """What greedy selections carry from step to step."""
+
+    number: Array  # of the step
+    state: Array  # [n width]  the residual and what is kept beside it
+    basis: Array  # [k n width]
+    coordinates: Array  # [k n k]  of the basis, in the atoms chosen
+    values: Array  # [n k]
+    free: Array  # [n m]  which atoms are not chosen yet
+    indices: Array  # [n k]
+    running: Array  # [n]
+
+
+def _omp_nonnegative(problem: Problem) -> Chosen:
+    """Choose by positive correlations, with a refit after each choice."""
+
+    def inverted(part, r, code, slot, score):
+        return invert(part, code)[0]
+
+    return _greedy(problem, inverted)
+
+
+def matching_pursuit(
+    D: Float[Array, "m d"],
+    y: Float[Array, "*b d"],
+    *,
+    k: int,
+    tol: float | Float[Array, "*b"] = 0.0,
+    limit: Int[Array, "*b"] | None = None,
+    nonnegative: bool = False,
+) -> tuple[SparseCode, RefitInfo]:
+    """Matching pursuit: take the atom that correlates most with the residual, and what it explains, `k` times.
+
+        j = argmax |⟨a_j, r⟩| / ‖a_j‖,   z_j ← z_j + ⟨a_j, r⟩ / ‖a_j‖²,   r = y − Aᵀz
+
+    Not to refit is its point: `jaxsae.refit` of its code does. An atom may be taken again, and with non-negative values
+    only while it explains more than nothing.
+
+    Args:
+      D: dictionary `[m d]`, one atom a row, any norm.
+      y: targets `[*b d]`.
+      k: steps, and so most atoms, a row; at most `m`.
+      tol: end a row when `‖r‖` is at most this, in units of `y`; a number, or `[*b]`, one for each row.
+      limit: most atoms of each row, `[*b]`, at most `k`; `k` if None.
+      nonnegative: values `z ≥ 0`, and choices by `⟨a_j, r⟩` itself.
+
+    Returns:
+      The code `[*b k]`, and `RefitInfo` with the steps taken and the KKT residual that is left on the support; of a row
+      that is not optimal there to 1e-5 the status is `MAX_STEPS`. Values have no derivative.
+
+    Raises:
+      ValueError, TypeError: at trace time, if shapes or dtypes do not fit together, or `k` is not in `[1, m]`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> from jaxsae import pursuit
+      >>> D = jnp.array([[1.0, 0.0], [0.6, 0.8]])
+      >>> code, info = pursuit.matching_pursuit(D, jnp.array([2.0, 1.0]), k=2)
+      >>> code.indices.tolist(), [round(z, 3) for z in code.values.tolist()], int(info.status)
+      ([0, 1], [2.0, 0.8], 1)
+
+    Source: Mallat & Zhang (1993), "Matching pursuits with time-frequency dictionaries".
+    """
+    return pursue(Method("matching_pursuit", _matching_pursuit, k, nonnegative, refits=False), D, y, tol, limit)
+
+
+def _matching_pursuit(problem: Problem) -> Chosen:
+    def explained_by_one(part, r, code, slot, score):
+        taken = jnp.arange(problem.k) == slot[:, None]
+        return dataclasses.replace(code, values=code.values + jnp.where(taken, score[:, None], 0))
+
+    return _greedy(problem, explained_by_one)
+
+
+def gradient_pursuit(
+    D: Float[Array, "m d"],
+    y: Float[Array, "*b d"],
+    *,
+    k: int,
+    tol: float | Float[Array, "*b"] = 0.0,
+    limit: Int[Array, "*b"] | None = None,
+    nonnegative: bool = False,
+) -> tuple[SparseCode, RefitInfo]:
+    """Gradient pursuit: add the atom that correlates most with the residual, then one gradient step on all chosen.
+
+        S ← S ∪ {argmax |⟨a_j, r⟩| / ‖a_j‖},   g = A_S r,   z_S ← z_S + (‖g‖² / ‖A_Sᵀg‖²) g,   r = y − A_Sᵀ z_S
+
+    Atoms are taken as of norm 1. With non-negative values the step is projected, and then taken as far as it lowers the
+    residual. It is the inference-time optimisation that sparse autoencoders' encoders are compared with. Not to invert
+    is its point: `jaxsae.refit` of its code does.
+
+    Args:
+      D: dictionary `[m d]`, one atom a row, any norm.
+      y: targets `[*b d]`.
+      k: steps, and so most atoms, a row; at most `m`.
+      tol: end a row when `‖r‖` is at most this, in units of `y`; a number, or `[*b]`, one for each row.
+      limit: most atoms of each row, `[*b]`, at most `k`; `k` if None.
+      nonnegative: values `z ≥ 0`, and choices by `⟨a_j, r⟩` itself.
+
+    Returns:
+      The code `[*b k]`, and `RefitInfo` with the steps taken and the KKT residual that is left on the support; of a row
+      that is not optimal there to 1e-5 the status is `MAX_STEPS`. Values have no derivative.
+
+    Raises:
+      ValueError, TypeError: at trace time, if shapes or dtypes do not fit together, or `k` is not in `[1, m]`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> from jaxsae import pursuit
+      >>> D = jnp.array([[1.0, 0.0], [0.6, 0.8]])
+      >>> code, info = pursuit.gradient_pursuit(D, jnp.array([2.0, 1.0]), k=2, nonnegative=True)
+      >>> code.indices.tolist(), [round(z, 3) for z in code.values.tolist()]
+      ([0, 1], [2.0, 0.8])
+
+    Source: Blumensath & Davies (2008), "Gradient pursuits"; Smith (2024), "Replacing SAE encoders with inference-time
+      optimisation".
+    """
+    return pursue(Method("gradient_pursuit", _gradient_pursuit, k, nonnegative, refits=False), D, y, tol, limit)
+
+
+def _gradient_pursuit(problem: Problem) -> Chosen:
+    def one_gradient_step(part, r, code, slot, score):
+        atoms = take_atoms(problem, code)
+        gradient = jnp.einsum("nkd,nd->nk", atoms, r, precision=EXACT)
+        if not problem.nonnegative:
+            step = line_search(atoms, gradient, r) * gradient
+        else:
+            gradient = jnp.where(code.values > 0, gradient, jnp.maximum(gradient, 0))
+            step = jnp.maximum(code.values + line_search(atoms, gradient, r) * gradient, 0) - code.values
+            step = jnp.clip(line_search(atoms, step, r), 0, 1) * step
+        return dataclasses.replace(code, values=code.values + step)
+
+    return _greedy(problem, one_gradient_step)
+
+
+def _greedy(problem: Problem, revise: Callable) -> Chosen:
+    """Choose by correlations, an atom a step that may have been chosen before, and revise the values each time."""
+    (m, d), k = problem.D.shape, problem.k
+
+    def chunk(part: Problem) -> Chosen:
+        n = len(part.y)
+
+        def step(carry):
+            number, r, code, steps, running = carry
+            correlations = matmul(r, problem.D.T)
+            score, at = largest(correlations if problem.nonnegative else jnp.abs(correlations))
+            running = running & (score > rounding(r)) & (square(r) > part.tol**2) & (number < part.limit)
+            score = jnp.take_along_axis(correlations, at[:, None], axis=1)[:, 0]
+            same = code.indices == at[:, None]
+            slot = jnp.where(jnp.any(same, axis=1), jnp.argmax(same, axis=1), jnp.sum(code.mask, axis=1))
+            taken = running[:, None] & (jnp.arange(k) == slot[:, None])
+            code = dataclasses.replace(code, indices=jnp.where(taken, at[:, None], code.indices))
+            values = jnp.where(running[:, None], revise(part, r, code, slot, score).values, code.values)
+            code = dataclasses.replace(code, values=values)
+            return number + 1, residual(part, code), code, steps + running, running
+
+        start = jnp.int32(0), part.y, empty(part), jnp.zeros(n, jnp.int32), jnp.ones(n, bool)
+        _, _, code, steps, _ = jax.lax.while_loop(lambda carry: (carry[0] < k) & jnp.any(carry[-1]), step, start)
+        return Chosen(code.values, code.indices, steps, jnp.ones(n, bool))
+
+    return by_chunks(chunk, problem, row_bytes=4 * (2 * m + 2 * k * d))

@@ -1,0 +1,212 @@
+"""What selections of atoms share: rows free of units, chunks of them, and the refit at the end.
+
+A selection chooses, for each row, the slots of a code and values to start from; `pursue` does what is the same for
+all of them. It sees atoms and targets of norm 1, and rows of zeros in place of what is zero or not finite.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxsae._core import chunking
+from jaxsae._core.linalg import EXACT, divide
+from jaxsae.codes import SparseCode, combine, from_dense
+from jaxsae.least_squares import problems
+from jaxsae.least_squares.refit import RefitInfo, Status, refit
+from jaxsae.least_squares.solvers import FISTA, ConjugateGradient
+
+_SOLVER = ConjugateGradient(tol=1e-6, max_steps=256, fallback=None)
+
+
+class Method(NamedTuple):
+    """How to select: all that fixes a program."""
+
+    name: str
+    select: Callable[["Problem"], "Chosen"]
+    k: int
+    nonnegative: bool
+    refits: bool = True
+
+
+class Problem(NamedTuple):
+    """Rows to represent, free of units: atoms and targets of norm 1, or 0 where they are zero or not finite."""
+
+    D: Array  # [m d]
+    y: Array  # [n d]
+    tol: Array  # [n]
+    limit: Array  # [n]  most atoms of each row
+    k: int
+    nonnegative: bool
+    options: dict[str, Any]
+
+
+class Chosen(NamedTuple):
+    """What a selection ends with, for `n` rows."""
+
+    values: Array  # [n k]  for atoms of norm 1; the refit starts there
+    indices: Array  # [n k]
+    steps: Array  # [n]
+    ended: Array  # [n]  by the method's own rule, and not at the most steps allowed
+
+
+def pursue(
+    method: Method, D: Array, y: Array, tol: Any, limit: Any, options: Any = None
+) -> tuple[SparseCode, RefitInfo]:
+    """Select, then refit, or judge the values that are there."""
+    D, y, code = _validated(D, y, method)
+    _check_options(method, tol, limit, options or {})
+    tol = jnp.broadcast_to(jnp.asarray(tol, problems.accumulator(D, y)), y.shape[:-1])
+    limit = jnp.broadcast_to(jnp.asarray(method.k if limit is None else limit, jnp.int32), y.shape[:-1])
+    options = jax.tree.map(lambda x: _number(x, tol.dtype), options or {})
+    chosen, finite = _select_jitted(method, *jax.lax.stop_gradient(((D, options), (y, tol, limit))))
+    code = dataclasses.replace(code, values=chosen.values.astype(code.values.dtype), indices=chosen.indices)
+    solver = None if method.refits else FISTA(max_steps=0)  # which judges the values, and leaves them
+    refitted, info = refit(D, jnp.where(finite[..., None], y, 0), code, solver, nonnegative=method.nonnegative)
+    status = jnp.where(chosen.ended, info.status, jnp.maximum(info.status, Status.MAX_STEPS))
+    return refitted if method.refits else code, RefitInfo(
+        kkt=jnp.where(finite, info.kkt, jnp.nan),
+        steps=chosen.steps,
+        status=jnp.where(finite, status, Status.NONFINITE).astype(jnp.int32),
+    )
+
+
+def _check_options(method: Method, tol: Any, limit: Any, options: dict[str, Any]) -> None:
+    check = functools.partial(problems.check_numbers, method.name)
+    check("tol", tol, do="a finite norm of at least 0")
+    check("limit", method.k if limit is None else limit, most=method.k, do=f"a limit from 0 to k = {method.k}")
+    check("max_steps", options.get("max_steps", 0), do="0 or more, finite")
+    for what, most in (("relaxation", math.inf), ("false_alarm", 1.0)):
+        if options.get(what) is not None:
+            smallest = float(jnp.finfo(jnp.float32).tiny)
+            check(what, options[what], least=smallest, most=most, do=f"a positive number{' up to 1' * (most == 1)}")
+
+
+def _number(x: Any, dtype) -> Array:
+    """A number of the arithmetic's own dtype, or an integer."""
+    x = jnp.asarray(x)
+    return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+
+
+def _validated(D: Any, y: Any, method: Method) -> tuple[Array, Array, SparseCode]:
+    """The dictionary and the rows as arrays, and an empty code for them."""
+    name, k = method.name, method.k
+    D, y = jnp.asarray(D) if problems.is_array(D) else D, jnp.asarray(y)
+    if not problems.is_array(D) or D.ndim != 2:
+        raise TypeError(f"`{name}` got a dictionary of type {type(D).__name__}; pass an array of shape (m, d).")
+    m = len(D)
+    if not 1 <= k <= m:
+        raise ValueError(f"`{name}` got k = {k} for {m} atoms; pass a k from 1 to {m}.")
+    shape = (*y.shape[:-1], k)
+    code = SparseCode(jnp.zeros(shape, jnp.result_type(D, y)), jnp.full(shape, m, jnp.int32), m)
+    return problems.validate(D, y, code, name)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _select_jitted(method: Method, shared, per_row):
+    return _select_folded(method)(shared, per_row)
+
+
+@functools.cache
+def _select_folded(method: Method):
+    return chunking.fold_vmap(functools.partial(_select, method))
+
+
+def _select(method: Method, shared, per_row):
+    """Run a method on rows free of units, and give its values theirs."""
+    (D, options), (y, tol, limit) = shared, per_row
+    D, length, largest = _unit(D.astype(tol.dtype))
+    finite = jnp.isfinite(y).all(-1)
+    batch, y = y.shape[:-1], y.reshape(-1, y.shape[-1]).astype(tol.dtype)
+    y, y_length, y_largest = _unit(y)
+    tol = divide(divide(tol.reshape(-1), y_largest), y_length)
+    chosen = method.select(Problem(D, y, tol, limit.reshape(-1), method.k, method.nonnegative, options))
+    size, unit = (x.at[chosen.indices].get(mode="fill", fill_value=0) for x in (length, largest))
+    values = divide(chosen.values * y_length[:, None], size) * divide(y_largest[:, None], unit)
+    chosen = chosen._replace(values=values)
+    return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), chosen), finite
+
+
+def _unit(x: Array) -> tuple[Array, Array, Array]:
+    """Rows of norm 1 and the two numbers `[n]` they were divided by; those that are zero or not finite become 0."""
+    x = jnp.where(jnp.isfinite(x).all(1, keepdims=True), x, 0)
+    largest = jnp.max(jnp.abs(x), axis=1, initial=0)
+    x = divide(x, largest[:, None])
+    length = jnp.linalg.norm(x, axis=1)
+    return divide(x, length[:, None]), length, largest
+
+
+def by_chunks(select: Callable, problem: Problem, *, row_bytes: int, cpu_rows: int = 256) -> Any:
+    """Select for a chunk of rows at a time."""
+
+    def chunk(y, tol, limit):
+        return select(problem._replace(y=y, tol=tol, limit=limit))
+
+    per_row = problem.y, problem.tol, problem.limit
+    return chunking.map_chunks(chunk, *per_row, batch=problem.tol.shape, row_bytes=row_bytes, cpu_rows=cpu_rows)
+
+
+def invert(problem: Problem, code: SparseCode) -> tuple[SparseCode, Array]:
+    """The best values on a support, and the residual that they leave."""
+    # Rows that conjugate gradient does not finish go on as they are: only the last refit needs every digit of theirs.
+    code, _ = refit(problem.D, problem.y, code, _SOLVER, nonnegative=problem.nonnegative)
+    return code, residual(problem, code)
+
+
+def residual(problem: Problem, code: SparseCode) -> Array:
+    """`y − Dᵀz`, `[n d]`."""
+    return problem.y - combine(problem.D, code)
+
+
+def empty(problem: Problem) -> SparseCode:
+    """A code with nothing in it."""
+    shape, m = (len(problem.y), problem.k), len(problem.D)
+    return SparseCode(jnp.zeros(shape, problem.y.dtype), jnp.full(shape, m, jnp.int32), m)
+
+
+def keep(problem: Problem, z: Array, threshold: Any = 0.0, *, times: int = 1) -> SparseCode:
+    """The largest of each row `[n m]`, as many as `times` its limit, of those above a threshold `[n 1]`."""
+    z = jax.nn.relu(z) if problem.nonnegative else z
+    code = from_dense(jnp.where(jnp.abs(z) > threshold, z, 0), min(times * problem.k, z.shape[1]))
+    kept = jnp.arange(code.indices.shape[1]) < times * problem.limit[:, None]
+    indices, values = jnp.where(kept, code.indices, z.shape[1]), jnp.where(kept, code.values, 0)
+    return SparseCode(values, indices, z.shape[1])
+
+
+def take_atoms(problem: Problem, code: SparseCode) -> Array:
+    """Atoms `[n k d]`, 0 in slots not used."""
+    return jnp.where(code.mask[:, :, None], problems.take(problem.D, code.indices, len(problem.D), problem.D.dtype), 0)
+
+
+def line_search(atoms: Array, direction: Array, r: Array) -> Array:
+    """How far `[n 1]` to go along a direction of values `[n k]` for the least residual."""
+    moved = jnp.einsum("nk,nkd->nd", direction, atoms, precision=EXACT)
+    return divide(jnp.sum(moved * r, axis=1), square(moved))[:, None]
+
+
+def choose(where: Array, a: Any, b: Any) -> Any:
+    """Row by row, of two pytrees of arrays `[n ...]`."""
+    return jax.tree.map(lambda a, b: jnp.where(where.reshape(-1, *[1] * (a.ndim - 1)), a, b), a, b)
+
+
+def largest(x: Array) -> tuple[Array, Array]:
+    """The largest of each row, and the first place where it is."""
+    # `argmax` takes four times as long on XLA's CPU backend.
+    most = jnp.max(x, axis=1)
+    m = x.shape[1]
+    return most, jnp.min(jnp.where(x == most[:, None], jnp.arange(m), m - 1), axis=1).astype(jnp.int32)
+
+
+def square(x: Array) -> Array:
+    """`‖x‖²` of each row."""
+    return jnp.sum(x * x, axis=1)
+
+
+def rounding(y: Array) -> float:
+    """Correlations, of atoms and targets of norm 1, that may be nothing but rounding."""
+    return 32 * float(jnp.finfo(y.dtype).eps)

@@ -1,0 +1,43 @@
+"""Training: an objective, an optax transformation and a stream of batches make an SAE.
+
+    tx = train.recipe(train.learning_rate(sae.m, steps))
+    state = train.init_state(sae, tx)
+    step = train.make_step(objective, tx)
+    for x in batches:
+        state, metrics = step(state, x)
+
+`losses` and `objectives` say what is minimised, `optim` what is done to gradients and parameters, `steps` runs it,
+`startup` has the heuristics for biases and dead latents. `checkpoint` and `job`, for runs that are interrupted, load
+orbax when they are first asked for.
+"""
+
+from jaxsae._core import lazy
+from jaxsae.train import losses, objectives
+from jaxsae.train.optim import average, averaged, learning_rate, recipe, unit_norm_decoder
+from jaxsae.train.startup import geometric_median, resample
+from jaxsae.train.steps import Diverged, TrainState, fit, init_state, make_step, member, stack, sweep
+
+__all__ = [
+    "Diverged",
+    "TrainState",
+    "average",
+    "averaged",
+    "checkpoint",
+    "fit",
+    "geometric_median",
+    "init_state",
+    "job",
+    "learning_rate",
+    "losses",
+    "make_step",
+    "member",
+    "objectives",
+    "recipe",
+    "resample",
+    "stack",
+    "sweep",
+    "unit_norm_decoder",
+]
+
+
+__getattr__ = lazy.submodules(__name__, "checkpoint", "job")

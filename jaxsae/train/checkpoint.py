@@ -1,0 +1,453 @@
+"""The whole state of a training, saved in one step through orbax: it goes on to the bit, whatever ended the process.
+
+    1000/state       the state, and a fingerprint of each of its leaves
+    1000/manifest    configuration, versions, the position in the data
+
+A step is there once it has its name, which it gets when all of it is on the disk. It is only used if every leaf still
+has its fingerprint; else the one before it is, and that is told.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import platform
+import re
+import shutil
+import sys
+import warnings
+import zlib
+from collections.abc import Callable, Collection, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import Array, UInt32
+
+from jaxsae._core.files import InputError, local_path, owned
+from jaxsae.formats.tensors import writable
+
+_VERSION = 1
+# What was to be read or written next, when a file before it could not be.
+_UNBEGUN = r"coroutine '\S*(_read_array_index_and_device_put|write_fragment)' was never awaited"
+_ECHOES = f"Event loop is closed|Encountered error while reading array index|in OCDBT database at|{_UNBEGUN}"
+_NOT_SAVED = "state{} is not what was saved"
+_ANY = (Exception,)  # what orbax lets out when a file is not what it says, plain `Exception` among it
+
+
+class Saved(NamedTuple):
+    """A step as it was saved.
+
+    Attributes:
+      step: its number.
+      state: the pytree, sharded as asked for.
+      progress: JSON, as it was given.
+    """
+
+    step: int
+    state: Any
+    progress: Any
+
+
+def versions() -> dict[str, str]:
+    """The versions of what decides the numbers of a run.
+
+    Example:
+      >>> sorted(versions())[:4]
+      ['flax', 'grain', 'jax', 'jaxlib']
+    """
+    names = ("jaxsae", "jax", "jaxlib", "flax", "optax", "grain", "orbax-checkpoint", "numpy")
+    return {name: version(name) for name in names} | {"python": platform.python_version()}
+
+
+def steps(folder: str | os.PathLike) -> list[int]:
+    """The steps that are in a directory of checkpoints, damaged or not, the last one first.
+
+    Args:
+      folder: the directory; one that is missing has none.
+
+    Example:
+      >>> steps("no-such-place")
+      []
+    """
+    folder = local_path(folder)
+    names = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    return sorted((int(name) for name in names if re.fullmatch("[0-9]+", name)), reverse=True)
+
+
+class Checkpoints:
+    """The checkpoints of a run, in a directory: the last ones, and the best.
+
+    Within a `with` block they are this process' own: another one that opens them is refused, until this one ends.
+
+    Example:
+      >>> import tempfile, jax.numpy as jnp
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     with Checkpoints(folder, config={"k": 4}) as checkpoints:
+      ...         checkpoints.save(10, {"x": jnp.arange(3)}, progress={"position": 10}, loss=0.5)
+      ...     with Checkpoints(folder, config={"k": 4}) as checkpoints:
+      ...         saved = checkpoints.restore({"x": jnp.zeros(3, int)})
+      >>> saved.step, saved.state["x"].tolist(), saved.progress
+      (10, [0, 1, 2], {'position': 10})
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        *,
+        config: Any,
+        grows: Collection[str] = (),
+        keep: int = 2,
+        warn: Callable[[str], None] = lambda text: None,
+    ):
+        """Open a directory, made if missing.
+
+        Args:
+          folder: of the checkpoints.
+          config: any JSON; a directory is only gone on with by an equal one.
+          grows: members of the configuration that may be greater than they were.
+          keep: how many of the last steps to keep, beside the best.
+          warn: told what was amiss and could be done without.
+
+        Raises:
+          InputError: if the directory was made with another configuration, or by an unknown version.
+        """
+        self.folder, self._warn, self._keep = local_path(folder).absolute(), warn, keep
+        self._config, self._grows = json.loads(json.dumps(config, allow_nan=False)), frozenset(grows)
+        self._manager: Any = None
+        self._held = contextlib.ExitStack()
+        self._require_same_run()
+
+    def _require_same_run(self) -> None:
+        for step in self.steps():
+            try:
+                manifest = _read_manifest(self.folder / str(step))
+            except _ANY:
+                continue  # `restore` tells
+            if manifest["version"] != _VERSION:
+                by = manifest.get("versions", {}).get("jaxsae", "unknown")
+                raise InputError(
+                    f"{self.folder / str(step)}: is of version {manifest['version']!r}, expected {_VERSION}; go on "
+                    f"with the jaxsae that wrote it ({by})."
+                )
+            self._require_equal(manifest["config"])
+            break
+
+    def _require_equal(self, found: Any) -> None:
+        got, expected = _members(self._config), _members(found)
+        for name in sorted(got | expected):
+            least = " or more" if name in self._grows else ""
+            if got.get(name) == expected.get(name) or (least and self._config[name] > found.get(name, 0)):
+                continue
+            what = f"got {name} {got.get(name, 'nothing')}, expected {expected.get(name, 'nothing')}{least}"
+            raise InputError(f"{self.folder.parent}: holds another run ({what}); choose another --out, or remove it.")
+
+    def __enter__(self) -> "Checkpoints":
+        _drop_echoes()
+        with contextlib.ExitStack() as held:
+            held.enter_context(_owned(self.folder, self._warn))
+            self._require_same_run()  # as it is now that no other process writes there
+            self._held = held.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        manager, self._manager = self._manager, None
+        with self._held, _told(self.folder, self.steps):
+            if manager is not None:
+                manager.close()
+
+    def steps(self) -> list[int]:
+        """As the function."""
+        return steps(self.folder)
+
+    def save(self, step: int, state: Any, *, progress: Any, loss: float | None = None, wait: bool = False) -> None:
+        """Save a step, in the background but for a copy of the state; one that is there already is left as it is.
+
+        Args:
+          step: its number.
+          state: any pytree of arrays, sharded or not, PRNG keys among them; or of what numpy makes arrays of.
+          progress: any JSON: the position in the data, and what else there is to go on with.
+          loss: the step of the least one is kept, whatever comes after it.
+          wait: come back when it is on the disk.
+
+        Raises:
+          InputError: if it, or the one before it, cannot be written; those that were there stay.
+        """
+        import orbax.checkpoint as ocp
+
+        if self._manager is None:
+            self._manager = self._open()
+        state = jax.tree.map(_leaf, state)
+        content = {"version": _VERSION, "config": self._config, "versions": versions(), "step": step} | {
+            "progress": progress
+        }
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave({"state": state, "fingerprint": fingerprint(state)}),
+            manifest=ocp.args.JsonSave({"content": content, "crc32": _crc32(content)}),
+        )
+        metrics = None if loss is None or not math.isfinite(loss) else {"loss": loss}
+        with _told(self.folder, self.steps):
+            if step not in self._manager.all_steps():
+                self._manager.save(step, args=args, metrics=metrics, force=True)
+            if wait:
+                self._manager.wait_until_finished()
+                self._manager.check_for_errors()
+
+    def _open(self):
+        import orbax.checkpoint as ocp
+        from orbax.checkpoint import checkpoint_managers as policies
+
+        best = policies.BestN(
+            get_metric_fn=lambda metrics: metrics["loss"], reverse=True, n=1, keep_checkpoints_without_metrics=False
+        )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(self._keep), best]),
+            cleanup_tmp_directories=True,
+        )
+        with _told(self.folder, self.steps):
+            return ocp.CheckpointManager(self.folder, options=options)
+
+    def restore(self, like: Any) -> Saved | None:
+        """The last step that is whole, or None if there is none at all; damaged ones after it are removed, with a word.
+
+        Of several processes it is the last one that all of them can read.
+
+        Args:
+          like: a pytree of the state's structure, shapes, dtypes and shardings: arrays, or `jax.ShapeDtypeStruct`s.
+
+        Raises:
+          InputError: if there are steps, and all are damaged.
+        """
+        if self._manager is not None:
+            with _told(self.folder, self.steps):
+                self._manager.wait_until_finished()
+        mine, damaged = self.steps(), []
+        while (step := max(_of_all(mine[0] if mine else -1))) >= 0:
+            mine = [other for other in mine if other < step]
+            found = self._read(self.folder / str(step), like)
+            if found is None:
+                damaged.append(step)
+                continue
+            if damaged:
+                self._warn(f"{self.folder}: went back to step {step}.")
+                for later in damaged if jax.process_index() == 0 else ():
+                    shutil.rmtree(self.folder / str(later), ignore_errors=True)
+                _of_all(0)  # none looks before they are removed
+                self._manager = None
+            return found
+        if damaged:
+            raise InputError(f"{self.folder}: every step is damaged; remove it to begin anew.")
+        return None
+
+    def _read(self, path: Path, like: Any) -> Saved | None:
+        """A step, if all processes can read it and it is what was saved."""
+        manifest, found, reason = {}, {}, ""
+        try:
+            manifest, found = _read_manifest(path), _read_state(path, like)
+        except _ANY as error:
+            reason = (str(error) or type(error).__name__).strip().partition("\n")[0][:200]
+        if not all(_of_all(not reason)):
+            reason = reason or "for another process"
+        else:  # all take part in the sums over what each of them has read
+            reason = _differs(found["state"], found["fingerprint"])
+        if reason:
+            self._warn(f"{path}: is damaged ({reason}).")
+            return None
+        now = versions()
+        others = [f"{name} {old}" for name, old in manifest["versions"].items() if now.get(name) != old]
+        if others:
+            self._warn(f"{path}: was saved by {', '.join(others)}; what follows may differ in its last bits.")
+        return Saved(manifest["step"], found["state"], manifest["progress"])
+
+
+@contextlib.contextmanager
+def _owned(folder: Path, warn: Callable[[str], None]) -> Iterator[None]:
+    """Own a directory; for several processes, the first one does."""
+    with contextlib.ExitStack() as held:
+        refusal = None
+        try:
+            if jax.process_index() == 0:
+                held.enter_context(owned(folder, warn=warn))
+        except InputError as error:
+            refusal = error
+        if not all(_of_all(refusal is None)):
+            raise refusal or InputError(f"{folder}: is refused to the first process; see what it says.")
+        yield
+
+
+def _of_all(value: int | bool) -> list[int]:
+    """What each process has, for all of them."""
+    if jax.process_count() == 1:
+        return [int(value)]
+    return multihost_utils.process_allgather(np.array(value, np.int32)).tolist()
+
+
+def _leaf(leaf: Any) -> Any:
+    """What orbax saves or restores; a copy of what is numpy's, which may change until it is written."""
+    if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+        return leaf
+    return np.array(writable(leaf, "a leaf"))
+
+
+def _members(config: Any) -> dict[str, str]:
+    """A configuration by its members, to name the one that differs."""
+    return {name: json.dumps(value) for name, value in (config if isinstance(config, dict) else {"": config}).items()}
+
+
+def _crc32(content: Any) -> str:
+    return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    import orbax.checkpoint as ocp
+
+    alone = _alone()
+    handler = ocp.JsonCheckpointHandler(multiprocessing_options=alone)
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+        record = reader.restore(path / "manifest")
+    if record["crc32"] != _crc32(record["content"]):
+        raise ValueError("its manifest has another checksum")
+    if record["content"]["step"] != int(path.name):
+        raise ValueError(f"its manifest is of step {record['content']['step']}")
+    return record["content"]
+
+
+def _alone() -> Any:
+    """For orbax: no process waits for the others, of which one may fail."""
+    import orbax.checkpoint as ocp
+
+    me = jax.process_index()
+    if jax.process_count() == 1:
+        return ocp.options.MultiprocessingOptions()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=None, active_processes={me}, barrier_sync_key_prefix=f"process{me}"
+    )
+
+
+def _read_state(path: Path, like: Any) -> Any:
+    import orbax.checkpoint as ocp
+
+    like = jax.tree.map(_leaf, like)
+    expected = {
+        "state": jax.tree.map(ocp.utils.to_shape_dtype_struct, like),
+        "fingerprint": jax.ShapeDtypeStruct((len(jax.tree.leaves(like)),), jnp.uint32),
+    }
+    _drop_echoes()
+    with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as reader:
+        found = reader.restore(path / "state", expected)
+    for (name, old), new in zip(jax.tree.leaves_with_path(like), jax.tree.leaves(found["state"]), strict=True):
+        if (new.shape, new.dtype) != (old.shape, old.dtype):
+            raise ValueError(_NOT_SAVED.format(jax.tree_util.keystr(name)))
+    return found
+
+
+def _differs(state: Any, expected: Any) -> str:
+    """Which leaf has another fingerprint, in words; nothing if none has."""
+    names = [name for name, _ in jax.tree.leaves_with_path(state)]
+    wrong = np.flatnonzero(np.asarray(fingerprint(state)) != np.asarray(expected))
+    return _NOT_SAVED.format(jax.tree_util.keystr(names[wrong[0]])) if len(wrong) else ""
+
+
+def _drop_echoes() -> None:
+    """When one file cannot be read or written, orbax drops the others, which then complain where nothing is caught.
+
+    They do so from threads of their own, or as asyncio's futures are freed, which may be at the end of the process: so
+    what drops them stays. It is there once, however often this is called.
+    """
+    if not isinstance(sys.unraisablehook, _WithoutEchoes):
+        sys.unraisablehook = _WithoutEchoes(sys.unraisablehook)
+    logging.getLogger("asyncio").addFilter(_is_no_echo)
+    warnings.filterwarnings("ignore", _UNBEGUN, RuntimeWarning)
+
+
+class _WithoutEchoes:
+    def __init__(self, hook: Callable[[Any], Any]):
+        self._hook = hook
+
+    def __call__(self, unraisable: Any) -> None:
+        if not _is_echo(unraisable.exc_value):
+            self._hook(unraisable)
+
+
+def _is_echo(error: object) -> bool:
+    return re.search(_ECHOES, str(error)) is not None
+
+
+def _is_no_echo(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and _is_echo(record.exc_info[1]))
+
+
+class _told:
+    """Turn what orbax raises while it writes into one line."""
+
+    def __init__(self, folder: Path, steps: Callable[[], list[int]]):
+        self._folder, self._steps = folder, steps
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if isinstance(error, Exception) and not isinstance(error, InputError):
+            # TensorStore tells the cause last: "Error writing …: Failed writing …: No space left on device [os…]".
+            text = str(error).strip().partition("\n")[0].partition(" [")[0]
+            reason = getattr(error, "strerror", None) or text.rpartition(": ")[2]
+            last = next(iter(self._steps()), None)
+            kept = "no step was saved before" if last is None else f"step {last} is kept, and can be gone on from"
+            raise InputError(f"cannot write {self._folder}: {reason}; {kept}: make room.") from error
+
+
+def fingerprint(tree: Any) -> UInt32[Array, " n"]:
+    """A hash of the bits of each leaf, the same however it is sharded: a sum over its elements, each with its place.
+
+    Any change of one element changes it.
+
+    Args:
+      tree: pytree of arrays.
+
+    Returns:
+      `[n]`, a number for each leaf.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> a, b = fingerprint([jnp.array([1.0, 2.0]), jnp.array([2.0, 1.0])])
+      >>> bool(a == b)
+      False
+    """
+    # Wider numbers of numpy, which JAX would round, as the pairs that its own would become.
+    wide = [isinstance(leaf, np.ndarray | np.generic) and leaf.itemsize == 8 for leaf in jax.tree.leaves(tree)]
+    leaves = [
+        np.array(leaf, leaf.dtype.newbyteorder("="), order="C")[..., None].view(np.uint32) if halved else leaf
+        for leaf, halved in zip(jax.tree.leaves(tree), wide, strict=True)
+    ]
+    return _fingerprint(leaves)
+
+
+@jax.jit
+def _fingerprint(leaves):
+    return jnp.stack([_hash(jnp.asarray(leaf)) for leaf in leaves]) if leaves else jnp.zeros(0, jnp.uint32)
+
+
+def _hash(leaf):
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    if leaf.dtype == bool:
+        leaf = leaf.astype(jnp.uint8)
+    size = min(leaf.dtype.itemsize, 4)  # wider ones become pairs
+    bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * size}")).astype(jnp.uint32)
+    place = sum(
+        (jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(_ODD[axis]) for axis in range(bits.ndim)),
+        jnp.uint32(1),
+    )
+    # Each of these maps 32 bits one to one (MurmurHash3's finaliser).
+    mixed = bits ^ place
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
+    return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
+
+
+_ODD = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1)

@@ -1,0 +1,277 @@
+"""The loop of a training that loses nothing: it saves as it goes, stops when told to, and gets over bad batches."""
+
+import collections
+import contextlib
+import dataclasses
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxsae import sharding
+from jaxsae.data.batching import Batches
+from jaxsae.train.checkpoint import Checkpoints
+from jaxsae.train.steps import PATIENCE, Diverged, TrainState
+
+ROLLBACKS = 3  # after which a training is given up
+_AGREE = 10  # batches between two questions to the other processes
+
+
+class Stopped(Exception):
+    """A signal ended a training; all of it is saved."""
+
+    def __init__(self, signum: int, step: int):
+        """Tell how far it came.
+
+        Args:
+          signum: the signal.
+          step: how many steps were taken.
+        """
+        super().__init__(f"stopped after {step} steps")
+        self.signum, self.step = signum, step
+
+
+class GivenUp(Diverged):
+    """A training that went back too often; beside the state, how it was reached."""
+
+    def __init__(self, state: TrainState, progress: "Progress", reason: str):
+        """Say why, and how far it came.
+
+        Args:
+          state: the last good one.
+          progress: how it was reached.
+          reason: of the last time that it would have gone back.
+        """
+        super().__init__(state)
+        self.progress = progress
+        self.args = (
+            f"training diverged: {reason}, after {progress.rollbacks} times before; {int(state.skipped)} batches were "
+            f"skipped in all, after {int(state.step)} steps; lower the learning rate or mend the data.",
+        )
+
+
+class Progress(NamedTuple):
+    """Where a training is, beside its state.
+
+    Attributes:
+      position: batches taken from the data.
+      rollbacks: how often it went back to a saved state.
+      bad: which batches were skipped.
+      told: the numbers last told.
+      steps: how many the training is to take.
+      lengthened: where it was made longer: at which step, from how many steps, to how many.
+    """
+
+    position: int = 0
+    rollbacks: int = 0
+    bad: tuple[int, ...] = ()
+    told: dict[str, float] = {}  # noqa: RUF012
+    steps: int = 0
+    lengthened: tuple[tuple[int, int, int], ...] = ()
+
+
+def run(
+    step: Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]],
+    fresh: Callable[[], TrainState],
+    batches: Batches,
+    checkpoints: Checkpoints,
+    *,
+    steps: int,
+    save_every: float,
+    put: Callable[[np.ndarray], Any] = jnp.asarray,
+    tell: Callable[[int, dict[str, Any]], dict[str, float]] = lambda number, metrics: {},
+    warn: Callable[[str], None] = lambda text: None,
+    resumed: Callable[[int, Progress], None] = lambda number, progress: None,
+) -> tuple[TrainState, Progress]:
+    """Train until so many steps are taken, from where the checkpoints end.
+
+    A batch whose loss is not finite is skipped. After ten in a row the training goes back to the state last saved, and
+    on with the batches that come next; after three times it is given up. So it is if a number of the state itself is
+    not finite when it would be saved, but an infinite one of an activation, such as a threshold.
+
+    A training may be made longer than it was: the state goes on with the `step` it is given now, and so with the
+    schedules of the longer one. One of equal `steps` is the same as if nothing had ended it, to the bit.
+
+    Args:
+      step: of `train.make_step`.
+      fresh: makes the state to begin with.
+      batches: the data; `position` is set.
+      checkpoints: where to save.
+      steps: how many to take, at least as many as before; skipped batches do not count.
+      save_every: seconds from one save to the next.
+      put: from a batch of the host to one of the devices.
+      tell: called for each step with its number and metrics, on the device, up to nine batches later; gives the numbers
+        to be kept. Numbers increase: not called for a skipped batch, nor again for a step that is taken again.
+      warn: called when the training goes back.
+      resumed: called with the number of steps taken before, and how, if there are any.
+
+    Returns:
+      The state, saved, and how it was reached.
+
+    Raises:
+      Stopped: on SIGTERM or SIGINT, with all saved.
+      GivenUp: if it went back too often.
+
+    Example:
+      >>> import tempfile, jaxsae
+      >>> from jaxsae import data, train
+      >>> from jaxsae.train import checkpoint, objectives
+      >>> sae, tx = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.TopK(2)), train.recipe(1e-2)
+      >>> step = train.make_step(objectives.Objective(), tx)
+      >>> batches = data.batches(np.random.default_rng(0).normal(size=(64, 4)), 16, seed=0)
+      >>> with tempfile.TemporaryDirectory() as folder, checkpoint.Checkpoints(folder, config={}) as checkpoints:
+      ...     fresh = lambda: train.init_state(sae, tx)
+      ...     state, progress = run(step, fresh, batches, checkpoints, steps=5, save_every=60.0)
+      ...     checkpoints.steps(), progress.position
+      ([5], 5)
+    """
+    like = sharding.abstract(fresh)
+    state, progress = _restored(checkpoints.restore(like), fresh, steps)
+    if int(state.step):
+        resumed(int(state.step), progress)
+    batches.position = progress.position
+    watch, may_be_infinite = _Watch(state, tell), _infinite(state)
+
+    def save(wait: bool = False) -> None:
+        checkpoints.save(
+            progress.position, state, progress=progress._asdict(), loss=progress.told.get("nmse"), wait=wait
+        )
+
+    taken, last = int(state.step), time.monotonic()
+    with _signals() as asked:
+        while taken < steps:
+            state, metrics = step(state, put(next(batches)))
+            taken, progress = taken + 1, progress._replace(position=batches.position)
+            watch.see(progress.position - 1, state, metrics)
+            signum, due = _agree(progress.position, asked[-1], time.monotonic() - last >= save_every)
+            if not (signum or due or taken == steps or watch.in_a_row >= PATIENCE):
+                continue
+            taken, progress = int(state.step), watch.flush(progress)
+            good = not (_infinite(state) > may_be_infinite).any()
+            if watch.in_a_row >= PATIENCE or not good:
+                reason = f"the loss of {PATIENCE} batches in a row" if good else "a number of the state"
+                state, progress = _back(state, good, progress, checkpoints.restore(like), fresh, reason, warn)
+                taken = int(state.step)
+                watch.in_a_row = 0
+            elif signum:
+                save(wait=True)
+                raise Stopped(signum, taken)
+            elif taken < steps and due:
+                save()
+                last = time.monotonic()
+    save(wait=True)
+    return state, progress
+
+
+def _restored(saved, fresh, steps: int) -> tuple[TrainState, Progress]:
+    """Where a training begins, or goes on."""
+    if saved is None:
+        return sharding.create(fresh), Progress(steps=steps)
+    record = Progress(**saved.progress)  # of JSON, which has lists
+    progress = record._replace(bad=tuple(record.bad), lengthened=tuple(map(tuple, record.lengthened)))
+    if progress.steps < steps:
+        longer = (int(saved.state.step), progress.steps, steps)
+        progress = progress._replace(steps=steps, lengthened=(*progress.lengthened, longer))
+    return saved.state, progress
+
+
+def _back(state, good: bool, progress: Progress, saved, fresh, reason: str, warn) -> tuple[TrainState, Progress]:
+    """The state last saved, and on with the batches that come next."""
+    old = sharding.create(fresh) if saved is None else saved.state
+    if progress.rollbacks == ROLLBACKS:
+        raise GivenUp(state if good else old, progress, f"{reason} was not finite")
+    warn(f"{reason} was not finite: going back to step {int(old.step)}.")
+    old = dataclasses.replace(old, skipped=state.skipped, skipped_last=jnp.zeros_like(state.skipped_last))
+    return old, progress._replace(rollbacks=progress.rollbacks + 1)
+
+
+def _infinite(state: TrainState) -> np.ndarray:
+    """Of each leaf, how much of it is not finite: 0 for nothing, 1 for what is infinite, 2 for NaN.
+
+    An activation's parameters may be infinite: 0 for those.
+    """
+    paths = [path for path, _ in jax.tree.leaves_with_path(state)]
+    excused = ["activation" in {getattr(key, "name", None) for key in path} for path in paths]
+    found = np.asarray(_worst(state))
+    return np.where(np.array(excused) & (found == 1), 0, found)
+
+
+@jax.jit
+def _worst(state):
+    def worst(leaf):
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            return jnp.zeros((), int)
+        return jnp.where(jnp.isnan(leaf).any(), 2, jnp.isinf(leaf).any().astype(int))
+
+    return jnp.stack([worst(leaf) for leaf in jax.tree.leaves(state)])
+
+
+class _Watch:
+    """Sees what became of batches, some steps late: no step waits for it, and no ten are skipped in a row unseen."""
+
+    def __init__(self, state: TrainState, tell: Callable[[int, dict[str, Any]], dict[str, float]]):
+        self._pending: collections.deque = collections.deque()
+        self._tell, self._told, self._numbers, self._bad = tell, int(state.step), {}, []
+        self.in_a_row = int(state.skipped_last)
+
+    def see(self, number: int, state: TrainState, metrics: dict[str, Any]) -> None:
+        """Batch `number` led to `state`."""
+        # The state itself is given away.
+        self._pending.append((number, jnp.copy(state.step), jnp.copy(state.skipped_last), metrics))
+        while self._pending and self.in_a_row + len(self._pending) >= PATIENCE:
+            self._read()
+
+    def flush(self, progress: Progress) -> Progress:
+        """All that was seen since the last time."""
+        while self._pending:
+            self._read()
+        progress = progress._replace(bad=progress.bad + tuple(self._bad), told=self._numbers or progress.told)
+        self._bad.clear()
+        return progress
+
+    def _read(self) -> None:
+        number, step, in_a_row, metrics = self._pending.popleft()
+        self.in_a_row = int(in_a_row)
+        if self.in_a_row:
+            self._bad.append(number)
+        elif int(step) > self._told:
+            self._told = int(step)
+            self._numbers = self._tell(self._told, metrics) or self._numbers
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """A list whose last item is the signal that asks to stop, or 0; a second SIGINT interrupts at once."""
+    asked = [0]
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def ask(signum, frame):
+        if asked[-1] == signal.SIGINT == signum:
+            raise KeyboardInterrupt
+        asked.append(int(signum))
+
+    before = {signum: signal.signal(signum, ask) for signum in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _agree(position: int, signum: int, due: bool) -> tuple[int, bool]:
+    """What all processes do now: that which any of them wants."""
+    if jax.process_count() == 1:
+        return signum, due
+    if position % _AGREE:
+        return 0, False
+    wants = multihost_utils.process_allgather(np.array([signum, due], np.int32))
+    signum, due = wants.max(axis=0).tolist()
+    return signum, bool(due)

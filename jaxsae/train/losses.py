@@ -1,0 +1,187 @@
+"""Loss terms of sparse autoencoders, one pure function a term.
+
+Reconstruction and sparsity terms are means over rows of sums over the row, so that their weights do not depend on the
+batch; each says in its name or its docstring what it is divided by. Sums are in float32 or better.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jaxsae._core.linalg import norms, ratio, widen
+from jaxsae.autoencoder import metrics
+from jaxsae.autoencoder.activations import dropped
+from jaxsae.autoencoder.sae import SAE, decode
+from jaxsae.codes import SparseCode
+
+
+def mse(x: Float[Array, "b d"], x_hat: Float[Array, "b d"]) -> Float[Array, ""]:
+    """Squared error, summed over the width and averaged over rows: `mean_b ‖x − x̂‖²`.
+
+    Args:
+      x: `[b d]`.
+      x_hat: its reconstruction, `[b d]`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> mse(jnp.ones((2, 3)), jnp.zeros((2, 3)))
+      Array(3., dtype=float32)
+    """
+    return jnp.mean(jnp.sum((widen(x) - widen(x_hat)) ** 2, axis=-1))
+
+
+def nmse(x: Float[Array, "b d"], x_hat: Float[Array, "b d"]) -> Float[Array, ""]:
+    """Squared error relative to predicting the batch's mean: `Σ‖x − x̂‖² / Σ‖x − x̄‖²`; NaN if all rows are equal.
+
+    Args:
+      x: `[b d]`.
+      x_hat: its reconstruction, `[b d]`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> nmse(jnp.array([[0.0], [2.0]]), jnp.ones((2, 1)))
+      Array(1., dtype=float32)
+    """
+    return metrics.Reconstruction(metrics.moments(x), metrics.moments(widen(x) - widen(x_hat))).nmse
+
+
+def l1(z: Float[Array, "b m"], W_dec: Float[Array, "m d"] | None = None) -> Float[Array, ""]:
+    """L1 penalty: `mean_b Σᵢ |zᵢ| ‖W_dec[i]‖`, so that large atoms with small values gain nothing; or `mean_b ‖z‖₁`.
+
+    Args:
+      z: dense code `[b m]`.
+      W_dec: atoms `[m d]`; without them no norm is taken.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> l1(jnp.array([[1.0, 2.0]]), 2 * jnp.eye(2))
+      Array(6., dtype=float32)
+
+    Source: Conerly et al. (2024), "Update on how we train SAEs".
+    """
+    size = jnp.abs(widen(z)) if W_dec is None else jnp.abs(widen(z)) * norms(W_dec)[..., 0]
+    return jnp.mean(jnp.sum(size, axis=-1))
+
+
+def l0_target(l0: Float[Array, " b"], target: float | Array) -> Float[Array, ""]:
+    """How far the mean L0 is from a target, relative to it and squared: `(mean_b ‖z‖₀ / target − 1)²`.
+
+    Args:
+      l0: `‖z‖₀` of each row, `[b]`, as `JumpReLU.l0` gives it.
+      target: latents a row; the distance from 0 is NaN.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> l0_target(jnp.array([10.0, 20.0]), 10.0)
+      Array(0.25, dtype=float32)
+
+    Source: Rajamanoharan et al. (2024), "Jumping ahead: improving reconstruction fidelity with JumpReLU SAEs".
+    """
+    return (ratio(jnp.mean(widen(l0)), target) - 1) ** 2
+
+
+def gate(sae: SAE, target: Float[Array, "b d"], gated: Float[Array, "b m"]) -> Float[Array, ""]:
+    """Gated's auxiliary term: the gate alone must reconstruct, through a decoder that it cannot move.
+
+        mean_b ‖target − (max(gated, 0) W_dec + b_dec)‖²,   W_dec and b_dec constant
+
+    Args:
+      sae: the autoencoder.
+      target: what to reconstruct, `[b d]`.
+      gated: `Gated.gate(pre)`, `[b m]`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsae
+      >>> sae = jaxsae.SAE(jnp.eye(2), jnp.zeros(2), jnp.eye(2), jnp.zeros(2), jaxsae.ReLU())
+      >>> gate(sae, jnp.array([[1.0, 2.0]]), jnp.array([[1.0, -2.0]]))
+      Array(4., dtype=float32)
+
+    Source: Rajamanoharan et al. (2024), "Improving dictionary learning with gated sparse autoencoders", Section 3.2.
+    """
+    W_dec, b_dec = jax.lax.stop_gradient((sae.W_dec, sae.b_dec))
+    return mse(target, jax.nn.relu(gated) @ W_dec + b_dec)
+
+
+def matryoshka(
+    sae: SAE, target: Float[Array, "b d"], code: SparseCode | Float[Array, "b m"], prefixes: Sequence[int]
+) -> Float[Array, ""]:
+    """Error of the first latents alone, for each of several prefixes.
+
+        Σ_p mean_b ‖target − (z[:p] W_dec[:p] + b_dec)‖²
+
+    Added to the error of all latents it makes the first ones learn what is common, and the last ones what is rare.
+
+    Args:
+      sae: the autoencoder.
+      target: what to reconstruct, `[b d]`.
+      code: the code, sparse or dense.
+      prefixes: numbers of latents.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> sae = jaxsae.SAE(jnp.eye(2), jnp.zeros(2), jnp.eye(2), jnp.zeros(2), jaxsae.ReLU())
+      >>> matryoshka(sae, jnp.array([[1.0, 2.0]]), jnp.array([[1.0, 2.0]]), prefixes=(1,))
+      Array(4., dtype=float32)
+
+    Source: Bussmann et al. (2025), "Learning multi-level features with matryoshka sparse autoencoders".
+    """
+    atoms = dataclasses.replace(sae, W_skip=None)  # of which the target is free
+    return sum((mse(target, decode(atoms, _first(code, p))) for p in prefixes), jnp.zeros(()))
+
+
+def _first(code, latents: int):
+    if not isinstance(code, SparseCode):
+        return jnp.where(jnp.arange(code.shape[-1]) < latents, code, 0)
+    return dataclasses.replace(code, values=jnp.where(code.indices < latents, code.values, 0))
+
+
+def auxk(
+    sae: SAE, x: Float[Array, "b d"], residual: Float[Array, "b d"], idle: Bool[Array, " m"], *, k_aux: int
+) -> Float[Array, ""]:
+    """AuxK: reconstruct the residual with the `k_aux` most active idle latents, so that they learn something.
+
+        mean_b ‖e − ê‖²,   ê = (the k_aux largest pre-activations of idle latents, of either sign) W_dec
+
+    Negative ones count, since a latent that is negative on all rows would have no derivative otherwise, and stay idle.
+    The residual is a constant here, and `b_dec` takes no part: it is not added to `ê`, and has no derivative. 0 if
+    nothing is idle, or if the term is not finite.
+
+    Args:
+      sae: the autoencoder.
+      x: activations `[b d]`.
+      residual: `e = x − x̂`, `[b d]`.
+      idle: which latents have not fired for long, `[m]`; Gao et al. call them dead.
+      k_aux: how many idle latents to use a row; static.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> sae = jaxsae.SAE(jnp.eye(2), jnp.zeros(2), jnp.eye(2), jnp.zeros(2), jaxsae.ReLU())
+      >>> auxk(sae, jnp.array([[1.0, 2.0]]), jnp.array([[0.0, 2.0]]), jnp.array([False, True]), k_aux=1)
+      Array(0., dtype=float32)
+
+    Source: Gao et al. (2024), Appendix A.2.
+    """
+    residual, x = jax.lax.stop_gradient((residual, x - sae.b_dec if sae.centred else x))
+    k_aux = min(k_aux, sae.m)
+
+    def term(left_out):
+        def value(W_enc, b_enc, W_dec):
+            pre = x @ W_enc + b_enc
+            error = mse(residual, jnp.where(left_out(pre), 0, pre) @ W_dec)
+            return jnp.where(jnp.isfinite(error), error, 0)
+
+        return jax.checkpoint(value)  # else what it keeps for the derivative is written, as zeros, while none is idle
+
+    # Selecting costs as much as a training step: skip it where all that is idle is taken, and all where nothing is.
+    branches = (
+        lambda W_enc, b_enc, W_dec: jnp.zeros((), jnp.promote_types(W_dec.dtype, jnp.float32)),
+        term(lambda pre: ~idle),
+        term(lambda pre: dropped(jnp.where(idle, pre, -jnp.inf), k_aux)),
+    )
+    usable = jnp.isfinite(residual).all() & jnp.isfinite(x).all()
+    count = jnp.where(usable, jnp.sum(idle), 0)
+    chosen = (count > 0).astype(jnp.int32) + (count > k_aux)
+    return jax.lax.switch(chosen, branches, sae.W_enc, sae.b_enc, sae.W_dec)

@@ -1,0 +1,350 @@
+"""What training minimises: the reconstruction error and a few terms, each a small pytree with its weight.
+
+    objective = Objective((L1(0.1),))                                    # ReLU
+    objective = Objective((AuxK(k_aux=512),), idle_after=10_000_000)     # TopK, BatchTopK
+    objective = Objective((L0(1.0, target=32.0),))                       # JumpReLU
+    objective = Objective((Gate(0.1),))                                  # Gated
+    objective = Objective((MultiTopK(), AuxK(k_aux=512)))                # terms add up
+
+A term is any callable pytree `term(p: Pass) -> scalar`. Its numbers are leaves, so that a weight can change, or be
+swept, without a retrace; a schedule is any of optax's, from the step to a factor.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxsae import codes
+from jaxsae._core import pytrees
+from jaxsae.autoencoder.activations import Activation, TopK
+from jaxsae.autoencoder.sae import SAE, encode, pre_activations, reconstruct
+from jaxsae.codes import SparseCode
+from jaxsae.train import losses
+
+
+class Pass(NamedTuple):
+    """One forward pass, for terms to read.
+
+    Attributes:
+      sae: the autoencoder.
+      x: the batch, `[b d]`.
+      target: what to reconstruct, `[b d_out]`; `x`, but in transcoders.
+      code: its code: sparse where the activation fixes its slots, dense elsewhere.
+      x_hat: its reconstruction, `[b d_out]`.
+      idle: which latents fired on none of the last `idle_after` rows, `[m]`.
+      step: steps taken.
+    """
+
+    sae: SAE
+    x: Float[Array, "b d"]
+    target: Float[Array, "b d_out"]
+    code: SparseCode | Float[Array, "b m"]
+    x_hat: Float[Array, "b d_out"]
+    idle: Bool[Array, " m"]
+    step: Int[Array, ""]
+
+
+class Measured(NamedTuple):
+    """What a training step learns from a pass, beside the derivative.
+
+    Attributes:
+      fired: which latents were active, `[m]`.
+      metrics: named scalars.
+      activation: the activation to go on with, if the pass estimated something of it.
+    """
+
+    fired: Bool[Array, " m"]
+    metrics: dict[str, Array]
+    activation: Activation | None = None
+
+    @classmethod
+    def of(cls, out: Any, m: int) -> tuple[Array, "Measured"]:
+        """What a loss returned for `m` latents, its value and this, if it is what it should be; else one line."""
+        expected = "expected (value, (fired, metrics)): a scalar, which latents were active, and a dictionary"
+        if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], tuple) and len(out[1]) in (2, 3)):
+            raise TypeError(f"got a loss that returns {_shown(out)}, {expected}; return (value, (fired, {{}})).")
+        value, measured = jnp.asarray(out[0]), cls(*out[1])
+        if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
+            raise TypeError(f"got a loss whose value is {_shown(value)}, {expected}; take its mean over the batch.")
+        if jnp.shape(measured.fired) != (m,):
+            raise TypeError(f"got a loss whose fired is {_shown(measured.fired)}, {expected}; return one a latent.")
+        if not isinstance(measured.metrics, dict):
+            raise TypeError(
+                f"got a loss whose metrics are {_shown(measured.metrics)}, {expected}; return {{}} for none."
+            )
+        return value, measured
+
+
+def _shown(x: Any) -> str:
+    """What kind of thing something is, the same while it is traced."""
+    if isinstance(x, tuple):
+        return f"({', '.join(map(_shown, x))})"
+    return f"an array {x.dtype}{list(x.shape)}" if hasattr(x, "dtype") else f"a {type(x).__name__}"
+
+
+@pytrees.dataclass
+class Objective:
+    """The reconstruction error `mean_b ‖target − x̂‖²`, and terms.
+
+    Attributes:
+      terms: what to add.
+      idle_after: a latent is idle, and learns by `AuxK`, once this many rows (tokens, in a language model) went by
+        without it; Gao et al. (2024) train for thousands of times as many. `jaxsae train` takes a fiftieth of its rows.
+      keep: schedule of how many latents a row `TopK` keeps; static.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsae
+      >>> from jaxsae.train import objectives
+      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.ReLU())
+      >>> objective = objectives.Objective((objectives.L1(0.1),))
+      >>> state = jaxsae.train.init_state(sae, jaxsae.train.recipe(1e-3))
+      >>> value, measured = objective(sae, jnp.ones((2, 4)), state)
+      >>> sorted(measured.metrics)
+      ['l0', 'nmse']
+    """
+
+    terms: tuple[Any, ...] = ()
+    idle_after: int | Array = 10_000_000
+    keep: optax.Schedule | None = struct.field(pytree_node=False, default=None)
+
+    def __post_init__(self):
+        for term in self.terms if isinstance(self.terms, tuple) else ():  # JAX puts other things in their place
+            if callable(term) and jax.tree_util.all_leaves([term]):
+                name = getattr(term, "__name__", type(term).__name__)
+                raise TypeError(
+                    f"`Objective` got a term that is no pytree, {name}; write @pytrees.dataclass above a class with "
+                    "__call__(self, p), and pass an instance of it."
+                )
+
+    def __call__(self, sae: SAE, batch: Any, state: Any) -> tuple[Float[Array, ""], Measured]:
+        """The loss of a batch `x [b d]`, or `(x [b d], target [b d_out])`, in a `train.TrainState`."""
+        x, target = _rows(batch)
+        if sae.normalisation is not None and sae.normalisation.per_row and self.terms:
+            raise ValueError(
+                "got an SAE that normalises each row, and terms, which are for rows as they are; train without terms, "
+                "or on rows normalised beforehand."
+            )
+        if self.keep is not None:
+            kept = dataclasses.replace(sae.activation, keep=self.keep(state.step))  # pyright: ignore[reportArgumentType]
+            sae = dataclasses.replace(sae, activation=kept)
+        code, after = _code(sae, x)
+        p = Pass(sae, x, target, code, reconstruct(sae, x, code), state.idle >= self.idle_after, state.step)
+        value = losses.mse(target, p.x_hat) + sum(term(p) for term in self.terms)
+        metrics = {"nmse": losses.nmse(target, p.x_hat), "l0": jnp.mean(_l0(code).astype(jnp.float32))}
+        return value, Measured(_fired(code), metrics, after)
+
+
+def _rows(batch: Any) -> tuple[Array, Array]:
+    pair = batch if isinstance(batch, tuple | list) else (batch, batch)
+    if len(pair) != 2 or not all(hasattr(x, "shape") for x in pair):
+        got = f"{type(batch).__name__} of {len(pair)}"
+        raise TypeError(f"got a batch that is a {got}; pass rows [b d], or a pair of input and target.")
+    x, target = pair
+    return x, target
+
+
+def _code(sae: SAE, x) -> tuple[SparseCode | Array, Activation | None]:
+    if sae.activation.slots is not None:
+        return encode(sae, x), None
+    z, after = sae.activation.train(pre_activations(sae, x))
+    return z, None if after is sae.activation else after
+
+
+def _l0(code) -> Array:
+    return code.l0 if isinstance(code, SparseCode) else jnp.sum(code != 0, axis=-1)
+
+
+def _fired(code) -> Array:
+    if not isinstance(code, SparseCode):
+        return (code != 0).any(0)
+    return codes.sum_by_latent(dataclasses.replace(code, values=(code.values != 0).astype(jnp.float32))) > 0
+
+
+def _dense(code) -> Array:
+    return code.dense() if isinstance(code, SparseCode) else code
+
+
+def _without_skip(p: Pass) -> Array:
+    """What is left for the latents to reconstruct."""
+    return p.target if p.sae.W_skip is None else p.target - p.x @ p.sae.W_skip
+
+
+def _at(weight, schedule: optax.Schedule | None, step) -> Array:
+    return jnp.asarray(weight if schedule is None else weight * schedule(step))
+
+
+@pytrees.dataclass
+class L1:
+    """Decoder-norm weighted L1 penalty, `losses.l1`.
+
+    Attributes:
+      weight: of the penalty.
+      schedule: factor of the weight by step, for example `optax.linear_schedule(0, 1, 1000)`; static.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> sae = jaxsae.SAE(jnp.eye(2), jnp.zeros(2), jnp.eye(2), jnp.zeros(2), jaxsae.ReLU())
+      >>> x = jnp.array([[1.0, 2.0]])
+      >>> p = Pass(sae, x, x, code=x, x_hat=x, idle=jnp.zeros(2, bool), step=jnp.int32(0))
+      >>> round(float(L1(0.1)(p)), 5)
+      0.3
+
+    Source: Conerly et al. (2024), "Update on how we train SAEs".
+    """
+
+    weight: float | Array
+    schedule: optax.Schedule | None = struct.field(pytree_node=False, default=None)
+
+    def __call__(self, p: Pass) -> Array:
+        """The term."""
+        return _at(self.weight, self.schedule, p.step) * losses.l1(_dense(p.code), p.sae.W_dec)
+
+
+@pytrees.dataclass
+class L0:
+    """Hold `JumpReLU`'s L0 at a target, `losses.l0_target`.
+
+    Attributes:
+      weight: of the term.
+      target: mean number of active latents a row, above 0.
+      schedule: factor of the weight by step; static.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> sae = jaxsae.SAE(jnp.eye(2), jnp.zeros(2), jnp.eye(2), jnp.zeros(2), jaxsae.JumpReLU(jnp.zeros(2)))
+      >>> x = jnp.array([[1.0, 2.0]])
+      >>> p = Pass(sae, x, x, code=x, x_hat=x, idle=jnp.zeros(2, bool), step=jnp.int32(0))
+      >>> round(float(L0(1.0, target=1.0)(p)), 5)
+      1.0
+
+    Source: Rajamanoharan et al. (2024), "Jumping ahead: improving reconstruction fidelity with JumpReLU SAEs".
+    """
+
+    weight: float | Array
+    target: float | Array
+    schedule: optax.Schedule | None = struct.field(pytree_node=False, default=None)
+
+    def __post_init__(self):
+        if isinstance(self.target, int | float) and not self.target > 0:
+            raise ValueError(f"`L0` got target {self.target}; pass a number of latents above 0.")
+
+    def __call__(self, p: Pass) -> Array:
+        """The term."""
+        l0 = p.sae.activation.l0(pre_activations(p.sae, p.x))  # pyright: ignore[reportAttributeAccessIssue]
+        return _at(self.weight, self.schedule, p.step) * losses.l0_target(l0, self.target)
+
+
+@pytrees.dataclass
+class Gate:
+    """What `Gated` learns its gate by: an L1 penalty on the gate alone, and `losses.gate`.
+
+    Attributes:
+      weight: of the penalty.
+      schedule: factor of the weight by step; static.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> sae = jaxsae.SAE(jnp.eye(2), jnp.zeros(2), jnp.eye(2), jnp.zeros(2), jaxsae.Gated(*jnp.zeros((3, 2))))
+      >>> x = jnp.array([[1.0, 2.0]])
+      >>> p = Pass(sae, x, x, code=x, x_hat=x, idle=jnp.zeros(2, bool), step=jnp.int32(0))
+      >>> round(float(Gate(0.1)(p)), 5)
+      0.3
+
+    Source: Rajamanoharan et al. (2024), "Improving dictionary learning with gated sparse autoencoders", Section 3.2.
+    """
+
+    weight: float | Array
+    schedule: optax.Schedule | None = struct.field(pytree_node=False, default=None)
+
+    def __call__(self, p: Pass) -> Array:
+        """The term."""
+        gated = p.sae.activation.gate(pre_activations(p.sae, p.x))  # pyright: ignore[reportAttributeAccessIssue]
+        penalty = losses.l1(jax.nn.relu(gated), p.sae.W_dec)
+        return _at(self.weight, self.schedule, p.step) * penalty + losses.gate(p.sae, _without_skip(p), gated)
+
+
+@pytrees.dataclass
+class AuxK:
+    """Let idle latents reconstruct the residual, `losses.auxk`.
+
+    Attributes:
+      k_aux: how many idle latents to use a row, a power of two near `d/2`; static.
+      weight: of the term.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> sae = jaxsae.SAE(jnp.eye(2), jnp.zeros(2), jnp.eye(2), jnp.zeros(2), jaxsae.ReLU())
+      >>> x = jnp.array([[1.0, 2.0]])
+      >>> p = Pass(sae, x, x, code=x, x_hat=jnp.ones((1, 2)), idle=jnp.array([False, True]), step=jnp.int32(0))
+      >>> round(float(AuxK(k_aux=1)(p)), 5)
+      0.03125
+
+    Source: Gao et al. (2024), Appendix A.2.
+    """
+
+    k_aux: int = struct.field(pytree_node=False)
+    weight: float | Array = 1 / 32
+
+    def __call__(self, p: Pass) -> Array:
+        """The term."""
+        return self.weight * losses.auxk(p.sae, p.x, p.target - p.x_hat, p.idle, k_aux=self.k_aux)
+
+
+@pytrees.dataclass
+class MultiTopK:
+    """Add the error of `TopK` with `factor · k` latents, so that it is good at other sparsities: `L(k) + L(4k)/8`.
+
+    Attributes:
+      factor: times as many latents; static.
+      weight: of the term.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> sae = jaxsae.SAE(jnp.eye(2), jnp.zeros(2), jnp.eye(2), jnp.zeros(2), jaxsae.TopK(1))
+      >>> x = jnp.array([[1.0, 2.0]])
+      >>> p = Pass(sae, x, x, code=x, x_hat=jnp.array([[0.0, 2.0]]), idle=jnp.zeros(2, bool), step=jnp.int32(0))
+      >>> round(float(MultiTopK()(p)), 5)
+      0.0
+
+    Source: Gao et al. (2024), Section 5.2 and Appendix A.
+    """
+
+    factor: int = struct.field(pytree_node=False, default=4)
+    weight: float | Array = 1 / 8
+
+    def __call__(self, p: Pass) -> Array:
+        """The term."""
+        topk: Any = p.sae.activation
+        keep = None if topk.keep is None else self.factor * jnp.floor(topk.keep)
+        sae = dataclasses.replace(p.sae, activation=TopK(min(self.factor * topk.k, p.sae.m), keep))
+        return self.weight * losses.mse(p.target, reconstruct(sae, p.x, encode(sae, p.x)))
+
+
+@pytrees.dataclass
+class Matryoshka:
+    """Add the errors of the first latents alone, `losses.matryoshka`.
+
+    Attributes:
+      prefixes: numbers of latents, each less than `m`; static.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> sae = jaxsae.SAE(jnp.eye(2), jnp.zeros(2), jnp.eye(2), jnp.zeros(2), jaxsae.ReLU())
+      >>> x = jnp.array([[1.0, 2.0]])
+      >>> p = Pass(sae, x, x, code=x, x_hat=x, idle=jnp.zeros(2, bool), step=jnp.int32(0))
+      >>> round(float(Matryoshka(prefixes=(1,))(p)), 5)
+      4.0
+
+    Source: Bussmann et al. (2025), "Learning multi-level features with matryoshka sparse autoencoders".
+    """
+
+    prefixes: tuple[int, ...] = struct.field(pytree_node=False)
+
+    def __call__(self, p: Pass) -> Array:
+        """The term."""
+        return losses.matryoshka(p.sae, _without_skip(p), p.code, self.prefixes)

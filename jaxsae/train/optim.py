@@ -1,0 +1,198 @@
+"""What training does to gradients and parameters, as optax transformations."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from jaxsae._core import pytrees
+from jaxsae._core.linalg import divide, norms, widen
+from jaxsae.autoencoder.sae import SAE
+
+# --- optimisers
+
+
+class _Sound(optax.GradientTransformation):
+    """One that makes finite updates of finite gradients, if it makes any: Adam and what is built on it here.
+
+    That it makes any, the arrays show that are not matrices: a rate of NaN is in all of them.
+    """
+
+
+def _around(tx: optax.GradientTransformation, init: Callable, update: Callable) -> optax.GradientTransformation:
+    """A transformation made of another, and as sound as that."""
+    return (_Sound if isinstance(tx, _Sound) else optax.GradientTransformation)(init, update)
+
+
+def unit_norm_decoder(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Keep the atoms on the unit sphere: what `tx` sees of their gradient is tangent, and its update ends on it.
+
+    All is computed in float32 or better, so that atoms of a narrower type are rounded once: their norms are then within
+    half its epsilon of 1 (2⁻⁸ for bfloat16, 2⁻¹¹ for float16). An atom that is 0 after its update stays as it was.
+
+    Args:
+      tx: any transformation of gradients shaped like an `SAE`.
+
+    Returns:
+      A transformation that needs the parameters, as optax passes them.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.ReLU())
+      >>> tx = jaxsae.train.unit_norm_decoder(optax.sgd(1.0))
+      >>> updates, _ = tx.update(jax.tree.map(jnp.ones_like, sae), tx.init(sae), sae)
+      >>> norms = jnp.linalg.norm(optax.apply_updates(sae, updates).W_dec, axis=1)
+      >>> bool(jnp.allclose(norms, 1, atol=1e-6))
+      True
+
+    Source: Bricken et al. (2023), "Towards monosemanticity".
+    """
+
+    def init(params: Any) -> Any:
+        return tx.init(widen(params))
+
+    def update(updates: Any, state: Any, params: Any = None):
+        if params is None:
+            raise ValueError("`unit_norm_decoder` got no params; pass them, tx.update(grads, state, params).")
+        updates, atoms = widen(updates), widen(params.W_dec)
+        slope = updates.W_dec
+        parallel = divide(jnp.sum(slope * atoms, axis=-1), jnp.sum(atoms**2, axis=-1))[:, None]
+        updates, state = tx.update(updates.replace(W_dec=slope - parallel * atoms), state, params)
+        moved = atoms + updates.W_dec
+        norm = norms(moved)
+        norm = jnp.where(jnp.isfinite(norm), norm, jnp.nan)  # else the atom would be 0, a number by infinity
+        return updates.replace(W_dec=jnp.where(norm == 0, 0, divide(moved, norm) - atoms)), state
+
+    return _around(tx, init, update)
+
+
+def learning_rate(m: int, steps: int | None = None) -> float:
+    """The learning rate of Gao et al. (2024), for 10⁵ steps and more, and a larger one for fewer.
+
+        2e-4 / √(m / 2¹⁴) · max(1, 10⁵ / steps)^¼,   raised to 4e-3 at most
+
+    The power is that of the best rates from 250 to 1,000 steps, by `python -m benchmarks rates`, where latents die of
+    more than 4e-3.
+
+    Args:
+      m: number of latents.
+      steps: of the training; as many as theirs if None.
+
+    Example:
+      >>> learning_rate(2**14), learning_rate(2**16, steps=200_000), learning_rate(2**14, steps=6250)
+      (0.0002, 0.0001, 0.0004)
+
+    Source: Gao et al. (2024), Appendix A.
+    """
+    theirs = 2e-4 / (m / 2**14) ** 0.5
+    shorter = 1.0 if steps is None else max(1.0, 1e5 / steps)
+    return max(theirs, min(theirs * shorter**0.25, 4e-3))
+
+
+def recipe(rate: optax.ScalarOrSchedule, *, clip: float | None = None) -> optax.GradientTransformation:
+    """The optimiser of Gao et al. (2024): Adam with `β = (0.9, 0.999)` and `ε = 6.25e-10`, atoms on the unit sphere.
+
+    Args:
+      rate: learning rate, or any optax schedule of it; `learning_rate(m, steps)` is a good one.
+      clip: largest norm of the whole gradient; none by default.
+
+    Example:
+      >>> import optax
+      >>> schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate(4096), warmup_steps=100, decay_steps=1000)
+      >>> tx = recipe(schedule, clip=1.0)
+
+    Source: Gao et al. (2024), Appendix A.
+    """
+    adam = optax.adam(rate, b1=0.9, b2=0.999, eps=6.25e-10)
+    tx = adam if clip is None else optax.chain(optax.clip_by_global_norm(clip), adam)
+    return unit_norm_decoder(_Sound(*tx))
+
+
+class AveragedState(NamedTuple):
+    """The inner state, the mean of the parameters so far, in float32 or better, and its weight."""
+
+    inner: Any
+    mean: Any
+    weight: Array
+
+
+def average(tx: optax.GradientTransformation, decay: float) -> optax.GradientTransformation:
+    """Keep an exponential moving average of the parameters beside them; `averaged` reads it.
+
+        w ← decay·w + (1 − decay),   mean ← mean + (1 − decay)/w · (parameters − mean)
+
+    This is the average free of the bias to 0 of its first steps; before them it is the parameters.
+
+    Args:
+      tx: any transformation.
+      decay: share of the average that stays from step to step, for example 0.999.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.ReLU())
+      >>> tx = average(optax.sgd(1.0), decay=0.9)
+      >>> updates, state = tx.update(jax.tree.map(jnp.ones_like, sae), tx.init(sae), sae)
+      >>> averaged(state).b_enc[0], optax.apply_updates(sae, updates).b_enc[0]
+      (Array(-1., dtype=float32), Array(-1., dtype=float32))
+
+    Source: Gao et al. (2024), Appendix A; Kingma & Ba (2015), "Adam", Section 3, for the correction of the bias.
+    """
+
+    def init(params: Any) -> AveragedState:
+        return AveragedState(tx.init(params), jax.tree.map(jnp.array, widen(params)), jnp.zeros(()))
+
+    def update(updates: Any, state: Any, params: Any = None):
+        updates, inner = tx.update(updates, state.inner, params)
+        moved = optax.apply_updates(params, updates)
+        weight = decay * state.weight + (1 - decay)
+        share = divide(1 - decay, weight)
+
+        def follow(mean, p):  # what is not trained the mean has as well, and the optimiser does not see
+            return mean if p is None else jnp.where(p == mean, mean, mean + share * (p.astype(mean.dtype) - mean))
+
+        return updates, AveragedState(inner, jax.tree.map(follow, state.mean, moved), weight)
+
+    return _around(tx, init, update)
+
+
+def averaged(opt_state: Any) -> SAE:
+    """The average of the parameters, in float32 or better; with what is not trained as it is now.
+
+    Args:
+      opt_state: of `average`, or any pytree that holds one, such as a `TrainState`.
+
+    Raises:
+      ValueError: if there is no average in it.
+
+    Example:
+      >>> import jax, optax, jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.ReLU())
+      >>> tx = average(optax.sgd(1.0), decay=0.9)
+      >>> bool((averaged(jaxsae.train.init_state(sae, tx)).W_dec == sae.W_dec).all())
+      True
+
+    Source: Gao et al. (2024), Appendix A.
+    """
+    found = [node for node in jax.tree.leaves(opt_state, is_leaf=_is_average) if _is_average(node)]
+    if not found:
+        raise ValueError("`averaged` got a state without an average; train with `tx = train.average(tx, decay)`.")
+    return found[0].mean
+
+
+def _is_average(node: Any) -> bool:
+    return isinstance(node, AveragedState)
+
+
+def _complete(opt_state: Any, sae: SAE) -> Any:
+    """Averages with what is not trained as it is in `sae`."""
+    rest = pytrees.partition(sae)[1]
+
+    def complete(node):
+        if not _is_average(node):
+            return node
+        return node._replace(mean=jax.tree.map(jnp.array, pytrees.merge(pytrees.partition(node.mean)[0], rest)))
+
+    return jax.tree.map(complete, opt_state, is_leaf=_is_average)

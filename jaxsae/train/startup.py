@@ -1,0 +1,140 @@
+"""Where training starts, and starts again: the bias of the decoder, and latents that never fire."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from jaxsae._core import chunking
+from jaxsae._core.linalg import divide, norms, power_of_two, widen
+from jaxsae.autoencoder.sae import SAE, encode_dense, reconstruct
+from jaxsae.train.optim import AveragedState, _is_average
+from jaxsae.train.steps import TrainState
+
+# --- starting points
+
+
+def geometric_median(x: Float[Array, "n d"], *, iterations: int = 100) -> Float[Array, " d"]:
+    """The point of least mean distance to the rows, by Weiszfeld's iteration: a centre that outliers hardly move.
+
+        c ← Σᵢ xᵢ/‖xᵢ − c‖ / Σᵢ 1/‖xᵢ − c‖
+
+    Rows at the centre itself hold it there as strongly as each of the others pulls (Vardi & Zhang).
+
+    Args:
+      x: `[n d]`, a sample.
+      iterations: how many.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> geometric_median(jnp.array([[0.0], [1.0], [1000.0]])).round(3)
+      Array([1.], dtype=float32)
+
+    Source: Weiszfeld (1937); Vardi & Zhang (2000), "The multivariate L1-median and associated data depth"; as the start
+    of b_dec, Bricken et al. (2023) and Gao et al. (2024), Appendix A.
+    """
+    wide = widen(x)
+    lowest = jnp.min(wide, axis=0)  # which rows that are equal are to the bit
+    scale = power_of_two(jnp.max(wide - lowest))
+    scaled = (wide - lowest) / scale
+    least = jnp.finfo(scaled.dtype).eps * jnp.sqrt(jnp.mean(jnp.var(scaled, axis=0)))
+
+    def closer(_, centre):
+        distance = norms(scaled - centre)[:, 0]
+        at = distance <= least
+        weight = jnp.where(at, 0, divide(1, distance))
+        pull = weight @ (scaled - centre)
+        free = jnp.maximum(1 - divide(jnp.sum(at), norms(pull)), 0)
+        return centre + free * divide(pull, jnp.sum(weight))
+
+    centre = jax.lax.fori_loop(0, iterations, closer, jnp.mean(scaled, axis=0))
+    return (lowest + scale * centre).astype(x.dtype)
+
+
+@jax.jit
+def resample(key: PRNGKeyArray, state: TrainState, x: Float[Array, "n d"], *, idle_after: int | Array) -> TrainState:
+    """Give idle latents a new start, at rows that the autoencoder reconstructs badly; for L1 models.
+
+    A row is chosen with probability in proportion to the square of its loss `‖x − x̂‖²`; the atom becomes its error, of
+    norm 1, and the encoder's column the same, of a fifth of the mean norm of the others; the bias and the optimiser's
+    moments of the latent become 0.
+
+    Rows with NaN or Inf are never chosen.
+
+    Args:
+      key: PRNG key.
+      state: of the training.
+      x: a sample of rows to choose from, `[n d]`.
+      idle_after: a latent is idle once this many rows went by without it.
+
+    Returns:
+      The state to go on from; unchanged if no latent is idle, or no row has an error.
+
+    Raises:
+      ValueError: if it is a transcoder, whose errors are no directions of its input.
+
+    Example:
+      >>> import jax, jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.ReLU())
+      >>> state = jaxsae.train.init_state(sae, jaxsae.train.recipe(1e-3))
+      >>> x = jax.random.normal(jax.random.key(1), (16, 4))
+      >>> bool((resample(jax.random.key(2), state, x, idle_after=1).sae.W_dec == sae.W_dec).all())
+      True
+
+    Source: Bricken et al. (2023), "Towards monosemanticity", Appendix.
+    """
+    sae = state.sae
+    if sae.transcoder:
+        raise ValueError("`resample` got a transcoder; it is for autoencoders, whose errors are like their inputs.")
+    errors, loss = _errors(sae, x)
+    chosen = _draw(key, loss**2, sae.m)
+    idle = (state.idle >= idle_after) & jnp.any(loss > 0)
+    atoms = divide(errors[chosen], norms(errors[chosen]))
+    encoder = jnp.linalg.norm(widen(sae.W_enc), axis=0)
+    size = 0.2 * jnp.sum(jnp.where(idle, 0, encoder)) / jnp.maximum(jnp.sum(~idle), 1)
+    size = jnp.where(idle.all(), jnp.mean(encoder), size)
+    sae = dataclasses.replace(
+        sae,
+        W_enc=jnp.where(idle, (size * atoms.T).astype(sae.W_enc.dtype), sae.W_enc),
+        b_enc=jnp.where(idle, 0, sae.b_enc),
+        W_dec=jnp.where(idle[:, None], atoms.astype(sae.W_dec.dtype), sae.W_dec),
+    )
+
+    def forget(moments):
+        if _is_average(moments):  # of weights, and no moment
+            return moments._replace(inner=forget_all(moments.inner))
+        if not isinstance(moments, SAE):
+            return moments
+        return dataclasses.replace(
+            moments,
+            W_enc=jnp.where(idle, 0, moments.W_enc),
+            b_enc=jnp.where(idle, 0, moments.b_enc),
+            W_dec=jnp.where(idle[:, None], 0, moments.W_dec),
+        )
+
+    def forget_all(opt_state):
+        return jax.tree.map(forget, opt_state, is_leaf=lambda node: isinstance(node, SAE | AveragedState))
+
+    opt_state = forget_all(state.opt_state)
+    return dataclasses.replace(state, sae=sae, opt_state=opt_state, idle=jnp.where(idle, 0, state.idle))
+
+
+def _errors(sae: SAE, x: Float[Array, "n d"]) -> tuple[Float[Array, "n d"], Float[Array, " n"]]:
+    """What an autoencoder leaves of each row, in units of the largest such number, and its square; 0 if not finite."""
+
+    def left(x):
+        return x - reconstruct(sae, x, encode_dense(sae, x))
+
+    errors = chunking.map_chunks(left, widen(x), batch=x.shape[:1], row_bytes=8 * sae.m, cpu_rows=256)
+    errors = jnp.where(jnp.isfinite(errors).all(axis=1, keepdims=True), errors, 0)
+    errors = errors / power_of_two(jnp.max(jnp.abs(errors), initial=0))
+    return errors, jnp.sum(errors**2, axis=1)
+
+
+def _draw(key: PRNGKeyArray, weight: Float[Array, " n"], count: int) -> Int[Array, " count"]:
+    """Numbers below `n` in proportion to a weight each, by the inverse of their distribution: in memory `n + count`."""
+    total = jnp.cumsum(weight)
+    chosen = jnp.searchsorted(total, total[-1] * jax.random.uniform(key, (count,), total.dtype), side="right")
+    chosen = jnp.minimum(chosen, len(weight) - 1)
+    return jnp.where(weight[chosen] > 0, chosen, jnp.argmax(weight))  # rounding may end at one that weighs nothing

@@ -1,0 +1,365 @@
+"""Training: an objective, an optax transformation and a stream of batches make an SAE.
+
+    tx = train.recipe(train.learning_rate(sae.m, steps))
+    state = train.init_state(sae, tx)
+    step = train.make_step(objective, tx)
+    for x in batches:
+        state, metrics = step(state, x)
+
+An objective is any callable pytree `objective(sae, batch, state) -> (value, (fired, metrics))`, such as those of
+`objectives.py`: `fired [m]` says which latents were active, `metrics` is a dictionary of scalars. A batch whose loss is
+not finite, or whose update is not, changes nothing: it is skipped and counted.
+
+The optimiser sees what `pytrees.partition` says is trained, and nothing else: an `SAE` with None in the place of the
+rest, such as `TopK.keep`. It is given gradients in float32 or better, and keeps its state in that.
+"""
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int
+
+from jaxsae import sharding
+from jaxsae._core import pytrees
+from jaxsae._core.linalg import widen
+from jaxsae.autoencoder.metrics import DEAD_ROWS
+from jaxsae.autoencoder.sae import SAE
+from jaxsae.train.objectives import Measured
+from jaxsae.train.optim import _complete, _Sound
+
+__all__ = ["Diverged", "TrainState", "fit", "init_state", "make_step", "member", "stack", "sweep"]
+
+PATIENCE = 10  # skipped batches in a row after which `fit` gives up
+
+
+@pytrees.dataclass
+class TrainState:
+    """All that a training step reads and writes.
+
+    Attributes:
+      sae: the autoencoder.
+      opt_state: the optax state.
+      step: steps taken.
+      idle: `[m]`, rows since each latent last fired.
+      skipped: batches skipped, since their loss or their update was not finite.
+      skipped_last: how many of them were the last ones, in a row.
+    """
+
+    sae: SAE
+    opt_state: Any
+    step: Int[Array, ""]
+    idle: Int[Array, " m"]
+    skipped: Int[Array, ""]
+    skipped_last: Int[Array, ""]
+
+
+Loss = Callable[[SAE, Any, TrainState], tuple[Array, Any]]
+
+
+class Diverged(RuntimeError):
+    """Too many batches in a row had a loss or an update that is not finite; `state` is the last good one."""
+
+    def __init__(self, state: TrainState):
+        """Tell what happened to a run.
+
+        Args:
+          state: the last good one.
+        """
+        super().__init__(
+            f"training diverged: the loss or update of {np.min(state.skipped_last)} batches in a row was not finite, "
+            f"{np.min(state.skipped)} in all, after {np.max(state.step)} steps; lower the learning rate or mend the "
+            "data."
+        )
+        self.state = state
+
+
+# --- steps
+
+
+def init_state(sae: SAE, tx: optax.GradientTransformation) -> TrainState:
+    """The state before the first step; copies `sae`, since steps take over the buffers of the state they are given.
+
+    Args:
+      sae: the autoencoder to start from.
+      tx: the optax transformation of `make_step`.
+
+    Example:
+      >>> import jax, jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.ReLU())
+      >>> int(init_state(sae, jaxsae.train.recipe(1e-3)).step)
+      0
+    """
+    sae = jax.tree.map(lambda x: jnp.array(x, jnp.asarray(x).dtype), sae)
+    params, rest = pytrees.partition(sae)
+    sae = pytrees.merge(params, widen(rest))
+    return TrainState(
+        sae,
+        _complete(tx.init(jax.tree.map(jnp.array, widen(params))), sae),
+        step=jnp.zeros((), jnp.int32),
+        idle=jnp.zeros(sae.m, jnp.int32),
+        skipped=jnp.zeros((), jnp.int32),
+        skipped_last=jnp.zeros((), jnp.int32),
+    )
+
+
+def make_step(
+    loss: Loss, tx: optax.GradientTransformation
+) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]:
+    """Make a training step `step(state, batch) -> (state, metrics)`: jitted, the old state donated.
+
+    Two steps made with the same `tx` and objectives that differ in numbers alone share one compilation.
+
+    Args:
+      loss: see the module's docstring; a plain function will do.
+      tx: optax transformation.
+
+    Returns:
+      The step. Its metrics are the objective's own, and `loss`; `dead`, the share of latents that fired on none of the
+      last `dead_rows` rows: 100,000 in whole batches, or all so far; `skipped`, batches skipped so far.
+
+    Example:
+      >>> import jax, optax, jaxsae
+      >>> from jaxsae import train
+      >>> from jaxsae.train import objectives
+      >>> sae = jaxsae.init(jax.random.key(0), d=8, m=32, activation=jaxsae.ReLU())
+      >>> tx = optax.adam(1e-3)
+      >>> step = train.make_step(objectives.Objective((objectives.L1(0.1),)), tx)
+      >>> state, metrics = step(train.init_state(sae, tx), jax.random.normal(jax.random.key(1), (16, 8)))
+      >>> sorted(metrics)
+      ['dead', 'dead_rows', 'l0', 'loss', 'nmse', 'skipped']
+    """
+    return functools.partial(_step, tx, _as_pytree(loss))
+
+
+def _as_pytree(loss):
+    if not callable(loss) or isinstance(loss, type):
+        got = f"the class {loss.__name__}" if isinstance(loss, type) else f"a {type(loss).__name__}"
+        raise TypeError(f"got a loss that is {got}; pass an objective, or a function (sae, batch, state).")
+    leaves = jax.tree.leaves(loss)
+    return jax.tree_util.Partial(loss) if len(leaves) == 1 and leaves[0] is loss else loss
+
+
+def _advance(tx: Any, loss: Any, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
+    params, rest = pytrees.partition(state.sae)
+
+    def value_of(params):
+        return Measured.of(loss(pytrees.merge(params, rest), batch, state), state.sae.m)
+
+    (value, (fired, metrics, activation)), grads = jax.value_and_grad(value_of, has_aux=True)(params)
+    grads, count = widen(grads), len(jax.tree.leaves(batch)[0])
+
+    def learn(state: TrainState) -> TrainState:
+        params, rest = pytrees.partition(state.sae)
+        updates, opt_state = tx.update(grads, state.opt_state, params)
+        if activation is not None:
+            rest = pytrees.partition(dataclasses.replace(state.sae, activation=activation))[1]
+        moved: Any = optax.apply_updates(params, updates)  # pyright: ignore[reportArgumentType]
+        sae = pytrees.merge(moved, rest)
+        most = jnp.iinfo(state.idle.dtype).max - count
+        idle = jnp.where(fired, 0, jnp.minimum(state.idle, most) + count)
+        skipped_last = jnp.zeros_like(state.skipped_last)
+        return TrainState(sae, _complete(opt_state, sae), state.step + 1, idle, state.skipped, skipped_last)
+
+    def skip(state: TrainState) -> TrainState:
+        return dataclasses.replace(state, skipped=state.skipped + 1, skipped_last=state.skipped_last + 1)
+
+    # Learnt twice, here only to be looked at: one that was kept until known to be good would be a second copy of all.
+    # Matrices are looked at where they must be, since that is half of what the update itself costs.
+    # Behind a barrier, without which XLA (jaxlib 0.12) makes another copy of a gradient for this sum.
+    squares = sum(jnp.sum(g**2) for g in jax.tree.leaves(jax.lax.optimization_barrier(grads)))  # Adam keeps each
+    matrices = not isinstance(tx, _Sound)
+    good = jnp.isfinite(value) & jnp.isfinite(squares) & _stays_finite(state, learn(state), matrices=matrices)
+    state = jax.lax.cond(good, learn, skip, state)
+    rows = count * jnp.minimum(state.step, -(-DEAD_ROWS // count))
+    dead = jnp.mean(state.idle >= jnp.maximum(rows, 1))
+    return state, {"loss": value, "dead": dead, "dead_rows": rows, "skipped": state.skipped, **metrics}
+
+
+def _stays_finite(old: Any, new: Any, *, matrices: bool) -> Array:
+    """Whether no number of a tree has become NaN or Inf; a threshold may have been Inf before."""
+    wrong: dict[tuple[int, ...], Any] = collections.defaultdict(float)
+    for before, after in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
+        if jnp.issubdtype(after.dtype, jnp.inexact) and (matrices or after.ndim < 2):
+            wrong[after.shape] += jnp.where(after == before, 0, 0 * widen(after))  # NaN where it is neither
+    # One sum for all arrays of a shape, so that what they have in common is computed once.
+    return sum(map(jnp.sum, wrong.values()), jnp.zeros(())) == 0
+
+
+_step = jax.jit(_advance, static_argnums=0, donate_argnums=2)
+
+
+def fit(
+    sae: SAE | TrainState,
+    batches: Iterable[Any],
+    *,
+    loss: Loss,
+    tx: optax.GradientTransformation,
+    steps: int,
+    callback: Callable[[int, dict[str, Array]], None] | None = None,
+) -> TrainState:
+    """Train an SAE.
+
+    Args:
+      sae: the autoencoder to start from; left as it is. Or the state to go on from, which is taken over.
+      batches: rows `[b d]`, or pairs of input and target, batch after batch, of one shape.
+      loss: see the module's docstring.
+      tx: optax transformation, for example `recipe(learning_rate(m, steps))`.
+      steps: how many.
+      callback: called as `callback(step, metrics)` after each; the metrics are still on the device.
+
+    Returns:
+      The last `TrainState`; its `sae` is the result.
+
+    Raises:
+      ValueError: if the batches end before the steps do.
+      Diverged: if the loss or the update of ten batches in a row, or of all there were, was not finite; its `state`
+        is the last good one.
+
+    Example:
+      >>> import itertools, jax, jaxsae
+      >>> from jaxsae import train
+      >>> from jaxsae.train import objectives
+      >>> sae = jaxsae.init(jax.random.key(0), d=8, m=32, activation=jaxsae.TopK(4))
+      >>> x = jax.random.normal(jax.random.key(1), (256, 8))
+      >>> objective = objectives.Objective((objectives.AuxK(k_aux=4),), idle_after=2560)
+      >>> state = train.fit(sae, itertools.repeat(x), loss=objective, tx=train.recipe(1e-2), steps=20)
+      >>> int(state.step)
+      20
+    """
+    state = sae if isinstance(sae, TrainState) else init_state(sae, tx)
+    return _run(make_step(loss, tx), state, batches, steps, callback)
+
+
+def _run(step, state: TrainState, batches: Iterable[Any], steps: int, callback) -> TrainState:
+    stream, look_at = iter(batches), PATIENCE - int(np.min(state.skipped_last))
+    for number in range(1, steps + 1):
+        try:
+            batch = next(stream)
+        except StopIteration:
+            raise ValueError(f"`fit` got {number - 1} batches for {steps} steps; pass more batches.") from None
+        state, metrics = step(state, batch)
+        if callback is not None:
+            callback(number, metrics)
+        if number >= look_at or number == steps:  # no sooner can it be ten in a row, and to look is to wait
+            skipped = int(np.min(state.skipped_last))
+            if skipped >= min(PATIENCE, steps):
+                raise Diverged(state)
+            look_at = number + PATIENCE - skipped
+    return state
+
+
+def sweep(
+    saes: SAE,
+    batches: Iterable[Any],
+    *,
+    loss: Any,
+    tx: Callable[[Any], optax.GradientTransformation],
+    rates: Float[ArrayLike, " n"],
+    steps: int,
+    callback: Callable[[int, dict[str, Array]], None] | None = None,
+) -> TrainState:
+    """Train `n` autoencoders on one stream of batches, in one compilation.
+
+    Members are independent: each equals a training of its own, and one that diverges disturbs no other. On an
+    accelerator they are trained side by side; on a CPU, where that gains nothing, one after another in each step.
+
+    Args:
+      saes: autoencoders with a leading axis `n` on every array, as `stack` makes them; `TopK.keep` may differ.
+      batches: as for `fit`.
+      loss: an objective whose numbers may be arrays `[n]`, one for each member.
+      tx: from a learning rate to an optax transformation, for example `recipe`; one function, one compilation.
+      rates: learning rates `[n]`.
+      steps: how many.
+      callback: as for `fit`; the metrics are arrays `[n]`.
+
+    Returns:
+      The last `TrainState`, `n` in one; `member` takes one out.
+
+    Raises:
+      ValueError: as `fit` does, or if the axes do not fit together.
+      Diverged: if ten batches in a row, or all there were, were skipped by all members.
+
+    Example:
+      >>> import itertools, jax, jax.numpy as jnp, jaxsae
+      >>> from jaxsae import train
+      >>> from jaxsae.train import objectives
+      >>> saes = train.stack(
+      ...     [jaxsae.init(jax.random.key(seed), d=8, m=32, activation=jaxsae.ReLU()) for seed in range(3)]
+      ... )
+      >>> x = jax.random.normal(jax.random.key(9), (64, 8))
+      >>> objective = objectives.Objective((objectives.L1(jnp.array([0.01, 0.1, 1.0])),))
+      >>> state = train.sweep(
+      ...     saes, itertools.repeat(x), loss=objective, tx=train.recipe, rates=jnp.full(3, 1e-2), steps=20
+      ... )
+      >>> train.member(state, 2).sae.W_dec.shape
+      (32, 8)
+    """
+    rates, loss = jnp.asarray(rates), _as_pytree(loss)
+    sizes = {len(leaf) for leaf in jax.tree.leaves(saes)} | {len(rates)}
+    sizes |= {len(leaf) for leaf in jax.tree.leaves(loss) if jnp.ndim(leaf)}
+    if len(sizes) > 1:
+        raise ValueError(f"`sweep` got leading axes of lengths {sorted(sizes)}; give every array one row a member.")
+    n = len(rates)
+    numbers, structure = jax.tree.flatten(loss)
+    loss = structure.unflatten([jnp.broadcast_to(jnp.asarray(number), (n,)) for number in numbers])
+    step = functools.partial(_sweep_step, tx, loss, rates)
+    return _run(step, _sweep_state(tx, saes, rates), batches, steps, callback)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _sweep_state(tx: Any, saes: SAE, rates: Array) -> TrainState:
+    return jax.vmap(lambda sae, rate: init_state(sae, tx(rate)))(saes, rates)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+def _sweep_step(tx: Any, loss: Any, rates: Array, state: TrainState, batch: Any):
+    def one(loss, rate, state):
+        return _advance(tx(rate), loss, state, batch)
+
+    if not sharding.on_cpu():
+        return jax.vmap(one)(loss, rates, state)
+
+    def in_turn(state, each):  # in place, which `lax.map` is not
+        number, loss, rate = each
+        new, shown = one(loss, rate, member(state, number))
+        return jax.tree.map(lambda leaf, new: leaf.at[number].set(new), state, new), shown
+
+    return jax.lax.scan(in_turn, state, (jnp.arange(len(rates)), loss, rates))
+
+
+def stack(members: Sequence[Any]) -> Any:
+    """Put pytrees of one structure side by side, along a new leading axis.
+
+    Args:
+      members: pytrees of one structure, with arrays of the same shapes.
+
+    Example:
+      >>> import jax, jaxsae
+      >>> saes = [jaxsae.init(jax.random.key(seed), d=4, m=8, activation=jaxsae.ReLU()) for seed in range(3)]
+      >>> stack(saes).W_dec.shape
+      (3, 8, 4)
+    """
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+
+
+def member(stacked: Any, number: int | Int[Array, ""]) -> Any:
+    """Take one pytree out of a stack.
+
+    Args:
+      stacked: as `stack` makes it, or `sweep`.
+      number: which, from 0; may be traced.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> member({"x": jnp.arange(3)}, 2)
+      {'x': Array(2, dtype=int32)}
+    """
+    return jax.tree.map(lambda leaf: leaf[number], stacked)
