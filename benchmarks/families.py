@@ -10,7 +10,8 @@ import numpy as np
 
 from benchmarks.clock import say
 from jaxsae import pretrained
-from jaxsae.app import runs
+from jaxsae.app import evaluate, runs
+from jaxsae.app.options import Options, resolved
 from jaxsae.autoencoder import calibration
 from jaxsae.autoencoder.activations import TopK
 from jaxsae.autoencoder.metrics import DEAD_ROWS
@@ -38,10 +39,10 @@ def run(data: Path | None, out: Path, *, latents: int, steps: int, before: Path 
     for name, changes in SETTINGS:
         say(f"{data.stem}: {name}")
         place = Path(data.stem) / name.replace(", ", "-").replace(" ", "-").lower()
-        options = runs.Options(latents=latents, steps=steps, batch=BATCH, heldout=HELDOUT, **changes)
+        options = Options(latents=latents, steps=steps, batch=BATCH, heldout=HELDOUT, **changes)
         done = out / place / "report.json"
         report = json.loads(done.read_text()) if done.exists() else {}
-        if report.get("options") != runs.resolved(options)._asdict():
+        if report.get("options") != resolved(options)._asdict():
             report = runs.run(out / place, data=data, options=options)
         row = {"name": name, **report, "data": {**report["data"], "path": data.stem}}
         row["nmse_at"] = _progressive(out / place, data, report)
@@ -61,7 +62,7 @@ def photographs(path: Path) -> Path:
 def _measure(place: Path, data: Path) -> dict[str, Any]:
     sae, rows = pretrained.load(place), open_rows(data)
     some = rows[: min(len(rows) - HELDOUT, DEAD_ROWS)]
-    return runs.evaluate(sae, rows[-HELDOUT:], calibration.activity(sae, (x for _, x in chunks(sae, some))))
+    return evaluate.evaluate(sae, rows[-HELDOUT:], calibration.activity(sae, (x for _, x in chunks(sae, some))))
 
 
 def _progressive(place: Path, data: Path, report: dict[str, Any]) -> dict[str, float]:
@@ -70,4 +71,4 @@ def _progressive(place: Path, data: Path, report: dict[str, Any]) -> dict[str, f
     if not isinstance(sae.activation, TopK):
         return report["heldout"]["nmse_at"]
     wider = dataclasses.replace(sae, activation=TopK(4 * sae.activation.k))
-    return runs.evaluate(wider, open_rows(data)[-HELDOUT:])["nmse_at"]
+    return evaluate.evaluate(wider, open_rows(data)[-HELDOUT:])["nmse_at"]

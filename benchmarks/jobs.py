@@ -20,6 +20,7 @@ import numpy as np
 from benchmarks.clock import say
 from jaxsae import data, train
 from jaxsae.app import runs
+from jaxsae.app.options import Options
 from jaxsae.data import shards
 from jaxsae.train import checkpoint
 
@@ -160,7 +161,7 @@ def _loader(rows: shards.Rows, batch: int) -> dict[str, float]:
 
 def _saving(folder: Path, rows: shards.Rows, c: dict[str, int]) -> dict[str, float]:
     """Seconds of a step with nothing else to do; how much longer those after a save take, all together; of a resume."""
-    options = runs.Options("topk", c["m"], c["k"], batch=c["batch"], steps=1000)
+    options = Options("topk", c["m"], c["k"], batch=c["batch"], steps=1000)
     objective, tx, fresh = runs.recipe(options, jnp.zeros(c["d"]), 1.0)
     step, stream = train.make_step(objective, tx), data.batches(rows, c["batch"], seed=0)
     state = fresh()

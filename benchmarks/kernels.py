@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks.clock import say, timings
 from jaxsae import codes, kernels
-from jaxsae.least_squares.kernels import tuning
+from jaxsae.least_squares.kernels import choice, tuning
 
 
 class Case(NamedTuple):
@@ -181,7 +181,7 @@ def _selection(case: Case, x: Data) -> Iterator[dict[str, Any]]:
 
 def tune(size: str) -> list[dict[str, Any]]:
     """Write the table of block sizes: measured ones for this machine's accelerator, or those to begin with."""
-    platform, device = kernels.default_device()
+    platform, device = choice.default_device()
     kept = [row for row in tuning.table() if row["device"] not in (None, device)]
     if platform is None:
         rows = [_entry(target, None, op, case) for (target, op) in CANDIDATES for case in SIZES[size]]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.clock import name_missing, say
-from jaxsae.ksvd import images
+from jaxsae.ksvd import image_files, images
 
 SIGMA, SIDE, ATOMS, MOST = 25.0, 8, 256, 16  # at most so many atoms a patch
 PATCHES, STEPS = 1 << 15, 10
@@ -80,8 +80,8 @@ def denoising(clean: np.ndarray, name: str, *, with_peers: bool, out: Path | Non
     _, seconds = _timed(lambda: _denoise(noisy))
     yield {**row, "method": "jaxsae", "psnr": images.psnr(quiet, clean), "s": seconds, "first_s": first}
     if out is not None:
-        images.write(out / f"{name}-denoised.png", _side_by_side(noisy, quiet))
-        images.write(out / f"{name}-dictionary.png", images.mosaic(atoms, scale=2))
+        image_files.write(out / f"{name}-denoised.png", _side_by_side(noisy, quiet))
+        image_files.write(out / f"{name}-dictionary.png", images.mosaic(atoms, scale=2))
     if with_peers:
         say(f"{name}: scikit-learn")
         row["method"] = "scikit-learn"
@@ -106,7 +106,7 @@ def inpainting(clean: np.ndarray, name: str, *, out: Path | None) -> Iterator[di
             "first_s": seconds,
         }
     if out is not None:
-        images.write(out / f"{name}-inpainted.png", _side_by_side(holes, filled))
+        image_files.write(out / f"{name}-inpainted.png", _side_by_side(holes, filled))
 
 
 def _timed(call: Callable[[], Any]) -> tuple[Any, float]:

@@ -12,6 +12,7 @@ import numpy as np
 from benchmarks.clock import say
 from jaxsae import data, train
 from jaxsae.app import runs
+from jaxsae.app.options import Options
 from jaxsae.autoencoder import calibration
 from jaxsae.autoencoder.sae import SAE, encode_dense, reconstruct
 
@@ -26,7 +27,7 @@ def run(path: Path | None, *, latents: int, batch: int, steps: tuple[int, ...]) 
     for family, sparsity in FAMILIES.items():
         for number in steps:
             say(f"{source}: {family}, {number} steps")
-            options = runs.Options(family, latents, batch=batch, steps=number, **sparsity)
+            options = Options(family, latents, batch=batch, steps=number, **sparsity)
             states = _train(rows, options)
             for place, rate in enumerate(RATES):
                 sae = train.member(states.sae, place)
@@ -44,7 +45,7 @@ def _rows(path: Path | None) -> tuple[np.ndarray, np.ndarray, str]:
     return everything[:-_HELDOUT], everything[-_HELDOUT:], path.stem
 
 
-def _train(rows: np.ndarray, options: runs.Options) -> train.TrainState:
+def _train(rows: np.ndarray, options: Options) -> train.TrainState:
     """One autoencoder a rate, from the same start, on the same batches."""
     objective, _, fresh = runs.recipe(options, train.geometric_median(jnp.asarray(rows[:10_000])), 1.0)
     saes = train.stack([fresh().sae] * len(RATES))
@@ -53,7 +54,7 @@ def _train(rows: np.ndarray, options: runs.Options) -> train.TrainState:
     return train.sweep(saes, batches, loss=objective, tx=tx, rates=np.array(RATES, np.float32), steps=options.steps)
 
 
-def _measure(sae: SAE, heldout: np.ndarray, options: runs.Options) -> dict[str, float]:
+def _measure(sae: SAE, heldout: np.ndarray, options: Options) -> dict[str, float]:
     """NMSE, at the L0 asked for; where a penalty sets that, `loss`, the penalty included, says which rate is better."""
     if options.k is not None and sae.activation.slots is None:
         sae = calibration.calibrate(sae, [heldout], float(options.k))

@@ -59,9 +59,9 @@ def optimised():
 @pytest.fixture(scope="session")
 def smollm2():
     """The name of the small language model, if it was fetched."""
-    from jaxsae.language_model import files
+    from jaxsae.language_model import download
 
-    if not files.cached("smollm2").is_file():
+    if not download.cached("smollm2").is_file():
         pytest.skip("SmolLM2 is not in the cache; run: jaxsae fetch smollm2")
     return "smollm2"
 

@@ -85,7 +85,7 @@ def test_a_package_leaves_the_private_names_of_others_alone(path):
 
 @per_file
 def test_modules_are_short(path):
-    assert len(path.read_text().splitlines()) <= 700
+    assert len(path.read_text().splitlines()) <= 500
 
 
 @per_file

@@ -12,12 +12,12 @@ import pytest
 from problems import activations, sae
 
 import jaxsae
-from jaxsae import data, pretrained, stream
+from jaxsae import data, language_model, pretrained, stream
 from jaxsae._core.files import InputError
 from jaxsae.app import console, study
 from jaxsae.app.cli import COMMANDS, main
-from jaxsae.ksvd import images
-from jaxsae.language_model import files, harvest
+from jaxsae.ksvd import image_files, images
+from jaxsae.language_model import harvest
 
 D, M, K, ROWS = 16, 32, 4, 40
 
@@ -401,11 +401,11 @@ def test_json_of_refine_eval_info_and_convert(folder, capsys):
 
 
 def test_json_of_fetch_and_of_pictures(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(files, "fetch", lambda name: tmp_path / name)
+    monkeypatch.setattr(language_model, "fetch", lambda name: tmp_path / name)
     assert run("fetch", "smollm2", "--json") == 0
     assert printed(capsys) == {"path": str(tmp_path / "smollm2")}
     picture, atoms = np.full((8, 8), 100.0), np.ones((64, 4))
-    images.write(tmp_path / "a.png", picture)
+    image_files.write(tmp_path / "a.png", picture)
     for name, options in (("denoise", ["--sigma", 1]), ("inpaint", ["--missing", tmp_path / "a.png"])):
         monkeypatch.setattr(images, name, lambda *_, **__: (picture, atoms))
         assert run(name, tmp_path / "a.png", *options, "--out", tmp_path / "b.png", "--json") == 0

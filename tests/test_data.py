@@ -12,8 +12,8 @@ import sklearn.datasets
 import sklearn.utils
 from array_record.python import array_record_module
 
-from jaxsae import data
 from jaxsae._core.files import InputError
+from jaxsae.data import rows as rows_on_disk
 from jaxsae.data import shards
 from jaxsae.data.batching import batches
 from jaxsae.data.photographs import image_patches
@@ -329,8 +329,8 @@ def test_a_fingerprint_changes_with_any_value_and_not_with_how_it_is_held(tmp_pa
 
 
 def test_a_fingerprint_of_many_rows_reads_some_of_them(monkeypatch):
-    monkeypatch.setattr(data, "_SAMPLED", 1 << 10)
-    monkeypatch.setattr(data, "_BLOCKS", 4)
+    monkeypatch.setattr(rows_on_disk, "_SAMPLED", 1 << 10)
+    monkeypatch.setattr(rows_on_disk, "_BLOCKS", 4)
     rows = array((10_000, 4))
     found = fingerprint(rows)
     for row, seen in ((0, True), (15, True), (16, False), (5000, False), (9999, True)):

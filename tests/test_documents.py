@@ -20,7 +20,7 @@ import jaxsae
 from benchmarks import table
 from jaxsae import data
 from jaxsae.app import cli, plots, study
-from jaxsae.ksvd import images
+from jaxsae.ksvd import image_files
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,6 +39,9 @@ def examples():
         yield from (test for test in doctest.DocTestFinder().find(module) if test.examples)
 
 
+GROUPS = ["codes", "conversion", "pictures", "plans", "studies", "texts", "training"]  # of commands
+
+
 # As the package is installed: a checkout beside it would be another `jaxsae`.
 @pytest.mark.parametrize("example", list(examples()), ids=lambda test: test.name)
 def test_docstring_example_runs(example, unchecked):
@@ -52,6 +55,7 @@ def test_code_of_a_page_runs(page):
     run(re.findall(r"```python\n(.*?)```", (ROOT / f"docs/{page}.md").read_text(), flags=re.DOTALL))
 
 
+@pytest.mark.slow
 def test_readme_runs(capsys):
     run(re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL))
     assert "NMSE" in capsys.readouterr().out
@@ -68,7 +72,8 @@ def commands(text: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/which.md", "jaxsae/app/cli.py", "jaxsae/app/cli_pictures.py", "jaxsae/app/cli_plan.py"]
+    "page",
+    ["README.md", "docs/which.md", *(f"jaxsae/app/commands/{name}.py" for name in GROUPS)],
 )
 def test_commands_of_a_page_are_understood(page, monkeypatch):
     got = []
@@ -95,8 +100,8 @@ def test_commands_of_the_readme_run(tmp_path, monkeypatch):
     for name, rows in (("x", 4000), ("y", 300)):
         np.save(f"{name}.npy", generator.standard_normal((rows, 64)).astype(np.float32))
     for name in ("noisy", "scratched"):
-        images.write(f"{name}.png", generator.uniform(0, 255, (40, 40)))
-    images.write("scratches.png", 255.0 * (generator.uniform(size=(40, 40)) < 0.1))
+        image_files.write(f"{name}.png", generator.uniform(0, 255, (40, 40)))
+    image_files.write("scratches.png", 255.0 * (generator.uniform(size=(40, 40)) < 0.1))
     done = set()
     for argv in commands((ROOT / "README.md").read_text().replace("hf://organisation/repository/path", "run")):
         elsewhere = {"smollm2", "--distributed", "--topology"} & set(argv)

@@ -14,9 +14,10 @@ from problems import sae
 from jaxsae import data, language_model, pretrained, stream
 from jaxsae._core import files
 from jaxsae._core.files import InputError, atomic_directory, atomic_file, local_path, owned, settled
-from jaxsae.app import report, runs, study
+from jaxsae.app import logs, report, runs, study
+from jaxsae.app.options import Options
 from jaxsae.data import shards
-from jaxsae.ksvd import images
+from jaxsae.ksvd import image_files
 from jaxsae.language_model import files as model_files
 from jaxsae.language_model import harvest
 from jaxsae.train.checkpoint import Checkpoints, steps
@@ -289,7 +290,7 @@ ADDRESSES = ["gs://bucket/run", "s3://bucket/x.npy", "GS://bucket/run", "https:/
 def entry_points():
     """Everything that takes a path, by name."""
     rows, tokenizer = np.zeros((9, 4), np.float32), tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}))
-    options = runs.Options("topk", 8, k=2, batch=2, heldout=2)
+    options = Options("topk", 8, k=2, batch=2, heldout=2)
     named = [pretrained.save, *(lambda model, path, to=to: pretrained.save(model, path, format=to) for to in WRITTEN)]
     return {
         **{f"pretrained.save {n}": lambda path, save=save: save(sae(), path) for n, save in enumerate(named)},
@@ -312,11 +313,11 @@ def entry_points():
         "runs.run, data": lambda path: runs.run("out", data=path, options=options),
         "report.write, run": lambda path: report.write(path, "out.html"),
         "report.write, out": lambda path: report.write("run", path),
-        "runs.curves": runs.curves,
+        "runs.curves": logs.curves,
         "study.run, out": study.run,
         "study.run, data": lambda path: study.run("out", data=path),
-        "images.read": images.read,
-        "images.write": lambda path: images.write(path, np.zeros((8, 8))),
+        "images.read": image_files.read,
+        "image_files.write": lambda path: image_files.write(path, np.zeros((8, 8))),
         "harvest.pack": lambda path: harvest.pack([Path(path)], tokenizer, context=8),
         "language_model.load": language_model.load,
         "model_files.read_tokenizer": model_files.read_tokenizer,

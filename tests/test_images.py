@@ -14,7 +14,7 @@ from problems import f64
 from jaxsae import ksvd, pursuit
 from jaxsae._core.files import InputError
 from jaxsae.app.cli import main
-from jaxsae.ksvd import images
+from jaxsae.ksvd import image_files, images
 
 SMALL = {"m": 64, "k": 4, "steps": 2, "patches": 512}  # one shape for all that is learnt here
 
@@ -236,10 +236,10 @@ BAD = [
     (lambda: images.denoise(chequered(), np.inf), "above 0"),
     (lambda: images.denoise(chequered(), -25.0), "above 0"),
     (lambda: images.denoise(1j * chequered(), 25.0), "real numbers"),
-    (lambda: images.write("x.png", chequered() / 255), r"in \[0, 1\]"),
-    (lambda: images.write("x.png", np.full((8, 8), np.nan)), "NaN or Inf"),
-    (lambda: images.write("x.png", np.full((8, 8), 65535, np.uint16)), "uint16 from 65535"),
-    (lambda: images.write("x.png", np.zeros((8, 8, 4))), r"shape \(8, 8, 4\)"),
+    (lambda: image_files.write("x.png", chequered() / 255), r"in \[0, 1\]"),
+    (lambda: image_files.write("x.png", np.full((8, 8), np.nan)), "NaN or Inf"),
+    (lambda: image_files.write("x.png", np.full((8, 8), 65535, np.uint16)), "uint16 from 65535"),
+    (lambda: image_files.write("x.png", np.zeros((8, 8, 4))), r"shape \(8, 8, 4\)"),
 ]
 
 
@@ -255,16 +255,16 @@ def test_what_is_no_picture_is_refused(call, message):
 @pytest.mark.parametrize("channels", [None, 3])
 def test_a_picture_survives_a_file(channels, tmp_path):
     picture = np.rint(chequered(channels))
-    images.write(tmp_path / "a.png", picture)
-    np.testing.assert_array_equal(images.read(tmp_path / "a.png"), np.clip(picture, 0, 255))
+    image_files.write(tmp_path / "a.png", picture)
+    np.testing.assert_array_equal(image_files.read(tmp_path / "a.png"), np.clip(picture, 0, 255))
 
 
 def test_transparency_is_dropped_and_deep_pictures_are_refused(tmp_path):
     Image.new("LA", (9, 8), (100, 10)).save(tmp_path / "grey.png")
-    assert images.read(tmp_path / "grey.png").shape == (8, 9)
+    assert image_files.read(tmp_path / "grey.png").shape == (8, 9)
     Image.new("I;16", (9, 8)).save(tmp_path / "deep.png")
     with pytest.raises(InputError, match="8 bits a channel"):
-        images.read(tmp_path / "deep.png")
+        image_files.read(tmp_path / "deep.png")
 
 
 def turned(folder, suffix, orientation):
@@ -282,9 +282,9 @@ def turned(folder, suffix, orientation):
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_picture_is_read_and_written_as_it_is_seen(orientation, suffix, tmp_path):
     path, seen = turned(tmp_path, suffix, orientation)
-    read = images.read(path)
+    read = image_files.read(path)
     np.testing.assert_allclose(read if read.ndim == 2 else read[..., 0], seen, atol=8)
-    images.write(tmp_path / "out.png", read)
+    image_files.write(tmp_path / "out.png", read)
     out = ImageOps.exif_transpose(Image.open(tmp_path / "out.png"))
     np.testing.assert_allclose(np.asarray(out.convert("L")), seen, atol=8)
 
@@ -353,7 +353,7 @@ def test_what_levels_cannot_be_read_from_is_refused(case, tmp_path):
     content, message = UNREAD[case]
     (tmp_path / "in").write_bytes(content)
     with pytest.raises(InputError, match=message) as caught:
-        images.read(tmp_path / "in")
+        image_files.read(tmp_path / "in")
     assert "\n" not in str(caught.value)
 
 
@@ -373,7 +373,7 @@ READ = {
 def test_what_levels_can_be_read_from(case, tmp_path):
     content, shape = READ[case]
     (tmp_path / "in").write_bytes(content)
-    levels = images.read(tmp_path / "in")
+    levels = image_files.read(tmp_path / "in")
     assert levels.shape == shape
     assert set(np.unique(levels)) <= {0.0, 255.0}
 
@@ -386,7 +386,7 @@ def test_a_damaged_picture_is_one_error(seed, tmp_path):
     damaged[generator.integers(4, len(damaged), 6)] = generator.integers(0, 256, 6)
     (tmp_path / "in").write_bytes(damaged.tobytes())
     try:
-        images.read(tmp_path / "in")
+        image_files.read(tmp_path / "in")
     except InputError as error:
         assert "\n" not in str(error)
 
@@ -394,10 +394,10 @@ def test_a_damaged_picture_is_one_error(seed, tmp_path):
 def test_the_colour_profile_is_kept(tmp_path):
     content = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     for suffix in (".png", ".jpg", ".tif", ".webp"):
-        images.write(tmp_path / f"a{suffix}", chequered(3), profile=content)
-        assert images.profile(tmp_path / f"a{suffix}") == content
+        image_files.write(tmp_path / f"a{suffix}", chequered(3), profile=content)
+        assert image_files.profile(tmp_path / f"a{suffix}") == content
     with pytest.raises(InputError, match="cannot hold the colour profile"):
-        images.check_suffix(tmp_path / "a.bmp", profile=content)
+        image_files.check_suffix(tmp_path / "a.bmp", profile=content)
 
 
 UNWRITTEN = ["psd", "fits", "cur", "h5", "grib", "wmf", "txt", "", "gif", "ico", "pdf", "eps"]
@@ -405,7 +405,7 @@ UNWRITTEN = ["psd", "fits", "cur", "h5", "grib", "wmf", "txt", "", "gif", "ico",
 
 @pytest.mark.parametrize("suffix", UNWRITTEN)
 def test_a_format_that_is_not_written_is_refused_before_the_work(suffix, tmp_path, capsys):
-    images.write(tmp_path / "in.png", chequered())
+    image_files.write(tmp_path / "in.png", chequered())
     for option in ("--out", "--dictionary"):
         files = {"--out": tmp_path / "out.png", "--dictionary": tmp_path / "d.png"} | {option: tmp_path / f"x.{suffix}"}
         options = [str(part) for pair in files.items() for part in pair]
@@ -415,7 +415,7 @@ def test_a_format_that_is_not_written_is_refused_before_the_work(suffix, tmp_pat
 
 
 def test_what_a_format_cannot_hold_is_refused_before_the_work(tmp_path):
-    images.check_suffix(tmp_path / "a.jpg", None, tmp_path / "b.TIFF", shape=(8, 9, 3))
+    image_files.check_suffix(tmp_path / "a.jpg", None, tmp_path / "b.TIFF", shape=(8, 9, 3))
     (tmp_path / "folder.png").mkdir()
     for bad, shape, message in (
         ("a.webp", (1, 20_000), "WEBP cannot hold a picture"),
@@ -423,9 +423,9 @@ def test_what_a_format_cannot_hold_is_refused_before_the_work(tmp_path):
         ("folder.png", (8, 9), "is a directory"),
     ):
         with pytest.raises(InputError, match=message):
-            images.check_suffix(tmp_path / bad, shape=shape)
+            image_files.check_suffix(tmp_path / bad, shape=shape)
     with pytest.raises(InputError, match="for two pictures"):
-        images.check_suffix("a.png", "a.png")
+        image_files.check_suffix("a.png", "a.png")
 
 
 def not_a_picture(folder):
@@ -433,12 +433,12 @@ def not_a_picture(folder):
 
 
 def truncated(folder):
-    images.write(folder / "in.png", chequered())
+    image_files.write(folder / "in.png", chequered())
     (folder / "in.png").write_bytes((folder / "in.png").read_bytes()[:100])
 
 
 def small(folder):
-    images.write(folder / "in.png", np.zeros((4, 4)))
+    image_files.write(folder / "in.png", np.zeros((4, 4)))
 
 
 @pytest.mark.parametrize(
@@ -464,8 +464,8 @@ def test_the_command_says_in_one_line_what_is_wrong(prepare, options, message, t
 
 def test_a_mask_of_another_size_is_told(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    images.write("in.png", chequered())
-    images.write("mask.png", np.zeros((8, 8)))
+    image_files.write("in.png", chequered())
+    image_files.write("mask.png", np.zeros((8, 8)))
     assert main(["inpaint", "in.png", "--missing", "mask.png", "--out", "out.png"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "mask of shape (8, 8)" in line
@@ -477,19 +477,19 @@ def test_the_command_fills_in(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     clean = chequered()
     missing = np.random.default_rng(0).random(clean.shape) < 0.5
-    images.write("in.png", np.where(missing, 0, clean))
-    images.write("mask.png", 255.0 * missing)
+    image_files.write("in.png", np.where(missing, 0, clean))
+    image_files.write("mask.png", 255.0 * missing)
     assert main(["inpaint", "in.png", "--missing", "mask.png", "--out", "out.png"]) == 0
-    assert mse(images.read("out.png")[missing], clean[missing]) < 0.1 * np.var(clean)
+    assert mse(image_files.read("out.png")[missing], clean[missing]) < 0.1 * np.var(clean)
     assert "Written: out.png" in capsys.readouterr().out
 
 
 @pytest.mark.slow  # at the command's own size, 256 atoms
 def test_the_command_denoises(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    images.write("in.png", noisy(chequered()))
+    image_files.write("in.png", noisy(chequered()))
     assert main(["denoise", "in.png", "--sigma", "25", "--out", "out.png", "--dictionary", "atoms.png"]) == 0
     clean = chequered()
-    assert mse(images.read("out.png"), clean) < 0.5 * mse(images.read("in.png"), clean)
-    assert images.read("atoms.png").ndim == 2
+    assert mse(image_files.read("out.png"), clean) < 0.5 * mse(image_files.read("in.png"), clean)
+    assert image_files.read("atoms.png").ndim == 2
     assert "Written: out.png" in capsys.readouterr().out

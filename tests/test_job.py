@@ -19,7 +19,9 @@ from jaxsae import train as training
 from jaxsae._core.files import owned
 from jaxsae.app import runs
 from jaxsae.app.cli import main
+from jaxsae.app.options import Options
 from jaxsae.train import checkpoint, job
+from jaxsae.train.steps import PATIENCE
 
 
 def test_a_run_that_is_interrupted_in_every_way_ends_like_one_left_alone(tmp_path):
@@ -156,7 +158,7 @@ def loop(tmp_path):
 
     def tell(step, metrics):
         logged.append((step, metrics["number"]))
-        assert len(seen) - seen.index(metrics["number"]) <= training.PATIENCE
+        assert len(seen) - seen.index(metrics["number"]) <= PATIENCE
         return {"nmse": float(step)}
 
     def loop(steps, save_every=60.0):
@@ -318,7 +320,7 @@ def test_a_window_is_for_files_too(rows, tmp_path, capsys):
 
 
 def test_the_progress_of_a_resumed_run_ends_where_it_should(rows, tmp_path):
-    options, counts = runs.Options("topk", 32, k=4, batch=64, steps=24, heldout=100), []
+    options, counts = Options("topk", 32, k=4, batch=64, steps=24, heldout=100), []
     for steps in (17, 24):
         said: list[int] = []
         log = {"progress": lambda text, steps, said=said: said.append(steps), "resumed": said.append}

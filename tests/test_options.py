@@ -21,11 +21,13 @@ import jaxsae
 from jaxsae import language_model, pretrained, sharding, stream, train
 from jaxsae._core import arguments
 from jaxsae._core.files import InputError
-from jaxsae.app import cli, plan, plots, runs, study
+from jaxsae.app import plan, plots, runs, study
 from jaxsae.app.cli import COMMANDS, main
+from jaxsae.app.commands import texts, training, types
+from jaxsae.app.options import FAMILIES, Options, resolved
 from jaxsae.formats import hub
-from jaxsae.ksvd import images
-from jaxsae.language_model import files, harvest
+from jaxsae.ksvd import image_files, images
+from jaxsae.language_model import download, harvest
 from jaxsae.least_squares.refit import RefitInfo
 from jaxsae.train import job
 
@@ -48,7 +50,7 @@ def undeclared(hint) -> bool:
 def jobs():
     """What has options: commands, and what they call."""
     yield from COMMANDS.items()
-    yield from {"runs.Options": runs.Options, "study.Plan": study.Plan}.items()
+    yield from {"runs.Options": Options, "study.Plan": study.Plan}.items()
 
 
 @pytest.mark.parametrize("name, declaration", list(jobs()), ids=lambda value: value if isinstance(value, str) else "")
@@ -68,17 +70,17 @@ def test_an_option_without_a_range_is_seen():
 
 
 def test_a_command_and_its_job_have_the_same_ranges():
-    command, options = (get_type_hints(each, include_extras=True) for each in (cli.train, runs.Options))
+    command, options = (get_type_hints(each, include_extras=True) for each in (training.train, Options))
     shared = set(command) & set(options)
     assert len(shared) > 8
     assert {name: command[name] for name in shared} == {name: options[name] for name in shared}
 
 
 def test_the_names_declared_are_those_there_are():
-    assert arguments.ACTIVATION.names == tuple(runs.FAMILIES)
-    assert cli.FORMAT.names == tuple(name for name, row in pretrained.FORMATS.items() if row.write)
-    (names,) = (hint.__metadata__[0].names for hint in [get_type_hints(cli.fetch, include_extras=True)["name"]])
-    assert names == tuple(files.WHEELS)
+    assert arguments.ACTIVATION.names == tuple(FAMILIES)
+    assert types.FORMAT.names == tuple(name for name, row in pretrained.FORMATS.items() if row.write)
+    (names,) = (hint.__metadata__[0].names for hint in [get_type_hints(texts.fetch, include_extras=True)["name"]])
+    assert names == tuple(download.WHEELS)
 
 
 MODEL, CONTEXTS = language_model.tiny(), np.ones((2, 6), np.int32)
@@ -124,14 +126,14 @@ def test_what_is_not(name, value):
 
 @pytest.mark.parametrize("steps, batch", [(1, 1), (2**31 - 1, 2**31 - 1)])
 def test_what_follows_from_options_is_in_range_too(steps, batch):
-    found = runs.resolved(runs.Options("topk", 2**31 - 1, k=1, steps=steps, batch=batch))
+    found = resolved(Options("topk", 2**31 - 1, k=1, steps=steps, batch=batch))
     assert found.idle_after is not None and found.learning_rate is not None
-    arguments.check(runs.Options, found._asdict())
+    arguments.check(Options, found._asdict())
 
 
 def test_the_jobs_check_their_own_options(tmp_path):
     rows = np.zeros((64, D), np.float32)
-    options = runs.Options("topk", M, k=K, batch=8, steps=2, heldout=8)
+    options = Options("topk", M, k=K, batch=8, steps=2, heldout=8)
     calls = {
         "learning_rate": lambda: runs.run(
             tmp_path / "run", data={"x": rows}, options=options._replace(learning_rate=-1.0)
@@ -172,9 +174,9 @@ def world(tmp_path_factory):
     np.save(folder / "nan.npy", np.full_like(x, np.nan))
     np.save(folder / "narrow.npy", x[:, :5])
     picture = np.random.default_rng(0).uniform(0, 255, (12, 14))
-    images.write(folder / "picture.png", picture)
-    images.write(folder / "missing.png", 255.0 * (picture > 200))
-    images.write(folder / "small.png", picture[:3, :3])
+    image_files.write(folder / "picture.png", picture)
+    image_files.write(folder / "missing.png", 255.0 * (picture > 200))
+    image_files.write(folder / "small.png", picture[:3, :3])
     (folder / "text.txt").write_text("to be or not to be " * 40)
     (folder / "empty").write_bytes(b"")
     shutil.copytree(ROOT / "language_models/llama", folder / "llama")
@@ -345,8 +347,8 @@ def here(world, monkeypatch, tmp_path):
         raise OSError("offline")
 
     monkeypatch.setattr(hub, "_fetch", offline)
-    monkeypatch.setattr(files, "fetch", lambda name: Path(name))
-    monkeypatch.setattr(plan, "topology_mesh", lambda topology, data: cli._mesh(data, 8 // data))
+    monkeypatch.setattr(language_model, "fetch", lambda name: Path(name))
+    monkeypatch.setattr(plan, "topology_mesh", lambda topology, data: training._mesh(data, 8 // data))
     for name in ("FULL", "QUICK", "FULL_MODEL", "QUICK_MODEL"):
         heldout = 15 if "MODEL" in name else 16
         monkeypatch.setattr(study, name, study.Plan(M, 2, 8, heldout, l1=(0.1,), train_rows=64))

@@ -101,7 +101,8 @@ NO_SOURCE = {
     "jaxsae.solvers.within",
 }
 OF_PAPERS = {
-    *("autoencoder.activations", "autoencoder.normalisation", "ksvd.learning", "lasso.penalised", "train.losses"),
+    *(f"autoencoder.activations.{name}" for name in ("base", "batch_top_k", "matching_pursuit", "thresholds", "top_k")),
+    *("autoencoder.normalisation", "ksvd.learning", "lasso.penalised", "train.losses"),
     *("least_squares.certificate", "least_squares.refit", "least_squares.solvers", "train.objectives"),
     *("pursuit.greedy", "pursuit.thresholding"),
 }

@@ -15,12 +15,14 @@ from browser import FOUND, browser
 
 from jaxsae import metrics
 from jaxsae._core.files import InputError
-from jaxsae.app import html, plots, report, runs
+from jaxsae.app import html as pages
+from jaxsae.app import logs, plots, report
 from jaxsae.app.cli import main
+from jaxsae.app.options import Options
 from jaxsae.app.plots import FAMILIES
 
 ROOT = Path(__file__).parent.parent
-OPTIONS = runs.Options("topk", 512, k=16)
+OPTIONS = Options("topk", 512, k=16)
 HOSTILE = """<script>alert(1)</script><img src=x onerror=alert(2)>" onload="alert(3)' & "</style>"""
 BINS = len(metrics.RATIO_EDGES) - 1
 
@@ -92,7 +94,7 @@ def write(folder, found):
 
 def log(folder, first=10, last=200, value=lambda step: 1 / step):
     """Event files, as a training writes them."""
-    with runs.logs(folder, OPTIONS) as told:
+    with logs.logs(folder, OPTIONS) as told:
         for step in range(first, last + 1, 10):
             told(
                 step,
@@ -383,7 +385,7 @@ def test_curves_are_what_was_logged_and_the_last_told_of_each_step(tmp_path):
     (file,) = tmp_path.iterdir()
     file.rename(tmp_path / "events.out.tfevents.0000000001.host")
     log(tmp_path, first=150, last=250, value=lambda step: 7.0)  # it went back, and on
-    curves = runs.curves(tmp_path)
+    curves = logs.curves(tmp_path)
     assert sorted(curves) == ["dead", "dead_rows", "l0", "loss", "nmse", "skipped"]
     assert list(curves["nmse"]) == list(range(10, 251, 10))
     np.testing.assert_allclose(list(curves["nmse"].values()), [1 / s if s < 150 else 7 for s in range(10, 251, 10)])
@@ -392,10 +394,10 @@ def test_curves_are_what_was_logged_and_the_last_told_of_each_step(tmp_path):
 @pytest.mark.parametrize("damage", [lambda content: content[:-30], lambda content: content[:400] + b"\xff" * 400])
 def test_a_damaged_event_file_gives_what_is_before_the_damage(damage, tmp_path):
     log(tmp_path)
-    whole = runs.curves(tmp_path)["nmse"]
+    whole = logs.curves(tmp_path)["nmse"]
     (file,) = tmp_path.iterdir()
     file.write_bytes(damage(file.read_bytes()))
-    found = runs.curves(tmp_path)["nmse"]
+    found = logs.curves(tmp_path)["nmse"]
     assert 0 < len(found) <= len(whole)
     assert found.items() <= whole.items()
 
@@ -443,8 +445,8 @@ def test_it_asks_for_nothing_from_elsewhere(text):
 def test_the_style_has_every_colour_and_class_it_needs(text):
     page = Page(text)
     style = page.all("style")[0]["text"]
-    assert set(re.findall(r"var\(--([\w-]+)\)", style)) <= {*html.LIGHT, "c", "gap"}
-    assert html.LIGHT.keys() == html.DARK.keys()
+    assert set(re.findall(r"var\(--([\w-]+)\)", style)) <= {*pages.LIGHT, "c", "gap"}
+    assert pages.LIGHT.keys() == pages.DARK.keys()
     used = {name for element in page.elements for name in element.get("class", "").split()}
     assert {name for name in used if f".{name}" not in style} <= {"tick", "label"}  # as all text of a chart
 
@@ -455,7 +457,7 @@ def luminance(colour):
     return linear @ [0.2126, 0.7152, 0.0722]
 
 
-@pytest.mark.parametrize("colours", [html.LIGHT, html.DARK], ids=["light", "dark"])
+@pytest.mark.parametrize("colours", [pages.LIGHT, pages.DARK], ids=["light", "dark"])
 def test_text_has_the_contrast_that_wcag_asks_for(colours):
     for name in ("ink", "soft", "bad", "other", *FAMILIES):
         dim, bright = sorted(luminance(colours[side]) for side in ("paper", name))
@@ -480,7 +482,7 @@ def test_hostile_text_is_text(kind, tmp_path):
     found = spoil(copy.deepcopy(clean))
     found |= {"versions": {HOSTILE: HOSTILE}}
     log(folder, value=lambda step: 1.0)
-    with runs.logs(folder, OPTIONS) as told:
+    with logs.logs(folder, OPTIONS) as told:
         told(300, {"<i>": 1.0})
     expected, page = page_of(tmp_path / "clean", clean), page_of(folder, found)
     allowed = {element["tag"] for element in expected.elements}

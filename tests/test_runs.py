@@ -14,8 +14,9 @@ from problems import activations, f64, sae
 import jaxsae
 from jaxsae import pretrained
 from jaxsae._core.files import InputError
-from jaxsae.app import runs
+from jaxsae.app import evaluate, runs
 from jaxsae.app.cli import main
+from jaxsae.app.options import Options, resolved
 
 D, M, K = 16, 32, 4
 CENTRE, SIZE = 100.0, 50.0  # raw activations are neither centred nor of unit size
@@ -98,7 +99,7 @@ def test_eval_prints_what_the_run_measured(data, tmp_path, capsys):
 
 def test_eval_of_a_progressive_code_is_that_of_its_largest_values():
     model, x = sae(m=M), activations(batch=(50,))
-    found = runs.evaluate(model, np.asarray(x))["nmse_at"]
+    found = evaluate.evaluate(model, np.asarray(x))["nmse_at"]
     z = f64(jaxsae.encode_dense(model, x))
     for n in (1, 2, 4):
         cut = np.where(z >= np.sort(z, axis=1)[:, [-n]], z, 0)
@@ -109,16 +110,16 @@ def test_eval_of_a_progressive_code_is_that_of_its_largest_values():
 
 def test_eval_leaves_out_and_counts_rows_that_are_not_finite():
     x = np.array(activations(batch=(50,)))
-    clean = runs.evaluate(sae(m=M), x[2:])
+    clean = evaluate.evaluate(sae(m=M), x[2:])
     x[0, 3], x[1, 0] = np.nan, np.inf
-    spoilt = runs.evaluate(sae(m=M), x)
+    spoilt = evaluate.evaluate(sae(m=M), x)
     assert spoilt["nonfinite"] == 2
     np.testing.assert_allclose(spoilt["nmse"], clean["nmse"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("activation", ["batchtopk", "jumprelu"])
 def test_the_l0_asked_for_is_that_of_rows_held_out(activation, data, tmp_path):
-    options = runs.Options(activation, M, k=K, batch=64, steps=60, heldout=100, learning_rate=1e-2)
+    options = Options(activation, M, k=K, batch=64, steps=60, heldout=100, learning_rate=1e-2)
     report = runs.run(tmp_path / "run", data=data, options=options)
     np.testing.assert_allclose(report["heldout"]["l0"], K, rtol=0.01)
     assert report["trained"]["rows"] == 500
@@ -126,17 +127,17 @@ def test_the_l0_asked_for_is_that_of_rows_held_out(activation, data, tmp_path):
 
 def test_auxk_starts_in_a_run_of_any_length():
     for steps, batch in ((60, 64), (2000, 1024), (1, 8)):
-        found = runs.resolved(runs.Options("topk", M, k=K, steps=steps, batch=batch))
+        found = resolved(Options("topk", M, k=K, steps=steps, batch=batch))
         assert batch <= found.idle_after <= max(batch, steps * batch / 50)
-    assert runs.resolved(found._replace(idle_after=7)).idle_after == 7
-    objective, _, _ = runs.recipe(runs.Options("topk", M, k=K, steps=100, batch=64), jnp.zeros(D), 1.0)
+    assert resolved(found._replace(idle_after=7)).idle_after == 7
+    objective, _, _ = runs.recipe(Options("topk", M, k=K, steps=100, batch=64), jnp.zeros(D), 1.0)
     assert objective.idle_after == 128
 
 
 def test_the_weights_with_auxk_are_not_those_without(data, tmp_path):
     made = []
     for auxk in (True, False):
-        options = runs.Options("topk", M, k=1, batch=64, steps=60, heldout=100, auxk=auxk)
+        options = Options("topk", M, k=1, batch=64, steps=60, heldout=100, auxk=auxk)
         runs.run(tmp_path / str(auxk), data=data, options=options)
         made.append(pretrained.load(tmp_path / str(auxk)).W_dec)
     assert not np.array_equal(*made)
@@ -255,7 +256,7 @@ def test_a_value_that_overflows_is_named_and_is_no_infinity(row, data, tmp_path,
 
 def test_data_with_nothing_to_learn(tmp_path):
     np.save(tmp_path / "x.npy", np.ones((600, D), np.float32))
-    options = runs.Options("topk", M, k=K, batch=64, heldout=100)
+    options = Options("topk", M, k=K, batch=64, heldout=100)
     with pytest.raises(InputError, match="all rows are equal, or none is finite"):
         runs.run(tmp_path / "run", data=tmp_path / "x.npy", options=options)
 

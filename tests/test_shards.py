@@ -285,7 +285,7 @@ import os, signal, sys, types
 sys.modules["jaxsae"] = package = types.ModuleType("jaxsae")
 package.__path__ = [sys.argv[1]]
 import numpy as np
-from jaxsae import shards
+from jaxsae.data import shards
 WIDTH, SOURCE = {WIDTH}, {SOURCE}
 """ + "".join(map(inspect.getsource, (part, writer, fill)))
 RUN = f"{SCRIPT}\nprint('ready', flush=True)\nfill(sys.argv[2], 10**6)"

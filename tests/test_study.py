@@ -16,7 +16,8 @@ from problems import f64
 import jaxsae
 from jaxsae import data, language_model, metrics, pretrained, train
 from jaxsae._core.files import InputError
-from jaxsae.app import cli, plots, runs, study
+from jaxsae.app import cli, plots, study
+from jaxsae.app.options import FAMILIES
 from jaxsae.autoencoder.stream import refine_blocks
 from jaxsae.data import shards
 
@@ -340,7 +341,7 @@ def test_a_place_that_cannot_be_written_is_said_before_the_training(tmp_path, mo
 def test_a_dead_autoencoder_is_reported_in_valid_json(tmp_path, monkeypatch):
     # As an L1 weight that is too large makes it.
     def dead(rows, options, *_):
-        activation = runs.FAMILIES[options.activation].activation(options)
+        activation = FAMILIES[options.activation].activation(options)
         sae = jaxsae.init(jax.random.key(0), d=rows.shape[1], m=SMALL.latents, activation=activation)
         return sae.replace(b_enc=sae.b_enc - 1e6), {}
 
@@ -355,7 +356,7 @@ def test_a_dead_autoencoder_is_reported_in_valid_json(tmp_path, monkeypatch):
 
 def test_a_diverged_autoencoder_is_reported_and_printed(tmp_path, monkeypatch, capsys):
     def diverged(rows, options, *_):
-        activation = runs.FAMILIES[options.activation].activation(options)
+        activation = FAMILIES[options.activation].activation(options)
         sae = jaxsae.init(jax.random.key(0), d=rows.shape[1], m=SMALL.latents, activation=activation)
         return sae.replace(b_enc=sae.b_enc * np.nan), {}
 

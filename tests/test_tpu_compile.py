@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from jaxsae.app import plan, runs
+from jaxsae.app import plan
 from jaxsae.app.cli import main
+from jaxsae.app.options import Options
 
 pytestmark = pytest.mark.tpu
 
@@ -26,7 +27,7 @@ def mesh():
 @pytest.mark.parametrize("topology", CASES)
 def test_it_fits_and_gathers_nothing_large(topology, program, mesh):
     latents, d, k, batch, chips = CASES[topology]
-    options = runs.Options("topk", latents, k, batch=batch)
+    options = Options("topk", latents, k, batch=batch)
     found = getattr(plan, program)(options, d, mesh(topology))
     assert found.memory < 16 * GIB
     if program == "training_step":

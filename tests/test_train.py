@@ -180,7 +180,7 @@ def test_idle_counts_rows_and_starts_again_when_a_latent_fires():
 
 def test_dead_is_the_share_of_latents_that_never_fired_on_the_last_100_000_rows_or_on_all(monkeypatch):
     tx, x = optax.sgd(0.0), activations(batch=(B,))
-    monkeypatch.setattr(train, "DEAD_ROWS", 3 * B - 1)  # whole batches: three
+    monkeypatch.setattr(steps, "DEAD_ROWS", 3 * B - 1)  # whole batches: three
     state = train.init_state(sae(m=M), tx)
     dead, rows = [], []
     for latents in ((0, 1), (1,), (2,), (3,), (3,)):
@@ -479,7 +479,7 @@ def test_what_is_no_parameter_is_not_trained(name):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_long_sums_are_those_of_float32(dtype):
-    steps, x = 2000, activations(batch=(B,))
+    length, x = 2000, activations(batch=(B,))
     with_threshold = sae(m=M, activation=jaxsae.BatchTopK(K)).replace(b_enc=jnp.full(M, 1.0))
 
     def run(model):
@@ -492,7 +492,7 @@ def test_long_sums_are_those_of_float32(dtype):
             return slopes, (state.idle < 0, {}, estimate)
 
         step = jax.jit(lambda state, _: (steps._advance(tx, jax.tree_util.Partial(loss), state, x)[0], None))
-        return jax.lax.scan(step, train.init_state(model, tx), length=steps)[0]
+        return jax.lax.scan(step, train.init_state(model, tx), length=length)[0]
 
     narrow = jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(dtype), with_threshold)
     found, expected = run(narrow), run(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), narrow))

@@ -118,3 +118,8 @@ def study_table(report: dict[str, Any]) -> str:
     with console.capture() as captured:
         console.print(table)
     return captured.get().rstrip("\n")
+
+
+def number(value: float | None) -> str:
+    """A ratio as text; a dash if there is none."""
+    return "–" if value is None else f"{value:.4f}"

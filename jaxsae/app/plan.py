@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh
 from jaxsae import sharding, train
 from jaxsae._core.files import InputError
 from jaxsae.app import runs
+from jaxsae.app.options import Options
 from jaxsae.autoencoder.sae import refine
 
 
@@ -132,7 +133,7 @@ _LIBTPU = {
 }
 
 
-def training_step(options: runs.Options, d: int, mesh: Mesh) -> Program:
+def training_step(options: Options, d: int, mesh: Mesh) -> Program:
     """The step of `jaxsae train`, compiled.
 
     Args:
@@ -146,7 +147,7 @@ def training_step(options: runs.Options, d: int, mesh: Mesh) -> Program:
     Example:
       For one device of this machine:
 
-      >>> options = runs.Options(activation="topk", latents=32, k=2, batch=16, auxk=False)
+      >>> options = Options(activation="topk", latents=32, k=2, batch=16, auxk=False)
       >>> training_step(options, 8, sharding.make_mesh()).collectives
       {}
     """
@@ -157,7 +158,7 @@ def training_step(options: runs.Options, d: int, mesh: Mesh) -> Program:
         return _read(lambda: step.func.lower(*step.args, state, _batch(options.batch, d, mesh)))
 
 
-def refit_step(options: runs.Options, d: int, mesh: Mesh) -> Program:
+def refit_step(options: Options, d: int, mesh: Mesh) -> Program:
     """Encoding and refining a batch, compiled.
 
     Args:
@@ -169,7 +170,7 @@ def refit_step(options: runs.Options, d: int, mesh: Mesh) -> Program:
       InputError: as `training_step`.
 
     Example:
-      >>> refit_step(runs.Options(activation="topk", latents=32), 8, sharding.make_mesh())
+      >>> refit_step(Options(activation="topk", latents=32), 8, sharding.make_mesh())
       Traceback (most recent call last):
       jaxsae.InputError: topk is made sparse by k; pass k, and no l1.
     """

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxsae._core.files import InputError, atomic_file, local_path
-from jaxsae.app import html, runs, svg
+from jaxsae.app import html, logs, runs, svg
 from jaxsae.app.html import form
 from jaxsae.app.plots import FAMILIES, method
 
@@ -59,8 +59,9 @@ def write(run: str | os.PathLike, out: str | os.PathLike) -> None:
 
     Example:
       >>> import tempfile
+      >>> from jaxsae.app.options import Options
       >>> with tempfile.TemporaryDirectory() as run:
-      ...     with runs.logs(run, runs.Options("topk", 8, k=2)) as log:
+      ...     with logs.logs(run, Options("topk", 8, k=2)) as log:
       ...         log(10, {"nmse": 0.5})
       ...     write(run, f"{run}/report.html")
     """
@@ -83,8 +84,9 @@ def page(run: str | os.PathLike) -> str:
 
     Example:
       >>> import tempfile
+      >>> from jaxsae.app.options import Options
       >>> with tempfile.TemporaryDirectory() as run:
-      ...     with runs.logs(run, runs.Options("topk", 8, k=2)) as log:
+      ...     with logs.logs(run, Options("topk", 8, k=2)) as log:
       ...         log(10, {"nmse": 0.5})
       ...     page(run).lower().startswith("<!doctype html>")
       True
@@ -94,7 +96,7 @@ def page(run: str | os.PathLike) -> str:
     if not run.is_dir():
         what = "not a directory" if run.exists() else "no such directory"
         raise InputError(f"{run}: {what}; pass one that jaxsae train or jaxsae study wrote.")
-    report, curves = _read(path), runs.curves(run)
+    report, curves = _read(path), logs.curves(run)
     if not report and not curves:
         raise InputError(f"{run}: holds no report.json and no curves; pass what jaxsae train or jaxsae study wrote.")
     if report and not {"rows", "options"} & set(report):

@@ -6,13 +6,11 @@ A run is a directory: `sae/`, the autoencoder in the units of the data; `report.
 """
 
 import contextlib
-import dataclasses
 import functools
 import json
-import operator
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -23,139 +21,25 @@ from jax.sharding import Mesh
 from jaxsae import data as data_module
 from jaxsae import sharding, train
 from jaxsae._core import arguments
-from jaxsae._core.arguments import Count, Positive, Proportion, Seed, Weight
+from jaxsae._core.arguments import Count, Proportion, Weight
 from jaxsae._core.files import InputError, atomic_file, json_number, local_path
-from jaxsae.autoencoder import calibration, metrics, stream
-from jaxsae.autoencoder.activations import AbsTopK, Activation, BatchTopK, Gated, GroupMax, JumpReLU, ReLU, TopK
+from jaxsae.app.evaluate import evaluate
+from jaxsae.app.logs import Log
+from jaxsae.app.options import Options, _auxk_latents, _warmup, passes, resolved, validate
+from jaxsae.autoencoder import calibration, stream
 from jaxsae.autoencoder.metrics import DEAD_ROWS
-from jaxsae.autoencoder.sae import SAE, encode, init, reconstruct, rescale
+from jaxsae.autoencoder.sae import init
+from jaxsae.autoencoder.surgery import rescale
 from jaxsae.data import shards
 from jaxsae.formats import pretrained
 from jaxsae.train import job
 from jaxsae.train.checkpoint import Checkpoints, versions
-from jaxsae.train.objectives import L0, L1, AuxK, Gate, MultiTopK, Objective
+from jaxsae.train.objectives import AuxK, MultiTopK, Objective
 
 _SAMPLE = 10_000  # rows from which centre and scale are estimated
 _REPORT_EVERY = 10  # steps
-_MANY_PASSES = 10  # over the data, beyond which rows not trained on are reconstructed worse and worse
 _BLAMED = 1000  # batches looked through for what is wrong with them
-_NO_TENSORBOARD = "TensorBoard files need tensorboardX, which is missing; pip install 'jaxsae[study]'."
 Progress = Callable[[str, int], None]
-Log = Callable[[int, dict[str, float]], None]
-
-
-class Options(NamedTuple):
-    """What a run may be told; weights are for rows scaled to unit mean square.
-
-    Attributes:
-      activation: a name from `FAMILIES`.
-      latents: `m`.
-      k: latents a row, where they make the activation sparse.
-      l1: weight of the penalty, where that does.
-      auxk: whether idle latents learn, by `objectives.AuxK`.
-      multi_topk: whether `objectives.MultiTopK` is added; for topk.
-      batch: rows.
-      steps: of training.
-      learning_rate: `train.learning_rate(latents, steps)` if None.
-      idle_after: rows without it after which a latent is idle, for `auxk`; a fiftieth of all rows trained on if None.
-      heldout: rows that are measured on, the last ones.
-      seed: of initialisation and shuffles.
-
-    Example:
-      >>> Options("topk", latents=4096, k=32).batch
-      1024
-    """
-
-    activation: Annotated[str, arguments.ACTIVATION]
-    latents: Count
-    k: Count | None = None
-    l1: Weight | None = None
-    auxk: bool = True
-    multi_topk: bool = False
-    batch: Count = 1024
-    steps: Count = 2000
-    learning_rate: Positive | None = None
-    idle_after: Count | None = None
-    heldout: Count = 2048
-    seed: Seed = 0
-
-
-def resolved(options: Options) -> Options:
-    """Options with numbers where None stands for what follows from the length of the run.
-
-    A latent is idle after a fiftieth of the run: that costs no error and leaves hardly any latent dead, where a tenth
-    comes too late to do much.
-
-    Args:
-      options: of a run.
-
-    Example:
-      >>> resolved(Options("topk", latents=4096, k=32)).idle_after
-      40960
-    """
-    o = options
-    rate = train.learning_rate(o.latents, o.steps) if o.learning_rate is None else o.learning_rate
-    fiftieth = min(max(o.batch, o.steps * o.batch // 50), 2**31 - 1)  # rows are counted in int32
-    idle_after = fiftieth if o.idle_after is None else o.idle_after
-    return o._replace(learning_rate=rate, idle_after=idle_after)
-
-
-def passes(options: Options, rows: int, warn: Callable[[str], None] = lambda text: None) -> float:
-    """How often a run sees each row.
-
-    Args:
-      options: of the run.
-      rows: that it is trained on.
-      warn: called if that is often enough for them to be learnt by heart.
-
-    Example:
-      >>> passes(Options("topk", latents=16, k=2, batch=512, steps=600), 12_288, print)
-      600 steps of 512 rows are 25 passes over 12,288 rows, fitted better than new ones; pass more rows.
-      25.0
-    """
-    found = options.steps * options.batch / rows
-    if found > _MANY_PASSES:
-        warn(
-            f"{options.steps} steps of {options.batch} rows are {found:.0f} passes over {rows:,} rows, fitted "
-            "better than new ones; pass more rows."
-        )
-    return found
-
-
-class _Family(NamedTuple):
-    """An activation, and the terms that it is trained with."""
-
-    needs: str  # the option that sets its sparsity
-    activation: Callable[[Options], Activation]
-    terms: Callable[[Options, optax.Schedule], tuple[Any, ...]]
-
-
-def _none(options: Options, warm: optax.Schedule) -> tuple[Any, ...]:
-    return ()
-
-
-def _zeros(options: Options):
-    return jnp.zeros(options.latents)
-
-
-# Bandwidth and threshold of JumpReLU are for rows of unit mean square, whose pre-activations are some tenths.
-FAMILIES = {
-    "relu": _Family("l1", lambda o: ReLU(), lambda o, warm: (L1(o.l1, warm),)),  # pyright: ignore[reportArgumentType]
-    "topk": _Family("k", lambda o: TopK(o.k), _none),  # pyright: ignore[reportArgumentType]
-    "abstopk": _Family("k", lambda o: AbsTopK(o.k), _none),  # pyright: ignore[reportArgumentType]
-    "groupmax": _Family("k", lambda o: GroupMax(o.k), _none),  # pyright: ignore[reportArgumentType]
-    "batchtopk": _Family("k", lambda o: BatchTopK(o.k), _none),  # pyright: ignore[reportArgumentType]
-    "jumprelu": _Family(
-        "k",
-        lambda o: JumpReLU(jnp.full(o.latents, 0.03), bandwidth=0.03),
-        lambda o, warm: (L0(1.0, float(o.k), warm),),  # pyright: ignore[reportArgumentType]
-    ),
-    "gated": _Family(
-        "l1",
-        lambda o: Gated(_zeros(o), _zeros(o), _zeros(o)),
-        lambda o, warm: (Gate(o.l1, warm),),  # pyright: ignore[reportArgumentType]
-    ),
-}
 
 
 def run(
@@ -393,38 +277,6 @@ def blame(report: dict[str, Any]) -> str:
     return f"NaN or Inf: {' and '.join(parts)}."
 
 
-def validate(options: Options) -> _Family:
-    """Raise if an option cannot be used, or does not go with the others.
-
-    Args:
-      options: of a run.
-
-    Returns:
-      What the activation is trained with.
-
-    Raises:
-      InputError: what was got, and what to pass.
-
-    Example:
-      >>> validate(Options("topk", latents=32, k=33))
-      Traceback (most recent call last):
-      jaxsae.InputError: got k 33 for 32 latents; pass k from 1 to 32.
-    """
-    o = options
-    arguments.check(Options, o._asdict())
-    family = FAMILIES[o.activation]
-    other = "l1" if family.needs == "k" else "k"
-    if getattr(o, family.needs) is None or getattr(o, other) is not None:
-        raise InputError(f"{o.activation} is made sparse by {family.needs}; pass {family.needs}, and no {other}.")
-    if o.k is not None and o.k > o.latents:
-        raise InputError(f"got k {o.k} for {o.latents} latents; pass k from 1 to {o.latents}.")
-    if o.activation == "groupmax" and o.k is not None and o.latents % o.k:
-        raise InputError(f"got k {o.k} for {o.latents} latents; groupmax needs a k that divides them.")
-    if o.multi_topk and o.activation != "topk":
-        raise InputError(f"got multi-topk for {o.activation}; it is for topk.")
-    return family
-
-
 def _open(data) -> tuple[list[str], list[data_module.Rows]]:
     """Names and rows of all that is to be trained on."""
     if isinstance(data, Mapping):
@@ -478,10 +330,6 @@ def _centre_and_scale(sample: np.ndarray, name: str) -> tuple[jax.Array, float]:
     return unit * centre, float(1 / (unit * np.sqrt(spread)))
 
 
-def _auxk_latents(d: int, m: int) -> int:
-    return min(2 ** max(0, round(np.log2(d / 2))), m)
-
-
 def optimiser(rate: float | jax.Array, steps: int) -> optax.GradientTransformation:
     """That of every run: `train.recipe`, warmed up over the first twentieth and decayed to 0 over the last fifth.
 
@@ -506,167 +354,9 @@ def _schedule(rate: float | jax.Array, steps: int) -> optax.Schedule:
 _optimiser = functools.cache(optimiser)  # training steps that share one object share their compilation
 
 
-@functools.cache
-def _warmup(steps: int) -> optax.Schedule:
-    """Of the weights of penalties, over the first fifth."""
-    return optax.linear_schedule(0.0, 1.0, max(1, steps // 5))
-
-
 def _in_order(source, size: int, count: int) -> Iterator[np.ndarray]:
     """The first rows that were trained on, in batches; NaN fills up the last one."""
     for start in range(0, count, size):
         x = np.array(source[start // size], np.float32)
         x[count - start :] = np.nan
         yield x
-
-
-def evaluate(sae: SAE, rows: data_module.Rows, more: metrics.Activity | None = None) -> dict[str, Any]:
-    """Measure an autoencoder on rows: `nmse`, `explained_variance`, `l0`, `dead`, `nmse_at` and `firing`.
-
-    `nmse_at` is the NMSE with the 1, 2, 4 … largest latents of each row alone, the progressive code. `dead` is the
-    share of the latents that never fire, and `firing` counts those that fire on no row, on 1, on 2 or 3, on 4 to 7 …:
-    both of `dead_rows` rows, these and those of `more`.
-
-    Args:
-      sae: the autoencoder.
-      rows: `[n d]`, may be memory-mapped; rows with NaN or Inf are left out, and counted as `nonfinite`.
-      more: what latents do on other rows, where these are few: a latent may well rest on some thousand.
-
-    Raises:
-      InputError: if the rows are not of the autoencoder's width.
-
-    Example:
-      >>> import jaxsae
-      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.TopK(2))
-      >>> evaluate(sae, np.random.default_rng(0).normal(size=(64, 4)))["l0"]
-      2.0
-    """
-    if rows.shape[1] != sae.d:
-        raise InputError(f"got rows of width {rows.shape[1]} for an SAE of {sae.d}; pass those of its own layer.")
-    if sae.transcoder:
-        raise InputError("got a transcoder, whose target is not its input; measure `jaxsae.reconstruct` against that.")
-    capacity = sae.activation.slots or stream.max_l0(sae, rows)
-    keep = tuple(2**n for n in range(capacity.bit_length()))
-    parts, nonfinite = [], 0
-    for _, x in stream.chunks(sae, rows):
-        parts.append(_measure(sae, x, capacity, keep))
-        nonfinite += int(jnp.sum(~jnp.isfinite(x).all(1)))
-    whole, active, progressive = (functools.reduce(operator.add, part) for part in zip(*parts, strict=True))
-    counted = active if more is None else active + more
-    numbers = {
-        "nmse": whole.nmse,
-        "explained_variance": whole.explained_variance,
-        "l0": active.l0,
-        "dead": counted.dead,
-    }
-    return {name: json_number(value) for name, value in numbers.items()} | {
-        "nmse_at": {str(n): json_number(value) for n, value in zip(keep, progressive.nmse, strict=True)},
-        "firing": counted.octaves,
-        "dead_rows": int(counted.rows),
-        "rows": len(rows),
-        "nonfinite": nonfinite,
-    }
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _measure(sae: SAE, x, capacity: int, keep: tuple[int, ...]):
-    finite = jnp.isfinite(x).all(1, keepdims=True)
-    code = encode(sae, jnp.where(finite, x, jnp.nan), capacity=capacity)
-    code = dataclasses.replace(code, values=jnp.where(finite, code.values, jnp.nan))  # a threshold passes over NaN
-    whole = metrics.reconstruction(x, reconstruct(sae, x, code))
-    return whole, metrics.activity(code), metrics.progressive(sae, x, code, keep)
-
-
-def logs(folder: str | os.PathLike, options: Options, *, wandb: bool = False) -> contextlib.AbstractContextManager[Log]:
-    """Log to TensorBoard event files in a folder and, if asked, to Weights & Biases (or, `WANDB_MODE=offline`, files).
-
-    Args:
-      folder: of the event files.
-      options: of the run, to be told to Weights & Biases.
-      wandb: whether to log there.
-
-    Raises:
-      InputError: if what writes them is not installed; nothing is written before the block begins.
-
-    Example:
-      >>> import tempfile
-      >>> with tempfile.TemporaryDirectory() as folder, logs(folder, Options("relu", 8, l1=0.1)) as log:
-      ...     log(1, {"nmse": 0.5})
-    """
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as error:
-        raise InputError(_NO_TENSORBOARD) from error
-    start = _wandb(folder, options) if wandb else None
-    return _writing(lambda: SummaryWriter(str(local_path(folder))), start)
-
-
-@contextlib.contextmanager
-def _writing(open_writer: Callable[[], Any], start: Callable[[], Any] | None) -> Iterator[Log]:
-    with contextlib.ExitStack() as stack:
-        writer = stack.enter_context(open_writer())
-        active = None if start is None else stack.enter_context(start())
-
-        def log(step: int, numbers: dict[str, float]) -> None:
-            for name, value in numbers.items():
-                writer.add_scalar(name, value, step)
-            if active is not None:
-                active.log(numbers, step=step)
-
-        yield log
-
-
-def curves(folder: str | os.PathLike) -> dict[str, dict[int, float]]:
-    """The numbers that `logs` wrote to the event files of a folder, by name and step; those of a step, as last told.
-
-    A file ends at a record that is cut off, as the last one of a run that was killed.
-
-    Args:
-      folder: of a run, maybe one that is still going on.
-
-    Raises:
-      InputError: if what reads them is not installed.
-
-    Example:
-      >>> import tempfile
-      >>> with tempfile.TemporaryDirectory() as folder:
-      ...     with logs(folder, Options("relu", 8, l1=0.1)) as log:
-      ...         log(10, {"nmse": 0.5})
-      ...     curves(folder)
-      {'nmse': {10: 0.5}}
-    """
-    paths = sorted(local_path(folder).glob("events.out.tfevents.*"))  # in order of time, which is in the name
-    if not paths:
-        return {}
-    try:
-        from google.protobuf.message import DecodeError
-        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
-    except ImportError as error:
-        raise InputError(_NO_TENSORBOARD) from error
-    found: dict[str, dict[int, float]] = {}
-    for path in paths:
-        with contextlib.suppress(DecodeError):
-            for record in _records(path.read_bytes()):
-                event = Event.FromString(record)
-                for value in event.summary.value:
-                    found.setdefault(value.tag, {})[event.step] = value.simple_value
-    return {name: dict(sorted(curve.items())) for name, curve in found.items()}
-
-
-def _records(content: bytes) -> Iterator[bytes]:
-    """Of a TFRecord file, where each is a length, its checksum, the record, and its checksum."""
-    at = 0
-    while at + 12 <= len(content):
-        start = at + 12
-        end = start + int.from_bytes(content[at : at + 8], "little")
-        at = end + 4
-        if at <= len(content):
-            yield content[start:end]
-
-
-def _wandb(folder, options: Options) -> Callable[[], Any]:
-    try:
-        import wandb  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise InputError("got --wandb, but wandb is missing; pip install wandb.") from error
-    return functools.partial(wandb.init, dir=str(folder), project="jaxsae", config=options._asdict())

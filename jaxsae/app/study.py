@@ -25,10 +25,12 @@ from jaxsae._core import arguments
 from jaxsae._core.arguments import Count, Index, Positive, Seed, Weight
 from jaxsae._core.files import InputError, atomic_file, json_number, local_path
 from jaxsae.app import plots, runs
+from jaxsae.app.options import Options, passes, resolved
 from jaxsae.autoencoder import calibration, metrics
 from jaxsae.autoencoder.metrics import DEAD_ROWS
-from jaxsae.autoencoder.sae import SAE, reconstruct, rescale, to_fit
+from jaxsae.autoencoder.sae import SAE, reconstruct, to_fit
 from jaxsae.autoencoder.stream import Block, chunks, refine_blocks
+from jaxsae.autoencoder.surgery import rescale
 from jaxsae.data import shards
 from jaxsae.formats import pretrained
 from jaxsae.language_model import files as model_files
@@ -143,14 +145,14 @@ def run(
     rows, heldout, scale, source = _load(data, plan, seed)
     options = _options(plan, seed)
     trained = {} if saes else {"learning_rate": options.learning_rate, "idle_after": options.idle_after}
-    passes = None if saes else runs.passes(options, len(rows), warn)
+    passed = None if saes else passes(options, len(rows), warn)
     report: dict[str, Any] = {
         "rows": [],
         "complete": False,
         "data": {
             "source": source,
             "rows": len(rows),
-            "passes": passes,
+            "passes": passed,
             "heldout": len(heldout),
             "width": rows.shape[1],
         },
@@ -178,7 +180,7 @@ def run(
         progress(f"{name}  refined", plan.heldout // _REPORT_EVERY)
         _write(report, out)
 
-    def add(options: runs.Options) -> None:
+    def add(options: Options) -> None:
         family, value = options.activation, options.l1 if options.k is None else options.k
         name = f"TopK k={value}" if family == "topk" else f"ReLU λ={value:g}"
         sae, curve = _train(rows, options, lambda text, steps: progress(f"{name}  {text}", steps))
@@ -290,17 +292,17 @@ def _load(path, plan: Plan, seed: int) -> tuple[np.ndarray, np.ndarray, float, s
     return rows * scale, heldout, scale, str(path)
 
 
-def _options(plan: Plan, seed: int) -> runs.Options:
+def _options(plan: Plan, seed: int) -> Options:
     """Of all trainings, but for what makes each sparse."""
-    options = runs.Options("topk", plan.latents, learning_rate=plan.learning_rate, heldout=plan.heldout, seed=seed)
-    return runs.resolved(options._replace(batch=plan.batch, steps=plan.steps))
+    options = Options("topk", plan.latents, learning_rate=plan.learning_rate, heldout=plan.heldout, seed=seed)
+    return resolved(options._replace(batch=plan.batch, steps=plan.steps))
 
 
 def _matching_k(l0: list[float | None], most: int) -> list[int]:
     return sorted({int(np.clip(round(value), 1, most)) for value in l0 if value is not None})
 
 
-def _train(rows, options: runs.Options, progress: Progress) -> tuple[SAE, dict[str, list]]:
+def _train(rows, options: Options, progress: Progress) -> tuple[SAE, dict[str, list]]:
     """An autoencoder, and the curves of its training: that of `jaxsae train`, on rows scaled already."""
     curve: dict[str, list] = {"step": [], "nmse": [], "l0": []}
     objective, tx, fresh = runs.recipe(options, jnp.asarray(rows[:10_000].mean(axis=0)), 1.0)

@@ -17,15 +17,13 @@ from jaxsae.autoencoder.sae import (
     describe,
     encode,
     encode_dense,
-    fold_scale,
     init,
     pre_activations,
     reconstruct,
     refine,
-    rescale,
-    rethreshold,
     to_fit,
 )
+from jaxsae.autoencoder.surgery import fold_scale, rescale, rethreshold
 
 __all__ = [
     "SAE",

@@ -7,79 +7,19 @@ and a million batches add up as ten do. Ratios have no unit, and are NaN where t
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from jaxsae import codes, sharding
 from jaxsae._core import pytrees
 from jaxsae._core.linalg import ratio, widen
 from jaxsae.autoencoder.sae import SAE, Fit, reconstruct, to_fit
+from jaxsae.autoencoder.sums import _added, _exact, _rest, _Sums, _two_sum, _unit
 from jaxsae.codes import SparseCode
-
-_Metric = TypeVar("_Metric")
-
-
-class _Sums:
-    """What all metrics have in common: `+`, compiled once for each kind and shape."""
-
-    def __add__(self: _Metric, other: _Metric) -> _Metric:
-        return _merge(self, other)
-
-    def _plus(self, other: Any) -> Any:
-        """Both together, in a trace; part by part, unless it is said otherwise."""
-        names = [field.name for field in dataclasses.fields(self)]  # pyright: ignore[reportArgumentType]
-        return type(self)(**{name: _plus(getattr(self, name), getattr(other, name)) for name in names})
-
-
-@jax.jit
-def _merge(a, b):
-    return a._plus(b)
-
-
-def _plus(a, b):
-    return tuple(map(_plus, a, b)) if isinstance(a, tuple) else a._plus(b)
-
-
-def _rest() -> Any:
-    """The field for what rounding left out of the others, by their names."""
-    return struct.field(default_factory=dict)
-
-
-def _added(a: Any, b: Any, names: Sequence[str], scales: tuple[Any, Any] = (1.0, 1.0)) -> dict[str, Any]:
-    """The fields of `scales[0] · a + scales[1] · b` that have these names, and the `rest` of them."""
-    (x, y), found, rest = scales, {}, {}
-    for name in names:
-        left = x * a.rest.get(name, 0.0) + y * b.rest.get(name, 0.0)
-        found[name], rest[name] = _two_sum(x * getattr(a, name), y * getattr(b, name), left)
-    return found | {"rest": rest}
-
-
-def _two_sum(a, b, rest):
-    """`a + b + rest`, rounded, and what that leaves out (Knuth)."""
-    total = a + b
-    part = total - a
-    rest = rest + ((a - (total - part)) + (b - part))
-    rounded = total + jnp.where(jnp.isfinite(total), rest, 0)
-    return rounded, jnp.where(jnp.isfinite(rounded), rest - (rounded - total), 0)
-
-
-def _exact(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a single batch, out of which nothing is left."""
-    return fields | {"rest": jax.tree.map(jnp.zeros_like, fields)}
-
-
-def _unit(*arrays: Array) -> Float[Array, ""]:
-    """A power of two in which the squares of numbers, and sums of them, are numbers: 1, but for very large or small."""
-    most = jnp.stack([jnp.max(jnp.abs(x), initial=0) for x in arrays]).max()
-    step = -3 * int(jnp.finfo(most.dtype).minexp) // 8  # 47 in float32
-    power = jnp.clip(jnp.round(jnp.frexp(most)[1] / step), -2, 2)
-    power = jnp.where(most > 0, power, -2).astype(jnp.int32)
-    return jax.lax.stop_gradient(jnp.ldexp(jnp.ones((), most.dtype), step * power))
 
 
 @pytrees.dataclass

@@ -123,7 +123,7 @@ class ConstantNorm(Normalisation):
 class AverageNorm(Normalisation):
     """Rows are to come scaled such that their mean norm is `√d`; nothing is done to them here.
 
-    Which scale that is, only the data can tell: `sae.fold_scale(sae, √d / mean ‖x‖)` then takes rows as they are.
+    Which scale that is, only the data can tell: `surgery.fold_scale(sae, √d / mean ‖x‖)` then takes rows as they are.
 
     Example:
       >>> import jax.numpy as jnp

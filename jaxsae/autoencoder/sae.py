@@ -5,17 +5,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from jax.core import Tracer
-from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxsae import codes, sharding
 from jaxsae._core import pytrees
-from jaxsae.autoencoder import activations
-from jaxsae.autoencoder.activations import Activation, BatchTopK, GroupMax, JumpReLU, ReLU, TopK
+from jaxsae.autoencoder.activations import Activation, base
 from jaxsae.autoencoder.normalisation import Normalisation
+from jaxsae.autoencoder.selected import _selected
 from jaxsae.codes import SparseCode
 from jaxsae.least_squares.refit import RefitInfo, refit
 
@@ -68,7 +66,7 @@ class SAE:
     def __post_init__(self):
         # JAX rebuilds pytrees around things that are no activations (axes, specs, None): leave those alone.
         if callable(self.activation):
-            activations.validate(self.activation, "SAE")
+            base.validate(self.activation, "SAE")
 
     @property
     def d(self) -> int:
@@ -163,7 +161,7 @@ def init(
     Source: Gao et al. (2024), Section 2 and Appendix A; Dunefsky, Chlenski & Nanda (2024), "Transcoders find
     interpretable LLM feature circuits"; Paulo, Shabalin & Belrose (2025), "Transcoders beat sparse autoencoders".
     """
-    activations.validate(activation, "init")
+    base.validate(activation, "init")
     if d < 1 or m < 1:
         raise ValueError(f"`init` got d = {d} and m = {m}; pass sizes of at least 1.")
     if activation.slots is not None and activation.slots > m:
@@ -262,31 +260,6 @@ def encode(sae: SAE, x: Float[Array, "*b d"], *, capacity: int | None = None) ->
     arguments = code.values, code.indices, x, sae.W_enc, sae.b_enc, b_dec
     values = _selected(*sharding.vary_alike(arguments))
     return dataclasses.replace(code, values=values)
-
-
-@jax.custom_jvp
-def _selected(values, indices, x, W_enc, b_enc, b_dec):
-    """The values `(x − b_dec) W_enc[:, indices] + b_enc[indices]`, known already, with their derivative."""
-    return values
-
-
-def _selected_tangent(primals, tangents):
-    values, indices, x, W_enc, b_enc, b_dec = primals
-    _, _, x_dot, W_dot, b_dot, b_dec_dot = tangents
-    m, still = b_enc.size, lambda dot: isinstance(dot, SymbolicZero)
-    total = jnp.zeros_like(values, jnp.promote_types(values.dtype, jnp.float32))
-    if not still(W_dot):
-        total += codes.form("values", W_dot.T, x - b_dec, indices, m=m)
-    if not still(x_dot):
-        total += codes.form("values", W_enc.T, x_dot, indices, m=m)
-    if not still(b_dot):
-        total += sharding.automatic(codes.take, indices)(b_dot, indices)
-    if not still(b_dec_dot):  # the same for all rows: each latent's once, not each slot's
-        total -= sharding.automatic(codes.take, indices)(b_dec_dot @ W_enc, indices)
-    return values, total.astype(values.dtype)
-
-
-_selected.defjvp(_selected_tangent, symbolic_zeros=True)
 
 
 def encode_dense(sae: SAE, x: Float[Array, "*b d"]) -> Float[Array, "*b m"]:
@@ -487,129 +460,6 @@ def refine(
     if code is None:
         code = encode(sae, x, capacity=capacity)
     return refit(sae.W_dec, y, code, solver, nonnegative=not sae.activation.signed)
-
-
-def rescale(sae: SAE, scale: float | Float[Array, ""]) -> SAE:
-    """The SAE that does to `x` what `sae` does to `scale · x`, in the units of `x`.
-
-        reconstruct(rescale(sae, scale), x) = reconstruct(sae, scale · x) / scale
-
-    The supports are the same, and values are in the units of `x` too, `z / scale`, but where each row is normalised.
-    Weights stay as they are, so atoms of unit norm keep it; only biases and thresholds change units.
-
-    Args:
-      sae: an autoencoder of scaled activations.
-      scale: positive factor from raw to scaled activations.
-
-    Raises:
-      ValueError: if the scale is not positive and finite; if it is a transcoder, whose target may have units of its
-        own; or if its activation or normalisation is one that does not say how it changes units.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, jaxsae
-      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.ReLU(), b_dec=jnp.ones(4))
-      >>> jaxsae.autoencoder.rescale(sae, 0.5).b_dec
-      Array([2., 2., 2., 2.], dtype=float32)
-    """
-    _validate_scale(scale, "rescale")
-    if sae.transcoder or sae.W_skip is not None:
-        raise ValueError(
-            "`rescale` got a transcoder, whose target may have units of its own; scale what it reads, "
-            "sae.replace(W_enc=scale * sae.W_enc), and W_skip likewise if it has one."
-        )
-    if sae.normalisation is not None and sae.normalisation.per_row:  # inside, the units are the row's own
-        return dataclasses.replace(sae, normalisation=sae.normalisation.rescale(scale))
-    activation = sae.activation.rescale(scale)
-    return dataclasses.replace(sae, b_enc=sae.b_enc / scale, b_dec=sae.b_dec / scale, activation=activation)
-
-
-def _validate_scale(scale, name: str) -> None:
-    if isinstance(scale, Tracer):
-        return
-    if jnp.iscomplexobj(scale) or not np.all((np.asarray(scale) > 0) & np.isfinite(scale)):
-        raise ValueError(f"`{name}` got a scale of {scale}, expected a positive number; pass √d / mean ‖x‖, say.")
-
-
-def fold_scale(sae: SAE, scale: float | Float[Array, ""]) -> SAE:
-    """The SAE that takes `x` as it is, of one that wants `scale · x`; codes keep their values.
-
-        W_enc ← scale · W_enc,   W_dec ← W_dec / scale,   b_dec ← b_dec / scale
-
-    Unlike `rescale`, which keeps the weights and changes the units of the codes. What comes out is in the units of `x`:
-    the target of a transcoder is taken to have come scaled too.
-
-    Args:
-      sae: an autoencoder of scaled activations, as one with `AverageNorm`, which is then done with.
-      scale: positive factor from raw to scaled activations, such as `√d / mean ‖x‖`.
-
-    Raises:
-      ValueError: if the scale is not positive and finite, if it has no encoder, or if it normalises each row.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, jaxsae
-      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.ReLU(), b_dec=jnp.ones(4))
-      >>> jaxsae.autoencoder.fold_scale(sae, 0.5).b_dec
-      Array([2., 2., 2., 2.], dtype=float32)
-
-    Source: SAELens, `fold_activation_norm_scaling_factor`.
-    """
-    if sae.activation.pursues:
-        raise ValueError("`fold_scale` got a pursuit, which has no encoder to fold into; scale its rows instead.")
-    _validate_scale(scale, "fold_scale")
-    if sae.normalisation is not None and sae.normalisation.per_row:
-        raise ValueError(
-            f"`fold_scale` got an SAE that normalises each row ({type(sae.normalisation).__name__}), which takes rows "
-            "of any scale; leave it as it is, or call rescale."
-        )
-    weights = {"W_enc": sae.W_enc * scale, "W_dec": sae.W_dec / scale, "b_dec": sae.b_dec / scale}
-    return dataclasses.replace(sae, **weights, normalisation=None)
-
-
-def rethreshold(sae: SAE, x: Float[Array, "n d"], l0: float) -> SAE:
-    """The SAE with one threshold for all latents in place of its activation, such that its mean L0 on `x` is `l0`.
-
-    A trained TopK then spends its latents where they are needed, and each row and latent can be computed alone. Rows
-    with NaN or Inf are left out.
-
-    Args:
-      sae: the autoencoder.
-      x: a sample of activations `[n d]`.
-      l0: mean number of active latents a row to aim at, at most `m`.
-
-    Returns:
-      The SAE with a `JumpReLU`.
-
-    Raises:
-      ValueError: if `l0` is not between 0 and `m`, or if the values of its activation are not the pre-activations that
-        are large enough, so that another activation cannot stand in its place.
-
-    Example:
-      >>> import jax, jaxsae
-      >>> sae = jaxsae.init(jax.random.key(0), d=16, m=64, activation=jaxsae.TopK(4))
-      >>> x = jax.random.normal(jax.random.key(1), (256, 16))
-      >>> float(jaxsae.encode(rethreshold(sae, x, 6.5), x, capacity=64).l0.mean())
-      6.5
-
-    Source: Gao et al. (2024), Section 5.2.
-    """
-    if not 0 < l0 <= sae.m:
-        raise ValueError(f"`rethreshold` got l0 = {l0} for {sae.m} latents; pass more than 0, and at most that.")
-    if type(sae.activation) not in _POSITIVE_PARTS:
-        raise ValueError(
-            f"`rethreshold` got {type(sae.activation).__name__}, whose values are not the largest pre-activations; "
-            f"pass an SAE with one of {', '.join(kind.__name__ for kind in _POSITIVE_PARTS)}."
-        )
-    pre = pre_activations(sae, x)
-    finite = jnp.isfinite(pre).all(-1, keepdims=True)
-    largest = jnp.sort(jnp.where(finite, jax.nn.relu(pre), 0).ravel())[::-1]
-    count = jnp.round(l0 * jnp.sum(finite)).astype(jnp.int32)
-    threshold = jnp.full(
-        sae.m, largest.at[count].get(mode="clip"), jnp.float32
-    )  # of which as many are greater, but for ties
-    return dataclasses.replace(sae, activation=JumpReLU(threshold))
-
-
-_POSITIVE_PARTS = ReLU, TopK, BatchTopK, JumpReLU, GroupMax
 
 
 def _floating(x, name: str, what: str) -> Array:

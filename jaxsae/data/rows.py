@@ -1,4 +1,4 @@
-"""Rows to train and measure on: activations on disk, or patches of two photographs."""
+"""Activations on disk, opened as rows `[n d]` whatever their format, and refused where they are damaged."""
 
 import hashlib
 import io

@@ -7,7 +7,8 @@ import numpy as np
 
 from jaxsae._core.files import InputError, atomic_directory
 from jaxsae.autoencoder.activations import Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK
-from jaxsae.autoencoder.sae import SAE, rescale
+from jaxsae.autoencoder.sae import SAE
+from jaxsae.autoencoder.surgery import rescale
 from jaxsae.formats import torch_pickle
 from jaxsae.formats.common import (
     Raw,

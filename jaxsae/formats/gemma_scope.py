@@ -8,7 +8,8 @@ import numpy as np
 
 from jaxsae._core.files import InputError, atomic_directory
 from jaxsae.autoencoder.activations import Activation, BatchTopK, JumpReLU, ReLU
-from jaxsae.autoencoder.sae import SAE, fold_scale
+from jaxsae.autoencoder.sae import SAE
+from jaxsae.autoencoder.surgery import fold_scale
 from jaxsae.formats.common import (
     Raw,
     Tensors,

@@ -2,10 +2,11 @@
 
     minimise ‖Y − Z D‖²   over D [m d] with rows of norm 1, and Z [n m] with at most k entries a row
 
-`learning` has the loop, `rank_one` an atom's update, `images` denoising and inpainting.
+`learning` has the loop, `rank_one` an atom's update, `images` denoising and inpainting,
+`image_files` pictures on disk.
 """
 
-from jaxsae.ksvd import images
+from jaxsae.ksvd import image_files, images
 from jaxsae.ksvd.learning import History, approximate, exact, fit, mod, refine, replace
 
-__all__ = ["History", "approximate", "exact", "fit", "images", "mod", "refine", "replace"]
+__all__ = ["History", "approximate", "exact", "fit", "image_files", "images", "mod", "refine", "replace"]

@@ -1,6 +1,4 @@
-"""Dictionary learning by k-SVD: code with the dictionary fixed, update the atoms one after another, and repeat.
-
-    minimise ‖Y − Z D‖²   over D [m d] with rows of norm 1, and Z [n m] with at most k entries a row
+"""The loop of k-SVD, and the updates of its atoms.
 
 Coding is `pursuit.omp`; an update keeps the supports. Without atom j, the rows that use it are left with
 `E = R + v dᵀ`, and the best rank-one fit `E ≈ v dᵀ` gives both the atom and its values, at the cost of those rows

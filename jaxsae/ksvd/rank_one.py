@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxsae import codes
+from jaxsae._core import sparse
 from jaxsae._core.linalg import divide, matmul, max_or_nan
 from jaxsae.codes import SparseCode
 from jaxsae.least_squares import problems
@@ -91,7 +92,7 @@ def sweep(fit_atom: Callable, signs: Signs, D, y, code: SparseCode):
     given = learnable(D, y, code)
     learnt = given.code
     size = _block_size(n * k / m)
-    order = codes.by_latent(learnt.indices, m)
+    order = sparse.by_latent(learnt.indices, m)
     bounds = jnp.searchsorted(learnt.indices.ravel()[order], jnp.arange(m + 1))
     order = jnp.pad(order, (0, size))
 

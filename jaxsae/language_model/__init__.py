@@ -4,7 +4,8 @@
 """
 
 from jaxsae.language_model import harvest
-from jaxsae.language_model.files import cached, fetch, read_tokenizer
+from jaxsae.language_model.download import cached, fetch
+from jaxsae.language_model.files import read_tokenizer
 from jaxsae.language_model.models import (
     LanguageModel,
     NextToken,

@@ -28,6 +28,7 @@ from jaxsae._core import arguments
 from jaxsae._core.arguments import Count, Index
 from jaxsae._core.files import InputError, local_path
 from jaxsae.data import shards
+from jaxsae.language_model import config
 from jaxsae.language_model import files as model_files
 from jaxsae.language_model.models import LanguageModel, residual
 
@@ -442,7 +443,7 @@ def require_fit(model: LanguageModel, contexts: np.ndarray, layer: int) -> None:
         )
 
 
-def _require_site(c: model_files.Config, layer: int, context: int) -> None:
+def _require_site(c: config.Config, layer: int, context: int) -> None:
     if not 0 <= layer < c.layers:
         raise InputError(f"got layer {layer}, the model has {c.layers}; pass one from 0 to {c.layers - 1}.")
     if context < 2:

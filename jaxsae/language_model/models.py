@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 from jaxsae._core import linalg, pytrees
 from jaxsae._core.files import InputError
 from jaxsae.language_model import files
-from jaxsae.language_model.files import Config
+from jaxsae.language_model.config import Config
 
 __all__ = [
     "LanguageModel",

@@ -1,10 +1,7 @@
-"""The lasso: a code chosen by an L1 penalty, its path, and what takes its shrinkage out again.
-
-    minimise ½‖y − Σᵢ zᵢ D[i]‖² + λ‖z‖₁   over z free, or z ≥ 0
+"""The lasso at one penalty and along its path; what relaxes it; cross-validation.
 
 The penalty chooses the support, and shrinks the values on it: with `S` the support and `s` the signs, the refit is
-`z_S + λ (D_S D_Sᵀ)⁻¹ s`. `relaxed` and `blend` choose how much of that shrinkage to take back. `homotopy.py` says how
-the path is followed.
+`z_S + λ (D_S D_Sᵀ)⁻¹ s`. `relaxed` and `blend` choose how much of that shrinkage to take back.
 """
 
 import dataclasses

@@ -13,8 +13,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from jaxsae import codes
-from jaxsae._core import chunking
+from jaxsae._core import chunking, sparse
 from jaxsae._core.linalg import EXACT, divide, matmul, max_or_nan, residual
 from jaxsae.codes import SparseCode
 from jaxsae.least_squares import solvers
@@ -61,7 +60,7 @@ def take(dictionary: Any, indices: Array, num_latents: int, dtype) -> Array:
 
 def used(indices: Array, num_latents: int) -> Array:
     """The support as a mask."""
-    return codes.used(indices, num_latents)
+    return sparse.used(indices, num_latents)
 
 
 class Problem(NamedTuple):

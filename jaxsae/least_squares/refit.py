@@ -31,7 +31,8 @@ from jaxsae import sharding
 from jaxsae._core import chunking, pytrees
 from jaxsae._core.linalg import EXACT, divide, max_or_nan, solve_on
 from jaxsae.codes import SparseCode
-from jaxsae.least_squares import implicit, kernels, problems, solvers
+from jaxsae.least_squares import implicit, problems, solvers
+from jaxsae.least_squares.kernels import ops
 
 
 class Status(enum.IntEnum):
@@ -101,8 +102,8 @@ def refit(
       solver: any pytree of `solvers.py`, with the fallback that it names; `solvers.default(k, d)` if None.
       nonnegative: constrain `z ≥ 0`.
       ridge: weight of `½‖z‖²`, in the units of the atoms' squared norm.
-      scratch: most bytes that the rows in work may need, beside arguments and results; `chunking.SCRATCH` by default, or
-        what one row needs.
+      scratch: most bytes that the rows in work may need, beside arguments and results; by default `chunking.SCRATCH`,
+        or what one row needs.
 
     Returns:
       The code with its values refitted, in the dtype they had, and `RefitInfo`.
@@ -142,7 +143,7 @@ def refit(
     scratch = max(chunking.SCRATCH, needed) if scratch is None else scratch
     if scratch < needed:
         raise ValueError(f"`refit` got scratch of {scratch} bytes, but one row needs {needed}; pass at least that.")
-    kernel = solver is None and kernels.applies(dictionary, code.indices, y, code.values)
+    kernel = solver is None and ops.applies(dictionary, code.indices, y, code.values)
     if solver is None:
         solver = solvers.default(code.indices.shape[-1], y.shape[-1], kernel=kernel)
     solver = solvers.resolve(solver)
@@ -307,7 +308,7 @@ def _solve_rows(static: _Static, shared, y, indices, values) -> _Outcome:
     y = y.astype(ridge.dtype)
     problem = None
     if kernel:
-        solved = kernels.solve(dictionary, indices, y, values, ridge, solver.tol, solver.max_steps, nonnegative)
+        solved = ops.solve(dictionary, indices, y, values, ridge, solver.tol, solver.max_steps, nonnegative)
     else:
         problem = chunking.map_chunks(
             functools.partial(problems.problems, dictionary, num_latents=num_latents, ridge=ridge),

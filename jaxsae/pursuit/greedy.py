@@ -1,10 +1,4 @@
-"""Pursuits: they choose the atoms that represent a row when no encoder does.
-
-Each function chooses at most `k` atoms a row, greedily or by thresholding, and ends in the shared `refit`:
-
-    y ──▶ correlations D r ──▶ support ──refit──▶ SparseCode
-              ▲                   │
-              └──── residual ◀────┘
+"""Greedy pursuits: one atom after another, each chosen by what the others leave unexplained.
 
 Atoms may have any norm: choices are made between atoms scaled to norm 1, and zero atoms (or such as are not finite) are
 never chosen. Choices have no derivative; the values have that of the refit on the support chosen. A row ends when its

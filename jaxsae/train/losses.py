@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxsae._core.linalg import norms, ratio, widen
 from jaxsae.autoencoder import metrics
-from jaxsae.autoencoder.activations import dropped
+from jaxsae.autoencoder.activations.top_k import dropped
 from jaxsae.autoencoder.sae import SAE, decode
 from jaxsae.codes import SparseCode
 

@@ -1,10 +1,4 @@
-"""Training: an objective, an optax transformation and a stream of batches make an SAE.
-
-    tx = train.recipe(train.learning_rate(sae.m, steps))
-    state = train.init_state(sae, tx)
-    step = train.make_step(objective, tx)
-    for x in batches:
-        state, metrics = step(state, x)
+"""The state of a training, the step that changes it, and the loops: for one autoencoder, or a sweep of many.
 
 An objective is any callable pytree `objective(sae, batch, state) -> (value, (fired, metrics))`, such as those of
 `objectives.py`: `fired [m]` says which latents were active, `metrics` is a dictionary of scalars. A batch whose loss is

@@ -17,187 +17,25 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxsae._core.linalg import EXACT, divide
+from jaxsae._core.linalg import divide
 from jaxsae.least_squares.kernels import fista
+from jaxsae.least_squares.kernels.mosaic import (
+    _SMEM,
+    _VMEM,
+    LANES,
+    _buffer,
+    _check,
+    _each,
+    _Fetch,
+    _Group,
+    _params,
+    _pipeline,
+    _up,
+    _viewed,
+)
 from jaxsae.least_squares.kernels.shapes import like
 
-LANES = 128
-_VMEM = 54 << 20  # bytes that a kernel may plan with; v5e, v5p and v6e have at least 64 MiB a core
-_SMEM = 1 << 19
 _RING = 4  # sums of `scatter_sorted`: one being made, the others being written
-
-
-def _up(n: int, to: int) -> int:
-    return math.ceil(n / to) * to
-
-
-class _Fetch:
-    """Rows of an array `[n d]` in HBM, into buffers of two slots in VMEM."""
-
-    def __init__(self, source, buffers, semaphores):
-        self.packed = source.dtype in (jnp.bfloat16, jnp.int32)
-        self.source = source.bitcast(jnp.int32) if source.dtype == jnp.bfloat16 else source
-        self.count = self.source.shape[0] * (2 if self.packed else 1)
-        self.buffers, self.semaphores = buffers, semaphores
-
-    def copy(self, row, at, slot):
-        """The copy of one row to one place of a slot, to be started or waited for."""
-        source = self.source.at[pl.ds(row // 2 if self.packed else row, 1)]
-        return pltpu.make_async_copy(source, self.buffers.at[slot, pl.ds(at, 1)], self.semaphores.at[slot])
-
-    def read(self, row, at, slot):
-        """One row in float32 `[1 d]`, once it is there."""
-        raw = self.buffers[slot, pl.ds(at, 1), :]
-        if not self.packed:
-            return raw
-        bits = jnp.where(row % 2 == 1, raw, raw << 16) & -65536
-        return jax.lax.bitcast_convert_type(bits, jnp.float32)
-
-
-def _viewed(x, interpret: Any):
-    """An array as the kernel gets it: the interpreter cannot look at a reference as of another dtype."""
-    if not interpret or x.dtype != jnp.bfloat16:
-        return x
-    pairs = jnp.swapaxes(x.reshape(-1, 2, x.shape[1]), 1, 2)
-    return jax.lax.bitcast_convert_type(pairs, jnp.int32)
-
-
-def _buffer(dtype) -> Any:
-    return jnp.int32 if dtype == jnp.bfloat16 else dtype
-
-
-def _each(count, f) -> None:
-    """Run `f(i)` for `i < count`."""
-
-    def body(i, carry):
-        f(i)
-        return carry
-
-    jax.lax.fori_loop(0, count, body, 0)
-
-
-def _pipeline(groups: int, each, work) -> None:
-    """Start the copies of the next group, wait for this one's, and work on it, for each group in turn.
-
-    Args:
-      groups: how many.
-      each: `each(group, slot, act)` calls `act(copy)` for every copy of a group.
-      work: `work(group, slot)`.
-    """
-    each(0, 0, lambda copy: copy.start())
-
-    def body(group):
-        slot = group % 2
-
-        @pl.when(group + 1 < groups)
-        def _():
-            each(group + 1, 1 - slot, lambda copy: copy.start())
-
-        each(group, slot, lambda copy: copy.wait())
-        work(group, slot)
-
-    _each(groups, body)
-
-
-def _params(vmem: int):
-    return pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=max(16 << 20, vmem + (8 << 20)))
-
-
-def _check(D, vmem: int, smem: int, *, y: Any = None) -> None:
-    """Raise if a kernel does not apply."""
-    for x in (D,) if y is None else (D, y):
-        if x.dtype not in (jnp.float32, jnp.bfloat16):
-            raise NotImplementedError(f"the TPU kernels take float32 and bfloat16, not {x.dtype}")
-    if D.dtype == jnp.bfloat16 and D.shape[0] % 2:
-        raise NotImplementedError(f"the TPU kernels read bfloat16 atoms in pairs, and {D.shape[0]} is odd")
-    if vmem > _VMEM or smem > _SMEM:
-        raise NotImplementedError(f"the kernel would need {vmem} bytes of VMEM and {smem} of SMEM")
-
-
-class _Group:
-    """Samples whose atoms lie one below the other in a buffer, so that one product fills the MXU.
-
-    `P` samples of `kp` rows each; then `P` targets, in `8` rows.
-    """
-
-    def __init__(self, k: int, most: int = 8):
-        self.k, self.kp = k, _up(k, 8)
-        self.P = max(1, min(most, LANES // self.kp))
-        self.R = self.P * self.kp
-
-    def vmem(self, d: int) -> int:
-        """Bytes of `scratch`, and of the values that a product keeps beside it."""
-        return (4 * self.R + 40) * _up(d, LANES) * 4 + 4 * (self.R + 8) * _up(self.R, LANES) * 4
-
-    def scratch(self, D, y):
-        """Two slots of atoms and of targets, a buffer in float32, and their semaphores."""
-        d = D.shape[1]
-        return [
-            pltpu.VMEM((2, self.R, d), _buffer(D.dtype)),
-            pltpu.VMEM((2, 8, d), _buffer(y.dtype)),
-            pltpu.VMEM((self.R + 8, d), jnp.float32),
-            pltpu.SemaphoreType.DMA((2,)),
-            pltpu.SemaphoreType.DMA((2,)),
-        ]
-
-    def products(self, D_ref, y_ref, buffers, sample, first_row, index, groups, emit, scale=None) -> None:
-        """`emit(group, AAᵀ [R + 8, R])` for each group; rows `R + p` are the targets' products with all atoms.
-
-        Args:
-          D_ref: the dictionary, in HBM.
-          y_ref: targets, in HBM.
-          buffers: as of `scratch`.
-          sample: `(group, p) -> ` the number of a sample in the block.
-          first_row: the block's first row of `y`.
-          index: `(sample, i) -> ` the index of its slot `i`.
-          groups: how many.
-          emit: what to do with the products.
-          scale: `sample -> ` what to multiply its target by.
-        """
-        atoms_buffer, y_buffer, work, atoms_sem, y_sem = buffers
-        atoms, targets = _Fetch(D_ref, atoms_buffer, atoms_sem), _Fetch(y_ref, y_buffer, y_sem)
-
-        def each(group, slot, act):
-            for p in range(self.P):
-                at = sample(group, p)
-
-                def one(i, p=p, at=at):
-                    row = index(at, i)
-
-                    @pl.when((row >= 0) & (row < atoms.count))
-                    def _():
-                        act(atoms.copy(row, p * self.kp + i, slot))
-
-                _each(self.k, one)
-
-                @pl.when(first_row + at < targets.count)
-                def _(p=p, at=at):
-                    act(targets.copy(first_row + at, p, slot))
-
-        def multiply(group, slot):
-            for p in range(self.P):
-                at = sample(group, p)
-                if atoms.packed:
-
-                    def one(i, p=p, at=at):
-                        place = p * self.kp + i
-                        work[pl.ds(place, 1), :] = atoms.read(index(at, i), place, slot)
-
-                    _each(self.k, one)
-                target = targets.read(first_row + at, p, slot)
-                work[pl.ds(self.R + p, 1), :] = target if scale is None else target * scale(at)
-            if not atoms.packed:
-                work[pl.ds(0, self.R), :] = atoms_buffer[slot]
-            both = work[...]
-            contract = (((1,), (1,)), ((), ()))
-            emit(
-                group,
-                jax.lax.dot_general(
-                    both, work[pl.ds(0, self.R), :], contract, precision=EXACT, preferred_element_type=jnp.float32
-                ),
-            )
-
-        _pipeline(groups, each, multiply)
 
 
 def gather_gram(D, indices, y, *, samples: int = 32, interpret: Any = False):

@@ -29,12 +29,12 @@ def denoise(
         seed: of the patches that are learnt from.
         json: print what was written as one JSON object.
     """
-    from jaxsae.ksvd import images
+    from jaxsae.ksvd import image_files, images
 
     _require_two(out, dictionary)
-    images.check_suffix(out, dictionary)
-    noisy, profile = images.read(image), images.profile(image)
-    images.check_suffix(out, shape=noisy.shape, profile=profile)
+    image_files.check_suffix(out, dictionary)
+    noisy, profile = image_files.read(image), image_files.profile(image)
+    image_files.check_suffix(out, shape=noisy.shape, profile=profile)
     with console.progress(noisy.size // noisy.shape[1]) as advance:
         quiet, atoms = images.denoise(noisy, sigma, seed=seed, progress=advance)
     return _write_picture(out, quiet, profile, dictionary, atoms, json)
@@ -62,12 +62,12 @@ def inpaint(
         seed: of the patches that are learnt from.
         json: print what was written as one JSON object.
     """
-    from jaxsae.ksvd import images
+    from jaxsae.ksvd import image_files, images
 
     _require_two(out, dictionary)
-    images.check_suffix(out, dictionary)
-    holes, mask, profile = images.read(image), images.read(missing), images.profile(image)
-    images.check_suffix(out, shape=holes.shape, profile=profile)
+    image_files.check_suffix(out, dictionary)
+    holes, mask, profile = image_files.read(image), image_files.read(missing), image_files.profile(image)
+    image_files.check_suffix(out, shape=holes.shape, profile=profile)
     filled, atoms = images.inpaint(holes, (mask if mask.ndim == 2 else mask.mean(2)) > 127.5, seed=seed)
     return _write_picture(out, filled, profile, dictionary, atoms, json)
 
@@ -78,11 +78,11 @@ def _require_two(out: Path, dictionary: Path | None) -> None:
 
 
 def _write_picture(out: Path, picture, profile: bytes | None, dictionary: Path | None, atoms, json: bool) -> int:
-    from jaxsae.ksvd import images
+    from jaxsae.ksvd import image_files, images
 
-    images.write(out, picture.round(), profile=profile)  # whole levels: those of a dark picture are not in [0, 1]
+    image_files.write(out, picture.round(), profile=profile)  # whole levels: those of a dark picture are not in [0, 1]
     if dictionary is not None:
-        images.write(dictionary, images.mosaic(atoms))
+        image_files.write(dictionary, images.mosaic(atoms))
     text = f"Written: {out}{'' if dictionary is None else f', {dictionary}'}"
     console.tell({"out": out, "dictionary": dictionary}, text, as_json=json)
     return 0

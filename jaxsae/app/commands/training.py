@@ -1,0 +1,189 @@
+"""The command that trains."""
+
+import logging
+import os
+import signal
+from typing import Annotated
+
+from jaxsae._core import arguments
+from jaxsae._core.arguments import (
+    ACTIVATION,
+    Count,
+    Index,
+    InputFiles,
+    InputPath,
+    OutputDirectory,
+    Positive,
+    Proportion,
+    Seed,
+    Weight,
+)
+from jaxsae._core.files import InputError
+from jaxsae.app import console
+from jaxsae.app.commands.texts import live
+from jaxsae.app.commands.types import Context, Model, Ways
+
+
+def train(
+    *,
+    activation: Annotated[str, ACTIVATION],
+    latents: Count,
+    out: OutputDirectory,
+    data: tuple[InputPath, ...] = (),
+    model: Model | None = None,
+    layer: Index | None = None,
+    text: InputFiles = (),
+    tokens: Count | None = None,
+    context: Context = 256,
+    window: Count | None = None,
+    k: Count | None = None,
+    l1: Weight | None = None,
+    batch: Count = 1024,
+    steps: Count = 2000,
+    learning_rate: Positive | None = None,
+    no_auxk: bool = False,
+    multi_topk: bool = False,
+    idle_after: Count | None = None,
+    heldout: Count = 2048,
+    seed: Seed = 0,
+    weights: tuple[Proportion, ...] = (),
+    save_every: Weight = 60.0,
+    resume: bool = False,
+    mesh: tuple[Ways, Ways] | None = None,
+    distributed: bool = False,
+    coordinator: Annotated[str, arguments.Text(r"\S+:\d{1,5}", "HOST:PORT")] | None = None,
+    processes: Count | None = None,
+    process: Index | None = None,
+    wandb: bool = False,
+    json: bool = False,
+) -> int:
+    """Train an autoencoder on activations, and measure it.
+
+    By the recipe of Gao et al. (2024). Writes sae/, report.json, checkpoints/ and TensorBoard event files. Rows are
+    centred and scaled to unit mean square for training; the saved autoencoder takes them as they are. Ended by
+    anything, the same command goes on, to the bit; SIGTERM saves first, and exits with 0.
+
+    With --model instead of --data, activations are harvested while it trains, and never written.
+
+    Example: jaxsae train --data x.npy --activation topk --k 32 --latents 4096 --out run
+
+    Args:
+        activation: relu, topk, abstopk, groupmax, batchtopk, jumprelu or gated.
+        latents: how many.
+        out: directory for the results.
+        data: files or directories of activations (rows, width).
+        model: instead of them, a language model: smollm2, a GGUF file or a Hugging Face directory.
+        layer: block of it after which the residual is taken, from 0.
+        text: UTF-8 files it reads; by default Python's standard library, four million tokens.
+        tokens: read so many, rounded up to whole contexts; all by default.
+        context: tokens it sees at a time.
+        window: rows that are shuffled among themselves, one window after another; by default all --data, or 65536 of
+            a --model.
+        k: active latents a row: of each, or on average over the rows held out (batchtopk, jumprelu).
+        l1: weight of the L1 penalty (relu, gated).
+        batch: rows a step.
+        steps: how many; more than ten passes over the data are warned of. With more of them than it has, a run is made
+            longer: from there on the learning rate, and all else that depends on their number, is that of the longer
+            run.
+        learning_rate: by default from --latents and --steps, see jaxsae.train.learning_rate.
+        no_auxk: leave idle latents idle.
+        multi_topk: also reconstruct with 4k latents (topk).
+        idle_after: rows without firing after which a latent learns by AuxK; by default a fiftieth of the run's.
+        heldout: last rows of the data, to measure on.
+        seed: of initialisation and shuffles.
+        weights: in which proportions to mix several --data, whatever their lengths; by default in those.
+        save_every: seconds from one save to the next.
+        resume: go on with the run in --out, and fail if there is none.
+        mesh: how many ways to split the rows of a batch, and the latents; one device takes all by default.
+        distributed: this is one of several processes; on Cloud TPU, and under SLURM or Open MPI, they find each other.
+        coordinator: elsewhere, HOST:PORT of the first one.
+        processes: how many there are.
+        process: which of them this is, from 0.
+        wandb: log to Weights & Biases too; with WANDB_MODE=offline, to files.
+        json: print the report as one JSON object; of a training that was stopped, after how many steps.
+    """
+    from jaxsae.app import logs, runs
+    from jaxsae.app.options import Options, validate
+    from jaxsae.train import job
+
+    options = Options(
+        activation, latents, k, l1, not no_auxk, multi_topk, batch, steps, learning_rate, idle_after, heldout, seed
+    )
+    validate(options)
+    if bool(data) == (model is not None) or (model is None) != (layer is None):
+        raise InputError("pass --data, or --model and --layer.")
+    if model is None and (text or tokens is not None):
+        raise InputError("got --text or --tokens without --model; pass the model that is to read it.")
+    if len({coordinator is None, processes is None, process is None}) > 1 or (process or 0) >= (processes or 1):
+        raise InputError("pass --coordinator, --processes N and --process, from 0 to N - 1, or none of them.")
+
+    import jax
+
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # what orbax has to say of errors is said below
+    if mesh is not None:
+        # Devices made of one CPU share threads; if collectives wait in all of them, jaxlib 0.10 waits for ever.
+        os.environ.setdefault("PJRT_NPROC", str(max(os.cpu_count() or 1, min(8 * mesh[0] * mesh[1], 1 << 12))))
+    if distributed or coordinator is not None:
+        _join(coordinator, processes, process)
+    spread = None if mesh is None else _mesh(*mesh)
+
+    chief = jax.process_index() == 0
+    log = logs.logs(out, options, wandb=wandb) if chief else None
+    rows = data
+    if model is not None and layer is not None:
+        window = 1 << 16 if window is None else window
+        rows = live(model, layer, text, tokens, context, window)
+    try:
+        with console.progress(steps, rows=batch, quiet=not chief) as advance:
+            report = runs.run(
+                out,
+                data=rows,
+                options=options,
+                weights=weights or None,
+                window=window,
+                mesh=spread,
+                save_every=save_every,
+                resume=resume,
+                progress=advance,
+                resumed=lambda step: advance(f"resuming from step {step}", step, before=True),
+                warn=console.warn,
+                log=log,
+            )
+    except job.Stopped as stopped:
+        if chief:
+            said = f"Stopped after {stopped.step} steps; all is saved: the same command goes on."
+            console.tell({"stopped_after": stopped.step}, said, as_json=json)
+        return 0 if stopped.signum == signal.SIGTERM else 130
+    if not chief:
+        return 0
+    measured = report["heldout"]
+    shown = f"NMSE {console.number(measured['nmse'])}, L0 {measured['l0']:.1f}, dead {measured['dead']:.1%}"
+    said = f"{heldout} held-out rows: {shown} of {measured['dead_rows']:,} rows\n{runs.summary(report)}\n"
+    said += f"Written: {out / 'sae'}/, {out / 'report.json'}"
+    console.tell(report, said, as_json=json)
+    if report["skipped"]:
+        console.warn(f"{report['skipped']} batches were skipped, since their loss was not finite. {runs.blame(report)}")
+    return 0
+
+
+def _mesh(data: int, latent: int):
+    from jaxsae import sharding
+
+    try:
+        return sharding.make_mesh(data, latent)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def _join(coordinator: str | None, processes: int | None, process: int | None) -> None:
+    import jax
+
+    if jax.config.jax_platforms == "cpu":  # pyright: ignore[reportAttributeAccessIssue]
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(coordinator, processes, process)
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(
+            f"the processes do not find each other ({reason}); pass --coordinator HOST:PORT --processes N --process I."
+        ) from error

@@ -1,0 +1,108 @@
+"""The numbers of a run while it goes: TensorBoard event files, Weights & Biases, and reading them back."""
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from jaxsae._core.files import InputError, local_path
+from jaxsae.app.options import Options
+
+_NO_TENSORBOARD = "TensorBoard files need tensorboardX, which is missing; pip install 'jaxsae[study]'."
+Log = Callable[[int, dict[str, float]], None]
+
+
+def logs(folder: str | os.PathLike, options: Options, *, wandb: bool = False) -> contextlib.AbstractContextManager[Log]:
+    """Log to TensorBoard event files in a folder and, if asked, to Weights & Biases (or, `WANDB_MODE=offline`, files).
+
+    Args:
+      folder: of the event files.
+      options: of the run, to be told to Weights & Biases.
+      wandb: whether to log there.
+
+    Raises:
+      InputError: if what writes them is not installed; nothing is written before the block begins.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder, logs(folder, Options("relu", 8, l1=0.1)) as log:
+      ...     log(1, {"nmse": 0.5})
+    """
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise InputError(_NO_TENSORBOARD) from error
+    start = _wandb(folder, options) if wandb else None
+    return _writing(lambda: SummaryWriter(str(local_path(folder))), start)
+
+
+@contextlib.contextmanager
+def _writing(open_writer: Callable[[], Any], start: Callable[[], Any] | None) -> Iterator[Log]:
+    with contextlib.ExitStack() as stack:
+        writer = stack.enter_context(open_writer())
+        active = None if start is None else stack.enter_context(start())
+
+        def log(step: int, numbers: dict[str, float]) -> None:
+            for name, value in numbers.items():
+                writer.add_scalar(name, value, step)
+            if active is not None:
+                active.log(numbers, step=step)
+
+        yield log
+
+
+def curves(folder: str | os.PathLike) -> dict[str, dict[int, float]]:
+    """The numbers that `logs` wrote to the event files of a folder, by name and step; those of a step, as last told.
+
+    A file ends at a record that is cut off, as the last one of a run that was killed.
+
+    Args:
+      folder: of a run, maybe one that is still going on.
+
+    Raises:
+      InputError: if what reads them is not installed.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     with logs(folder, Options("relu", 8, l1=0.1)) as log:
+      ...         log(10, {"nmse": 0.5})
+      ...     curves(folder)
+      {'nmse': {10: 0.5}}
+    """
+    paths = sorted(local_path(folder).glob("events.out.tfevents.*"))  # in order of time, which is in the name
+    if not paths:
+        return {}
+    try:
+        from google.protobuf.message import DecodeError
+        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+    except ImportError as error:
+        raise InputError(_NO_TENSORBOARD) from error
+    found: dict[str, dict[int, float]] = {}
+    for path in paths:
+        with contextlib.suppress(DecodeError):
+            for record in _records(path.read_bytes()):
+                event = Event.FromString(record)
+                for value in event.summary.value:
+                    found.setdefault(value.tag, {})[event.step] = value.simple_value
+    return {name: dict(sorted(curve.items())) for name, curve in found.items()}
+
+
+def _records(content: bytes) -> Iterator[bytes]:
+    """Of a TFRecord file, where each is a length, its checksum, the record, and its checksum."""
+    at = 0
+    while at + 12 <= len(content):
+        start = at + 12
+        end = start + int.from_bytes(content[at : at + 8], "little")
+        at = end + 4
+        if at <= len(content):
+            yield content[start:end]
+
+
+def _wandb(folder, options: Options) -> Callable[[], Any]:
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise InputError("got --wandb, but wandb is missing; pip install wandb.") from error
+    return functools.partial(wandb.init, dir=str(folder), project="jaxsae", config=options._asdict())

@@ -1,0 +1,174 @@
+"""What a training run may be asked: its options, how they are checked, and the families of autoencoders."""
+
+import functools
+from collections.abc import Callable
+from typing import Annotated, Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxsae import train
+from jaxsae._core import arguments
+from jaxsae._core.arguments import Count, Positive, Seed, Weight
+from jaxsae._core.files import InputError
+from jaxsae.autoencoder.activations import AbsTopK, Activation, BatchTopK, Gated, GroupMax, JumpReLU, ReLU, TopK
+from jaxsae.train.objectives import L0, L1, Gate
+
+_MANY_PASSES = 10  # over the data, beyond which rows not trained on are reconstructed worse and worse
+
+
+class Options(NamedTuple):
+    """What a run may be told; weights are for rows scaled to unit mean square.
+
+    Attributes:
+      activation: a name from `FAMILIES`.
+      latents: `m`.
+      k: latents a row, where they make the activation sparse.
+      l1: weight of the penalty, where that does.
+      auxk: whether idle latents learn, by `objectives.AuxK`.
+      multi_topk: whether `objectives.MultiTopK` is added; for topk.
+      batch: rows.
+      steps: of training.
+      learning_rate: `train.learning_rate(latents, steps)` if None.
+      idle_after: rows without it after which a latent is idle, for `auxk`; a fiftieth of all rows trained on if None.
+      heldout: rows that are measured on, the last ones.
+      seed: of initialisation and shuffles.
+
+    Example:
+      >>> Options("topk", latents=4096, k=32).batch
+      1024
+    """
+
+    activation: Annotated[str, arguments.ACTIVATION]
+    latents: Count
+    k: Count | None = None
+    l1: Weight | None = None
+    auxk: bool = True
+    multi_topk: bool = False
+    batch: Count = 1024
+    steps: Count = 2000
+    learning_rate: Positive | None = None
+    idle_after: Count | None = None
+    heldout: Count = 2048
+    seed: Seed = 0
+
+
+def resolved(options: Options) -> Options:
+    """Options with numbers where None stands for what follows from the length of the run.
+
+    A latent is idle after a fiftieth of the run: that costs no error and leaves hardly any latent dead, where a tenth
+    comes too late to do much.
+
+    Args:
+      options: of a run.
+
+    Example:
+      >>> resolved(Options("topk", latents=4096, k=32)).idle_after
+      40960
+    """
+    o = options
+    rate = train.learning_rate(o.latents, o.steps) if o.learning_rate is None else o.learning_rate
+    fiftieth = min(max(o.batch, o.steps * o.batch // 50), 2**31 - 1)  # rows are counted in int32
+    idle_after = fiftieth if o.idle_after is None else o.idle_after
+    return o._replace(learning_rate=rate, idle_after=idle_after)
+
+
+def passes(options: Options, rows: int, warn: Callable[[str], None] = lambda text: None) -> float:
+    """How often a run sees each row.
+
+    Args:
+      options: of the run.
+      rows: that it is trained on.
+      warn: called if that is often enough for them to be learnt by heart.
+
+    Example:
+      >>> passes(Options("topk", latents=16, k=2, batch=512, steps=600), 12_288, print)
+      600 steps of 512 rows are 25 passes over 12,288 rows, fitted better than new ones; pass more rows.
+      25.0
+    """
+    found = options.steps * options.batch / rows
+    if found > _MANY_PASSES:
+        warn(
+            f"{options.steps} steps of {options.batch} rows are {found:.0f} passes over {rows:,} rows, fitted "
+            "better than new ones; pass more rows."
+        )
+    return found
+
+
+class _Family(NamedTuple):
+    """An activation, and the terms that it is trained with."""
+
+    needs: str  # the option that sets its sparsity
+    activation: Callable[[Options], Activation]
+    terms: Callable[[Options, optax.Schedule], tuple[Any, ...]]
+
+
+def _none(options: Options, warm: optax.Schedule) -> tuple[Any, ...]:
+    return ()
+
+
+def _zeros(options: Options):
+    return jnp.zeros(options.latents)
+
+
+# Bandwidth and threshold of JumpReLU are for rows of unit mean square, whose pre-activations are some tenths.
+FAMILIES = {
+    "relu": _Family("l1", lambda o: ReLU(), lambda o, warm: (L1(o.l1, warm),)),  # pyright: ignore[reportArgumentType]
+    "topk": _Family("k", lambda o: TopK(o.k), _none),  # pyright: ignore[reportArgumentType]
+    "abstopk": _Family("k", lambda o: AbsTopK(o.k), _none),  # pyright: ignore[reportArgumentType]
+    "groupmax": _Family("k", lambda o: GroupMax(o.k), _none),  # pyright: ignore[reportArgumentType]
+    "batchtopk": _Family("k", lambda o: BatchTopK(o.k), _none),  # pyright: ignore[reportArgumentType]
+    "jumprelu": _Family(
+        "k",
+        lambda o: JumpReLU(jnp.full(o.latents, 0.03), bandwidth=0.03),
+        lambda o, warm: (L0(1.0, float(o.k), warm),),  # pyright: ignore[reportArgumentType]
+    ),
+    "gated": _Family(
+        "l1",
+        lambda o: Gated(_zeros(o), _zeros(o), _zeros(o)),
+        lambda o, warm: (Gate(o.l1, warm),),  # pyright: ignore[reportArgumentType]
+    ),
+}
+
+
+def validate(options: Options) -> _Family:
+    """Raise if an option cannot be used, or does not go with the others.
+
+    Args:
+      options: of a run.
+
+    Returns:
+      What the activation is trained with.
+
+    Raises:
+      InputError: what was got, and what to pass.
+
+    Example:
+      >>> validate(Options("topk", latents=32, k=33))
+      Traceback (most recent call last):
+      jaxsae.InputError: got k 33 for 32 latents; pass k from 1 to 32.
+    """
+    o = options
+    arguments.check(Options, o._asdict())
+    family = FAMILIES[o.activation]
+    other = "l1" if family.needs == "k" else "k"
+    if getattr(o, family.needs) is None or getattr(o, other) is not None:
+        raise InputError(f"{o.activation} is made sparse by {family.needs}; pass {family.needs}, and no {other}.")
+    if o.k is not None and o.k > o.latents:
+        raise InputError(f"got k {o.k} for {o.latents} latents; pass k from 1 to {o.latents}.")
+    if o.activation == "groupmax" and o.k is not None and o.latents % o.k:
+        raise InputError(f"got k {o.k} for {o.latents} latents; groupmax needs a k that divides them.")
+    if o.multi_topk and o.activation != "topk":
+        raise InputError(f"got multi-topk for {o.activation}; it is for topk.")
+    return family
+
+
+def _auxk_latents(d: int, m: int) -> int:
+    return min(2 ** max(0, round(np.log2(d / 2))), m)
+
+
+@functools.cache
+def _warmup(steps: int) -> optax.Schedule:
+    """Of the weights of penalties, over the first fifth."""
+    return optax.linear_schedule(0.0, 1.0, max(1, steps // 5))

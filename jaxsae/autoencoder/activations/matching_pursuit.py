@@ -1,0 +1,72 @@
+"""Matching pursuit in the place of an encoder."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float
+
+from jaxsae._core import pytrees
+from jaxsae.autoencoder.activations.base import Activation
+
+
+@pytrees.dataclass
+class MatchingPursuit(Activation):
+    """No encoder: take the atom that correlates most with what is left, as often as needed.
+
+        j = argmax ⟨a_j, r⟩,   z_j ← z_j + max(⟨a_j, r⟩, 0),   r ← r − max(⟨a_j, r⟩, 0) a_j,   from r = x − b_dec
+
+    Atoms are meant to have norm 1. A row ends when `‖r‖` falls below a threshold, when a step left its support as it
+    was, or after `max_steps`. (`pursuit.matching_pursuit` is for dictionaries of any norm.)
+
+    Attributes:
+      residual_threshold: `‖r‖` at which a row ends; 0 for never.
+      max_steps: most steps of a row; `d` if None; static.
+      stop_on_duplicate: whether a row ends when its support did not change; static.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> jaxsae.autoencoder.activations.MatchingPursuit().pursue(jnp.array([3.0, 4.0]), jnp.eye(2))
+      Array([3., 4.], dtype=float32)
+
+    Source: Costa et al. (2025), "From flat to hierarchical: extracting sparse representations with matching pursuit";
+      SAELens' `matching_pursuit`.
+    """
+
+    residual_threshold: float | Float[Array, ""] = pytrees.fixed(default=0.01)
+    max_steps: int | None = struct.field(pytree_node=False, default=None)
+    stop_on_duplicate: bool = struct.field(pytree_node=False, default=True)
+    pursues = True
+
+    def __call__(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
+        """Not of this: pre-activations do not say what is left."""
+        raise NotImplementedError("MatchingPursuit has no pre-activations; call `encode_dense`.")
+
+    def pursue(self, y: Float[Array, "*b d"], dictionary: Float[Array, "m d"]) -> Float[Array, "*b m"]:
+        """The dense code of rows `y`."""
+        (m, d), batch = dictionary.shape, y.shape[:-1]
+        rows = jnp.arange(math.prod(batch))
+
+        def step(state):
+            number, z, r, done = state
+            chosen = jnp.argmax(jax.nn.relu(r @ dictionary.T), axis=1)
+            atoms = dictionary[chosen]
+            values = jnp.where(done, 0, jax.nn.relu(jnp.sum(r * atoms, axis=1)))
+            after = z.at[rows, chosen].add(values)
+            r = r - values[:, None] * atoms
+            if self.stop_on_duplicate:
+                done |= ((after != 0) == (z != 0)).all(1)
+            done |= (self.residual_threshold > 0) & (jnp.linalg.norm(r, axis=1) < self.residual_threshold)
+            return number + 1, after, r, done
+
+        y = y.reshape(-1, d)
+        start = jnp.int32(0), jnp.zeros((len(y), m), y.dtype), y, jnp.zeros(len(y), bool)
+        steps = d if self.max_steps is None else self.max_steps
+        _, z, _, _ = jax.lax.while_loop(lambda s: (s[0] < steps) & ~s[3].all(), step, start)
+        return z.reshape(*batch, m)
+
+    def rescale(self, scale: float | Array) -> "MatchingPursuit":
+        """The activation in other units."""
+        return dataclasses.replace(self, residual_threshold=self.residual_threshold / scale)

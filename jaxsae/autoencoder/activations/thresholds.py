@@ -1,0 +1,144 @@
+"""Activations that compare each latent with a threshold: 0, its own, or a gate."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float
+
+from jaxsae._core import pytrees
+from jaxsae.autoencoder.activations.base import Activation, _of_any_units, _where
+
+
+@pytrees.dataclass
+class ReLU(Activation):
+    """Keep what is positive: `z = max(pre, 0)`.
+
+    Trained with an L1 penalty, the sparse autoencoder of Bricken et al. (2023) and Cunningham et al. (2023).
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> jaxsae.ReLU()(jnp.array([-1.0, 2.0]))
+      Array([0., 2.], dtype=float32)
+    """
+
+    rescale = _of_any_units
+
+    def __call__(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
+        """The dense code."""
+        return jax.nn.relu(pre)
+
+
+@pytrees.dataclass
+class JumpReLU(Activation):
+    """Keep what exceeds its latent's threshold: `z = max(pre, 0)` where `pre > θ`, else 0.
+
+    The step has no slope: thresholds learn from the straight-through derivatives
+
+        ∂z/∂θ ≈ −(θ/ε) K((pre − θ)/ε),   ∂‖z‖₀/∂θ ≈ −(1/ε) K((pre − θ)/ε),   K(u) = 1 where |u| < ½
+
+    Attributes:
+      threshold: `[m]`, in float32 or better whatever the weights: the steps of a threshold are too fine for bfloat16.
+        A latent with a threshold of infinity is never active.
+      bandwidth: `ε`, in the units of the pre-activations, or 0 for thresholds without a derivative; static.
+
+    Raises:
+      ValueError: if the bandwidth is negative or not finite.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> jaxsae.JumpReLU(jnp.array([0.5, 0.5]))(jnp.array([0.4, 0.6]))
+      Array([0. , 0.6], dtype=float32)
+
+    Source: Rajamanoharan et al. (2024), "Jumping ahead: improving reconstruction fidelity with JumpReLU SAEs".
+    """
+
+    threshold: Float[Array, " m"]
+    bandwidth: float = struct.field(pytree_node=False, default=0.001)
+
+    def __post_init__(self):
+        if not 0 <= self.bandwidth < math.inf:
+            raise ValueError(f"JumpReLU got a bandwidth of {self.bandwidth}; pass a finite one, of at least 0.")
+
+    def __call__(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
+        """The dense code."""
+        on, slope = self._step(pre)
+        still = jax.lax.stop_gradient(self._finite())
+        return _where(on, pre) - (still * slope).astype(pre.dtype)
+
+    def l0(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b"]:
+        """`‖z‖₀` of each row, with its straight-through derivative to the thresholds."""
+        on, slope = self._step(pre)
+        return jnp.sum(on - slope, axis=-1)
+
+    def _step(self, pre):
+        """Whether each pre-activation is past its threshold, and 0 with the derivative `K((pre − θ)/ε)/ε` in `θ`."""
+        # In the threshold's dtype, not in that of the weights.
+        distance = jax.lax.stop_gradient(pre - self.threshold)
+        near = jnp.abs(distance) < self.bandwidth / 2
+        threshold = self._finite()
+        moved = threshold - jax.lax.stop_gradient(threshold)  # 0, with the derivative 1
+        height = 1 / self.bandwidth if self.bandwidth else 0.0  # a step of no width has no derivative
+        return (distance > 0) & (pre > 0), height * near * moved
+
+    def _finite(self):
+        """The thresholds, but for those that are infinite, where nothing is near and 0 does not stay 0."""
+        threshold = jnp.asarray(self.threshold)
+        return jnp.where(jnp.isfinite(threshold), threshold, 0)
+
+    def margin(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
+        """How far past its threshold each latent is, if it is positive: `t` in `at_margin(t)` where it turns off."""
+        return pre - self.threshold
+
+    def at_margin(self, t: float | Array) -> "JumpReLU":
+        """The activation under which positive latents of a margin beyond `t` are active, and no others.
+
+        All thresholds are moved alike: a common factor, tried too, costs more error.
+        """
+        return dataclasses.replace(self, threshold=jnp.maximum(self.threshold + t, 0))
+
+    def rescale(self, scale: float | Array) -> "JumpReLU":
+        """The activation in other units; the bandwidth, which matters in training alone, stays."""
+        return dataclasses.replace(self, threshold=self.threshold / scale)
+
+
+@pytrees.dataclass
+class Gated(Activation):
+    """Decide with one bias which latents are active, and with another, and a scale, what their values are.
+
+        z = max(exp(r_mag) ∘ pre + b_mag, 0)   where pre + b_gate > 0
+
+    Selection and value share their weights, so only the gate need be sparse, and values need not shrink. The gate has
+    no slope here: its derivative comes from the term `objectives.Gate`. `SAE.b_enc` does nothing that the two biases
+    do not.
+
+    Attributes:
+      r_mag: `[m]`, log scale of the values relative to the gate.
+      b_gate: `[m]`, bias of the gate.
+      b_mag: `[m]`, bias of the values.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> jaxsae.Gated(jnp.zeros(2), jnp.zeros(2), jnp.ones(2))(jnp.array([-0.5, 0.5]))
+      Array([0. , 1.5], dtype=float32)
+
+    Source: Rajamanoharan et al. (2024), "Improving dictionary learning with gated sparse autoencoders".
+    """
+
+    r_mag: Float[Array, " m"]
+    b_gate: Float[Array, " m"]
+    b_mag: Float[Array, " m"]
+
+    def __call__(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
+        """The dense code."""
+        return _where(self.gate(pre) > 0, jnp.exp(self.r_mag) * pre + self.b_mag)
+
+    def gate(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
+        """What must be positive for a latent to be active."""
+        return pre + self.b_gate
+
+    def rescale(self, scale: float | Array) -> "Gated":
+        """The activation in other units."""
+        return dataclasses.replace(self, b_gate=self.b_gate / scale, b_mag=self.b_mag / scale)

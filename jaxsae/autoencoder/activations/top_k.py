@@ -1,0 +1,202 @@
+"""Activations that keep a fixed number of latents a row."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Bool, Float
+
+from jaxsae import codes
+from jaxsae._core import pytrees
+from jaxsae.autoencoder.activations.base import Activation, _of_any_units
+from jaxsae.codes import SparseCode
+
+
+class _Selection(Activation):
+    """An activation that chooses `k` slots a row: `_chosen` says which, and the rest follows."""
+
+    k: int
+    selects = True
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        # Nor has it said so of the sparse code, which is made of the dense one then.
+        if "__call__" in vars(cls) and "_chosen" not in vars(cls):
+            cls.selects = False
+            cls._chosen = lambda self, pre: codes.from_dense(self(pre), self.k)
+
+    def __post_init__(self):
+        _validate_k(self)
+
+    @property
+    def slots(self) -> int:
+        """`k`."""
+        return self.k
+
+    def _validate(self, m: int) -> None:
+        if self.k > m:
+            raise ValueError(f"{type(self).__name__} got k = {self.k} for {m} latents; pass k of at most {m}.")
+
+    def _chosen(self, pre: Float[Array, "*b m"]) -> SparseCode:
+        """The code in its own `k` slots."""
+        raise NotImplementedError
+
+    def code(self, pre: Float[Array, "*b m"], capacity: int) -> SparseCode:
+        """The code in its own `k` slots, followed by empty ones up to `capacity`."""
+        m = pre.shape[-1]
+        self._validate(m)
+        if capacity < self.k:
+            raise ValueError(
+                f"{type(self).__name__} fixes k = {self.k}, but got capacity {capacity}; leave capacity out."
+            )
+        code = self._chosen(pre)
+        spare = [(0, 0)] * (pre.ndim - 1) + [(0, capacity - self.k)]
+        # Latents that are not chosen are what the activation leaves out: no overflow.
+        return SparseCode(
+            values=jnp.pad(code.values, spare),
+            indices=jnp.pad(code.indices, spare, constant_values=m),
+            num_latents=m,
+        )
+
+
+def _validate_k(activation: Any) -> None:
+    k = activation.k
+    if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
+        raise ValueError(f"{type(activation).__name__} got k = {k}; pass k of at least 1, a whole number.")
+
+
+def dropped(pre: Float[Array, "*b m"], k: int, keep: float | Array | None = None) -> Bool[Array, "*b m"]:
+    """What is not among the `k` largest of its row, or the first `keep` of these, by comparison with the last."""
+    # The barrier keeps all of the top-k in use, without which XLA's CPU backend sorts whole rows instead. (With a third
+    # array, as in `codes.top_k`: where the latents are spread, XLA ends the process at a barrier for the pair alone.)
+    found = codes.top_k(jax.lax.stop_gradient(pre), k)
+    top, indices, _ = jax.lax.optimization_barrier((*found, jnp.zeros(())))
+    number = k if keep is None else jnp.sum(_kept(k, keep))
+    at = k - 1 if keep is None else jnp.maximum(number - 1, 0)
+    least, last = top[..., at, None], indices[..., at, None]
+    # Equal values are taken in order of index, here as in `top_k`; NaN stays NaN.
+    out = (pre < least) | ((pre == least) & (jnp.arange(pre.shape[-1]) > last))
+    return out if keep is None else out | ((number == 0) & ~jnp.isnan(pre))
+
+
+def _kept(k: int, keep: float | Array) -> Bool[Array, " k"]:
+    """Which of `k` slots in descending order are used if only `keep` are: a fraction of a latent is none."""
+    return jnp.arange(k) < jnp.floor(keep)
+
+
+@pytrees.dataclass
+class TopK(_Selection):
+    """Keep the `k` largest pre-activations of each row, those of them that are positive.
+
+    Attributes:
+      k: number of active latents a row; static.
+      keep: use only this many of them, rounded down, from 0 to `k`; a float, which may be traced, for sweeps over
+        sparsity in one compilation. All by default.
+
+    Raises:
+      ValueError: if `k < 1`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> jaxsae.TopK(1)(jnp.array([1.0, 3.0, 2.0]))
+      Array([0., 3., 0.], dtype=float32)
+
+    Source: Gao et al. (2024), Section 2.3; Makhzani & Frey (2013).
+    """
+
+    k: int = struct.field(pytree_node=False)
+    keep: float | Array | None = pytrees.fixed(default=None)
+    rescale = _of_any_units
+
+    def __call__(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
+        """The dense code, by comparison with the k-th largest: no scatter, forwards or backwards."""
+        self._validate(pre.shape[-1])
+        return jnp.where(dropped(pre, self.k, self.keep), 0, jax.nn.relu(pre))
+
+    def _chosen(self, pre: Float[Array, "*b m"]) -> SparseCode:
+        m = pre.shape[-1]
+        values, indices = codes.top_k(pre, self.k)
+        kept = values > 0
+        if self.keep is not None:
+            kept &= _kept(self.k, self.keep)
+        # NaN is no reason to leave a latent out: it stays visible.
+        kept |= jnp.isnan(values)
+        return SparseCode(jnp.where(kept, values, 0), jnp.where(kept, indices, m), m)
+
+
+@pytrees.dataclass
+class AbsTopK(_Selection):
+    """Keep the `k` pre-activations of largest magnitude, with their signs: a code that needs no pairs of latents.
+
+    Attributes:
+      k: number of active latents a row; static.
+
+    Raises:
+      ValueError: if `k < 1`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> jaxsae.AbsTopK(1)(jnp.array([1.0, -3.0, 2.0]))
+      Array([ 0., -3.,  0.], dtype=float32)
+
+    Source: Zhu et al. (2025), "AbsTopK: rethinking sparse autoencoders for bidirectional features".
+    """
+
+    k: int = struct.field(pytree_node=False)
+    signed = True
+    rescale = _of_any_units
+
+    def __call__(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
+        """The dense code."""
+        self._validate(pre.shape[-1])
+        return jnp.where(dropped(jnp.abs(pre), self.k), 0, pre)
+
+    def _chosen(self, pre: Float[Array, "*b m"]) -> SparseCode:
+        return codes.from_dense(pre, self.k)
+
+
+@pytrees.dataclass
+class GroupMax(_Selection):
+    """Split the latents into `k` groups of neighbours and keep the largest of each, if it is positive.
+
+    Cheaper than TopK, without a sort of all latents; the groups decide what may be active together.
+
+    Attributes:
+      k: number of groups, and of slots a row; divides `m`; static.
+
+    Raises:
+      ValueError: if `k < 1`, or does not divide the number of latents.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> jaxsae.GroupMax(2)(jnp.array([1.0, 3.0, -1.0, 2.0]))
+      Array([0., 3., 0., 2.], dtype=float32)
+
+    Source: EleutherAI, sparsify.
+    """
+
+    k: int = struct.field(pytree_node=False)
+    rescale = _of_any_units
+
+    def _validate(self, m: int) -> None:
+        if m % self.k:
+            raise ValueError(f"GroupMax got k = {self.k} for {m} latents; pass a k that divides {m}.")
+
+    def __call__(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
+        """The dense code."""
+        self._validate(pre.shape[-1])
+        groups = pre.reshape(*pre.shape[:-1], self.k, -1)
+        first = jnp.argmax(groups, axis=-1, keepdims=True)
+        return jnp.where(jnp.arange(groups.shape[-1]) == first, jax.nn.relu(groups), 0).reshape(pre.shape)
+
+    def _chosen(self, pre: Float[Array, "*b m"]) -> SparseCode:
+        groups = pre.reshape(*pre.shape[:-1], self.k, -1)
+        first = jnp.argmax(groups, axis=-1)
+        values = jax.nn.relu(jnp.take_along_axis(groups, first[..., None], axis=-1)[..., 0])
+        indices = first.astype(jnp.int32) + groups.shape[-1] * jnp.arange(self.k, dtype=jnp.int32)
+        values, order = jax.lax.top_k(values, self.k)
+        indices = jnp.take_along_axis(indices, order, axis=-1)
+        kept = (values > 0) | jnp.isnan(values)
+        return SparseCode(values, jnp.where(kept, indices, pre.shape[-1]), pre.shape[-1])

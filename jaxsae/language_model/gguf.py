@@ -1,0 +1,178 @@
+"""Language models in GGUF files."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxsae._core.files import InputError
+from jaxsae.language_model.config import Arrays, Config, _import, _stack
+from jaxsae.language_model.download import _EXPECTED, WHEELS
+from jaxsae.language_model.hugging_face import _refuse, _rope
+
+# --- GGUF
+
+_GGUF_NAMES = {
+    "embedding.embedding": "token_embd.weight",
+    "norm.scale": "output_norm.weight",
+    "head.kernel": "output.weight",
+    "blocks.attention_norm.scale": "blk.{}.attn_norm.weight",
+    "blocks.q.kernel": "blk.{}.attn_q.weight",
+    "blocks.k.kernel": "blk.{}.attn_k.weight",
+    "blocks.v.kernel": "blk.{}.attn_v.weight",
+    "blocks.o.kernel": "blk.{}.attn_output.weight",
+    "blocks.mlp_norm.scale": "blk.{}.ffn_norm.weight",
+    "blocks.gate.kernel": "blk.{}.ffn_gate.weight",
+    "blocks.up.kernel": "blk.{}.ffn_up.weight",
+    "blocks.down.kernel": "blk.{}.ffn_down.weight",
+}
+
+
+_GGUF_READ = {  # or without effect
+    *("attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.layer_norm_rms_epsilon"),
+    *("embedding_length", "feed_forward_length", "block_count", "context_length", "vocab_size", "tensor_data_layout"),
+    *("rope.freq_base", "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length"),
+    "rope.scaling.finetuned",
+}
+_GGUF_SCALES = ("rope.scale_linear", "rope.scaling.attn_factor", "logit_scale", "residual_scale", "embedding_scale")
+
+
+def _open_gguf(path: Path):
+    gguf = _import("gguf")
+    with open(path, "rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise InputError(f"{path}: is not a GGUF file; {_EXPECTED}: {', '.join(WHEELS)}.")
+
+    class Reader(gguf.GGUFReader):
+        """Stops where the file ends; gguf's own would count on for as long as a damaged length says."""
+
+        def _get(self, offset, dtype, count=1, *args, **options):
+            found = super()._get(offset, dtype, count, *args, **options)
+            if len(found) < count:
+                raise ValueError(f"it ends before byte {offset + int(count) * found.itemsize}")
+            return found
+
+    reader = Reader(path)
+    architecture = _field(reader, "general.architecture", path)
+    if architecture != "llama":
+        raise InputError(f"{path}: is of architecture {architecture!r}, expected 'llama'; pass a llama's GGUF file.")
+    return reader
+
+
+def _field(reader, name: str, path: Path, default: Any = None) -> Any:
+    field = reader.get_field(name)
+    if field is None and default is None:
+        raise InputError(f"{path}: has no field {name}; get the file again, or convert it anew.")
+    return default if field is None else field.contents()
+
+
+def _read_gguf(path: Path, dtype) -> tuple[Config, Arrays]:
+    config, tensors = _gguf_config(path)
+    dequantize = __import__("gguf.quants").quants.dequantize
+
+    def get(parameter: str, name: str) -> np.ndarray:
+        if name not in tensors:
+            raise InputError(f"{path}: has no tensor {name}; get the file again.")
+        tensor = tensors.pop(name)
+        try:
+            array = dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError as error:
+            kind = tensor.tensor_type.name
+            raise InputError(
+                f"{path}: {name} is quantised as {kind}, which gguf does not undo; pass another."
+            ) from error
+        if parameter in ("blocks.q.kernel", "blocks.k.kernel"):
+            array = _halves(array, config.head_width)
+        return array.T if parameter.endswith(".kernel") else array
+
+    names = {parameter: name for parameter, name in _GGUF_NAMES.items() if name != "output.weight" or not config.tied}
+    arrays = _stack(names, config.layers, get, dtype)
+    if unused := tensors.keys() - {"rope_freqs.weight"}:  # biases, experts: without them it would be another model
+        raise InputError(f"{path}: has tensors that a llama does not use: {min(unused)}; pass another model.")
+    return config, arrays
+
+
+def _gguf_config(path: Path) -> tuple[Config, dict[str, Any]]:
+    """Sizes, and tensors by their names, not yet read."""
+    reader = _open_gguf(path)
+    dequantize = __import__("gguf.quants").quants.dequantize
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+
+    def number(name, default=None) -> Any:
+        return _field(reader, f"llama.{name}", path, default)
+
+    heads, width = number("attention.head_count"), number("embedding_length")
+    head_width = number("attention.key_length", width // heads)
+    _refuse_unknown(reader, head_width, path)
+    scaling = number("rope.scaling.type", "linear")  # as llama.cpp has it, where there is a factor alone
+    rope = {"rope_theta": number("rope.freq_base", 10000.0), "factor": number("rope.scaling.factor", 1.0)}
+    rope = np.array(_rope(rope | {"rope_type": "default" if scaling == "none" else scaling}, head_width, path))
+    if "rope_freqs.weight" in tensors:  # Llama 3's stretched context
+        rope /= dequantize(tensors["rope_freqs.weight"].data, tensors["rope_freqs.weight"].tensor_type)
+    config = Config(
+        vocab=int(tensors["token_embd.weight"].shape[1]),
+        width=width,
+        layers=number("block_count"),
+        heads=heads,
+        kv_heads=number("attention.head_count_kv", heads),
+        head_width=head_width,
+        hidden=number("feed_forward_length"),
+        context=number("context_length"),
+        eps=number("attention.layer_norm_rms_epsilon"),
+        tied="output.weight" not in tensors,
+        rope=tuple(rope.tolist()),
+    )
+    return config, tensors
+
+
+def _refuse_unknown(reader, head_width: int, path: Path) -> None:
+    """Refuse fields of which a llama may have none, or that would have to say something else."""
+    said = {name.removeprefix("llama."): field for name, field in reader.fields.items() if name.startswith("llama.")}
+    others = {name: field.contents() for name, field in said.items() if name not in _GGUF_READ}
+    heads = dict.fromkeys(("rope.dimension_count", "attention.value_length"), head_width)
+    neutral = heads | {"attention.causal": True} | dict.fromkeys(_GGUF_SCALES, 1.0)
+    unknown = [name for name, value in others.items() if value and name not in neutral]
+    _refuse(others, neutral | dict.fromkeys(unknown), path)
+
+
+def _halves(rows: np.ndarray, head_width: int) -> np.ndarray:
+    """Rows of queries or keys as the model wants them: GGUF has the two of a rotated pair side by side, not half a
+    head apart.
+    """
+    return rows.reshape(-1, head_width // 2, 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def _gguf_tokenizer(path: Path, reader):
+    tokenizers = _import("tokenizers")
+    from tokenizers import decoders, models, pre_tokenizers, processors
+
+    model = _field(reader, "tokenizer.ggml.model", path)
+    kind = model, _field(reader, "tokenizer.ggml.pre", path, "default")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    known = {
+        ("gpt2", "gpt-2"): byte_level,
+        ("gpt2", "smollm"): pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level]),
+    }
+    if kind not in known:
+        raise InputError(
+            f"{path}: has a tokenizer of model {kind[0]!r}, pre-tokenizer {kind[1]!r}, expected one of "
+            f"{sorted(known)}; use the model's Hugging Face directory."
+        )
+    tokens = _field(reader, "tokenizer.ggml.tokens", path)
+    merges = [tuple(merge.split(" ")) for merge in _field(reader, "tokenizer.ggml.merges", path)]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    for merge in merges:  # of which tokenizers would panic, past any `except`
+        if len(merge) != 2 or not vocabulary.keys() >= {*merge, "".join(merge)}:
+            raise InputError(f"{path}: has a merge that makes no token: {' '.join(merge)!r}; get the file again.")
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
+    tokenizer.pre_tokenizer, tokenizer.decoder = known[kind], decoders.ByteLevel()
+    kinds = dict(zip(tokens, _field(reader, "tokenizer.ggml.token_type", path), strict=True))
+    tokenizer.add_special_tokens([token for token, of in kinds.items() if of == 3])  # control
+    tokenizer.add_tokens([token for token, of in kinds.items() if of == 4])  # of a user: never split
+    if reader.get_field("tokenizer.ggml.add_bos_token") and _field(reader, "tokenizer.ggml.add_bos_token", path):
+        bos = _field(reader, "tokenizer.ggml.bos_token_id", path)
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
+        )
+    return tokenizer
