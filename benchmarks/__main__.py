@@ -102,7 +102,9 @@ def main() -> None:
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
     command = commands.add_parser("kernels", help="gathers, Gram matrices, refits and top-k: kernels beside XLA")
     command.add_argument("--size", choices=kernels.SIZES, default="tiny")
-    command.add_argument("--tune", action="store_true", help="first fill jaxsae/kernels/blocks.json for this device")
+    command.add_argument(
+        "--tune", action="store_true", help="first fill jaxsae/least_squares/kernels/blocks.json for this device"
+    )
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
     command = commands.add_parser("table", help="what was measured, as markdown")
     command.add_argument("files", type=Path, nargs="+", metavar="FILE")

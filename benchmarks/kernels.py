@@ -1,6 +1,6 @@
 """The kernels beside their reference, against one read of the atoms; the encoder and top-k at the same shapes.
 
-`tune` times the block sizes of each kernel and keeps the fastest in `jaxsae/kernels/blocks.json`, with its speed over
+`tune` times the block sizes of each kernel and keeps the fastest in `kernels/blocks.json`, with its speed over
 the reference's. On a machine without an accelerator it writes the block sizes to begin with, and no speed.
 """
 
