@@ -128,7 +128,7 @@ def real_problem(real: Real, path: Path, seed: int = 0) -> Problem:
     batches = jaxsae.data.batches(rows, 512, seed=seed)
     warmup = optax.linear_schedule(0.0, 1.0, real.steps // 5)
     loss = objectives.Objective((objectives.L1(real.l1, warmup),))
-    sae = train.fit(sae, batches, loss=loss, tx=train.recipe(1e-3), steps=real.steps).sae
+    sae = train.fit(sae, batches, loss=loss, tx=train.default_optimizer(1e-3), steps=real.steps).sae
     capacity = min(stream.max_l0(sae, heldout), _MOST)
     x = jnp.asarray(heldout)
     return _problem(f"trained ReLU, L0 ≤ {capacity}", source, sae, x, jaxsae.encode(sae, x, capacity=capacity))

@@ -162,9 +162,9 @@ def _loader(rows: shards.Rows, batch: int) -> dict[str, float]:
 def _saving(folder: Path, rows: shards.Rows, c: dict[str, int]) -> dict[str, float]:
     """Seconds of a step with nothing else to do; how much longer those after a save take, all together; of a resume."""
     options = Options("topk", c["m"], c["k"], batch=c["batch"], steps=1000)
-    objective, tx, fresh = runs.recipe(options, jnp.zeros(c["d"]), 1.0)
+    objective, tx, init_fn = runs.recipe(options, jnp.zeros(c["d"]), 1.0)
     step, stream = train.make_step(objective, tx), data.batches(rows, c["batch"], seed=0)
-    state = fresh()
+    state = init_fn()
 
     def steps(count: int) -> list[float]:
         nonlocal state
@@ -190,7 +190,7 @@ def _saving(folder: Path, rows: shards.Rows, c: dict[str, int]) -> dict[str, flo
                 count, settled = count + 1, settled + 1 if last < 1.2 * alone[-1] else 0
             added.append(time.perf_counter() - began - count * alone[-1])
             say(f"a save adds {added[-1]:.2f} s to steps of {alone[-1]:.3f} s")
-    like = jax.eval_shape(fresh)
+    like = jax.eval_shape(init_fn)
     began = time.perf_counter()
     with checkpoint.Checkpoints(folder, config=None) as checkpoints:
         jax.block_until_ready(checkpoints.restore(like))

@@ -22,7 +22,7 @@ class Verdict(NamedTuple):
     added_nmse_rows: int
 
     @property
-    def excess(self) -> float:
+    def objective_gap(self) -> float:
         """How many times over the gate the worst row is: at most 1 is through, and a row that is not finite is not."""
         over = [self.worst_kkt / KKT, (self.added_nmse or 0) / ADDED_NMSE]
         return max(over) if all(map(math.isfinite, over)) else math.inf
@@ -30,7 +30,7 @@ class Verdict(NamedTuple):
     @property
     def met(self) -> bool:
         """Whether the gate is met."""
-        return self.excess <= 1
+        return self.objective_gap <= 1
 
 
 class Judge:

@@ -47,8 +47,8 @@ def _rows(path: Path | None) -> tuple[np.ndarray, np.ndarray, str]:
 
 def _train(rows: np.ndarray, options: Options) -> train.TrainState:
     """One autoencoder a rate, from the same start, on the same batches."""
-    objective, _, fresh = runs.recipe(options, train.geometric_median(jnp.asarray(rows[:10_000])), 1.0)
-    saes = train.stack([fresh().sae] * len(RATES))
+    objective, _, init_fn = runs.recipe(options, train.geometric_median(jnp.asarray(rows[:10_000])), 1.0)
+    saes = train.stack([init_fn().sae] * len(RATES))
     batches = data.batches(rows, options.batch, seed=options.seed)
     tx = functools.partial(runs.optimiser, steps=options.steps)
     return train.sweep(saes, batches, loss=objective, tx=tx, rates=np.array(RATES, np.float32), steps=options.steps)

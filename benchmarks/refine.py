@@ -49,7 +49,7 @@ class Run(NamedTuple):
 
     def rank(self) -> tuple:
         """The fastest of those that meet the gate comes first, and else the one that comes nearest to it."""
-        return (not self.verdict.met, self.seconds / len(self.rows) if self.verdict.met else self.verdict.excess)
+        return (not self.verdict.met, self.seconds / len(self.rows) if self.verdict.met else self.verdict.objective_gap)
 
 
 def run(size: str, *, with_peers: bool, real: bool, bandwidth: float) -> Iterator[tuple[dict, list[dict]]]:
@@ -72,7 +72,7 @@ def measure(problem: cases.Problem, *, with_peers: bool, bandwidth: float) -> tu
     for peer in peers.PEERS if with_peers else ():
         try:
             runs.append(tune(peer, problem, judge))
-            say(f"{problem.name}: {peer.name} {runs[-1].setting}, {runs[-1].verdict.excess:.2g} times the gate")
+            say(f"{problem.name}: {peer.name} {runs[-1].setting}, {runs[-1].verdict.objective_gap:.2g} times the gate")
         except ImportError as error:
             missing.append(_row(case=problem.name, kind=peer.kind, solver=peer.name, note=name_missing(error)))
 

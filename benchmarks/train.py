@@ -45,7 +45,7 @@ class Contestant(NamedTuple):
 
 
 def _ours(loss, case: Case, weights: dict[str, np.ndarray], x: np.ndarray) -> Contestant:
-    tx = train.recipe(RATE)
+    tx = train.default_optimizer(RATE)
     arrays: dict[str, Any] = {name: jnp.asarray(array) for name, array in weights.items()}
     sae = jaxsae.SAE(**arrays, activation=jaxsae.TopK(case.k))
     state, batch = train.init_state(sae, tx), jnp.asarray(x)
@@ -167,7 +167,7 @@ def sweep(size: str) -> dict[str, Any]:
     members = [
         jaxsae.init(jax.random.key(seed), d=case["d"], m=case["m"], activation=jaxsae.ReLU()) for seed in range(MEMBERS)
     ]
-    stacked, recipes = train.stack(members), [train.recipe(rate) for rate in rates]
+    stacked, recipes = train.stack(members), [train.default_optimizer(rate) for rate in rates]
     loss = objectives.Objective((objectives.L1(jnp.asarray(weights)),))
 
     def together():
@@ -176,7 +176,7 @@ def sweep(size: str) -> dict[str, Any]:
             stacked,
             itertools.repeat(x),
             loss=loss,
-            tx=train.recipe,
+            tx=train.default_optimizer,
             rates=rates,
             steps=SWEPT,
             callback=lambda step, shown: history.append(shown["loss"]),

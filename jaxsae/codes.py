@@ -27,7 +27,7 @@ class SparseCode:
       values: `[*b k]`, in the units of the activations.
       indices: `[*b k]`, int32.
       num_latents: number of latents `m`; static.
-      overflow: `[*b]` int32, how many active latents of the row did not fit into `k` slots.
+      num_dropped: `[*b]` int32, how many active latents of the row did not fit into `k` slots.
 
     Example:
       >>> import jax.numpy as jnp, jaxsae
@@ -41,12 +41,12 @@ class SparseCode:
     values: Float[Array, "*b k"]
     indices: Int[Array, "*b k"]
     num_latents: int = struct.field(pytree_node=False)
-    overflow: Int[Array, "*b"] = None  # pyright: ignore[reportAssignmentType]
+    num_dropped: Int[Array, "*b"] = None  # pyright: ignore[reportAssignmentType]
 
     def __post_init__(self):
         # JAX rebuilds pytrees around things that are not arrays (axes, specs, None): leave those alone.
-        if self.overflow is None and hasattr(self.indices, "shape"):
-            object.__setattr__(self, "overflow", jnp.zeros(self.indices.shape[:-1], jnp.int32))
+        if self.num_dropped is None and hasattr(self.indices, "shape"):
+            object.__setattr__(self, "num_dropped", jnp.zeros(self.indices.shape[:-1], jnp.int32))
 
     @property
     def mask(self) -> Bool[Array, "*b k"]:
@@ -73,7 +73,7 @@ def from_dense(z: Float[Array, "*b m"], capacity: int) -> SparseCode:
     Args:
       z: dense code `[*b m]`.
       capacity: number of slots `k` a row, at most `m`. A row with more non-zeros loses its smallest, and
-        `overflow` says how many.
+        `num_dropped` says how many.
 
     Raises:
       TypeError: if `z` is not floating point.
@@ -82,7 +82,7 @@ def from_dense(z: Float[Array, "*b m"], capacity: int) -> SparseCode:
     Example:
       >>> import jax.numpy as jnp, jaxsae
       >>> code = jaxsae.codes.from_dense(jnp.array([[0.0, 2.0, 5.0, 1.0], [0.0, 0.0, 4.0, 0.0]]), capacity=2)
-      >>> code.indices.tolist(), code.overflow.tolist()
+      >>> code.indices.tolist(), code.num_dropped.tolist()
       ([[2, 1], [2, 4]], [1, 0])
     """
     z = jnp.asarray(z)
@@ -96,8 +96,8 @@ def from_dense(z: Float[Array, "*b m"], capacity: int) -> SparseCode:
     kept = magnitude != 0
     values = jnp.where(kept, jnp.take_along_axis(z, indices, axis=-1), 0)
     active = jnp.sum(jnp.abs(z) > 0, axis=-1, dtype=jnp.int32)  # NaN is in no need of a slot
-    overflow = active - jnp.sum(magnitude > 0, axis=-1, dtype=jnp.int32)
-    return SparseCode(values, jnp.where(kept, indices, m), m, overflow)
+    num_dropped = active - jnp.sum(magnitude > 0, axis=-1, dtype=jnp.int32)
+    return SparseCode(values, jnp.where(kept, indices, m), m, num_dropped)
 
 
 def top_k(x: Float[Array, "*b m"], k: int) -> tuple[Float[Array, "*b k"], Int[Array, "*b k"]]:

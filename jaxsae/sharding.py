@@ -23,8 +23,8 @@ __all__ = [
     "abstract",
     "create",
     "gathered",
+    "make_global_batch",
     "make_mesh",
-    "place_rows",
     "rows_needed",
     "rows_sharding",
     "shardings",
@@ -45,7 +45,7 @@ TABLE = {
     "r_mag": LATENTS,
     "b_gate": LATENTS,
     "b_mag": LATENTS,
-    "idle": LATENTS,
+    "rows_since_fired": LATENTS,
 }
 _AXES = {"W_enc": 2, "W_dec": 2}  # of one autoencoder's array; 1 of the others
 
@@ -199,7 +199,7 @@ def rows_sharding(x: Any, mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data") if parts and x.shape[0] % parts == 0 else WHOLE)
 
 
-def place_rows(x: np.ndarray, size: int, first: int) -> jax.Array:
+def make_global_batch(x: np.ndarray, size: int, first: int) -> jax.Array:
     """Rows of a batch, those that this process has, put on its devices.
 
     Args:
@@ -208,7 +208,7 @@ def place_rows(x: np.ndarray, size: int, first: int) -> jax.Array:
       first: which of these `x` begins with.
 
     Example:
-      >>> place_rows(np.zeros((6, 4)), size=6, first=0).shape
+      >>> make_global_batch(np.zeros((6, 4)), size=6, first=0).shape
       (6, 4)
     """
     mesh = jax.sharding.get_mesh()

@@ -82,6 +82,6 @@ def top_k(pre, k):
     return np.where(pre >= least, pre, 0)
 
 
-def pre(x, w, centred=True):
-    x = np.float64(x) - (w["b_dec"] if centred else 0)
+def pre(x, w, apply_b_dec_to_input=True):
+    x = np.float64(x) - (w["b_dec"] if apply_b_dec_to_input else 0)
     return x @ np.float64(w["W_enc"]) + w["b_enc"]

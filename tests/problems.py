@@ -80,7 +80,7 @@ def optimum(dictionary, y, code: SparseCode, nonnegative=True, ridge=0.0) -> Spa
     return code.replace(values=z)
 
 
-def excess(dictionary, y, code: SparseCode, nonnegative=True) -> np.ndarray:
+def objective_gap(dictionary, y, code: SparseCode, nonnegative=True) -> np.ndarray:
     """How much more normalised error each row has than the best possible."""
     return nmse(dictionary, y, code) - nmse(dictionary, y, optimum(dictionary, y, code, nonnegative))
 

@@ -47,7 +47,7 @@ def test_topk_breaks_ties_by_index():
 
 def test_topk_never_overflows():
     # Leaving positive latents out is what TopK means: it is no loss to report.
-    assert code_of(jaxsae.TopK(2), jnp.ones((3, 8)), 2).overflow.tolist() == [0, 0, 0]
+    assert code_of(jaxsae.TopK(2), jnp.ones((3, 8)), 2).num_dropped.tolist() == [0, 0, 0]
 
 
 def test_topk_fills_a_larger_capacity_with_unused_slots():
@@ -97,7 +97,7 @@ def test_relu_keeps_what_is_positive(batch):
 def test_relu_counts_what_does_not_fit():
     code = code_of(jaxsae.ReLU(), jnp.array([[1.0, 4.0, -9.0, 2.0], [-1.0, -1.0, 3.0, -1.0]]), 2)
     assert code.values.tolist() == [[4, 2], [3, 0]]
-    assert code.overflow.tolist() == [1, 0]
+    assert code.num_dropped.tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("activation", [jaxsae.ReLU(), jaxsae.TopK(2)], ids=lambda a: type(a).__name__)

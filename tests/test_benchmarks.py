@@ -158,7 +158,7 @@ def test_a_trained_case_reads_the_activations_where_there_are_any(tmp_path):
     made = cases.real_problem(real, tmp_path / "x.npy")
     assert made.y.shape == (16, 8)
     assert made.source == "x"
-    assert int(made.code.overflow.max()) == 0
+    assert int(made.code.num_dropped.max()) == 0
     assert int(made.code.l0.max()) == made.code.indices.shape[1]
     np.testing.assert_allclose(jnp.linalg.norm(made.y, axis=1), 1, rtol=1e-6)
 

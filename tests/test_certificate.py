@@ -9,9 +9,9 @@ import pytest
 from problems import (
     assert_same_bits,
     atoms_of,
-    excess,
     f64,
     objective,
+    objective_gap,
     optimum,
     problem,
     projected,
@@ -74,7 +74,7 @@ def test_the_gap_bounds_the_error_that_could_be_saved(values, nonnegative, coher
         code = projected(code)  # an infeasible code may have less error than the best feasible one
     gap = f64(jaxsae.certify(dictionary, y, code, nonnegative=nonnegative).gap)
     # A gap is rounded in proportion to itself; where little is to be gained, it is exact.
-    assert np.all(gap * (1 + 1e-5) >= excess(dictionary, y, code, nonnegative) - 1e-7)
+    assert np.all(gap * (1 + 1e-5) >= objective_gap(dictionary, y, code, nonnegative) - 1e-7)
     if values == "refitted":
         assert np.max(gap) <= 1e-5
     else:
@@ -116,7 +116,7 @@ def test_a_certificate_holds_whatever_the_order_of_sums(coherence, nonnegative, 
         expected = kkt_by_definition(*permuted, nonnegative)
         assert np.all(expected <= f64(certificate.kkt) * (1 + 1e-5) + y.shape[-1] * eps)
         slack = dual_slack(*permuted, best.replace(values=f64(best.values)[:, slots]))
-        short = excess(*permuted, nonnegative) - f64(certificate.gap) * (1 + 1e-5)
+        short = objective_gap(*permuted, nonnegative) - f64(certificate.gap) * (1 + 1e-5)
         assert np.all(short <= slack + 1e-7)
 
 

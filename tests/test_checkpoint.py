@@ -19,7 +19,7 @@ from jaxsae.train import checkpoint
 from jaxsae.train.checkpoint import Checkpoints, fingerprint
 from jaxsae.train.objectives import AuxK, Objective
 
-TX = train.average(train.recipe(optax.linear_schedule(1e-2, 0.0, 100), clip=1.0), decay=0.9)
+TX = train.ema(train.default_optimizer(optax.linear_schedule(1e-2, 0.0, 100), clip=1.0), decay=0.9)
 
 
 def state(steps=3):

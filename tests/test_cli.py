@@ -74,7 +74,7 @@ def spoil_rows(folder):
 
 
 WARNINGS = {
-    "overflow": (["--capacity", K], "relu", None, "rows have more active latents than slots; raise --capacity."),
+    "num_dropped": (["--capacity", K], "relu", None, "rows have more active latents than slots; raise --capacity."),
     "NaN": ([], "topk", spoil_rows, "2 rows hold NaN or Inf and are left as encoded (status 2)."),
     "steps": (["--max-steps", 1], "topk", None, "rows stopped at --max-steps (status 1)."),
 }
@@ -375,7 +375,7 @@ def printed(capsys):
 
 
 def test_nan_is_null(capsys):
-    console.tell({"a": np.nan, "b": [np.inf, 1.5, ({"c": -np.inf},)], "d": Path("x")}, "", as_json=True)
+    console.show({"a": np.nan, "b": [np.inf, 1.5, ({"c": -np.inf},)], "d": Path("x")}, "", as_json=True)
     assert printed(capsys) == {"a": None, "b": [None, 1.5, [{"c": None}]], "d": "x"}
 
 

@@ -42,9 +42,9 @@ def test_an_index_that_stands_twice_adds_up():
 
 def test_overflow_defaults_to_zeros():
     code = code_of(np.ones((2, 3, 4)), np.zeros((2, 3, 4)), 5)
-    assert code.overflow.shape == (2, 3)
-    assert code.overflow.dtype == jnp.int32
-    assert not code.overflow.any()
+    assert code.num_dropped.shape == (2, 3)
+    assert code.num_dropped.dtype == jnp.int32
+    assert not code.num_dropped.any()
 
 
 @pytest.mark.parametrize("batch", [(), (2, 3)])
@@ -54,7 +54,7 @@ def test_from_dense_and_back(batch):
     assert code.values.shape == code.indices.shape == (*batch, 10)
     assert np.array_equal(dense(code), z)
     assert np.array_equal(code.l0, (z != 0).sum(-1))
-    assert not code.overflow.any()
+    assert not code.num_dropped.any()
 
 
 def test_from_dense_keeps_the_largest_by_magnitude_and_counts_the_others():
@@ -62,7 +62,7 @@ def test_from_dense_keeps_the_largest_by_magnitude_and_counts_the_others():
     code = from_dense(z, 2)
     assert code.values.tolist() == [[-5, 3], [4, 0], [0, 0]]
     assert code.indices.tolist() == [[1, 3], [2, 5], [5, 5]]
-    assert code.overflow.tolist() == [2, 0, 0]
+    assert code.num_dropped.tolist() == [2, 0, 0]
 
 
 def test_from_dense_breaks_ties_by_index():
@@ -75,7 +75,7 @@ def test_from_dense_keeps_what_is_not_finite(capacity):
     code = from_dense(jnp.array([[0.0, 1.0, jnp.nan, 2.0], [0.0, jnp.inf, 1.0, 2.0]]), capacity)
     assert np.isnan(code.values[0]).sum() == 1
     assert np.isposinf(code.values[1]).sum() == 1
-    assert code.overflow.tolist() == [max(3 - capacity, 0)] * 2
+    assert code.num_dropped.tolist() == [max(3 - capacity, 0)] * 2
 
 
 @pytest.mark.parametrize("capacity", [0, -1, 6])
@@ -94,7 +94,7 @@ def test_the_derivative_of_from_dense_is_that_of_a_gather():
 def test_dtypes_are_kept(dtype):
     code = from_dense(jnp.ones((2, 3), dtype), 2)
     assert (code.values.dtype, dense(code).dtype) == (dtype, dtype)
-    assert (code.indices.dtype, code.overflow.dtype, code.l0.dtype) == (jnp.int32,) * 3
+    assert (code.indices.dtype, code.num_dropped.dtype, code.l0.dtype) == (jnp.int32,) * 3
     assert combine(jnp.eye(3, dtype=dtype), code).dtype == dtype
 
 
@@ -122,7 +122,7 @@ def test_a_code_is_vmapped_over_any_axis():
     code = from_dense(activations(batch=(3, 5), d=8), 4)
     expected = dense(code)
     assert np.array_equal(jax.vmap(dense)(code), expected)
-    axes = SparseCode(values=1, indices=1, num_latents=8, overflow=1)
+    axes = SparseCode(values=1, indices=1, num_latents=8, num_dropped=1)
     turned = jax.vmap(dense, in_axes=(axes,))(code)
     assert np.array_equal(turned, jnp.moveaxis(expected, 1, 0))
     assert_same_bits(jax.vmap(lambda code: code, in_axes=1, out_axes=1)(code), code)
@@ -131,7 +131,7 @@ def test_a_code_is_vmapped_over_any_axis():
 def test_vmap_can_leave_a_leaf_out():
     code = from_dense(jnp.array([1.0, 2.0]), 2)
     values = jnp.arange(6.0).reshape(3, 2)
-    axes = SparseCode(values=0, indices=None, num_latents=2, overflow=None)
+    axes = SparseCode(values=0, indices=None, num_latents=2, num_dropped=None)
     out = jax.vmap(dense, in_axes=(axes,))(code.replace(values=values))
     assert np.array_equal(out, values[:, ::-1])
 
@@ -143,7 +143,7 @@ def test_a_code_is_a_tree_of_three_leaves():
     assert jax.eval_shape(lambda code: code, code).values.shape == (1, 2)
     assert jax.tree.structure(code) != jax.tree.structure(code.replace(num_latents=4))
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(code)]
-    assert names == [".values", ".indices", ".overflow"]
+    assert names == [".values", ".indices", ".num_dropped"]
 
 
 def test_a_tree_rebuilt_around_none_keeps_its_structure():
@@ -153,13 +153,13 @@ def test_a_tree_rebuilt_around_none_keeps_its_structure():
     assert jax.tree.leaves(emptied) == []
     is_none = {"is_leaf": lambda leaf: leaf is None}
     assert jax.tree.structure(emptied, **is_none) == jax.tree.structure(code)
-    assert code.replace(overflow=None).overflow.tolist() == [0]
+    assert code.replace(num_dropped=None).num_dropped.tolist() == [0]
 
 
 def test_codes_can_be_made_of_numpy_arrays(unchecked):
     code = SparseCode(np.array([[1.0, 2.0]], np.float32), np.array([[2, 0]], np.int32), 3)
     assert dense(code).tolist() == [[2, 0, 1]]
-    assert jax.device_get(code).overflow.tolist() == [0]
+    assert jax.device_get(code).num_dropped.tolist() == [0]
 
 
 def test_check_passes_a_code_that_holds_everything():

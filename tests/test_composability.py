@@ -175,7 +175,7 @@ def test_donated_arguments(model, x, refined):
     assert values.is_deleted()  # its memory is that of the result
 
     copy = jax.tree.map(jnp.copy, model)
-    tx = train.recipe(1e-3)
+    tx = train.default_optimizer(1e-3)
     state, _ = train.make_step(jaxsae.train.objectives.Objective(), tx)(train.init_state(copy, tx), x)
     assert not np.array_equal(state.sae.W_dec, model.W_dec)
     assert_same_bits(copy, model)  # what the caller made is the caller's

@@ -49,8 +49,8 @@ def an_sae(format, dtype=np.float32):
         norm = normalisation.LayerNorm()
     if format == "saelens":
         weights["b_enc"] = np.zeros(M, dtype)  # which it has in the gates' biases
-    centred = not isinstance(activation, jaxsae.JumpReLU)
-    return jaxsae.SAE(**weights, activation=activation, normalisation=norm, centred=centred)
+    apply_b_dec_to_input = not isinstance(activation, jaxsae.JumpReLU)
+    return jaxsae.SAE(**weights, activation=activation, normalisation=norm, apply_b_dec_to_input=apply_b_dec_to_input)
 
 
 def save(sae, folder, format):
@@ -373,7 +373,7 @@ def test_weights_of_another_dtype_are_refused_by_name(format, tmp_path):
 @pytest.mark.parametrize(
     "format, names",
     {
-        "jaxsae": ["centred", "transcoder", "skip"],
+        "jaxsae": ["apply_b_dec_to_input", "transcoder", "skip"],
         "saelens": ["apply_b_dec_to_input", "rescale_acts_by_decoder_norm", "finetuning_scaling_factor"],
         "sparsify": ["transcode", "skip_connection", "signed"],
         "gemma_scope_2": ["affine_connection"],
@@ -410,7 +410,7 @@ SAES = {
     "llama_scope": None,
 }
 MEANT = {  # what a configuration may say otherwise of the same weights
-    "jaxsae": {"activation", "normalisation", "centred", "transcoder"},
+    "jaxsae": {"activation", "normalisation", "apply_b_dec_to_input", "transcoder"},
     "saelens": {
         *("architecture", "k", "apply_b_dec_to_input", "normalize_activations", "dtype", "activation_fn"),
         *("activation_fn_str", "activation_fn_kwargs", "rescale_acts_by_decoder_norm", "metadata"),
@@ -498,7 +498,9 @@ def test_an_altered_file_is_the_same_sae_or_refused_by_name(name, change):
     format = name.partition(" ")[0]
     sae = an_sae(format)
     if SAES[name] is not None:
-        sae = dataclasses.replace(sae, activation=SAES[name], centred=format != "dictionary_learning" or " " in name)
+        sae = dataclasses.replace(
+            sae, activation=SAES[name], apply_b_dec_to_input=format != "dictionary_learning" or " " in name
+        )
     with tempfile.TemporaryDirectory() as folder:
         path = save(sae, Path(folder), format)
         whole = jax.tree.map(np.asarray, pretrained.load(path, format=format))

@@ -178,7 +178,7 @@ def test_constant_norm(tmp_path):
 
 
 def test_without_centre_and_gated_without_b_enc(tmp_path):
-    z = relu(pre(X, W, centred=False))
+    z = relu(pre(X, W, apply_b_dec_to_input=False))
     model = saelens(tmp_path / "a", plain(), apply_b_dec_to_input=False)
     assert_computes(model, X, z, z @ W["W_dec"] + W["b_dec"])
     assert not model.transcoder
@@ -228,12 +228,12 @@ def pursued(x, W_dec, threshold, steps, duplicate):
 
 
 @pytest.mark.parametrize("duplicate, steps, centred", [(True, None, True), (False, 4, True), (True, 3, False)])
-def test_matching_pursuit_is_a_pursuit_encoder(duplicate, steps, centred, tmp_path):
+def test_matching_pursuit_is_a_pursuit_encoder(duplicate, steps, apply_b_dec_to_input, tmp_path):
     W_dec = W["W_dec"] / np.linalg.norm(W["W_dec"], axis=1, keepdims=True)
     options = {"residual_threshold": 0.5, "max_iterations": steps, "stop_on_duplicate_support": duplicate}
-    options |= {"architecture": "matching_pursuit", "apply_b_dec_to_input": centred}
+    options |= {"architecture": "matching_pursuit", "apply_b_dec_to_input": apply_b_dec_to_input}
     model = saelens(tmp_path / "sae", {"W_dec": W_dec, "b_dec": W["b_dec"]}, **options)
-    b_dec = W["b_dec"] if centred else 0
+    b_dec = W["b_dec"] if apply_b_dec_to_input else 0
     z = pursued(X - b_dec, W_dec, 0.5, steps or D, duplicate)
     assert (z != 0).sum(1).max() > 2
     assert_computes(model, X, z, z @ W_dec + b_dec)
@@ -359,13 +359,13 @@ THRESHOLD = np.linspace(0.1, 1, M).astype(np.float32)
 @pytest.mark.parametrize("names", [("W_enc", "W_dec"), ("w_enc", "w_dec")])
 def test_gemma_scope_in_either_case_and_compressed(names, tmp_path):
     tensors = plain(("b_enc", "b_dec"), threshold=THRESHOLD) | {names[0]: W["W_enc"], names[1]: W["W_dec"]}
-    linear = pre(X, W, centred=False)
+    linear = pre(X, W, apply_b_dec_to_input=False)
     z = np.where(linear > THRESHOLD, relu(linear), 0)
     for save, file in ((np.savez, "params.npz"), (np.savez_compressed, "other.npz")):
         save(tmp_path / file, **tensors)
         model = pretrained.load(tmp_path / file)
         assert_computes(model, X, z, z @ W["W_dec"] + W["b_dec"])
-        assert not (model.centred or model.transcoder)
+        assert not (model.apply_b_dec_to_input or model.transcoder)
 
 
 def test_gemma_scope_of_embeddings_and_transcoders(tmp_path):
@@ -374,7 +374,7 @@ def test_gemma_scope_of_embeddings_and_transcoders(tmp_path):
     folder.mkdir(parents=True)
     np.savez(folder / "params.npz", **tensors)
     assert pretrained.detect(folder) == pretrained.detect(folder / "params.npz") == "gemma_scope_embedding"
-    linear = pre(X, W | {"W_enc": W["W_enc"] / np.sqrt(D)}, centred=False)
+    linear = pre(X, W | {"W_enc": W["W_enc"] / np.sqrt(D)}, apply_b_dec_to_input=False)
     z = np.where(linear > THRESHOLD, relu(linear), 0)
     assert_computes(pretrained.load(folder), X, z, z @ (W["W_dec"] * np.sqrt(D)) + W["b_dec"])
     assert_same_bits(pretrained.load(folder, format="gemma_scope").W_enc, W["W_enc"])
@@ -496,7 +496,7 @@ def dictionary_learning(folder, state, dict_class=None):
 
 
 def test_the_april_update_subtracts_nothing(tmp_path):
-    z = relu(pre(X, W, centred=False))
+    z = relu(pre(X, W, apply_b_dec_to_input=False))
     model = dictionary_learning(tmp_path / "a", LAYERS | {"decoder.bias": W["b_dec"]})
     assert_computes(model, X, z, z @ W["W_dec"] + W["b_dec"])
 
@@ -521,7 +521,7 @@ def test_matryoshka_and_jumprelu_have_raw_weights(tmp_path):
     linear = pre(X, W)
     assert_computes(model, X, np.where(linear > 0.5, relu(linear), 0))
     model = dictionary_learning(tmp_path / "b", plain(threshold=THRESHOLD))
-    linear = pre(X, W, centred=False)
+    linear = pre(X, W, apply_b_dec_to_input=False)
     assert_computes(model, X, np.where(linear > THRESHOLD, relu(linear), 0))
 
 
@@ -600,7 +600,7 @@ def test_raw_weights_with_more_than_is_used(tmp_path):
     (tmp_path / "c").mkdir()
     torch_pickle.write(tmp_path / "c" / "ae.pt", LAYERS | {"decoder.bias": W["b_dec"]})
     (tmp_path / "c" / "config.json").write_text('{"trainer": {"dict_class": "AutoEncoder", "norm_factor": 2.0}}')
-    assert_computes(pretrained.load(tmp_path / "c"), X, relu(pre(X, W, centred=False)))
+    assert_computes(pretrained.load(tmp_path / "c"), X, relu(pre(X, W, apply_b_dec_to_input=False)))
 
 
 # --- OpenAI
@@ -655,7 +655,7 @@ def llama_scope(folder, **config):
 def test_llama_scope_has_two_scales_and_a_threshold_for_rows_as_they_are(tmp_path):
     model = llama_scope(tmp_path / "a")
     into, out = np.sqrt(D) / 3, np.sqrt(D) / 5
-    linear = pre(into * X, W, centred=False)
+    linear = pre(into * X, W, apply_b_dec_to_input=False)
     z = np.where(linear / into > 0.2, relu(linear), 0)
     assert_computes(model, X, z, (z @ W["W_dec"] + W["b_dec"]) / out)
     assert model.transcoder
@@ -697,7 +697,7 @@ def test_llama_scopes_learned_thresholds_are_for_pre_activations_times_norms(tmp
     llama_scope(tmp_path / "a", norm_activation="inference", sparsity_include_decoder_norm=True, hook_point_out="a")
     log = {"log_jumprelu_threshold": np.log(THRESHOLD)}
     write(tmp_path / "a" / "checkpoints", "final.safetensors", {**LAYERS, "decoder.bias": W["b_dec"], **log})
-    linear = pre(X, W, centred=False)
+    linear = pre(X, W, apply_b_dec_to_input=False)
     z = np.where(linear * np.linalg.norm(W["W_dec"], axis=1) > THRESHOLD, relu(linear), 0)
     assert_computes(pretrained.load(tmp_path / "a"), X, z, z @ W["W_dec"] + W["b_dec"])
 
@@ -776,7 +776,7 @@ def test_dtype_is_chosen_and_thresholds_stay_wide(tmp_path):
 
 
 def test_conventions_survive_our_own_format_and_are_printed(tmp_path):
-    model = dataclasses.replace(sae(), normalisation=normalisation.LayerNorm(1e-3), centred=False)
+    model = dataclasses.replace(sae(), normalisation=normalisation.LayerNorm(1e-3), apply_b_dec_to_input=False)
     pretrained.save(model, tmp_path / "sae")
     loaded = pretrained.load(tmp_path / "sae")
     assert jax.tree.structure(loaded) == jax.tree.structure(model)
@@ -831,7 +831,7 @@ def test_refining_and_shrinkage_are_in_the_units_of_the_rows():
 
 
 def test_an_autoencoder_without_centre_is_refined_for_its_input_and_a_transcoder_asks():
-    model = dataclasses.replace(sae(), centred=False)
+    model = dataclasses.replace(sae(), apply_b_dec_to_input=False)
     x = activations(batch=(64,))
     refined, _ = jaxsae.refine(model, x)
     assert float(jaxsae.shrinkage(model, x, jaxsae.encode(model, x), refined).gamma_after) == pytest.approx(1, abs=1e-4)

@@ -133,7 +133,7 @@ def compiled_refit(B, k, *, d=768, m=16384, **options):
         values=jax.ShapeDtypeStruct((B, k), jnp.float32),
         indices=jax.ShapeDtypeStruct((B, k), jnp.int32),
         num_latents=m,
-        overflow=jax.ShapeDtypeStruct((B,), jnp.int32),
+        num_dropped=jax.ShapeDtypeStruct((B,), jnp.int32),
     )
     arrays = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((m, d), (B, d)))
     return jax.jit(lambda D, y, code: jaxsae.refit(D, y, code, **options)).lower(*arrays, code).compile()
@@ -148,13 +148,15 @@ def test_scratch_is_bounded_whatever_the_batch(B):
 def test_scratch_is_an_argument():
     dictionary, y, code = problem(batch=(100,), d=64, k=8)
     bound = 8 * problems.row_bytes(8, 64, 4)
-    small = compiled_refit(100, 8, d=64, m=32, scratch=bound).memory_analysis().temp_size_in_bytes
+    small = compiled_refit(100, 8, d=64, m=32, workspace_bytes=bound).memory_analysis().temp_size_in_bytes
     usual = compiled_refit(100, 8, d=64, m=32).memory_analysis().temp_size_in_bytes
     assert small < usual / 2
-    got, expected = (jaxsae.refit(dictionary, y, code, scratch=scratch)[0] for scratch in (bound, 1 << 28))
+    got, expected = (
+        jaxsae.refit(dictionary, y, code, workspace_bytes=workspace_bytes)[0] for workspace_bytes in (bound, 1 << 28)
+    )
     np.testing.assert_allclose(got.values, expected.values, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match=r"got scratch of 100 bytes.* needs \d+.*pass"):
-        jaxsae.refit(dictionary, y, code, scratch=100)
+    with pytest.raises(ValueError, match=r"got workspace_bytes of 100.* needs \d+.*pass"):
+        jaxsae.refit(dictionary, y, code, workspace_bytes=100)
 
 
 @pytest.mark.parametrize("sizes", [{"atoms": 1e-12}, {"atoms": 1e12}, {"y": 1e-15}, {"y": 1e15}, {"ridge": 0.5}, {}])

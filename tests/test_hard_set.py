@@ -319,13 +319,13 @@ least_error = functools.cache(lambda case, nonnegative: brute_force(hard(case), 
 def test_no_support_within_the_support_does_better(case, nonnegative, solver):
     p = hard(case)
     refitted, _ = jaxsae.refit(*p, solver, nonnegative=nonnegative)
-    excess = added(p, refitted, least_error(case, nonnegative))
-    assert np.min(excess) >= -1e-9, "brute force should be the least"
+    objective_gap = added(p, refitted, least_error(case, nonnegative))
+    assert np.min(objective_gap) >= -1e-9, "brute force should be the least"
     if "0.9998" not in case:  # a gap in float32 may fall short on nearly singular supports
         gap = f64(jaxsae.certify(p.dictionary, p.y, refitted, nonnegative=nonnegative).gap)
-        assert np.all(excess <= 1.001 * gap + 1e-6), (excess - gap).max()
+        assert np.all(objective_gap <= 1.001 * gap + 1e-6), (objective_gap - gap).max()
     if solver is None:
-        assert np.max(excess) <= (1e-4 if case in WIDE else 1e-6)
+        assert np.max(objective_gap) <= (1e-4 if case in WIDE else 1e-6)
 
 
 @pytest.mark.parametrize(("atoms", "target"), [CYCLE_3, CYCLE_5], ids=["3 atoms", "5 atoms"])
@@ -527,5 +527,5 @@ def test_the_instances_of_scipys_bug_reports(start, solver):
     refitted, info = jaxsae.refit(*p, solver)
     assert_honest(p, refitted, info, True, TOL)
     if solver is None:
-        excess = dict(zip(REPORTS, added(p, refitted, least_by_scipy(p)), strict=True))
-        assert {title: e for title, e in excess.items() if e > (1e-4 if title in WIDE_REPORTS else 1e-6)} == {}
+        objective_gap = dict(zip(REPORTS, added(p, refitted, least_by_scipy(p)), strict=True))
+        assert {title: e for title, e in objective_gap.items() if e > (1e-4 if title in WIDE_REPORTS else 1e-6)} == {}

@@ -86,11 +86,11 @@ def test_a_training_goes_back_when_too_many_batches_fail_and_then_on(rows, tmp_p
     real = job.run
     spoilt = range(20, 31)
 
-    def run(step, fresh, batches, *more, put, **options):
+    def run(step, init_fn, batches, *more, shard_fn, **options):
         def spoil(x):
-            return put(x * np.nan if batches.position - 1 in spoilt else x)
+            return shard_fn(x * np.nan if batches.position - 1 in spoilt else x)
 
-        return real(step, fresh, batches, *more, put=spoil, **options)
+        return real(step, init_fn, batches, *more, shard_fn=spoil, **options)
 
     monkeypatch.setattr(job, "run", run)
     assert train(tmp_path, rows, "--save-every", 0.1) == 0
@@ -156,13 +156,18 @@ def loop(tmp_path):
             state = dataclasses.replace(state, step=state.step + 1, skipped_last=jnp.zeros((), int))
         return loop.spoil(number, state), {"number": number}
 
-    def tell(step, metrics):
+    def log_fn(step, metrics):
         logged.append((step, metrics["number"]))
         assert len(seen) - seen.index(metrics["number"]) <= PATIENCE
         return {"nmse": float(step)}
 
     def loop(steps, save_every=60.0):
-        options = {"steps": steps, "save_every": save_every, "put": lambda x: batches.position - 1, "tell": tell}
+        options = {
+            "steps": steps,
+            "save_every": save_every,
+            "shard_fn": lambda x: batches.position - 1,
+            "log_fn": log_fn,
+        }
         options |= {"warn": said.append, "resumed": lambda step, progress: resumed.append((step, progress.lengthened))}
         with checkpoint.Checkpoints(tmp_path, config={}) as checkpoints:
             return job.run(step, lambda: training.init_state(model, tx), batches, checkpoints, **options)
@@ -201,7 +206,9 @@ def test_ten_in_a_row_are_ten(loop):
 
 def test_ten_at_the_very_end_are_seen_and_a_training_is_given_up(loop):
     loop.bad = range(24, 1000)
-    with pytest.raises(job.GivenUp, match="training diverged: the loss of 10 batches in a row was not finite, after 3"):
+    with pytest.raises(
+        job.TooManyRollbacks, match="training diverged: the loss of 10 batches in a row was not finite, after 3"
+    ):
         loop(25)
     assert loop.seen[-1] == 23 + 4 * 10
     assert [step for step, _ in loop.logged] == list(range(1, 25))
@@ -229,7 +236,9 @@ def test_a_state_that_is_not_finite_is_not_saved(save_every, value, loop):
 
 def test_a_state_that_is_never_finite_is_given_up_and_the_last_good_one_is_kept(loop):
     loop.spoil = spoiler(range(9, 1000), np.nan)
-    with pytest.raises(job.GivenUp, match="training diverged: a number of the state was not finite, after 3") as caught:
+    with pytest.raises(
+        job.TooManyRollbacks, match="training diverged: a number of the state was not finite, after 3"
+    ) as caught:
         loop(12, save_every=0.0)
     assert int(caught.value.state.step) == saved(loop).step == 9
     assert np.isfinite(caught.value.state.sae.W_dec).all()
@@ -239,8 +248,8 @@ def test_an_infinite_threshold_is_a_number(loop):
     loop.model = sae(activation=jaxsae.JumpReLU(jnp.full(32, 0.1).at[3].set(jnp.inf)))
     state = training.init_state(loop.model, optax.adam(1.0))
     assert not job._infinite(state).any()
-    averaged = training.init_state(loop.model, training.average(optax.sgd(0.0), decay=0.9))
-    assert not job._infinite(jax.tree.map(lambda x: x, averaged)).any()
+    ema_params = training.init_state(loop.model, training.ema(optax.sgd(0.0), decay=0.9))
+    assert not job._infinite(jax.tree.map(lambda x: x, ema_params)).any()
     assert job._infinite(
         dataclasses.replace(state, opt_state=jax.tree.map(lambda x: x * jnp.inf, state.opt_state))
     ).any()

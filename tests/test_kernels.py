@@ -566,8 +566,8 @@ def compile_for_tpu(chip: str):
                     outputs = jax.tree.map(placed, jax.eval_shape(kernel, *arguments))
                     arguments = jax.tree.map(argument, arguments)
                     compiled = jax.jit(kernel, out_shardings=outputs).lower(*arguments).compile()
-                    scratch = compiled.memory_analysis().temp_size_in_bytes
-                    out.append([name, *shape, str(jnp.dtype(dtype)), scratch])
+                    workspace_bytes = compiled.memory_analysis().temp_size_in_bytes
+                    out.append([name, *shape, str(jnp.dtype(dtype)), workspace_bytes])
     print(json.dumps(out))
 
 
@@ -588,5 +588,5 @@ def test_kernels_compile_for_tpus_without_scratch(chip):
     kinds = {"gather_gram", "gather_decode", "solve", "scatter_sorted"}
     assert {(row[0], *row[1:4]) for row in rows} >= {(kind, *shape) for kind in kinds for shape in AOT[:2]}
     assert {row[0] for row in rows if tuple(row[1:4]) == ISSUE[2]} >= kinds - {"scatter_sorted"}
-    for name, *shape, dtype, scratch in rows:
-        assert scratch <= 1 << 20 or tuple(shape) not in ISSUE, (name, shape, dtype)
+    for name, *shape, dtype, workspace_bytes in rows:
+        assert workspace_bytes <= 1 << 20 or tuple(shape) not in ISSUE, (name, shape, dtype)

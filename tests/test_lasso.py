@@ -92,8 +92,10 @@ def test_float32_reaches_the_same_coefficients_to_what_it_can_hold(nonnegative):
     for at in range(len(SHARES)):
         expected = scikit_learn(atoms, y, lams[:, at], nonnegative)
         np.testing.assert_allclose(code.dense()[:, at], expected, atol=2e-4)
-        excess = objective(atoms, y, code.dense()[:, at], lams[:, at]) - objective(atoms, y, expected, lams[:, at])
-        assert np.max(excess / (0.5 * (f64(y) ** 2).sum(-1))) <= 1e-6
+        objective_gap = objective(atoms, y, code.dense()[:, at], lams[:, at]) - objective(
+            atoms, y, expected, lams[:, at]
+        )
+        assert np.max(objective_gap / (0.5 * (f64(y) ** 2).sum(-1))) <= 1e-6
 
 
 @each_sign
@@ -346,7 +348,7 @@ def test_too_few_slots_are_said_to_be():
     lams = grid(atoms, y)
     enough, _ = path(atoms, y, lams)
     code, info = path(atoms, y, lams, capacity=4)
-    missing = np.asarray(code.overflow > 0)
+    missing = np.asarray(code.num_dropped > 0)
     assert np.all(missing[np.asarray(enough.l0 > 4)])
     assert np.all((info.status == Status.MAX_STEPS) == (info.gap > 1e-6)) and np.any(info.gap[missing] > 1e-2)
     assert np.all(info.status[~missing] == Status.CONVERGED)
@@ -362,7 +364,7 @@ def test_the_descent_that_takes_over_gets_there_alone(nonnegative):
     atoms, y = data()
     lams = grid(atoms, y, nonnegative)[:, 1]
     nothing = jnp.zeros((ROWS, D)), jnp.full((ROWS, D), M), jnp.zeros(ROWS, int), jnp.zeros(ROWS, int)
-    nowhere = homotopy.Arrival(*nothing, jnp.full(ROWS, jnp.nan), jnp.full(ROWS, jnp.nan))
+    nowhere = homotopy.Solution(*nothing, jnp.full(ROWS, jnp.nan), jnp.full(ROWS, jnp.nan))
     static = homotopy.Static(nonnegative, D)
     descend = functools.partial(homotopy._descend, static, jnp.float32(1e-6), jnp.int32(5000), atoms)
     end = jax.jit(jax.vmap(descend))(y, lams, nowhere)

@@ -308,7 +308,9 @@ def test_an_index_out_of_range_is_an_unused_slot(name):
 
         out = call(model, Rows(rows.x, unused(rows.code), unused(rows.refined)))
         same = {"is_leaf": lambda node: isinstance(node, SparseCode)}
-        return jax.tree.map(lambda x: (x.dense(), x.mask, x.overflow) if isinstance(x, SparseCode) else x, out, **same)
+        return jax.tree.map(
+            lambda x: (x.dense(), x.mask, x.num_dropped) if isinstance(x, SparseCode) else x, out, **same
+        )
 
     expected = with_unused(M)
     for index in (-1, -M, M + 7, np.iinfo(np.int32).min, np.iinfo(np.int32).max):
@@ -418,7 +420,7 @@ def test_encode_has_the_values_and_the_derivatives_of_encode_dense(name, x64):
     @jax.jit
     def all_of_it(model, x, dots):
         values, slopes = jax.jvp(losses, (model, x), dots)
-        if model.activation.pursues:  # a loop that ends when it is done: forwards alone
+        if model.activation.encoder_free:  # a loop that ends when it is done: forwards alone
             return values, slopes, None
         gradients = [jax.grad(lambda m, x, i=i: losses(m, x)[i], (0, 1))(model, x) for i in (0, 1)]
         return values, slopes, gradients
@@ -469,10 +471,10 @@ def test_rescale_keeps_the_reconstruction_or_refuses(name):
         rescaled = jaxsae.autoencoder.rescale(model, scale)
         np.testing.assert_allclose(after(rescaled, x), before(model, x), rtol=1e-4, atol=1e-4, err_msg=way)
         with pytest.raises(ValueError, match="`rescale` got a transcoder"):
-            jaxsae.autoencoder.rescale(model.replace(transcoder=True, centred=False), scale)
+            jaxsae.autoencoder.rescale(model.replace(transcoder=True, apply_b_dec_to_input=False), scale)
         if per_row:
             with pytest.raises(ValueError, match=r"`fold_scale` got (an SAE that normalises each row|a pursuit)"):
                 jaxsae.autoencoder.fold_scale(model, scale)
-        elif not model.activation.pursues:
+        elif not model.activation.encoder_free:
             folded = jaxsae.autoencoder.fold_scale(model, scale)
             np.testing.assert_allclose(after(folded, x), before(model, x), rtol=1e-4, atol=1e-4, err_msg=way)

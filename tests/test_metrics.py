@@ -127,13 +127,13 @@ def test_activity_is_numpys():
     np.testing.assert_allclose(found.density, (z != 0).mean(0), rtol=1e-6)
     np.testing.assert_allclose(found.l0, (z != 0).sum(1).mean(), rtol=1e-6)
     np.testing.assert_allclose(found.dead, (z == 0).all(0).mean(), rtol=1e-6)
-    assert sum(found.octaves) == z.shape[1]
-    assert found.octaves[0] == (z == 0).all(0).sum()
+    assert sum(found.log2_histogram) == z.shape[1]
+    assert found.log2_histogram[0] == (z == 0).all(0).sum()
 
 
 def test_octaves_count_latents_in_ranges_each_twice_as_long():
     fired = jnp.array([0, 0, 1, 2, 3, 4, 7, 8, 2**20], jnp.float32)
-    assert Activity(jnp.float32(2**20), fired).octaves == [2, 1, 2, 2, 1, *[0] * 16, 1]
+    assert Activity(jnp.float32(2**20), fired).log2_histogram == [2, 1, 2, 2, 1, *[0] * 16, 1]
 
 
 def test_a_latent_on_the_support_with_value_0_does_not_fire():
@@ -329,7 +329,7 @@ def test_rows_that_are_not_finite_are_left_out(name, bad):
 def numbers(metric):
     """All ratios of a metric, by name; the mean activation is in the units of the codes."""
     kinds = {name: each for name, each in vars(type(metric)).items() if isinstance(each, property)}
-    values = {name: getattr(metric, name) for name in kinds if name not in ("squares", "_units", "octaves")}
+    values = {name: getattr(metric, name) for name in kinds if name not in ("squares", "_units", "log2_histogram")}
     return {name: np.asarray(value) for name, value in values.items()}
 
 

@@ -60,7 +60,7 @@ def support(name: str, pre: np.ndarray, activation) -> np.ndarray:
 def dense_loss(params, skip, x, target, on):
     """The reconstruction error of the dense formulation with the support given, for autodiff; all `[b m]`."""
     model, W_skip = params, skip
-    pre = (x - model.b_dec if model.centred else x) @ model.W_enc + model.b_enc
+    pre = (x - model.b_dec if model.apply_b_dec_to_input else x) @ model.W_enc + model.b_enc
     if isinstance(model.activation, jaxsae.Gated):
         pre = jax.nn.relu(jnp.exp(model.activation.r_mag) * pre + model.activation.b_mag)
     x_hat = jnp.where(on, pre, 0) @ model.W_dec + model.b_dec
@@ -80,7 +80,7 @@ def test_the_gradient_is_that_of_the_dense_formulation(name, kind):
             target = activations(5, batch=(B,), d=7, dtype=np.float64)
             W_dec = activations(6, batch=(M,), d=7, dtype=np.float64)
             skip = activations(7, batch=(D,), d=7, dtype=np.float64)
-            model = model.replace(W_dec=W_dec, b_dec=target[0], W_skip=skip, centred=False)
+            model = model.replace(W_dec=W_dec, b_dec=target[0], W_skip=skip, apply_b_dec_to_input=False)
             batch = (x, target)
         state = train.init_state(model, optax.sgd(0.1))
         (value, measured), grads = jax.value_and_grad(Objective(), has_aux=True)(model, batch, state)
@@ -175,7 +175,7 @@ def test_matryoshka_adds_the_errors_of_prefixes():
 
 def test_terms_add_up():
     model, x = sae(m=M), activations(batch=(B,))
-    state = train.init_state(model, optax.sgd(0.1)).replace(idle=jnp.arange(M))
+    state = train.init_state(model, optax.sgd(0.1)).replace(rows_since_fired=jnp.arange(M))
     terms = (L1(0.3), AuxK(3), MultiTopK())
     total, plain, *alone = (
         Objective(some, idle_after=20)(model, x, state)[0] for some in (terms, (), *((term,) for term in terms))
@@ -209,7 +209,7 @@ def test_a_code_is_its_dense_form(name):
     model, x = sae(m=M, activation=activation), activations(batch=(2, 3))
     code = jaxsae.encode(model, x, capacity=M if activation.slots is None else None)
     np.testing.assert_allclose(code.dense(), jaxsae.encode_dense(model, x), rtol=1e-5, atol=1e-6)
-    assert not np.any(code.overflow)
+    assert not np.any(code.num_dropped)
     assert np.all(np.diff(np.abs(code.values), axis=-1) <= 0)
 
 
@@ -321,7 +321,7 @@ def test_the_l0_term_wants_a_target():
 def test_losses_of_a_narrow_type_are_numbers_of_float32(terms):
     # A squared error of 65,504 is infinite in float16, and so is every batch of rows of norm 256.
     model, x = sae(m=M, dtype=jnp.float16), 100 * activations(batch=(B,), dtype=jnp.float16)
-    state = train.init_state(model, optax.sgd(0.0)).replace(idle=jnp.full(M, 100))
+    state = train.init_state(model, optax.sgd(0.0)).replace(rows_since_fired=jnp.full(M, 100))
     objective = Objective(terms, idle_after=50)
     value, measured = jax.jit(objective)(model, x, state)
     wide, rows = (jax.tree.map(lambda leaf: leaf.astype(jnp.float32), each) for each in (model, x))

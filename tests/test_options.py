@@ -311,7 +311,7 @@ def cut(monkeypatch):
         if state.sae.m > 1000:
             raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
         next(batches)
-        return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state), job.Progress()
+        return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state), job.LoopState()
 
     measured = {"nmse": None, "l0": 0.0, "dead": 1.0, "rows": 1, "nmse_at": {}, "firing": [], "nonfinite": 0}
     measured["dead_rows"] = 1

@@ -65,17 +65,17 @@ NO_EXAMPLE = {
     ),
     *(
         "jaxsae.formats.hub.Found",
-        "jaxsae.train.job.GivenUp",
-        "jaxsae.train.job.Progress",
-        "jaxsae.train.job.Stopped",
+        "jaxsae.train.job.TooManyRollbacks",
+        "jaxsae.train.job.LoopState",
+        "jaxsae.train.job.Preempted",
         "jaxsae.ksvd.History",
     ),
     *("jaxsae.language_model.LanguageModel", "jaxsae.language_model.NextToken", "jaxsae.lasso.CrossValidation"),
     *("jaxsae.lasso.LassoInfo", "jaxsae.metrics.Activity", "jaxsae.metrics.Moments", "jaxsae.metrics.Progressive"),
     *(
         "jaxsae.metrics.Reconstruction",
-        "jaxsae.train.objectives.Measured",
-        "jaxsae.train.objectives.Pass",
+        "jaxsae.train.objectives.Aux",
+        "jaxsae.train.objectives.ForwardPass",
         "jaxsae.app.plan.Chip",
     ),
     *(
@@ -92,7 +92,7 @@ NO_SOURCE = {
     *("jaxsae.Certificate", "jaxsae.ReLU", "jaxsae.RefitInfo", "jaxsae.Status", "jaxsae.check"),
     *("jaxsae.autoencoder.activations.Activation", "jaxsae.lasso.LassoInfo", "jaxsae.lasso.CrossValidation"),
     *("jaxsae.ksvd.History", "jaxsae.lasso.lambda_max", "jaxsae.train.losses.mse", "jaxsae.train.losses.nmse"),
-    *("jaxsae.train.objectives.Measured", "jaxsae.train.objectives.Objective", "jaxsae.train.objectives.Pass"),
+    *("jaxsae.train.objectives.Aux", "jaxsae.train.objectives.Objective", "jaxsae.train.objectives.ForwardPass"),
     *(
         "jaxsae.autoencoder.normalisation.Normalisation",
         "jaxsae.autoencoder.normalisation.Normalised",

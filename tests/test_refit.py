@@ -11,9 +11,9 @@ from problems import (
     Problem,
     assert_same_bits,
     atoms_of,
-    excess,
     f64,
     objective,
+    objective_gap,
     optimum,
     problem,
     projected,
@@ -51,7 +51,7 @@ def test_a_refit_reaches_the_optimum_on_the_support_it_was_given(solver, nonnega
     assert np.all(np.asarray(info.kkt) <= 1e-5)
     assert np.all(np.asarray(info.steps) <= solver.max_steps)
     assert_same_bits(refitted.indices, code.indices)
-    assert np.max(excess(dictionary, y, refitted, nonnegative)) <= 1e-6
+    assert np.max(objective_gap(dictionary, y, refitted, nonnegative)) <= 1e-6
     if nonnegative:
         z = np.asarray(refitted.values)
         assert np.all(z >= 0)
@@ -253,7 +253,7 @@ def test_atoms_of_very_different_norm_share_a_support(orders):
     dictionary = norms[:, None] * dictionary
     refitted, info = jaxsae.refit(dictionary, y, code)
     assert np.all(np.asarray(info.status) == Status.CONVERGED)
-    left = excess(dictionary, y, refitted)
+    left = objective_gap(dictionary, y, refitted)
     # The KKT residual is relative to the longest atom, so it hardly sees the shortest; the gap does.
     assert np.all(np.asarray(jaxsae.certify(dictionary, y, refitted).gap) >= left - 1e-7)
     if orders == 2:
@@ -460,7 +460,7 @@ def test_a_half_precision_dictionary_is_refitted_in_float32(dtype):
     refitted, info = jaxsae.refit(half, y, code)
     assert_same_bits((refitted, info), jaxsae.refit(half.astype(jnp.float32), y, code))
     assert refitted.values.dtype == jnp.float32
-    assert np.max(excess(half, y, refitted)) <= 1e-6
+    assert np.max(objective_gap(half, y, refitted)) <= 1e-6
 
 
 def in_bfloat16(*, start=None) -> Problem:
@@ -476,7 +476,7 @@ def test_bfloat16_throughout():
     assert (refitted.values.dtype, info.kkt.dtype) == (jnp.bfloat16, jnp.float32)
     assert np.all(np.asarray(info.status) == Status.CONVERGED)
     # The answer is as good as its eight bits allow.
-    assert np.max(excess(dictionary, y, refitted)) <= 20 * float(jnp.finfo(jnp.bfloat16).eps) ** 2
+    assert np.max(objective_gap(dictionary, y, refitted)) <= 20 * float(jnp.finfo(jnp.bfloat16).eps) ** 2
     before = objective(dictionary, y, projected(code))
     assert np.all(objective(dictionary, y, refitted) <= before * (1 + 1e-6))
 

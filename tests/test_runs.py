@@ -73,8 +73,10 @@ def test_a_run_makes_an_autoencoder_of_the_raw_activations(activation, data, tmp
     everything = jaxsae.encode_dense(model, jnp.asarray(rows()))
     fires = (f64(everything) != 0).sum(0)
     assert abs(np.mean(fires == 0) - measured["dead"]) * M <= 1 and measured["dead_rows"] == 600
-    octaves = [np.sum(fires == 0), *(np.sum((fires >= 2**n) & (fires < 2 ** (n + 1))) for n in range(10))]
-    np.testing.assert_allclose(measured["firing"], octaves[: len(measured["firing"])], atol=1)  # rows at a threshold
+    log2_histogram = [np.sum(fires == 0), *(np.sum((fires >= 2**n) & (fires < 2 ** (n + 1))) for n in range(10))]
+    np.testing.assert_allclose(
+        measured["firing"], log2_histogram[: len(measured["firing"])], atol=1
+    )  # rows at a threshold
     assert sum(measured["firing"]) == M
     assert measured["nmse"] < 0.9
     (events,) = out.glob("events.out.tfevents*")

@@ -82,7 +82,7 @@ def test_the_sparse_code_is_the_dense_one(activation, batch):
     model, x = sae(activation=activation), activations(batch=batch)
     code = encode(model, x, capacity=32)
     np.testing.assert_array_equal(dense(code), encode_dense(model, x))
-    assert not np.any(code.overflow)
+    assert not np.any(code.num_dropped)
 
 
 def test_topk_needs_no_capacity():
@@ -97,7 +97,7 @@ def test_relu_reports_what_does_not_fit():
     active = (np.asarray(encode_dense(model, x)) > 0).sum(-1)
     code = encode(model, x, capacity=8)
     assert active.max() > 8
-    np.testing.assert_array_equal(code.overflow, np.maximum(active - 8, 0))
+    np.testing.assert_array_equal(code.num_dropped, np.maximum(active - 8, 0))
 
 
 @pytest.mark.parametrize("batch", [(), (7, 10)])
@@ -160,8 +160,8 @@ def test_refine_with_a_capacity_carries_the_overflow_along():
     model, x = to_refine(jaxsae.ReLU())
     refined, info = jaxsae.refine(model, x, capacity=6)
     code = encode(model, x, capacity=6)
-    assert np.any(code.overflow)
-    assert_same_bits((refined.overflow, refined.indices), (code.overflow, code.indices))
+    assert np.any(code.num_dropped)
+    assert_same_bits((refined.num_dropped, refined.indices), (code.num_dropped, code.indices))
     assert info.kkt.shape == (64,)
 
 
@@ -240,7 +240,7 @@ def test_what_does_not_fit_is_refused_in_a_sentence(error, message, call, traced
 
 def test_reconstruct_encodes_by_itself_and_knows_every_convention():
     x = activations()
-    skip = {"transcoder": True, "centred": False, "W_skip": activations(9, batch=(16,), d=16)}
+    skip = {"transcoder": True, "apply_b_dec_to_input": False, "W_skip": activations(9, batch=(16,), d=16)}
     for activation in (jaxsae.TopK(4), jaxsae.ReLU()):
         model = sae(activation=activation)
         z = encode_dense(model, x)

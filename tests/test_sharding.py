@@ -20,7 +20,7 @@ MESHES = [(data, latent) for data in (1, 2, 4, 8) for latent in (1, 2, 4, 8) if 
 every_mesh = pytest.mark.parametrize(
     "shape", [shape if shape == (2, 4) else pytest.param(shape, marks=pytest.mark.slow) for shape in MESHES], ids=str
 )
-TX = train.recipe(1e-2, clip=1.0)
+TX = train.default_optimizer(1e-2, clip=1.0)
 OBJECTIVE = Objective((AuxK(8), MultiTopK()), idle_after=3 * B)
 STEP = train.make_step(OBJECTIVE, TX)
 
@@ -29,7 +29,7 @@ def under(shape):
     return jax.set_mesh(sharding.make_mesh(*shape))
 
 
-def fresh():
+def init_fn():
     model = jaxsae.init(jax.random.key(0), d=D, m=M, activation=jaxsae.TopK(K))
     return train.init_state(model, TX)
 
@@ -38,11 +38,11 @@ def learn(shape, steps=20):
     """Losses of a training, its final state, and the supports of some rows."""
     x = np.asarray(activations(batch=(4 * B,), d=D)).reshape(4, B, D)
     with under(shape):
-        state, told = sharding.create(fresh), []
+        state, told = sharding.create(init_fn), []
         for number in range(steps):
-            state, shown = STEP(state, sharding.place_rows(x[number % 4], B, 0))
+            state, shown = STEP(state, sharding.make_global_batch(x[number % 4], B, 0))
             told.append({name: float(value) for name, value in shown.items()})
-        support = jax.jit(lambda sae, x: jaxsae.encode(sae, x))(state.sae, sharding.place_rows(x[0], B, 0))
+        support = jax.jit(lambda sae, x: jaxsae.encode(sae, x))(state.sae, sharding.make_global_batch(x[0], B, 0))
     return told, state, support
 
 
@@ -54,12 +54,12 @@ def alone():
 @every_mesh
 def test_training_has_the_same_numbers(shape):
     expected, state, code = alone()
-    assert np.any(state.idle >= OBJECTIVE.idle_after)  # AuxK had something to do
+    assert np.any(state.rows_since_fired >= OBJECTIVE.idle_after)  # AuxK had something to do
     told, split, found = learn(shape)
     for name in ("loss", "nmse", "l0", "dead"):
         np.testing.assert_allclose([x[name] for x in told], [x[name] for x in expected], rtol=1e-5, err_msg=name)
     np.testing.assert_array_equal(np.sort(found.indices), np.sort(code.indices))
-    np.testing.assert_array_equal(split.idle, state.idle)
+    np.testing.assert_array_equal(split.rows_since_fired, state.rows_since_fired)
     np.testing.assert_allclose(split.sae.W_dec, state.sae.W_dec, atol=2e-5)
     # Each device has its own part of every array of the size of W_dec.
     for leaf in jax.tree.leaves(split):
@@ -89,7 +89,7 @@ def test_every_family_has_the_same_numbers(way):
             )
             losses[shape] = []
             for _ in range(20):
-                state, shown = step(state, sharding.place_rows(x, B, 0))
+                state, shown = step(state, sharding.make_global_batch(x, B, 0))
                 losses[shape].append(float(shown["loss"]))
     np.testing.assert_allclose(losses[2, 4], losses[1, 1], rtol=1e-5)
 
@@ -103,7 +103,7 @@ def test_a_refit_has_the_same_numbers(shape):
         expected, info = jaxsae.refine(model, x)
         with under(shape):
             placed = jax.device_put(model, sharding.shardings(model, jax.sharding.get_mesh()))
-            found, info_ = jaxsae.refine(placed, sharding.place_rows(np.asarray(x), n, 0))
+            found, info_ = jaxsae.refine(placed, sharding.make_global_batch(np.asarray(x), n, 0))
         np.testing.assert_array_equal(found.indices, expected.indices)
         np.testing.assert_allclose(found.values, expected.values, rtol=1e-4, atol=1e-6)
         np.testing.assert_array_equal(info_.status, info.status)
@@ -178,11 +178,11 @@ def test_sums_over_slots_are_those_of_one_device():
 
 def test_a_checkpoint_of_one_mesh_is_gone_on_from_on_another(tmp_path):
     with under((1, 4)):
-        state = sharding.create(fresh)
+        state = sharding.create(init_fn)
         with checkpoint.Checkpoints(tmp_path, config=None) as checkpoints:
             checkpoints.save(0, state, progress=None)
     with under((2, 2)):
-        like = sharding.abstract(fresh)
+        like = sharding.abstract(init_fn)
         found = checkpoint.Checkpoints(tmp_path, config=None).restore(like)
     assert found.state.sae.W_dec.sharding.spec == jax.P("latent")
     assert dict(found.state.sae.W_dec.sharding.mesh.shape) == {"data": 2, "latent": 2}
@@ -193,7 +193,7 @@ def test_what_cannot_be_split_is_refused():
     with pytest.raises(ValueError, match="got a mesh of 3 × 3 for 8 devices"):
         sharding.make_mesh(3, 3)
     with under((1, 3)), pytest.raises(ValueError, match="got 256 latents for a mesh that splits them 3 ways"):
-        sharding.create(fresh)
+        sharding.create(init_fn)
 
 
 def test_collectives_are_read_from_a_program():
@@ -244,7 +244,7 @@ def test_latents_that_cannot_be_split_are_left_to_xla():
 
 def test_what_is_gathered_is_on_the_host():
     with under((1, 8)):
-        state = sharding.create(fresh)
+        state = sharding.create(init_fn)
     assert len(state.sae.W_dec.sharding.device_set) == 8
     found = sharding.gathered(state)
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(found))
@@ -263,7 +263,7 @@ def test_moments_of_another_shape_than_their_parameter_are_on_every_device():
             state = sharding.create(made)
             losses[shape] = []
             for _ in range(3):
-                state, shown = step(state, sharding.place_rows(x, B, 0))
+                state, shown = step(state, sharding.make_global_batch(x, B, 0))
                 losses[shape].append(float(shown["loss"]))
         assert state.sae.W_dec.addressable_shards[0].data.shape == (64 // shape[1], 20)
     np.testing.assert_allclose(losses[2, 4], losses[1, 1], rtol=1e-5)
@@ -285,7 +285,7 @@ def test_stacked_autoencoders_are_split_along_their_latents():
             assert found.activation.threshold == (jax.P(None, "latent") if each else jax.P())
     saes = train.stack([jaxsae.init(jax.random.key(i), d=D, m=M, activation=jaxsae.TopK(K)) for i in (0, 1)])
     state = jax.eval_shape(lambda: jax.vmap(lambda sae: train.init_state(sae, TX))(saes))
-    assert sharding.specs(state).idle == jax.P(None, "latent")
+    assert sharding.specs(state).rows_since_fired == jax.P(None, "latent")
     x = activations(batch=(16,), d=D)
     encode = jax.jit(jax.vmap(jaxsae.encode_dense, (0, None)))
     expected = encode(saes, x)

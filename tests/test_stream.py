@@ -49,8 +49,8 @@ def some_rows(n=ROWS):
 def read(path) -> tuple[SparseCode, RefitInfo]:
     with np.load(path) as archive:
         saved = {name: jnp.asarray(archive[name]) for name in archive.files}
-    assert sorted(saved) == ["indices", "kkt", "overflow", "status", "values"]
-    code = SparseCode(saved["values"], saved["indices"], M, saved["overflow"])
+    assert sorted(saved) == ["indices", "kkt", "num_dropped", "status", "values"]
+    code = SparseCode(saved["values"], saved["indices"], M, saved["num_dropped"])
     return code, RefitInfo(kkt=saved["kkt"], steps=jnp.zeros_like(saved["status"]), status=saved["status"])
 
 
@@ -91,7 +91,7 @@ def test_the_file_holds_what_refine_gives_in_the_order_of_the_rows(refined):
     # The support too, also where a refined value is 0.
     found, expected = (np.sort(np.asarray(code.indices), axis=1) for code in (refined.code, refined.expected))
     np.testing.assert_array_equal(found, expected)
-    assert not refined.expected.overflow.any()
+    assert not refined.expected.num_dropped.any()
 
 
 def test_the_file_is_certified_row_by_row(refined):
@@ -111,7 +111,7 @@ def test_the_slots_are_those_of_the_densest_row(refined):
 
 
 def test_the_types_in_the_file(refined):
-    assert refined.code.indices.dtype == refined.info.status.dtype == refined.code.overflow.dtype == np.int32
+    assert refined.code.indices.dtype == refined.info.status.dtype == refined.code.num_dropped.dtype == np.int32
     assert refined.code.values.dtype == refined.info.kkt.dtype == np.float32
 
 
@@ -151,7 +151,7 @@ def test_a_capacity_too_small_is_counted(tmp_path):
     l0, capacity = np.asarray(encode(model, x, capacity=M).l0), 32
     summary = refine_file(model, x, tmp_path / "codes.npz", SOLVER, capacity=capacity)
     code, _ = read(tmp_path / "codes.npz")
-    np.testing.assert_array_equal(code.overflow, np.maximum(l0 - capacity, 0))
+    np.testing.assert_array_equal(code.num_dropped, np.maximum(l0 - capacity, 0))
     assert summary.overflowed == (l0 > capacity).sum() > 0
     assert summary.capacity == code.indices.shape[1] == capacity
 
@@ -260,7 +260,7 @@ def test_encode_is_traced_once(monkeypatch):
 def test_a_transcoder_is_refused(tmp_path):
     # Its target is not among the rows.
     atoms = model_of(TOPK).W_dec
-    model = jaxsae.SAE(atoms.T, jnp.zeros(M), atoms, jnp.zeros(D), TOPK, transcoder=True, centred=False)
+    model = jaxsae.SAE(atoms.T, jnp.zeros(M), atoms, jnp.zeros(D), TOPK, transcoder=True, apply_b_dec_to_input=False)
     for call in (
         lambda: refine_file(model, some_rows(), tmp_path / "a"),
         lambda: next(refine_blocks(model, some_rows())),

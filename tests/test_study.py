@@ -200,7 +200,7 @@ def test_the_saved_saes_reconstruct_the_raw_rows(done):
         np.testing.assert_allclose(z[z > 0].mean(), row["mean_before"], rtol=1e-4)
 
 
-def excess(sae, x, code):
+def objective_gap(sae, x, code):
     """NMSE of each row above the least possible on its support, by scipy in float64."""
     dictionary, y = f64(sae.W_dec), f64(x) - f64(sae.b_dec)
     values, indices = f64(code.values), np.asarray(code.indices)
@@ -221,7 +221,7 @@ def test_refined_values_are_the_best_there_are(done, rows, solver):
             assert (block.refined.values >= 0).all()
             some = slice(None, None, max(1, PLAN.heldout // rows))  # blocks are sorted by L0: of all sizes
             code = jax.tree.map(operator.itemgetter(some), block.refined)
-            worst[row["family"]] += excess(sae, block.x[some], code)
+            worst[row["family"]] += objective_gap(sae, block.x[some], code)
     assert min(len(found) for found in worst.values()) >= rows
     assert max(worst["relu"]) <= 1e-6
     assert max(worst["topk"]) <= 1e-6
@@ -382,7 +382,7 @@ def spliced(tmp_path_factory):
     """A small study of a tiny model, in contexts of 16 tokens."""
     folder, told, refined = tmp_path_factory.mktemp("spliced"), [], []
     (folder / "text.txt").write_text("".join(map(chr, np.random.default_rng(0).integers(32, 127, 3000))))
-    site = study.Site(MODEL, layer=1, text=[folder / "text.txt"])
+    site = study.HookPoint(MODEL, layer=1, text=[folder / "text.txt"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study, "_CONTEXT", 16)
         patch.setattr(study, "refine_blocks", lambda *args: refined.append(args) or refine_blocks(*args))
@@ -442,7 +442,7 @@ def test_the_losses_are_those_of_spliced_reconstructions(spliced):
 
 def test_too_little_text_is_told(tmp_path):
     (tmp_path / "text.txt").write_text("a short text of a line or two, and no more than that. " * 8)
-    site = study.Site(MODEL, layer=1, text=[tmp_path / "text.txt"])
+    site = study.HookPoint(MODEL, layer=1, text=[tmp_path / "text.txt"])
     with pytest.raises(InputError, match="the model takes 64"):
         study.run(tmp_path / "out", data=site, plan=MODEL_PLAN)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match="holds 405 rows, the study needs at"):

@@ -40,9 +40,9 @@ RECIPES = {
 TX = train.unit_norm_decoder(optax.adam(1e-2))  # one object, one compilation
 
 
-def learn(recipe, *, steps=300, seed=0):
+def learn(default_optimizer, *, steps=300, seed=0):
     """Train on `sparse_rows`; the final state, and the metrics of every step."""
-    activation, loss = RECIPES[recipe]
+    activation, loss = RECIPES[default_optimizer]
     start = jaxsae.init(jax.random.key(seed), d=32, m=64, activation=activation)
     stream = jaxsae.data.batches(sparse_rows()[0], 256, seed=seed)
     history = []
@@ -66,9 +66,9 @@ def test_training_lowers_the_loss(trained):
 
 
 def test_training_recovers_the_atoms(trained):
-    recipe, state, _ = trained
+    default_optimizer, state, _ = trained
     cosine = (sparse_rows()[1] @ f64(state.sae.W_dec).T).max(axis=1)
-    assert cosine.mean() > 0.9, recipe
+    assert cosine.mean() > 0.9, default_optimizer
 
 
 def test_atoms_stay_on_the_unit_sphere(trained):
@@ -76,22 +76,22 @@ def test_atoms_stay_on_the_unit_sphere(trained):
 
 
 def test_training_moves_every_parameter(trained):
-    recipe, state, _ = trained
-    start = jaxsae.init(jax.random.key(0), d=32, m=64, activation=RECIPES[recipe][0])
+    default_optimizer, state, _ = trained
+    start = jaxsae.init(jax.random.key(0), d=32, m=64, activation=RECIPES[default_optimizer][0])
     for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
         assert np.any(getattr(state.sae, name) != getattr(start, name)), name
 
 
 def test_the_same_seed_gives_the_same_bits(trained):
-    recipe, state, history = trained
-    again, repeated = learn(recipe)
+    default_optimizer, state, history = trained
+    again, repeated = learn(default_optimizer)
     assert_same_bits(again, state)
     assert_same_bits(repeated, history)
 
 
 def test_another_seed_gives_others(trained):
-    recipe, _, history = trained
-    assert learn(recipe, seed=1, steps=2)[1][1][1]["loss"] != history[1][1]["loss"]
+    default_optimizer, _, history = trained
+    assert learn(default_optimizer, seed=1, steps=2)[1][1][1]["loss"] != history[1][1]["loss"]
 
 
 # --- unit_norm_decoder
@@ -145,7 +145,7 @@ def test_the_l1_weight_warms_up():
 
 def test_auxk_loss_is_the_error_and_a_share_of_auxk():
     model, x = sae(m=M), activations(batch=(B,))
-    state = train.init_state(model, TX).replace(idle=jnp.arange(M))
+    state = train.init_state(model, TX).replace(rows_since_fired=jnp.arange(M))
     value, (fired, shown, _) = Objective((AuxK(3, weight=0.25),), idle_after=20)(model, x, state)
     z = jaxsae.encode_dense(model, x)
     residual = x - jaxsae.decode(model, z)
@@ -173,7 +173,7 @@ def test_idle_counts_rows_and_starts_again_when_a_latent_fires():
     state = train.init_state(sae(m=M), tx)
     for latents in ((0, 1), (1,), (1, 2)):
         state, shown = train.make_step(fires(*latents), tx)(state, x)
-    np.testing.assert_array_equal(state.idle, [2 * B, 0, 0] + [3 * B] * (M - 3))
+    np.testing.assert_array_equal(state.rows_since_fired, [2 * B, 0, 0] + [3 * B] * (M - 3))
     assert state.step == 3
     assert sorted(shown) == ["dead", "dead_rows", "loss", "seen", "skipped"]
 
@@ -217,7 +217,7 @@ def test_changing_a_weight_does_not_retrace():
 
         def __call__(self, model, x, state):
             traces.append(self.power)
-            return self.weight * jnp.sum(model.b_dec**self.power), (state.idle < 0, {})
+            return self.weight * jnp.sum(model.b_dec**self.power), (state.rows_since_fired < 0, {})
 
     tx, x = optax.sgd(0.1), activations(batch=(B,))
 
@@ -245,7 +245,7 @@ def test_a_loss_whose_only_leaf_is_an_array():
         weights: np.ndarray
 
         def __call__(self, model, x, state):
-            return jnp.sum(self.weights * model.b_enc**2), (state.idle < 0, {})
+            return jnp.sum(self.weights * model.b_enc**2), (state.rows_since_fired < 0, {})
 
     tx = optax.sgd(0.1)
     step = train.make_step(PerLatent(np.ones(M, np.float32)), tx)
@@ -281,7 +281,7 @@ def test_fit_says_that_the_batches_ran_out():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
 def test_a_batch_whose_loss_is_not_finite_changes_nothing_and_is_counted(bad):
-    tx, x = train.recipe(1e-2), activations(batch=(B,))
+    tx, x = train.default_optimizer(1e-2), activations(batch=(B,))
     step = train.make_step(Objective((AuxK(3),), idle_after=2 * B), tx)
     state, _ = step(train.init_state(sae(m=M), tx), x)
     before = jax.tree.map(np.array, state)
@@ -293,7 +293,7 @@ def test_a_batch_whose_loss_is_not_finite_changes_nothing_and_is_counted(bad):
 
 
 def test_fit_stops_after_ten_such_batches_in_a_row_and_keeps_the_last_good_state():
-    x, tx = activations(batch=(B,)), train.recipe(1e-2)
+    x, tx = activations(batch=(B,)), train.default_optimizer(1e-2)
     stream = itertools.chain([x, x * jnp.nan, x], itertools.repeat(x * jnp.nan))
     with pytest.raises(
         train.Diverged, match=r"in a row was not finite.* after 2 steps; lower the learning rate"
@@ -335,7 +335,7 @@ def test_fit_raises_at_the_tenth_and_waits_for_few_of_the_others(good):
 
 
 def test_fit_raises_if_there_was_nothing_but_bad_batches():
-    x, tx = activations(batch=(B,)), train.recipe(1e-2)
+    x, tx = activations(batch=(B,)), train.default_optimizer(1e-2)
     bad = x * jnp.nan
     with pytest.raises(train.Diverged, match="of 3 batches in a row was not finite, 3 in all, after 0 steps"):
         train.fit(sae(m=M), [bad] * 3, loss=Objective(), tx=tx, steps=3)
@@ -350,7 +350,7 @@ def zero_atom(activation):
     return model.replace(W_dec=model.W_dec.at[0].set(0), W_enc=model.W_enc.at[:, 0].set(0))
 
 
-@pytest.mark.parametrize("tx", [optax.adam(1e-2), train.recipe(1e-2)], ids=["adam", "recipe"])
+@pytest.mark.parametrize("tx", [optax.adam(1e-2), train.default_optimizer(1e-2)], ids=["adam", "recipe"])
 def test_an_atom_of_zero_is_an_ordinary_one(tx):
     x = activations(batch=(B,))
     state = train.fit(zero_atom(jaxsae.ReLU()), [x] * 2, loss=Objective((L1(0.1),)), tx=tx, steps=2)
@@ -373,18 +373,18 @@ def only(where):
 
     def loss(model, x, state):
         zero = 0 * jnp.sum(getattr(model, where)[0])
-        return jnp.sum(model.b_dec**2) + jnp.sqrt(zero), (state.idle < 0, {})
+        return jnp.sum(model.b_dec**2) + jnp.sqrt(zero), (state.rows_since_fired < 0, {})
 
     return loss
 
 
 GAPS = {
     **{f"update of {name}": (poison(name), fires(0)) for name in ("W_enc", "b_enc", "W_dec", "b_dec", "state")},
-    **{f"gradient of {name}": (train.recipe(1e-2), only(name)) for name in ("W_enc", "W_dec", "b_dec")},
-    "average": (train.average(poison("W_dec"), 0.9), fires(0)),
-    "rate": (train.recipe(jnp.nan), fires(0)),
-    "schedule": (train.recipe(lambda count: jnp.where(count < 0, 1.0, jnp.inf)), fires(0)),
-    "second moment": (train.recipe(1e-2), lambda *given: (1e25 * fires(0)(*given)[0], fires(0)(*given)[1])),
+    **{f"gradient of {name}": (train.default_optimizer(1e-2), only(name)) for name in ("W_enc", "W_dec", "b_dec")},
+    "average": (train.ema(poison("W_dec"), 0.9), fires(0)),
+    "rate": (train.default_optimizer(jnp.nan), fires(0)),
+    "schedule": (train.default_optimizer(lambda count: jnp.where(count < 0, 1.0, jnp.inf)), fires(0)),
+    "second moment": (train.default_optimizer(1e-2), lambda *given: (1e25 * fires(0)(*given)[0], fires(0)(*given)[1])),
 }
 
 
@@ -400,14 +400,14 @@ def test_what_is_not_finite_gets_in_nowhere(gap):
 
 def test_a_latent_that_is_shut_off_by_a_threshold_of_infinity_does_not_stop_the_others():
     model = sae(m=M, activation=jaxsae.JumpReLU(jnp.full(M, 0.1).at[0].set(jnp.inf)))
-    tx = train.average(optax.sgd(0.1), 0.9)
+    tx = train.ema(optax.sgd(0.1), 0.9)
 
     def loss(model, x, state):
-        return jnp.sum(model.b_dec**2), (state.idle < 0, {})
+        return jnp.sum(model.b_dec**2), (state.rows_since_fired < 0, {})
 
     state, _ = train.make_step(loss, tx)(train.init_state(model, tx), activations(batch=(B,)))
     assert (int(state.step), int(state.skipped)) == (1, 0)
-    assert train.averaged(state).activation.threshold[0] == jnp.inf
+    assert train.ema_params(state).activation.threshold[0] == jnp.inf
 
 
 # --- what is trained
@@ -459,16 +459,16 @@ def test_what_is_no_parameter_is_not_trained(name):
         return updates, state
 
     decay = optax.chain(optax.GradientTransformation(lambda _: (), spy), optax.adamw(1e-2, weight_decay=1.0))
-    tx = train.average(decay, 0.9)
-    objective = fires(0) if activation.pursues else Objective()
+    tx = train.ema(decay, 0.9)
+    objective = fires(0) if activation.encoder_free else Objective()
     state = train.fit(model, [x] * 3, loss=objective, tx=tx, steps=3)
     assert (int(state.step), int(state.skipped)) == (3, 0)
     for tree in (*seen[0], state.opt_state.inner):
         assert not fixed & {part for path in named(tree) for part in path}
     if name != "BatchTopK":  # which estimates its threshold
         assert_same_bits(pytrees.partition(state.sae)[1], jax.tree.map(jnp.asarray, rest))
-    assert_same_bits(pytrees.partition(train.averaged(state))[1], pytrees.partition(state.sae)[1])
-    assert jax.tree.structure(train.averaged(state)) == jax.tree.structure(state.sae)
+    assert_same_bits(pytrees.partition(train.ema_params(state))[1], pytrees.partition(state.sae)[1])
+    assert jax.tree.structure(train.ema_params(state)) == jax.tree.structure(state.sae)
     learns = [path[-1] for path in named(trained) if path[0] == "activation"]
     for each in learns:
         assert np.any(getattr(state.sae.activation, each) != getattr(activation, each)), each
@@ -483,13 +483,13 @@ def test_long_sums_are_those_of_float32(dtype):
     with_threshold = sae(m=M, activation=jaxsae.BatchTopK(K)).replace(b_enc=jnp.full(M, 1.0))
 
     def run(model):
-        tx = train.average(optax.adam(0.0, b1=0.9, b2=0.999), 0.999)
+        tx = train.ema(optax.adam(0.0, b1=0.9, b2=0.999), 0.999)
 
         def loss(model, x, state):
             slopes = jax.tree.map(lambda p: jnp.sum(p * jnp.asarray(0.01, p.dtype), dtype=jnp.float32), model)
             estimate = model.activation.train(model.b_enc + jnp.ones((B, M), model.b_enc.dtype))[1]
             slopes = sum(jax.tree.leaves(pytrees.partition(slopes)[0]))
-            return slopes, (state.idle < 0, {}, estimate)
+            return slopes, (state.rows_since_fired < 0, {}, estimate)
 
         step = jax.jit(lambda state, _: (steps._advance(tx, jax.tree_util.Partial(loss), state, x)[0], None))
         return jax.lax.scan(step, train.init_state(model, tx), length=length)[0]
@@ -500,7 +500,7 @@ def test_long_sums_are_those_of_float32(dtype):
     tolerance = {"rtol": float(jnp.finfo(dtype).eps)}
     adam, expected_adam = found.opt_state.inner[0], expected.opt_state.inner[0]
     pairs = {
-        "mean": (train.averaged(found), train.averaged(expected)),
+        "mean": (train.ema_params(found), train.ema_params(expected)),
         "mu": (adam.mu, expected_adam.mu),
         "nu": (adam.nu, expected_adam.nu),
         "threshold": (found.sae.activation, expected.sae.activation),
@@ -508,14 +508,14 @@ def test_long_sums_are_those_of_float32(dtype):
     for name, pair in pairs.items():
         jax.tree.map(lambda a, b, name=name: np.testing.assert_allclose(f64(a), b, err_msg=name, **tolerance), *pair)
     assert found.sae.W_dec.dtype == dtype
-    np.testing.assert_allclose(f64(train.averaged(found).W_dec), f64(narrow.W_dec), **tolerance)
+    np.testing.assert_allclose(f64(train.ema_params(found).W_dec), f64(narrow.W_dec), **tolerance)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_atoms_of_a_narrow_type_stay_as_near_to_the_sphere_as_it_allows(dtype):
     model = jax.tree.map(lambda leaf: leaf.astype(dtype), jaxsae.init(jax.random.key(0), d=D, m=M, activation=RELU))
     x = activations(batch=(B,), dtype=dtype)
-    state = train.fit(model, [x] * 50, loss=Objective(), tx=train.recipe(1e-2), steps=50)
+    state = train.fit(model, [x] * 50, loss=Objective(), tx=train.default_optimizer(1e-2), steps=50)
     assert np.any(state.sae.W_dec != model.W_dec)
     assert state.sae.W_dec.dtype == dtype
     norms = np.linalg.norm(f64(state.sae.W_dec), axis=1)
@@ -523,11 +523,11 @@ def test_atoms_of_a_narrow_type_stay_as_near_to_the_sphere_as_it_allows(dtype):
 
 
 def test_the_average_before_the_first_step_is_the_parameters():
-    tx = optax.chain(train.average(optax.sgd(0.1), 0.9))
-    assert_same_bits(train.averaged(tx.init(sae(m=M))), sae(m=M))
-    assert_same_bits(train.averaged(train.init_state(sae(m=M), tx)), sae(m=M))
-    with pytest.raises(ValueError, match="`averaged` got a state without an average"):
-        train.averaged(optax.sgd(0.1).init(sae(m=M)))
+    tx = optax.chain(train.ema(optax.sgd(0.1), 0.9))
+    assert_same_bits(train.ema_params(tx.init(sae(m=M))), sae(m=M))
+    assert_same_bits(train.ema_params(train.init_state(sae(m=M), tx)), sae(m=M))
+    with pytest.raises(ValueError, match="`ema_params` got a state without an average"):
+        train.ema_params(optax.sgd(0.1).init(sae(m=M)))
 
 
 # --- what is no loss
@@ -566,7 +566,7 @@ def test_what_is_no_loss_is_refused_in_one_line(name):
 
 def test_a_batch_of_one_row_and_a_start_with_all_latents_dead():
     model, x = sae(m=M).replace(b_enc=jnp.full(M, -1e3)), activations(batch=(1,))
-    state = train.init_state(model, tx := train.recipe(1e-2)).replace(idle=jnp.full(M, 100))
+    state = train.init_state(model, tx := train.default_optimizer(1e-2)).replace(rows_since_fired=jnp.full(M, 100))
     state, shown = train.make_step(Objective((AuxK(8),), idle_after=50), tx)(state, x)
     assert shown["dead"] == 1
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state.sae))
@@ -578,14 +578,14 @@ def test_a_batch_of_one_row_and_a_start_with_all_latents_dead():
 def test_the_recipe_is_adam_with_the_papers_constants_on_the_sphere():
     model, grads = sae(m=M), jax.tree.map(lambda p: jnp.sin(7 * p), sae(m=M))
     adam = optax.adam(0.1, b1=0.9, b2=0.999, eps=6.25e-10)
-    found, _ = train.recipe(0.1).update(grads, train.recipe(0.1).init(model), model)
+    found, _ = train.default_optimizer(0.1).update(grads, train.default_optimizer(0.1).init(model), model)
     expected, _ = train.unit_norm_decoder(adam).update(grads, adam.init(model), model)
     assert_same_bits(found, expected)
 
 
 @pytest.mark.parametrize("size", [1e-3, 1e3])
 def test_clipping_bounds_the_whole_gradient(size):
-    model, tx = sae(m=M), train.recipe(0.1, clip=1.0)
+    model, tx = sae(m=M), train.default_optimizer(0.1, clip=1.0)
     grads = jax.tree.map(lambda p: size * jnp.sin(7 * p), model)
     # Adam's first moment is a tenth of the gradient it was given, tangent to the atoms.
     slope, atoms = f64(grads.W_dec), f64(model.W_dec)
@@ -598,13 +598,13 @@ def test_clipping_bounds_the_whole_gradient(size):
 
 
 def test_the_average_of_parameters_is_free_of_its_start():
-    x, tx = activations(batch=(B,)), train.average(train.recipe(1e-2), decay=0.9)
+    x, tx = activations(batch=(B,)), train.ema(train.default_optimizer(1e-2), decay=0.9)
     state = train.init_state(sae(m=M), tx)
     step, total, weight = train.make_step(Objective(), tx), 0.0, 0.0
     for _ in range(5):
         state, _ = step(state, x)
         total, weight = 0.9 * total + 0.1 * f64(state.sae.W_dec), 0.9 * weight + 0.1
-        np.testing.assert_allclose(train.averaged(state.opt_state).W_dec, total / weight, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(train.ema_params(state.opt_state).W_dec, total / weight, rtol=1e-4, atol=1e-6)
 
 
 def test_the_geometric_median_is_the_point_of_least_mean_distance():
@@ -639,9 +639,9 @@ def test_the_geometric_median_where_rows_are(rows, median, power):
 
 
 def test_resampling_gives_dead_latents_a_new_start_and_no_other():
-    tx, x = train.average(train.recipe(1e-2), decay=0.9), activations(batch=(64,))
+    tx, x = train.ema(train.default_optimizer(1e-2), decay=0.9), activations(batch=(64,))
     state, _ = train.make_step(Objective((L1(0.1),)), tx)(train.init_state(sae(m=M, activation=jaxsae.ReLU()), tx), x)
-    state = state.replace(idle=jnp.where(jnp.arange(M) < 5, 1000, 0))
+    state = state.replace(rows_since_fired=jnp.where(jnp.arange(M) < 5, 1000, 0))
     new = train.resample(jax.random.key(0), state, x, idle_after=1000)
     assert_same_bits(new.opt_state.mean, state.opt_state.mean)
     adam, fresh = (s.opt_state.inner[0] for s in (state, new))
@@ -659,12 +659,12 @@ def test_resampling_gives_dead_latents_a_new_start_and_no_other():
     error = f64(x - jaxsae.decode(state.sae, jaxsae.encode_dense(state.sae, x)))
     cosine = f64(new.sae.W_dec[:5]) @ (error / np.linalg.norm(error, axis=1, keepdims=True)).T
     np.testing.assert_allclose(cosine.max(1), 1, rtol=1e-5)
-    assert not np.any(new.idle[:5])
+    assert not np.any(new.rows_since_fired[:5])
 
 
 def dead_state(model):
-    state = train.init_state(model, train.recipe(1e-2))
-    return state.replace(idle=jnp.where(jnp.arange(M) < 5, 1000, 0))
+    state = train.init_state(model, train.default_optimizer(1e-2))
+    return state.replace(rows_since_fired=jnp.where(jnp.arange(M) < 5, 1000, 0))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -699,7 +699,7 @@ def test_resampling_draws_in_proportion_and_in_little_memory():
 
 
 def test_resampling_changes_nothing_while_all_live():
-    tx = train.recipe(1e-2)
+    tx = train.default_optimizer(1e-2)
     state = train.init_state(sae(m=M, activation=jaxsae.ReLU()), tx)
     assert_same_bits(train.resample(jax.random.key(0), state, activations(batch=(64,)), idle_after=1), state)
 
@@ -716,7 +716,7 @@ def test_a_sweep_equals_its_members_one_by_one():
         train.stack(members),
         jaxsae.data.batches(rows, 64, seed=0),
         loss=Objective((L1(jnp.array(weights)), AuxK(4)), idle_after=128),
-        tx=train.recipe,
+        tx=train.default_optimizer,
         rates=jnp.array(rates),
         steps=20,
         callback=lambda step, shown: history.append(shown),
@@ -727,7 +727,7 @@ def test_a_sweep_equals_its_members_one_by_one():
             model,
             jaxsae.data.batches(rows, 64, seed=0),
             loss=Objective((L1(weight), AuxK(4)), idle_after=128),
-            tx=train.recipe(rate),
+            tx=train.default_optimizer(rate),
             steps=20,
             callback=lambda step, shown, alone=alone: alone.append(shown),
         )
@@ -748,7 +748,7 @@ def test_a_sweep_compiles_once_whatever_its_numbers(monkeypatch):
             train.stack([sae(seed, m=M) for seed in range(3)]),
             jaxsae.data.batches(rows, 32, seed=0),
             loss=Objective((L1(weight * jnp.arange(3.0)),)),
-            tx=train.recipe,
+            tx=train.default_optimizer,
             rates=jnp.full(3, rate),
             steps=number,
         )
@@ -759,7 +759,7 @@ def test_a_sweep_compiles_once_whatever_its_numbers(monkeypatch):
 def test_a_sweep_is_one_checkpoint(tmp_path):
     rows, _ = sparse_rows(512, d=D)
     saes, rates = train.stack([sae(seed, m=M) for seed in range(3)]), jnp.full(3, 1e-2)
-    options = {"loss": Objective(), "tx": train.recipe, "rates": rates, "steps": 2}
+    options = {"loss": Objective(), "tx": train.default_optimizer, "rates": rates, "steps": 2}
     state = train.sweep(saes, jaxsae.data.batches(rows, 32, seed=0), **options)
     with orbax.checkpoint.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", state)
@@ -776,7 +776,7 @@ def test_a_member_that_diverges_disturbs_no_other():
             train.stack([sae(seed, m=M) for seed in range(3)]),
             jaxsae.data.batches(rows, 64, seed=0),
             loss=Objective(),
-            tx=train.recipe,
+            tx=train.default_optimizer,
             rates=jnp.array(rates),
             steps=30,
         )
@@ -791,18 +791,20 @@ def test_a_sweep_stops_once_all_its_members_have_diverged():
     batches = itertools.repeat(jnp.full((4, D), jnp.nan))
     saes = train.stack([sae(seed, m=M) for seed in range(3)])
     with pytest.raises(train.Diverged, match="of 10 batches in a row was not finite, 10 in all, after 0"):
-        train.sweep(saes, batches, loss=Objective(), tx=train.recipe, rates=jnp.full(3, 1e-2), steps=40)
+        train.sweep(saes, batches, loss=Objective(), tx=train.default_optimizer, rates=jnp.full(3, 1e-2), steps=40)
 
 
 def test_a_sweep_wants_one_number_a_member():
     with pytest.raises(ValueError, match=r"`sweep` got leading axes of lengths \[2, 3\]; give every array one row"):
-        train.sweep(train.stack([sae(), sae()]), [], loss=Objective(), tx=train.recipe, rates=jnp.ones(3), steps=0)
+        train.sweep(
+            train.stack([sae(), sae()]), [], loss=Objective(), tx=train.default_optimizer, rates=jnp.ones(3), steps=0
+        )
 
 
 def test_a_step_needs_little_more_than_adam_does():
     d, m, b = 256, 4096, 256
     start = jaxsae.init(jax.random.key(0), d=d, m=m, activation=jaxsae.TopK(8))
-    tx = train.recipe(1e-3)
+    tx = train.default_optimizer(1e-3)
     step = train.make_step(Objective(), tx)
     state = train.init_state(start, tx)
     memory = step.func.lower(*step.args, state, jnp.zeros((b, d))).compile().memory_analysis()

@@ -38,7 +38,7 @@ def sae(activation, *, transcoder=False, skip=False, dtype=jnp.float32, d_out=D,
     if isinstance(activation, MatchingPursuit):  # whose atoms have norm 1, and whose encoder they are
         W_dec = arrays["W_dec"] / jnp.linalg.norm(arrays["W_dec"], axis=1, keepdims=True)
         arrays |= {"W_dec": W_dec, "W_enc": W_dec.T, "b_enc": jnp.zeros(M)}
-    arrays |= {"centred": not transcoder} | more
+    arrays |= {"apply_b_dec_to_input": not transcoder} | more
     return jaxsae.SAE(**arrays, activation=activation, transcoder=transcoder)
 
 
@@ -53,7 +53,7 @@ def cases() -> dict[str, tuple[str, jaxsae.SAE]]:
     layer_norm = normalisation.LayerNorm()
     return {
         "saelens-standard": ("saelens", sae(relu)),
-        "saelens-standard-uncentred": ("saelens", sae(relu, centred=False)),
+        "saelens-standard-uncentred": ("saelens", sae(relu, apply_b_dec_to_input=False)),
         "saelens-standard-layer-norm": ("saelens", sae(relu, normalisation=layer_norm)),
         "saelens-standard-constant-norm": ("saelens", sae(relu, normalisation=normalisation.ConstantNorm())),
         "saelens-topk": ("saelens", sae(topk)),
@@ -68,14 +68,14 @@ def cases() -> dict[str, tuple[str, jaxsae.SAE]]:
         "saelens-jumprelu-transcoder": ("saelens", sae(jump, **narrow)),
         "saelens-jumprelu-skip-transcoder": ("saelens", sae(jump, skip=True, **narrow)),
         "sparsify-topk": ("sparsify", sae(topk)),
-        "sparsify-topk-uncentred": ("sparsify", sae(topk, centred=False)),
+        "sparsify-topk-uncentred": ("sparsify", sae(topk, apply_b_dec_to_input=False)),
         "sparsify-groupmax": ("sparsify", sae(jaxsae.GroupMax(K))),
         "sparsify-transcode": ("sparsify", sae(topk, transcoder=True)),
         "sparsify-skip": ("sparsify", sae(topk, transcoder=True, skip=True)),
         "dictionary_learning-AutoEncoder": ("dictionary_learning", sae(relu)),
-        "dictionary_learning-AutoEncoderNew": ("dictionary_learning", sae(relu, centred=False)),
+        "dictionary_learning-AutoEncoderNew": ("dictionary_learning", sae(relu, apply_b_dec_to_input=False)),
         "dictionary_learning-GatedAutoEncoder": ("dictionary_learning", sae(gated)),
-        "dictionary_learning-JumpReluAutoEncoder": ("dictionary_learning", sae(jump, centred=False)),
+        "dictionary_learning-JumpReluAutoEncoder": ("dictionary_learning", sae(jump, apply_b_dec_to_input=False)),
     }
 
 

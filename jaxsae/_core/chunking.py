@@ -16,9 +16,9 @@ SCRATCH = 256 << 20  # bytes; the default bound of what a chunk may need
 _CPU_ROWS = 16
 
 
-def _chunk_size(total: int, row_bytes: int, scratch: int, cpu_rows: int) -> tuple[int, int]:
+def _chunk_size(total: int, row_bytes: int, workspace_bytes: int, cpu_rows: int) -> tuple[int, int]:
     """Rows of a chunk, and how many chunks."""
-    most = max(1, scratch // max(row_bytes, 1))
+    most = max(1, workspace_bytes // max(row_bytes, 1))
     if sharding.on_cpu():
         most = min(most, cpu_rows)
     step = min(most, _CPU_ROWS)
@@ -33,7 +33,7 @@ def scan_chunks(
     *arrays: Any,
     batch: tuple[int, ...],
     row_bytes: int,
-    scratch: int = SCRATCH,
+    workspace_bytes: int = SCRATCH,
     cpu_rows: int = _CPU_ROWS,
 ) -> tuple[Any, Any]:
     """Fold `f(carry, *chunk) -> (carry, outputs)` over chunks of rows.
@@ -47,14 +47,14 @@ def scan_chunks(
       *arrays: pytrees of arrays `[*b ...]`.
       batch: the leading shape `*b`.
       row_bytes: scratch that `f` needs for one row, in bytes.
-      scratch: most bytes that a chunk may need; a single row is one, whatever it needs.
+      workspace_bytes: most bytes that a chunk may need; a single row is one, whatever it needs.
       cpu_rows: most rows of a chunk on a CPU, a multiple of 16 if more.
 
     Returns:
       The last carry, and the outputs as `[*b ...]`.
     """
     total = math.prod(batch)
-    size, chunks = _chunk_size(total, row_bytes, scratch, cpu_rows)
+    size, chunks = _chunk_size(total, row_bytes, workspace_bytes, cpu_rows)
     arrays = jax.tree.map(lambda x: x.reshape(total, *x.shape[len(batch) :]), arrays)
 
     def read(x, number):
@@ -88,7 +88,7 @@ def revise_rows(
     outputs: Any,
     *arrays: Any,
     row_bytes: int,
-    scratch: int = SCRATCH,
+    workspace_bytes: int = SCRATCH,
 ) -> Any:
     """Replace `outputs` by `f(*chunk)` in the rows that a mask names, as many chunks of them as there are.
 
@@ -98,7 +98,7 @@ def revise_rows(
       outputs: pytree of arrays `[n ...]`, of the shapes and dtypes that `f` returns.
       *arrays: pytrees of arrays `[n ...]`.
       row_bytes: scratch that `f` needs for one row, in bytes.
-      scratch: most bytes that a chunk may need; a single row is one, whatever it needs.
+      workspace_bytes: most bytes that a chunk may need; a single row is one, whatever it needs.
 
     Returns:
       The outputs, revised.
@@ -106,7 +106,7 @@ def revise_rows(
     total = where.shape[0]
     if total == 0:
         return outputs
-    size, chunks = _chunk_size(total, row_bytes, scratch, _CPU_ROWS)
+    size, chunks = _chunk_size(total, row_bytes, workspace_bytes, _CPU_ROWS)
     numbers = jnp.nonzero(where, size=size * chunks, fill_value=total)[0]
 
     def visit(chunk, outputs):

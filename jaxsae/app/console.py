@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 
-def tell(result: dict[str, Any], text: str, *, as_json: bool) -> None:
+def show(result: dict[str, Any], text: str, *, as_json: bool) -> None:
     """Print a result: for people, or as one JSON object, in which NaN and Inf are null.
 
     Whoever reads it may stop before its end.

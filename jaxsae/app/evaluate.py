@@ -55,7 +55,7 @@ def evaluate(sae: SAE, rows: data_module.Rows, more: metrics.Activity | None = N
     }
     return {name: json_number(value) for name, value in numbers.items()} | {
         "nmse_at": {str(n): json_number(value) for n, value in zip(keep, progressive.nmse, strict=True)},
-        "firing": counted.octaves,
+        "firing": counted.log2_histogram,
         "dead_rows": int(counted.rows),
         "rows": len(rows),
         "nonfinite": nonfinite,

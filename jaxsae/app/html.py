@@ -69,10 +69,10 @@ def legend(families: Iterable[str]) -> str:
     return f'<ul class="legend">{items}</ul>'
 
 
-def figure(drawn: str, name: str = "", told: str = "") -> str:
-    """A chart of `svg`, below its name and what it tells."""
+def figure(drawn: str, name: str = "", note: str = "") -> str:
+    """A chart of `svg`, below its name and a note."""
     caption = f"<strong>{escape(name)}</strong> " if name else ""
-    caption += f"<span>{escape(told)}</span>" if told else ""
+    caption += f"<span>{escape(note)}</span>" if note else ""
     return f"<figure>{f'<figcaption>{caption}</figcaption>' if caption else ''}{drawn}</figure>"
 
 
@@ -128,7 +128,7 @@ def document(
     shown = [(name, "-".join(name.lower().replace(",", "").split()), text) for name, text in sections.items() if text]
     links = "".join(f'<li><a href="#{anchor}">{name}</a></li>' for name, anchor, _ in shown)
     tiles = "".join(f"<div><dt>{name}</dt><dd>{text}</dd></div>" for name, text in facts.items() if text != "–")
-    told = "".join(f'<p class="warning" role="note">{escape(text)}</p>' for text in warnings)
+    shown = "".join(f'<p class="warning" role="note">{escape(text)}</p>' for text in warnings)
     body = "".join(
         f'<section id="{anchor}" aria-labelledby="h-{anchor}"><h2 id="h-{anchor}">{name}</h2>{text}</section>\n'
         for name, anchor, text in shown
@@ -146,7 +146,7 @@ def document(
 <body>
 <header><h1>{title}</h1><p>{escape(subtitle)}</p></header>
 <main>
-{told}{f'<dl class="facts">{tiles}</dl>' if tiles else ""}
+{shown}{f'<dl class="facts">{tiles}</dl>' if tiles else ""}
 <nav aria-label="Contents"><ul>{links}</ul></nav>
 {body}</main>
 <footer><p>Made by <code>jaxsae report</code>.</p></footer>

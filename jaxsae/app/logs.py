@@ -18,7 +18,7 @@ def logs(folder: str | os.PathLike, options: Options, *, wandb: bool = False) ->
 
     Args:
       folder: of the event files.
-      options: of the run, to be told to Weights & Biases.
+      options: of the run, for Weights & Biases.
       wandb: whether to log there.
 
     Raises:
@@ -53,7 +53,7 @@ def _writing(open_writer: Callable[[], Any], start: Callable[[], Any] | None) ->
 
 
 def curves(folder: str | os.PathLike) -> dict[str, dict[int, float]]:
-    """The numbers that `logs` wrote to the event files of a folder, by name and step; those of a step, as last told.
+    """The numbers that `logs` wrote to the event files of a folder, by name and step; for each step, the last ones.
 
     A file ends at a record that is cut off, as the last one of a run that was killed.
 

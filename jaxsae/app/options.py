@@ -19,7 +19,7 @@ _MANY_PASSES = 10  # over the data, beyond which rows not trained on are reconst
 
 
 class Options(NamedTuple):
-    """What a run may be told; weights are for rows scaled to unit mean square.
+    """Options of a run; weights are for rows scaled to unit mean square.
 
     Attributes:
       activation: a name from `FAMILIES`.

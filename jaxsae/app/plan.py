@@ -56,14 +56,14 @@ class Program:
 
     Attributes:
       arguments: bytes of what it is given, the state of a training among it.
-      scratch: bytes it needs beside that, and beside results that take the place of arguments.
+      workspace_bytes: bytes it needs beside that, and beside results that take the place of arguments.
       flops: as XLA counts them; the body of a loop of unknown length once.
       bytes: read from memory and written, likewise.
       collectives: `{(kind, bytes of its result): how many}`.
     """
 
     arguments: int
-    scratch: int
+    workspace_bytes: int
     flops: float
     bytes: float
     collectives: dict[tuple[str, int], int]
@@ -71,7 +71,7 @@ class Program:
     @property
     def memory(self) -> int:
         """Bytes of a chip."""
-        return self.arguments + self.scratch
+        return self.arguments + self.workspace_bytes
 
     @property
     def exchanged(self) -> int:
@@ -151,10 +151,10 @@ def training_step(options: Options, d: int, mesh: Mesh) -> Program:
       >>> training_step(options, 8, sharding.make_mesh()).collectives
       {}
     """
-    objective, tx, fresh = runs.recipe(options, jnp.zeros(d), 1.0)
+    objective, tx, init_fn = runs.recipe(options, jnp.zeros(d), 1.0)
     step: Any = train.make_step(objective, tx)
     with jax.set_mesh(mesh):
-        state = _abstract(fresh)
+        state = _abstract(init_fn)
         return _read(lambda: step.func.lower(*step.args, state, _batch(options.batch, d, mesh)))
 
 
@@ -174,15 +174,15 @@ def refit_step(options: Options, d: int, mesh: Mesh) -> Program:
       Traceback (most recent call last):
       jaxsae.InputError: topk is made sparse by k; pass k, and no l1.
     """
-    _, _, fresh = runs.recipe(options, jnp.zeros(d), 1.0)
+    _, _, init_fn = runs.recipe(options, jnp.zeros(d), 1.0)
     with jax.set_mesh(mesh):
-        sae = _abstract(fresh).sae
+        sae = _abstract(init_fn).sae
         return _read(lambda: jax.jit(lambda sae, x: refine(sae, x)).lower(sae, _batch(options.batch, d, mesh)))
 
 
-def _abstract(fresh):
+def _abstract(init_fn):
     try:
-        return sharding.abstract(fresh)
+        return sharding.abstract(init_fn)
     except ValueError as error:
         raise InputError(str(error)) from error
 
@@ -207,7 +207,7 @@ def _read(lower) -> Program:
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     return Program(
         arguments=memory.argument_size_in_bytes,
-        scratch=memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        workspace_bytes=memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
         flops=float(cost["flops"]),
         bytes=float(cost["bytes accessed"]),
         collectives=collectives(compiled.as_text()),

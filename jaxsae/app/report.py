@@ -183,8 +183,8 @@ def _findings(rows: list[dict[str, Any]]) -> str:
                 f'<li class="{html.colour(family)}"><strong>{escape(html.label(family))}.</strong> Refinement '
                 f"changes the mean activation by {activations}, and the error by {errors}.</li>"
             )
-    told = "The encoder chooses which latents are active; refinement gives those, and no others, their best values."
-    return f'{html.note(told)}<ul class="findings">{items}</ul>' if items else ""
+    note = "The encoder chooses which latents are active; refinement gives those, and no others, their best values."
+    return f'{html.note(note)}<ul class="findings">{items}</ul>' if items else ""
 
 
 def _range(values: Sequence[svg.Real], how: str) -> str:
@@ -193,15 +193,15 @@ def _range(values: Sequence[svg.Real], how: str) -> str:
 
 
 def _results(report: dict[str, Any]) -> str:
-    told = "On the held-out rows, with the encoder’s own values and with refined ones. γ below 1 is shrinkage."
-    text = _columns(told, report["rows"], _RESULTS)
+    note = "On the held-out rows, with the encoder’s own values and with refined ones. γ below 1 is shrinkage."
+    text = _columns(note, report["rows"], _RESULTS)
     if report.get("ce_clean") is not None:
         clean, mean, zero = (form(report.get(f"ce_{name}"), ".3f") for name in ("clean", "mean", "zero"))
-        told = (
+        note = (
             f"Next-token loss with the reconstruction in place of the residual: {clean} nats a token for the model "
             f"itself, {mean} with the mean instead, {zero} with zeros. Recovered: of what the mean loses."
         )
-        text += _columns(told, report["rows"], _LOSSES)
+        text += _columns(note, report["rows"], _LOSSES)
     return text
 
 
@@ -230,9 +230,9 @@ def _frontier(report: dict[str, Any]) -> str:
         _against_l0(families, ("mean_change",), "change of the mean activation", "+.1%"),
         _against_l0(families, ("ce_before", "ce_after"), "next-token cross-entropy (nats)", ".3f", base=clean),
     ]
-    told = "Open marks: the encoder’s values. Full marks: the same latents, refined."
-    told += "" if clean is None else " Grey: the model itself."
-    return html.note(told) + html.legend(families) + html.grid(figures) if any(figures) else ""
+    note = "Open marks: the encoder’s values. Full marks: the same latents, refined."
+    note += "" if clean is None else " Grey: the model itself."
+    return html.note(note) + html.legend(families) + html.grid(figures) if any(figures) else ""
 
 
 def _against_l0(
@@ -245,7 +245,7 @@ def _against_l0(
     base: svg.Real | None = None,
 ) -> str:
     """Numbers of the rows against their L0, a line for each family and key, and one at `base`."""
-    series, told = [], []
+    series, note = [], []
     for family, members in families.items():
         for key in keys:
             rows = [row for row in members if row.get(key) is not None]
@@ -254,14 +254,14 @@ def _against_l0(
             titles = [f"{method(row)}: L0 {form(row['l0'], '.1f')}, {form(row[key], how)}{which}" for row in rows]
             css = html.colour(family) + " open dashed" * before
             series.append(svg.Line([row["l0"] for row in rows], [row[key] for row in rows], css, titles=titles))
-            told += titles
-    if not told:
+            note += titles
+    if not note:
         return ""
     x = svg.axis("L0: active latents a row", [value for line in series for value in line.x], log=True)
     values = [base, *(value for line in series for value in line.y)]
     y = svg.axis(label, values, log=log, form=_percent if "%" in how else _plain)
     across = [] if base is None else [svg.Line([x.low, x.high], [base, base], "c-other")]
-    return html.figure(svg.lines(across + series, x, y, f"{label} against L0. {'; '.join(told)}."))
+    return html.figure(svg.lines(across + series, x, y, f"{label} against L0. {'; '.join(note)}."))
 
 
 def _plain(value: svg.Real) -> str:
@@ -284,11 +284,11 @@ def _distributions(report: dict[str, Any], key: str, what: str) -> str:
     of = (
         "their mean refined value to that of the encoder" if what == "latents" else "the refined value to the encoder’s"
     )
-    told = (
+    note = (
         f"Share of the {what} by the ratio of {of}. Pale ones fall, full ones rise. The bars at the ends hold all "
         "that lies beyond; the height of one that is cut off is written beside it."
     )
-    return html.note(told) + text if text else ""
+    return html.note(note) + text if text else ""
 
 
 def _ratios(row: dict[str, Any], shares: list[svg.Real], edges: list[svg.Real], y: svg.Axis, what: str) -> str:
@@ -298,11 +298,11 @@ def _ratios(row: dict[str, Any], shares: list[svg.Real], edges: list[svg.Real], 
         svg.Bar(low, high, share, css + " pale" * (high <= 1), form(share, ".1%"), form(share, ".0%"))
         for low, high, share in bins
     ]
-    told = f"{form(sum(share for low, _, share in bins if low >= 1), '.0%')} rise"
+    note = f"{form(sum(share for low, _, share in bins if low >= 1), '.0%')} rise"
     if what == "active values":
-        told += f", mean {form(row.get('mean_change'), '+.1%')}"
+        note += f", mean {form(row.get('mean_change'), '+.1%')}"
     x = svg.Axis("refined ÷ encoder’s", edges[0], edges[-1], True, _RATIOS)
-    return html.figure(svg.bars(drawn, x, y, f"{method(row)}: of the {what} {told}."), method(row), told)
+    return html.figure(svg.bars(drawn, x, y, f"{method(row)}: of the {what} {note}."), method(row), note)
 
 
 def _all_firing(report: dict[str, Any]) -> str:
@@ -331,9 +331,9 @@ def _firing(counts: list[int], family: str, name: str = "") -> str:
     marks = tuple((n + 0.5, _short(2 ** (n - 1) if n else 0)) for n in ticks)
     x = svg.Axis("rows on which it is active", 0, len(counts), False, marks)
     y = svg.axis("" if name else "share of the latents", shares, zero=True, form=_percent, ticks=3)
-    told = f"{counts[0]:,} of {sum(counts):,} dead"
+    note = f"{counts[0]:,} of {sum(counts):,} dead"
     box = svg.SMALL if name else svg.LARGE
-    return html.figure(svg.bars(drawn, x, y, f"{name} latents: {told}.".strip(), box), name, told)
+    return html.figure(svg.bars(drawn, x, y, f"{name} latents: {note}.".strip(), box), name, note)
 
 
 def _short(count: int) -> str:
@@ -363,9 +363,9 @@ def _worst_rows(rows: list[dict[str, Any]]) -> str:
         [method(row), form(worst["row"], ",d"), form(worst["l0"], ",d"), form(worst["kkt"], ".2e")]
         for row, worst in found[:most]
     ]
-    told = "The refined codes with the largest relative KKT residuals. Held-out rows are numbered from 0."
+    note = "The refined codes with the largest relative KKT residuals. Held-out rows are numbered from 0."
     table = html.table("Largest KKT residuals", ["method", "row", "L0", "KKT residual"], cells)
-    return html.note(told) + table if cells else ""
+    return html.note(note) + table if cells else ""
 
 
 # --- A training run
@@ -389,8 +389,8 @@ def _run(report: dict[str, Any], curves: dict[str, dict[int, float]], path: Path
     if not report:
         warnings.append("This training has not ended: it goes on, or was interrupted.")
     if report.get("skipped"):
-        told = f"{report['skipped']:,} batches were skipped, since their loss was not finite."
-        warnings.append(f"{told} {runs.blame(report)}")
+        note = f"{report['skipped']:,} batches were skipped, since their loss was not finite."
+        warnings.append(f"{note} {runs.describe_nonfinite(report)}")
     if heldout.get("nonfinite"):
         warnings.append(f"{heldout['nonfinite']:,} held-out rows hold NaN or Inf, and are left out.")
     latents = (
@@ -451,12 +451,12 @@ def _progressive(heldout: dict[str, Any], family: str) -> str:
     cells = [[f"{n:,}", form(value, ".4f")] for n, value in found.items()]
     titles = [f"{n} kept: NMSE {value}" for n, value in cells]
     line = svg.Line(list(found), list(found.values()), html.colour(family), titles=titles)
-    told = "The error with the largest latents of each row alone, as a sparser code of the same autoencoder has it."
+    note = "The error with the largest latents of each row alone, as a sparser code of the same autoencoder has it."
     drawn = html.figure(svg.lines([line], x, y, f"NMSE by latents kept. {'; '.join(titles)}."))
-    return html.note(told) + html.grid([drawn, html.table("The same numbers", ["latents kept", "NMSE"], cells)])
+    return html.note(note) + html.grid([drawn, html.table("The same numbers", ["latents kept", "NMSE"], cells)])
 
 
 def _hint(path: Path) -> str:
-    told = "Training does not refine codes. How far this encoder shrinks its values, a study measures:"
+    note = "Training does not refine codes. How far this encoder shrinks its values, a study measures:"
     command = escape(f"jaxsae study --sae {shlex.quote(str(path))} --data DATA.npy --out DIRECTORY")
-    return f'{html.note(told)}<pre tabindex="0"><code>{command}</code></pre>'
+    return f'{html.note(note)}<pre tabindex="0"><code>{command}</code></pre>'

@@ -73,7 +73,7 @@ def run(
       save_every: seconds from one save of the whole state to the next.
       resume: refuse to begin anew.
       progress: called with what is going on and how many steps that took; `options.steps` in all.
-      warn: told what was amiss and could be done without.
+      warn: called with warnings.
       log: opened when all is well, for example `logs(out, options)`; then called with the step and its numbers.
       resumed: called with the number of steps taken before, if there are any; `progress` then counts from there.
 
@@ -83,7 +83,7 @@ def run(
     Raises:
       InputError: if an option or the data cannot be used, if `out` holds another run or another process writes there,
         or if training diverged; the last good autoencoder is saved.
-      job.Stopped: on SIGTERM or SIGINT, with all saved.
+      job.Preempted: on SIGTERM or SIGINT, with all saved.
 
     Example:
       >>> import tempfile
@@ -122,7 +122,7 @@ def run(
             raise InputError(f"{out}: holds no run to resume; leave out --resume to begin one.")
         part = sharding.rows_needed(o.batch)
         batches = read(part=part)
-        objective, tx, fresh = recipe(o, centre, scale)
+        objective, tx, init_fn = recipe(o, centre, scale)
         counted = 0
 
         def resume_from(step, reached):
@@ -132,7 +132,7 @@ def run(
             if reached.lengthened and reached.lengthened[-1][0] == step:
                 warn(_lengthened(o, *reached.lengthened[-1]))
 
-        def tell(step, shown):
+        def show(step, shown):
             nonlocal counted
             if step % _REPORT_EVERY and step != o.steps:
                 return {}
@@ -147,23 +147,23 @@ def run(
         with log or contextlib.nullcontext(lambda step, numbers: None) as write:
             try:
                 state, reached = job.run(
-                    *(train.make_step(objective, tx), fresh, batches, checkpoints),
+                    *(train.make_step(objective, tx), init_fn, batches, checkpoints),
                     steps=o.steps,
                     save_every=save_every,
-                    put=lambda x: sharding.place_rows(scale * x, o.batch, part.start),
-                    tell=tell,
+                    shard_fn=lambda x: sharding.make_global_batch(scale * x, o.batch, part.start),
+                    log_fn=show,
                     warn=warn,
                     resumed=resume_from,
                 )
-            except job.GivenUp as error:
+            except job.TooManyRollbacks as error:
                 state, reached, diverged = error.state, error.progress, error
     sae = rescale(jax.tree.map(jnp.asarray, sharding.gathered(state.sae)), scale)
     if o.k is not None and sae.activation.slots is None:
         # On rows never trained on: those seen several times have fewer active latents at the same thresholds, by 12 %
         # after fourteen passes over activations of SmolLM2.
         sae = calibration.calibrate(sae, (x for _, x in stream.chunks(sae, heldout)), float(o.k))
-    chief = jax.process_index() == 0
-    if chief:
+    is_primary = jax.process_index() == 0
+    if is_primary:
         pretrained.save(sae, out / "sae")
     trained = calibration.activity(sae, _in_order(read().source, o.batch, min(total, DEAD_ROWS)))
     bad = _rows_to_blame(sources, names, batches, reached.bad)
@@ -180,12 +180,12 @@ def run(
         "trained": {"l0": json_number(trained.l0), "rows": int(trained.rows)},
         "versions": versions() | {"backend": jax.default_backend()},
     }
-    if chief:
+    if is_primary:
         with atomic_file(out / "report.json") as temporary:
             temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
     if diverged is not None:
-        told = f"{name}: {diverged} {blame(report)} The last good autoencoder is in {out / 'sae'}."
-        raise InputError(told) from diverged
+        message = f"{name}: {diverged} {describe_nonfinite(report)} The last good autoencoder is in {out / 'sae'}."
+        raise InputError(message) from diverged
     return report
 
 
@@ -203,8 +203,8 @@ def recipe(
       InputError: if an option cannot be used.
 
     Example:
-      >>> objective, tx, fresh = recipe(Options("relu", latents=8, l1=0.1, auxk=False), jnp.zeros(4), 1.0)
-      >>> [type(term).__name__ for term in objective.terms], fresh().sae.m
+      >>> objective, tx, init_fn = recipe(Options("relu", latents=8, l1=0.1, auxk=False), jnp.zeros(4), 1.0)
+      >>> [type(term).__name__ for term in objective.terms], init_fn().sae.m
       (['L1'], 8)
     """
     family, o, d = validate(options), resolved(options), len(centre)
@@ -213,12 +213,12 @@ def recipe(
     terms += (AuxK(_auxk_latents(d, o.latents)),) if o.auxk else ()
     tx = _optimiser(o.learning_rate, o.steps)
 
-    def fresh() -> train.TrainState:
+    def init_fn() -> train.TrainState:
         activation = family.activation(o)
         sae = init(jax.random.key(o.seed), d=d, m=o.latents, activation=activation, b_dec=scale * centre)
         return train.init_state(sae, tx)
 
-    return Objective(terms, idle_after=o.idle_after), tx, fresh  # pyright: ignore[reportArgumentType]
+    return Objective(terms, idle_after=o.idle_after), tx, init_fn  # pyright: ignore[reportArgumentType]
 
 
 def _lengthened(options: Options, step: int, before: int, steps: int) -> str:
@@ -258,14 +258,14 @@ def summary(report: dict[str, Any]) -> str:
     return f"{data['passes']:.1f} passes over {data['rows']:,} rows, learning rate {options['learning_rate']:.3g}{auxk}"
 
 
-def blame(report: dict[str, Any]) -> str:
+def describe_nonfinite(report: dict[str, Any]) -> str:
     """One sentence on what was wrong with the batches that a run skipped.
 
     Args:
       report: of `run`.
 
     Example:
-      >>> blame({"nonfinite_rows": {"x.npy": [3, 7]}})
+      >>> describe_nonfinite({"nonfinite_rows": {"x.npy": [3, 7]}})
       'NaN or Inf: rows 3, 7 of x.npy.'
     """
     parts = []
@@ -331,7 +331,7 @@ def _centre_and_scale(sample: np.ndarray, name: str) -> tuple[jax.Array, float]:
 
 
 def optimiser(rate: float | jax.Array, steps: int) -> optax.GradientTransformation:
-    """That of every run: `train.recipe`, warmed up over the first twentieth and decayed to 0 over the last fifth.
+    """`train.default_optimizer` at a rate that warms up over the first twentieth and decays to 0 over the last fifth.
 
     Args:
       rate: the largest learning rate.
@@ -340,7 +340,7 @@ def optimiser(rate: float | jax.Array, steps: int) -> optax.GradientTransformati
     Example:
       >>> tx = optimiser(3e-3, steps=500)
     """
-    return train.recipe(_schedule(rate, steps), clip=1.0)
+    return train.default_optimizer(_schedule(rate, steps), clip=1.0)
 
 
 def _schedule(rate: float | jax.Array, steps: int) -> optax.Schedule:

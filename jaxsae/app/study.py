@@ -42,7 +42,7 @@ from jaxsae.least_squares.certificate import certify
 CERTIFIED = 1e-5  # the KKT residual that certifies a row
 _TOL = 1e-6  # of the solver: tighter, so that the certificate does not hang on rounding
 _REPORT_EVERY = 25  # steps
-_WORST = 10  # rows of the largest KKT residuals that are told
+_WORST = 10  # rows of the largest KKT residuals in the report
 _CONTEXT = 256  # tokens in a context, of which the first gives no row
 _MEAN_ROWS = 10_000  # rows from which the mean is taken, where nothing is trained
 _TOGETHER = 4  # contexts whose logits are in memory together
@@ -83,7 +83,7 @@ QUICK_MODEL = Plan(1024, 200, 512, 4 * (_CONTEXT - 1), l1=(0.05, 0.2), train_row
 Progress = Callable[[str, int], None]
 
 
-class Site(NamedTuple):
+class HookPoint(NamedTuple):
     """Where in a language model, and on which text, rows are harvested.
 
     Attributes:
@@ -92,7 +92,7 @@ class Site(NamedTuple):
       text: files; Python's standard library, if None.
 
     Example:
-      >>> Site("smollm2").layer
+      >>> HookPoint("smollm2").layer
       8
     """
 
@@ -104,7 +104,7 @@ class Site(NamedTuple):
 def run(
     out: Annotated[str | os.PathLike, arguments.DIRECTORY],
     *,
-    data: str | os.PathLike | Site | None = None,
+    data: str | os.PathLike | HookPoint | None = None,
     plan: Plan = FULL,
     seed: Seed = 0,
     saes: Sequence[str] = (),
@@ -115,9 +115,9 @@ def run(
 
     Args:
       out: directory, made if missing.
-      data: file or directory of activations; or a `Site`, harvested to `out/activations`; patches of photographs by
-        default.
-      plan: sizes; `FULL` or `QUICK`, and `FULL_MODEL` or `QUICK_MODEL` of a `Site`.
+      data: file or directory of activations; or a `HookPoint`, harvested to `out/activations`; by default patches of
+        photographs.
+      plan: sizes; `FULL` or `QUICK`, and `FULL_MODEL` or `QUICK_MODEL` of a `HookPoint`.
       seed: of initialisation, shuffles and patches.
       saes: published or saved autoencoders of these activations, as `pretrained.load` takes them, to measure instead of
         training any.
@@ -138,9 +138,9 @@ def run(
         if data is None:
             raise InputError("got autoencoders and no activations; pass those of the site that they are for.")
         plan = plan._replace(batch=1)
-        if isinstance(data, Site):
+        if isinstance(data, HookPoint):
             plan = plan._replace(train_rows=min(plan.train_rows, _MEAN_ROWS))
-    if isinstance(data, Site):
+    if isinstance(data, HookPoint):
         probe, data = _harvest(data, out / "activations", plan, progress), out / "activations"
     rows, heldout, scale, source = _load(data, plan, seed)
     options = _options(plan, seed)
@@ -167,7 +167,7 @@ def run(
     _write(report, out)
     reconstructed: dict[str, np.ndarray] = {}
 
-    def tell(sae: SAE, row: dict[str, Any], name: str) -> None:
+    def show(sae: SAE, row: dict[str, Any], name: str) -> None:
         keep = {} if probe is None else {f"{when} {len(report['rows'])}": when for when in ("before", "after")}
         reconstructed.update({name: np.empty_like(heldout) for name in keep})
 
@@ -186,7 +186,7 @@ def run(
         sae, curve = _train(rows, options, lambda text, steps: progress(f"{name}  {text}", steps))
         sae = rescale(sae, scale)
         pretrained.save(sae, out / "sae" / f"{family}-{value:g}")
-        tell(sae, {"family": family, "k_or_l1": value, "curve": curve}, name)
+        show(sae, {"family": family, "k_or_l1": value, "curve": curve}, name)
 
     width = rows.shape[1]
     for name, sae in loaded.items():
@@ -195,7 +195,7 @@ def run(
     try:
         for name, sae in loaded.items():
             family, k = type(sae.activation).__name__.lower(), getattr(sae.activation, "k", None)
-            tell(sae, {"family": family, "k_or_l1": k, "sae": name}, name)
+            show(sae, {"family": family, "k_or_l1": k, "sae": name}, name)
         for weight in () if saes else plan.l1:
             add(options._replace(activation="relu", l1=weight))
         reached = [] if saes else [row["l0"] for row in report["rows"]]
@@ -229,7 +229,7 @@ def total_steps(plan: Plan, data: Any = None, saes: Sequence[str] = ()) -> int:
     """
     count = len(saes) or 2 * len(plan.l1)
     steps = count * (plan.heldout // _REPORT_EVERY + (0 if saes else plan.steps))
-    if isinstance(data, Site):
+    if isinstance(data, HookPoint):
         harvested = min(plan.train_rows, _MEAN_ROWS) if saes else plan.train_rows
         steps += _contexts(harvested + plan.heldout) + _contexts(plan.heldout) * (2 * count + 2)
     return steps
@@ -255,8 +255,8 @@ class _Probe(NamedTuple):
     source: str
 
 
-def _harvest(site: Site, folder: Path, plan: Plan, progress: Progress) -> _Probe:
-    arguments.check(Site, site._asdict())
+def _harvest(site: HookPoint, folder: Path, plan: Plan, progress: Progress) -> _Probe:
+    arguments.check(HookPoint, site._asdict())
     harvest.check(site.model, layer=site.layer, context=_CONTEXT, out=folder)
     tokenizer = model_files.read_tokenizer(site.model)
     model = language_model.load(site.model)
@@ -265,8 +265,8 @@ def _harvest(site: Site, folder: Path, plan: Plan, progress: Progress) -> _Probe
     text = harvest.pack(files, tokenizer, context=_CONTEXT, tokens=wanted * _CONTEXT)
     of = "the sources of Python's standard library" if site.text is None else ", ".join(text.files)
     source = {"model": str(site.model), "text": of}
-    tell = functools.partial(progress, f"{site.model}  harvesting")
-    harvest.run(folder, model, text.contexts, layer=site.layer, source=source, progress=tell)
+    show = functools.partial(progress, f"{site.model}  harvesting")
+    harvest.run(folder, model, text.contexts, layer=site.layer, source=source, progress=show)
     name = f"residual of {site.model} after block {site.layer}, on {of}"
     name += f" ({text.replaced} characters of it not UTF-8)" if text.replaced else ""
     return _Probe(model, site.layer, text.contexts[-_contexts(plan.heldout) :], name)
@@ -305,9 +305,9 @@ def _matching_k(l0: list[float | None], most: int) -> list[int]:
 def _train(rows, options: Options, progress: Progress) -> tuple[SAE, dict[str, list]]:
     """An autoencoder, and the curves of its training: that of `jaxsae train`, on rows scaled already."""
     curve: dict[str, list] = {"step": [], "nmse": [], "l0": []}
-    objective, tx, fresh = runs.recipe(options, jnp.asarray(rows[:10_000].mean(axis=0)), 1.0)
+    objective, tx, init_fn = runs.recipe(options, jnp.asarray(rows[:10_000].mean(axis=0)), 1.0)
 
-    def tell(step, shown):
+    def show(step, shown):
         if step % _REPORT_EVERY == 0 or step == options.steps:
             nmse, l0 = float(shown["nmse"]), float(shown["l0"])
             for name, value in {"step": step, "nmse": json_number(nmse), "l0": json_number(l0)}.items():
@@ -315,7 +315,7 @@ def _train(rows, options: Options, progress: Progress) -> tuple[SAE, dict[str, l
             progress(f"NMSE {nmse:.3f}  L0 {l0:.0f}", (step - 1) % _REPORT_EVERY + 1)
 
     batches = data_module.batches(rows, options.batch, seed=options.seed)
-    state = train.fit(fresh(), batches, loss=objective, tx=tx, steps=options.steps, callback=tell)
+    state = train.fit(init_fn(), batches, loss=objective, tx=tx, steps=options.steps, callback=show)
     return state.sae, curve
 
 
@@ -369,7 +369,7 @@ def measure(
     return numbers | {
         "change": np.asarray(shrunk.change).tolist(),
         "latent_change": np.histogram(ratio, metrics.RATIO_EDGES)[0].tolist(),
-        "firing": active.octaves,
+        "firing": active.log2_histogram,
         "dead_rows": int(active.rows),
         "worst_rows": [{"row": int(number[i]), "l0": int(l0[i]), "kkt": json_number(kkt[i])} for i in worst],
     }

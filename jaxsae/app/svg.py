@@ -139,7 +139,7 @@ def lines(series: Sequence[Line], x: Axis, y: Axis, label: str, box: Box = LARGE
       series: what to draw, the last on top.
       x: the axis along the bottom.
       y: the axis up the side.
-      label: what a reader who cannot see the chart is told.
+      label: a description for screen readers.
       box: its size.
 
     Example:

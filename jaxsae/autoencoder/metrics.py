@@ -214,7 +214,7 @@ class Activity(_Sums):
         return jnp.mean(self.fired == 0)
 
     @property
-    def octaves(self) -> list[int]:
+    def log2_histogram(self) -> list[int]:
         """How many latents fire on no row, on 1, on 2 or 3, on 4 to 7 …, each range twice as long."""
         return np.bincount(np.frexp(np.asarray(self.fired))[1]).tolist()
 

@@ -85,9 +85,9 @@ class LayerNorm(Normalisation):
     def __call__(self, x: Float[Array, "*b d"]) -> Normalised:
         """Normalise rows."""
         mean = jnp.mean(x, axis=-1, keepdims=True)
-        centred = x - mean
-        deviation = jnp.sqrt(jnp.sum(centred**2, axis=-1, keepdims=True) / (x.shape[-1] - 1))
-        return Normalised(centred / (deviation + self.eps), deviation, mean)
+        apply_b_dec_to_input = x - mean
+        deviation = jnp.sqrt(jnp.sum(apply_b_dec_to_input**2, axis=-1, keepdims=True) / (x.shape[-1] - 1))
+        return Normalised(apply_b_dec_to_input / (deviation + self.eps), deviation, mean)
 
     def rescale(self, scale: float | Array) -> "LayerNorm":
         """With another `ε`, which is in the units of the rows."""

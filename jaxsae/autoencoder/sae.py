@@ -38,7 +38,7 @@ class SAE:
       activation: a pytree of `activations.py`.
       W_skip: `[d d_out]`, or None.
       normalisation: a pytree of `normalisation.py`, or None; it belongs to the data, and is not trained.
-      centred: whether `b_dec` is subtracted from `x`; not in transcoders; static.
+      apply_b_dec_to_input: whether `b_dec` is subtracted from `x`; not in transcoders; static.
       transcoder: whether the target is another than the input; static.
 
     Example:
@@ -60,7 +60,7 @@ class SAE:
     activation: Activation
     W_skip: Float[Array, "d d_out"] | None = None
     normalisation: Normalisation | None = pytrees.fixed(default=None)
-    centred: bool = struct.field(pytree_node=False, default=True)
+    apply_b_dec_to_input: bool = struct.field(pytree_node=False, default=True)
     transcoder: bool = struct.field(pytree_node=False, default=False)
 
     def __post_init__(self):
@@ -100,12 +100,12 @@ def describe(sae: SAE) -> dict[str, str]:
     d_out = sae.W_dec.shape[-1]
     kind = f"transcoder, {sae.d} to {d_out} wide" if sae.transcoder else f"autoencoder, {sae.d} wide"
     decoder = "z W_dec + b_dec" + (" + x W_skip" if sae.W_skip is not None else "")
-    inputs = "(input - b_dec)" if sae.centred else "input"
+    inputs = "(input - b_dec)" if sae.apply_b_dec_to_input else "input"
     return {
         "kind": f"{kind}, {sae.m} latents, {sae.W_dec.dtype}",
         "activation": _shown(sae.activation),
         "input": "x" if sae.normalisation is None else f"{_shown(sae.normalisation)} of x",
-        "encoder": f"none: {inputs} is pursued on W_dec" if sae.activation.pursues else f"{inputs} W_enc + b_enc",
+        "encoder": f"none: {inputs} is pursued on W_dec" if sae.activation.encoder_free else f"{inputs} W_enc + b_enc",
         "decoder": f"{decoder}, in the units of the row" if _restores(sae) else decoder,
     }
 
@@ -179,7 +179,7 @@ def init(
         b_dec=b_dec,
         activation=activation,
         W_skip=jnp.zeros((d, b_dec.size), b_dec.dtype) if skip else None,
-        centred=not transcoder,
+        apply_b_dec_to_input=not transcoder,
         transcoder=transcoder,
     )
 
@@ -214,7 +214,7 @@ def _inputs(sae: SAE, x):
     """What the encoder multiplies: rows normalised and centred, as the conventions have it."""
     x = _validate(sae, x, "encode")
     x = x if sae.normalisation is None else sae.normalisation(x).inputs
-    return x - sae.b_dec if sae.centred else x
+    return x - sae.b_dec if sae.apply_b_dec_to_input else x
 
 
 def encode(sae: SAE, x: Float[Array, "*b d"], *, capacity: int | None = None) -> SparseCode:
@@ -227,7 +227,7 @@ def encode(sae: SAE, x: Float[Array, "*b d"], *, capacity: int | None = None) ->
       sae: the autoencoder.
       x: activations `[*b d]`.
       capacity: slots `k` a row, at most `m`; required unless the activation fixes it. Active latents beyond it are
-        left out, smallest first, and counted in `code.overflow`.
+        left out, smallest first, and counted in `code.num_dropped`.
 
     Returns:
       `SparseCode` `[*b k]`, in descending order of magnitude.
@@ -249,13 +249,13 @@ def encode(sae: SAE, x: Float[Array, "*b d"], *, capacity: int | None = None) ->
         )
     if isinstance(capacity, Tracer):
         raise TypeError("`encode` got a traced capacity; make it static, jax.jit(encode, static_argnames='capacity').")
-    if sae.activation.pursues:
+    if sae.activation.encoder_free:
         return codes.from_dense(encode_dense(sae, x), capacity)
     if not sae.activation.selects:
         return sae.activation.code(pre_activations(sae, x), capacity)
     x = _validate(sae, x, "encode")
     code = sae.activation.code(jax.lax.stop_gradient(pre_activations(sae, x)), capacity)
-    b_dec = sae.b_dec if sae.centred else jnp.zeros(sae.d, sae.b_dec.dtype)
+    b_dec = sae.b_dec if sae.apply_b_dec_to_input else jnp.zeros(sae.d, sae.b_dec.dtype)
     x = x if sae.normalisation is None else sae.normalisation(x).inputs
     arguments = code.values, code.indices, x, sae.W_enc, sae.b_enc, b_dec
     values = _selected(*sharding.vary_alike(arguments))
@@ -278,7 +278,7 @@ def encode_dense(sae: SAE, x: Float[Array, "*b d"]) -> Float[Array, "*b m"]:
       >>> jaxsae.encode_dense(sae, jnp.ones((3, 4))).shape
       (3, 8)
     """
-    if sae.activation.pursues:
+    if sae.activation.encoder_free:
         return sae.activation.pursue(_inputs(sae, x), sae.W_dec)
     return sae.activation(pre_activations(sae, x))
 

@@ -118,7 +118,7 @@ def refine_blocks(sae: SAE, rows: Rows, solver: Any = None, *, capacity: int | N
             block = order[at : at + _BLOCK]
             slots = _slots(int(l0[block].max()), sae)
             values, indices = _resize(code.values[block], slots, 0), _resize(code.indices[block], slots, sae.m)
-            part = SparseCode(values, indices, sae.m, code.overflow[block])
+            part = SparseCode(values, indices, sae.m, code.num_dropped[block])
             own = solver(slots, sae.W_dec.shape[1]) if callable(solver) else solver
             refined, info = refine(sae, x[block], part, own)
             yield Block(start + block, x[block], part, refined, info)
@@ -183,7 +183,7 @@ def refine_file(
     capacity: int | None = None,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> RefineSummary:
-    """Refine rows into an `.npz` file, in their order: `indices`, `values` `[n k]`, `kkt`, `status`, `overflow` `[n]`.
+    """Refine rows into an `.npz` file, in order: `indices`, `values` `[n k]`, `kkt`, `status`, `num_dropped` `[n]`.
 
     Only blocks are in memory, so that rows may be a memory-mapped file larger than it; the file appears when whole.
 
@@ -202,8 +202,8 @@ def refine_file(
       >>> import tempfile, jaxsae
       >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.TopK(2))
       >>> with tempfile.TemporaryDirectory() as folder:
-      ...     told = refine_file(sae, np.random.default_rng(0).normal(size=(64, 4)), f"{folder}/codes.npz")
-      ...     told.unconverged, np.load(f"{folder}/codes.npz")["values"].shape
+      ...     summary = refine_file(sae, np.random.default_rng(0).normal(size=(64, 4)), f"{folder}/codes.npz")
+      ...     summary.unconverged, np.load(f"{folder}/codes.npz")["values"].shape
       (0, (64, 2))
     """
     out = local_path(out)
@@ -216,7 +216,7 @@ def refine_file(
         "values": (np.float32, (len(rows), capacity)),
         "kkt": (np.float32, (len(rows),)),
         "status": (np.int32, (len(rows),)),
-        "overflow": (np.int32, (len(rows),)),
+        "num_dropped": (np.int32, (len(rows),)),
     }
     with atomic_file(out) as temporary:
         _require_space(temporary, 2 * len(rows) * (8 * capacity + 12))  # the columns, and the file made of them
@@ -230,7 +230,7 @@ def refine_file(
             arrays["values"][block.rows, :slots] = block.refined.values[:, :slots]
             arrays["kkt"][block.rows] = block.info.kkt
             arrays["status"][block.rows] = block.info.status
-            arrays["overflow"][block.rows] = block.code.overflow
+            arrays["num_dropped"][block.rows] = block.code.num_dropped
             progress(len(block.rows))
             return shrinkage(sae, block.x, block.code, block.refined)
 
@@ -239,7 +239,7 @@ def refine_file(
             rows=len(rows),
             capacity=capacity,
             shrinkage=measured,
-            overflowed=int(np.count_nonzero(arrays["overflow"] * (arrays["status"] != Status.NONFINITE))),
+            overflowed=int(np.count_nonzero(arrays["num_dropped"] * (arrays["status"] != Status.NONFINITE))),
             nonfinite=int(np.count_nonzero(arrays["status"] == Status.NONFINITE)),
             unconverged=int(np.count_nonzero(arrays["status"] == Status.MAX_STEPS)),
             worst_kkt=float(np.max(np.nan_to_num(arrays["kkt"]), initial=0)),

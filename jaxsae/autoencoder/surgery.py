@@ -76,7 +76,7 @@ def fold_scale(sae: SAE, scale: float | Float[Array, ""]) -> SAE:
 
     Source: SAELens, `fold_activation_norm_scaling_factor`.
     """
-    if sae.activation.pursues:
+    if sae.activation.encoder_free:
         raise ValueError("`fold_scale` got a pursuit, which has no encoder to fold into; scale its rows instead.")
     _validate_scale(scale, "fold_scale")
     if sae.normalisation is not None and sae.normalisation.per_row:

@@ -171,7 +171,7 @@ def require_finite(rows: Rows, what: str) -> None:
 
     Args:
       rows: `[n d]`, may be memory-mapped.
-      what: they are, to be told.
+      what: what the rows are called in errors.
 
     Raises:
       InputError: how many there are, and which is the first.

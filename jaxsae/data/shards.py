@@ -436,7 +436,7 @@ def open_rows(folder: str | os.PathLike) -> Rows:
       `[n d]`, float16, float32 or bfloat16. A shard is checked when it is first read, and an `InputError` if damaged.
 
     Raises:
-      InputError: as `read`, or if a shard is no array of the shape and dtype that the manifest tells.
+      InputError: as `read`, or if a shard is no array of the manifest's shape and dtype.
 
     Example:
       >>> import tempfile

@@ -2,8 +2,8 @@
 
     path ──detect──▶ ──read──▶ Raw: arrays and configuration as they are ──convert──▶ SAE ──write──▶ path
 
-A format is told by what is in its files, not by their names alone. `convert` knows the conventions of its library, and
-`write` refuses what its format cannot say. `pretrained.py` has the table of them.
+A format is recognised by what is in its files, not by names alone. `convert` knows the conventions of its library,
+and `write` refuses what its format cannot say. `pretrained.py` has the table of them.
 """
 
 from jaxsae.formats import hub, pretrained, torch_pickle

@@ -260,7 +260,7 @@ def assemble(
     activation: Activation,
     weights: Weights,
     *,
-    centred: bool,
+    apply_b_dec_to_input: bool,
     transcoder: bool = False,
     normalisation: Normalisation | None = None,
 ) -> SAE:
@@ -269,7 +269,7 @@ def assemble(
     if W_enc.ndim != 2 or W_dec.ndim != 2:
         raise InputError(f"{raw.path}: weights of shapes {W_enc.shape} and {W_dec.shape}, expected two axes each.")
     (d, m), d_out = W_enc.shape, W_dec.shape[1] if transcoder else W_enc.shape[0]
-    if centred and d != d_out:
+    if apply_b_dec_to_input and d != d_out:
         raise InputError(f"{raw.path}: subtracts b_dec, {d_out} wide, from rows {d} wide; jaxsae cannot compute it.")
     expected = {"W_dec": (m, d_out), "b_enc": (m,), "b_dec": (d_out,), "W_skip": (d, d_out)}
     found = {name: array.shape for name, array in weights._asdict().items() if name in expected and array is not None}
@@ -285,7 +285,13 @@ def assemble(
         for name, array in weights._asdict().items()
         if array is not None
     }
-    return SAE(**arrays, activation=activation, centred=centred, transcoder=transcoder, normalisation=normalisation)
+    return SAE(
+        **arrays,
+        activation=activation,
+        apply_b_dec_to_input=apply_b_dec_to_input,
+        transcoder=transcoder,
+        normalisation=normalisation,
+    )
 
 
 def require_k(where: str, activation: Activation, m: int) -> None:
@@ -355,16 +361,16 @@ def fixed_k(format: str, activation: Any) -> int:
     return int(min(keep, activation.k))
 
 
-def centre(sae: SAE, centred: bool) -> SAE:
+def centre(sae: SAE, apply_b_dec_to_input: bool) -> SAE:
     """The same function with `b_dec` subtracted from `x`, or not, as a format has it: the encoder's biases differ."""
-    if sae.centred == centred:
+    if sae.apply_b_dec_to_input == apply_b_dec_to_input:
         return sae
-    if sae.activation.pursues or (sae.normalisation is not None and sae.normalisation.per_row and sae.transcoder):
+    if sae.activation.encoder_free or (sae.normalisation is not None and sae.normalisation.per_row and sae.transcoder):
         raise InputError("this SAE cannot be written with another centre; save it in another format, such as jaxsae.")
     wide = np.promote_types(np.asarray(sae.W_enc).dtype, np.float32)
     shift = (np.asarray(sae.b_dec, np.float64) @ np.asarray(sae.W_enc, np.float64)).astype(wide)
-    bias: Any = np.asarray(sae.b_enc, wide) + (shift if centred else -shift)
-    return dataclasses.replace(sae, b_enc=bias.astype(sae.b_enc.dtype), centred=centred)
+    bias: Any = np.asarray(sae.b_enc, wide) + (shift if apply_b_dec_to_input else -shift)
+    return dataclasses.replace(sae, b_enc=bias.astype(sae.b_enc.dtype), apply_b_dec_to_input=apply_b_dec_to_input)
 
 
 def gate_biases(sae: SAE) -> tuple[np.ndarray, np.ndarray]:

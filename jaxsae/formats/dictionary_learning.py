@@ -98,7 +98,7 @@ def read(path: Path) -> Raw:
 
 
 def convert(raw: Raw) -> SAE:
-    """One of its classes, told by the names of its arrays, and of the two that share theirs by the configuration."""
+    """One of its classes, by the names of its arrays; of the two that share theirs, by the configuration."""
     return _convert(raw, raw.config.get("dict_class"))
 
 
@@ -121,7 +121,7 @@ def _convert(raw: Raw, named: str | None) -> SAE:
         W_enc, W_dec = take(raw, "encoder.weight").T, take(raw, "decoder.weight").T
         b_enc = zeros(raw, W_enc.shape[-1]) if isinstance(activation, Gated) else take(raw, "encoder.bias")
         weights = Weights(W_enc, b_enc, W_dec, take(raw, _BIASES[name]))
-    sae = assemble(raw, activation, weights, centred=name not in ("JumpReluAutoEncoder", "AutoEncoderNew"))
+    sae = assemble(raw, activation, weights, apply_b_dec_to_input=name not in ("JumpReluAutoEncoder", "AutoEncoderNew"))
     require_sizes(raw, activation_dim=sae.d, dict_size=sae.m)
     if "group_sizes" in raw.arrays and raw.arrays["group_sizes"].sum() != sae.m:
         raise InputError(f"{raw.path}: its group_sizes do not add up to {sae.m} latents; download it again.")
@@ -188,7 +188,7 @@ def _written(sae: SAE) -> tuple[str, SAE, dict[str, Any]]:
     activation = sae.activation
     layers = {"encoder.weight": np.asarray(sae.W_enc).T, "decoder.weight": np.asarray(sae.W_dec).T}
     match activation:
-        case ReLU() if not sae.centred:
+        case ReLU() if not sae.apply_b_dec_to_input:
             state = {"encoder.bias": sae.b_enc, "decoder.bias": sae.b_dec} | layers
             return "AutoEncoderNew", sae, state
         case ReLU():

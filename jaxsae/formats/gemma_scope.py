@@ -76,7 +76,7 @@ def convert(raw: Raw) -> SAE:
     """An autoencoder, unless input and output differ in width."""
     weights = Weights(*(take(raw, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")))
     transcoder = weights.W_dec.shape[-1:] != weights.W_enc.shape[:1]
-    return assemble(raw, _activation(raw), weights, centred=False, transcoder=transcoder)
+    return assemble(raw, _activation(raw), weights, apply_b_dec_to_input=False, transcoder=transcoder)
 
 
 def convert_embedding(raw: Raw) -> SAE:
@@ -154,7 +154,7 @@ def convert_2(raw: Raw) -> SAE:
     elsewhere = out not in (None, raw.config.get("hf_hook_point_in"))
     transcoder = elsewhere or skip is not None or weights.W_dec.shape[-1:] != weights.W_enc.shape[:1]
     require_sizes(raw, width=len(weights.W_dec))
-    return assemble(raw, _activation(raw), weights, centred=False, transcoder=transcoder)
+    return assemble(raw, _activation(raw), weights, apply_b_dec_to_input=False, transcoder=transcoder)
 
 
 def write_2(sae: SAE, path: Path) -> None:

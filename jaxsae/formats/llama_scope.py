@@ -83,8 +83,8 @@ def convert(raw: Raw) -> SAE:
     known = kind == "dataset-wise" and isinstance(norms, dict)
     into, out = (norms.get("in"), norms.get("out", norms.get("in"))) if known else (width, width)  # pyright: ignore[reportOptionalMemberAccess]
     scale, scale_out = (width / positive(raw, norm, "dataset_average_activation_norm") for norm in (into, out))
-    centred = flag(raw, "apply_decoder_bias_to_pre_encoder", False)
-    if centred and (transcoder or scale != scale_out):
+    apply_b_dec_to_input = flag(raw, "apply_decoder_bias_to_pre_encoder", False)
+    if apply_b_dec_to_input and (transcoder or scale != scale_out):
         raise InputError(
             f"{raw.path}: apply_decoder_bias_to_pre_encoder is true of a transcoder; jaxsae cannot compute it."
         )
@@ -92,7 +92,7 @@ def convert(raw: Raw) -> SAE:
         raw,
         _activation(raw, W_dec, None if kind == "dataset-wise" and not known else scale),
         weights,
-        centred=centred,
+        apply_b_dec_to_input=apply_b_dec_to_input,
         transcoder=transcoder,
         normalisation=None if known else kinds[kind],
     )

@@ -55,10 +55,10 @@ def convert(raw: Raw) -> SAE:
     if unused := sorted(there - _OPTIONS[kind]):
         raise InputError(f"{raw.path}: holds {', '.join(unused)}, which {kind} of openai has not; name its activation.")
     if kind == "ReLU":
-        return assemble(raw, ReLU(), weights, centred=True)
+        return assemble(raw, ReLU(), weights, apply_b_dec_to_input=True)
     choice(raw, "postact_fn", options.get("postact_fn", "ReLU"), ["ReLU"])
     activation = TopK(integer(raw, options.get("k"), "k"))
-    return assemble(raw, activation, weights, centred=True, normalisation=LayerNorm())
+    return assemble(raw, activation, weights, apply_b_dec_to_input=True, normalisation=LayerNorm())
 
 
 def write(sae: SAE, path: Path) -> None:

@@ -45,7 +45,19 @@ _ACTIVATIONS = {
     )
 }
 _KEYS = {
-    *("format", "version", "d", "m", "d_out", "centred", "transcoder", "skip", "activation", "normalisation", "arrays")
+    *(
+        "format",
+        "version",
+        "d",
+        "m",
+        "d_out",
+        "apply_b_dec_to_input",
+        "transcoder",
+        "skip",
+        "activation",
+        "normalisation",
+        "arrays",
+    )
 }
 _NORMALISATIONS = {
     cls.__name__: cls for cls in (normalisation.LayerNorm, normalisation.ConstantNorm, normalisation.AverageNorm)
@@ -103,8 +115,8 @@ def describe(path: str | os.PathLike, *, revision: str | None = None) -> dict[st
       >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.TopK(2))
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     jaxsae.pretrained.save(sae, f"{folder}/sae", format="sparsify")
-      ...     told = jaxsae.pretrained.describe(f"{folder}/sae")
-      >>> told["format"], told["kind"]
+      ...     described = jaxsae.pretrained.describe(f"{folder}/sae")
+      >>> described["format"], described["kind"]
       ('sparsify', 'autoencoder, 4 wide, 8 latents, float32')
     """
     sae, format, config = _load(path, None, None, revision)
@@ -134,8 +146,8 @@ def _load(
         require_used(raw, name, sae.activation)
     except OSError as error:
         raise InputError(f"{local}: {error.strerror or error}; expected files of format {name}.") from error
-    averaged = isinstance(sae.normalisation, normalisation.AverageNorm)
-    return (fold_scale(sae, found.scale) if averaged and found.scale is not None else sae), name, config
+    ema_params = isinstance(sae.normalisation, normalisation.AverageNorm)
+    return (fold_scale(sae, found.scale) if ema_params and found.scale is not None else sae), name, config
 
 
 def _dtype(dtype: Any) -> np.dtype:
@@ -240,9 +252,9 @@ def _on_host(sae: SAE) -> SAE:
             )
         if array.dtype == bool or (name in arrays and not jnp.issubdtype(array.dtype, jnp.floating)):
             raise InputError(f"got {name} of {array.dtype}, expected floating point; convert it.")
-    if sae.centred and d != d_out:
+    if sae.apply_b_dec_to_input and d != d_out:
         raise InputError(
-            f"got an SAE that subtracts b_dec, {d_out[0]} wide, from rows {d[0]} wide; pass centred=False."
+            f"got an SAE that subtracts b_dec, {d_out[0]} wide, from rows {d[0]} wide; pass apply_b_dec_to_input=False."
         )
     activation = dataclasses.replace(sae.activation, **parameters)  # pyright: ignore[reportArgumentType]
     require_k("got an SAE whose ", activation, m[0])
@@ -301,7 +313,7 @@ def _write_own(sae: SAE, path: Path) -> None:
         "d": sae.d,
         "m": sae.m,
         "d_out": sae.b_dec.size,
-        "centred": sae.centred,
+        "apply_b_dec_to_input": sae.apply_b_dec_to_input,
         "transcoder": sae.transcoder,
         "skip": sae.W_skip is not None,
         "activation": {
@@ -351,8 +363,13 @@ def _read_own(path: Path) -> Raw:
 
 def _convert_own(raw: Raw) -> SAE:
     # As those of 0.1 before transcoders, and before autoencoders that subtract nothing.
-    centred = flag(raw, "centred", True)
-    config = {"d_out": raw.config.get("d"), "centred": centred, "transcoder": not centred, "skip": False} | raw.config
+    apply_b_dec_to_input = flag(raw, "apply_b_dec_to_input", True)
+    config = {
+        "d_out": raw.config.get("d"),
+        "apply_b_dec_to_input": apply_b_dec_to_input,
+        "transcoder": not apply_b_dec_to_input,
+        "skip": False,
+    } | raw.config
     raw = raw._replace(config=config)
     skip, shapes = flag(raw, "skip", False), _shapes(config)
     found = {name: raw.arrays[name].shape if name in raw.arrays else None for name in shapes}
@@ -369,7 +386,7 @@ def _convert_own(raw: Raw) -> SAE:
         raw,
         _activation(raw),
         weights._replace(W_skip=take(raw, "W_skip")) if skip else weights,
-        centred=centred,
+        apply_b_dec_to_input=apply_b_dec_to_input,
         transcoder=flag(raw, "transcoder", False),
         normalisation=_normalisation(raw),
     )

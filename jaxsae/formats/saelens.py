@@ -103,16 +103,23 @@ def convert(raw: Raw) -> SAE:
         choice(raw, "normalize_activations", config["normalize_activations"], _NORMALISATIONS)
     ]
     transcoder = kind.endswith("transcoder")
-    centred = flag(raw, "apply_b_dec_to_input", not transcoder)
-    if centred and transcoder:
+    apply_b_dec_to_input = flag(raw, "apply_b_dec_to_input", not transcoder)
+    if apply_b_dec_to_input and transcoder:
         raise InputError(f"{raw.path}: apply_b_dec_to_input is true of a transcoder, which has no such; say false.")
     weights = _weights(raw, kind)
     if flag(raw, "rescale_acts_by_decoder_norm", False):
         weights = fold_norms(weights)
-    if kind == "matching_pursuit" and not centred:  # what was not subtracted is not added
+    if kind == "matching_pursuit" and not apply_b_dec_to_input:  # what was not subtracted is not added
         weights = weights._replace(b_dec=np.zeros_like(weights.b_dec))
     activation = _ACTIVATIONS[kind](raw)
-    sae = assemble(raw, activation, weights, centred=centred, transcoder=transcoder, normalisation=normalisation)
+    sae = assemble(
+        raw,
+        activation,
+        weights,
+        apply_b_dec_to_input=apply_b_dec_to_input,
+        transcoder=transcoder,
+        normalisation=normalisation,
+    )
     require_sizes(raw, d_in=sae.d, d_sae=sae.m, d_out=sae.b_dec.size)
     return sae
 
@@ -218,7 +225,7 @@ def write(sae: SAE, path: Path) -> None:
         "d_sae": sae.m,
         "dtype": str(sae.W_dec.dtype),
         "device": "cpu",
-        "apply_b_dec_to_input": sae.centred,
+        "apply_b_dec_to_input": sae.apply_b_dec_to_input,
         "normalize_activations": normalisation,
         "reshape_activations": "none",
         "metadata": metadata,

@@ -63,7 +63,7 @@ def convert(raw: Raw) -> SAE:
             f"{d} (num_latents or expansion_factor, and d_in); download it again."
         )
     activation = make(integer(raw, config.get("k"), "k"))
-    return assemble(raw, activation, weights, centred=not transcoder, transcoder=transcoder)
+    return assemble(raw, activation, weights, apply_b_dec_to_input=not transcoder, transcoder=transcoder)
 
 
 def write(sae: SAE, path: Path) -> None:

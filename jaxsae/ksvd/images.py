@@ -263,7 +263,7 @@ def _require_sizes(m: int, k: int, side: int, steps: int, patches: int, seed: in
 
 
 def _require_picture(picture, side: int) -> np.ndarray:
-    """A picture in float64, in which units of any size can be told apart."""
+    """A picture in float64, in which units of any size can be distinguished."""
     picture = np.asarray(picture)
     if picture.ndim not in (2, 3) or min(picture.shape) < 1 or min(picture.shape[:2]) < side:
         raise InputError(

@@ -18,7 +18,7 @@ from jaxsae.language_model.hugging_face import _directory_config, _read_director
 
 __all__ = ["read_tokenizer"]
 
-_BOS_CLASSES = {  # of transformers, which begin texts with BOS unless they are told not to
+_BOS_CLASSES = {  # of transformers, which begin texts with BOS unless the configuration forbids it
     *("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast"),
     *("GemmaTokenizer", "GemmaTokenizerFast"),
 }

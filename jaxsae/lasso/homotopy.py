@@ -35,18 +35,18 @@ class Static(NamedTuple):
     capacity: int
 
 
-class Arrival(NamedTuple):
+class Solution(NamedTuple):
     """The solution of rows, or of one, at a penalty."""
 
     values: Array  # [k]
     indices: Array  # [k]  m where a slot is free
-    overflow: Array  # atoms that the slots had no room for
+    num_dropped: Array  # atoms that the slots had no room for
     steps: Array
     kkt: Array  # relative, as of `certify`; NaN where the row is not finite
     gap: Array  # relative to ½‖y‖²
 
 
-def solve(static: Static, shared, per_row) -> Arrival:
+def solve(static: Static, shared, per_row) -> Solution:
     """Solve rows at penalties, each of its own, on all atoms or on a support: `[*b L]`.
 
     Args:
@@ -88,7 +88,7 @@ def solve(static: Static, shared, per_row) -> Arrival:
     walk_bytes = (6 * k * (k + d) + 12 * m + 4 * count * k + own_bytes) * itemsize
     arrival = chunking.map_chunks(follow, y, lams, support, batch=(n,), row_bytes=walk_bytes)
     arrival = jax.tree.map(lambda x: x.reshape(n * count, *x.shape[2:]), arrival)
-    astray = ~(arrival.gap <= tol) & (arrival.overflow == 0) & valid.ravel()
+    astray = ~(arrival.gap <= tol) & (arrival.num_dropped == 0) & valid.ravel()
     owner = jnp.repeat(jnp.arange(n), count, total_repeat_length=n * count)
     arrival = chunking.revise_rows(
         *(go_on, astray, arrival, owner, lams.ravel(), arrival), row_bytes=(20 * m + 4 * d + own_bytes) * itemsize
@@ -97,10 +97,10 @@ def solve(static: Static, shared, per_row) -> Arrival:
     arrival = jax.tree.map(lambda x: x.reshape(n, count, *x.shape[1:]), arrival)
     values = divide(arrival.values * y_unit[:, :, None], unit)
     finite = valid & jnp.isfinite(arrival.kkt) & jnp.isfinite(values).all(-1)
-    arrival = Arrival(
+    arrival = Solution(
         values=jnp.where(finite[:, :, None], values, 0),
         indices=jnp.where(finite[:, :, None], arrival.indices, m),
-        overflow=jnp.where(finite, arrival.overflow, 0),
+        num_dropped=jnp.where(finite, arrival.num_dropped, 0),
         steps=jnp.where(finite, arrival.steps, 0),
         kkt=jnp.where(finite, arrival.kkt, jnp.nan),
         gap=jnp.where(finite, arrival.gap, jnp.nan),
@@ -149,7 +149,7 @@ class _Walk(NamedTuple):
 _FREE, _ACTIVE, _DEPENDENT = range(3)
 
 
-def _follow(static: Static, most, D, y, lams) -> Arrival:
+def _follow(static: Static, most, D, y, lams) -> Solution:
     """Follow one row's path down to each of its penalties: `[L]`."""
     row = _row(static, D, y)
 
@@ -245,14 +245,14 @@ def _project(walk: _Walk, A, atom):
     return x, jnp.sum((atom - matmul(x, A)) ** 2)
 
 
-def _arrive(row: _Row, walk: _Walk, lam) -> Arrival:
+def _arrive(row: _Row, walk: _Walk, lam) -> Solution:
     A = _take(row.D, walk.indices)
     z = _corrected(walk, matmul(A, residual(row.y, walk.values, A)))
     z = jnp.where(walk.signs * z > 0, z, 0)
     kkt, gap, over = _judge(row, A, z, lam, residual(row.y, z, A))
     missing = jnp.maximum(over - jnp.sum(walk.indices < len(row.D), dtype=jnp.int32), 1)
-    overflow = jnp.where(walk.full & (walk.lam > lam), missing, 0)
-    return Arrival(z, walk.indices, overflow, walk.steps, kkt, gap)
+    num_dropped = jnp.where(walk.full & (walk.lam > lam), missing, 0)
+    return Solution(z, walk.indices, num_dropped, walk.steps, kkt, gap)
 
 
 def _judge(row: _Row, A, z, lam, r):
@@ -297,7 +297,7 @@ class _Descent(NamedTuple):
     steps: Array
 
 
-def _descend(static: Static, tol, most, D, y, lam, arrival: Arrival) -> Arrival:
+def _descend(static: Static, tol, most, D, y, lam, arrival: Solution) -> Solution:
     """Go on with one row by FISTA with gradient restart, on all atoms, from where its walk ended or from 0.
 
     Residuals are the start's, less what the change makes of it: right to the last digit near the start alone. So a row
@@ -307,7 +307,7 @@ def _descend(static: Static, tol, most, D, y, lam, arrival: Arrival) -> Arrival:
     return jax.lax.fori_loop(0, _STARTS, lambda _, arrival: _descend_from(row, tol, most, lam, arrival), arrival)
 
 
-def _descend_from(row: _Row, tol, most, lam, arrival: Arrival) -> Arrival:
+def _descend_from(row: _Row, tol, most, lam, arrival: Solution) -> Solution:
     static, D, y = row.static, row.D, row.y
     usable = arrival.gap <= 1  # as 0 has it, whose residuals are no larger either
     kkt, gap = (jnp.where(usable, x, 1) for x in (arrival.kkt, arrival.gap))
@@ -338,10 +338,10 @@ def _descend_from(row: _Row, tol, most, lam, arrival: Arrival) -> Arrival:
     # Judged anew: the slots may have had no room for all of it, and far from the start its residual was rounded.
     A = _take(D, code.indices)
     kkt, gap, _ = _judge(row, A, code.values, lam, residual(y, code.values, A))
-    found = Arrival(code.values, code.indices, code.overflow, end.steps, kkt, gap)
+    found = Solution(code.values, code.indices, code.num_dropped, end.steps, kkt, gap)
     # What did not fit may have been what cancelled the rest: an empty code is better than that.
-    empty = jnp.zeros_like(code.values), jnp.full_like(code.indices, len(D)), code.overflow, end.steps
-    found = _choose(gap <= 1, found, Arrival(*empty, jnp.ones_like(kkt), jnp.ones_like(gap)))
+    empty = jnp.zeros_like(code.values), jnp.full_like(code.indices, len(D)), code.num_dropped, end.steps
+    found = _choose(gap <= 1, found, Solution(*empty, jnp.ones_like(kkt), jnp.ones_like(gap)))
     return _choose(usable & ~(found.gap < arrival.gap), arrival._replace(steps=end.steps), found)
 
 

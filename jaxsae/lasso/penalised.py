@@ -69,7 +69,7 @@ def lasso(
       lam: the penalty, one number or one a row `[*b]`, in the units of `Dy`.
       nonnegative: constrain `z ≥ 0`.
       capacity: slots a row; `min(m, d)`, which suffices, if None. A row that needs more stops at the penalty where its
-        slots were full, and `overflow` says that atoms are missing.
+        slots were full, and `num_dropped` says that atoms are missing.
       tol: count a row as converged when its duality gap, relative to `½‖y‖²`, is at most this.
       max_steps: stop a row after this many steps.
 
@@ -350,11 +350,11 @@ def cross_validate(
     own = jnp.where(selected.mask, selected.indices + atoms[:, :1, None], len(inside))
     targets = jnp.broadcast_to(targets[:, None], (*scaled.shape, y.size))
     eased_lams = scaled[..., None] * phis
-    support = SparseCode(selected.values, own, len(inside), selected.overflow)
+    support = SparseCode(selected.values, own, len(inside), selected.num_dropped)
     options = {"nonnegative": nonnegative, "tol": tol, "max_steps": max_steps}
     eased, _ = _on_support(inside, targets, support, eased_lams, **options)  # then refit, in part
     indices = jnp.broadcast_to(selected.indices[:, :, None], eased.indices.shape)
-    fits = SparseCode(eased.values, indices, len(D), eased.overflow)
+    fits = SparseCode(eased.values, indices, len(D), eased.num_dropped)
     missed = jnp.where(kept[:, None, None], 0, y - codes.combine(D, fits))
     totals = jnp.sum(missed**2, axis=-1)[:-1]
     sizes = jnp.bincount(dealt, length=folds).astype(phis.dtype)
@@ -454,9 +454,9 @@ def _on_support(D, y, code: SparseCode, lams, *, nonnegative: bool, tol, max_ste
     """The lasso on the support of a code `[*b k]` at descending penalties `[*b L]`, in the slots of the code."""
     static = Static(nonnegative, code.indices.shape[-1])
     placed, info = _run(static, D, y, lams, code.indices, tol, max_steps)
-    indices, overflow = (jnp.expand_dims(x, y.ndim - 1) for x in (code.indices, code.overflow))
+    indices, num_dropped = (jnp.expand_dims(x, y.ndim - 1) for x in (code.indices, code.num_dropped))
     indices = jnp.broadcast_to(indices, placed.indices.shape)
-    return SparseCode(placed.dense(), indices, len(D), jnp.broadcast_to(overflow, lams.shape)), info
+    return SparseCode(placed.dense(), indices, len(D), jnp.broadcast_to(num_dropped, lams.shape)), info
 
 
 def _run(static: Static, D, y, lams, support, tol, max_steps) -> tuple[SparseCode, LassoInfo]:
@@ -470,7 +470,7 @@ def _run(static: Static, D, y, lams, support, tol, max_steps) -> tuple[SparseCod
     status = jnp.where((lams >= 0) & jnp.isfinite(lams), status, Status.INVALID).astype(jnp.int32)
     info = LassoInfo(kkt=end.kkt, steps=end.steps, status=status, gap=end.gap, lam=lams)
     atoms = len(D) if support is None else support.shape[-1]
-    return SparseCode(end.values, end.indices, atoms, end.overflow), info
+    return SparseCode(end.values, end.indices, atoms, end.num_dropped), info
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -19,7 +19,17 @@ class Cotangents(NamedTuple):
 
 
 def backward(
-    dictionary, y, indices, values, values_bar, ridge, finite, *, nonnegative: bool, num_latents: int, scratch: int
+    dictionary,
+    y,
+    indices,
+    values,
+    values_bar,
+    ridge,
+    finite,
+    *,
+    nonnegative: bool,
+    num_latents: int,
+    workspace_bytes: int,
 ) -> Cotangents:
     """The implicit derivative on the active set `F`, the coordinates that the constraint leaves free.
 
@@ -35,7 +45,7 @@ def backward(
       finite: `[*b]`, the rows that have a derivative.
       nonnegative: whether `z ≥ 0` was asked for.
       num_latents: `m`.
-      scratch: most bytes that the rows in work may need.
+      workspace_bytes: most bytes that the rows in work may need.
 
     Returns:
       `Cotangents`.
@@ -64,7 +74,7 @@ def backward(
         *(y, indices, values, values_bar, finite),
         batch=y.shape[:-1],
         row_bytes=2 * problems.row_bytes(k, d, ridge.dtype.itemsize),
-        scratch=scratch,
+        workspace_bytes=workspace_bytes,
     )
     return Cotangents(problems.cotangent(dictionary_bar, dictionary), y_bar.astype(y.dtype), ridge_bar)
 

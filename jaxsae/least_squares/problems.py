@@ -164,14 +164,14 @@ def solved(solver, problem: Problem, values: Array, nonnegative: bool) -> Solved
     start = values * problem.unit
     start = jnp.maximum(start, 0) if nonnegative else start
     # From far away (‖y‖² is 1 here) rounding follows the solver; NaN, and what is too large to square, are far too.
-    usable = jax.vmap(excess)(problem.gram, problem.c, start, jnp.zeros_like(start)) < 10
+    usable = jax.vmap(objective_gap)(problem.gram, problem.c, start, jnp.zeros_like(start)) < 10
     start = jnp.where(usable[:, None], start, 0)
     most = jnp.full(values.shape[:1], solver.max_steps, jnp.int32)
     x, kkt, steps = drive_rows(solver, problem, start, most, nonnegative)
     return Solved(x, problem.unit, problem.finite, usable, kkt, steps)
 
 
-def excess(G, c, z, other):
+def objective_gap(G, c, z, other):
     """How much higher the objective of one row is at `z` than at `other`."""
     return 0.5 * jnp.sum((z - other) * (matmul(G, z + other) - 2 * c))
 

@@ -83,7 +83,7 @@ def refit(
     *,
     nonnegative: bool = True,
     ridge: float | Float[Array, ""] = 0.0,
-    scratch: int | None = None,
+    workspace_bytes: int | None = None,
 ) -> tuple[SparseCode, RefitInfo]:
     """Optimise the values of a code on its support, the dictionary fixed.
 
@@ -102,8 +102,8 @@ def refit(
       solver: any pytree of `solvers.py`, with the fallback that it names; `solvers.default(k, d)` if None.
       nonnegative: constrain `z ≥ 0`.
       ridge: weight of `½‖z‖²`, in the units of the atoms' squared norm.
-      scratch: most bytes that the rows in work may need, beside arguments and results; by default `chunking.SCRATCH`,
-        or what one row needs.
+      workspace_bytes: most bytes that the rows in work may need, beside arguments and results; by default
+        `chunking.SCRATCH`, or what one row needs.
 
     Returns:
       The code with its values refitted, in the dtype they had, and `RefitInfo`.
@@ -140,18 +140,20 @@ def refit(
     """
     dictionary, y, code = problems.validate(dictionary, y, code, "refit")
     needed = _row_bytes(code.indices.shape[-1], y.shape[-1], problems.accumulator(dictionary, y).itemsize)
-    scratch = max(chunking.SCRATCH, needed) if scratch is None else scratch
-    if scratch < needed:
-        raise ValueError(f"`refit` got scratch of {scratch} bytes, but one row needs {needed}; pass at least that.")
+    workspace_bytes = max(chunking.SCRATCH, needed) if workspace_bytes is None else workspace_bytes
+    if workspace_bytes < needed:
+        raise ValueError(
+            f"`refit` got workspace_bytes of {workspace_bytes} bytes, but one row needs {needed}; pass at least that."
+        )
     kernel = solver is None and ops.applies(dictionary, code.indices, y, code.values)
     if solver is None:
         solver = solvers.default(code.indices.shape[-1], y.shape[-1], kernel=kernel)
     solver = solvers.resolve(solver)
     _check_solver(solver)
     ridge = jnp.asarray(ridge, problems.accumulator(dictionary, y))
-    static = _Static(nonnegative, code.num_latents, scratch, kernel)
+    static = _Static(nonnegative, code.num_latents, workspace_bytes, kernel)
     if jax.sharding.get_abstract_mesh().explicit_axes:
-        options = {"solver": solver, "nonnegative": nonnegative, "ridge": ridge, "scratch": scratch}
+        options = {"solver": solver, "nonnegative": nonnegative, "ridge": ridge, "workspace_bytes": workspace_bytes}
         return sharding.automatic(functools.partial(refit, **options), code.indices)(dictionary, y, code)
     if sharding.spread(code.num_latents) and problems.is_array(dictionary):
         values, info = _refit_by_devices(static, solver, dictionary, y, code.indices, code.values, ridge)
@@ -210,13 +212,13 @@ def check(info_or_code: RefitInfo | SparseCode) -> None:
       RuntimeError: 1 of 1 rows have more active latents than slots; row 0 lost 1. Pass a capacity of at least 2.
     """
     if isinstance(info_or_code, SparseCode):
-        overflow = np.asarray(info_or_code.overflow).ravel()
-        if overflow.any():
-            worst = int(overflow.argmax())
-            needed = info_or_code.indices.shape[-1] + overflow[worst]
+        num_dropped = np.asarray(info_or_code.num_dropped).ravel()
+        if num_dropped.any():
+            worst = int(num_dropped.argmax())
+            needed = info_or_code.indices.shape[-1] + num_dropped[worst]
             raise RuntimeError(
-                f"{np.count_nonzero(overflow)} of {overflow.size} rows have more active latents than slots; "
-                f"row {worst} lost {overflow[worst]}. Pass a capacity of at least {needed}."
+                f"{np.count_nonzero(num_dropped)} of {num_dropped.size} rows have more active latents than slots; "
+                f"row {worst} lost {num_dropped[worst]}. Pass a capacity of at least {needed}."
             )
         return
     status, kkt = np.asarray(info_or_code.status).ravel(), np.asarray(info_or_code.kkt).ravel()
@@ -249,7 +251,7 @@ def _some(row_numbers) -> str:
 class _Static(NamedTuple):
     nonnegative: bool
     num_latents: int
-    scratch: int
+    workspace_bytes: int
     kernel: bool  # whether a kernel solves the rows, before those that it left are gone over
 
 
@@ -304,7 +306,7 @@ class _Outcome(NamedTuple):
 def _solve_rows(static: _Static, shared, y, indices, values) -> _Outcome:
     """Refit `n` rows by the solver alone; those whose atoms are out of range come back as if not finite."""
     solver, dictionary, ridge = shared
-    nonnegative, num_latents, scratch, kernel = static
+    nonnegative, num_latents, workspace_bytes, kernel = static
     y = y.astype(ridge.dtype)
     problem = None
     if kernel:
@@ -315,7 +317,7 @@ def _solve_rows(static: _Static, shared, y, indices, values) -> _Outcome:
             *(y, indices),
             batch=y.shape[:1],
             row_bytes=problems.row_bytes(indices.shape[1], y.shape[1], y.dtype.itemsize),
-            scratch=scratch // 2,
+            workspace_bytes=workspace_bytes // 2,
         )
         solved = problems.solved(solver, problem, values.astype(ridge.dtype), nonnegative)
     on = problems.used(indices, num_latents)
@@ -327,7 +329,7 @@ def _solve_rows(static: _Static, shared, y, indices, values) -> _Outcome:
     if problem is not None and values.dtype != ridge.dtype:
         rounded = refitted.astype(ridge.dtype) * solved.unit
         began = feasible.astype(ridge.dtype) * solved.unit
-        moved &= ~(jax.vmap(problems.excess)(problem.gram, problem.c, rounded, began) > 0)
+        moved &= ~(jax.vmap(problems.objective_gap)(problem.gram, problem.c, rounded, began) > 0)
     refitted = jnp.where(moved[:, None] | (solved.unit == 0), refitted, feasible)
     finite &= jnp.isfinite(refitted).all(1)
     info = _info(solver, solved.kkt, solved.steps, finite)
@@ -418,7 +420,7 @@ def _solve(static: _Static, shared, per_row):
     n = math.prod(batch)
     per_row = y, indices, _ = tuple(x.reshape(n, x.shape[-1]) for x in per_row)
     k, d, itemsize = indices.shape[1], y.shape[1], shared[2].dtype.itemsize
-    solve, half = functools.partial(_solve_rows, static, shared), static.scratch // 2
+    solve, half = functools.partial(_solve_rows, static, shared), static.workspace_bytes // 2
     if static.kernel:
         outcome = solve(*per_row)  # it needs no scratch
     elif len(_widths(k)) == 1:
@@ -427,7 +429,7 @@ def _solve(static: _Static, shared, per_row):
             *(solve, *per_row),
             batch=(n,),
             row_bytes=_solver_bytes(k, d, itemsize),
-            scratch=half,
+            workspace_bytes=half,
             cpu_rows=max(16, min(256, in_cache // 16 * 16)),
         )
     else:
@@ -438,7 +440,7 @@ def _solve(static: _Static, shared, per_row):
             f = solve if width == k else functools.partial(_narrow, solve, static.num_latents, width)
             where = (l0 > previous) & (l0 <= width)
             row_bytes = _solver_bytes(width, d, itemsize)
-            outcome = chunking.revise_rows(f, where, outcome, *per_row, row_bytes=row_bytes, scratch=half)
+            outcome = chunking.revise_rows(f, where, outcome, *per_row, row_bytes=row_bytes, workspace_bytes=half)
             previous = width
 
     x, info = outcome.x, outcome.info
@@ -449,7 +451,7 @@ def _solve(static: _Static, shared, per_row):
         *(_unsolved(shared[0], info) | cancels, outcome),
         *(*per_row, x, info),
         row_bytes=_row_bytes(k, d, itemsize),
-        scratch=static.scratch,
+        workspace_bytes=static.workspace_bytes,
     )
     status = jnp.where(_is_ridge(shared[2]), info.status, Status.INVALID).astype(jnp.int32)
     info = dataclasses.replace(info, status=status)
@@ -485,7 +487,7 @@ def _refit_backward(static: _Static, residuals, cotangents):
         *(dictionary, y, indices, values, cotangents[0], ridge, finite),
         nonnegative=static.nonnegative,
         num_latents=static.num_latents,
-        scratch=static.scratch,
+        workspace_bytes=static.workspace_bytes,
     )
     return None, bars.dictionary, bars.y, None, None, bars.ridge
 

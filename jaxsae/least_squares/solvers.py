@@ -230,13 +230,13 @@ class ConjugateGradientState(NamedTuple):
     z: Array
     gradient: Array
     p: Array
-    bent: Array  # p was cut off at the bounds: take it as far as it lowers the objective, then start anew
+    projected: Array  # p was cut off at the bounds: take it as far as it lowers the objective, then start anew
     curvature: Array
 
 
 @pytrees.dataclass
 class ConjugateGradient:
-    """Conjugate gradient on the free coordinates, bent along the bounds.
+    """Conjugate gradient on the free coordinates, projected along the bounds.
 
     With `φ` the gradient where `z > 0` and `β = min(g, 0)` elsewhere, each step costs one product `Gp`:
 
@@ -276,15 +276,15 @@ class ConjugateGradient:
         return ConjugateGradientState(z, gradient, p, jnp.zeros((), bool), jnp.ones((), gram.dtype))
 
     def step(self, gram: Array, c: Array, state: ConjugateGradientState, lower: float) -> ConjugateGradientState:
-        """One step along `−p`, or the choice of a bent one, at the cost of one product with `G`."""
-        z, gradient, p, bent, curvature = state
+        """One step along `−p`, or the choice of a projected one, at the cost of one product with `G`."""
+        z, gradient, p, projected, curvature = state
         gram_p = _matvec(gram, p)
         p_gram_p = jnp.sum(p * gram_p)
         curvature = jnp.maximum(curvature, divide(p_gram_p, jnp.sum(p * p)))
         a = jnp.maximum(divide(jnp.sum(gradient * p), p_gram_p), 0)
-        leaves = ~bent & jnp.any(z - a * p < lower)
-        # A bent direction ends on the bounds at full length, which lowers the objective if a ≥ ½.
-        length = jnp.where(bent, jnp.where(a >= 0.5, 1, a), jnp.where(leaves, 0, a))
+        leaves = ~projected & jnp.any(z - a * p < lower)
+        # A projected direction ends on the bounds at full length, which lowers the objective if a ≥ ½.
+        length = jnp.where(projected, jnp.where(a >= 0.5, 1, a), jnp.where(leaves, 0, a))
         ahead = jnp.maximum(z - length * p, lower)
         gradient = gradient - length * gram_p
 
@@ -292,12 +292,12 @@ class ConjugateGradient:
         phi = jnp.where(free, gradient, 0)
         beta = jnp.where(free, 0, jnp.minimum(gradient, 0))
         promise = jnp.sum(phi * jnp.minimum(phi, (ahead - lower) * curvature))
-        conjugate = phi - jnp.where(bent | ~free, 0, divide(jnp.sum(phi * gram_p), p_gram_p) * p)
-        fresh = jnp.where(jnp.sum(beta * beta) > promise, phi + beta, conjugate)
-        # Where the bent direction led uphill, a projected gradient step never does.
-        uphill = bent & (a <= 0)
+        conjugate = phi - jnp.where(projected | ~free, 0, divide(jnp.sum(phi * gram_p), p_gram_p) * p)
+        init_fn = jnp.where(jnp.sum(beta * beta) > promise, phi + beta, conjugate)
+        # Where the projected direction led uphill, a projected gradient step never does.
+        uphill = projected & (a <= 0)
         cut = jnp.where(leaves, a * p, (phi + beta) / curvature)
-        p = jnp.where(leaves | uphill, ahead - jnp.maximum(ahead - cut, lower), fresh)
+        p = jnp.where(leaves | uphill, ahead - jnp.maximum(ahead - cut, lower), init_fn)
         return ConjugateGradientState(ahead, gradient, p, leaves | uphill, curvature)
 
 

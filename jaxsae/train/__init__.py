@@ -1,6 +1,6 @@
 """Training: an objective, an optax transformation and a stream of batches make an SAE.
 
-    tx = train.recipe(train.learning_rate(sae.m, steps))
+    tx = train.default_optimizer(train.learning_rate(sae.m, steps))
     state = train.init_state(sae, tx)
     step = train.make_step(objective, tx)
     for x in batches:
@@ -13,16 +13,17 @@ orbax when they are first asked for.
 
 from jaxsae._core import lazy
 from jaxsae.train import losses, objectives
-from jaxsae.train.optim import average, averaged, learning_rate, recipe, unit_norm_decoder
+from jaxsae.train.optim import default_optimizer, ema, ema_params, learning_rate, unit_norm_decoder
 from jaxsae.train.startup import geometric_median, resample
 from jaxsae.train.steps import Diverged, TrainState, fit, init_state, make_step, member, stack, sweep
 
 __all__ = [
     "Diverged",
     "TrainState",
-    "average",
-    "averaged",
     "checkpoint",
+    "default_optimizer",
+    "ema",
+    "ema_params",
     "fit",
     "geometric_median",
     "init_state",
@@ -32,7 +33,6 @@ __all__ = [
     "make_step",
     "member",
     "objectives",
-    "recipe",
     "resample",
     "stack",
     "sweep",

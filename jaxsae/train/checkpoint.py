@@ -4,7 +4,7 @@
     1000/manifest    configuration, versions, the position in the data
 
 A step is there once it has its name, which it gets when all of it is on the disk. It is only used if every leaf still
-has its fingerprint; else the one before it is, and that is told.
+has its fingerprint; else the one before it is, with a warning.
 """
 
 import contextlib
@@ -109,10 +109,10 @@ class Checkpoints:
 
         Args:
           folder: of the checkpoints.
-          config: any JSON; a directory is only gone on with by an equal one.
+          config: any JSON; a directory can only be resumed with an equal one.
           grows: members of the configuration that may be greater than they were.
           keep: how many of the last steps to keep, beside the best.
-          warn: told what was amiss and could be done without.
+          warn: called with warnings.
 
         Raises:
           InputError: if the directory was made with another configuration, or by an unknown version.
@@ -128,7 +128,7 @@ class Checkpoints:
             try:
                 manifest = _read_manifest(self.folder / str(step))
             except _ANY:
-                continue  # `restore` tells
+                continue  # `restore` warns
             if manifest["version"] != _VERSION:
                 by = manifest.get("versions", {}).get("jaxsae", "unknown")
                 raise InputError(
@@ -393,7 +393,7 @@ class _told:
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if isinstance(error, Exception) and not isinstance(error, InputError):
-            # TensorStore tells the cause last: "Error writing …: Failed writing …: No space left on device [os…]".
+            # TensorStore gives the cause last: "Error writing …: Failed writing …: No space left on device [os…]".
             text = str(error).strip().partition("\n")[0].partition(" [")[0]
             reason = getattr(error, "strerror", None) or text.rpartition(": ")[2]
             last = next(iter(self._steps()), None)

@@ -1,4 +1,4 @@
-"""The loop of a training that loses nothing: it saves as it goes, stops when told to, and gets over bad batches."""
+"""The loop of a training that loses nothing: it saves as it goes, stops on a signal, and recovers from bad batches."""
 
 import collections
 import contextlib
@@ -23,7 +23,7 @@ ROLLBACKS = 3  # after which a training is given up
 _AGREE = 10  # batches between two questions to the other processes
 
 
-class Stopped(Exception):
+class Preempted(Exception):
     """A signal ended a training; all of it is saved."""
 
     def __init__(self, signum: int, step: int):
@@ -37,10 +37,10 @@ class Stopped(Exception):
         self.signum, self.step = signum, step
 
 
-class GivenUp(Diverged):
+class TooManyRollbacks(Diverged):
     """A training that went back too often; beside the state, how it was reached."""
 
-    def __init__(self, state: TrainState, progress: "Progress", reason: str):
+    def __init__(self, state: TrainState, progress: "LoopState", reason: str):
         """Say why, and how far it came.
 
         Args:
@@ -56,14 +56,14 @@ class GivenUp(Diverged):
         )
 
 
-class Progress(NamedTuple):
+class LoopState(NamedTuple):
     """Where a training is, beside its state.
 
     Attributes:
       position: batches taken from the data.
       rollbacks: how often it went back to a saved state.
       bad: which batches were skipped.
-      told: the numbers last told.
+      logged: the numbers last logged.
       steps: how many the training is to take.
       lengthened: where it was made longer: at which step, from how many steps, to how many.
     """
@@ -71,24 +71,24 @@ class Progress(NamedTuple):
     position: int = 0
     rollbacks: int = 0
     bad: tuple[int, ...] = ()
-    told: dict[str, float] = {}  # noqa: RUF012
+    logged: dict[str, float] = {}  # noqa: RUF012
     steps: int = 0
     lengthened: tuple[tuple[int, int, int], ...] = ()
 
 
 def run(
     step: Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]],
-    fresh: Callable[[], TrainState],
+    init_fn: Callable[[], TrainState],
     batches: Batches,
     checkpoints: Checkpoints,
     *,
     steps: int,
     save_every: float,
-    put: Callable[[np.ndarray], Any] = jnp.asarray,
-    tell: Callable[[int, dict[str, Any]], dict[str, float]] = lambda number, metrics: {},
+    shard_fn: Callable[[np.ndarray], Any] = jnp.asarray,
+    log_fn: Callable[[int, dict[str, Any]], dict[str, float]] = lambda number, metrics: {},
     warn: Callable[[str], None] = lambda text: None,
-    resumed: Callable[[int, Progress], None] = lambda number, progress: None,
-) -> tuple[TrainState, Progress]:
+    resumed: Callable[[int, LoopState], None] = lambda number, progress: None,
+) -> tuple[TrainState, LoopState]:
     """Train until so many steps are taken, from where the checkpoints end.
 
     A batch whose loss is not finite is skipped. After ten in a row the training goes back to the state last saved, and
@@ -100,14 +100,14 @@ def run(
 
     Args:
       step: of `train.make_step`.
-      fresh: makes the state to begin with.
+      init_fn: makes the state to begin with.
       batches: the data; `position` is set.
       checkpoints: where to save.
       steps: how many to take, at least as many as before; skipped batches do not count.
       save_every: seconds from one save to the next.
-      put: from a batch of the host to one of the devices.
-      tell: called for each step with its number and metrics, on the device, up to nine batches later; gives the numbers
-        to be kept. Numbers increase: not called for a skipped batch, nor again for a step that is taken again.
+      shard_fn: from a batch of the host to one of the devices.
+      log_fn: called for each step with its number and metrics, on the device, up to nine batches later; returns the
+        numbers to keep. Numbers increase: not called for a skipped batch, nor again for a step that is taken again.
       warn: called when the training goes back.
       resumed: called with the number of steps taken before, and how, if there are any.
 
@@ -115,38 +115,38 @@ def run(
       The state, saved, and how it was reached.
 
     Raises:
-      Stopped: on SIGTERM or SIGINT, with all saved.
-      GivenUp: if it went back too often.
+      Preempted: on SIGTERM or SIGINT, with all saved.
+      TooManyRollbacks: if it went back too often.
 
     Example:
       >>> import tempfile, jaxsae
       >>> from jaxsae import data, train
       >>> from jaxsae.train import checkpoint, objectives
-      >>> sae, tx = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.TopK(2)), train.recipe(1e-2)
+      >>> sae, tx = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.TopK(2)), train.default_optimizer(1e-2)
       >>> step = train.make_step(objectives.Objective(), tx)
       >>> batches = data.batches(np.random.default_rng(0).normal(size=(64, 4)), 16, seed=0)
       >>> with tempfile.TemporaryDirectory() as folder, checkpoint.Checkpoints(folder, config={}) as checkpoints:
-      ...     fresh = lambda: train.init_state(sae, tx)
-      ...     state, progress = run(step, fresh, batches, checkpoints, steps=5, save_every=60.0)
+      ...     init_fn = lambda: train.init_state(sae, tx)
+      ...     state, progress = run(step, init_fn, batches, checkpoints, steps=5, save_every=60.0)
       ...     checkpoints.steps(), progress.position
       ([5], 5)
     """
-    like = sharding.abstract(fresh)
-    state, progress = _restored(checkpoints.restore(like), fresh, steps)
+    like = sharding.abstract(init_fn)
+    state, progress = _restored(checkpoints.restore(like), init_fn, steps)
     if int(state.step):
         resumed(int(state.step), progress)
     batches.position = progress.position
-    watch, may_be_infinite = _Watch(state, tell), _infinite(state)
+    watch, may_be_infinite = _Watch(state, log_fn), _infinite(state)
 
     def save(wait: bool = False) -> None:
         checkpoints.save(
-            progress.position, state, progress=progress._asdict(), loss=progress.told.get("nmse"), wait=wait
+            progress.position, state, progress=progress._asdict(), loss=progress.logged.get("nmse"), wait=wait
         )
 
     taken, last = int(state.step), time.monotonic()
     with _signals() as asked:
         while taken < steps:
-            state, metrics = step(state, put(next(batches)))
+            state, metrics = step(state, shard_fn(next(batches)))
             taken, progress = taken + 1, progress._replace(position=batches.position)
             watch.see(progress.position - 1, state, metrics)
             signum, due = _agree(progress.position, asked[-1], time.monotonic() - last >= save_every)
@@ -156,12 +156,12 @@ def run(
             good = not (_infinite(state) > may_be_infinite).any()
             if watch.in_a_row >= PATIENCE or not good:
                 reason = f"the loss of {PATIENCE} batches in a row" if good else "a number of the state"
-                state, progress = _back(state, good, progress, checkpoints.restore(like), fresh, reason, warn)
+                state, progress = _back(state, good, progress, checkpoints.restore(like), init_fn, reason, warn)
                 taken = int(state.step)
                 watch.in_a_row = 0
             elif signum:
                 save(wait=True)
-                raise Stopped(signum, taken)
+                raise Preempted(signum, taken)
             elif taken < steps and due:
                 save()
                 last = time.monotonic()
@@ -169,11 +169,11 @@ def run(
     return state, progress
 
 
-def _restored(saved, fresh, steps: int) -> tuple[TrainState, Progress]:
+def _restored(saved, init_fn, steps: int) -> tuple[TrainState, LoopState]:
     """Where a training begins, or goes on."""
     if saved is None:
-        return sharding.create(fresh), Progress(steps=steps)
-    record = Progress(**saved.progress)  # of JSON, which has lists
+        return sharding.create(init_fn), LoopState(steps=steps)
+    record = LoopState(**saved.progress)  # of JSON, which has lists
     progress = record._replace(bad=tuple(record.bad), lengthened=tuple(map(tuple, record.lengthened)))
     if progress.steps < steps:
         longer = (int(saved.state.step), progress.steps, steps)
@@ -181,11 +181,11 @@ def _restored(saved, fresh, steps: int) -> tuple[TrainState, Progress]:
     return saved.state, progress
 
 
-def _back(state, good: bool, progress: Progress, saved, fresh, reason: str, warn) -> tuple[TrainState, Progress]:
+def _back(state, good: bool, progress: LoopState, saved, init_fn, reason: str, warn) -> tuple[TrainState, LoopState]:
     """The state last saved, and on with the batches that come next."""
-    old = sharding.create(fresh) if saved is None else saved.state
+    old = sharding.create(init_fn) if saved is None else saved.state
     if progress.rollbacks == ROLLBACKS:
-        raise GivenUp(state if good else old, progress, f"{reason} was not finite")
+        raise TooManyRollbacks(state if good else old, progress, f"{reason} was not finite")
     warn(f"{reason} was not finite: going back to step {int(old.step)}.")
     old = dataclasses.replace(old, skipped=state.skipped, skipped_last=jnp.zeros_like(state.skipped_last))
     return old, progress._replace(rollbacks=progress.rollbacks + 1)
@@ -215,9 +215,9 @@ def _worst(state):
 class _Watch:
     """Sees what became of batches, some steps late: no step waits for it, and no ten are skipped in a row unseen."""
 
-    def __init__(self, state: TrainState, tell: Callable[[int, dict[str, Any]], dict[str, float]]):
+    def __init__(self, state: TrainState, log_fn: Callable[[int, dict[str, Any]], dict[str, float]]):
         self._pending: collections.deque = collections.deque()
-        self._tell, self._told, self._numbers, self._bad = tell, int(state.step), {}, []
+        self._tell, self._told, self._numbers, self._bad = log_fn, int(state.step), {}, []
         self.in_a_row = int(state.skipped_last)
 
     def see(self, number: int, state: TrainState, metrics: dict[str, Any]) -> None:
@@ -227,11 +227,11 @@ class _Watch:
         while self._pending and self.in_a_row + len(self._pending) >= PATIENCE:
             self._read()
 
-    def flush(self, progress: Progress) -> Progress:
+    def flush(self, progress: LoopState) -> LoopState:
         """All that was seen since the last time."""
         while self._pending:
             self._read()
-        progress = progress._replace(bad=progress.bad + tuple(self._bad), told=self._numbers or progress.told)
+        progress = progress._replace(bad=progress.bad + tuple(self._bad), logged=self._numbers or progress.logged)
         self._bad.clear()
         return progress
 

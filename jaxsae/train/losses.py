@@ -164,7 +164,7 @@ def auxk(
 
     Source: Gao et al. (2024), Appendix A.2.
     """
-    residual, x = jax.lax.stop_gradient((residual, x - sae.b_dec if sae.centred else x))
+    residual, x = jax.lax.stop_gradient((residual, x - sae.b_dec if sae.apply_b_dec_to_input else x))
     k_aux = min(k_aux, sae.m)
 
     def term(left_out):

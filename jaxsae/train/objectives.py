@@ -6,8 +6,8 @@
     objective = Objective((Gate(0.1),))                                  # Gated
     objective = Objective((MultiTopK(), AuxK(k_aux=512)))                # terms add up
 
-A term is any callable pytree `term(p: Pass) -> scalar`. Its numbers are leaves, so that a weight can change, or be
-swept, without a retrace; a schedule is any of optax's, from the step to a factor.
+A term is any callable pytree `term(p: ForwardPass) -> scalar`. Its numbers are leaves, so that a weight can change or
+be swept without a retrace; a schedule is any of optax's, from the step to a factor.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from jaxsae.codes import SparseCode
 from jaxsae.train import losses
 
 
-class Pass(NamedTuple):
+class ForwardPass(NamedTuple):
     """One forward pass, for terms to read.
 
     Attributes:
@@ -49,7 +49,7 @@ class Pass(NamedTuple):
     step: Int[Array, ""]
 
 
-class Measured(NamedTuple):
+class Aux(NamedTuple):
     """What a training step learns from a pass, beside the derivative.
 
     Attributes:
@@ -63,7 +63,7 @@ class Measured(NamedTuple):
     activation: Activation | None = None
 
     @classmethod
-    def of(cls, out: Any, m: int) -> tuple[Array, "Measured"]:
+    def of(cls, out: Any, m: int) -> tuple[Array, "Aux"]:
         """What a loss returned for `m` latents, its value and this, if it is what it should be; else one line."""
         expected = "expected (value, (fired, metrics)): a scalar, which latents were active, and a dictionary"
         if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], tuple) and len(out[1]) in (2, 3)):
@@ -102,7 +102,7 @@ class Objective:
       >>> from jaxsae.train import objectives
       >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.ReLU())
       >>> objective = objectives.Objective((objectives.L1(0.1),))
-      >>> state = jaxsae.train.init_state(sae, jaxsae.train.recipe(1e-3))
+      >>> state = jaxsae.train.init_state(sae, jaxsae.train.default_optimizer(1e-3))
       >>> value, measured = objective(sae, jnp.ones((2, 4)), state)
       >>> sorted(measured.metrics)
       ['l0', 'nmse']
@@ -121,7 +121,7 @@ class Objective:
                     "__call__(self, p), and pass an instance of it."
                 )
 
-    def __call__(self, sae: SAE, batch: Any, state: Any) -> tuple[Float[Array, ""], Measured]:
+    def __call__(self, sae: SAE, batch: Any, state: Any) -> tuple[Float[Array, ""], Aux]:
         """The loss of a batch `x [b d]`, or `(x [b d], target [b d_out])`, in a `train.TrainState`."""
         x, target = _rows(batch)
         if sae.normalisation is not None and sae.normalisation.per_row and self.terms:
@@ -133,10 +133,12 @@ class Objective:
             kept = dataclasses.replace(sae.activation, keep=self.keep(state.step))  # pyright: ignore[reportArgumentType]
             sae = dataclasses.replace(sae, activation=kept)
         code, after = _code(sae, x)
-        p = Pass(sae, x, target, code, reconstruct(sae, x, code), state.idle >= self.idle_after, state.step)
+        p = ForwardPass(
+            sae, x, target, code, reconstruct(sae, x, code), state.rows_since_fired >= self.idle_after, state.step
+        )
         value = losses.mse(target, p.x_hat) + sum(term(p) for term in self.terms)
         metrics = {"nmse": losses.nmse(target, p.x_hat), "l0": jnp.mean(_l0(code).astype(jnp.float32))}
-        return value, Measured(_fired(code), metrics, after)
+        return value, Aux(_fired(code), metrics, after)
 
 
 def _rows(batch: Any) -> tuple[Array, Array]:
@@ -169,7 +171,7 @@ def _dense(code) -> Array:
     return code.dense() if isinstance(code, SparseCode) else code
 
 
-def _without_skip(p: Pass) -> Array:
+def _without_skip(p: ForwardPass) -> Array:
     """What is left for the latents to reconstruct."""
     return p.target if p.sae.W_skip is None else p.target - p.x @ p.sae.W_skip
 
@@ -190,7 +192,7 @@ class L1:
       >>> import jax.numpy as jnp, jaxsae
       >>> sae = jaxsae.SAE(jnp.eye(2), jnp.zeros(2), jnp.eye(2), jnp.zeros(2), jaxsae.ReLU())
       >>> x = jnp.array([[1.0, 2.0]])
-      >>> p = Pass(sae, x, x, code=x, x_hat=x, idle=jnp.zeros(2, bool), step=jnp.int32(0))
+      >>> p = ForwardPass(sae, x, x, code=x, x_hat=x, idle=jnp.zeros(2, bool), step=jnp.int32(0))
       >>> round(float(L1(0.1)(p)), 5)
       0.3
 
@@ -200,7 +202,7 @@ class L1:
     weight: float | Array
     schedule: optax.Schedule | None = struct.field(pytree_node=False, default=None)
 
-    def __call__(self, p: Pass) -> Array:
+    def __call__(self, p: ForwardPass) -> Array:
         """The term."""
         return _at(self.weight, self.schedule, p.step) * losses.l1(_dense(p.code), p.sae.W_dec)
 
@@ -218,7 +220,7 @@ class L0:
       >>> import jax.numpy as jnp, jaxsae
       >>> sae = jaxsae.SAE(jnp.eye(2), jnp.zeros(2), jnp.eye(2), jnp.zeros(2), jaxsae.JumpReLU(jnp.zeros(2)))
       >>> x = jnp.array([[1.0, 2.0]])
-      >>> p = Pass(sae, x, x, code=x, x_hat=x, idle=jnp.zeros(2, bool), step=jnp.int32(0))
+      >>> p = ForwardPass(sae, x, x, code=x, x_hat=x, idle=jnp.zeros(2, bool), step=jnp.int32(0))
       >>> round(float(L0(1.0, target=1.0)(p)), 5)
       1.0
 
@@ -233,7 +235,7 @@ class L0:
         if isinstance(self.target, int | float) and not self.target > 0:
             raise ValueError(f"`L0` got target {self.target}; pass a number of latents above 0.")
 
-    def __call__(self, p: Pass) -> Array:
+    def __call__(self, p: ForwardPass) -> Array:
         """The term."""
         l0 = p.sae.activation.l0(pre_activations(p.sae, p.x))  # pyright: ignore[reportAttributeAccessIssue]
         return _at(self.weight, self.schedule, p.step) * losses.l0_target(l0, self.target)
@@ -251,7 +253,7 @@ class Gate:
       >>> import jax.numpy as jnp, jaxsae
       >>> sae = jaxsae.SAE(jnp.eye(2), jnp.zeros(2), jnp.eye(2), jnp.zeros(2), jaxsae.Gated(*jnp.zeros((3, 2))))
       >>> x = jnp.array([[1.0, 2.0]])
-      >>> p = Pass(sae, x, x, code=x, x_hat=x, idle=jnp.zeros(2, bool), step=jnp.int32(0))
+      >>> p = ForwardPass(sae, x, x, code=x, x_hat=x, idle=jnp.zeros(2, bool), step=jnp.int32(0))
       >>> round(float(Gate(0.1)(p)), 5)
       0.3
 
@@ -261,7 +263,7 @@ class Gate:
     weight: float | Array
     schedule: optax.Schedule | None = struct.field(pytree_node=False, default=None)
 
-    def __call__(self, p: Pass) -> Array:
+    def __call__(self, p: ForwardPass) -> Array:
         """The term."""
         gated = p.sae.activation.gate(pre_activations(p.sae, p.x))  # pyright: ignore[reportAttributeAccessIssue]
         penalty = losses.l1(jax.nn.relu(gated), p.sae.W_dec)
@@ -280,7 +282,7 @@ class AuxK:
       >>> import jax.numpy as jnp, jaxsae
       >>> sae = jaxsae.SAE(jnp.eye(2), jnp.zeros(2), jnp.eye(2), jnp.zeros(2), jaxsae.ReLU())
       >>> x = jnp.array([[1.0, 2.0]])
-      >>> p = Pass(sae, x, x, code=x, x_hat=jnp.ones((1, 2)), idle=jnp.array([False, True]), step=jnp.int32(0))
+      >>> p = ForwardPass(sae, x, x, code=x, x_hat=jnp.ones((1, 2)), idle=jnp.array([False, True]), step=jnp.int32(0))
       >>> round(float(AuxK(k_aux=1)(p)), 5)
       0.03125
 
@@ -290,7 +292,7 @@ class AuxK:
     k_aux: int = struct.field(pytree_node=False)
     weight: float | Array = 1 / 32
 
-    def __call__(self, p: Pass) -> Array:
+    def __call__(self, p: ForwardPass) -> Array:
         """The term."""
         return self.weight * losses.auxk(p.sae, p.x, p.target - p.x_hat, p.idle, k_aux=self.k_aux)
 
@@ -307,7 +309,7 @@ class MultiTopK:
       >>> import jax.numpy as jnp, jaxsae
       >>> sae = jaxsae.SAE(jnp.eye(2), jnp.zeros(2), jnp.eye(2), jnp.zeros(2), jaxsae.TopK(1))
       >>> x = jnp.array([[1.0, 2.0]])
-      >>> p = Pass(sae, x, x, code=x, x_hat=jnp.array([[0.0, 2.0]]), idle=jnp.zeros(2, bool), step=jnp.int32(0))
+      >>> p = ForwardPass(sae, x, x, code=x, x_hat=jnp.array([[0.0, 2.0]]), idle=jnp.zeros(2, bool), step=jnp.int32(0))
       >>> round(float(MultiTopK()(p)), 5)
       0.0
 
@@ -317,7 +319,7 @@ class MultiTopK:
     factor: int = struct.field(pytree_node=False, default=4)
     weight: float | Array = 1 / 8
 
-    def __call__(self, p: Pass) -> Array:
+    def __call__(self, p: ForwardPass) -> Array:
         """The term."""
         topk: Any = p.sae.activation
         keep = None if topk.keep is None else self.factor * jnp.floor(topk.keep)
@@ -336,7 +338,7 @@ class Matryoshka:
       >>> import jax.numpy as jnp, jaxsae
       >>> sae = jaxsae.SAE(jnp.eye(2), jnp.zeros(2), jnp.eye(2), jnp.zeros(2), jaxsae.ReLU())
       >>> x = jnp.array([[1.0, 2.0]])
-      >>> p = Pass(sae, x, x, code=x, x_hat=x, idle=jnp.zeros(2, bool), step=jnp.int32(0))
+      >>> p = ForwardPass(sae, x, x, code=x, x_hat=x, idle=jnp.zeros(2, bool), step=jnp.int32(0))
       >>> round(float(Matryoshka(prefixes=(1,))(p)), 5)
       4.0
 
@@ -345,6 +347,6 @@ class Matryoshka:
 
     prefixes: tuple[int, ...] = struct.field(pytree_node=False)
 
-    def __call__(self, p: Pass) -> Array:
+    def __call__(self, p: ForwardPass) -> Array:
         """The term."""
         return losses.matryoshka(p.sae, _without_skip(p), p.code, self.prefixes)

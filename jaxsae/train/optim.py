@@ -92,7 +92,7 @@ def learning_rate(m: int, steps: int | None = None) -> float:
     return max(theirs, min(theirs * shorter**0.25, 4e-3))
 
 
-def recipe(rate: optax.ScalarOrSchedule, *, clip: float | None = None) -> optax.GradientTransformation:
+def default_optimizer(rate: optax.ScalarOrSchedule, *, clip: float | None = None) -> optax.GradientTransformation:
     """The optimiser of Gao et al. (2024): Adam with `β = (0.9, 0.999)` and `ε = 6.25e-10`, atoms on the unit sphere.
 
     Args:
@@ -102,7 +102,7 @@ def recipe(rate: optax.ScalarOrSchedule, *, clip: float | None = None) -> optax.
     Example:
       >>> import optax
       >>> schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate(4096), warmup_steps=100, decay_steps=1000)
-      >>> tx = recipe(schedule, clip=1.0)
+      >>> tx = default_optimizer(schedule, clip=1.0)
 
     Source: Gao et al. (2024), Appendix A.
     """
@@ -111,7 +111,7 @@ def recipe(rate: optax.ScalarOrSchedule, *, clip: float | None = None) -> optax.
     return unit_norm_decoder(_Sound(*tx))
 
 
-class AveragedState(NamedTuple):
+class EmaState(NamedTuple):
     """The inner state, the mean of the parameters so far, in float32 or better, and its weight."""
 
     inner: Any
@@ -119,8 +119,8 @@ class AveragedState(NamedTuple):
     weight: Array
 
 
-def average(tx: optax.GradientTransformation, decay: float) -> optax.GradientTransformation:
-    """Keep an exponential moving average of the parameters beside them; `averaged` reads it.
+def ema(tx: optax.GradientTransformation, decay: float) -> optax.GradientTransformation:
+    """Keep an exponential moving average of the parameters beside them; `ema_params` reads it.
 
         w ← decay·w + (1 − decay),   mean ← mean + (1 − decay)/w · (parameters − mean)
 
@@ -133,16 +133,16 @@ def average(tx: optax.GradientTransformation, decay: float) -> optax.GradientTra
     Example:
       >>> import jax, jax.numpy as jnp, optax, jaxsae
       >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.ReLU())
-      >>> tx = average(optax.sgd(1.0), decay=0.9)
+      >>> tx = ema(optax.sgd(1.0), decay=0.9)
       >>> updates, state = tx.update(jax.tree.map(jnp.ones_like, sae), tx.init(sae), sae)
-      >>> averaged(state).b_enc[0], optax.apply_updates(sae, updates).b_enc[0]
+      >>> ema_params(state).b_enc[0], optax.apply_updates(sae, updates).b_enc[0]
       (Array(-1., dtype=float32), Array(-1., dtype=float32))
 
     Source: Gao et al. (2024), Appendix A; Kingma & Ba (2015), "Adam", Section 3, for the correction of the bias.
     """
 
-    def init(params: Any) -> AveragedState:
-        return AveragedState(tx.init(params), jax.tree.map(jnp.array, widen(params)), jnp.zeros(()))
+    def init(params: Any) -> EmaState:
+        return EmaState(tx.init(params), jax.tree.map(jnp.array, widen(params)), jnp.zeros(()))
 
     def update(updates: Any, state: Any, params: Any = None):
         updates, inner = tx.update(updates, state.inner, params)
@@ -153,16 +153,16 @@ def average(tx: optax.GradientTransformation, decay: float) -> optax.GradientTra
         def follow(mean, p):  # what is not trained the mean has as well, and the optimiser does not see
             return mean if p is None else jnp.where(p == mean, mean, mean + share * (p.astype(mean.dtype) - mean))
 
-        return updates, AveragedState(inner, jax.tree.map(follow, state.mean, moved), weight)
+        return updates, EmaState(inner, jax.tree.map(follow, state.mean, moved), weight)
 
     return _around(tx, init, update)
 
 
-def averaged(opt_state: Any) -> SAE:
+def ema_params(opt_state: Any) -> SAE:
     """The average of the parameters, in float32 or better; with what is not trained as it is now.
 
     Args:
-      opt_state: of `average`, or any pytree that holds one, such as a `TrainState`.
+      opt_state: of `ema`, or any pytree that holds one, such as a `TrainState`.
 
     Raises:
       ValueError: if there is no average in it.
@@ -170,20 +170,20 @@ def averaged(opt_state: Any) -> SAE:
     Example:
       >>> import jax, optax, jaxsae
       >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.ReLU())
-      >>> tx = average(optax.sgd(1.0), decay=0.9)
-      >>> bool((averaged(jaxsae.train.init_state(sae, tx)).W_dec == sae.W_dec).all())
+      >>> tx = ema(optax.sgd(1.0), decay=0.9)
+      >>> bool((ema_params(jaxsae.train.init_state(sae, tx)).W_dec == sae.W_dec).all())
       True
 
     Source: Gao et al. (2024), Appendix A.
     """
     found = [node for node in jax.tree.leaves(opt_state, is_leaf=_is_average) if _is_average(node)]
     if not found:
-        raise ValueError("`averaged` got a state without an average; train with `tx = train.average(tx, decay)`.")
+        raise ValueError("`ema_params` got a state without an average; train with `tx = train.ema(tx, decay)`.")
     return found[0].mean
 
 
 def _is_average(node: Any) -> bool:
-    return isinstance(node, AveragedState)
+    return isinstance(node, EmaState)
 
 
 def _complete(opt_state: Any, sae: SAE) -> Any:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from jaxsae._core import chunking
 from jaxsae._core.linalg import divide, norms, power_of_two, widen
 from jaxsae.autoencoder.sae import SAE, encode_dense, reconstruct
-from jaxsae.train.optim import AveragedState, _is_average
+from jaxsae.train.optim import EmaState, _is_average
 from jaxsae.train.steps import TrainState
 
 # --- starting points
@@ -77,7 +77,7 @@ def resample(key: PRNGKeyArray, state: TrainState, x: Float[Array, "n d"], *, id
     Example:
       >>> import jax, jaxsae
       >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.ReLU())
-      >>> state = jaxsae.train.init_state(sae, jaxsae.train.recipe(1e-3))
+      >>> state = jaxsae.train.init_state(sae, jaxsae.train.default_optimizer(1e-3))
       >>> x = jax.random.normal(jax.random.key(1), (16, 4))
       >>> bool((resample(jax.random.key(2), state, x, idle_after=1).sae.W_dec == sae.W_dec).all())
       True
@@ -89,7 +89,7 @@ def resample(key: PRNGKeyArray, state: TrainState, x: Float[Array, "n d"], *, id
         raise ValueError("`resample` got a transcoder; it is for autoencoders, whose errors are like their inputs.")
     errors, loss = _errors(sae, x)
     chosen = _draw(key, loss**2, sae.m)
-    idle = (state.idle >= idle_after) & jnp.any(loss > 0)
+    idle = (state.rows_since_fired >= idle_after) & jnp.any(loss > 0)
     atoms = divide(errors[chosen], norms(errors[chosen]))
     encoder = jnp.linalg.norm(widen(sae.W_enc), axis=0)
     size = 0.2 * jnp.sum(jnp.where(idle, 0, encoder)) / jnp.maximum(jnp.sum(~idle), 1)
@@ -114,10 +114,12 @@ def resample(key: PRNGKeyArray, state: TrainState, x: Float[Array, "n d"], *, id
         )
 
     def forget_all(opt_state):
-        return jax.tree.map(forget, opt_state, is_leaf=lambda node: isinstance(node, SAE | AveragedState))
+        return jax.tree.map(forget, opt_state, is_leaf=lambda node: isinstance(node, SAE | EmaState))
 
     opt_state = forget_all(state.opt_state)
-    return dataclasses.replace(state, sae=sae, opt_state=opt_state, idle=jnp.where(idle, 0, state.idle))
+    return dataclasses.replace(
+        state, sae=sae, opt_state=opt_state, rows_since_fired=jnp.where(idle, 0, state.rows_since_fired)
+    )
 
 
 def _errors(sae: SAE, x: Float[Array, "n d"]) -> tuple[Float[Array, "n d"], Float[Array, " n"]]:

@@ -26,7 +26,7 @@ from jaxsae._core import pytrees
 from jaxsae._core.linalg import widen
 from jaxsae.autoencoder.metrics import DEAD_ROWS
 from jaxsae.autoencoder.sae import SAE
-from jaxsae.train.objectives import Measured
+from jaxsae.train.objectives import Aux
 from jaxsae.train.optim import _complete, _Sound
 
 __all__ = ["Diverged", "TrainState", "fit", "init_state", "make_step", "member", "stack", "sweep"]
@@ -42,7 +42,7 @@ class TrainState:
       sae: the autoencoder.
       opt_state: the optax state.
       step: steps taken.
-      idle: `[m]`, rows since each latent last fired.
+      rows_since_fired: `[m]`, rows since each latent last fired.
       skipped: batches skipped, since their loss or their update was not finite.
       skipped_last: how many of them were the last ones, in a row.
     """
@@ -50,7 +50,7 @@ class TrainState:
     sae: SAE
     opt_state: Any
     step: Int[Array, ""]
-    idle: Int[Array, " m"]
+    rows_since_fired: Int[Array, " m"]
     skipped: Int[Array, ""]
     skipped_last: Int[Array, ""]
 
@@ -88,7 +88,7 @@ def init_state(sae: SAE, tx: optax.GradientTransformation) -> TrainState:
     Example:
       >>> import jax, jaxsae
       >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.ReLU())
-      >>> int(init_state(sae, jaxsae.train.recipe(1e-3)).step)
+      >>> int(init_state(sae, jaxsae.train.default_optimizer(1e-3)).step)
       0
     """
     sae = jax.tree.map(lambda x: jnp.array(x, jnp.asarray(x).dtype), sae)
@@ -98,7 +98,7 @@ def init_state(sae: SAE, tx: optax.GradientTransformation) -> TrainState:
         sae,
         _complete(tx.init(jax.tree.map(jnp.array, widen(params))), sae),
         step=jnp.zeros((), jnp.int32),
-        idle=jnp.zeros(sae.m, jnp.int32),
+        rows_since_fired=jnp.zeros(sae.m, jnp.int32),
         skipped=jnp.zeros((), jnp.int32),
         skipped_last=jnp.zeros((), jnp.int32),
     )
@@ -145,7 +145,7 @@ def _advance(tx: Any, loss: Any, state: TrainState, batch: Any) -> tuple[TrainSt
     params, rest = pytrees.partition(state.sae)
 
     def value_of(params):
-        return Measured.of(loss(pytrees.merge(params, rest), batch, state), state.sae.m)
+        return Aux.of(loss(pytrees.merge(params, rest), batch, state), state.sae.m)
 
     (value, (fired, metrics, activation)), grads = jax.value_and_grad(value_of, has_aux=True)(params)
     grads, count = widen(grads), len(jax.tree.leaves(batch)[0])
@@ -157,10 +157,10 @@ def _advance(tx: Any, loss: Any, state: TrainState, batch: Any) -> tuple[TrainSt
             rest = pytrees.partition(dataclasses.replace(state.sae, activation=activation))[1]
         moved: Any = optax.apply_updates(params, updates)  # pyright: ignore[reportArgumentType]
         sae = pytrees.merge(moved, rest)
-        most = jnp.iinfo(state.idle.dtype).max - count
-        idle = jnp.where(fired, 0, jnp.minimum(state.idle, most) + count)
+        most = jnp.iinfo(state.rows_since_fired.dtype).max - count
+        rows_since_fired = jnp.where(fired, 0, jnp.minimum(state.rows_since_fired, most) + count)
         skipped_last = jnp.zeros_like(state.skipped_last)
-        return TrainState(sae, _complete(opt_state, sae), state.step + 1, idle, state.skipped, skipped_last)
+        return TrainState(sae, _complete(opt_state, sae), state.step + 1, rows_since_fired, state.skipped, skipped_last)
 
     def skip(state: TrainState) -> TrainState:
         return dataclasses.replace(state, skipped=state.skipped + 1, skipped_last=state.skipped_last + 1)
@@ -173,7 +173,7 @@ def _advance(tx: Any, loss: Any, state: TrainState, batch: Any) -> tuple[TrainSt
     good = jnp.isfinite(value) & jnp.isfinite(squares) & _stays_finite(state, learn(state), matrices=matrices)
     state = jax.lax.cond(good, learn, skip, state)
     rows = count * jnp.minimum(state.step, -(-DEAD_ROWS // count))
-    dead = jnp.mean(state.idle >= jnp.maximum(rows, 1))
+    dead = jnp.mean(state.rows_since_fired >= jnp.maximum(rows, 1))
     return state, {"loss": value, "dead": dead, "dead_rows": rows, "skipped": state.skipped, **metrics}
 
 
@@ -205,7 +205,7 @@ def fit(
       sae: the autoencoder to start from; left as it is. Or the state to go on from, which is taken over.
       batches: rows `[b d]`, or pairs of input and target, batch after batch, of one shape.
       loss: see the module's docstring.
-      tx: optax transformation, for example `recipe(learning_rate(m, steps))`.
+      tx: optax transformation, for example `default_optimizer(learning_rate(m, steps))`.
       steps: how many.
       callback: called as `callback(step, metrics)` after each; the metrics are still on the device.
 
@@ -224,7 +224,7 @@ def fit(
       >>> sae = jaxsae.init(jax.random.key(0), d=8, m=32, activation=jaxsae.TopK(4))
       >>> x = jax.random.normal(jax.random.key(1), (256, 8))
       >>> objective = objectives.Objective((objectives.AuxK(k_aux=4),), idle_after=2560)
-      >>> state = train.fit(sae, itertools.repeat(x), loss=objective, tx=train.recipe(1e-2), steps=20)
+      >>> state = train.fit(sae, itertools.repeat(x), loss=objective, tx=train.default_optimizer(1e-2), steps=20)
       >>> int(state.step)
       20
     """
@@ -269,7 +269,7 @@ def sweep(
       saes: autoencoders with a leading axis `n` on every array, as `stack` makes them; `TopK.keep` may differ.
       batches: as for `fit`.
       loss: an objective whose numbers may be arrays `[n]`, one for each member.
-      tx: from a learning rate to an optax transformation, for example `recipe`; one function, one compilation.
+      tx: from a learning rate to an optax transformation, such as `default_optimizer`; one function, one compilation.
       rates: learning rates `[n]`.
       steps: how many.
       callback: as for `fit`; the metrics are arrays `[n]`.
@@ -291,7 +291,7 @@ def sweep(
       >>> x = jax.random.normal(jax.random.key(9), (64, 8))
       >>> objective = objectives.Objective((objectives.L1(jnp.array([0.01, 0.1, 1.0])),))
       >>> state = train.sweep(
-      ...     saes, itertools.repeat(x), loss=objective, tx=train.recipe, rates=jnp.full(3, 1e-2), steps=20
+      ...     saes, itertools.repeat(x), loss=objective, tx=train.default_optimizer, rates=jnp.full(3, 1e-2), steps=20
       ... )
       >>> train.member(state, 2).sae.W_dec.shape
       (32, 8)

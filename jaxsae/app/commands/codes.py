@@ -33,7 +33,7 @@ def evaluate(*, sae: Autoencoder, data: InputPath, json: bool = False) -> int:
     lines = [f"{name:18}  {console.number(value)}" for name, value in shown.items()]
     lines[-1] += f" of {measured['dead_rows']:,} rows"
     largest = ", ".join(f"{n}: {console.number(value)}" for n, value in measured["nmse_at"].items())
-    console.tell(measured, "\n".join([*lines, f"NMSE with the largest latents alone: {largest}"]), as_json=json)
+    console.show(measured, "\n".join([*lines, f"NMSE with the largest latents alone: {largest}"]), as_json=json)
     if measured["nonfinite"]:
         console.warn(f"{measured['nonfinite']} of {measured['rows']} rows hold NaN or Inf and are left out.")
     return 0
@@ -52,7 +52,7 @@ def refine(
 ) -> int:
     """Refine the codes of activations, and write them to a file.
 
-    Of files of any size. Writes indices, values, kkt, status and overflow, a row each for a row of the data.
+    Of files of any size. Writes indices, values, kkt, status and num_dropped, a row each for a row of the data.
 
     Example: jaxsae refine --sae run --data x.npy --out codes.npz
 
@@ -91,8 +91,8 @@ def refine(
             progress=lambda n: advance("refining", n),
         )
     written = f"{summary.rows} rows of {summary.capacity} slots, worst KKT {summary.worst_kkt:.1e}"
-    told = summary._asdict() | {"out": out, "shrinkage": summary.shrinkage.numbers()}
-    console.tell(told, f"{summary.shrinkage}\nWritten: {out}, {written}", as_json=json)
+    shown = summary._asdict() | {"out": out, "shrinkage": summary.shrinkage.numbers()}
+    console.show(shown, f"{summary.shrinkage}\nWritten: {out}, {written}", as_json=json)
     warnings = {
         f"{summary.overflowed} rows have more active latents than slots; raise --capacity.": summary.overflowed,
         f"{summary.nonfinite} rows hold NaN or Inf and are left as encoded (status 2).": summary.nonfinite,

@@ -32,7 +32,7 @@ def convert(
     from jaxsae.formats import pretrained
 
     pretrained.save(pretrained.load(src, dtype=dtype, revision=revision), dst, format=to)
-    console.tell({"out": dst, "format": to}, f"Written: {dst}, {to}", as_json=json)
+    console.show({"out": dst, "format": to}, f"Written: {dst}, {to}", as_json=json)
     return 0
 
 
@@ -51,5 +51,5 @@ def info(path: Autoencoder, /, *, revision: Revision | None = None, json: bool =
     from jaxsae.formats import pretrained
 
     said = pretrained.describe(path, revision=revision)
-    console.tell(said, "\n".join(f"{name:14}{value}" for name, value in said.items()), as_json=json)
+    console.show(said, "\n".join(f"{name:14}{value}" for name, value in said.items()), as_json=json)
     return 0

@@ -84,5 +84,5 @@ def _write_picture(out: Path, picture, profile: bytes | None, dictionary: Path |
     if dictionary is not None:
         image_files.write(dictionary, images.mosaic(atoms))
     text = f"Written: {out}{'' if dictionary is None else f', {dictionary}'}"
-    console.tell({"out": out, "dictionary": dictionary}, text, as_json=json)
+    console.show({"out": out, "dictionary": dictionary}, text, as_json=json)
     return 0

@@ -51,16 +51,16 @@ def plan(
     lines = [
         f"{chips} chips {topology}: rows {data} ways, latents {latent} ways; a chip has {console.gib(chip.memory)}"
     ]
-    told: dict[str, Any] = {"chips": chips, "topology": topology, "data": data, "latent": latent}
-    told |= {"chip_memory": chip.memory, "fits": True, "programs": {}}
+    summary: dict[str, Any] = {"chips": chips, "topology": topology, "data": data, "latent": latent}
+    summary |= {"chip_memory": chip.memory, "fits": True, "programs": {}}
     for name, compile_it in (("training step", job.training_step), ("encode and refit", job.refit_step)):
         program = compile_it(options, d, mesh)
         seconds = program.seconds(chip)
         slowest = max(seconds.values())
         speed, cost = batch / slowest, slowest * chips * price / 3600 / batch * 1e9
-        told["fits"] &= program.memory < chip.memory
+        summary["fits"] &= program.memory < chip.memory
         collectives = [{"kind": kind, "bytes": size, "count": n} for (kind, size), n in program.collectives.items()]
-        told["programs"][name] = {
+        summary["programs"][name] = {
             **{"memory": program.memory, "arguments": program.arguments, "flops": program.flops},
             **{"bytes": program.bytes, "collectives": collectives, "seconds_at_peak": seconds},
             **{"most_rows_per_second": speed, "least_dollars_per_billion_rows": cost},
@@ -74,7 +74,7 @@ def plan(
             "  at peak  " + ", ".join(f"{what} {1000 * value:.1f} ms" for what, value in seconds.items()),
             f"  that is at most {speed:,.0f} rows/s, and at least ${cost:,.2f} a billion rows",
         ]
-    console.tell(told, "\n".join(lines), as_json=json)
-    if not told["fits"]:
+    console.show(summary, "\n".join(lines), as_json=json)
+    if not summary["fits"]:
         console.warn("this is more memory than a chip has; take more chips, or a smaller batch.")
-    return 0 if told["fits"] else 1
+    return 0 if summary["fits"] else 1

@@ -58,13 +58,13 @@ def study(
         raise InputError("got --text without --model; pass the model that is to read it.")
     if sae and data is None and model is None:
         raise InputError("got --sae without --data or --model; pass the activations that they are for.")
-    site = None if model is None else job.Site(model, layer, text or None)
+    site = None if model is None else job.HookPoint(model, layer, text or None)
     full, small = (job.FULL, job.QUICK) if site is None else (job.FULL_MODEL, job.QUICK_MODEL)
     plan, source = small if quick else full, site or data
     with console.progress(job.total_steps(plan, source, sae)) as advance:
         report = job.run(out, data=source, plan=plan, seed=seed, saes=sae, progress=advance, warn=console.warn)
     written = f"Written: {out / 'report.json'}, {out / 'shrinkage.png'}" + ("" if sae else f", {out / 'sae'}/")
-    console.tell(report, f"{console.study_table(report)}\n{written}", as_json=json)
+    console.show(report, f"{console.study_table(report)}\n{written}", as_json=json)
     failed = [row for row in report["rows"] if row["certified"] < 1]
     for row in failed:
         count = round((1 - row["certified"]) * report["data"]["heldout"])
@@ -90,5 +90,5 @@ def report(run: InputPath, /, *, out: OutputFile | None = None, json: bool = Fal
 
     page = run / "report.html" if out is None else out
     job.write(run, page)
-    console.tell({"out": page}, f"Written: {page}", as_json=json)
+    console.show({"out": page}, f"Written: {page}", as_json=json)
     return 0

@@ -15,7 +15,7 @@ from jaxsae.app.commands.types import Context, Model
 
 
 def fetch(name: Annotated[str, arguments.Choice(("smollm2",))], /, *, json: bool = False) -> int:
-    """Fetch a language model, and tell where it is.
+    """Fetch a language model, and print where it is.
 
     It is put into the cache: $JAXSAE_CACHE, or the user's cache directory.
 
@@ -28,7 +28,7 @@ def fetch(name: Annotated[str, arguments.Choice(("smollm2",))], /, *, json: bool
     from jaxsae import language_model
 
     path = language_model.fetch(name)
-    console.tell({"path": path}, str(path), as_json=json)
+    console.show({"path": path}, str(path), as_json=json)
     return 0
 
 
@@ -79,9 +79,9 @@ def harvest(
             progress=lambda contexts: advance("harvesting", contexts),
         )
     n, width = rows.shape
-    told = {"out": out, "rows": n, "width": width, "dtype": dtype, "files": packed.files}
+    summary = {"out": out, "rows": n, "width": width, "dtype": dtype, "files": packed.files}
     written = f"Written: {out}, {n} rows of width {width}, {dtype}, from {len(packed.files)} files"
-    console.tell(told | {"replaced": packed.replaced, "empty": packed.empty}, written, as_json=json)
+    console.show(summary | {"replaced": packed.replaced, "empty": packed.empty}, written, as_json=json)
     return 0
 
 

@@ -127,14 +127,14 @@ def train(
         _join(coordinator, processes, process)
     spread = None if mesh is None else _mesh(*mesh)
 
-    chief = jax.process_index() == 0
-    log = logs.logs(out, options, wandb=wandb) if chief else None
+    is_primary = jax.process_index() == 0
+    log = logs.logs(out, options, wandb=wandb) if is_primary else None
     rows = data
     if model is not None and layer is not None:
         window = 1 << 16 if window is None else window
         rows = live(model, layer, text, tokens, context, window)
     try:
-        with console.progress(steps, rows=batch, quiet=not chief) as advance:
+        with console.progress(steps, rows=batch, quiet=not is_primary) as advance:
             report = runs.run(
                 out,
                 data=rows,
@@ -149,20 +149,23 @@ def train(
                 warn=console.warn,
                 log=log,
             )
-    except job.Stopped as stopped:
-        if chief:
+    except job.Preempted as stopped:
+        if is_primary:
             said = f"Stopped after {stopped.step} steps; all is saved: the same command goes on."
-            console.tell({"stopped_after": stopped.step}, said, as_json=json)
+            console.show({"stopped_after": stopped.step}, said, as_json=json)
         return 0 if stopped.signum == signal.SIGTERM else 130
-    if not chief:
+    if not is_primary:
         return 0
     measured = report["heldout"]
     shown = f"NMSE {console.number(measured['nmse'])}, L0 {measured['l0']:.1f}, dead {measured['dead']:.1%}"
     said = f"{heldout} held-out rows: {shown} of {measured['dead_rows']:,} rows\n{runs.summary(report)}\n"
     said += f"Written: {out / 'sae'}/, {out / 'report.json'}"
-    console.tell(report, said, as_json=json)
+    console.show(report, said, as_json=json)
     if report["skipped"]:
-        console.warn(f"{report['skipped']} batches were skipped, since their loss was not finite. {runs.blame(report)}")
+        console.warn(
+            f"{report['skipped']} batches were skipped, since their loss was not finite. "
+            f"{runs.describe_nonfinite(report)}"
+        )
     return 0
 
 

@@ -26,7 +26,7 @@ class Activation:
       signed: whether values may be negative, so that refining leaves their sign free.
       selects: whether its values are the pre-activations that it selects, as they are, in slots that it fixes: `encode`
         then differentiates these alone. Others are differentiated as they are written.
-      pursues: whether it chooses by the dictionary itself, with no encoder: `pursue` then makes the code.
+      encoder_free: whether it chooses by the dictionary itself, with no encoder: `pursue` then makes the code.
 
     Example:
       >>> import jax.numpy as jnp
@@ -41,7 +41,7 @@ class Activation:
 
     signed: bool = False
     selects: bool = False
-    pursues: bool = False
+    encoder_free: bool = False
 
     def __init_subclass__(cls) -> None:
         # A class that says anew what the dense code is may have other units than the one that it is derived from.
@@ -58,11 +58,11 @@ class Activation:
         raise NotImplementedError(f"{type(self).__name__} has no __call__; define what it does to pre-activations.")
 
     def pursue(self, y: Float[Array, "*b d"], dictionary: Float[Array, "m d"]) -> Float[Array, "*b m"]:
-        """The dense code of rows, if it `pursues`."""
+        """The dense code of rows, if it `encoder_free`."""
         raise NotImplementedError(f"{type(self).__name__} does not pursue; call it on pre-activations.")
 
     def code(self, pre: Float[Array, "*b m"], capacity: int) -> SparseCode:
-        """The same code in `capacity` slots a row, in descending order of magnitude; `overflow` counts what is left."""
+        """The same code in `capacity` slots a row, in descending order of magnitude; `num_dropped` counts the rest."""
         return codes.from_dense(self(pre), capacity)
 
     def train(self, pre: Float[Array, "b m"]) -> tuple[Float[Array, "b m"], "Activation"]:

@@ -38,7 +38,7 @@ class MatchingPursuit(Activation):
     residual_threshold: float | Float[Array, ""] = pytrees.fixed(default=0.01)
     max_steps: int | None = struct.field(pytree_node=False, default=None)
     stop_on_duplicate: bool = struct.field(pytree_node=False, default=True)
-    pursues = True
+    encoder_free = True
 
     def __call__(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
         """Not of this: pre-activations do not say what is left."""

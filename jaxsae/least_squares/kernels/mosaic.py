@@ -114,10 +114,10 @@ class _Group:
         self.R = self.P * self.kp
 
     def vmem(self, d: int) -> int:
-        """Bytes of `scratch`, and of the values that a product keeps beside it."""
+        """Bytes of `workspace_bytes`, and of the values that a product keeps beside it."""
         return (4 * self.R + 40) * _up(d, LANES) * 4 + 4 * (self.R + 8) * _up(self.R, LANES) * 4
 
-    def scratch(self, D, y):
+    def workspace_bytes(self, D, y):
         """Two slots of atoms and of targets, a buffer in float32, and their semaphores."""
         d = D.shape[1]
         return [
@@ -134,7 +134,7 @@ class _Group:
         Args:
           D_ref: the dictionary, in HBM.
           y_ref: targets, in HBM.
-          buffers: as of `scratch`.
+          buffers: as of `workspace_bytes`.
           sample: `(group, p) -> ` the number of a sample in the block.
           first_row: the block's first row of `y`.
           index: `(sample, i) -> ` the index of its slot `i`.

@@ -10,7 +10,7 @@ default the kernel answers where it was measured on this very kind of device to 
 reference wherever the kernel does not apply to a shape or dtype. `implementation="pallas"` and `"xla"` insist.
 
 All take any leading batch; `vmap` over rows widens the batch; derivatives are our own, and made of the same operations.
-On a mesh, call them inside `jax.shard_map`: nothing else tells a compiler how to divide a kernel.
+On a mesh, call them inside `jax.shard_map`: a compiler cannot divide a kernel by itself.
 """
 
 import functools
@@ -407,7 +407,7 @@ def _refit_fused_backward(static: _Static, residuals, cotangents):
         *(dictionary, y, indices, z, cotangents[0], numbers[0], jnp.isfinite(kkt)),
         nonnegative=static.nonnegative,
         num_latents=len(dictionary),
-        scratch=chunking.SCRATCH,
+        workspace_bytes=chunking.SCRATCH,
     )
     return bars.dictionary, None, bars.y, None, (bars.ridge, None, None)
 

@@ -82,7 +82,7 @@ def gather_gram(D, indices, y, *, samples: int = 32, interpret: Any = False):
             like((indices, D, y), (n_padded, k, k), jnp.float32),
             like((indices, D, y), (n_padded, k), jnp.float32),
         ],
-        scratch_shapes=group.scratch(D, y),
+        scratch_shapes=group.workspace_bytes(D, y),
         compiler_params=_params(needed(samples)),
         interpret=interpret,
         name="gather_gram",
@@ -178,9 +178,9 @@ def solve(D, indices, y, y_scale, y_norm, z0, ridge, tol, most, *, nonnegative: 
 
     def kernel(
         indices_ref, scale_ref, numbers_ref, limit_ref, D_ref, y_ref, used_ref, norm_ref, z0_ref,
-        x_ref, square_ref, kkt_ref, steps_ref, usable_ref, *scratch,
+        x_ref, square_ref, kkt_ref, steps_ref, usable_ref, *workspace_bytes,
     ):  # fmt: skip
-        *buffers, products, gram, square = scratch
+        *buffers, products, gram, square = workspace_bytes
         ridge, tol = numbers_ref[0, 0], numbers_ref[0, 1]
 
         def emit(g, product):
@@ -286,7 +286,7 @@ def solve(D, indices, y, y_scale, y_norm, z0, ridge, tol, most, *, nonnegative: 
             *(like(inputs, (blocks, P, LANES), jnp.int32),) * 2,
         ],
         scratch_shapes=[
-            *group.scratch(D, y),
+            *group.workspace_bytes(D, y),
             pltpu.VMEM((height * LANES, LANES), jnp.float32),
             pltpu.VMEM((P, kp, kp, LANES), jnp.float32),
             pltpu.VMEM((P, kp, LANES), jnp.float32),
