@@ -9,7 +9,7 @@ from problems import assert_same_bits, f64, residual, with_code
 
 import jaxsae
 from benchmarks.ksvd import recovered, synthetic
-from jaxsae import SparseCode, Status, ksvd
+from jaxsae import SparseCode, ksvd
 from jaxsae.ksvd import learning, rank_one
 
 N, D, M, K = 96, 8, 12, 3
@@ -157,13 +157,6 @@ def test_the_eigenvector_is_found_whatever_the_gap(ratio):
     v = f64(jax.jit(rank_one.eigenvector)(jnp.asarray(covariance, jnp.float32)))
     assert np.linalg.norm(v) == pytest.approx(1, abs=1e-6)
     assert v @ covariance @ v == pytest.approx(1, abs=2e-6)
-
-
-def test_refine_is_the_refit():
-    atoms, y, code = signals()
-    refined, info = ksvd.refine(atoms, y, code)
-    assert_same_bits(refined, jaxsae.refit(atoms, y, code, nonnegative=False)[0])
-    assert np.all(np.asarray(info.status) == Status.CONVERGED)
 
 
 # --- Hard inputs

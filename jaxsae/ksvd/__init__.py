@@ -7,6 +7,6 @@
 """
 
 from jaxsae.ksvd import image_files, images
-from jaxsae.ksvd.learning import History, approximate, exact, fit, mod, refine, replace
+from jaxsae.ksvd.learning import History, approximate, exact, fit, mod, replace
 
-__all__ = ["History", "approximate", "exact", "fit", "image_files", "images", "mod", "refine", "replace"]
+__all__ = ["History", "approximate", "exact", "fit", "image_files", "images", "mod", "replace"]

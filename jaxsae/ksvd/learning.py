@@ -4,7 +4,7 @@ Coding is `pursuit.omp`; an update keeps the supports. Without atom j, the rows 
 `E = R + v dᵀ`, and the best rank-one fit `E ≈ v dᵀ` gives both the atom and its values, at the cost of those rows
 alone. Each atom sees the updates of those before it, so the objective never rises.
 
-With the dictionary fixed too, what remains is least squares on the supports: `refine`, which is the shared `refit`.
+With the dictionary fixed too, what remains is least squares on the supports: `jaxsae.refit`.
 """
 
 import dataclasses
@@ -22,7 +22,6 @@ from jaxsae._core.linalg import divide, matmul, solve_semidefinite
 from jaxsae.codes import SparseCode
 from jaxsae.ksvd import rank_one
 from jaxsae.least_squares import problems
-from jaxsae.least_squares.refit import RefitInfo, refit
 
 _ALIKE = 0.99  # the cosine from which on two atoms count as one, as in the authors' own code
 
@@ -162,31 +161,6 @@ def _on(code: SparseCode, rows: Array) -> SparseCode:
 
 
 # --- Updates of a dictionary and the values of a code, the supports given
-
-
-def refine(
-    D: Float[Array, "m d"], y: Float[Array, "n d"], code: SparseCode, *, nonnegative: bool = False
-) -> tuple[SparseCode, RefitInfo]:
-    """Update the values alone, supports and dictionary fixed: the shared `refit`.
-
-    Args:
-      D: dictionary `[m d]`.
-      y: signals `[n d]`.
-      code: supports and starting values `[n k]`.
-      nonnegative: constrain `z ≥ 0`.
-
-    Returns:
-      As `refit`.
-
-    Example:
-      >>> import jax.numpy as jnp, jaxsae
-      >>> code = jaxsae.SparseCode(values=jnp.array([[1.0]]), indices=jnp.array([[1]]), num_latents=2)
-      >>> jaxsae.ksvd.refine(jnp.eye(2), jnp.array([[1.0, 3.0]]), code)[0].values
-      Array([[3.]], dtype=float32)
-
-    Source: Gao et al. (2024), "Scaling and evaluating sparse autoencoders", Section 5.1.
-    """
-    return refit(D, y, code, nonnegative=nonnegative)
 
 
 def exact(
