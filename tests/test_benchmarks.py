@@ -204,6 +204,7 @@ runpy.run_module("benchmarks", run_name="__main__")
     return done.stdout, json.loads(out.read_text())
 
 
+@pytest.mark.slow
 def test_the_tiny_size_runs_on_a_bare_machine(tiny):
     stdout, measured = tiny
     assert stdout.strip() == table.markdown(measured)
@@ -212,6 +213,7 @@ def test_the_tiny_size_runs_on_a_bare_machine(tiny):
     assert {"device", "cores", "jax", "commit", "size", "gate", "copy_bandwidth", "peers"} <= set(measured)
 
 
+@pytest.mark.slow
 def test_every_row_has_every_column(tiny):
     for row in tiny[1]["rows"]:
         assert tuple(row) == refine.COLUMNS
@@ -222,6 +224,7 @@ def test_every_row_has_every_column(tiny):
         assert 0 < low <= row["rows_per_s"] <= high
 
 
+@pytest.mark.slow
 def test_the_readme_is_filled_between_its_markers(tiny):
     empty = f"above\n<!-- benchmark: refine -->\n{table.END}\nbelow"
     filled = table.insert(empty, [tiny[1]])
@@ -232,6 +235,7 @@ def test_the_readme_is_filled_between_its_markers(tiny):
         table.insert("no place", [tiny[1]])
 
 
+@pytest.mark.slow
 def test_a_gate_that_is_not_met_is_said(tiny):
     row = {**tiny[1]["rows"][0], "gate_met": False, "worst_kkt": None}
     text = table.markdown(report(tiny[1]["cases"][0], [row]))
@@ -287,6 +291,7 @@ def test_rates_are_compared_and_tabulated(monkeypatch):
     assert "| x | relu | 3 |" in table.markdown({**machine, "rows": rows})
 
 
+@pytest.mark.slow
 def test_the_figure_has_a_panel_for_each_case(tiny, tmp_path):
     from benchmarks import plot
 

@@ -50,6 +50,7 @@ def test_code_of_a_page_runs(page):
     run(re.findall(r"```python\n(.*?)```", (ROOT / f"docs/{page}.md").read_text(), flags=re.DOTALL))
 
 
+@pytest.mark.slow
 def test_readme_runs(capsys):
     run(re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL))
     assert "NMSE" in capsys.readouterr().out
