@@ -41,7 +41,11 @@ def start(folder, out, mesh, processes):
 
 
 def finish(together):
-    said = [process.communicate(timeout=120) for process in together]
+    try:
+        said = [process.communicate(timeout=120) for process in together]
+    finally:
+        for process in together:
+            process.kill()  # if it waits for another that failed
     assert [process.returncode for process in together] == [0] * len(together), said
     return said
 
@@ -94,7 +98,7 @@ with Checkpoints(folder / "common", config=None) as checkpoints:
         checkpoints.save(step, {"x": step * spread(), "n": same()}, progress=step, wait=True)
 for number, damaged in enumerate(({}, {0: "manifest"}, {1: "state"}, {1: "."}, {0: "state", 1: "manifest"})):
     mine = folder / f"{number}-{process}"
-    shutil.copytree(folder / "common", mine)
+    shutil.copytree(folder / "common", mine, ignore=shutil.ignore_patterns(".lock"))  # which its owner may be removing
     if process in damaged:
         shutil.rmtree(mine / "2" / damaged[process])
     saved = Checkpoints(mine, config=None).restore(like)
