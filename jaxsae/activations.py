@@ -335,9 +335,10 @@ class GroupMax(_Selection):
         return SparseCode(values, jnp.where(kept, indices, pre.shape[-1]), pre.shape[-1])
 
 
-def _where(on, value):
-    """The positive part where a latent is active; NaN is no reason to leave one out: it stays visible."""
-    return jnp.where(on | jnp.isnan(value), jax.nn.relu(value), 0)
+def _past(threshold, pre, value):
+    """The positive part of a value where `pre > threshold`; NaN in any of them is no reason to leave a latent out."""
+    value = jnp.where(jnp.isnan(pre - threshold), jnp.nan, value)
+    return jnp.where((pre > threshold) | jnp.isnan(value), jax.nn.relu(value), 0)
 
 
 @pytrees.dataclass
@@ -374,7 +375,7 @@ class BatchTopK(Activation):
 
     def __call__(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
         """The dense code of inference: each row by itself."""
-        return _where(pre > self.threshold, pre)
+        return _past(self.threshold, pre, pre)
 
     def train(self, pre: Float[Array, "b m"]) -> tuple[Float[Array, "b m"], "BatchTopK"]:
         """The dense code of a training batch, and the activation with its threshold moved towards it."""
@@ -434,9 +435,9 @@ class JumpReLU(Activation):
 
     def __call__(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
         """The dense code."""
-        on, slope = self._step(pre)
+        _, slope = self._step(pre)
         still = jax.lax.stop_gradient(self._finite())
-        return _where(on, pre) - (still * slope).astype(pre.dtype)
+        return _past(self.threshold, pre, pre) - (still * slope).astype(pre.dtype)
 
     def l0(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b"]:
         """`‖z‖₀` of each row, with its straight-through derivative to the thresholds."""
@@ -503,7 +504,7 @@ class Gated(Activation):
 
     def __call__(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
         """The dense code."""
-        return _where(self.gate(pre) > 0, jnp.exp(self.r_mag) * pre + self.b_mag)
+        return _past(0, self.gate(pre), jnp.exp(self.r_mag) * pre + self.b_mag)
 
     def gate(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
         """What must be positive for a latent to be active."""

@@ -100,6 +100,7 @@ def _certify(nonnegative: bool, num_latents: int, shared, per_row):
     dictionary, ridge = shared
 
     def chunk(y, indices, values):
+        values = jnp.where(gram.used(indices, num_latents), values, 0)
         problem = gram.unit_rows(dictionary, y, indices, num_latents=num_latents, ridge=ridge)
         r = gram.residuals(dictionary, y, SparseCode(values, indices, num_latents))
         z = values.astype(y.dtype) * problem.unit

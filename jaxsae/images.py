@@ -86,7 +86,9 @@ def _open(path) -> tuple[np.ndarray, bytes | None]:
     if not local_path(path).is_file():
         raise InputError(f"{path}: no such file; expected a picture, such as a PNG or a JPEG.")
     try:
-        with warnings.catch_warnings(action="ignore"), pillow.open(path, formats=_READ) as picture:
+        # From memory: of a file Pillow maps uncompressed pixels, and those of a picture that lies on its side wrongly.
+        content = io.BytesIO(local_path(path).read_bytes())
+        with warnings.catch_warnings(action="ignore"), pillow.open(content, formats=_READ) as picture:
             _require_plain(path, picture)
             seen = ImageOps.exif_transpose(picture)
             levels = np.asarray(seen.convert("L" if picture.mode in _GREY else "RGB"), np.float32)
@@ -120,6 +122,10 @@ def _is_deep(picture) -> bool:
     """Whether Pillow would cut colours to 8 bits, which it does without a word."""
     if picture.format == "PPM":
         return any(isinstance(tile.args, tuple) and tile.args[-1] > 255 for tile in picture.tile)
+    if (
+        picture.format == "TIFF" and max(picture.tag_v2.get(258, (8,))) > 8
+    ):  # bits a channel, in a plane of its own or not
+        return True
     return picture.format in ("PNG", "TIFF") and any(";16" in str(tile.args) for tile in picture.tile)
 
 
@@ -207,8 +213,8 @@ def _levels(picture: np.ndarray) -> np.ndarray:
     if not np.isfinite(picture).all():
         raise InputError("`write` got a picture with NaN or Inf; pass levels from 0 to 255.")
     low, high = picture.min(), picture.max()
-    if picture.dtype.kind == "f" and 0 <= low < high <= 1 and (picture != np.rint(picture)).any():
-        raise InputError("`write` got a picture in [0, 1], which would be black; pass levels from 0 to 255.")
+    if picture.dtype.kind == "f" and -1 <= low <= high < 2 and (picture != np.rint(picture)).any():
+        raise InputError("`write` got a picture in [0, 1] or nearly, which would be black; pass levels from 0 to 255.")
     if picture.dtype.kind in "ui" and not 0 <= low <= high <= 255:
         raise InputError(f"`write` got {picture.dtype} from {low} to {high}; pass levels from 0 to 255.")
     return np.clip(np.rint(picture), 0, 255).astype(np.uint8)

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxsae import codes, gram, pursuit, rank_one, rows
 from jaxsae.codes import SparseCode
-from jaxsae.linalg import divide, matmul, solve_semidefinite
+from jaxsae.linalg import divide, matmul, ratio, solve_semidefinite
 from jaxsae.refit import RefitInfo, refit
 
 _ALIKE = 0.99  # the cosine from which on two atoms count as one, as in the authors' own code
@@ -123,7 +123,7 @@ def _fit(static: _Static, start, y, tol):
     known = jnp.where(finite[:, None], y, 0)
 
     def error(D, code):
-        left = divide(jnp.sum((known - codes.combine(D, _on(code, finite))) ** 2), jnp.sum(known**2))
+        left = ratio(jnp.sum((known - codes.combine(D, _on(code, finite))) ** 2), jnp.sum(known**2))
         return jnp.where(jnp.isnan(scale), jnp.nan, left)
 
     def step(D, _):

@@ -266,10 +266,14 @@ def place(array: np.ndarray, dtype: Any = None, *, name: str = "an array", infin
     start = -memory.ctypes.data % _ALIGNMENT
     out = memory[start : start + size].view(dtype).reshape(array.shape)
     for part in _pieces(array):
-        out[part] = array[part]
+        with np.errstate(over="ignore"):  # which is an error below
+            out[part] = array[part]
+        usable = np.isfinite(out[part])
+        if infinite:
+            usable |= np.isinf(array[part]) & np.isinf(out[part])  # and not too large for the dtype
         _forget(array)
-        if not (usable := ~np.isnan(out[part]) if infinite else np.isfinite(out[part])).all():
-            kind = "NaN" if infinite else "NaN or infinite"
+        if not usable.all():
+            kind = "NaN or too large" if infinite else "NaN or infinite"
             raise InputError(
                 f"{name} holds {kind} numbers in {dtype}, such as {out[part][~usable].flat[0]}; expected numbers: "
                 "use another SAE, or another dtype if they are too large for this one."
@@ -305,7 +309,14 @@ def writable(value: Any, name: str = "an array") -> np.ndarray:
             f"{name} is a {type(value).__name__} that numpy cannot read ({reason}); convert it."
         ) from error
     if not hasattr(value, "dtype"):
-        array = array.astype(jax.dtypes.canonicalize_dtype(array.dtype))
+        with np.errstate(over="ignore"):
+            narrow = array.astype(jax.dtypes.canonicalize_dtype(array.dtype))
+        exact = np.array_equal(narrow, array) if array.dtype.kind in "iu" else np.isfinite(narrow) | ~np.isfinite(array)
+        if array.dtype.kind in "iuf" and not np.all(exact):
+            raise InputError(
+                f"{name} holds numbers that {narrow.dtype} cannot, as jax has them; make it a numpy array."
+            )
+        array = narrow
     dtype = array.dtype.newbyteorder("<")
     if dtype not in _WRITTEN:
         known = ", ".join(sorted(kind.name for kind in _WRITTEN))

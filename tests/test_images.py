@@ -273,7 +273,8 @@ def turned(folder, suffix, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(levels).save(folder / f"in{suffix}", exif=exif)
-    seen = ImageOps.exif_transpose(Image.open(folder / f"in{suffix}"))
+    content = io.BytesIO((folder / f"in{suffix}").read_bytes())  # from a file Pillow 13 turns raw TIFFs wrongly
+    seen = ImageOps.exif_transpose(Image.open(content))
     return folder / f"in{suffix}", np.asarray(seen.convert("L"), np.float32)
 
 
@@ -492,3 +493,31 @@ def test_the_command_denoises(tmp_path, capsys, monkeypatch):
     assert mse(images.read("out.png"), clean) < 0.5 * mse(images.read("in.png"), clean)
     assert images.read("atoms.png").ndim == 2
     assert "Written: out.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_uncompressed_tiff_is_turned_too(mode, orientation, tmp_path):
+    levels = np.zeros((10, 20), np.uint8)
+    levels[0, :5] = 255
+    picture = Image.fromarray(levels).convert(mode)
+    for name in ("a.tif", "a.png"):
+        exif = Image.Exif()
+        exif[274] = orientation
+        picture.save(tmp_path / name, exif=exif)
+    np.testing.assert_array_equal(images.read(tmp_path / "a.tif"), images.read(tmp_path / "a.png"))
+
+
+def test_a_picture_in_0_to_1_that_overshoots_is_refused(tmp_path):
+    picture = np.linspace(-0.1, 1.07, 64).reshape(8, 8)
+    with pytest.raises(InputError, match=r"got a picture in \[0, 1\] or nearly, which would be black"):
+        images.write(tmp_path / "a.png", picture)
+
+
+def test_a_mask_of_which_nothing_is_white_is_refused(tmp_path, capsys):
+    images.write(tmp_path / "a.png", np.random.default_rng(0).uniform(0, 255, (32, 32)))
+    images.write(tmp_path / "mask.png", np.ones((32, 32)))
+    argv = ["inpaint", tmp_path / "a.png", "--missing", tmp_path / "mask.png", "--out", tmp_path / "b.png"]
+    assert main(list(map(str, argv))) == 2
+    assert "no pixel is brighter than 127 of 255" in capsys.readouterr().err
+    assert not (tmp_path / "b.png").exists()
