@@ -311,8 +311,8 @@ def writable(value: Any, name: str = "an array") -> np.ndarray:
     if not hasattr(value, "dtype"):
         with np.errstate(over="ignore"):
             narrow = array.astype(jax.dtypes.canonicalize_dtype(array.dtype))
-        exact = np.array_equal(narrow, array) if array.dtype.kind in "iu" else np.isfinite(narrow) | ~np.isfinite(array)
-        if array.dtype.kind in "iuf" and not np.all(exact):
+        cut = narrow != array if array.dtype.kind in "iu" else _overflows(array, narrow)
+        if np.any(cut):
             raise InputError(
                 f"{name} holds numbers that {narrow.dtype} cannot, as jax has them; make it a numpy array."
             )
@@ -322,6 +322,11 @@ def writable(value: Any, name: str = "an array") -> np.ndarray:
         known = ", ".join(sorted(kind.name for kind in _WRITTEN))
         raise InputError(f"{name} holds {array.dtype}, expected one of {known}; convert it.")
     return np.ascontiguousarray(array, dtype).reshape(array.shape)
+
+
+def _overflows(array: np.ndarray, narrow: np.ndarray) -> Any:
+    """Whether numbers of floating point became infinite."""
+    return array.dtype.kind == "f" and np.isfinite(array) & ~np.isfinite(narrow)
 
 
 def _pieces(array: np.ndarray) -> Iterator[tuple[slice, ...]]:
