@@ -120,13 +120,13 @@ def _require_plain(path, picture) -> None:
 
 def _is_deep(picture) -> bool:
     """Whether Pillow would cut colours to 8 bits, which it does without a word."""
+    from PIL import TiffImagePlugin
+
     if picture.format == "PPM":
         return any(isinstance(tile.args, tuple) and tile.args[-1] > 255 for tile in picture.tile)
-    if (
-        picture.format == "TIFF" and max(picture.tag_v2.get(258, (8,))) > 8
-    ):  # bits a channel, in a plane of its own or not
-        return True
-    return picture.format in ("PNG", "TIFF") and any(";16" in str(tile.args) for tile in picture.tile)
+    if picture.format == "TIFF":  # whose tiles do not say so where each channel is a plane of its own
+        return max(picture.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (8,))) > 8
+    return picture.format == "PNG" and any(";16" in str(tile.args) for tile in picture.tile)
 
 
 def write(path: str | os.PathLike, picture: np.ndarray, *, profile: bytes | None = None) -> None:

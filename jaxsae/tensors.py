@@ -313,9 +313,7 @@ def writable(value: Any, name: str = "an array") -> np.ndarray:
             narrow = array.astype(jax.dtypes.canonicalize_dtype(array.dtype))
         cut = narrow != array if array.dtype.kind in "iu" else _overflows(array, narrow)
         if np.any(cut):
-            raise InputError(
-                f"{name} holds numbers that {narrow.dtype} cannot, as jax has them; make it a numpy array."
-            )
+            raise InputError(f"{name} holds numbers beyond the range of {narrow.dtype}; pass a numpy array of them.")
         array = narrow
     dtype = array.dtype.newbyteorder("<")
     if dtype not in _WRITTEN:

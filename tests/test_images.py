@@ -521,3 +521,21 @@ def test_a_mask_of_which_nothing_is_white_is_refused(tmp_path, capsys):
     assert main(list(map(str, argv))) == 2
     assert "no pixel is brighter than 127 of 255" in capsys.readouterr().err
     assert not (tmp_path / "b.png").exists()
+
+
+def test_16_bits_in_a_plane_for_each_channel_are_refused(tmp_path):
+    side, planes = 4, np.full((3, 4, 4), 30_000, "<u2").tobytes()
+    first = (
+        8 + 2 + 12 * 10 + 4
+    )  # of what is behind the directory: bits, then offsets and sizes of the planes, then these
+    start, size = first + 6 + 12 + 12, len(planes) // 3
+    tags = [  # number, type (3 is 16 bits, 4 is 32), count, value or place
+        *((256, 3, 1, side), (257, 3, 1, side), (258, 3, 3, first), (259, 3, 1, 1), (262, 3, 1, 2)),
+        *((273, 4, 3, first + 6), (277, 3, 1, 3), (278, 3, 1, side), (279, 4, 3, first + 18), (284, 3, 1, 2)),
+    ]
+    content = b"II*\0" + struct.pack("<IH", 8, len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    places = [start + number * size for number in range(3)]
+    content += struct.pack("<I3H6I", 0, 16, 16, 16, *places, size, size, size) + planes
+    (tmp_path / "a.tif").write_bytes(content)
+    with pytest.raises(InputError, match=r"a\.tif: has more than 8 bits a channel; expected 8"):
+        images.read(tmp_path / "a.tif")
