@@ -209,3 +209,19 @@ def test_what_is_no_activation_is_refused_in_a_line(unchecked):
                 make(wrong)
     with pytest.raises(TypeError, match="got a str for an activation"):
         made("relu")
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [
+        jaxsae.JumpReLU(jnp.array([jnp.nan, 1.0])),
+        jaxsae.Gated(jnp.zeros(2), jnp.array([jnp.nan, 0.0]), jnp.zeros(2)),
+        jaxsae.BatchTopK(1, jnp.nan),
+    ],
+    ids=lambda activation: type(activation).__name__,
+)
+def test_a_parameter_that_is_nan_stays_visible(activation):
+    z = np.asarray(activation(jnp.array([2.0, 3.0])))
+    assert np.isnan(z[0])
+    assert np.isnan(z[1]) == isinstance(activation, jaxsae.BatchTopK)
+    assert np.isnan(activation.code(jnp.array([[2.0, 3.0]]), 2).values).any()

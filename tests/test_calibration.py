@@ -1,12 +1,13 @@
 """Thresholds of exactly the L0 asked for, and which latents fire, whatever the order and the batches of the rows."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from problems import activations, sae
 
 import jaxsae
-from jaxsae.autoencoder import calibration
+from jaxsae.autoencoder import calibration, metrics
 
 D, M, K = 16, 32, 4
 THRESHOLDS = jnp.linspace(0.01, 0.5, M)
@@ -85,3 +86,17 @@ def test_thresholds_stay_where_nothing_is_positive_and_are_finite_where_values_t
     alike = model.replace(W_enc=jnp.zeros((D, M)), b_enc=jnp.ones(M))  # all or none
     found = calibration.calibrate(alike, [np.ones((1, D), np.float32)], 1.0).activation.threshold
     assert 0.99 < found < 1
+
+
+@pytest.mark.parametrize("l0", [float("nan"), -1.0, 0.0, 100.0])
+def test_an_l0_that_cannot_be_is_refused(l0):
+    model = jaxsae.init(jax.random.key(0), d=8, m=32, activation=jaxsae.BatchTopK(4))
+    with pytest.raises(ValueError, match=r"`calibrate` got l0 = .* for 32 latents; pass more than 0, and at most that"):
+        calibration.calibrate(model, [np.ones((4, 8), np.float32)], l0)
+    with pytest.raises(ValueError, match="`calibrate` got no row without NaN or Inf"):
+        calibration.calibrate(model, [np.full((4, 8), np.nan, np.float32)], 4.0)
+
+
+def test_of_no_rows_nobody_knows_which_latents_are_dead():
+    model = jaxsae.init(jax.random.key(0), d=8, m=32, activation=jaxsae.TopK(4))
+    assert np.isnan(metrics.activity(jaxsae.encode(model, jnp.full((3, 8), jnp.nan))).dead)

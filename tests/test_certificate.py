@@ -150,3 +150,12 @@ def test_a_row_that_is_not_finite_has_no_certificate_and_touches_no_other():
     for leaf, other in zip(jax.tree.leaves(certificate), jax.tree.leaves(expected), strict=True):
         assert np.isnan(leaf[5])
         assert_same_bits(np.delete(leaf, 5), np.delete(other, 5))
+
+
+def test_what_an_unused_slot_holds_is_nothing():
+    dictionary, y = jnp.eye(4), jnp.ones((1, 4))
+    clean = jaxsae.SparseCode(jnp.array([[0.0, 1.0]]), jnp.array([[4, 2]]), 4)
+    expected = jaxsae.certify(dictionary, y, clean)
+    for left in (np.nan, np.inf, 7.0):
+        code = jaxsae.SparseCode(jnp.array([[left, 1.0]]), jnp.array([[-1, 2]]), 4)
+        assert jaxsae.certify(dictionary, y, code) == expected

@@ -406,7 +406,8 @@ def test_json_of_fetch_and_of_pictures(monkeypatch, tmp_path, capsys):
     assert printed(capsys) == {"path": str(tmp_path / "smollm2")}
     picture, atoms = np.full((8, 8), 100.0), np.ones((64, 4))
     image_files.write(tmp_path / "a.png", picture)
-    for name, options in (("denoise", ["--sigma", 1]), ("inpaint", ["--missing", tmp_path / "a.png"])):
+    image_files.write(tmp_path / "mask.png", np.full((8, 8), 255.0))
+    for name, options in (("denoise", ["--sigma", 1]), ("inpaint", ["--missing", tmp_path / "mask.png"])):
         monkeypatch.setattr(images, name, lambda *_, **__: (picture, atoms))
         assert run(name, tmp_path / "a.png", *options, "--out", tmp_path / "b.png", "--json") == 0
         assert printed(capsys) == {"out": str(tmp_path / "b.png"), "dictionary": None}

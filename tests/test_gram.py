@@ -187,3 +187,13 @@ def test_objectives_of_all_solvers_agree():
     solvers = (None, jaxsae.ConjugateGradient(), jaxsae.BlockPivoting(), jaxsae.FISTA(), jaxsae.ProjectedGradient())
     reached = np.stack([objective(dictionary, y, jaxsae.refit(dictionary, y, code, solver)[0]) for solver in solvers])
     np.testing.assert_allclose(reached, np.broadcast_to(reached.min(0), reached.shape), rtol=1e-5)
+
+
+def test_indices_of_a_narrow_type_have_room_for_an_unused_slot():
+    dictionary = jax.random.normal(jax.random.key(0), (300, 12))
+    y, values = jax.random.normal(jax.random.key(1), (1, 12)), jnp.ones((1, 3))
+    code = jaxsae.SparseCode(values, jnp.array([[100, 100, -1]]), 300)
+    narrow = code.replace(indices=code.indices.astype(jnp.int8))
+    for f in (jaxsae.ksvd.exact, jaxsae.ksvd.approximate, jaxsae.ksvd.mod):
+        assert_same_bits(f(dictionary, y, narrow), f(dictionary, y, code))
+    assert_same_bits(jaxsae.refit(dictionary, y, narrow), jaxsae.refit(dictionary, y, code))

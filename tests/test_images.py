@@ -274,7 +274,8 @@ def turned(folder, suffix, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(levels).save(folder / f"in{suffix}", exif=exif)
-    seen = ImageOps.exif_transpose(Image.open(folder / f"in{suffix}"))
+    content = io.BytesIO((folder / f"in{suffix}").read_bytes())  # from a file Pillow 13 turns raw TIFFs wrongly
+    seen = ImageOps.exif_transpose(Image.open(content))
     return folder / f"in{suffix}", np.asarray(seen.convert("L"), np.float32)
 
 
@@ -493,3 +494,49 @@ def test_the_command_denoises(tmp_path, capsys, monkeypatch):
     assert mse(image_files.read("out.png"), clean) < 0.5 * mse(image_files.read("in.png"), clean)
     assert image_files.read("atoms.png").ndim == 2
     assert "Written: out.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_uncompressed_tiff_is_turned_too(mode, orientation, tmp_path):
+    levels = np.zeros((10, 20), np.uint8)
+    levels[0, :5] = 255
+    picture = Image.fromarray(levels).convert(mode)
+    for name in ("a.tif", "a.png"):
+        exif = Image.Exif()
+        exif[274] = orientation
+        picture.save(tmp_path / name, exif=exif)
+    np.testing.assert_array_equal(images.read(tmp_path / "a.tif"), images.read(tmp_path / "a.png"))
+
+
+def test_a_picture_in_0_to_1_that_overshoots_is_refused(tmp_path):
+    picture = np.linspace(-0.1, 1.07, 64).reshape(8, 8)
+    with pytest.raises(InputError, match=r"got a picture in \[0, 1\] or nearly, which would be black"):
+        images.write(tmp_path / "a.png", picture)
+
+
+def test_a_mask_of_which_nothing_is_white_is_refused(tmp_path, capsys):
+    images.write(tmp_path / "a.png", np.random.default_rng(0).uniform(0, 255, (32, 32)))
+    images.write(tmp_path / "mask.png", np.ones((32, 32)))
+    argv = ["inpaint", tmp_path / "a.png", "--missing", tmp_path / "mask.png", "--out", tmp_path / "b.png"]
+    assert main(list(map(str, argv))) == 2
+    assert "no pixel is brighter than 127 of 255" in capsys.readouterr().err
+    assert not (tmp_path / "b.png").exists()
+
+
+def test_16_bits_in_a_plane_for_each_channel_are_refused(tmp_path):
+    side, planes = 4, np.full((3, 4, 4), 30_000, "<u2").tobytes()
+    first = (
+        8 + 2 + 12 * 10 + 4
+    )  # of what is behind the directory: bits, then offsets and sizes of the planes, then these
+    start, size = first + 6 + 12 + 12, len(planes) // 3
+    tags = [  # number, type (3 is 16 bits, 4 is 32), count, value or place
+        *((256, 3, 1, side), (257, 3, 1, side), (258, 3, 3, first), (259, 3, 1, 1), (262, 3, 1, 2)),
+        *((273, 4, 3, first + 6), (277, 3, 1, 3), (278, 3, 1, side), (279, 4, 3, first + 18), (284, 3, 1, 2)),
+    ]
+    content = b"II*\0" + struct.pack("<IH", 8, len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    places = [start + number * size for number in range(3)]
+    content += struct.pack("<I3H6I", 0, 16, 16, 16, *places, size, size, size) + planes
+    (tmp_path / "a.tif").write_bytes(content)
+    with pytest.raises(InputError, match=r"a\.tif: has more than 8 bits a channel; expected 8"):
+        images.read(tmp_path / "a.tif")

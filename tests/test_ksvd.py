@@ -372,3 +372,9 @@ def test_learning_is_free_of_units(update):
     lost = jnp.asarray(np.float32(f64(y) * 1e-39))
     _, history = ksvd.fit(jax.random.key(0), lost, m=8, k=2, steps=2, update=update)
     assert np.all(np.isnan(history.updated)), "what is lost is said to be"
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan])
+def test_of_nothing_there_is_no_error(value):
+    _, history = ksvd.fit(jax.random.key(0), jnp.full((16, 6), value), m=4, k=2, steps=1)
+    assert np.isnan(history.updated).all()

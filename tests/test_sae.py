@@ -331,3 +331,25 @@ def test_atoms_have_unit_norm_in_half_precision(dtype):
         error = np.linalg.norm(f64(atoms), axis=1) - 1
         assert np.abs(error).max() < 0.5 * float(jnp.finfo(dtype).eps)
         assert abs(error.mean()) < 0.05 * float(jnp.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype, scale", [("float16", 300.0), ("float32", 1e25), ("float32", 1e-25)])
+def test_rows_of_any_size_are_normalised(dtype, scale):
+    x = np.random.default_rng(0).normal(size=(5, 12))
+    rows = jnp.asarray(scale * x, dtype)
+    norm, sigma = np.linalg.norm(x, axis=1, keepdims=True) / np.sqrt(12), x.std(1, ddof=1, keepdims=True)
+    found = jaxsae.normalisation.ConstantNorm()(rows)
+    np.testing.assert_allclose(found.inputs, x / norm, rtol=3e-3)
+    np.testing.assert_allclose(f64(found.scale) / scale, norm, rtol=3e-3)
+    inputs, deviation, mean = jaxsae.normalisation.LayerNorm(eps=1e-5 * scale)(rows)
+    np.testing.assert_allclose(inputs, (x - x.mean(1, keepdims=True)) / (sigma + 1e-5), rtol=3e-3, atol=3e-3)
+    np.testing.assert_allclose(f64(deviation) / scale, sigma, rtol=3e-3)
+    np.testing.assert_allclose(f64(mean) / scale, x.mean(1, keepdims=True), atol=3e-3)
+
+
+@pytest.mark.parametrize("value", [0.1, 1.0, 3333.3, 1.1e5])
+def test_equal_numbers_have_no_spread(value):
+    row = jnp.full((1, 768), value)
+    found, slope = jax.value_and_grad(lambda x: jnp.sum(jaxsae.normalisation.LayerNorm()(x).inputs ** 2))(row)
+    assert found == 0
+    assert not np.any(slope)

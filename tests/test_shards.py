@@ -728,3 +728,17 @@ def test_no_damaged_file_of_a_directory_is_read(damage, tmp_path):
             shards.verify(folder)  # columns, which training does not read
         assert str(folder) in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (np.full((2, 4), 1e-60), "row 0 and 1 others are too small for float32, and become 0; scale it"),
+        (np.ma.masked_array(np.ones((2, 4)), mask=True), "holds masked numbers; expected real numbers"),
+        (np.ones((2, 4), "m8[s]"), "holds durations; expected real numbers"),
+    ],
+    ids=["too small", "masked", "durations"],
+)
+def test_rows_that_would_be_other_numbers_are_refused(rows, message):
+    with pytest.raises(InputError, match=message):
+        shards.cast(rows, np.float32, "x.npy", "scale it")

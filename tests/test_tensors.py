@@ -292,3 +292,19 @@ def test_a_directory_where_a_file_should_be(tmp_path):
         pretrained.load(folder)
     assert os.listdir(folder)
     assert X.shape[1] == D
+
+
+def test_numbers_of_python_that_jax_would_change_are_refused():
+    for value in (2**40, 1e39, [1.0, 1e39]):
+        with pytest.raises(
+            InputError, match=r"a leaf holds numbers beyond the range of (int32|float32); pass a numpy array"
+        ):
+            tensors.writable(value, "a leaf")
+    assert tensors.writable(np.int64(2**40)) == 2**40
+    assert np.isinf(tensors.writable(float("inf")))
+
+
+def test_a_threshold_may_be_infinite_and_not_too_large():
+    assert np.isinf(tensors.place(np.array([np.inf, 1.0]), np.float32, infinite=True)[0])
+    with pytest.raises(InputError, match="holds NaN or too large numbers in float32"):
+        tensors.place(np.array([1e300, 1.0]), np.float32, infinite=True)

@@ -38,7 +38,7 @@ def norms(x: Float[Array, "*b d"]) -> Float[Array, "*b 1"]:
     return jnp.where(squares == 0, 0, jnp.sqrt(jnp.where(squares == 0, 1, squares)))
 
 
-def power_of_two(x: Float[Array, ""]) -> Float[Array, ""]:
+def power_of_two(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
     """The power of two by which `x > 0` is from 1 to 2, as far as its inverse is a number too; 1 for 0, Inf and NaN."""
     least = jnp.finfo(x.dtype).minexp
     exponent = jnp.clip(jnp.frexp(x)[1] - 1, least, -least)

@@ -60,6 +60,7 @@ def calibrate(sae: SAE, batches: Iterable[Float[Array, "b d"] | np.ndarray], l0:
 
     Raises:
       NotImplementedError: if the activation has no thresholds.
+      ValueError: if `l0` is not between 0 and `m`, or no row is finite.
 
     Example:
       >>> import jaxsae
@@ -69,11 +70,15 @@ def calibrate(sae: SAE, batches: Iterable[Float[Array, "b d"] | np.ndarray], l0:
       >>> bool(abs(jaxsae.encode(calibrated, x, capacity=64).l0.mean() - 4) < 0.01)
       True
     """
+    if not 0 < l0 <= sae.m:
+        raise ValueError(f"`calibrate` got l0 = {l0} for {sae.m} latents; pass more than 0, and at most that.")
     counts, rows = np.zeros(_BINS, np.int64), 0
     for x in batches:
         found, finite = _count(sae, jnp.asarray(x, jnp.float32))
         counts += np.asarray(found)
         rows += int(finite)
+    if not rows:
+        raise ValueError("`calibrate` got no row without NaN or Inf; pass some.")
     occupied = np.flatnonzero(counts)[::-1]
     if not len(occupied):  # nothing is positive, whatever the thresholds
         return sae

@@ -210,8 +210,8 @@ class Activity(_Sums):
 
     @property
     def dead(self) -> Float[Array, ""]:
-        """Share of the latents that never fire."""
-        return jnp.mean(self.fired == 0)
+        """Share of the latents that never fire; NaN of no rows."""
+        return jnp.where(self.rows > 0, jnp.mean(self.fired == 0), jnp.nan)
 
     @property
     def log2_histogram(self) -> list[int]:

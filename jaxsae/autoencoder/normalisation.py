@@ -4,14 +4,17 @@ Each is called on rows `x [*b d]` and gives what the encoder sees, with the way 
 where `scale` and `shift` are None if they change nothing.
 """
 
+import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from jaxsae._core import pytrees
+from jaxsae._core.linalg import norms, power_of_two, widen
 
 
 class Normalised(NamedTuple):
@@ -63,6 +66,13 @@ class Normalisation:
         raise ValueError(f"{type(self).__name__} does not say how it changes units; define rescale(self, scale).")
 
 
+def _row(x):
+    """Rows in float32 or better over a power of two each, so that squares stay in range, and the powers `[*b 1]`."""
+    wide = widen(x)
+    unit = power_of_two(jax.lax.stop_gradient(jnp.max(jnp.abs(wide), axis=-1, keepdims=True)))
+    return wide / unit, unit
+
+
 @pytrees.dataclass
 class LayerNorm(Normalisation):
     """Each row less its mean, over its standard deviation: `(x − μ) / (σ + ε)`, and back by `σ · x̂ + μ`.
@@ -84,10 +94,13 @@ class LayerNorm(Normalisation):
 
     def __call__(self, x: Float[Array, "*b d"]) -> Normalised:
         """Normalise rows."""
-        mean = jnp.mean(x, axis=-1, keepdims=True)
-        apply_b_dec_to_input = x - mean
-        deviation = jnp.sqrt(jnp.sum(apply_b_dec_to_input**2, axis=-1, keepdims=True) / (x.shape[-1] - 1))
-        return Normalised(apply_b_dec_to_input / (deviation + self.eps), deviation, mean)
+        row, unit = _row(x)
+        least = jax.lax.stop_gradient(jnp.min(row, axis=-1, keepdims=True))  # equal numbers have no spread of rounding
+        mean = jnp.mean(row - least, axis=-1, keepdims=True)
+        centred = row - least - mean
+        deviation = norms(centred) / math.sqrt(max(x.shape[-1] - 1, 1))
+        inputs = centred / (deviation + self.eps / unit)
+        return Normalised(*(part.astype(x.dtype) for part in (inputs, deviation * unit, (least + mean) * unit)))
 
     def rescale(self, scale: float | Array) -> "LayerNorm":
         """With another `ε`, which is in the units of the rows."""
@@ -110,8 +123,9 @@ class ConstantNorm(Normalisation):
 
     def __call__(self, x: Float[Array, "*b d"]) -> Normalised:
         """Normalise rows."""
-        scale = jnp.linalg.norm(x, axis=-1, keepdims=True) / jnp.sqrt(jnp.asarray(x.shape[-1], x.dtype))
-        return Normalised(x / scale, scale)
+        row, unit = _row(x)
+        scale = norms(row) / math.sqrt(x.shape[-1])
+        return Normalised((row / scale).astype(x.dtype), (scale * unit).astype(x.dtype))
 
     def rescale(self, scale: float | Array) -> "ConstantNorm":
         """Itself: every row has the same norm in the end."""

@@ -249,14 +249,18 @@ def cast(rows: Any, dtype: Any, what: str, do: str, numbers: Any = None) -> np.n
       numbers: of the rows, for the message; their places by default.
 
     Raises:
-      InputError: if they are no real numbers, or a finite one overflows.
+      InputError: if they are no real numbers, or a finite one overflows, or a row vanishes.
 
     Example:
       >>> cast(np.array([[1.0], [1e300]]), np.float32, "x.npy", "scale it")
       Traceback (most recent call last):
       jaxsae.InputError: x.npy: row 1 holds 1e+300, 1 finite values overflow float32; scale it.
     """
+    masked = isinstance(rows, np.ma.MaskedArray)
     rows, dtype = np.asarray(rows), jnp.dtype(dtype)
+    if masked or rows.dtype.kind == "m":
+        kind = "masked numbers" if masked else "durations"
+        raise InputError(f"{what}: holds {kind}; expected real numbers: fill or convert them.")
     if not (jnp.issubdtype(rows.dtype, jnp.floating) or jnp.issubdtype(rows.dtype, jnp.integer)):
         raise InputError(f"{what}: holds {rows.dtype}; expected real numbers: convert it with .astype('float32').")
     with np.errstate(over="ignore"):
@@ -267,6 +271,13 @@ def cast(rows: Any, dtype: Any, what: str, do: str, numbers: Any = None) -> np.n
             row = wrong[0, 0] if numbers is None else numbers[wrong[0, 0]]
             held = f"row {row} holds {rows[tuple(wrong[0])]:g}"
             raise InputError(f"{what}: {held}, {len(wrong)} finite values overflow {dtype}; {do}.")
+        some, left = ((part != 0).reshape(len(rows), -1).any(1) for part in (rows, found))
+        lost = np.flatnonzero(some & ~left)
+        if len(lost):
+            row = lost[0] if numbers is None else numbers[lost[0]]
+            raise InputError(
+                f"{what}: row {row} and {len(lost) - 1} others are too small for {dtype}, and become 0; {do}."
+            )
     return found
 
 

@@ -266,10 +266,14 @@ def place(array: np.ndarray, dtype: Any = None, *, name: str = "an array", infin
     start = -memory.ctypes.data % _ALIGNMENT
     out = memory[start : start + size].view(dtype).reshape(array.shape)
     for part in _pieces(array):
-        out[part] = array[part]
+        with np.errstate(over="ignore"):  # which is an error below
+            out[part] = array[part]
+        usable = np.isfinite(out[part])
+        if infinite:
+            usable |= np.isinf(array[part]) & np.isinf(out[part])  # and not too large for the dtype
         _forget(array)
-        if not (usable := ~np.isnan(out[part]) if infinite else np.isfinite(out[part])).all():
-            kind = "NaN" if infinite else "NaN or infinite"
+        if not usable.all():
+            kind = "NaN or too large" if infinite else "NaN or infinite"
             raise InputError(
                 f"{name} holds {kind} numbers in {dtype}, such as {out[part][~usable].flat[0]}; expected numbers: "
                 "use another SAE, or another dtype if they are too large for this one."
@@ -305,12 +309,22 @@ def writable(value: Any, name: str = "an array") -> np.ndarray:
             f"{name} is a {type(value).__name__} that numpy cannot read ({reason}); convert it."
         ) from error
     if not hasattr(value, "dtype"):
-        array = array.astype(jax.dtypes.canonicalize_dtype(array.dtype))
+        with np.errstate(over="ignore"):
+            narrow = array.astype(jax.dtypes.canonicalize_dtype(array.dtype))
+        cut = narrow != array if array.dtype.kind in "iu" else _overflows(array, narrow)
+        if np.any(cut):
+            raise InputError(f"{name} holds numbers beyond the range of {narrow.dtype}; pass a numpy array of them.")
+        array = narrow
     dtype = array.dtype.newbyteorder("<")
     if dtype not in _WRITTEN:
         known = ", ".join(sorted(kind.name for kind in _WRITTEN))
         raise InputError(f"{name} holds {array.dtype}, expected one of {known}; convert it.")
     return np.ascontiguousarray(array, dtype).reshape(array.shape)
+
+
+def _overflows(array: np.ndarray, narrow: np.ndarray) -> Any:
+    """Whether numbers of floating point became infinite."""
+    return array.dtype.kind == "f" and np.isfinite(array) & ~np.isfinite(narrow)
 
 
 def _pieces(array: np.ndarray) -> Iterator[tuple[slice, ...]]:

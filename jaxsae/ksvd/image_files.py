@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from jaxsae._core.files import InputError, atomic_file, local_path
-from jaxsae.ksvd.images import _COLOUR, _GREY
 
 _WRITTEN = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "PPM")  # formats of which it is known how many bits a channel has
 _READ = (*_WRITTEN, "GIF")
+_GREY, _COLOUR = ("1", "L", "LA"), ("P", "PA", "RGB", "RGBA", "RGBX")  # modes
 _NO_PROFILE = ("BMP", "PPM")  # formats that hold no colour profile
 
 
@@ -69,7 +69,9 @@ def _open(path) -> tuple[np.ndarray, bytes | None]:
     if not local_path(path).is_file():
         raise InputError(f"{path}: no such file; expected a picture, such as a PNG or a JPEG.")
     try:
-        with warnings.catch_warnings(action="ignore"), pillow.open(path, formats=_READ) as picture:
+        # From memory: of a file Pillow maps uncompressed pixels, and those of a picture that lies on its side wrongly.
+        content = io.BytesIO(local_path(path).read_bytes())
+        with warnings.catch_warnings(action="ignore"), pillow.open(content, formats=_READ) as picture:
             _require_plain(path, picture)
             seen = ImageOps.exif_transpose(picture)
             levels = np.asarray(seen.convert("L" if picture.mode in _GREY else "RGB"), np.float32)
@@ -101,9 +103,13 @@ def _require_plain(path, picture) -> None:
 
 def _is_deep(picture) -> bool:
     """Whether Pillow would cut colours to 8 bits, which it does without a word."""
+    from PIL import TiffImagePlugin
+
     if picture.format == "PPM":
         return any(isinstance(tile.args, tuple) and tile.args[-1] > 255 for tile in picture.tile)
-    return picture.format in ("PNG", "TIFF") and any(";16" in str(tile.args) for tile in picture.tile)
+    if picture.format == "TIFF":  # whose tiles do not say so where each channel is a plane of its own
+        return max(picture.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (8,))) > 8
+    return picture.format == "PNG" and any(";16" in str(tile.args) for tile in picture.tile)
 
 
 def write(path: str | os.PathLike, picture: np.ndarray, *, profile: bytes | None = None) -> None:
@@ -190,8 +196,8 @@ def _levels(picture: np.ndarray) -> np.ndarray:
     if not np.isfinite(picture).all():
         raise InputError("`write` got a picture with NaN or Inf; pass levels from 0 to 255.")
     low, high = picture.min(), picture.max()
-    if picture.dtype.kind == "f" and 0 <= low < high <= 1 and (picture != np.rint(picture)).any():
-        raise InputError("`write` got a picture in [0, 1], which would be black; pass levels from 0 to 255.")
+    if picture.dtype.kind == "f" and -1 <= low <= high < 2 and (picture != np.rint(picture)).any():
+        raise InputError("`write` got a picture in [0, 1] or nearly, which would be black; pass levels from 0 to 255.")
     if picture.dtype.kind in "ui" and not 0 <= low <= high <= 255:
         raise InputError(f"`write` got {picture.dtype} from {low} to {high}; pass levels from 0 to 255.")
     return np.clip(np.rint(picture), 0, 255).astype(np.uint8)

@@ -25,7 +25,6 @@ from jaxsae.least_squares.refit import refit
 
 _GAIN = 1.15  # a patch is explained when its residual is at most this times the noise's expected norm
 _STRIP = 1 << 14  # patches coded at a time
-_GREY, _COLOUR = ("1", "L", "LA"), ("P", "PA", "RGB", "RGBA", "RGBX")  # modes
 
 
 def psnr(picture: np.ndarray, clean: np.ndarray, *, data_range: float = 255.0) -> float:

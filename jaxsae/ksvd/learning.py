@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxsae import codes, pursuit
 from jaxsae._core import chunking
-from jaxsae._core.linalg import divide, matmul, solve_semidefinite
+from jaxsae._core.linalg import divide, matmul, ratio, solve_semidefinite
 from jaxsae.codes import SparseCode
 from jaxsae.ksvd import rank_one
 from jaxsae.least_squares import problems
@@ -123,7 +123,7 @@ def _fit(static: _Static, start, y, tol):
     known = jnp.where(finite[:, None], y, 0)
 
     def error(D, code):
-        left = divide(jnp.sum((known - codes.combine(D, _on(code, finite))) ** 2), jnp.sum(known**2))
+        left = ratio(jnp.sum((known - codes.combine(D, _on(code, finite))) ** 2), jnp.sum(known**2))
         return jnp.where(jnp.isnan(scale), jnp.nan, left)
 
     def step(D, _):

@@ -102,6 +102,7 @@ def _certify(nonnegative: bool, num_latents: int, shared, per_row):
     dictionary, ridge = shared
 
     def chunk(y, indices, values):
+        values = jnp.where(problems.used(indices, num_latents), values, 0)
         problem = problems.unit_rows(dictionary, y, indices, num_latents=num_latents, ridge=ridge)
         r = problems.residuals(dictionary, y, SparseCode(values, indices, num_latents))
         z = values.astype(y.dtype) * problem.unit

@@ -3,6 +3,7 @@
 A dictionary is an array `[m d]`, or any pytree with `take(indices [*b k]) -> atoms [*b k d]`.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -321,4 +322,6 @@ def validate(dictionary: Any, y: Any, code: SparseCode, name: str) -> tuple[Any,
             f"`{name}` got values {code.values.shape} and indices {code.indices.shape} for y of shape {y.shape}; "
             f"pass both with shape {(*y.shape[:-1], 'k')}."
         )
+    if code.indices.dtype.itemsize < 4:  # in which the index of an unused slot may not be a number of their type
+        code = dataclasses.replace(code, indices=code.indices.astype(jnp.int32))
     return dictionary, y, code

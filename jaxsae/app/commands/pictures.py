@@ -68,7 +68,10 @@ def inpaint(
     image_files.check_suffix(out, dictionary)
     holes, mask, profile = image_files.read(image), image_files.read(missing), image_files.profile(image)
     image_files.check_suffix(out, shape=holes.shape, profile=profile)
-    filled, atoms = images.inpaint(holes, (mask if mask.ndim == 2 else mask.mean(2)) > 127.5, seed=seed)
+    unknown = (mask if mask.ndim == 2 else mask.mean(2)) > 127.5
+    if unknown.shape == holes.shape[:2] and not unknown.any():
+        raise InputError(f"{missing}: no pixel is brighter than 127 of 255; expected white where pixels are missing.")
+    filled, atoms = images.inpaint(holes, unknown, seed=seed)
     return _write_picture(out, filled, profile, dictionary, atoms, json)
 
 

@@ -114,6 +114,7 @@ def _of_any_units(self: Activation, scale: float | Array) -> Any:
     return self
 
 
-def _where(on, value):
-    """The positive part where a latent is active; NaN is no reason to leave one out: it stays visible."""
-    return jnp.where(on | jnp.isnan(value), jax.nn.relu(value), 0)
+def _past(threshold, pre, value):
+    """The positive part of a value where `pre > threshold`; NaN in any of them is no reason to leave a latent out."""
+    value = jnp.where(jnp.isnan(pre - threshold), jnp.nan, value)
+    return jnp.where((pre > threshold) | jnp.isnan(value), jax.nn.relu(value), 0)

@@ -9,7 +9,7 @@ from flax import struct
 from jaxtyping import Array, Float
 
 from jaxsae._core import pytrees
-from jaxsae.autoencoder.activations.base import Activation, _where
+from jaxsae.autoencoder.activations.base import Activation, _past
 from jaxsae.autoencoder.activations.top_k import _validate_k, dropped
 
 
@@ -47,7 +47,7 @@ class BatchTopK(Activation):
 
     def __call__(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
         """The dense code of inference: each row by itself."""
-        return _where(pre > self.threshold, pre)
+        return _past(self.threshold, pre, pre)
 
     def train(self, pre: Float[Array, "b m"]) -> tuple[Float[Array, "b m"], "BatchTopK"]:
         """The dense code of a training batch, and the activation with its threshold moved towards it."""

@@ -9,7 +9,7 @@ from flax import struct
 from jaxtyping import Array, Float
 
 from jaxsae._core import pytrees
-from jaxsae.autoencoder.activations.base import Activation, _of_any_units, _where
+from jaxsae.autoencoder.activations.base import Activation, _of_any_units, _past
 
 
 @pytrees.dataclass
@@ -64,9 +64,9 @@ class JumpReLU(Activation):
 
     def __call__(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
         """The dense code."""
-        on, slope = self._step(pre)
+        _, slope = self._step(pre)
         still = jax.lax.stop_gradient(self._finite())
-        return _where(on, pre) - (still * slope).astype(pre.dtype)
+        return _past(self.threshold, pre, pre) - (still * slope).astype(pre.dtype)
 
     def l0(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b"]:
         """`‖z‖₀` of each row, with its straight-through derivative to the thresholds."""
@@ -133,7 +133,7 @@ class Gated(Activation):
 
     def __call__(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
         """The dense code."""
-        return _where(self.gate(pre) > 0, jnp.exp(self.r_mag) * pre + self.b_mag)
+        return _past(0, self.gate(pre), jnp.exp(self.r_mag) * pre + self.b_mag)
 
     def gate(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
         """What must be positive for a latent to be active."""
