@@ -506,18 +506,18 @@ def test_an_uncompressed_tiff_is_turned_too(mode, orientation, tmp_path):
         exif = Image.Exif()
         exif[274] = orientation
         picture.save(tmp_path / name, exif=exif)
-    np.testing.assert_array_equal(images.read(tmp_path / "a.tif"), images.read(tmp_path / "a.png"))
+    np.testing.assert_array_equal(image_files.read(tmp_path / "a.tif"), images.read(tmp_path / "a.png"))
 
 
 def test_a_picture_in_0_to_1_that_overshoots_is_refused(tmp_path):
     picture = np.linspace(-0.1, 1.07, 64).reshape(8, 8)
     with pytest.raises(InputError, match=r"got a picture in \[0, 1\] or nearly, which would be black"):
-        images.write(tmp_path / "a.png", picture)
+        image_files.write(tmp_path / "a.png", picture)
 
 
 def test_a_mask_of_which_nothing_is_white_is_refused(tmp_path, capsys):
-    images.write(tmp_path / "a.png", np.random.default_rng(0).uniform(0, 255, (32, 32)))
-    images.write(tmp_path / "mask.png", np.ones((32, 32)))
+    image_files.write(tmp_path / "a.png", np.random.default_rng(0).uniform(0, 255, (32, 32)))
+    image_files.write(tmp_path / "mask.png", np.ones((32, 32)))
     argv = ["inpaint", tmp_path / "a.png", "--missing", tmp_path / "mask.png", "--out", tmp_path / "b.png"]
     assert main(list(map(str, argv))) == 2
     assert "no pixel is brighter than 127 of 255" in capsys.readouterr().err
@@ -539,4 +539,4 @@ def test_16_bits_in_a_plane_for_each_channel_are_refused(tmp_path):
     content += struct.pack("<I3H6I", 0, 16, 16, 16, *places, size, size, size) + planes
     (tmp_path / "a.tif").write_bytes(content)
     with pytest.raises(InputError, match=r"a\.tif: has more than 8 bits a channel; expected 8"):
-        images.read(tmp_path / "a.tif")
+        image_files.read(tmp_path / "a.tif")

@@ -172,7 +172,7 @@ def test_the_fused_refit_is_that_of_the_reference(platform, shape):
     except NotImplementedError:
         assert shape[3] > 128
         return
-    _, units = problems.measure(square, problems.used(c.indices, shape[2]), scale, norm, ridge)
+    _, units = problems.measure(square, sparse.used(c.indices, shape[2]), scale, norm, ridge)
     np.testing.assert_array_equal(units.finite, wanted.finite)
     good = np.asarray(wanted.finite)
     assert good.any()

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxsae import sharding
-from jaxsae._core import chunking, pytrees
+from jaxsae._core import chunking, pytrees, sparse
 from jaxsae._core.linalg import matmul, max_or_nan, solve_on
 from jaxsae.codes import SparseCode
 from jaxsae.least_squares import problems, solvers
@@ -102,7 +102,7 @@ def _certify(nonnegative: bool, num_latents: int, shared, per_row):
     dictionary, ridge = shared
 
     def chunk(y, indices, values):
-        values = jnp.where(problems.used(indices, num_latents), values, 0)
+        values = jnp.where(sparse.used(indices, num_latents), values, 0)
         problem = problems.unit_rows(dictionary, y, indices, num_latents=num_latents, ridge=ridge)
         r = problems.residuals(dictionary, y, SparseCode(values, indices, num_latents))
         z = values.astype(y.dtype) * problem.unit

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxsae._core import chunking
+from jaxsae._core import chunking, sparse
 from jaxsae._core.linalg import EXACT, solve_semidefinite
 from jaxsae.least_squares import problems
 
@@ -56,7 +56,7 @@ def backward(
     def chunk(carry, y, indices, z, z_bar, finite):
         dictionary_bar, ridge_bar = carry
         # Rows that are not finite, and padding rows, become empty supports: no derivative, no NaN.
-        free = problems.used(indices, num_latents) & finite[:, None] & ((z > 0) | (not nonnegative))
+        free = sparse.used(indices, num_latents) & finite[:, None] & ((z > 0) | (not nonnegative))
         atoms = problems.take(dictionary, indices, num_latents, ridge.dtype)
         atoms = jnp.where(free[:, :, None], atoms, 0)
         y, z, z_bar = (

@@ -59,11 +59,6 @@ def take(dictionary: Any, indices: Array, num_latents: int, dtype) -> Array:
     return dictionary.take(indices).astype(dtype)
 
 
-def used(indices: Array, num_latents: int) -> Array:
-    """The support as a mask."""
-    return sparse.used(indices, num_latents)
-
-
 class Problem(NamedTuple):
     """Unit-free problems of `n` rows: `x = z · unit` minimises `½xᵀGx − cᵀx`; `G` has ones on its diagonal."""
 
@@ -104,7 +99,7 @@ def scaled(y: Array) -> tuple[Array, Array, Array]:
 
 def problems(dictionary: Any, y: Array, indices: Array, *, num_latents: int, ridge: Array) -> Problem:
     """The problems of `n` rows, in the dtype of `ridge`, if the squares of their atoms are within its range."""
-    atoms, on = take(dictionary, indices, num_latents, y.dtype), used(indices, num_latents)
+    atoms, on = take(dictionary, indices, num_latents, y.dtype), sparse.used(indices, num_latents)
     k, d = atoms.shape[1:]
     y, y_scale, y_norm = scaled(y)
     gram = chunking.each_row(lambda atoms: matmul(atoms, atoms.T), atoms, flops=2 * k * k * d)
@@ -190,7 +185,7 @@ class UnitRows(NamedTuple):
 
 def unit_rows(dictionary: Any, y: Array, indices: Array, *, num_latents: int, ridge: Array) -> UnitRows:
     """The atoms and targets of `n` rows, free of units, whatever their size; 0 stays 0."""
-    on = used(indices, num_latents)
+    on = sparse.used(indices, num_latents)
     atoms = jnp.where(on[:, :, None], take(dictionary, indices, num_latents, y.dtype), 0)
     root = jnp.sqrt(ridge)
     y, *of_y = scaled(y)
@@ -218,7 +213,7 @@ def residuals(dictionary: Any, y: Array, code: SparseCode) -> Array:
 
     Atoms, values and targets are divided by powers of two alone, so that nothing is rounded before it cancels.
     """
-    on = used(code.indices, code.num_latents)
+    on = sparse.used(code.indices, code.num_latents)
     atoms = jnp.where(on[:, :, None], take(dictionary, code.indices, code.num_latents, y.dtype), 0)
     atom_scale = power_of_two(largest(atoms)[:, :, 0])
     y, *of_y = scaled(y)

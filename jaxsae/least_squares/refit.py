@@ -28,7 +28,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxsae import sharding
-from jaxsae._core import chunking, pytrees
+from jaxsae._core import chunking, pytrees, sparse
 from jaxsae._core.linalg import EXACT, divide, max_or_nan, solve_on
 from jaxsae.codes import SparseCode
 from jaxsae.least_squares import implicit, problems, solvers
@@ -186,7 +186,7 @@ def _refit_by_devices(static: "_Static", solver, dictionary, y, indices, values,
     def here(solver, dictionary, y, indices, values, ridge):
         atoms = sharding.fetch(dictionary, indices)
         slots = jnp.arange(indices.size, dtype=indices.dtype).reshape(indices.shape)
-        slots = jnp.where(problems.used(indices, static.num_latents), slots, indices.size)
+        slots = jnp.where(sparse.used(indices, static.num_latents), slots, indices.size)
         own = static._replace(num_latents=indices.size)
         return _refit(own, solver, atoms.reshape(-1, atoms.shape[-1]), y, slots, values, ridge)
 
@@ -320,7 +320,7 @@ def _solve_rows(static: _Static, shared, y, indices, values) -> _Outcome:
             workspace_bytes=workspace_bytes // 2,
         )
         solved = problems.solved(solver, problem, values.astype(ridge.dtype), nonnegative)
-    on = problems.used(indices, num_latents)
+    on = sparse.used(indices, num_latents)
     finite = solved.finite & (jnp.isfinite(values) | ~on).all(1)
     feasible = jax.nn.relu(values) if nonnegative else values
     refitted = divide(solved.x, solved.unit).astype(values.dtype)
@@ -391,7 +391,7 @@ def _revise(static: _Static, shared, y, indices, values, x, info: RefitInfo) -> 
     best, gradient = choose(moved, best, start)
     feasible = jax.nn.relu(values) if nonnegative else values
     refitted = jnp.where(moved | (unit == 0), refitted, jnp.where(usable, feasible, 0))
-    finite &= (jnp.isfinite(values) | ~problems.used(indices, num_latents)).all(1) & jnp.isfinite(refitted).all(1)
+    finite &= (jnp.isfinite(values) | ~sparse.used(indices, num_latents)).all(1) & jnp.isfinite(refitted).all(1)
     kkt = max_or_nan(weight * solvers.violation(best, gradient, nonnegative), 1)
     return _Outcome(jnp.where(finite[:, None], refitted, values), best, _info(solver, kkt, steps, finite))
 
@@ -406,7 +406,7 @@ def _widths(k: int) -> list[int]:
 
 def _narrow(solve, num_latents: int, width: int, y, indices, values) -> _Outcome:
     """Solve rows of at most `width` atoms in that many slots."""
-    on = problems.used(indices, num_latents)
+    on = sparse.used(indices, num_latents)
     slots = jnp.argsort(~on, axis=1, stable=True)[:, :width]
     outcome = solve(y, *(jnp.take_along_axis(array, slots, axis=1) for array in (indices, values)))
     place = jnp.minimum(jnp.cumsum(on, axis=1) - 1, width - 1)
@@ -433,7 +433,7 @@ def _solve(static: _Static, shared, per_row):
             cpu_rows=max(16, min(256, in_cache // 16 * 16)),
         )
     else:
-        l0 = jnp.sum(problems.used(indices, static.num_latents), axis=1)
+        l0 = jnp.sum(sparse.used(indices, static.num_latents), axis=1)
         outcome = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(solve, *per_row))
         previous = -1
         for width in _widths(k):

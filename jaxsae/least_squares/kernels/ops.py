@@ -216,7 +216,7 @@ def solve(
         _, scale, norm = problems.scaled(y.astype(ridge.dtype))
         arguments = dictionary, indices, y, scale, norm, z0, ridge, tol, max_steps
         x, square, usable, kkt, steps = kernel.solve(*arguments, nonnegative=nonnegative, **options)
-        _, units = problems.measure(square, problems.used(indices, len(dictionary)), scale, norm, ridge)
+        _, units = problems.measure(square, sparse.used(indices, len(dictionary)), scale, norm, ridge)
         return problems.Solved(x, units.unit, units.finite, usable, kkt, steps)
 
     def by_xla():
@@ -244,7 +244,7 @@ def _validate(name: str, dictionary, indices, implementation, **rows_of) -> None
 
 def _slots(indices: Array, m: int) -> Array:
     """Indices in `[0, m]`, as kernels take them: `m` for whatever is out of range."""
-    return jnp.where(problems.used(indices, m), indices, m)
+    return jnp.where(sparse.used(indices, m), indices, m)
 
 
 def _bucket(n: int) -> int:
@@ -302,7 +302,7 @@ def _gram_rows(static: _Static, shared, indices, y):
 
 def _masked(dictionary, indices, products):
     G, c = products
-    on = problems.used(indices, len(dictionary))
+    on = sparse.used(indices, len(dictionary))
     return jnp.where(on[:, :, None] & on[:, None, :], G, 0), jnp.where(on, c, 0)
 
 
@@ -321,7 +321,7 @@ def _gather_gram_backward(static: _Static, residuals, cotangents):
     dtype = problems.accumulator(dictionary, y)
 
     def chunk(total, indices, y, gram_bar, c_bar):
-        on = problems.used(indices, m)
+        on = sparse.used(indices, m)
         atoms = jnp.where(on[:, :, None], problems.take(dictionary, indices, m, dtype), 0)
         symmetric = gram_bar + jnp.swapaxes(gram_bar, 1, 2)
         bar = jnp.einsum("nij,njd->nid", symmetric, atoms, precision=EXACT)
@@ -381,7 +381,7 @@ def _refit_rows(static: _Static, shared, indices, y, z0):
     dictionary, (ridge, tol, most) = shared
     nonnegative = static.nonnegative
     found = solve(dictionary, indices, y, z0, ridge, tol, most, nonnegative, static.implementation)
-    finite = found.finite & (jnp.isfinite(z0) | ~problems.used(indices, len(dictionary))).all(1)
+    finite = found.finite & (jnp.isfinite(z0) | ~sparse.used(indices, len(dictionary))).all(1)
     start = jax.nn.relu(z0) if nonnegative else z0
     moved = ((found.steps > 0) | ~found.usable)[:, None] | (found.unit == 0)
     z = jnp.where(moved, divide(found.x, found.unit).astype(z0.dtype), start)

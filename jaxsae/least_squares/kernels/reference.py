@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from jaxsae import codes
-from jaxsae._core import chunking
+from jaxsae._core import chunking, sparse
 from jaxsae._core.linalg import EXACT, matmul
 from jaxsae.codes import SparseCode
 from jaxsae.least_squares import problems, solvers
@@ -14,7 +14,7 @@ def gather_gram(D, indices, y):
     (k,), (m, d), dtype = indices.shape[1:], D.shape, problems.accumulator(D, y)
 
     def chunk(indices, y):
-        on = problems.used(indices, m)
+        on = sparse.used(indices, m)
         atoms = jnp.where(on[:, :, None], problems.take(D, indices, m, dtype), 0)
         G = chunking.each_row(lambda atoms: matmul(atoms, atoms.T), atoms, flops=2 * k * k * d)
         return G, jnp.einsum("nid,nd->ni", atoms, y.astype(dtype), precision=EXACT)
