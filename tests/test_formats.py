@@ -227,7 +227,9 @@ def pursued(x, W_dec, threshold, steps, duplicate):
     return np.array(codes)
 
 
-@pytest.mark.parametrize("duplicate, steps, centred", [(True, None, True), (False, 4, True), (True, 3, False)])
+@pytest.mark.parametrize(
+    "duplicate, steps, apply_b_dec_to_input", [(True, None, True), (False, 4, True), (True, 3, False)]
+)
 def test_matching_pursuit_is_a_pursuit_encoder(duplicate, steps, apply_b_dec_to_input, tmp_path):
     W_dec = W["W_dec"] / np.linalg.norm(W["W_dec"], axis=1, keepdims=True)
     options = {"residual_threshold": 0.5, "max_iterations": steps, "stop_on_duplicate_support": duplicate}

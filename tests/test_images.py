@@ -506,7 +506,7 @@ def test_an_uncompressed_tiff_is_turned_too(mode, orientation, tmp_path):
         exif = Image.Exif()
         exif[274] = orientation
         picture.save(tmp_path / name, exif=exif)
-    np.testing.assert_array_equal(image_files.read(tmp_path / "a.tif"), images.read(tmp_path / "a.png"))
+    np.testing.assert_array_equal(image_files.read(tmp_path / "a.tif"), image_files.read(tmp_path / "a.png"))
 
 
 def test_a_picture_in_0_to_1_that_overshoots_is_refused(tmp_path):

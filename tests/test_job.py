@@ -190,7 +190,7 @@ def test_each_step_is_logged_once_by_its_own_number(bad, loop):
     good = [number for number in range(progress.position) if number not in bad]
     assert [number for _, number in loop.logged] == good
     assert progress.bad == tuple(number for number in bad if number < progress.position)
-    assert (int(state.step), progress.told, loop.said) == (25, {"nmse": 25.0}, [])
+    assert (int(state.step), progress.logged, loop.said) == (25, {"nmse": 25.0}, [])
 
 
 def test_ten_in_a_row_are_ten(loop):

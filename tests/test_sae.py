@@ -6,6 +6,7 @@ from problems import activations, assert_same_bits, f64, sae
 
 import jaxsae
 from jaxsae import SparseCode
+from jaxsae.autoencoder import normalisation
 
 # Compiled, since op by op every shape costs dozens of small compilations.
 encode = jax.jit(jaxsae.encode, static_argnames="capacity")
@@ -256,7 +257,7 @@ def test_reconstruct_encodes_by_itself_and_knows_every_convention():
 
 def test_to_fit_is_what_reconstruct_adds_up_whatever_the_conventions():
     x = activations()
-    for each in (None, jaxsae.autoencoder.normalisation.LayerNorm(), jaxsae.autoencoder.normalisation.ConstantNorm()):
+    for each in (None, normalisation.LayerNorm(), normalisation.ConstantNorm()):
         model = sae().replace(normalisation=each, W_skip=activations(9, batch=(16,), d=16))
         code = encode(model, x)
         target = jaxsae.reconstruct(model, x, code)
@@ -338,10 +339,10 @@ def test_rows_of_any_size_are_normalised(dtype, scale):
     x = np.random.default_rng(0).normal(size=(5, 12))
     rows = jnp.asarray(scale * x, dtype)
     norm, sigma = np.linalg.norm(x, axis=1, keepdims=True) / np.sqrt(12), x.std(1, ddof=1, keepdims=True)
-    found = jaxsae.normalisation.ConstantNorm()(rows)
+    found = normalisation.ConstantNorm()(rows)
     np.testing.assert_allclose(found.inputs, x / norm, rtol=3e-3)
     np.testing.assert_allclose(f64(found.scale) / scale, norm, rtol=3e-3)
-    inputs, deviation, mean = jaxsae.normalisation.LayerNorm(eps=1e-5 * scale)(rows)
+    inputs, deviation, mean = normalisation.LayerNorm(eps=1e-5 * scale)(rows)
     np.testing.assert_allclose(inputs, (x - x.mean(1, keepdims=True)) / (sigma + 1e-5), rtol=3e-3, atol=3e-3)
     np.testing.assert_allclose(f64(deviation) / scale, sigma, rtol=3e-3)
     np.testing.assert_allclose(f64(mean) / scale, x.mean(1, keepdims=True), atol=3e-3)
@@ -350,6 +351,6 @@ def test_rows_of_any_size_are_normalised(dtype, scale):
 @pytest.mark.parametrize("value", [0.1, 1.0, 3333.3, 1.1e5])
 def test_equal_numbers_have_no_spread(value):
     row = jnp.full((1, 768), value)
-    found, slope = jax.value_and_grad(lambda x: jnp.sum(jaxsae.normalisation.LayerNorm()(x).inputs ** 2))(row)
+    found, slope = jax.value_and_grad(lambda x: jnp.sum(normalisation.LayerNorm()(x).inputs ** 2))(row)
     assert found == 0
     assert not np.any(slope)

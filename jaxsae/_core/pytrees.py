@@ -27,11 +27,11 @@ def fixed(**options: Any) -> Any:
 
     Example:
       >>> @dataclass
-      ... class Scale:
+      ... class Clipped:
       ...     by: float
       ...     at_most: float = fixed(default=3.0)
-      >>> partition(Scale(1.5))
-      (Scale(by=1.5, at_most=None), Scale(by=None, at_most=3.0))
+      >>> partition(Clipped(1.5))
+      (Clipped(by=1.5, at_most=None), Clipped(by=None, at_most=3.0))
     """
     return struct.field(metadata={"trained": False}, **options)
 

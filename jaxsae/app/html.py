@@ -128,7 +128,7 @@ def document(
     shown = [(name, "-".join(name.lower().replace(",", "").split()), text) for name, text in sections.items() if text]
     links = "".join(f'<li><a href="#{anchor}">{name}</a></li>' for name, anchor, _ in shown)
     tiles = "".join(f"<div><dt>{name}</dt><dd>{text}</dd></div>" for name, text in facts.items() if text != "–")
-    shown = "".join(f'<p class="warning" role="note">{escape(text)}</p>' for text in warnings)
+    notes = "".join(f'<p class="warning" role="note">{escape(text)}</p>' for text in warnings)
     body = "".join(
         f'<section id="{anchor}" aria-labelledby="h-{anchor}"><h2 id="h-{anchor}">{name}</h2>{text}</section>\n'
         for name, anchor, text in shown
@@ -146,7 +146,7 @@ def document(
 <body>
 <header><h1>{title}</h1><p>{escape(subtitle)}</p></header>
 <main>
-{shown}{f'<dl class="facts">{tiles}</dl>' if tiles else ""}
+{notes}{f'<dl class="facts">{tiles}</dl>' if tiles else ""}
 <nav aria-label="Contents"><ul>{links}</ul></nav>
 {body}</main>
 <footer><p>Made by <code>jaxsae report</code>.</p></footer>
