@@ -24,6 +24,7 @@ from jaxsae._core import chunking
 from jaxsae._core.linalg import divide, matmul, max_or_nan, residual, squared_norm
 from jaxsae.codes import SparseCode
 from jaxsae.least_squares import problems
+from jaxsae.least_squares.solvers import FISTAState, fista_start, fista_step
 
 _STARTS = 4  # of a row that goes on by FISTA, each from the end of the one before
 
@@ -283,14 +284,9 @@ def _judge(row: _Row, A, z, lam, r):
 
 
 class _Descent(NamedTuple):
-    """Iterate `z [m]`, extrapolation `w [m]`, their residuals `[d]`, curvature, momentum, and the best iterate."""
+    """The state of FISTA, on `z [m]`, and the best iterate."""
 
-    z: Array
-    r: Array
-    w: Array
-    r_w: Array
-    curvature: Array
-    t: Array
+    fista: FISTAState
     best: Array
     kkt: Array
     gap: Array
@@ -314,25 +310,25 @@ def _descend_from(row: _Row, tol, most, lam, arrival: Solution) -> Solution:
     given = jnp.where(usable, arrival.values, 0)
     start, r_start = SparseCode(given, arrival.indices, len(D)).dense(), residual(y, given, _take(D, arrival.indices))
     curvature = squared_norm(D, jnp.max(jnp.abs(D), axis=0), 8)
-    one = jnp.ones((), D.dtype)
-    begin = _Descent(start, r_start, start, r_start, curvature, one, start, kkt, gap, arrival.steps)
+
+    def residual_at(z):
+        return r_start - matmul(z - start, D)
+
+    def gradient(z):
+        return -matmul(D, residual_at(z))
+
+    def prox(v, curvature):
+        z = jnp.maximum(v - lam / curvature, 0)
+        return z if static.nonnegative else z + jnp.minimum(v + lam / curvature, 0)
 
     def step(s: _Descent) -> _Descent:
-        moved, threshold = s.w + divide(matmul(D, s.r_w), s.curvature), divide(lam, s.curvature)
-        z = jnp.maximum(moved - threshold, 0)
-        z = z if static.nonnegative else z + jnp.minimum(moved + threshold, 0)
-        r = r_start - matmul(z - start, D)
-        restart = jnp.sum((s.w - z) * (z - s.z)) > 0
-        t = jnp.where(restart, 1, (1 + jnp.sqrt(1 + 4 * s.t**2)) / 2)
-        momentum = jnp.where(restart, 0, (s.t - 1) / t)
-        # Power iteration estimates the curvature from below; each step taken is evidence that can only raise it.
-        met = divide(jnp.sum((r - s.r_w) ** 2), jnp.sum((z - s.w) ** 2))
-        kkt, gap, _ = _judge(row, D, z, lam, r)
+        fista = fista_step(s.fista, prox, gradient)
+        kkt, gap, _ = _judge(row, D, fista.z, lam, residual_at(fista.z))
         better = gap < s.gap
-        best, kkt, gap = (jnp.where(better, *pair) for pair in ((z, s.best), (kkt, s.kkt), (gap, s.gap)))
-        w, r_w = z + momentum * (z - s.z), r + momentum * (r - s.r)
-        return _Descent(z, r, w, r_w, jnp.maximum(s.curvature, met), t, best, kkt, gap, s.steps + 1)
+        best, kkt, gap = (jnp.where(better, *pair) for pair in ((fista.z, s.best), (kkt, s.kkt), (gap, s.gap)))
+        return _Descent(fista, best, kkt, gap, s.steps + 1)
 
+    begin = _Descent(fista_start(start, gradient(start), curvature), start, kkt, gap, arrival.steps)
     end = jax.lax.while_loop(lambda s: (s.gap > tol) & (s.steps < most), step, begin)
     code = codes.from_dense(end.best, static.capacity)
     # Judged anew: the slots may have had no room for all of it, and far from the start its residual was rounded.

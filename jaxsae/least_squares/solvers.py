@@ -9,6 +9,7 @@ judged by the last one's tolerance.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -48,12 +49,12 @@ def spectral_norm(gram: Float[Array, "k k"], *, iterations: int = 8) -> Float[Ar
     return jax.lax.fori_loop(0, iterations, iterate, (v, norm))[1]
 
 
-def _raise_curvature(curvature, dz, dg):
+def _raise_curvature(curvature, dz, dg, total=jnp.sum):
     """The larger of the curvature so far and the one just met, `dzᵀG dz / ‖dz‖²`.
 
     Power iteration estimates `‖G‖₂` from below; each step taken is evidence that can only raise it.
     """
-    return jnp.maximum(curvature, divide(jnp.sum(dz * dg), jnp.sum(dz * dz)))
+    return jnp.maximum(curvature, divide(total(dz * dg), total(dz * dz)))
 
 
 class ProjectedGradientState(NamedTuple):
@@ -113,13 +114,38 @@ class FISTAState(NamedTuple):
     t: Array
 
 
+def fista_start(z: Array, gradient: Array, curvature: Array) -> FISTAState:
+    """The state at a feasible `z`, without momentum."""
+    return FISTAState(z, gradient, z, gradient, curvature, jnp.ones_like(curvature))
+
+
+def fista_step(state: FISTAState, prox: Callable, gradient: Callable, total: Callable = jnp.sum) -> FISTAState:
+    """One step of FISTA with gradient restart on `f + h`, at the cost of one gradient of `f`.
+
+    Args:
+      state: of one row, or of several, each with one `curvature`.
+      prox: `(v, L) -> argmin_z h(z) + ½L‖z − v‖²`.
+      gradient: that of the quadratic `f`. It is affine, so that the extrapolation's is free.
+      total: sum over the entries of a row.
+    """
+    safe = jnp.where(state.curvature > 0, state.curvature, 1)
+    z = prox(state.w - state.gradient_w / safe, safe)
+    at_z = gradient(z)
+    curvature = _raise_curvature(state.curvature, z - state.w, at_z - state.gradient_w, total)
+    restart = total((state.w - z) * (z - state.z)) > 0
+    t = jnp.where(restart, 1, (1 + jnp.sqrt(1 + 4 * state.t**2)) / 2)
+    momentum = jnp.where(restart, 0, (state.t - 1) / t)
+    w, gradient_w = z + momentum * (z - state.z), at_z + momentum * (at_z - state.gradient)
+    return FISTAState(z, at_z, w, gradient_w, curvature, t)
+
+
 @pytrees.dataclass
 class FISTA:
     """Accelerated projected gradient with gradient restart.
 
         z⁺ = P(w − (Gw − c)/L),   t⁺ = (1 + √(1 + 4t²))/2,   w⁺ = z⁺ + (t − 1)/t⁺ · (z⁺ − z),
 
-    with the momentum dropped (`t⁺ = 1`, `w⁺ = z⁺`) whenever it points uphill, `(Gw − c)ᵀ(z⁺ − z) > 0`.
+    with the momentum dropped (`t⁺ = 1`, `w⁺ = z⁺`) whenever it points uphill, `(w − z⁺)ᵀ(z⁺ − z) > 0`.
 
     Attributes:
       tol: stop a row when its KKT residual, relative and without unit, is at most this.
@@ -144,22 +170,11 @@ class FISTA:
 
     def init(self, gram: Array, c: Array, z: Array, lower: float) -> FISTAState:
         """The state at a feasible start `z`, without momentum."""
-        gradient = _matvec(gram, z) - c
-        curvature = spectral_norm(gram)
-        return FISTAState(z, gradient, z, gradient, curvature, jnp.ones_like(curvature))
+        return fista_start(z, _matvec(gram, z) - c, spectral_norm(gram))
 
     def step(self, gram: Array, c: Array, state: FISTAState, lower: float) -> FISTAState:
-        """One accelerated step, at the cost of one product with `G`: the gradient is affine, so `w`'s is free."""
-        safe = jnp.where(state.curvature > 0, state.curvature, 1)
-        z = jnp.maximum(state.w - state.gradient_w / safe, lower)
-        gradient = _matvec(gram, z) - c
-        curvature = _raise_curvature(state.curvature, z - state.w, gradient - state.gradient_w)
-        restart = jnp.sum(state.gradient_w * (z - state.z)) > 0
-        t = jnp.where(restart, 1.0, (1 + jnp.sqrt(1 + 4 * state.t**2)) / 2)
-        momentum = jnp.where(restart, 0.0, (state.t - 1) / t)
-        w = z + momentum * (z - state.z)
-        gradient_w = gradient + momentum * (gradient - state.gradient)
-        return FISTAState(z, gradient, w, gradient_w, curvature, t)
+        """One accelerated step, at the cost of one product with `G`."""
+        return fista_step(state, lambda v, _: jnp.maximum(v, lower), lambda z: _matvec(gram, z) - c)
 
 
 class BlockPivotingState(NamedTuple):
@@ -346,49 +361,67 @@ class _Carry(NamedTuple):
     best: Array  # [k] the iterate to return, the best so far
     best_gradient: Array  # [k]
     steps: Array
-    running: Array
 
 
 def drive(solver, G, c, weight, z, most, nonnegative: bool):
-    """Run a solver on one unit-free problem, for at most `most` steps, until its KKT residual is within tolerance.
+    """Run a solver on one unit-free problem, for at most `most` steps, until its KKT residual is within tolerance."""
+    lower = 0.0 if nonnegative else -jnp.inf
+    start = sharding.vary_alike(solver.init(G, c, z, lower), weight, most)
+    return iterate(lambda state: solver.step(G, c, state, lower), start, weight, solver.tol, most, nonnegative)
+
+
+def _while_running(step, carry, running):
+    """Repeat `step(carry) -> (carry, running)`, for one row."""
+    return jax.lax.while_loop(lambda pair: pair[1], lambda pair: step(pair[0]), (carry, running))[0]
+
+
+def iterate(
+    step, start, weight, tol, most, nonnegative: bool, *, total=jnp.sum, largest=max_or_nan, repeat=_while_running
+):
+    """Repeat `step(state) -> state` until the KKT residual is within `tol`, and return the best iterate.
 
     It stops on a residual that is at least the one it returns: as if every atom were as long as the longest, so that
     short atoms are solved as well as long ones.
 
     The objective's change between two points of a quadratic is `½(z − z')ᵀ(g + g')`, exactly; so "better" is decided
     without subtracting two nearly equal objectives.
+
+    Args:
+      step: of a solver.
+      start: its state at a feasible start.
+      weight: as of `problems.Problem`.
+      tol: tolerance of the KKT residual.
+      most: steps.
+      nonnegative: constrain `z ≥ 0`.
+      total: sum over the slots of a row.
+      largest: the same for the maximum.
+      repeat: `(step, carry, running) -> carry`, a loop while the row, or any of several, is `running`.
+
+    Returns:
+      The best iterate, its KKT residual, and the number of steps.
     """
-    lower = 0.0 if nonnegative else -jnp.inf
 
     def residual(z, gradient, weight):
-        return max_or_nan(weight * violation(z, gradient, nonnegative))
+        return largest(weight * violation(z, gradient, nonnegative))
 
     strict = jnp.maximum(weight, 1)
 
     def improvement(state, z, gradient):
-        return -0.5 * jnp.sum((state.z - z) * (state.gradient + gradient))
+        return -0.5 * total((state.z - z) * (state.gradient + gradient))
 
-    start = solver.init(G, c, z, lower)
-
-    def step(carry: _Carry) -> _Carry:
-        state = solver.step(G, c, carry.state, lower)
-        within = residual(state.z, state.gradient, strict) <= solver.tol
+    def advance(carry: _Carry):
+        state = step(carry.state)
+        within = residual(state.z, state.gradient, strict) <= tol
         done = within & (improvement(state, start.z, start.gradient) >= 0)
         better = done | (improvement(state, carry.best, carry.best_gradient) > 0)
+        best = jnp.where(better, state.z, carry.best)
+        best_gradient = jnp.where(better, state.gradient, carry.best_gradient)
         steps = carry.steps + 1
-        return _Carry(
-            state,
-            jnp.where(better, state.z, carry.best),
-            jnp.where(better, state.gradient, carry.best_gradient),
-            steps,
-            ~done & (steps < most),
-        )
+        return _Carry(state, best, best_gradient, steps), ~done & (steps < most)
 
     # NaN compares false: a row that is not finite never runs.
-    running = (residual(start.z, start.gradient, strict) > solver.tol) & (most > 0)
-    carry = _Carry(start, start.z, start.gradient, jnp.zeros_like(running, jnp.int32), running)
-    carry = sharding.vary_alike(carry, G, c, weight, z, most)
-    carry = jax.lax.while_loop(lambda carry: carry.running, step, carry)
+    running = (residual(start.z, start.gradient, strict) > tol) & (most > 0)
+    carry = repeat(advance, _Carry(start, start.z, start.gradient, jnp.zeros_like(running, jnp.int32)), running)
     return carry.best, residual(carry.best, carry.best_gradient, weight), carry.steps
 
 

@@ -1,4 +1,4 @@
-"""FISTA on one small problem in fast memory: the arithmetic of `solvers.FISTA` under `solvers.drive`, for kernels.
+"""FISTA on one small problem in fast memory: `solvers.fista_step` under `solvers.iterate`, for kernels.
 
 A kernel says how a product with `G` is made and along which axis a row's `k` slots lie; so the same lines run 128
 rows in the lanes of a TPU, `[k 128]` with one number a row `[1 128]`, and one row in a program of a GPU, `[k]`.
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxsae._core.linalg import divide
+from jaxsae.least_squares import solvers
 
 
 class Space(NamedTuple):
@@ -61,52 +61,26 @@ def solve(space: Space, columns, c, weight, start, *, tol, most, nonnegative: bo
     Returns:
       The best iterate, its KKT residual, and the number of steps (int32), as `solvers.drive` has them.
     """
+    lower = 0.0 if nonnegative else -jnp.inf
 
-    def residual(z, gradient, weight):
-        violation = jnp.abs(gradient)
-        if nonnegative:
-            violation = jnp.where(z > 0, violation, jnp.maximum(jnp.maximum(-gradient, -z), 0.0))
-        return space.largest(weight * violation)
+    def gradient(z):
+        return space.matvec(z) - c
 
-    def improvement(z, gradient, other, gradient_other):
-        return -0.5 * space.total((z - other) * (gradient + gradient_other))
+    def step(state):
+        return solvers.fista_step(state, lambda v, _: jnp.maximum(v, lower), gradient, space.total)
 
-    strict = jnp.maximum(weight, 1.0)
-    gradient = space.matvec(start) - c
-    curvature = spectral_norm(space, columns)
-    start_gradient = gradient
-    # NaN compares false: a row that is not finite never runs.
-    running = ((residual(start, gradient, strict) > tol) & (most > 0)).astype(jnp.float32)
+    def repeat(step, carry, running):
+        """Repeat while any row is running; the others wait."""
 
-    def step(carry):
-        z_old, g_old, w, g_w, curvature, t_old, best, best_gradient, steps, running = carry
-        on = running > 0
-        z = w - g_w / jnp.where(curvature > 0, curvature, 1.0)
-        z = jnp.maximum(z, 0.0) if nonnegative else z
-        g = space.matvec(z) - c
-        dz = z - w
-        met = divide(space.total(dz * (g - g_w)), space.total(dz * dz))
-        uphill = space.total(g_w * (z - z_old)) > 0
-        t = jnp.where(uphill, 1.0, (1 + jnp.sqrt(1 + 4 * t_old * t_old)) / 2)
-        momentum = jnp.where(uphill, 0.0, (t_old - 1) / t)
-        done = (residual(z, g, strict) <= tol) & (improvement(z, g, start, start_gradient) >= 0)
-        better = on & (done | (improvement(z, g, best, best_gradient) > 0))
-        steps = steps + running
-        return (
-            jnp.where(on, z, z_old),
-            jnp.where(on, g, g_old),
-            jnp.where(on, z + momentum * (z - z_old), w),
-            jnp.where(on, g + momentum * (g - g_old), g_w),
-            jnp.where(on, jnp.maximum(curvature, met), curvature),
-            jnp.where(on, t, t_old),
-            jnp.where(better, z, best),
-            jnp.where(better, g, best_gradient),
-            steps,
-            (on & ~done & (steps < most)).astype(jnp.float32),
-        )
+        def hold(pair):
+            carry, running = pair
+            new, still = step(carry)
+            carry = jax.tree.map(lambda new, old: jnp.where(running > 0, new, old), new, carry)
+            return carry, ((running > 0) & still).astype(jnp.float32)
 
-    t, steps = jnp.ones_like(curvature), jnp.zeros_like(running)
-    carry = (start, gradient, start, gradient, curvature, t, start, gradient, steps, running)
-    carry = jax.lax.while_loop(lambda carry: space.any(carry[-1]), step, carry)
-    *_, best, best_gradient, steps, _ = carry
-    return best, residual(best, best_gradient, weight), steps.astype(jnp.int32)
+        return jax.lax.while_loop(lambda pair: space.any(pair[1]), hold, (carry, running.astype(jnp.float32)))[0]
+
+    begin = solvers.fista_start(start, gradient(start), spectral_norm(space, columns))
+    return solvers.iterate(
+        *(step, begin, weight, tol, most, nonnegative), total=space.total, largest=space.largest, repeat=repeat
+    )
