@@ -1,6 +1,7 @@
 """Small dense linear algebra, in full precision on every backend."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -85,15 +86,30 @@ def _halves(x):
     return first, x - first
 
 
-def squared_norm(D: Float[Array, "m d"], start: Float[Array, " d"], steps: int) -> Float[Array, ""]:
-    """`‖D‖₂²` by power iteration, from below."""
+def power_iteration(product: Callable, v: Array, steps: int, total: Callable = jnp.sum) -> Array:
+    """The largest eigenvalue of a positive semi-definite matrix, from below.
+
+    Args:
+      product: `v -> Gv`, of one vector or of several side by side.
+      v: where to start.
+      steps: how many.
+      total: sum over the entries of a vector.
+    """
+
+    def norm(v):
+        return jnp.sqrt(total(v * v))
 
     def iterate(_, carry):
-        v = matmul(matmul(carry[0], D.T), D)
-        norm = jnp.linalg.norm(v)
-        return divide(v, norm), norm
+        v, size = carry
+        v = product(v / jnp.where(size > 0, size, 1))
+        return v, norm(v)
 
-    return jax.lax.fori_loop(0, steps, iterate, (start, jnp.zeros((), D.dtype)))[1]
+    return jax.lax.fori_loop(0, steps, iterate, (v, norm(v)))[1]
+
+
+def squared_norm(D: Float[Array, "m d"], start: Float[Array, " d"], steps: int) -> Float[Array, ""]:
+    """`‖D‖₂²` by power iteration, from below."""
+    return power_iteration(lambda v: matmul(matmul(v, D.T), D), start, steps)
 
 
 def _solve_semidefinite(gram, rhs):

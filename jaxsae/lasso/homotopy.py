@@ -24,7 +24,7 @@ from jaxsae._core import chunking
 from jaxsae._core.linalg import divide, matmul, max_or_nan, residual, squared_norm
 from jaxsae.codes import SparseCode
 from jaxsae.least_squares import problems
-from jaxsae.least_squares.solvers import FISTAState, fista_start, fista_step
+from jaxsae.least_squares.solvers import POWER_STEPS, FISTAState, fista_start, fista_step
 
 _STARTS = 4  # of a row that goes on by FISTA, each from the end of the one before
 
@@ -309,7 +309,7 @@ def _descend_from(row: _Row, tol, most, lam, arrival: Solution) -> Solution:
     kkt, gap = (jnp.where(usable, x, 1) for x in (arrival.kkt, arrival.gap))
     given = jnp.where(usable, arrival.values, 0)
     start, r_start = SparseCode(given, arrival.indices, len(D)).dense(), residual(y, given, _take(D, arrival.indices))
-    curvature = squared_norm(D, jnp.max(jnp.abs(D), axis=0), 8)
+    curvature = squared_norm(D, jnp.max(jnp.abs(D), axis=0), POWER_STEPS)
 
     def residual_at(z):
         return r_start - matmul(z - start, D)

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from jaxsae import sharding
 from jaxsae._core import pytrees
-from jaxsae._core.linalg import divide, max_or_nan, solve_on
+from jaxsae._core.linalg import divide, max_or_nan, power_iteration, solve_on
 from jaxsae._core.linalg import matmul as _matvec
 
 __all__ = [
@@ -30,23 +30,18 @@ __all__ = [
     "within",
 ]
 
+POWER_STEPS = 8  # for an estimate of the curvature, which the steps taken correct
 
-def spectral_norm(gram: Float[Array, "k k"], *, iterations: int = 8) -> Float[Array, ""]:
+
+def spectral_norm(gram: Float[Array, "k k"]) -> Float[Array, ""]:
     """Estimate `‖G‖₂` of a positive semi-definite matrix by power iteration, from below.
 
     It starts at the longest column: never zero unless `G` is, and the same whatever the order of the atoms.
     """
     if gram.shape[-1] == 0:
         return jnp.zeros((), gram.dtype)
-    v = gram[:, jnp.argmax(jnp.sum(gram * gram, axis=0))]
-    norm = jnp.linalg.norm(v)
-
-    def iterate(_, carry):
-        v, norm = carry
-        v = _matvec(gram, v / jnp.where(norm > 0, norm, 1))
-        return v, jnp.linalg.norm(v)
-
-    return jax.lax.fori_loop(0, iterations, iterate, (v, norm))[1]
+    longest = jnp.argmax(jnp.sum(gram * gram, axis=0))
+    return power_iteration(lambda v: _matvec(gram, v), gram[:, longest], POWER_STEPS)
 
 
 def _raise_curvature(curvature, dz, dg, total=jnp.sum):

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxsae._core.linalg import power_iteration
 from jaxsae.least_squares import solvers
 
 
@@ -31,18 +32,12 @@ class Space(NamedTuple):
     slot: Any
 
 
-def spectral_norm(space: Space, columns, *, iterations: int = 8):
+def spectral_norm(space: Space, columns):
     """`solvers.spectral_norm`, given the squared norms of the columns of `G`."""
     longest = columns == space.largest(columns)
     first = -space.largest(jnp.where(longest, -space.slot, -1e9))
-    v = space.matvec((space.slot == first).astype(jnp.float32))
-
-    def iterate(_, carry):
-        v, norm = carry
-        v = space.matvec(v / jnp.where(norm > 0, norm, 1.0))
-        return v, jnp.sqrt(space.total(v * v))
-
-    return jax.lax.fori_loop(0, iterations, iterate, (v, jnp.sqrt(space.total(v * v))))[1]
+    column = space.matvec((space.slot == first).astype(jnp.float32))
+    return power_iteration(space.matvec, column, solvers.POWER_STEPS, space.total)
 
 
 def solve(space: Space, columns, c, weight, start, *, tol, most, nonnegative: bool):
