@@ -96,9 +96,9 @@ NO_SOURCE = {
     *(
         "jaxsae.autoencoder.normalisation.Normalisation",
         "jaxsae.autoencoder.normalisation.Normalised",
-        "jaxsae.solvers.default",
+        "jaxsae.solvers.Solver",
     ),
-    "jaxsae.solvers.within",
+    *("jaxsae.solvers.default", "jaxsae.solvers.within"),
 }
 OF_PAPERS = {
     *(f"autoencoder.activations.{name}" for name in ("base", "batch_top_k", "matching_pursuit", "thresholds", "top_k")),

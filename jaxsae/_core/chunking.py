@@ -1,5 +1,6 @@
 """Run a function of rows over any leading batch, a chunk of rows at a time, in bounded memory."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -152,3 +153,18 @@ def fold_vmap(f: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         return outputs, jax.tree.map(lambda _: True, outputs)
 
     return folded
+
+
+def over_rows(f: Callable[[Any, Any, Any], Any]) -> Callable[[Any, Any, Any], Any]:
+    """Compile `f(static, shared, per_row)` for each `static`, with the vmap of `fold_vmap`."""
+
+    @functools.cache
+    def folded(static):
+        return fold_vmap(functools.partial(f, static))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    @functools.wraps(f)
+    def compiled(static, shared, per_row):
+        return folded(static)(shared, per_row)
+
+    return compiled

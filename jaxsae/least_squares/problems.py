@@ -149,13 +149,34 @@ class Solved(NamedTuple):
     steps: Array  # [n]
 
 
-def drive_rows(solver, problem: Problem, z, most, nonnegative: bool):
+def drive_rows(solver: solvers.Solver, problem: Problem, z, most, nonnegative: bool):
     """Run a solver on `n` rows, each for at most `most [n]` steps."""
     drive = functools.partial(solvers.drive, solver, nonnegative=nonnegative)
     return jax.vmap(drive)(problem.gram, problem.c, problem.weight, z, most)
 
 
-def solved(solver, problem: Problem, values: Array, nonnegative: bool) -> Solved:
+def drive_chain(solver: solvers.Solver, problem: Problem, z, most, nonnegative: bool):
+    """Run a solver on `n` rows, then its fallback on those that it left."""
+    fallback = solver.fallback
+    best, kkt, steps = drive_rows(solver, problem, z, most, nonnegative)
+    if fallback is None:
+        return best, kkt, steps
+
+    def hand_on():
+        best_, kkt_, steps_ = drive_chain(
+            fallback, problem, best, jnp.full_like(steps, fallback.max_steps), nonnegative
+        )
+        return best_, kkt_, steps + steps_
+
+    return jax.lax.cond(jnp.any(left(solver, kkt, steps, most)), hand_on, lambda: (best, kkt, steps))
+
+
+def left(solver: solvers.Solver, kkt, steps, most):
+    """Whether a solver leaves a row to its fallback."""
+    return (steps >= most) & (kkt > solver.tol)
+
+
+def solved(solver: solvers.Solver, problem: Problem, values: Array, nonnegative: bool) -> Solved:
     """Run a solver on `n` rows, from starting values `[n k]` with units."""
     start = values * problem.unit
     start = jnp.maximum(start, 0) if nonnegative else start
@@ -205,6 +226,17 @@ def unit_rows(dictionary: Any, y: Array, indices: Array, *, num_latents: int, ri
         unit=unit,
         weight=divide(norm * atom_scale, longest),
         finite=determined.all(1) & jnp.isfinite(longest[:, 0]) & (ridge >= 0),
+    )
+
+
+def products(rows: UnitRows) -> Problem:
+    """The problems of rows in Gram space."""
+    return Problem(
+        gram=jnp.einsum("nid,njd->nij", rows.atoms, rows.atoms, precision=EXACT) + jax.vmap(jnp.diag)(rows.ridge),
+        c=jnp.einsum("nkd,nd->nk", rows.atoms, rows.y, precision=EXACT),
+        unit=rows.unit,
+        weight=rows.weight,
+        finite=rows.finite,
     )
 
 

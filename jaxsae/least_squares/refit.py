@@ -20,7 +20,7 @@ import dataclasses
 import enum
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +79,7 @@ def refit(
     dictionary: Float[Array, "m d"] | problems.Dictionary,
     y: Float[Array, "*b d"],
     code: SparseCode,
-    solver: Any = None,
+    solver: solvers.Solver | None = None,
     *,
     nonnegative: bool = True,
     ridge: float | Float[Array, ""] = 0.0,
@@ -163,7 +163,7 @@ def refit(
     return dataclasses.replace(code, values=values), info
 
 
-def _check_solver(solver) -> None:
+def _check_solver(solver: solvers.Solver | None) -> None:
     while solver is not None:
         for what in ("tol", "max_steps"):
             problems.check_numbers(
@@ -255,32 +255,17 @@ class _Static(NamedTuple):
     kernel: bool  # whether a kernel solves the rows, before those that it left are gone over
 
 
-def _drive_chain(solver, problem: problems.Problem, z, most, nonnegative: bool):
-    """Run a solver on `n` rows, then its fallback on those that it left."""
-    best, kkt, steps = problems.drive_rows(solver, problem, z, most, nonnegative)
-    if solver.fallback is None:
-        return best, kkt, steps
-
-    def go_on():
-        most = jnp.full_like(steps, solver.fallback.max_steps)
-        best_, kkt_, steps_ = _drive_chain(solver.fallback, problem, best, most, nonnegative)
-        return best_, kkt_, steps + steps_
-
-    return jax.lax.cond(jnp.any(_left(solver, kkt, steps, most)), go_on, lambda: (best, kkt, steps))
-
-
-def _left(solver, kkt, steps, most):
-    """Whether a solver leaves a row to its fallback."""
-    return (steps >= most) & (kkt > solver.tol)
-
-
-def _unsolved(solver, info: RefitInfo):
+def _unsolved(solver: solvers.Solver, info: RefitInfo):
     """Whether a row was left by the solver, or out of range for it."""
     unsolved = info.status == Status.NONFINITE
-    return unsolved if solver.fallback is None else unsolved | _left(solver, info.kkt, info.steps, solver.max_steps)
+    return (
+        unsolved
+        if solver.fallback is None
+        else unsolved | problems.left(solver, info.kkt, info.steps, solver.max_steps)
+    )
 
 
-def _last_tol(solver):
+def _last_tol(solver: solvers.Solver):
     """The tolerance that a row is judged by: that of the last solver of the chain."""
     return solver.tol if solver.fallback is None else _last_tol(solver.fallback)
 
@@ -320,8 +305,7 @@ def _solve_rows(static: _Static, shared, y, indices, values) -> _Outcome:
             workspace_bytes=workspace_bytes // 2,
         )
         solved = problems.solved(solver, problem, values.astype(ridge.dtype), nonnegative)
-    on = sparse.used(indices, num_latents)
-    finite = solved.finite & (jnp.isfinite(values) | ~on).all(1)
+    finite = solved.finite & _finite(values, indices, num_latents)
     feasible = jax.nn.relu(values) if nonnegative else values
     refitted = divide(solved.x, solved.unit).astype(values.dtype)
     moved = (solved.steps > 0) | ~solved.usable  # else the start is optimal already, and comes back to the bit
@@ -336,7 +320,7 @@ def _solve_rows(static: _Static, shared, y, indices, values) -> _Outcome:
     return _Outcome(jnp.where(finite[:, None], refitted, values), solved.x, info)
 
 
-def _info(solver, kkt, steps, finite) -> RefitInfo:
+def _info(solver: solvers.Solver, kkt, steps, finite) -> RefitInfo:
     """How rows ended, judged by the last solver of the chain."""
     status = jnp.where(kkt <= _last_tol(solver), Status.CONVERGED, Status.MAX_STEPS)
     return RefitInfo(
@@ -346,54 +330,78 @@ def _info(solver, kkt, steps, finite) -> RefitInfo:
     )
 
 
+class _Point(NamedTuple):
+    """Feasible values without units, and the gradient there, from the residual itself."""
+
+    x: Array  # [n k]
+    gradient: Array  # [n k]
+
+
+def _at(rows: problems.UnitRows, x, nonnegative: bool) -> _Point:
+    x = jnp.maximum(x, 0) if nonnegative else x
+    residual = rows.y - jnp.einsum("nkd,nk->nd", rows.atoms, x, precision=EXACT)
+    return _Point(x, rows.ridge * x - jnp.einsum("nkd,nd->nk", rows.atoms, residual, precision=EXACT))
+
+
+def _lower(point: _Point, other: _Point):
+    """Whether the objective is lower at a point than at another, `[n 1]`; of NaN it is not."""
+    return jnp.sum((point.x - other.x) * (point.gradient + other.gradient), axis=1, keepdims=True) < 0
+
+
+def _choose(where, point: _Point, other: _Point) -> _Point:
+    return jax.tree.map(lambda a, b: jnp.where(where, a, b), point, other)
+
+
+def _fall_back(solver: solvers.Solver, problem: problems.Problem, x, info: RefitInfo, nonnegative: bool):
+    """Hand on to the fallback what the solver has left, and return where that ends, with the steps of both."""
+    fallback = solver if solver.fallback is None else solver.fallback
+    most = jnp.where(_unsolved(solver, info), fallback.max_steps, 0).astype(jnp.int32)
+    x, _, steps = problems.drive_chain(fallback, problem, x, most, nonnegative)
+    return x, info.steps + steps
+
+
+def _newton_step(at, gram, here: _Point, free) -> _Point:
+    """One Newton step on the free coordinates.
+
+    The rounding of `Gx` is magnified by the condition of `G`, which it may even leave indefinite; that of the residual,
+    by the square root of it.
+    """
+    return at(here.x - jax.vmap(solve_on)(gram, free, here.gradient))
+
+
 def _revise(static: _Static, shared, y, indices, values, x, info: RefitInfo) -> _Outcome:
     """Refit `n` rows for which the solver alone was not enough, and judge them by their residuals.
 
     Atoms of any size are scaled; rows that are not solved yet go on to the fallback; then one Newton step on the active
-    set is taken if it helps, and the start, or 0, returned if that is better. The rounding of `Gx` is magnified by the
-    condition of `G`, which it may even leave indefinite; that of the residual, by the square root of it.
+    set is taken if it helps, and the start, or 0, returned if that is better.
     """
-    solver, dictionary, ridge = shared
-    nonnegative, num_latents, *_ = static
+    (solver, dictionary, ridge), nonnegative = shared, static.nonnegative
     y = y.astype(ridge.dtype)
-    atoms, y, ridge, unit, weight, finite = problems.unit_rows(
-        dictionary, y, indices, num_latents=num_latents, ridge=ridge
-    )
+    rows = problems.unit_rows(dictionary, y, indices, num_latents=static.num_latents, ridge=ridge)
+    at = functools.partial(_at, rows, nonnegative=nonnegative)
+    given, origin = at(values.astype(y.dtype) * rows.unit), at(jnp.zeros_like(x))
+    usable = _lower(given, origin)
+    start = _choose(usable, given, origin)
 
-    def at(x):
-        x = jnp.maximum(x, 0) if nonnegative else x
-        residual = y - jnp.einsum("nkd,nk->nd", atoms, x, precision=EXACT)
-        return x, ridge * x - jnp.einsum("nkd,nd->nk", atoms, residual, precision=EXACT)
+    problem = problems.products(rows)
+    x, steps = _fall_back(solver, problem, jnp.where(info.steps[:, None] > 0, x, start.x), info, nonnegative)
+    here = at(x)
+    newton = _newton_step(at, problem.gram, here, (x > 0) if nonnegative else rows.unit > 0)
+    best = _choose((steps[:, None] > 0) & _lower(newton, here), newton, here)
 
-    def lower(point, other):  # NaN is not
-        return jnp.sum((point[0] - other[0]) * (point[1] + other[1]), axis=1, keepdims=True) < 0
-
-    def choose(where, a, b):
-        return jax.tree.map(lambda a, b: jnp.where(where, a, b), a, b)
-
-    given, origin = at(values.astype(y.dtype) * unit), at(jnp.zeros_like(x))
-    usable = lower(given, origin)
-    start = choose(usable, given, origin)
-    G = jnp.einsum("nid,njd->nij", atoms, atoms, precision=EXACT) + jax.vmap(jnp.diag)(ridge)
-    c = jnp.einsum("nkd,nd->nk", atoms, y, precision=EXACT)
-    fallback = solver if solver.fallback is None else solver.fallback
-    most = jnp.where(_unsolved(solver, info), fallback.max_steps, 0).astype(jnp.int32)
-    problem = problems.Problem(G, c, unit, weight, finite)
-    begun = info.steps[:, None] > 0
-    best, _, steps = _drive_chain(fallback, problem, jnp.where(begun, x, start[0]), most, nonnegative)
-    steps = info.steps + steps
-    here = at(best)
-    newton = at(best - jax.vmap(solve_on)(G, (best > 0) if nonnegative else unit > 0, here[1]))
-    best = choose((steps[:, None] > 0) & lower(newton, here), newton, here)
-
-    refitted = divide(best[0], unit).astype(values.dtype)
-    moved = lower(at(refitted.astype(y.dtype) * unit), start)
-    best, gradient = choose(moved, best, start)
+    refitted = divide(best.x, rows.unit).astype(values.dtype)
+    moved = _lower(at(refitted.astype(y.dtype) * rows.unit), start)
+    best = _choose(moved, best, start)
     feasible = jax.nn.relu(values) if nonnegative else values
-    refitted = jnp.where(moved | (unit == 0), refitted, jnp.where(usable, feasible, 0))
-    finite &= (jnp.isfinite(values) | ~sparse.used(indices, num_latents)).all(1) & jnp.isfinite(refitted).all(1)
-    kkt = max_or_nan(weight * solvers.violation(best, gradient, nonnegative), 1)
-    return _Outcome(jnp.where(finite[:, None], refitted, values), best, _info(solver, kkt, steps, finite))
+    refitted = jnp.where(moved | (rows.unit == 0), refitted, jnp.where(usable, feasible, 0))
+    finite = rows.finite & _finite(values, indices, static.num_latents) & jnp.isfinite(refitted).all(1)
+    kkt = max_or_nan(rows.weight * solvers.violation(best.x, best.gradient, nonnegative), 1)
+    return _Outcome(jnp.where(finite[:, None], refitted, values), best.x, _info(solver, kkt, steps, finite))
+
+
+def _finite(values, indices, num_latents: int):
+    """Whether the starting values of a row are finite, `[n]`."""
+    return (jnp.isfinite(values) | ~sparse.used(indices, num_latents)).all(1)
 
 
 def _widths(k: int) -> list[int]:
@@ -414,65 +422,65 @@ def _narrow(solve, num_latents: int, width: int, y, indices, values) -> _Outcome
     return _Outcome(values, x, outcome.info)
 
 
-def _solve(static: _Static, shared, per_row):
-    """All rows by the solver itself, then those for which that was not enough."""
-    batch = per_row[0].shape[:-1]
-    n = math.prod(batch)
-    per_row = y, indices, _ = tuple(x.reshape(n, x.shape[-1]) for x in per_row)
-    k, d, itemsize = indices.shape[1], y.shape[1], shared[2].dtype.itemsize
+def _solve_all(static: _Static, shared, y, indices, values) -> _Outcome:
+    """Refit rows by the solver alone, a chunk of them at a time."""
+    (n, k), d, itemsize = indices.shape, y.shape[1], shared[2].dtype.itemsize
     solve, half = functools.partial(_solve_rows, static, shared), static.workspace_bytes // 2
     if static.kernel:
-        outcome = solve(*per_row)  # it needs no scratch
-    elif len(_widths(k)) == 1:
+        return solve(y, indices, values)  # it needs no scratch
+    if len(_widths(k)) == 1:
         in_cache = (4 << 20) // max(k * k * itemsize, 1)  # rows whose Gram matrices the cache holds
-        outcome = chunking.map_chunks(
-            *(solve, *per_row),
+        return chunking.map_chunks(
+            *(solve, y, indices, values),
             batch=(n,),
             row_bytes=_solver_bytes(k, d, itemsize),
             workspace_bytes=half,
             cpu_rows=max(16, min(256, in_cache // 16 * 16)),
         )
-    else:
-        l0 = jnp.sum(sparse.used(indices, static.num_latents), axis=1)
-        outcome = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(solve, *per_row))
-        previous = -1
-        for width in _widths(k):
-            f = solve if width == k else functools.partial(_narrow, solve, static.num_latents, width)
-            where = (l0 > previous) & (l0 <= width)
-            row_bytes = _solver_bytes(width, d, itemsize)
-            outcome = chunking.revise_rows(f, where, outcome, *per_row, row_bytes=row_bytes, workspace_bytes=half)
-            previous = width
+    l0 = jnp.sum(sparse.used(indices, static.num_latents), axis=1)
+    outcome = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(solve, y, indices, values))
+    previous = -1
+    for width in _widths(k):
+        f = solve if width == k else functools.partial(_narrow, solve, static.num_latents, width)
+        where = (l0 > previous) & (l0 <= width)
+        outcome = chunking.revise_rows(
+            *(f, where, outcome, y, indices, values),
+            row_bytes=_solver_bytes(width, d, itemsize),
+            workspace_bytes=half,
+        )
+        previous = width
+    return outcome
 
-    x, info = outcome.x, outcome.info
-    # Where large terms of `Gx` cancel, the rounding of `G` shows.
-    cancels = (info.steps > 0) & (jnp.finfo(x.dtype).eps * jnp.sum(x * x, axis=1) > 2.0**-18)
+
+def _cancels(x, steps):
+    """Whether large terms of `Gx` cancel, so that the rounding of `G` shows."""
+    return (steps > 0) & (jnp.finfo(x.dtype).eps * jnp.sum(x * x, axis=1) > 2.0**-18)
+
+
+@chunking.over_rows
+def _solve(static: _Static, shared, per_row):
+    """Solve all rows; hand on those that are left, and judge them by their residuals."""
+    solver, _, ridge = shared
+    batch = per_row[0].shape[:-1]
+    y, indices, values = (x.reshape(math.prod(batch), x.shape[-1]) for x in per_row)
+    outcome = _solve_all(static, shared, y, indices, values)
     refitted, _, info = chunking.revise_rows(
         functools.partial(_revise, static, shared),
-        *(_unsolved(shared[0], info) | cancels, outcome),
-        *(*per_row, x, info),
-        row_bytes=_row_bytes(k, d, itemsize),
+        _unsolved(solver, outcome.info) | _cancels(outcome.x, outcome.info.steps),
+        *(outcome, y, indices, values, outcome.x, outcome.info),
+        row_bytes=_row_bytes(indices.shape[1], y.shape[1], ridge.dtype.itemsize),
         workspace_bytes=static.workspace_bytes,
     )
-    status = jnp.where(_is_ridge(shared[2]), info.status, Status.INVALID).astype(jnp.int32)
-    info = dataclasses.replace(info, status=status)
-    return refitted.reshape(*batch, k), jax.tree.map(lambda x: x.reshape(batch), info)
+    valid = (ridge >= 0) & jnp.isfinite(ridge)
+    info = dataclasses.replace(info, status=jnp.where(valid, info.status, Status.INVALID).astype(jnp.int32))
+    return refitted.reshape(*batch, -1), jax.tree.map(lambda x: x.reshape(batch), info)
 
 
-def _is_ridge(ridge):
-    return (ridge >= 0) & jnp.isfinite(ridge)
+def _refit_primal(static: _Static, solver, dictionary, y, indices, values, ridge):
+    return _solve(static, (solver, dictionary, ridge), (y, indices, values))
 
 
-@functools.cache
-def _solve_folded(static: _Static):
-    return chunking.fold_vmap(functools.partial(_solve, static))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _solve_jitted(static: _Static, solver, dictionary, y, indices, values, ridge):
-    return _solve_folded(static)((solver, dictionary, ridge), (y, indices, values))
-
-
-_refit = jax.custom_vjp[tuple[Array, RefitInfo]](_solve_jitted, nondiff_argnums=(0,))
+_refit = jax.custom_vjp[tuple[Array, RefitInfo]](_refit_primal, nondiff_argnums=(0,))
 
 
 def _refit_forward(static, solver, dictionary, y, indices, values, ridge):

@@ -10,7 +10,7 @@ judged by the last one's tolerance.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +26,53 @@ __all__ = [
     "BlockPivoting",
     "ConjugateGradient",
     "ProjectedGradient",
+    "Solver",
     "default",
     "within",
 ]
+
+
+class State(Protocol):
+    """What a solver carries from step to step: at least its iterate, and the gradient `Gz − c` there."""
+
+    @property
+    def z(self) -> Array: ...
+    @property
+    def gradient(self) -> Array: ...
+
+
+@runtime_checkable
+class Solver(Protocol):
+    """A solver of `minimise ½ zᵀGz − cᵀz` over `z ≥ lower` for one row, as a dataclass that is a pytree.
+
+    Attributes:
+      tol: stop a row when its KKT residual is at most this; of a fallback, None is that of the solver before it.
+      max_steps: leave a row after this many steps.
+      fallback: solver of the rows that are left, or None.
+
+    Example:
+      >>> import jaxsae
+      >>> isinstance(jaxsae.FISTA(), Solver)  # and so `jaxsae.refit` takes it
+      True
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def tol(self) -> float | Array | None: ...
+    @property
+    def max_steps(self) -> int | Array: ...
+    @property
+    def fallback(self) -> "Solver | None": ...
+
+    def init(self, gram: Array, c: Array, z: Array, lower: float) -> State:
+        """The state at a feasible start `z`."""
+        ...
+
+    def step(self, gram: Array, c: Array, state: Any, lower: float) -> State:
+        """The state after one more step."""
+        ...
+
 
 POWER_STEPS = 8  # for an estimate of the curvature, which the steps taken correct
 
@@ -161,7 +205,7 @@ class FISTA:
 
     tol: float | Array | None = 1e-5
     max_steps: int | Array = 2000
-    fallback: Any = None
+    fallback: Solver | None = None
 
     def init(self, gram: Array, c: Array, z: Array, lower: float) -> FISTAState:
         """The state at a feasible start `z`, without momentum."""
@@ -211,7 +255,7 @@ class BlockPivoting:
 
     tol: float | Array | None = 1e-5
     max_steps: int | Array = 20
-    fallback: Any = FISTA()
+    fallback: Solver | None = FISTA()
 
     def init(self, gram: Array, c: Array, z: Array, lower: float) -> BlockPivotingState:
         """The state at a feasible start `z`, its positive coordinates free."""
@@ -275,9 +319,9 @@ class ConjugateGradient:
       constraints", and Dostál (1997), "Box constrained quadratic programming with proportioning and projections".
     """
 
-    tol: float | Array = 1e-5
+    tol: float | Array | None = 1e-5
     max_steps: int | Array = 1000
-    fallback: Any = BlockPivoting(tol=None, fallback=FISTA(tol=None))
+    fallback: Solver | None = BlockPivoting(tol=None, fallback=FISTA(tol=None))
 
     def init(self, gram: Array, c: Array, z: Array, lower: float) -> ConjugateGradientState:
         """The state at a feasible start `z`, headed down the projected gradient."""
@@ -311,17 +355,17 @@ class ConjugateGradient:
         return ConjugateGradientState(ahead, gradient, p, leaves | uphill, curvature)
 
 
-def resolve(solver) -> Any:
+def resolve(solver: Solver) -> Solver:
     """A solver whose fallbacks all have a tolerance: None is that of the solver before."""
     fallback = solver.fallback
     if fallback is None:
         return solver
     if fallback.tol is None:
-        fallback = fallback.replace(tol=solver.tol)
-    return solver.replace(fallback=resolve(fallback))
+        fallback = dataclasses.replace(fallback, tol=solver.tol)
+    return dataclasses.replace(solver, fallback=resolve(fallback))
 
 
-def within(solver: Any, *, tol: float | None = None, max_steps: int | None = None) -> Any:
+def within(solver: Solver, *, tol: float | None = None, max_steps: int | None = None) -> Solver:
     """A solver with another tolerance, or with fewer steps; its fallbacks likewise.
 
     Args:
@@ -352,13 +396,13 @@ def violation(z, gradient, nonnegative: bool):
 
 
 class _Carry(NamedTuple):
-    state: Any  # the solver's
+    state: State
     best: Array  # [k] the iterate to return, the best so far
     best_gradient: Array  # [k]
     steps: Array
 
 
-def drive(solver, G, c, weight, z, most, nonnegative: bool):
+def drive(solver: Solver, G, c, weight, z, most, nonnegative: bool):
     """Run a solver on one unit-free problem, for at most `most` steps, until its KKT residual is within tolerance."""
     lower = 0.0 if nonnegative else -jnp.inf
     start = sharding.vary_alike(solver.init(G, c, z, lower), weight, most)
@@ -420,7 +464,7 @@ def iterate(
     return carry.best, residual(carry.best, carry.best_gradient, weight), carry.steps
 
 
-def default(k: int, d: int, *, kernel: bool = False) -> Any:
+def default(k: int, d: int, *, kernel: bool = False) -> Solver:
     """The solver of rows with `k` active atoms of width `d`, by measurement (`python -m benchmarks refine`).
 
     On two CPU cores `ConjugateGradient` is the fastest of these solvers, or level with it, on every case measured but
