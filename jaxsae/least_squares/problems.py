@@ -176,6 +176,11 @@ def left(solver: solvers.Solver, kkt, steps, most):
     return (steps >= most) & (kkt > solver.tol)
 
 
+def last_tol(solver: solvers.Solver):
+    """The tolerance that a row is judged by: that of the last solver of the chain."""
+    return solver.tol if solver.fallback is None else last_tol(solver.fallback)
+
+
 def solved(solver: solvers.Solver, problem: Problem, values: Array, nonnegative: bool) -> Solved:
     """Run a solver on `n` rows, from starting values `[n k]` with units."""
     start = values * problem.unit

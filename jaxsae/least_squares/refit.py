@@ -265,11 +265,6 @@ def _unsolved(solver: solvers.Solver, info: RefitInfo):
     )
 
 
-def _last_tol(solver: solvers.Solver):
-    """The tolerance that a row is judged by: that of the last solver of the chain."""
-    return solver.tol if solver.fallback is None else _last_tol(solver.fallback)
-
-
 def _solver_bytes(k: int, d: int, itemsize: int) -> int:
     """Scratch of one row while it is solved."""
     return (4 * k * k + 16 * (k + d)) * itemsize
@@ -322,7 +317,7 @@ def _solve_rows(static: _Static, shared, y, indices, values) -> _Outcome:
 
 def _info(solver: solvers.Solver, kkt, steps, finite) -> RefitInfo:
     """How rows ended, judged by the last solver of the chain."""
-    status = jnp.where(kkt <= _last_tol(solver), Status.CONVERGED, Status.MAX_STEPS)
+    status = jnp.where(kkt <= problems.last_tol(solver), Status.CONVERGED, Status.MAX_STEPS)
     return RefitInfo(
         kkt=jnp.where(finite, kkt, jnp.nan),
         steps=jnp.where(finite, steps, 0),

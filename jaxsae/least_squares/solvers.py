@@ -59,11 +59,11 @@ class Solver(Protocol):
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
-    def tol(self) -> float | Array | None: ...
+    def tol(self) -> float | Array | None: ...  # noqa: D102
     @property
-    def max_steps(self) -> int | Array: ...
+    def max_steps(self) -> int | Array: ...  # noqa: D102
     @property
-    def fallback(self) -> "Solver | None": ...
+    def fallback(self) -> "Solver | None": ...  # noqa: D102
 
     def init(self, gram: Array, c: Array, z: Array, lower: float) -> State:
         """The state at a feasible start `z`."""
