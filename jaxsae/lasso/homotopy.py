@@ -47,6 +47,7 @@ class Solution(NamedTuple):
     gap: Array  # relative to ½‖y‖²
 
 
+@chunking.over_rows
 def solve(static: Static, shared, per_row) -> Solution:
     """Solve rows at penalties, each of its own, on all atoms or on a support: `[*b L]`.
 

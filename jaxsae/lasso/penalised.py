@@ -464,20 +464,10 @@ def _run(static: Static, D, y, lams, support, tol, max_steps) -> tuple[SparseCod
     dtype = problems.accumulator(D, y)
     tol = jnp.asarray(tol, dtype)
     shared = D.astype(dtype), tol, jnp.asarray(max_steps, jnp.int32)
-    end = _solve(static, shared, (y.astype(dtype), lams, support))
+    end = homotopy.solve(static, shared, (y.astype(dtype), lams, support))
     status = jnp.where(end.gap <= tol, Status.CONVERGED, Status.MAX_STEPS)
     status = jnp.where(jnp.isfinite(end.kkt), status, Status.NONFINITE)
     status = jnp.where((lams >= 0) & jnp.isfinite(lams), status, Status.INVALID).astype(jnp.int32)
     info = LassoInfo(kkt=end.kkt, steps=end.steps, status=status, gap=end.gap, lam=lams)
     atoms = len(D) if support is None else support.shape[-1]
     return SparseCode(end.values, end.indices, atoms, end.num_dropped), info
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _solve(static: Static, shared, per_row):
-    return _solve_folded(static)(shared, per_row)
-
-
-@functools.cache
-def _solve_folded(static: Static):
-    return chunking.fold_vmap(functools.partial(homotopy.solve, static))

@@ -84,21 +84,13 @@ def certify(
     problems.check_numbers("certify", "a ridge of", ridge, do="a ridge of 0 or more, finite")
     ridge = jnp.asarray(ridge, problems.accumulator(dictionary, y))
     per_row = y.astype(ridge.dtype), code.indices, code.values
-    certified = sharding.automatic(functools.partial(_certify_jitted, nonnegative, code.num_latents), code.indices)
+    certified = sharding.automatic(functools.partial(_certify, (nonnegative, code.num_latents)), code.indices)
     return Certificate(*certified((dictionary, ridge), per_row))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _certify_jitted(nonnegative: bool, num_latents: int, shared, per_row):
-    return _certify_folded(nonnegative, num_latents)(shared, per_row)
-
-
-@functools.cache
-def _certify_folded(nonnegative: bool, num_latents: int):
-    return chunking.fold_vmap(functools.partial(_certify, nonnegative, num_latents))
-
-
-def _certify(nonnegative: bool, num_latents: int, shared, per_row):
+@chunking.over_rows
+def _certify(static: tuple[bool, int], shared, per_row):
+    nonnegative, num_latents = static
     dictionary, ridge = shared
 
     def chunk(y, indices, values):

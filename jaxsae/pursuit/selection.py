@@ -64,7 +64,7 @@ def pursue(
     tol = jnp.broadcast_to(jnp.asarray(tol, problems.accumulator(D, y)), y.shape[:-1])
     limit = jnp.broadcast_to(jnp.asarray(method.k if limit is None else limit, jnp.int32), y.shape[:-1])
     options = jax.tree.map(lambda x: _number(x, tol.dtype), options or {})
-    chosen, finite = _select_jitted(method, *jax.lax.stop_gradient(((D, options), (y, tol, limit))))
+    chosen, finite = _select(method, *jax.lax.stop_gradient(((D, options), (y, tol, limit))))
     code = dataclasses.replace(code, values=chosen.values.astype(code.values.dtype), indices=chosen.indices)
     solver = None if method.refits else FISTA(max_steps=0)  # which judges the values, and leaves them
     refitted, info = refit(D, jnp.where(finite[..., None], y, 0), code, solver, nonnegative=method.nonnegative)
@@ -107,16 +107,7 @@ def _validated(D: Any, y: Any, method: Method) -> tuple[Array, Array, SparseCode
     return problems.validate(D, y, code, name)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _select_jitted(method: Method, shared, per_row):
-    return _select_folded(method)(shared, per_row)
-
-
-@functools.cache
-def _select_folded(method: Method):
-    return chunking.fold_vmap(functools.partial(_select, method))
-
-
+@chunking.over_rows
 def _select(method: Method, shared, per_row):
     """Run a method on rows free of units, and give its values theirs."""
     (D, options), (y, tol, limit) = shared, per_row
