@@ -40,10 +40,14 @@ def norms(x: Float[Array, "*b d"]) -> Float[Array, "*b 1"]:
 
 
 def power_of_two(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
-    """The power of two by which `x > 0` is from 1 to 2, as far as its inverse is a number too; 1 for 0, Inf and NaN."""
-    least = jnp.finfo(x.dtype).minexp
-    exponent = jnp.clip(jnp.frexp(x)[1] - 1, least, -least)
-    return jnp.where((x > 0) & jnp.isfinite(x), jnp.ldexp(jnp.ones((), x.dtype), exponent), 1)
+    """The power of two below each `x`, by which division changes no digit; 0 for 0, and `x` if not finite."""
+    return jnp.where(jnp.isfinite(x), jnp.ldexp(jnp.sign(x), jnp.frexp(x)[1] - 1), x)
+
+
+def power_of_two_or_one(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    """The power of two below each `x > 0`, as far as its inverse is a number too; 1 for 0, Inf and NaN."""
+    exponent = jnp.finfo(x.dtype).minexp
+    return jnp.where((x > 0) & jnp.isfinite(x), jnp.clip(power_of_two(x), 2.0**exponent, 2.0**-exponent), 1)
 
 
 def max_or_nan(x: Array, axis: int | tuple[int, ...] | None = None, *, keepdims: bool = False) -> Array:

@@ -14,7 +14,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from jaxsae._core import pytrees
-from jaxsae._core.linalg import norms, power_of_two, widen
+from jaxsae._core.linalg import norms, power_of_two_or_one, widen
 
 
 class Normalised(NamedTuple):
@@ -69,7 +69,7 @@ class Normalisation:
 def _row(x):
     """Rows in float32 or better over a power of two each, so that squares stay in range, and the powers `[*b 1]`."""
     wide = widen(x)
-    unit = power_of_two(jax.lax.stop_gradient(jnp.max(jnp.abs(wide), axis=-1, keepdims=True)))
+    unit = power_of_two_or_one(jax.lax.stop_gradient(jnp.max(jnp.abs(wide), axis=-1, keepdims=True)))
     return wide / unit, unit
 
 

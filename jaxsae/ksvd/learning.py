@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxsae import codes, pursuit
 from jaxsae._core import chunking
-from jaxsae._core.linalg import divide, matmul, ratio, solve_semidefinite
+from jaxsae._core.linalg import divide, matmul, power_of_two, ratio, solve_semidefinite
 from jaxsae.codes import SparseCode
 from jaxsae.ksvd import rank_one
 from jaxsae.least_squares import problems
@@ -141,7 +141,7 @@ def _without_units(y):
     """Signals divided by a power of two, so that none of their squares is out of range, and the power."""
     wide = y.astype(jnp.promote_types(y.dtype, jnp.float32))
     finite = jnp.isfinite(wide).all(axis=1, keepdims=True)
-    scale = problems.power_of_two(problems.largest(jnp.where(finite, wide, 0), (0, 1)))[0, 0]
+    scale = power_of_two(problems.largest(jnp.where(finite, wide, 0), (0, 1)))[0, 0]
     return divide(wide, scale).astype(y.dtype), scale
 
 

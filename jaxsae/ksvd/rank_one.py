@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from jaxsae import codes
 from jaxsae._core import sparse
-from jaxsae._core.linalg import divide, matmul, max_or_nan
+from jaxsae._core.linalg import divide, matmul, max_or_nan, power_of_two
 from jaxsae.codes import SparseCode
 from jaxsae.least_squares import problems
 
@@ -24,7 +24,7 @@ _ROUNDS = 10  # of a rank-one fit under constraints
 
 def unit(atoms):
     """Atoms of norm 1, whatever their size; those that are 0 stay."""
-    atoms = divide(atoms, problems.power_of_two(max_or_nan(jnp.abs(atoms), -1, keepdims=True)))
+    atoms = divide(atoms, power_of_two(max_or_nan(jnp.abs(atoms), -1, keepdims=True)))
     return divide(atoms, jnp.linalg.norm(atoms, axis=-1, keepdims=True))
 
 
@@ -68,8 +68,8 @@ def learnable(D, y, code: SparseCode) -> Learnable:
     D, y = D.astype(dtype), y.astype(dtype)
     finite = jnp.isfinite(y).all(axis=1) & (jnp.isfinite(code.values) | ~code.mask).all(axis=1)
     known = jnp.where(finite[:, None], y, 0)
-    scale = problems.power_of_two(problems.largest(known, (0, 1)))[0, 0]
-    size = problems.power_of_two(max_or_nan(jnp.abs(D), 1))
+    scale = power_of_two(problems.largest(known, (0, 1)))[0, 0]
+    size = power_of_two(max_or_nan(jnp.abs(D), 1))
     on = code.mask & finite[:, None]
     values, indices = jnp.where(on, code.values, 0).astype(dtype), jnp.where(on, code.indices, m)
     # The values of a zero atom change nothing, and say in what direction it is to go.

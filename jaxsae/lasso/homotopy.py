@@ -21,7 +21,7 @@ from jaxtyping import Array
 
 from jaxsae import codes
 from jaxsae._core import chunking
-from jaxsae._core.linalg import divide, matmul, max_or_nan, residual, squared_norm
+from jaxsae._core.linalg import divide, matmul, max_or_nan, power_of_two, residual, squared_norm
 from jaxsae.codes import SparseCode
 from jaxsae.least_squares import problems
 from jaxsae.least_squares.solvers import POWER_STEPS, FISTAState, fista_start, fista_step
@@ -62,7 +62,7 @@ def solve(static: Static, shared, per_row) -> Solution:
     (*batch, d), count, k, itemsize = y.shape, lams.shape[-1], static.capacity, y.dtype.itemsize
     n, m = math.prod(batch), len(D) if support is None else support.shape[-1]
     valid = jnp.isfinite(D).all()
-    unit = problems.power_of_two(problems.largest(D, (0, 1)))[0, 0]
+    unit = power_of_two(problems.largest(D, (0, 1)))[0, 0]
     valid &= jnp.isfinite(unit)
     D = divide(D, unit)
     y, y_unit, y_norm = problems.scaled(y.reshape(n, d))

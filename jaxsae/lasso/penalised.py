@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from jaxsae import codes
 from jaxsae._core import chunking, pytrees
-from jaxsae._core.linalg import divide, matmul, max_or_nan
+from jaxsae._core.linalg import divide, matmul, max_or_nan, power_of_two
 from jaxsae.codes import SparseCode
 from jaxsae.lasso import homotopy
 from jaxsae.lasso.homotopy import Static
@@ -390,7 +390,7 @@ def lambda_max(D: Float[Array, "m d"], y: Float[Array, "*b d"], *, nonnegative: 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _lambda_max(nonnegative: bool, D, y):
-    unit = problems.power_of_two(problems.largest(D, (0, 1)))
+    unit = power_of_two(problems.largest(D, (0, 1)))
     D = divide(D, unit)
 
     def chunk(y):

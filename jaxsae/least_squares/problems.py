@@ -6,6 +6,7 @@ A dictionary is an array `[m d]`, or any pytree with `take(indices [*b k]) -> at
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -15,7 +16,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from jaxsae._core import chunking, sparse
-from jaxsae._core.linalg import EXACT, divide, matmul, max_or_nan, residual
+from jaxsae._core.linalg import EXACT, divide, matmul, max_or_nan, power_of_two, residual
 from jaxsae.codes import SparseCode
 from jaxsae.least_squares import solvers
 
@@ -69,11 +70,6 @@ class Problem(NamedTuple):
     finite: Array  # [n]  and within range: an answer that overflows or vanishes is none
 
 
-def power_of_two(x):
-    """The power of two below each `x`, by which division changes no digit; 0 for 0, and `x` if not finite."""
-    return jnp.where(jnp.isfinite(x), jnp.ldexp(jnp.sign(x), jnp.frexp(x)[1] - 1), x)
-
-
 def largest(x: Array, axis: int | tuple[int, ...] = -1) -> Array:
     """`max |x|`, axes kept; NaN where that cannot be relied upon: where an entry is not finite, or lost.
 
@@ -122,14 +118,19 @@ class Units(NamedTuple):
     finite: Array  # [n]
 
 
+def lengths(square: Array, on: Array, ridge: Array, largest: Callable) -> tuple[Array, Array]:
+    """The norms of atoms together with their ridge, and relative to the longest atom; in kernels too."""
+    norm = jnp.sqrt(square + jnp.where(on, ridge, 0))  # the ridge joins the diagonal before it is made 1
+    return norm, norm / jnp.sqrt(jnp.maximum(largest(square), 2.0**-60))
+
+
 def measure(square: Array, on: Array, y_scale: Array, y_norm: Array, ridge: Array) -> tuple[Array, Units]:
     """The norms `[n k]` of atoms with their ridge, and units, from the atoms' squares and what `scaled` returned."""
-    norm = jnp.sqrt(square + jnp.where(on, ridge, 0))  # the ridge joins the diagonal before it is made 1
+    norm, weight = lengths(square, on, ridge, functools.partial(jnp.max, axis=1, keepdims=True, initial=0))
     unit = divide(divide(norm, y_norm), y_scale)
     determined = can_be_written(unit) & ((unit > 0) | (y_scale == 0)) & jnp.isfinite(y_scale)
     in_range = ~on | ((square > 2.0**-60) & (square < 2.0**60) & determined)
-    longest = jnp.sqrt(jnp.max(square, axis=1, keepdims=True, initial=2.0**-60))
-    return norm, Units(unit, norm / longest, in_range.all(1) & (ridge >= 0) & (ridge < 2.0**60))
+    return norm, Units(unit, weight, in_range.all(1) & (ridge >= 0) & (ridge < 2.0**60))
 
 
 def can_be_written(unit: Array) -> Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxsae._core import chunking
-from jaxsae._core.linalg import divide, norms, power_of_two, widen
+from jaxsae._core.linalg import divide, norms, power_of_two_or_one, widen
 from jaxsae.autoencoder.sae import SAE, encode_dense, reconstruct
 from jaxsae.train.optim import EmaState, _is_average
 from jaxsae.train.steps import TrainState
@@ -36,7 +36,7 @@ def geometric_median(x: Float[Array, "n d"], *, iterations: int = 100) -> Float[
     """
     wide = widen(x)
     lowest = jnp.min(wide, axis=0)  # which rows that are equal are to the bit
-    scale = power_of_two(jnp.max(wide - lowest))
+    scale = power_of_two_or_one(jnp.max(wide - lowest))
     scaled = (wide - lowest) / scale
     least = jnp.finfo(scaled.dtype).eps * jnp.sqrt(jnp.mean(jnp.var(scaled, axis=0)))
 
@@ -130,7 +130,7 @@ def _errors(sae: SAE, x: Float[Array, "n d"]) -> tuple[Float[Array, "n d"], Floa
 
     errors = chunking.map_chunks(left, widen(x), batch=x.shape[:1], row_bytes=8 * sae.m, cpu_rows=256)
     errors = jnp.where(jnp.isfinite(errors).all(axis=1, keepdims=True), errors, 0)
-    errors = errors / power_of_two(jnp.max(jnp.abs(errors), initial=0))
+    errors = errors / power_of_two_or_one(jnp.max(jnp.abs(errors), initial=0))
     return errors, jnp.sum(errors**2, axis=1)
 
 
