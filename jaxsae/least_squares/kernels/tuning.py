@@ -10,11 +10,12 @@ import functools
 import json
 import math
 from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 TABLE = Path(__file__).with_name("blocks.json")
-_forced: list[dict[str, Any]] = []
+_forced: ContextVar[dict[str, Any] | None] = ContextVar("block sizes", default=None)
 WORTH = 2.0  # times the reference's speed, for a kernel to be the default
 
 
@@ -35,18 +36,19 @@ def nearest(op: str, platform: str, device: str, *, d: int, k: int, dtype: str) 
 
 @contextlib.contextmanager
 def forced(options: dict[str, Any]) -> Iterator[None]:
-    """Use these block sizes for what is traced meanwhile, whatever the table says: for the script that fills it."""
-    _forced.append(options)
+    """Use these block sizes for what is traced in this context, whatever the table says: for the script that fills it."""
+    before = _forced.set(options)
     try:
         yield
     finally:
-        _forced.pop()
+        _forced.reset(before)
 
 
 def options(row: dict[str, Any] | None) -> dict[str, Any]:
     """Block sizes by a row of the table."""
-    if _forced:
-        return _forced[-1]
+    chosen = _forced.get()
+    if chosen is not None:
+        return chosen
     return {} if row is None else row["options"]
 
 
