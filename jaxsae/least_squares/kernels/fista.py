@@ -41,22 +41,26 @@ def spectral_norm(space: Space, columns):
 
 
 def solve(space: Space, columns, c, weight, start, *, tol, most, nonnegative: bool):
-    """Minimise `½ zᵀGz − cᵀz` from a feasible start, until the KKT residual is within `tol`, for at most `most` steps.
+    """Minimise `½ zᵀGz − cᵀz`, until the KKT residual is within `tol`, for at most `most` steps.
 
     Args:
       space: where vectors live.
       columns: squared norms of the columns of `G`.
       c: the linear term.
       weight: as of `problems.Problem`.
-      start: a feasible point.
+      start: where to start, unless that is far worse than 0, as of `problems.solved`.
       tol: tolerance of the KKT residual.
       most: steps.
       nonnegative: constrain `z ≥ 0`.
 
     Returns:
-      The best iterate, its KKT residual, and the number of steps (int32), as `solvers.drive` has them.
+      The best iterate, its KKT residual and the number of steps (int32), as `solvers.drive` has them; and whether it
+      started where it was to.
     """
     lower = 0.0 if nonnegative else -jnp.inf
+    start = jnp.maximum(start, lower)
+    usable = 0.5 * space.total(start * (space.matvec(start) - 2 * c)) < 10
+    start = jnp.where(usable, start, 0.0)
 
     def gradient(z):
         return space.matvec(z) - c
@@ -76,6 +80,7 @@ def solve(space: Space, columns, c, weight, start, *, tol, most, nonnegative: bo
         return jax.lax.while_loop(lambda pair: space.any(pair[1]), hold, (carry, running.astype(jnp.float32)))[0]
 
     begin = solvers.fista_start(start, gradient(start), spectral_norm(space, columns))
-    return solvers.iterate(
+    x, kkt, steps = solvers.iterate(
         *(step, begin, weight, tol, most, nonnegative), total=space.total, largest=space.largest, repeat=repeat
     )
+    return x, kkt, steps, usable

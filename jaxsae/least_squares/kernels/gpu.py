@@ -7,6 +7,7 @@ From 0.11 on jax warns that Triton will leave Pallas, in favour of Mosaic GPU. T
 laid out by hand, which nobody should write without a GPU to run them on.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from jaxsae._core.linalg import EXACT, divide
+from jaxsae.least_squares import problems
 from jaxsae.least_squares.kernels import fista
 from jaxsae.least_squares.kernels.shapes import like
 
@@ -147,68 +149,72 @@ def gather_decode(
     return out
 
 
+def _gram_row(refs, row, index, on, scale, *, block: int, precision: Any):
+    """`G` and `c` of one row, its target multiplied by `scale`."""
+    D_ref, y_ref = refs
+    K = index.shape[0]
+
+    def add(step, carry):
+        G, c = carry
+        columns = step * block + jnp.arange(block)
+        atoms = _atoms(D_ref, index, on, columns)
+        y = _row(y_ref, row, columns) * scale
+        return G + _dot(atoms, atoms, precision), c + jnp.sum(atoms.astype(jnp.float32) * y[None, :], axis=1)
+
+    zeros = jnp.zeros((K, K), jnp.float32), jnp.zeros(K, jnp.float32)
+    return jax.lax.fori_loop(0, pl.cdiv(D_ref.shape[1], block), add, zeros)
+
+
+def _solve_row(
+    indices_ref, D_ref, y_ref, start_ref, target_ref, numbers_ref, most_ref,
+    x_ref, square_ref, kkt_ref, steps_ref, usable_ref, *, K: int, k: int, nonnegative: bool, **options: Any,
+):  # fmt: skip
+    row, slot = pl.program_id(0), jnp.arange(K)
+    index, on = _slots(indices_ref, row, 0, K, k, D_ref.shape[0])
+    scale, y_norm, ridge = target_ref[row, 0], target_ref[row, 1], numbers_ref[0]
+    G, c = _gram_row((D_ref, y_ref), row, index, on, scale, **options)
+    diagonal = slot[:, None] == slot[None, :]
+    squares = jnp.sum(jnp.where(diagonal, G, 0.0), axis=1)
+    norm, weight = problems.lengths(squares, on, ridge, jnp.max)
+    both = on[:, None] & on[None, :]
+    G = divide(jnp.where(both, G, 0.0) + jnp.where(diagonal & both, ridge, 0.0), norm[:, None] * norm[None, :])
+    start = plgpu.load(start_ref.at[row, jnp.minimum(slot, k - 1)], mask=on, other=0.0) * norm
+    space = fista.Space(
+        matvec=lambda v: jnp.sum(G * v[None, :], axis=1),
+        total=jnp.sum,
+        largest=jnp.max,
+        any=lambda running: running > 0,
+        slot=slot.astype(jnp.float32),
+    )
+    x, kkt, steps, usable = fista.solve(
+        *(space, jnp.sum(G * G, axis=1), divide(c, norm * y_norm), weight, start),
+        tol=numbers_ref[1],
+        most=most_ref[0],
+        nonnegative=nonnegative,
+    )
+    plgpu.store(x_ref.at[row, slot], x, mask=slot < k)
+    plgpu.store(square_ref.at[row, slot], squares, mask=slot < k)
+    kkt_ref[row], steps_ref[row] = kkt, steps
+    usable_ref[row] = usable.astype(jnp.int32)
+
+
 def solve(
     D, indices, y, y_scale, y_norm, z0, ridge, tol, most,
     *, nonnegative: bool, block: int = 32, warps: int | None = None, stages: int = 3, interpret: Any = False,
 ):  # fmt: skip
     """Gather, Gram and FISTA of `n` rows, a row a program; arguments and results as of `reference.solve`."""
-    (n, k), (m, d) = indices.shape, D.shape
+    n, k = indices.shape
     _check(D, y)
     K = _power_of_two(k, 16)
     if K > _TILE:
         raise NotImplementedError(f"the Gram matrix of {k} atoms does not fit into registers; that of {_TILE} does")
-    precision = _precision(D.dtype, interpret)
     start = divide(divide(z0.astype(jnp.float32), y_norm), y_scale)
     target = jnp.concatenate([divide(1.0, y_scale), y_norm], axis=1)
     numbers = jnp.stack([jnp.asarray(x, jnp.float32) for x in (ridge, tol)])
     most = jnp.asarray(most, jnp.int32).reshape(1)
-
-    def kernel(
-        indices_ref, D_ref, y_ref, start_ref, target_ref, numbers_ref, most_ref,
-        x_ref, square_ref, kkt_ref, steps_ref, usable_ref,
-    ):  # fmt: skip
-        row, slot = pl.program_id(0), jnp.arange(K)
-        index, on = _slots(indices_ref, row, 0, K, k, m)
-        scale, y_norm, ridge = target_ref[row, 0], target_ref[row, 1], numbers_ref[0]
-
-        def add(step, carry):
-            G, c = carry
-            columns = step * block + jnp.arange(block)
-            atoms = _atoms(D_ref, index, on, columns)
-            y = _row(y_ref, row, columns) * scale
-            return G + _dot(atoms, atoms, precision), c + jnp.sum(atoms.astype(jnp.float32) * y[None, :], axis=1)
-
-        zeros = jnp.zeros((K, K), jnp.float32), jnp.zeros(K, jnp.float32)
-        G, c = jax.lax.fori_loop(0, pl.cdiv(d, block), add, zeros)
-        diagonal = slot[:, None] == slot[None, :]
-        squares = jnp.sum(jnp.where(diagonal, G, 0.0), axis=1)
-        norm = jnp.sqrt(squares + jnp.where(on, ridge, 0.0))
-        both = on[:, None] & on[None, :]
-        G = divide(jnp.where(both, G, 0.0) + jnp.where(diagonal & both, ridge, 0.0), norm[:, None] * norm[None, :])
-        c = divide(c, norm * y_norm)
-        weight = norm / jnp.sqrt(jnp.maximum(jnp.max(squares), 2.0**-60))
-
-        def matvec(v):
-            return jnp.sum(G * v[None, :], axis=1)
-
-        start = plgpu.load(start_ref.at[row, jnp.minimum(slot, k - 1)], mask=on, other=0.0) * norm
-        start = jnp.maximum(start, 0.0) if nonnegative else start
-        usable = 0.5 * jnp.sum(start * (matvec(start) - 2 * c)) < 10
-        start = jnp.where(usable, start, 0.0)
-        space = fista.Space(matvec, jnp.sum, jnp.max, lambda running: running > 0, slot.astype(jnp.float32))
-        x, kkt, steps = fista.solve(
-            *(space, jnp.sum(G * G, axis=1), c, weight, start),
-            tol=numbers_ref[1],
-            most=most_ref[0],
-            nonnegative=nonnegative,
-        )
-        plgpu.store(x_ref.at[row, slot], x, mask=slot < k)
-        plgpu.store(square_ref.at[row, slot], squares, mask=slot < k)
-        kkt_ref[row], steps_ref[row] = kkt, steps
-        usable_ref[row] = usable.astype(jnp.int32)
-
+    options = {"block": block, "precision": _precision(D.dtype, interpret)}
     x, square, kkt, steps, usable = _call(
-        kernel,
+        functools.partial(_solve_row, K=K, k=k, nonnegative=nonnegative, **options),
         (n,),
         (indices, D, y, start, target, numbers, most),
         [((n, k), jnp.float32)] * 2 + [((n,), jnp.float32), ((n,), jnp.int32), ((n,), jnp.int32)],

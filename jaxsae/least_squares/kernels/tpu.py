@@ -9,8 +9,9 @@ A bfloat16 dictionary therefore costs the bytes of a float32 one here, and needs
 """
 
 import dataclasses
+import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxsae._core.linalg import divide
+from jaxsae.least_squares import problems
 from jaxsae.least_squares.kernels import fista
 from jaxsae.least_squares.kernels.mosaic import (
     _SMEM,
@@ -157,6 +159,114 @@ def gather_decode(D, indices, values, *, samples: int = 128, interpret: Any = Fa
     return out[:n]
 
 
+class _Block(NamedTuple):
+    """The buffers of `solve` for 128 groups of rows, which lie in lanes."""
+
+    products: Any  # [128 · height, 128]  of a group: its Gram matrices, and below them its targets' products
+    gram: Any  # [P kp kp 128]
+    vector: Any  # [P kp 128]
+
+    def row(self, r, R: int):
+        """Row `r` of all groups' products, turned: `[R 128]`."""
+        return self.products[pl.ds(r, LANES, stride=R + 8), :].T[:R]
+
+    def turn(self, group: _Group) -> None:
+        """Turn the Gram matrices so that rows lie in lanes, and their diagonals into `vector`."""
+        kp = group.kp
+        self.vector[...] = jnp.zeros_like(self.vector)
+        slot = jax.lax.broadcasted_iota(jnp.int32, (kp, LANES), 0)
+        for p in range(group.P):
+
+            def one(i, p=p):
+                turned = self.row(p * kp + i, group.R)[p * kp : (p + 1) * kp]
+                self.gram[p, pl.ds(i, 1)] = turned[None]
+                self.vector[p] = jnp.where(slot == i, turned, self.vector[p])
+
+            _each(kp, one)
+
+    def normalise(self, p: int, on, norm, ridge):
+        """Give the Gram matrices with their ridge ones on the diagonal; return the squared norms of their columns."""
+        slot = jax.lax.broadcasted_iota(jnp.int32, norm.shape, 0)
+        self.vector[p] = norm
+
+        def one(i, columns):
+            norm_i = self.vector[p, pl.ds(i, 1), :]
+            entries = jnp.where(on & (norm_i > 0), self.gram[p, i], 0.0) + jnp.where(on & (slot == i), ridge, 0.0)
+            entries = divide(entries, norm * norm_i)
+            self.gram[p, pl.ds(i, 1)] = entries[None]
+            return columns + entries * entries
+
+        return jax.lax.fori_loop(0, norm.shape[0], one, jnp.zeros_like(norm))
+
+    def space(self, p: int, kp: int) -> fista.Space:
+        """Where FISTA runs: vectors are `[kp 128]`, numbers of a row `[1 128]`."""
+
+        def matvec(v):
+            # Row by row of `v`, from memory: a value has no row at a place that is not known yet.
+            self.vector[p] = v
+
+            def add(i, total):
+                return total + self.gram[p, i] * self.vector[p, pl.ds(i, 1), :]
+
+            return jax.lax.fori_loop(0, kp, add, jnp.zeros((kp, LANES), jnp.float32))
+
+        return fista.Space(
+            matvec=matvec,
+            total=_total,
+            largest=_largest,
+            any=lambda running: jnp.max(running) > 0,
+            slot=jax.lax.broadcasted_iota(jnp.int32, (kp, LANES), 0).astype(jnp.float32),
+        )
+
+
+def _total(x):
+    return jnp.sum(x, axis=0, keepdims=True)
+
+
+def _largest(x):
+    return jnp.max(x, axis=0, keepdims=True)
+
+
+def _solve_block(
+    indices_ref, scale_ref, numbers_ref, limit_ref, D_ref, y_ref, used_ref, norm_ref, z0_ref,
+    x_ref, square_ref, kkt_ref, steps_ref, usable_ref, *workspace_bytes, group: _Group, nonnegative: bool,
+):  # fmt: skip
+    (*buffers, products, gram, vector), (k, kp, P, R) = workspace_bytes, (group.k, group.kp, group.P, group.R)
+    ridge, tol = numbers_ref[0, 0], numbers_ref[0, 1]
+    block = _Block(products, gram, vector)
+
+    def emit(g, product):
+        products[pl.ds(pl.multiple_of(g * (R + 8), 8), R + 8), pl.ds(0, R)] = product
+
+    group.products(
+        *(D_ref, y_ref, buffers),
+        sample=lambda g, p: p * LANES + g,
+        first_row=pl.program_id(0) * P * LANES,
+        index=lambda at, i: indices_ref[at, i],
+        groups=LANES,
+        emit=emit,
+        scale=lambda at: scale_ref[0, 0, at],
+    )
+    block.turn(group)
+    for p in range(P):
+        on = _turn(used_ref, p, k, kp) > 0
+        squares = jnp.where(on, vector[p], 0.0)
+        norm, weight = problems.lengths(squares, on, ridge, _largest)
+        columns = block.normalise(p, on, norm, ridge)
+        y_norm = norm_ref[0, pl.ds(p, 1), :]
+        c = divide(jnp.where(on, block.row(R + p, R)[p * kp : (p + 1) * kp], 0.0), norm * y_norm)
+        start = jnp.where(on, _turn(z0_ref, p, k, kp), 0.0) * norm
+        x, kkt, steps, usable = fista.solve(
+            *(block.space(p, kp), columns, c, weight, start), tol=tol, most=limit_ref[0, 0], nonnegative=nonnegative
+        )
+        here = pl.ds(p * LANES, LANES)
+        x_ref[here, :] = _turn_back(x, k)
+        square_ref[here, :] = _turn_back(squares, k)
+        kkt_ref[0, pl.ds(p, 1), :] = kkt
+        steps_ref[0, pl.ds(p, 1), :] = steps
+        usable_ref[0, pl.ds(p, 1), :] = jnp.where(usable, 1, 0)
+
+
 def solve(D, indices, y, y_scale, y_norm, z0, ridge, tol, most, *, nonnegative: bool, interpret: Any = False):
     """Gather, Gram and FISTA of `n` rows in one pass; arguments and results as of `reference.solve`.
 
@@ -175,88 +285,6 @@ def solve(D, indices, y, y_scale, y_norm, z0, ridge, tol, most, *, nonnegative: 
     n_padded = _up(n, samples)
     numbers = jnp.stack([jnp.asarray(x, jnp.float32) for x in (ridge, tol)])[None]
     limit = jnp.asarray(most, jnp.int32).reshape(1, 1)
-
-    def kernel(
-        indices_ref, scale_ref, numbers_ref, limit_ref, D_ref, y_ref, used_ref, norm_ref, z0_ref,
-        x_ref, square_ref, kkt_ref, steps_ref, usable_ref, *workspace_bytes,
-    ):  # fmt: skip
-        *buffers, products, gram, square = workspace_bytes
-        ridge, tol = numbers_ref[0, 0], numbers_ref[0, 1]
-
-        def emit(g, product):
-            products[pl.ds(pl.multiple_of(g * height, 8), height), pl.ds(0, R)] = product
-
-        group.products(
-            *(D_ref, y_ref, buffers),
-            sample=lambda g, p: p * LANES + g,
-            first_row=pl.program_id(0) * samples,
-            index=lambda at, i: indices_ref[at, i],
-            groups=LANES,
-            emit=emit,
-            scale=lambda at: scale_ref[0, 0, at],
-        )
-
-        def row(r):  # of all groups' products, turned: [R 128]
-            return products[pl.ds(r, LANES, stride=height), :].T[:R]
-
-        square[...] = jnp.zeros_like(square)
-        slot = jax.lax.broadcasted_iota(jnp.int32, (kp, LANES), 0)
-        for p in range(P):
-
-            def turn(i, p=p):
-                turned = row(p * kp + i)[p * kp : (p + 1) * kp]
-                gram[p, pl.ds(i, 1)] = turned[None]
-                square[p] = jnp.where(slot == i, turned, square[p])
-
-            _each(kp, turn)
-        for p in range(P):
-            on = _turn(used_ref, p, k, kp) > 0
-            squares = jnp.where(on, square[p], 0.0)
-            norm = jnp.sqrt(squares + jnp.where(on, ridge, 0.0))
-            square[p] = norm
-
-            def normalise(i, columns, p=p, on=on, norm=norm):
-                norm_i = square[p, pl.ds(i, 1), :]
-                entries = jnp.where(on & (norm_i > 0), gram[p, i], 0.0) + jnp.where(on & (slot == i), ridge, 0.0)
-                entries = divide(entries, norm * norm_i)
-                gram[p, pl.ds(i, 1)] = entries[None]
-                return columns + entries * entries
-
-            columns = jax.lax.fori_loop(0, kp, normalise, jnp.zeros((kp, LANES), jnp.float32))
-            y_norm = norm_ref[0, pl.ds(p, 1), :]
-            c = divide(jnp.where(on, row(R + p)[p * kp : (p + 1) * kp], 0.0), norm * y_norm)
-            weight = norm / jnp.sqrt(jnp.maximum(jnp.max(squares, axis=0, keepdims=True), 2.0**-60))
-
-            def matvec(v, p=p):
-                # Row by row of `v`, from memory: a value has no row at a place that is not known yet.
-                square[p] = v
-
-                def add(i, total):
-                    return total + gram[p, i] * square[p, pl.ds(i, 1), :]
-
-                return jax.lax.fori_loop(0, kp, add, jnp.zeros((kp, LANES), jnp.float32))
-
-            start = jnp.where(on, _turn(z0_ref, p, k, kp), 0.0) * norm
-            start = jnp.maximum(start, 0.0) if nonnegative else start
-            usable = 0.5 * jnp.sum(start * (matvec(start) - 2 * c), axis=0, keepdims=True) < 10
-            start = jnp.where(usable, start, 0.0)
-            space = fista.Space(
-                matvec=matvec,
-                total=lambda x: jnp.sum(x, axis=0, keepdims=True),
-                largest=lambda x: jnp.max(x, axis=0, keepdims=True),
-                any=lambda running: jnp.max(running) > 0,
-                slot=slot.astype(jnp.float32),
-            )
-            x, kkt, steps = fista.solve(
-                *(space, columns, c, weight, start), tol=tol, most=limit_ref[0, 0], nonnegative=nonnegative
-            )
-            here = pl.ds(p * LANES, LANES)
-            x_ref[here, :] = _turn_back(x, k)
-            square_ref[here, :] = _turn_back(squares, k)
-            kkt_ref[0, pl.ds(p, 1), :] = kkt
-            steps_ref[0, pl.ds(p, 1), :] = steps
-            usable_ref[0, pl.ds(p, 1), :] = jnp.where(usable, 1, 0)
-
     blocks = n_padded // samples
     indices = _pad(indices, n_padded, m)
     used = jnp.where(indices < m, 1.0, 0.0)
@@ -270,7 +298,7 @@ def solve(D, indices, y, y_scale, y_norm, z0, ridge, tol, most, *, nonnegative: 
         _viewed(D, interpret), _viewed(y, interpret), used, y_norm.reshape(blocks, P, LANES), _pad(z0, n_padded, 0),
     )  # fmt: skip
     x, square, kkt, steps, usable = pl.pallas_call(
-        kernel,
+        functools.partial(_solve_block, group=group, nonnegative=nonnegative),
         grid=(blocks,),
         in_specs=[
             pl.BlockSpec((samples, k), lambda i: (i, 0), memory_space=pltpu.SMEM),
@@ -326,6 +354,66 @@ def _pad(x, n: int, value):
     return jnp.pad(x, ((0, n - x.shape[0]), *((0, 0),) * (x.ndim - 1)), constant_values=value)
 
 
+def _scatter_block(
+    latents_ref, rows_ref, left_ref, right_ref, zeros_ref, out_ref, buffer, sums, state, arriving, leaving
+):
+    r, entries = left_ref.shape
+    m, d = out_ref.shape
+    current, started = 0, 1  # of the state: the latent being summed, and how many writes were started
+
+    @pl.when(pl.program_id(0) == 0)
+    def _():
+        state[current], state[started] = m, 0
+
+    def each(group, slot, act):
+        for e in range(8):
+            at = 8 * group + e
+
+            @pl.when(latents_ref[0, at] < m)
+            def _(at=at, e=e):
+                source = right_ref.at[pl.ds(rows_ref[0, at], 1)]
+                act(pltpu.make_async_copy(source, buffer.at[slot, pl.ds(e, 1)], arriving.at[slot]))
+
+    def write(number):
+        place = number % _RING
+        return pltpu.make_async_copy(sums.at[place], out_ref.at[pl.ds(state[current], 1)], leaving.at[place])
+
+    def flush():
+        @pl.when(state[current] < m)
+        def _():
+            write(state[started]).start()
+            state[started] += 1
+
+            @pl.when(state[started] >= _RING)
+            def _():
+                write(state[started]).wait()  # of that place's last write
+
+    def add(group, slot):
+        for e in range(8):
+            at = 8 * group + e
+            latent = latents_ref[0, at]
+
+            @pl.when(latent != state[current])
+            def _(latent=latent):
+                flush()
+                state[current] = latent
+                sums[state[started] % _RING] = jnp.zeros((1, d), jnp.float32)
+
+            @pl.when(latent < m)
+            def _(at=at, e=e):
+                place = state[started] % _RING
+                for j in range(r):
+                    sums[place] += left_ref[j, at] * buffer[slot, e, pl.ds(j, 1), :]
+
+    _pipeline(entries // 8, each, add)
+
+    @pl.when(pl.program_id(0) == pl.num_programs(0) - 1)
+    def _():
+        flush()
+        first = jnp.maximum(state[started] - _RING + 1, 0)
+        _each(state[started] - first, lambda i: write(first + i).wait())
+
+
 def scatter_sorted(latents, rows, left, right, *, m: int, entries: int = 256, interpret: Any = False):
     """`[m d]`, the sum of `left · right[row]` over the places of each latent; as of `reference.scatter_sorted`.
 
@@ -344,68 +432,11 @@ def scatter_sorted(latents, rows, left, right, *, m: int, entries: int = 256, in
     padded = _up(N, entries)
     latents, rows = (_pad(x[:, None], padded, value).reshape(1, padded) for x, value in ((latents, m), (rows, 0)))
     left = _pad(left.astype(jnp.float32), padded, 0).T
-    blocks = padded // entries
-
-    def kernel(latents_ref, rows_ref, left_ref, right_ref, zeros_ref, out_ref, buffer, sums, state, arriving, leaving):
-        current, started = 0, 1  # of the state: the latent being summed, and how many writes were started
-
-        @pl.when(pl.program_id(0) == 0)
-        def _():
-            state[current], state[started] = m, 0
-
-        def each(group, slot, act):
-            for e in range(8):
-                at = 8 * group + e
-
-                @pl.when(latents_ref[0, at] < m)
-                def _(at=at, e=e):
-                    source = right_ref.at[pl.ds(rows_ref[0, at], 1)]
-                    act(pltpu.make_async_copy(source, buffer.at[slot, pl.ds(e, 1)], arriving.at[slot]))
-
-        def write(number):
-            place = number % _RING
-            return pltpu.make_async_copy(sums.at[place], out_ref.at[pl.ds(state[current], 1)], leaving.at[place])
-
-        def flush():
-            @pl.when(state[current] < m)
-            def _():
-                write(state[started]).start()
-                state[started] += 1
-
-                @pl.when(state[started] >= _RING)
-                def _():
-                    write(state[started]).wait()  # of that place's last write
-
-        def add(group, slot):
-            for e in range(8):
-                at = 8 * group + e
-                latent = latents_ref[0, at]
-
-                @pl.when(latent != state[current])
-                def _(latent=latent):
-                    flush()
-                    state[current] = latent
-                    sums[state[started] % _RING] = jnp.zeros((1, d), jnp.float32)
-
-                @pl.when(latent < m)
-                def _(at=at, e=e):
-                    place = state[started] % _RING
-                    for j in range(r):
-                        sums[place] += left_ref[j, at] * buffer[slot, e, pl.ds(j, 1), :]
-
-        _pipeline(entries // 8, each, add)
-
-        @pl.when(pl.program_id(0) == blocks - 1)
-        def _():
-            flush()
-            first = jnp.maximum(state[started] - _RING + 1, 0)
-            _each(state[started] - first, lambda i: write(first + i).wait())
-
     block = pl.BlockSpec((1, entries), lambda i: (0, i), memory_space=pltpu.SMEM)
     params = _params(vmem)
     return pl.pallas_call(
-        kernel,
-        grid=(blocks,),
+        _scatter_block,
+        grid=(padded // entries,),
         in_specs=[
             *(block, block),
             pl.BlockSpec((r, entries), lambda i: (0, i), memory_space=pltpu.SMEM),
