@@ -237,13 +237,9 @@ def unit_rows(dictionary: Any, y: Array, indices: Array, *, num_latents: int, ri
 
 def products(rows: UnitRows) -> Problem:
     """The problems of rows in Gram space."""
-    return Problem(
-        gram=jnp.einsum("nid,njd->nij", rows.atoms, rows.atoms, precision=EXACT) + jax.vmap(jnp.diag)(rows.ridge),
-        c=jnp.einsum("nkd,nd->nk", rows.atoms, rows.y, precision=EXACT),
-        unit=rows.unit,
-        weight=rows.weight,
-        finite=rows.finite,
-    )
+    gram = jnp.einsum("nid,njd->nij", rows.atoms, rows.atoms, precision=EXACT) + jax.vmap(jnp.diag)(rows.ridge)
+    c = jnp.einsum("nkd,nd->nk", rows.atoms, rows.y, precision=EXACT)
+    return Problem(gram, c, rows.unit, rows.weight, rows.finite)
 
 
 def residuals(dictionary: Any, y: Array, code: SparseCode) -> Array:

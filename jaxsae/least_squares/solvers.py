@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 
+@runtime_checkable
 class State(Protocol):
     """What a solver carries from step to step: at least its iterate, and the gradient `Gz − c` there."""
 
@@ -88,60 +89,6 @@ def spectral_norm(gram: Float[Array, "k k"]) -> Float[Array, ""]:
     return power_iteration(lambda v: _matvec(gram, v), gram[:, longest], POWER_STEPS)
 
 
-def _raise_curvature(curvature, dz, dg, total=jnp.sum):
-    """The larger of the curvature so far and the one just met, `dzᵀG dz / ‖dz‖²`.
-
-    Power iteration estimates `‖G‖₂` from below; each step taken is evidence that can only raise it.
-    """
-    return jnp.maximum(curvature, divide(total(dz * dg), total(dz * dz)))
-
-
-class ProjectedGradientState(NamedTuple):
-    """Iterate `z [k]`, its gradient `[k]`, and the curvature `L` that sets the step `1/L`."""
-
-    z: Array
-    gradient: Array
-    curvature: Array
-
-
-@pytrees.dataclass
-class ProjectedGradient:
-    """Projected gradient with a spectral step: `z ← P(z − (Gz − c)/L)`, `L = ‖G‖₂` by power iteration.
-
-    Each step lowers the objective; on ill-conditioned supports there are many: prefer `ConjugateGradient`.
-
-    Attributes:
-      tol: stop a row when its KKT residual, relative and without unit, is at most this.
-      max_steps: stop a row after this many steps.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, jaxsae
-      >>> D = jnp.array([[1.0, 0.0], [0.6, 0.8]])
-      >>> code = jaxsae.SparseCode(values=jnp.zeros(2), indices=jnp.arange(2), num_latents=2)
-      >>> refit, info = jaxsae.refit(D, jnp.array([2.2, 1.6]), code, jaxsae.ProjectedGradient(tol=1e-6))
-      >>> jnp.round(refit.values, 3)
-      Array([1., 2.], dtype=float32)
-
-    Source: Gao et al. (2024), "Scaling and evaluating sparse autoencoders", Section 5.1, which uses it.
-    """
-
-    tol: float | Array = 1e-5
-    max_steps: int | Array = 5000
-    fallback = None
-
-    def init(self, gram: Array, c: Array, z: Array, lower: float) -> ProjectedGradientState:
-        """The state at a feasible start `z`."""
-        return ProjectedGradientState(z, _matvec(gram, z) - c, spectral_norm(gram))
-
-    def step(self, gram: Array, c: Array, state: ProjectedGradientState, lower: float) -> ProjectedGradientState:
-        """One projected step, at the cost of one product with `G`."""
-        safe = jnp.where(state.curvature > 0, state.curvature, 1)
-        z = jnp.maximum(state.z - state.gradient / safe, lower)
-        gradient = _matvec(gram, z) - c
-        curvature = _raise_curvature(state.curvature, z - state.z, gradient - state.gradient)
-        return ProjectedGradientState(z, gradient, curvature)
-
-
 class FISTAState(NamedTuple):
     """Iterate `z` and extrapolation `w`, each `[k]` with its gradient, curvature `L` and momentum `t`."""
 
@@ -170,12 +117,49 @@ def fista_step(state: FISTAState, prox: Callable, gradient: Callable, total: Cal
     safe = jnp.where(state.curvature > 0, state.curvature, 1)
     z = prox(state.w - state.gradient_w / safe, safe)
     at_z = gradient(z)
-    curvature = _raise_curvature(state.curvature, z - state.w, at_z - state.gradient_w, total)
+    # Power iteration estimates the curvature from below; each step taken is evidence that can only raise it.
+    dz = z - state.w
+    curvature = jnp.maximum(state.curvature, divide(total(dz * (at_z - state.gradient_w)), total(dz * dz)))
     restart = total((state.w - z) * (z - state.z)) > 0
     t = jnp.where(restart, 1, (1 + jnp.sqrt(1 + 4 * state.t**2)) / 2)
     momentum = jnp.where(restart, 0, (state.t - 1) / t)
     w, gradient_w = z + momentum * (z - state.z), at_z + momentum * (at_z - state.gradient)
     return FISTAState(z, at_z, w, gradient_w, curvature, t)
+
+
+@pytrees.dataclass
+class ProjectedGradient:
+    """Projected gradient with a spectral step: `z ← P(z − (Gz − c)/L)`, `L = ‖G‖₂` by power iteration.
+
+    Each step lowers the objective; on ill-conditioned supports there are many: prefer `ConjugateGradient`.
+
+    Attributes:
+      tol: stop a row when its KKT residual, relative and without unit, is at most this.
+      max_steps: stop a row after this many steps.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsae
+      >>> D = jnp.array([[1.0, 0.0], [0.6, 0.8]])
+      >>> code = jaxsae.SparseCode(values=jnp.zeros(2), indices=jnp.arange(2), num_latents=2)
+      >>> refit, info = jaxsae.refit(D, jnp.array([2.2, 1.6]), code, jaxsae.ProjectedGradient(tol=1e-6))
+      >>> jnp.round(refit.values, 3)
+      Array([1., 2.], dtype=float32)
+
+    Source: Gao et al. (2024), "Scaling and evaluating sparse autoencoders", Section 5.1, which uses it.
+    """
+
+    tol: float | Array = 1e-5
+    max_steps: int | Array = 5000
+    fallback = None
+
+    def init(self, gram: Array, c: Array, z: Array, lower: float) -> FISTAState:
+        """The state at a feasible start `z`."""
+        return fista_start(z, _matvec(gram, z) - c, spectral_norm(gram))
+
+    def step(self, gram: Array, c: Array, state: FISTAState, lower: float) -> FISTAState:
+        """One step of `FISTA`, whose momentum is dropped, at the cost of one product with `G`."""
+        state = FISTA().step(gram, c, state, lower)
+        return fista_start(state.z, state.gradient, state.curvature)
 
 
 @pytrees.dataclass

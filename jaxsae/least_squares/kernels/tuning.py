@@ -36,7 +36,7 @@ def nearest(op: str, platform: str, device: str, *, d: int, k: int, dtype: str) 
 
 @contextlib.contextmanager
 def forced(options: dict[str, Any]) -> Iterator[None]:
-    """Use these block sizes for what is traced in this context, whatever the table says: for the script that fills it."""
+    """Use these block sizes for what is traced in this context, not the table's: for the script that fills it."""
     before = _forced.set(options)
     try:
         yield
