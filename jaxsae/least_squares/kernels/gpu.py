@@ -62,6 +62,22 @@ def _dot(a, b, precision):
     return jax.lax.dot_general(a, b, contract, precision=precision, preferred_element_type=jnp.float32)
 
 
+def _products(D_ref, y_ref, row, slots, others, *, block: int, precision: Any, scale: Any = 1.0):
+    """A row's atoms times others `[K K]`, None for themselves, and times its target multiplied by `scale` `[K]`."""
+
+    def add(step, carry):
+        G, c = carry
+        columns = step * block + jnp.arange(block)
+        atoms = _atoms(D_ref, *slots, columns)
+        right = atoms if others is None else _atoms(D_ref, *others, columns)
+        y = _row(y_ref, row, columns) * scale
+        return G + _dot(atoms, right, precision), c + jnp.sum(atoms.astype(jnp.float32) * y[None, :], axis=1)
+
+    K = slots[0].size
+    zeros = jnp.zeros((K, K), jnp.float32), jnp.zeros(K, jnp.float32)
+    return jax.lax.fori_loop(0, pl.cdiv(D_ref.shape[1], block), add, zeros)
+
+
 def _call(kernel, grid, inputs, out_shape, *, warps: int, stages: int, interpret: Any, name: str, **options):
     return pl.pallas_call(
         kernel,
@@ -76,7 +92,7 @@ def _call(kernel, grid, inputs, out_shape, *, warps: int, stages: int, interpret
 
 def gather_gram(D, indices, y, *, block: int = 32, warps: int = 4, stages: int = 3, interpret: Any = False):
     """`G [n k k]` and `c [n k]` of `n` rows, a tile of `G` a program."""
-    (n, k), (m, d) = indices.shape, D.shape
+    (n, k), m = indices.shape, len(D)
     _check(D, y)
     if D.dtype != jnp.float32:
         y = y.astype(jnp.float32)
@@ -86,19 +102,9 @@ def gather_gram(D, indices, y, *, block: int = 32, warps: int = 4, stages: int =
 
     def kernel(indices_ref, D_ref, y_ref, gram_ref, c_ref):
         row, top, left = pl.program_id(0), pl.program_id(1) * T, pl.program_id(2) * T
-        index, used = _slots(indices_ref, row, top, T, k, m)
-        index_, used_ = _slots(indices_ref, row, left, T, k, m)
-
-        def add(step, carry):
-            G, c = carry
-            columns = step * block + jnp.arange(block)
-            atoms = _atoms(D_ref, index, used, columns)
-            others = atoms if tiles == 1 else _atoms(D_ref, index_, used_, columns)
-            c = c + jnp.sum(atoms.astype(jnp.float32) * _row(y_ref, row, columns)[None, :], axis=1)
-            return G + _dot(atoms, others, precision), c
-
-        zeros = jnp.zeros((T, T), jnp.float32), jnp.zeros(T, jnp.float32)
-        G, c = jax.lax.fori_loop(0, pl.cdiv(d, block), add, zeros)
+        slots = _slots(indices_ref, row, top, T, k, m)
+        others = None if tiles == 1 else _slots(indices_ref, row, left, T, k, m)
+        G, c = _products(D_ref, y_ref, row, slots, others, block=block, precision=precision)
         i, j = top + jnp.arange(T), left + jnp.arange(T)
         plgpu.store(gram_ref.at[row, i[:, None], j[None, :]], G, mask=(i < k)[:, None] & (j < k)[None, :])
         plgpu.store(c_ref.at[row, i], c, mask=(i < k) & (left == 0))
@@ -149,22 +155,6 @@ def gather_decode(
     return out
 
 
-def _gram_row(refs, row, index, on, scale, *, block: int, precision: Any):
-    """`G` and `c` of one row, its target multiplied by `scale`."""
-    D_ref, y_ref = refs
-    K = index.shape[0]
-
-    def add(step, carry):
-        G, c = carry
-        columns = step * block + jnp.arange(block)
-        atoms = _atoms(D_ref, index, on, columns)
-        y = _row(y_ref, row, columns) * scale
-        return G + _dot(atoms, atoms, precision), c + jnp.sum(atoms.astype(jnp.float32) * y[None, :], axis=1)
-
-    zeros = jnp.zeros((K, K), jnp.float32), jnp.zeros(K, jnp.float32)
-    return jax.lax.fori_loop(0, pl.cdiv(D_ref.shape[1], block), add, zeros)
-
-
 def _solve_row(
     indices_ref, D_ref, y_ref, start_ref, target_ref, numbers_ref, most_ref,
     x_ref, square_ref, kkt_ref, steps_ref, usable_ref, *, K: int, k: int, nonnegative: bool, **options: Any,
@@ -172,7 +162,7 @@ def _solve_row(
     row, slot = pl.program_id(0), jnp.arange(K)
     index, on = _slots(indices_ref, row, 0, K, k, D_ref.shape[0])
     scale, y_norm, ridge = target_ref[row, 0], target_ref[row, 1], numbers_ref[0]
-    G, c = _gram_row((D_ref, y_ref), row, index, on, scale, **options)
+    G, c = _products(D_ref, y_ref, row, (index, on), None, scale=scale, **options)
     diagonal = slot[:, None] == slot[None, :]
     squares = jnp.sum(jnp.where(diagonal, G, 0.0), axis=1)
     norm, weight = problems.lengths(squares, on, ridge, jnp.max)

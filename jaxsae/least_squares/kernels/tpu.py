@@ -37,7 +37,13 @@ from jaxsae.least_squares.kernels.mosaic import (
 )
 from jaxsae.least_squares.kernels.shapes import like
 
+_HBM = pl.BlockSpec(memory_space=pl.ANY)
+_total, _largest = (functools.partial(f, axis=0, keepdims=True) for f in (jnp.sum, jnp.max))  # over slots
 _RING = 4  # sums of `scatter_sorted`: one being made, the others being written
+
+
+def _scalars(samples: int, k: int) -> pl.BlockSpec:
+    return pl.BlockSpec((samples, k), lambda i: (i, 0), memory_space=pltpu.SMEM)
 
 
 def gather_gram(D, indices, y, *, samples: int = 32, interpret: Any = False):
@@ -74,11 +80,7 @@ def gather_gram(D, indices, y, *, samples: int = 32, interpret: Any = False):
     G, c = pl.pallas_call(
         kernel,
         grid=(n_padded // samples,),
-        in_specs=[
-            pl.BlockSpec((samples, k), lambda i: (i, 0), memory_space=pltpu.SMEM),
-            pl.BlockSpec(memory_space=pl.ANY),
-            pl.BlockSpec(memory_space=pl.ANY),
-        ],
+        in_specs=[_scalars(samples, k), _HBM, _HBM],
         out_specs=[pl.BlockSpec((samples, k, k), lambda i: (i, 0, 0)), pl.BlockSpec((samples, k), lambda i: (i, 0))],
         out_shape=[
             like((indices, D, y), (n_padded, k, k), jnp.float32),
@@ -144,11 +146,7 @@ def gather_decode(D, indices, values, *, samples: int = 128, interpret: Any = Fa
     out = pl.pallas_call(
         kernel,
         grid=(n_padded // samples,),
-        in_specs=[
-            pl.BlockSpec((samples, k), lambda i: (i, 0), memory_space=pltpu.SMEM),
-            pl.BlockSpec((samples, k), lambda i: (i, 0), memory_space=pltpu.SMEM),
-            pl.BlockSpec(memory_space=pl.ANY),
-        ],
+        in_specs=[_scalars(samples, k), _scalars(samples, k), _HBM],
         out_specs=pl.BlockSpec((samples, d), lambda i: (i, 0)),
         out_shape=like((indices, values, D), (n_padded, d), jnp.float32),
         scratch_shapes=[pltpu.VMEM((2, kp, d), _buffer(D.dtype)), pltpu.SemaphoreType.DMA((2,))],
@@ -217,14 +215,6 @@ class _Block(NamedTuple):
             any=lambda running: jnp.max(running) > 0,
             slot=jax.lax.broadcasted_iota(jnp.int32, (kp, LANES), 0).astype(jnp.float32),
         )
-
-
-def _total(x):
-    return jnp.sum(x, axis=0, keepdims=True)
-
-
-def _largest(x):
-    return jnp.max(x, axis=0, keepdims=True)
 
 
 def _solve_block(
@@ -301,11 +291,9 @@ def solve(D, indices, y, y_scale, y_norm, z0, ridge, tol, most, *, nonnegative: 
         functools.partial(_solve_block, group=group, nonnegative=nonnegative),
         grid=(blocks,),
         in_specs=[
-            pl.BlockSpec((samples, k), lambda i: (i, 0), memory_space=pltpu.SMEM),
+            _scalars(samples, k),
             pl.BlockSpec((1, 1, samples), lambda i: (i, 0, 0), memory_space=pltpu.SMEM),
-            *(scalars, scalars),
-            *(pl.BlockSpec(memory_space=pl.ANY),) * 2,
-            *(row_wise, number, row_wise),
+            *(scalars, scalars, _HBM, _HBM, row_wise, number, row_wise),
         ],
         out_specs=[row_wise, row_wise, number, number, number],
         out_shape=[
@@ -437,13 +425,8 @@ def scatter_sorted(latents, rows, left, right, *, m: int, entries: int = 256, in
     return pl.pallas_call(
         _scatter_block,
         grid=(padded // entries,),
-        in_specs=[
-            *(block, block),
-            pl.BlockSpec((r, entries), lambda i: (0, i), memory_space=pltpu.SMEM),
-            pl.BlockSpec(memory_space=pl.ANY),
-            pl.BlockSpec(memory_space=pl.ANY),
-        ],
-        out_specs=pl.BlockSpec(memory_space=pl.ANY),
+        in_specs=[*(block, block), pl.BlockSpec((r, entries), lambda i: (0, i), memory_space=pltpu.SMEM), _HBM, _HBM],
+        out_specs=_HBM,
         out_shape=like((latents, rows, left, right), (m, d), jnp.float32),
         scratch_shapes=[
             pltpu.VMEM((2, 8, r, d), jnp.float32),
