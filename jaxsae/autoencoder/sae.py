@@ -16,6 +16,7 @@ from jaxsae.autoencoder.normalisation import Normalisation
 from jaxsae.autoencoder.selected import _selected
 from jaxsae.codes import SparseCode
 from jaxsae.least_squares.refit import RefitInfo, refit
+from jaxsae.least_squares.solvers import Solver
 
 
 @pytrees.dataclass
@@ -418,7 +419,7 @@ def refine(
     sae: SAE,
     x: Float[Array, "*b d"],
     code: SparseCode | None = None,
-    solver: Any = None,
+    solver: Solver | None = None,
     *,
     capacity: int | None = None,
     target: Float[Array, "*b d_out"] | None = None,

@@ -7,7 +7,7 @@ import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from jaxsae.codes import SparseCode
 from jaxsae.data import shards
 from jaxsae.data.rows import Rows
 from jaxsae.least_squares.refit import RefitInfo, Status
+from jaxsae.least_squares.solvers import Solver
 
 _BLOCK = 256  # rows refined together
 _PRE_ACTIVATIONS = 256 << 20  # bytes of pre-activations held at a time
@@ -87,7 +88,9 @@ def max_l0(sae: SAE, rows: Rows) -> int:
     return max([1, *(int(_max_l0(sae, x)) for _, x in chunks(sae, rows))])
 
 
-def refine_blocks(sae: SAE, rows: Rows, solver: Any = None, *, capacity: int | None = None) -> Iterator[Block]:
+def refine_blocks(
+    sae: SAE, rows: Rows, solver: Solver | None = None, *, capacity: int | None = None
+) -> Iterator[Block]:
     """Encode and refine rows, a block at a time.
 
     Rows of similar L0 go together, in as few slots as hold them, 32, 128, 256 … or the width: the cost of a refit grows
@@ -178,7 +181,7 @@ def refine_file(
     sae: SAE,
     rows: Rows,
     out: str | os.PathLike,
-    solver: Any = None,
+    solver: Solver | None = None,
     *,
     capacity: int | None = None,
     progress: Callable[[int], None] = lambda rows: None,

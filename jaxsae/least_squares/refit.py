@@ -258,11 +258,9 @@ class _Static(NamedTuple):
 def _unsolved(solver: solvers.Solver, info: RefitInfo):
     """Whether a row was left by the solver, or out of range for it."""
     unsolved = info.status == Status.NONFINITE
-    return (
-        unsolved
-        if solver.fallback is None
-        else unsolved | problems.left(solver, info.kkt, info.steps, solver.max_steps)
-    )
+    if solver.fallback is None:
+        return unsolved
+    return unsolved | problems.left(solver, info.kkt, info.steps, solver.max_steps)
 
 
 def _solver_bytes(k: int, d: int, itemsize: int) -> int:
