@@ -349,7 +349,7 @@ def resolve(solver: Solver) -> Solver:
     return dataclasses.replace(solver, fallback=resolve(fallback))
 
 
-def within(solver: Solver, *, tol: float | None = None, max_steps: int | None = None) -> Solver:
+def within(solver: Solver, *, tol: float | None = None, max_steps: int | Array | None = None) -> Solver:
     """A solver with another tolerance, or with fewer steps; its fallbacks likewise.
 
     Args:

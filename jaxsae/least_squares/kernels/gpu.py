@@ -47,8 +47,9 @@ def _slots(indices_ref, row, first, K: int, k: int, m: int):
     return jnp.where(used, index, 0), used
 
 
-def _atoms(D_ref, index, used, columns):
+def _atoms(D_ref, slots, columns):
     """Atoms `[K bd]`, zeros for slots that are not in use and columns beyond the last."""
+    index, used = slots
     mask = used[:, None] & (columns < D_ref.shape[1])[None, :]
     return plgpu.load(D_ref.at[index[:, None], columns[None, :]], mask=mask, other=0.0)
 
@@ -68,8 +69,8 @@ def _products(D_ref, y_ref, row, slots, others, *, block: int, precision: Any, s
     def add(step, carry):
         G, c = carry
         columns = step * block + jnp.arange(block)
-        atoms = _atoms(D_ref, *slots, columns)
-        right = atoms if others is None else _atoms(D_ref, *others, columns)
+        atoms = _atoms(D_ref, slots, columns)
+        right = atoms if others is None else _atoms(D_ref, others, columns)
         y = _row(y_ref, row, columns) * scale
         return G + _dot(atoms, right, precision), c + jnp.sum(atoms.astype(jnp.float32) * y[None, :], axis=1)
 
@@ -136,7 +137,7 @@ def gather_decode(
         def add(step, total):
             index, used = _slots(indices_ref, row, step * K, K, k, m)
             value = plgpu.load(values_ref.at[row, jnp.minimum(step * K + jnp.arange(K), k - 1)], mask=used, other=0.0)
-            atoms = _atoms(D_ref, index, used, columns).astype(jnp.float32)
+            atoms = _atoms(D_ref, (index, used), columns).astype(jnp.float32)
             return total + jnp.sum(value.astype(jnp.float32)[:, None] * atoms, axis=0)
 
         total = jax.lax.fori_loop(0, pl.cdiv(k, K), add, jnp.zeros(block, jnp.float32))
