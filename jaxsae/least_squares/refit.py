@@ -466,7 +466,7 @@ def _solve(static: _Static, shared, per_row):
     )
     valid = (ridge >= 0) & jnp.isfinite(ridge)
     info = dataclasses.replace(info, status=jnp.where(valid, info.status, Status.INVALID).astype(jnp.int32))
-    return refitted.reshape(*batch, -1), jax.tree.map(lambda x: x.reshape(batch), info)
+    return refitted.reshape(per_row[2].shape), jax.tree.map(lambda x: x.reshape(batch), info)
 
 
 def _refit_primal(static: _Static, solver, dictionary, y, indices, values, ridge):
