@@ -356,6 +356,9 @@ def test_a_row_of_nan_alone_is_named_by_all_whatever_the_shape(shape, optimised)
     y = y.at[3].set(1.0).at[5, 0].set(1.0)
     np.testing.assert_array_equal(jaxsae.refit(broken, y, code)[1].status == jaxsae.Status.NONFINITE, has)
     np.testing.assert_array_equal(np.isnan(jaxsae.certify(broken, y, code).kkt), has)
+    # A selection looks at every atom.
+    for select in (jaxsae.pursuit.omp, jaxsae.pursuit.iti):
+        np.testing.assert_array_equal(select(broken, y, k=K)[1].status, jaxsae.Status.NONFINITE)
 
 
 EACH = np.full(M, 0.1)

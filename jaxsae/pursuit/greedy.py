@@ -1,8 +1,8 @@
 """Greedy pursuits: one atom after another, each chosen by what the others leave unexplained.
 
-Atoms may have any norm: choices are made between atoms scaled to norm 1, and zero atoms (or such as are not finite) are
-never chosen. Choices have no derivative; the values have that of the refit on the support chosen. A row ends when its
-own rule says so, and touches no other; one with NaN or Inf gets an empty code and the status `NONFINITE`.
+Atoms may have any norm: choices are made between atoms scaled to norm 1, and zero atoms are never chosen. Choices have
+no derivative; the values have that of the refit on the support chosen. A row ends when its own rule says so, and
+touches no other; one with NaN or Inf gets an empty code and the status `NONFINITE`, and so do all if an atom has them.
 """
 
 import dataclasses

@@ -110,17 +110,18 @@ def _validated(D: Any, y: Any, method: Method) -> tuple[Array, Array, SparseCode
 @chunking.over_rows
 def _select(method: Method, shared, per_row):
     """Run a method on rows free of units, and give its values theirs."""
-    (D, options), (y, tol, limit) = shared, per_row
-    D, length, largest = _unit(D.astype(tol.dtype))
-    finite = jnp.isfinite(y).all(-1)
-    batch, y = y.shape[:-1], y.reshape(-1, y.shape[-1]).astype(tol.dtype)
-    y, y_length, y_largest = _unit(y)
+    (D, options), (y, tol, limit, mask) = shared, per_row
+    batch, D, y = y.shape[:-1], D.astype(tol.dtype), y.reshape(-1, y.shape[-1]).astype(tol.dtype)
+    # Every row is compared with every atom. As in `refit`, what XLA takes for 0 is as bad as NaN.
+    finite = jnp.isfinite(problems.largest(y)[:, 0]) & jnp.isfinite(problems.largest(D)).all()
+    D, length, largest = _unit(D)
+    y, y_length, y_largest = _unit(jnp.where(finite[:, None], y, 0))
     tol = divide(divide(tol.reshape(-1), y_largest), y_length)
     chosen = method.select(Problem(D, y, tol, limit.reshape(-1), method.k, method.nonnegative, options))
     size, unit = (x.at[chosen.indices].get(mode="fill", fill_value=0) for x in (length, largest))
     values = divide(chosen.values * y_length[:, None], size) * divide(y_largest[:, None], unit)
     chosen = chosen._replace(values=values)
-    return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), chosen), finite
+    return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), (chosen, finite))
 
 
 def _unit(x: Array) -> tuple[Array, Array, Array]:
