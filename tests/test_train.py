@@ -638,6 +638,13 @@ def test_the_geometric_median_where_rows_are(rows, median, power):
         np.testing.assert_array_equal(found, np.float32(median) * scale)
 
 
+def test_rows_that_are_not_finite_do_not_move_the_geometric_median():
+    x = activations(batch=(60,))
+    broken = jnp.concatenate([x, x.at[:, 0].set(jnp.nan)[:7], x.at[:, 1].set(-jnp.inf)[:7]])
+    np.testing.assert_allclose(train.geometric_median(broken), train.geometric_median(x), rtol=1e-5)
+    assert np.isnan(train.geometric_median(broken[60:])).all()
+
+
 def test_resampling_gives_dead_latents_a_new_start_and_no_other():
     tx, x = train.ema(train.default_optimizer(1e-2), decay=0.9), activations(batch=(64,))
     state, _ = train.make_step(Objective((L1(0.1),)), tx)(train.init_state(sae(m=M, activation=jaxsae.ReLU()), tx), x)

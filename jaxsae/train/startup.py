@@ -20,7 +20,8 @@ def geometric_median(x: Float[Array, "n d"], *, iterations: int = 100) -> Float[
 
         c ← Σᵢ xᵢ/‖xᵢ − c‖ / Σᵢ 1/‖xᵢ − c‖
 
-    Rows at the centre itself hold it there as strongly as each of the others pulls (Vardi & Zhang).
+    Rows at the centre itself hold it there as strongly as each of the others pulls (Vardi & Zhang). Rows with NaN or
+    Inf take no part; if there are no others, the answer is NaN.
 
     Args:
       x: `[n d]`, a sample.
@@ -35,20 +36,23 @@ def geometric_median(x: Float[Array, "n d"], *, iterations: int = 100) -> Float[
     of b_dec, Bricken et al. (2023) and Gao et al. (2024), Appendix A.
     """
     wide = widen(x)
-    lowest = jnp.min(wide, axis=0)  # which rows that are equal are to the bit
-    scale = power_of_two_or_one(jnp.max(wide - lowest))
-    scaled = (wide - lowest) / scale
-    least = jnp.finfo(scaled.dtype).eps * jnp.sqrt(jnp.mean(jnp.var(scaled, axis=0)))
+    finite = jnp.isfinite(wide).all(axis=1)
+    rows = finite[:, None]
+    lowest = jnp.min(wide, axis=0, initial=jnp.inf, where=rows)  # which rows that are equal are to the bit
+    above = jnp.where(rows, wide - lowest, 0)
+    scale = power_of_two_or_one(jnp.max(above, initial=0))
+    scaled = above / scale
+    least = jnp.finfo(scaled.dtype).eps * jnp.sqrt(jnp.mean(jnp.var(scaled, axis=0, where=rows)))
 
     def closer(_, centre):
         distance = norms(scaled - centre)[:, 0]
-        at = distance <= least
-        weight = jnp.where(at, 0, divide(1, distance))
+        at = finite & (distance <= least)
+        weight = jnp.where(at | ~finite, 0, divide(1, distance))
         pull = weight @ (scaled - centre)
         free = jnp.maximum(1 - divide(jnp.sum(at), norms(pull)), 0)
         return centre + free * divide(pull, jnp.sum(weight))
 
-    centre = jax.lax.fori_loop(0, iterations, closer, jnp.mean(scaled, axis=0))
+    centre = jax.lax.fori_loop(0, iterations, closer, jnp.mean(scaled, axis=0, where=rows))
     return (lowest + scale * centre).astype(x.dtype)
 
 
