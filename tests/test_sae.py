@@ -272,6 +272,20 @@ def test_rethreshold_leaves_out_rows_that_are_not_finite():
     np.testing.assert_allclose(threshold, jaxsae.autoencoder.rethreshold(model, x, 6.5).activation.threshold, rtol=1e-5)
 
 
+def test_rethreshold_never_gives_less_than_was_asked_for(x64):
+    model = sae(activation=jaxsae.ReLU(), dtype=np.float64)
+    alike = model.replace(W_enc=jnp.zeros((16, 32)), b_enc=jnp.repeat(jnp.arange(1.0, 9.0), 4))  # in fours
+    x = activations(batch=(64,), dtype=np.float64)
+    for made, l0, found in ((model, 6.5, 6.5), (alike, 3.0, 4.0), (alike, 5.0, 8.0), (alike, 32.0, 32.0)):
+        code = jaxsae.encode(jaxsae.autoencoder.rethreshold(made, x, l0), x, capacity=32)
+        np.testing.assert_allclose(code.l0.mean(), found, rtol=1e-12)
+
+
+def test_rethreshold_refuses_rows_of_which_none_is_finite():
+    with pytest.raises(ValueError, match="`rethreshold` got no row without NaN or Inf; pass some"):
+        jaxsae.autoencoder.rethreshold(sae(activation=jaxsae.TopK(4)), jnp.full((8, 16), jnp.nan), 6.5)
+
+
 @pytest.mark.parametrize("activation", [jaxsae.AbsTopK(4), jaxsae.Gated(*jnp.zeros((3, 32)))], ids=str)
 def test_rethreshold_refuses_values_that_are_not_the_largest_pre_activations(activation):
     with pytest.raises(ValueError, match=r"`rethreshold` got .*, whose values are not the largest pre-activations"):

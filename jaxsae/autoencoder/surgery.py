@@ -92,7 +92,8 @@ def rethreshold(sae: SAE, x: Float[Array, "n d"], l0: float) -> SAE:
     """The SAE with one threshold for all latents in place of its activation, such that its mean L0 on `x` is `l0`.
 
     A trained TopK then spends its latents where they are needed, and each row and latent can be computed alone. Rows
-    with NaN or Inf are left out.
+    with NaN or Inf are left out. Values that are equal stay together, so that the L0 may be more than `l0`; it is less
+    only where fewer pre-activations are positive.
 
     Args:
       sae: the autoencoder.
@@ -103,8 +104,8 @@ def rethreshold(sae: SAE, x: Float[Array, "n d"], l0: float) -> SAE:
       The SAE with a `JumpReLU`.
 
     Raises:
-      ValueError: if `l0` is not between 0 and `m`, or if the values of its activation are not the pre-activations that
-        are large enough, so that another activation cannot stand in its place.
+      ValueError: if `l0` is not between 0 and `m`, if no row is finite, or if the values of its activation are not the
+        pre-activations that are large enough, so that another activation cannot stand in its place.
 
     Example:
       >>> import jax, jaxsae
@@ -124,12 +125,12 @@ def rethreshold(sae: SAE, x: Float[Array, "n d"], l0: float) -> SAE:
         )
     pre = pre_activations(sae, x)
     finite = jnp.isfinite(pre).all(-1, keepdims=True)
+    if not (rows := int(jnp.sum(finite))):
+        raise ValueError("`rethreshold` got no row without NaN or Inf; pass some.")
     largest = jnp.sort(jnp.where(finite, jax.nn.relu(pre), 0).ravel())[::-1]
-    count = jnp.round(l0 * jnp.sum(finite)).astype(jnp.int32)
-    threshold = jnp.full(
-        sae.m, largest.at[count].get(mode="clip"), jnp.float32
-    )  # of which as many are greater, but for ties
-    return dataclasses.replace(sae, activation=JumpReLU(threshold))
+    least = largest[max(round(l0 * rows), 1) - 1].astype(jnp.promote_types(pre.dtype, jnp.float32))
+    below = jnp.maximum(jnp.nextafter(least, -jnp.inf), 0)
+    return dataclasses.replace(sae, activation=JumpReLU(jnp.full(sae.m, below)))
 
 
 _POSITIVE_PARTS = ReLU, TopK, BatchTopK, JumpReLU, GroupMax
