@@ -198,6 +198,13 @@ def test_what_is_no_activation_is_refused_in_a_line(unchecked):
     def by_hand(activation):
         return jaxsae.SAE(jnp.ones((4, 8)), jnp.ones(8), jnp.ones((8, 4)), jnp.ones(4), activation)
 
+@pytest.mark.parametrize("scale", [1.0, 89.0, np.inf])
+def test_a_latent_that_its_gate_shuts_has_no_slope_whatever_its_scale(scale):
+    activation = jaxsae.Gated(jnp.full(2, scale), jnp.array([-3.0, 3.0]), jnp.zeros(2))
+    slopes = jax.grad(lambda activation, pre: activation(pre)[0] ** 2, (0, 1))(activation, jnp.array([1.0, 1.0]))
+    assert all(np.all(leaf[0] == 0) for leaf in jax.tree.leaves(slopes))
+
+
     for make in (made, by_hand):
         for wrong, message in (
             (jax.nn.relu, r"got the function relu for an activation; pass one of jaxsae's, such as jaxsae.ReLU\(\)"),

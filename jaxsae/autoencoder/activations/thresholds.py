@@ -133,7 +133,10 @@ class Gated(Activation):
 
     def __call__(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
         """The dense code."""
-        return _past(0, self.gate(pre), jnp.exp(self.r_mag) * pre + self.b_mag)
+        gate = self.gate(pre)
+        # The derivative of a latent that is off would be 0 · exp(r_mag), which is NaN where the power overflows.
+        r_mag = jnp.where(gate > 0, self.r_mag, jnp.minimum(self.r_mag, 0))
+        return _past(0, gate, jnp.exp(r_mag) * pre + self.b_mag)
 
     def gate(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
         """What must be positive for a latent to be active."""
