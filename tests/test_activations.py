@@ -125,6 +125,27 @@ def test_k_is_a_whole_number(k, unchecked):
             kind(k)
 
 
+@pytest.mark.parametrize("keep", [-1, -0.5, 4.5, np.nan, np.inf, True, "3"])
+def test_a_part_of_the_slots_is_from_none_to_all(keep, unchecked):
+    with pytest.raises(ValueError, match=rf"TopK got keep = {keep}; pass a number from 0 to k = 4"):
+        jaxsae.TopK(4, keep=keep)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_steps": 0}, r"max_steps = 0; pass a whole number of at least 1, or None"),
+        ({"max_steps": 2.5}, r"max_steps = 2\.5; pass a whole number of at least 1, or None"),
+        ({"max_steps": True}, r"max_steps = True; pass a whole number of at least 1, or None"),
+        ({"residual_threshold": -0.1}, r"residual_threshold = -0\.1; pass a finite norm of at least 0"),
+        ({"residual_threshold": np.nan}, r"residual_threshold = nan; pass a finite norm of at least 0"),
+    ],
+)
+def test_a_pursuit_refuses_options_that_make_no_sense(options, message, unchecked):
+    with pytest.raises(ValueError, match=f"MatchingPursuit got {message}"):
+        jaxsae.autoencoder.activations.MatchingPursuit(**options)
+
+
 KEPT = pytest.mark.parametrize("keep", [-1.0, 0.0, 0.9, 1.0, 2.5, 2.999, 3, 4.0, 7.5])
 
 
@@ -133,7 +154,7 @@ def test_keep_means_one_thing_and_is_rounded_down(keep):
     pre = jnp.array([[5.0, -1.0, 4.0, 3.0, 2.0, 1.0], [1.0, 1.0, 1.0, 1.0, -1.0, 0.0], [-1.0] * 6])
     number = int(np.clip(np.floor(keep), 0, 4))
     z = keep_largest(np.asarray(pre), number)
-    activation = jaxsae.TopK(4, keep=jnp.float32(keep))
+    activation = jaxsae.TopK(4, keep=jnp.float32(keep))  # an array, which may be traced, is not looked at
     np.testing.assert_array_equal(apply(activation, pre), z)
     code = code_of(activation, pre, 4)
     np.testing.assert_array_equal(dense(code), z)
@@ -177,6 +198,13 @@ def test_an_infinite_threshold_or_bias_is_a_very_large_one(name):
     jax.tree.map(np.testing.assert_allclose, found, wanted)
 
 
+@pytest.mark.parametrize("scale", [1.0, 89.0, np.inf])
+def test_a_latent_that_its_gate_shuts_has_no_slope_whatever_its_scale(scale):
+    activation = jaxsae.Gated(jnp.full(2, scale), jnp.array([-3.0, 3.0]), jnp.zeros(2))
+    slopes = jax.grad(lambda activation, pre: activation(pre)[0] ** 2, (0, 1))(activation, jnp.array([1.0, 1.0]))
+    assert all(np.all(leaf[0] == 0) for leaf in jax.tree.leaves(slopes))
+
+
 @pytest.mark.parametrize("bandwidth", [-1.0, np.nan, np.inf])
 def test_a_bandwidth_of_no_sense_is_refused(bandwidth):
     with pytest.raises(ValueError, match=r"JumpReLU got a bandwidth of .*; pass a finite one, of at least 0"):
@@ -197,13 +225,6 @@ def test_what_is_no_activation_is_refused_in_a_line(unchecked):
 
     def by_hand(activation):
         return jaxsae.SAE(jnp.ones((4, 8)), jnp.ones(8), jnp.ones((8, 4)), jnp.ones(4), activation)
-
-@pytest.mark.parametrize("scale", [1.0, 89.0, np.inf])
-def test_a_latent_that_its_gate_shuts_has_no_slope_whatever_its_scale(scale):
-    activation = jaxsae.Gated(jnp.full(2, scale), jnp.array([-3.0, 3.0]), jnp.zeros(2))
-    slopes = jax.grad(lambda activation, pre: activation(pre)[0] ** 2, (0, 1))(activation, jnp.array([1.0, 1.0]))
-    assert all(np.all(leaf[0] == 0) for leaf in jax.tree.leaves(slopes))
-
 
     for make in (made, by_hand):
         for wrong, message in (

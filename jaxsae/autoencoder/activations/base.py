@@ -4,6 +4,7 @@ An activation is called on pre-activations `[*b m]` and gives the dense code `[*
 it has a default in `Activation`, so that a new one is a dataclass with a `__call__`.
 """
 
+import numbers
 from typing import Any
 
 import jax
@@ -106,6 +107,27 @@ def validate(activation: Any, name: str) -> None:
             f"`{name}` got an activation of class {type(activation).__name__}, which is no pytree; put "
             "@jaxsae.pytrees.dataclass above its class."
         )
+
+
+def check_number(activation: Activation, name: str, kind: type, least: int, most: int | float, expected: str) -> None:
+    """Raise unless an option is in its range, None, or an array, which may be traced.
+
+    Args:
+      activation: whose option it is.
+      name: of the option.
+      kind: `numbers.Integral` or `numbers.Real`.
+      least: allowed.
+      most: allowed.
+      expected: both in words.
+
+    Example:
+      >>> import jaxsae
+      >>> check_number(jaxsae.TopK(4, keep=2), "keep", numbers.Real, 0, 4, "a number from 0 to k = 4")
+    """
+    value = getattr(activation, name)
+    in_range = isinstance(value, kind) and not isinstance(value, bool) and least <= value <= most
+    if isinstance(value, numbers.Number | str) and not in_range:
+        raise ValueError(f"{type(activation).__name__} got {name} = {value}; pass {expected}.")
 
 
 def _of_any_units(self: Activation, scale: float | Array) -> Any:

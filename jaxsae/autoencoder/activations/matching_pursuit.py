@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import numbers
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ from flax import struct
 from jaxtyping import Array, Float
 
 from jaxsae._core import pytrees
-from jaxsae.autoencoder.activations.base import Activation
+from jaxsae.autoencoder.activations.base import Activation, check_number
 
 
 @pytrees.dataclass
@@ -26,6 +28,9 @@ class MatchingPursuit(Activation):
       max_steps: most steps of a row; `d` if None; static.
       stop_on_duplicate: whether a row ends when its support did not change; static.
 
+    Raises:
+      ValueError: if the threshold is negative or not finite, or `max_steps < 1`.
+
     Example:
       >>> import jax.numpy as jnp, jaxsae
       >>> jaxsae.autoencoder.activations.MatchingPursuit().pursue(jnp.array([3.0, 4.0]), jnp.eye(2))
@@ -39,6 +44,11 @@ class MatchingPursuit(Activation):
     max_steps: int | None = struct.field(pytree_node=False, default=None)
     stop_on_duplicate: bool = struct.field(pytree_node=False, default=True)
     encoder_free = True
+
+    def __post_init__(self):
+        norm, count = "a finite norm of at least 0", "a whole number of at least 1, or None"
+        check_number(self, "residual_threshold", numbers.Real, 0, sys.float_info.max, norm)
+        check_number(self, "max_steps", numbers.Integral, 1, sys.maxsize, count)
 
     def __call__(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
         """Not of this: pre-activations do not say what is left."""

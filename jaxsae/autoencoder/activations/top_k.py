@@ -1,5 +1,6 @@
 """Activations that keep a fixed number of latents a row."""
 
+import numbers
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxsae import codes
 from jaxsae._core import pytrees
-from jaxsae.autoencoder.activations.base import Activation, _of_any_units
+from jaxsae.autoencoder.activations.base import Activation, _of_any_units, check_number
 from jaxsae.codes import SparseCode
 
 
@@ -96,7 +97,7 @@ class TopK(_Selection):
         sparsity in one compilation. All by default.
 
     Raises:
-      ValueError: if `k < 1`.
+      ValueError: if `k < 1`, or `keep` is a number out of its range.
 
     Example:
       >>> import jax.numpy as jnp, jaxsae
@@ -109,6 +110,10 @@ class TopK(_Selection):
     k: int = struct.field(pytree_node=False)
     keep: float | Array | None = pytrees.fixed(default=None)
     rescale = _of_any_units
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_number(self, "keep", numbers.Real, 0, self.k, f"a number from 0 to k = {self.k}")
 
     def __call__(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
         """The dense code, by comparison with the k-th largest: no scatter, forwards or backwards."""
