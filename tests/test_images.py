@@ -227,6 +227,7 @@ BAD = [
     (lambda: images.denoise(chequered(), float("nan")), "above 0"),
     (lambda: images.inpaint(chequered(), np.zeros((3, 3), bool)), "height and width"),
     (lambda: images.inpaint(chequered(), np.ones((32, 40), bool)), "every pixel is missing"),
+    (lambda: images.inpaint(chequered(), np.zeros((32, 40), bool)), "got a mask of which no pixel is True"),
     (lambda: images.inpaint(chequered(), np.full((32, 40), 255, np.uint8)), "other than 0 and 1"),
     (lambda: images.inpaint(chequered(), np.full((32, 40), np.nan)), "other than 0 and 1"),
     (lambda: images.inpaint(chequered(), chequered() > 99, sigma=-1.0), "0 or more"),

@@ -208,7 +208,7 @@ def inpaint(
 
     Raises:
       InputError: if the picture is smaller than a patch or not a picture, if the mask does not fit it, if no pixel is
-        known, or if `sigma` is negative.
+        known or none is missing, or if `sigma` is negative.
       ValueError: if a size is out of its range.
 
     Example:
@@ -228,6 +228,8 @@ def inpaint(
     if not np.isin(missing, (0, 1)).all():
         raise InputError("got a mask with values other than 0 and 1; pass which pixels are missing, as `mask > 127.5`.")
     missing = np.asarray(missing, bool)
+    if not missing.any():
+        raise InputError("got a mask of which no pixel is True; pass True where pixels are missing.")
     if missing.all():
         raise InputError("got a picture of which every pixel is missing; pass one of which some are known.")
     if sigma is not None and not 0 <= sigma < np.inf:
