@@ -294,3 +294,21 @@ def test_what_does_not_fit_is_an_error(unchecked):
         pursuit.iti(dictionary, y.astype(jnp.int32), k=2)
     with pytest.raises(TypeError, match="shape \\(m, d\\)"):
         pursuit.cosamp(dictionary[0], y, k=2)
+    with pytest.raises(ValueError, match="got a mask of shape"):
+        pursuit.omp(dictionary, y, k=2, mask=jnp.ones(d, bool))
+    with pytest.raises(ValueError, match="nonnegative=True; pass one of the same shape, and nonnegative=False"):
+        pursuit.omp(dictionary, y, k=2, mask=jnp.ones(y.shape, bool), nonnegative=True)
+
+
+def test_what_is_masked_may_hold_anything_and_any_batch_will_do():
+    dictionary, y, _ = planted(rows=n, d=d, m=m, k=k)
+    mask = jnp.asarray(np.random.default_rng(0).random((n, d)) < 0.7)
+    f = jax.jit(lambda y, mask: pursuit.omp(dictionary, y, k=2, mask=mask))
+    code, info = f(jnp.where(mask, y, jnp.nan), mask)
+    plain = compiled(pursuit.omp, k=2)
+    for row in range(3):
+        alone, _ = plain(dictionary * mask[row], y[row] * mask[row])
+        np.testing.assert_array_equal(code.indices[row], alone.indices)
+        np.testing.assert_allclose(code.values[row], alone.values, rtol=1e-4)
+    folded = jax.tree.map(lambda x: x.reshape(n, *x.shape[2:]), f(y.reshape(4, -1, d), mask.reshape(4, -1, d)))
+    assert_same_bits(folded, (code, info))

@@ -13,15 +13,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from jaxsae import codes, pursuit
-from jaxsae._core import chunking, pytrees
 from jaxsae._core.files import InputError
-from jaxsae._core.linalg import divide, matmul
+from jaxsae._core.linalg import divide
 from jaxsae.codes import SparseCode
 from jaxsae.ksvd import learning
-from jaxsae.least_squares.refit import refit
 
 _GAIN = 1.15  # a patch is explained when its residual is at most this times the noise's expected norm
 _STRIP = 1 << 14  # patches coded at a time
@@ -228,8 +226,6 @@ def inpaint(
     if not np.isin(missing, (0, 1)).all():
         raise InputError("got a mask with values other than 0 and 1; pass which pixels are missing, as `mask > 127.5`.")
     missing = np.asarray(missing, bool)
-    if not missing.any():
-        raise InputError("got a mask of which no pixel is True; pass True where pixels are missing.")
     if missing.all():
         raise InputError("got a picture of which every pixel is missing; pass one of which some are known.")
     if sigma is not None and not 0 <= sigma < np.inf:
@@ -237,6 +233,8 @@ def inpaint(
     _require_sizes(m, k, side, steps, patches, seed)
     holes = missing.reshape(missing.shape + (1,) * (np.ndim(picture) - 2))
     picture = _require_picture(np.where(holes, np.asarray(picture)[~missing].flat[0], picture), side)
+    if not missing.any():
+        raise InputError("got a mask of which no pixel is True; pass True where pixels are missing.")
     units = _units(picture)
     planes = _planes(np.where(holes, 0, units.scaled(picture)))
     known = np.broadcast_to(~missing, planes.shape).astype(np.float32)
@@ -390,62 +388,17 @@ def _denoised(D, tol, y, *, k: int):
 # --- Patches of which not every pixel is known
 
 
-@pytrees.dataclass
-class _Masked:
-    """The atoms as each row sees them: number `row · m + atom` is `known[row] * D[atom]`."""
-
-    D: Float[Array, "m d"]
-    known: Float[Array, "n d"]
-
-    def take(self, indices):
-        """Masked atoms."""
-        return self.D[indices % len(self.D)] * self.known[indices // len(self.D)]
-
-
 def _inpainted(D, tol, y, known, *, k: int):
     code, mean = _code_masked(D, tol, y, known, k=k)
     return codes.combine(D, code) + mean, jnp.any(known > 0, axis=1).astype(y.dtype)
 
 
 def _code_masked(D, tol, y, known, *, k: int) -> tuple[SparseCode, Array]:
-    """Codes of what is known of each patch less its mean, and that mean: selection, then the shared refit."""
-    (n, _), m = y.shape, len(D)
+    """Codes of what is known of each patch less its mean, and that mean."""
     count = jnp.sum(known, axis=1, keepdims=True)
     mean = divide(jnp.sum(known * y, axis=1, keepdims=True), count)
-    y = known * (y - mean)
-    indices = chunking.map_chunks(
-        functools.partial(_select_masked, D, k),
-        *(y, known, tol * jnp.sqrt(count[:, 0])),
-        batch=(n,),
-        row_bytes=(3 * m + 2 * k * y.shape[1]) * y.dtype.itemsize,
-        cpu_rows=512,
-    )
-    numbers = jnp.where(indices < m, jnp.arange(n)[:, None] * m + indices, n * m)
-    zeros = jnp.zeros(indices.shape, y.dtype)
-    refitted, _ = refit(_Masked(D, known), y, SparseCode(zeros, numbers, n * m), nonnegative=False)
-    return SparseCode(refitted.values, indices, m), mean
-
-
-def _select_masked(D, k: int, y, known, tol):
-    """Orthogonal matching pursuit among masked atoms; those chosen, made orthonormal, are the only factorisation."""
-    n, m = len(y), len(D)
-    norm = jnp.sqrt(matmul(known, (D**2).T))
-
-    def choose(slot, carry):
-        residual, basis, indices = carry
-        best = jnp.argmax(jnp.abs(divide(matmul(residual, D.T), norm)), axis=1)
-        new = D[best] * known
-        for _ in range(2):  # twice is enough, for orthogonality to rounding
-            new = new - jnp.einsum("nkd,nk->nd", basis, jnp.einsum("nkd,nd->nk", basis, new))
-        left = jnp.linalg.norm(new, axis=1)
-        independent = left > 1e-3 * norm[jnp.arange(n), best]
-        chosen = independent & (jnp.linalg.norm(residual, axis=1) > tol)
-        new = jnp.where(chosen[:, None], divide(new, left[:, None]), 0)
-        residual = residual - jnp.sum(new * residual, axis=1, keepdims=True) * new
-        return residual, basis.at[:, slot].set(new), indices.at[:, slot].set(jnp.where(chosen, best, m))
-
-    start = y, jnp.zeros((n, k, y.shape[1]), y.dtype), jnp.full((n, k), m, jnp.int32)
-    return jax.lax.fori_loop(0, k, choose, start)[2]
+    code, _ = pursuit.omp(D, y - mean, k=k, tol=tol * jnp.sqrt(count[:, 0]), mask=known > 0)
+    return code, mean
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from jaxsae._core.linalg import EXACT, matmul
+from jaxsae._core.linalg import EXACT, divide, matmul
 from jaxsae.codes import SparseCode
 from jaxsae.least_squares.refit import RefitInfo
 from jaxsae.pursuit.selection import (
@@ -46,6 +46,7 @@ def omp(
     tol: float | Float[Array, "*b"] = 0.0,
     limit: Int[Array, "*b"] | None = None,
     nonnegative: bool = False,
+    mask: Bool[Array, "*b d"] | None = None,
 ) -> tuple[SparseCode, RefitInfo]:
     """Orthogonal matching pursuit: add the atom that correlates most with the residual, refit all, repeat.
 
@@ -68,13 +69,16 @@ def omp(
       tol: end a row when `‖r‖` is at most this, in units of `y`; a number, or `[*b]`, one for each row.
       limit: most atoms of each row, `[*b]`, at most `k`; `k` if None.
       nonnegative: values `z ≥ 0`, and choices by `⟨a_j, r⟩` itself (Bruckstein et al. 2008).
+      mask: which entries of `y` are known, if not all are: atoms are compared with these, and fitted to these, alone
+        (Mairal, Elad & Sapiro 2008); with free signs.
 
     Returns:
       The code `[*b k]`, atoms in the order in which they were chosen, and `RefitInfo`, with `steps` the number of
       atoms chosen. A row ends with fewer than `k` also if no atom correlates with what is left, to rounding.
 
     Raises:
-      ValueError, TypeError: at trace time, if shapes or dtypes do not fit together, or `k` is not in `[1, m]`.
+      ValueError, TypeError: at trace time, if shapes or dtypes do not fit together, `k` is not in `[1, m]`, or there is
+        a mask where values are to be non-negative.
 
     Example:
       >>> import jax.numpy as jnp, jaxsae
@@ -86,9 +90,16 @@ def omp(
 
     Source: Pati, Rezaiifar & Krishnaprasad (1993), "Orthogonal matching pursuit"; Rubinstein, Zibulevsky & Elad (2008),
       "Efficient implementation of the K-SVD algorithm using batch orthogonal matching pursuit"; Bruckstein, Elad &
-      Zibulevsky (2008), "On the uniqueness of nonnegative sparse solutions to underdetermined systems of equations".
+      Zibulevsky (2008), "On the uniqueness of nonnegative sparse solutions to underdetermined systems of equations";
+      Mairal, Elad & Sapiro (2008), "Sparse representation for color image restoration".
     """
-    return pursue(Method("omp", _omp_nonnegative if nonnegative else _omp, k, nonnegative), D, y, tol, limit)
+    if mask is not None and (nonnegative or jnp.shape(mask) != jnp.shape(y)):
+        raise ValueError(
+            f"`omp` got a mask of shape {jnp.shape(mask)} for y of shape {jnp.shape(y)} and nonnegative={nonnegative}; "
+            "pass one of the same shape, and nonnegative=False."
+        )
+    method = Method("omp", _omp_nonnegative if nonnegative else _omp, k, nonnegative)
+    return pursue(method, D, y, tol, limit, mask=mask)
 
 
 def _omp(problem: Problem) -> Chosen:
@@ -98,7 +109,7 @@ def _omp(problem: Problem) -> Chosen:
     the atoms chosen are kept apart, in arrays of their own: in one with the basis they make it too wide for vectors.
     """
     (m, d), k = problem.D.shape, problem.k
-    precomputed = 4 * k <= d and m * m * problem.D.dtype.itemsize <= _GRAM_BYTES
+    precomputed = problem.mask is None and 4 * k <= d and m * m * problem.D.dtype.itemsize <= _GRAM_BYTES
     table = jnp.concatenate([problem.D, matmul(problem.D, problem.D.T)], axis=1) if precomputed else problem.D
     width = table.shape[1]
 
@@ -107,12 +118,13 @@ def _omp(problem: Problem) -> Chosen:
 
     def chunk(part: Problem) -> Chosen:
         y, n = part.y, len(part.y)
+        norm = 1.0 if part.mask is None else jnp.sqrt(matmul(part.mask, problem.D.T**2))  # of atoms as rows see them
         products = matmul(y, problem.D.T) if precomputed else y[:, :0]
 
         def step(carry: _Greedy) -> _Greedy:
             number, state, basis, coordinates, values, free, indices, running = carry
-            score, at = largest(jnp.where(free, jnp.abs(correlations(state)), 0))
-            atom = table[at]
+            score, at = largest(jnp.where(free, divide(jnp.abs(correlations(state)), norm), 0))
+            atom = table[at] if part.mask is None else table[at] * part.mask
             w = basis[:, jnp.arange(n), d + at] if precomputed else jnp.sum(basis[:, :, :d] * atom, axis=2)
 
             def without(i, pair):
@@ -123,7 +135,8 @@ def _omp(problem: Problem) -> Chosen:
             rest, x = jax.lax.fori_loop(0, number, without, (atom, itself))
             pivot = square(rest[:, :d])
             running = running & (score > rounding(y)) & (square(state[:, :d]) > part.tol**2) & (number < part.limit)
-            running &= pivot > jnp.finfo(y.dtype).eps  # else it depends on the others, to rounding
+            # Else it depends on the others, to rounding.
+            running &= pivot > jnp.finfo(y.dtype).eps * square(atom[:, :d])
             size = jnp.sqrt(jnp.where(running, pivot, 1))[:, None]
             q, x = (jnp.where(running[:, None], v / size, 0) for v in (rest, x))
             explained = jnp.sum(q[:, :d] * state[:, :d], axis=1, keepdims=True)

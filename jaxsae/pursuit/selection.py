@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
-from jaxsae._core import chunking
+from jaxsae._core import chunking, pytrees
 from jaxsae._core.linalg import EXACT, divide
 from jaxsae.codes import SparseCode, combine, from_dense
 from jaxsae.least_squares import problems
@@ -44,6 +44,19 @@ class Problem(NamedTuple):
     k: int
     nonnegative: bool
     options: dict[str, Any]
+    mask: Array | None  # [n d]  1 where a target is known; None if all of it is
+
+
+@pytrees.dataclass
+class Masked:
+    """The atoms as each row sees them: number `row · m + atom` is `mask[row] * D[atom]`."""
+
+    D: Float[Array, "m d"]
+    mask: Float[Array, "n d"]
+
+    def take(self, indices):
+        """Masked atoms."""
+        return self.D[indices % len(self.D)] * self.mask[indices // len(self.D)]
 
 
 class Chosen(NamedTuple):
@@ -56,24 +69,37 @@ class Chosen(NamedTuple):
 
 
 def pursue(
-    method: Method, D: Array, y: Array, tol: Any, limit: Any, options: Any = None
+    method: Method, D: Array, y: Array, tol: Any, limit: Any, options: Any = None, mask: Array | None = None
 ) -> tuple[SparseCode, RefitInfo]:
     """Select, then refit, or judge the values that are there."""
     D, y, code = _validated(D, y, method)
+    if mask is not None:
+        y, mask = jnp.where(mask, y, 0), mask.astype(D.dtype)
     _check_options(method, tol, limit, options or {})
     tol = jnp.broadcast_to(jnp.asarray(tol, problems.accumulator(D, y)), y.shape[:-1])
     limit = jnp.broadcast_to(jnp.asarray(method.k if limit is None else limit, jnp.int32), y.shape[:-1])
     options = jax.tree.map(lambda x: _number(x, tol.dtype), options or {})
-    chosen, finite = _select(method, *jax.lax.stop_gradient(((D, options), (y, tol, limit))))
+    chosen, finite = _select(method, *jax.lax.stop_gradient(((D, options), (y, tol, limit, mask))))
     code = dataclasses.replace(code, values=chosen.values.astype(code.values.dtype), indices=chosen.indices)
     solver = None if method.refits else FISTA(max_steps=0)  # which judges the values, and leaves them
-    refitted, info = refit(D, jnp.where(finite[..., None], y, 0), code, solver, nonnegative=method.nonnegative)
+    dictionary, support = (D, code) if mask is None else _masked(D, code, mask)
+    y = jnp.where(finite[..., None], y, 0)
+    refitted, info = refit(dictionary, y, support, solver, nonnegative=method.nonnegative)
+    refitted = dataclasses.replace(code, values=refitted.values)
     status = jnp.where(chosen.ended, info.status, jnp.maximum(info.status, Status.MAX_STEPS))
     return refitted if method.refits else code, RefitInfo(
         kkt=jnp.where(finite, info.kkt, jnp.nan),
         steps=chosen.steps,
         status=jnp.where(finite, status, Status.NONFINITE).astype(jnp.int32),
     )
+
+
+def _masked(D: Array, code: SparseCode, mask: Array) -> tuple[Masked, SparseCode]:
+    """Each row's own atoms, and the code by their numbers."""
+    mask, m = mask.reshape(-1, mask.shape[-1]), code.num_latents
+    first = m * jnp.arange(len(mask), dtype=jnp.int32).reshape(*code.indices.shape[:-1], 1)
+    indices = jnp.where(code.mask, first + code.indices, m * len(mask))
+    return Masked(D, mask), SparseCode(code.values, indices, m * len(mask))
 
 
 def _check_options(method: Method, tol: Any, limit: Any, options: dict[str, Any]) -> None:
@@ -117,7 +143,8 @@ def _select(method: Method, shared, per_row):
     D, length, largest = _unit(D)
     y, y_length, y_largest = _unit(jnp.where(finite[:, None], y, 0))
     tol = divide(divide(tol.reshape(-1), y_largest), y_length)
-    chosen = method.select(Problem(D, y, tol, limit.reshape(-1), method.k, method.nonnegative, options))
+    mask = mask if mask is None else mask.reshape(y.shape).astype(y.dtype)
+    chosen = method.select(Problem(D, y, tol, limit.reshape(-1), method.k, method.nonnegative, options, mask))
     size, unit = (x.at[chosen.indices].get(mode="fill", fill_value=0) for x in (length, largest))
     values = divide(chosen.values * y_length[:, None], size) * divide(y_largest[:, None], unit)
     chosen = chosen._replace(values=values)
@@ -136,10 +163,10 @@ def _unit(x: Array) -> tuple[Array, Array, Array]:
 def by_chunks(select: Callable, problem: Problem, *, row_bytes: int, cpu_rows: int = 256) -> Any:
     """Select for a chunk of rows at a time."""
 
-    def chunk(y, tol, limit):
-        return select(problem._replace(y=y, tol=tol, limit=limit))
+    def chunk(y, tol, limit, mask):
+        return select(problem._replace(y=y, tol=tol, limit=limit, mask=mask))
 
-    per_row = problem.y, problem.tol, problem.limit
+    per_row = problem.y, problem.tol, problem.limit, problem.mask
     return chunking.map_chunks(chunk, *per_row, batch=problem.tol.shape, row_bytes=row_bytes, cpu_rows=cpu_rows)
 
 
