@@ -118,7 +118,7 @@ def top_k(x: Float[Array, "*b m"], k: int) -> tuple[Float[Array, "*b k"], Int[Ar
       >>> values.tolist(), indices.tolist()
       ([3.0, 2.0], [1, 2])
     """
-    if sharding.spread(x.shape[-1]):
+    if sharding.is_sharded(x.shape[-1]):
         return _top_k_of_all(x, k)
     m, size = x.shape[-1], 1
     while m % (2 * size) == 0 and k * (2 * size) ** 2 <= m:  # balances the number of groups and of their members
@@ -141,7 +141,7 @@ def top_k(x: Float[Array, "*b m"], k: int) -> tuple[Float[Array, "*b k"], Int[Ar
 
 def _top_k_of_all(x, k: int):
     """`top_k` where each device has some of the latents: of its own, then of all candidates."""
-    row, ways = sharding.rows_spec(x), sharding.ways("latent")
+    row, ways = sharding.rows_spec(x), sharding.axis_size("latent")
 
     def here(x):
         values, indices = top_k(x, min(k, x.shape[-1]))
@@ -157,7 +157,7 @@ def _top_k_of_all(x, k: int):
         return tuple(jax.lax.all_gather(each, "latent", axis=0, tiled=True) for each in found) if shared else found
 
     places = [*row, *[None] * (x.ndim - 1 - len(row)), "latent"]
-    return sharding.split(here, PartitionSpec(*places), row)(x)
+    return sharding.shard_map(here, PartitionSpec(*places), row)(x)
 
 
 def _greater(a, b):
@@ -253,13 +253,13 @@ def sum_by_latent(code: SparseCode) -> Float[Array, " m"]:
 
 
 def _sum_by_latent(values, indices, *, m: int):
-    if not sharding.spread(m):
+    if not sharding.is_sharded(m):
         return scatter_add(jnp.zeros(m, values.dtype), indices, values)
     row = sharding.rows_spec(indices)
 
     def here(values, indices):
-        m_here = m // sharding.size("latent")
-        total = scatter_add(jnp.zeros(m_here, values.dtype), sharding.mine(indices, m_here), values)
+        m_here = m // jax.lax.axis_size("latent")
+        total = scatter_add(jnp.zeros(m_here, values.dtype), sharding.local_indices(indices, m_here), values)
         return sharding.sum_rows(total, row)
 
-    return sharding.split(here, (row, row), sharding.LATENTS)(values, indices)
+    return sharding.shard_map(here, (row, row), sharding.LATENTS)(values, indices)

@@ -10,6 +10,7 @@ gathered (pre-activations, atoms) is split by hand in `codes` and `refit`: each 
 candidates or sums are exchanged. On a mesh without both of these axes XLA splits all of it.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,22 +33,8 @@ __all__ = [
 ]
 
 LATENTS = PartitionSpec("latent")
-WHOLE = PartitionSpec()
+REPLICATED = PartitionSpec()
 BOTH = PartitionSpec(("data", "latent"))  # rows over all devices
-
-# Which axis of each array is spread over which axis of the mesh, whatever holds the array: an autoencoder, its
-# gradient, its moments, its average. What is not here is on every device.
-TABLE = {
-    "W_enc": PartitionSpec(None, "latent"),
-    "b_enc": LATENTS,
-    "W_dec": LATENTS,
-    "threshold": LATENTS,
-    "r_mag": LATENTS,
-    "b_gate": LATENTS,
-    "b_mag": LATENTS,
-    "rows_since_fired": LATENTS,
-}
-_AXES = {"W_enc": 2, "W_dec": 2}  # of one autoencoder's array; 1 of the others
 
 
 def make_mesh(data: int = 1, latent: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
@@ -74,51 +61,53 @@ def make_mesh(data: int = 1, latent: int = 1, *, devices: Sequence[Any] | None =
 
 
 def specs(tree: Any) -> Any:
-    """How the arrays of a tree are spread: a `PartitionSpec` for each, of `TABLE`.
+    """How the arrays of a tree are split: a `PartitionSpec` for each.
 
-    Stacked autoencoders are spread as one is, behind the axes that they are stacked along. What an optimiser keeps of
-    parameters in other shapes (Adafactor's factored moments) is on every device.
+    A dataclass declares it where it is defined, by `pytrees.sharded`; what is not declared is on every device. Stacked
+    autoencoders are split as one is, behind the axes that they are stacked along. Gradients and moments are split as
+    their parameters are; what an optimiser keeps in other shapes (Adafactor's factored moments) is on every device.
 
     Args:
       tree: pytree of arrays, or of their shapes and dtypes, such as an `SAE` or a `TrainState`.
 
     Example:
-      >>> tuple(specs({"W_enc": jnp.zeros((4, 8)), "b_dec": jnp.zeros(4)})["W_enc"])
-      (None, 'latent')
-      >>> tuple(specs({"W_enc": jnp.zeros((3, 4, 8))})["W_enc"])
+      >>> import jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.ReLU())
+      >>> tuple(specs(sae).W_enc), tuple(specs(sae).b_dec)
+      ((None, 'latent'), ())
+      >>> tuple(specs(jax.tree.map(lambda x: jnp.stack([x, x, x]), sae)).W_enc)
       (None, None, 'latent')
     """
-
-    def spec(path, leaf, stacked: int | None = None):
-        name = str(getattr(path[-1], "name", getattr(path[-1], "key", ""))) if path else ""
-        axes = _AXES.get(name, 1)
-        before = leaf.ndim - axes if stacked is None else stacked
-        # BatchTopK's threshold is one for all latents.
-        return (
-            PartitionSpec(*[None] * before, *TABLE[name])
-            if name in TABLE and 0 <= before == leaf.ndim - axes
-            else WHOLE
-        )
-
-    def place(path, node):
-        shapes = _shapes(node) if _is_sae(node) else set()
-        if not _is_sae(node) or not shapes:
-            return jax.tree.map_with_path(lambda at, leaf: spec((*path, *at), leaf), node)
-        ((stacked, _), *others) = shapes
-        known = not others and stacked >= 0
-        return jax.tree.map_with_path(lambda at, leaf: spec(at, leaf, stacked) if known else WHOLE, node)
-
-    return jax.tree.map_with_path(place, tree, is_leaf=_is_sae)
+    return _specs(tree, None)
 
 
-def _is_sae(node: Any) -> bool:
-    return all(hasattr(node, name) for name in ("W_enc", "b_enc", "W_dec"))
+def _specs(node: Any, known: tuple[int, int] | None) -> Any:
+    """`specs` below a dataclass that made known how many axes are stacked, and how many latents there are."""
+    if jax.tree_util.all_leaves([node]):
+        return REPLICATED
+    fields = dataclasses.fields(node) if dataclasses.is_dataclass(node) else ()
+    axes = {field.name: field.metadata["axes"] for field in fields if "axes" in field.metadata}
+    found = {name: _latents(x, axes[name]) for name in axes if hasattr(x := getattr(node, name), "ndim")}  # not masked
+    if known is None and found:
+        first, *others = set(found.values())
+        known = (-1, 0) if others else first  # of arrays that do not fit together none is split
+
+    def spec(path, child):
+        name = getattr(path[0], "name", None)
+        if name not in found:
+            return _specs(child, known)
+        stacked, _ = found[name]
+        if stacked < 0 or found[name] != known:
+            return REPLICATED
+        return PartitionSpec(*[None] * stacked, *axes[name][: axes[name].index("latent") + 1])
+
+    return jax.tree.map_with_path(spec, node, is_leaf=lambda other: other is not node)
 
 
-def _shapes(sae: Any) -> set[tuple[int, tuple[int, ...]]]:
-    """The axes that each array has too many, and its number of latents: one pair, if these are an SAE's parameters."""
-    arrays = ((sae.W_enc, 2, -1), (sae.W_dec, 2, -2), (sae.b_enc, 1, -1))  # some may be masked
-    return {(x.ndim - axes, x.shape[at : at + 1 or None]) for x, axes, at in arrays if hasattr(x, "ndim")}
+def _latents(x: Any, axes: tuple[str | None, ...]) -> tuple[int, int]:
+    """How many axes an array has before the declared ones, and its number of latents."""
+    stacked = x.ndim - len(axes)
+    return stacked, x.shape[stacked + axes.index("latent")] if stacked >= 0 else 0
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
@@ -132,7 +121,9 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
       ValueError: if the latents cannot be split evenly.
 
     Example:
-      >>> tuple(shardings({"W_dec": jnp.zeros((8, 4))}, make_mesh(1, 1))["W_dec"].spec)
+      >>> import jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.ReLU())
+      >>> tuple(shardings(sae, make_mesh(1, 1)).W_dec.spec)
       ('latent',)
     """
 
@@ -196,7 +187,7 @@ def rows_sharding(x: Any, mesh: Mesh) -> NamedSharding:
       ('data',)
     """
     parts = mesh.shape.get("data", 0)
-    return NamedSharding(mesh, PartitionSpec("data") if parts and x.shape[0] % parts == 0 else WHOLE)
+    return NamedSharding(mesh, PartitionSpec("data") if parts and x.shape[0] % parts == 0 else REPLICATED)
 
 
 def make_global_batch(x: np.ndarray, size: int, first: int) -> jax.Array:
@@ -261,24 +252,27 @@ def on_cpu() -> bool:
     return (jax.default_backend() if device is None else device.platform) == "cpu"
 
 
-def ways(axis: str) -> int:
+def axis_size(axis: str) -> int:
     """How many ways the mesh in force splits an axis; 1 without one, and where each device is already on its own."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty or axis in mesh.manual_axes else mesh.shape.get(axis, 1)
 
 
-def spread(latents: int) -> bool:
+def is_sharded(latents: int) -> bool:
     """Whether the mesh in force is one of several devices on which work on so many latents is split by hand."""
     mesh = jax.sharding.get_abstract_mesh()
     ours = not mesh.empty and {"data", "latent"} <= set(mesh.axis_names)
-    return ours and ways("data") * ways("latent") > 1 and latents % ways("latent") == 0
+    return ours and axis_size("data") * axis_size("latent") > 1 and latents % axis_size("latent") == 0
 
 
 def vary_alike(tree: Any, *others: Any) -> Any:
-    """A tree whose arrays are as different from device to device as any of them, or of the others.
+    """A tree whose arrays vary over all axes of a `shard_map` that any of them, or of the others, varies over.
 
-    In a `shard_map` of a user's own JAX takes a constant to be the same on every device, refuses a loop that makes it
-    differ, and wants a derivative to differ as its argument does.
+    In a user's own `jax.shard_map(..., check_vma=True)`, the default in jax 0.10 to 0.12, the axes over which an array
+    varies are part of its type. A constant varies over none: a loop whose carry starts as one and ends as another type
+    is refused ("carry input and carry output must have equal types"), and so is a rule of a derivative whose result
+    does not vary as its argument does. JAX's own remedy is this `pcast` of what the loop starts with:
+    https://docs.jax.dev/en/latest/notebooks/shard_map.html#scan-vma
     """
     axes = frozenset().union(*(_varies(x) for x in jax.tree.leaves((tree, others))))
 
@@ -298,34 +292,29 @@ def automatic(f: Callable, rows: Any = None) -> Callable:
     """`f`, split by XLA on a mesh whose axes are Explicit too; what it returns is spread as `rows [*b k]`, or whole."""
     if not jax.sharding.get_abstract_mesh().explicit_axes:
         return f
-    spec = WHOLE if rows is None else PartitionSpec(*jax.typeof(rows).sharding.spec[:-1])
+    spec = REPLICATED if rows is None else PartitionSpec(*jax.typeof(rows).sharding.spec[:-1])
     return jax.sharding.auto_axes(f, out_sharding=spec)
 
 
 def rows_spec(x: Any) -> PartitionSpec:
     """How the rows of `x [*b k]` are spread under the mesh in force."""
-    parts = ways("data")
+    parts = axis_size("data")
     return PartitionSpec("data") if x.ndim > 1 and parts > 1 and x.shape[0] % parts == 0 else PartitionSpec()
 
 
-def size(axis: str) -> int:
-    """How many devices an axis has. In `split`."""
-    return jax.lax.axis_size(axis)
-
-
 def sum_rows(total: jax.Array, row: PartitionSpec) -> jax.Array:
-    """A sum over the rows of this device, made one over all rows, if they were spread. In `split`."""
+    """A sum over the rows of this device, made one over all rows, if they were spread. In `shard_map`."""
     return jax.lax.psum(total, "data") if len(row) else total
 
 
-def mine(indices: jax.Array, m: int) -> jax.Array:
-    """Indices counted from the first of the `m` latents that this device has; `m` for those of others. In `split`."""
+def local_indices(indices: jax.Array, m: int) -> jax.Array:
+    """Indices among the `m` latents of this device, from its first on; `m` for those of others. In `shard_map`."""
     at = indices - m * jax.lax.axis_index("latent")
     return jnp.where((at >= 0) & (at < m), at, m)
 
 
-def fetch(dictionary: jax.Array, indices: jax.Array) -> jax.Array:
-    """Atoms `[n k d]` of this device's own rows, from the devices that have them; 0 for unused slots. In `split`.
+def gather_atoms(dictionary: jax.Array, indices: jax.Array) -> jax.Array:
+    """Atoms `[n k d]` of this device's own rows, from the devices that have them; 0 for unused slots. In `shard_map`.
 
     Of two exchanges the one of fewer bytes: every device sums up what it has of the rows of all, `(devices · n) k d`
     numbers each; or latents for all are traded for parts of the width, `m d + n k d` with the device's own `m`.
@@ -337,13 +326,13 @@ def fetch(dictionary: jax.Array, indices: jax.Array) -> jax.Array:
     devices, (n, k), (m, d) = jax.lax.axis_size("latent"), indices.shape, dictionary.shape
     everyone = jax.lax.all_gather(indices, "latent", axis=0, tiled=True)
     if devices * n * k <= m + n * k or d % devices:
-        atoms = dictionary.at[mine(everyone, m)].get(mode="fill", fill_value=0)
+        atoms = dictionary.at[local_indices(everyone, m)].get(mode="fill", fill_value=0)
         return jax.lax.psum_scatter(atoms, "latent", scatter_dimension=0, tiled=True)
     columns = jax.lax.all_to_all(dictionary, "latent", split_axis=1, concat_axis=0, tiled=True)
     parts = columns.at[everyone].get(mode="fill", fill_value=0, wrap_negative_indices=False)
     return jax.lax.all_to_all(parts, "latent", split_axis=0, concat_axis=2, tiled=True)
 
 
-def split(f: Callable, in_specs: Any, out_specs: Any) -> Callable:
+def shard_map(f: Callable, in_specs: Any, out_specs: Any) -> Callable:
     """`f` of each device's own part."""
     return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, check_vma=False)

@@ -146,6 +146,11 @@ def test_a_pursuit_refuses_options_that_make_no_sense(options, message, unchecke
         jaxsae.autoencoder.activations.MatchingPursuit(**options)
 
 
+@pytest.mark.parametrize("leaf", [True, -1, "activation.keep", None])
+def test_what_jax_rebuilds_around_something_else_is_not_looked_at(leaf):
+    assert jax.tree.map(lambda _: leaf, jaxsae.TopK(4, keep=2.0)).keep is leaf
+
+
 KEPT = pytest.mark.parametrize("keep", [-1.0, 0.0, 0.9, 1.0, 2.5, 2.999, 3, 4.0, 7.5])
 
 

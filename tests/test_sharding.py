@@ -11,6 +11,7 @@ from problems import activations, f64
 
 import jaxsae
 from jaxsae import codes, sharding, train
+from jaxsae._core import pytrees
 from jaxsae.app.plan import collectives
 from jaxsae.train import checkpoint
 from jaxsae.train.objectives import L0, L1, AuxK, Gate, MultiTopK, Objective
@@ -267,6 +268,35 @@ def test_moments_of_another_shape_than_their_parameter_are_on_every_device():
                 losses[shape].append(float(shown["loss"]))
         assert state.sae.W_dec.addressable_shards[0].data.shape == (64 // shape[1], 20)
     np.testing.assert_allclose(losses[2, 4], losses[1, 1], rtol=1e-5)
+
+
+def test_what_is_split_is_declared_by_a_class_and_not_by_a_name():
+    @pytrees.dataclass
+    class Theirs:
+        W_dec: jax.Array
+        threshold: jax.Array
+
+    @pytrees.dataclass
+    class Scaled(jaxsae.autoencoder.activations.Activation):
+        scale: jax.Array = pytrees.sharded("latent")
+
+        def __call__(self, pre):
+            return self.scale * jax.nn.relu(pre)
+
+    named = {"b_enc": jnp.zeros(M), "theirs": Theirs(jnp.zeros((M, D)), jnp.zeros(M))}
+    assert set(jax.tree.leaves(sharding.specs(named))) == {jax.P()}
+    model = jaxsae.init(jax.random.key(0), d=D, m=M, activation=Scaled(jnp.ones(M)))
+    assert sharding.specs(model).activation.scale == jax.P("latent")
+
+
+def test_moments_that_are_shaped_as_their_parameters_are_split_as_they_are():
+    model = jaxsae.init(jax.random.key(0), d=20, m=64, activation=jaxsae.JumpReLU(jnp.ones(64)))
+    tx = optax.adafactor(1e-2, min_dim_size_to_factor=8)
+    state = jax.eval_shape(lambda: train.init_state(model, tx))
+    for leaf, spec in zip(jax.tree.leaves(state), jax.tree.leaves(sharding.specs(state)), strict=True):
+        assert spec == jax.P() or leaf.shape[len(spec) - 1] == 64
+    assert sharding.specs(state.opt_state) is not None
+    sharding.shardings(state, sharding.make_mesh(2, 4))
 
 
 def test_stacked_autoencoders_are_split_along_their_latents():

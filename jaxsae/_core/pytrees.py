@@ -36,6 +36,23 @@ def fixed(**options: Any) -> Any:
     return struct.field(metadata={"trained": False}, **options)
 
 
+def sharded(*axes: str | None) -> Any:
+    """A field whose array is split over a mesh, as a `jax.sharding.PartitionSpec` says, but of all its axes.
+
+    Args:
+      axes: `"latent"` for the one of the latents, None for each other.
+
+    Example:
+      >>> from jaxsae import sharding
+      >>> @dataclass
+      ... class Bias:
+      ...     by_latent: jax.Array = sharded("latent")
+      >>> tuple(sharding.specs(Bias(jnp.zeros(8))).by_latent)
+      ('latent',)
+    """
+    return struct.field(metadata={"axes": axes})
+
+
 def partition(tree: _T) -> tuple[_T, _T]:
     """Split a tree into what training changes and what it does not, each with None in the place of the other.
 
@@ -86,7 +103,7 @@ def merge(trained: _T, rest: _T) -> _T:
     return jax.tree.map(lambda a, b: b if a is None else a, trained, rest, is_leaf=lambda leaf: leaf is None)
 
 
-@dataclass_transform(field_specifiers=(struct.field, fixed), frozen_default=True)
+@dataclass_transform(field_specifiers=(struct.field, fixed, sharded), frozen_default=True)
 def dataclass(cls: type[_T]) -> type[_T]:
     """Make a class a frozen dataclass and a pytree, with `replace`.
 
@@ -119,7 +136,10 @@ def dataclass(cls: type[_T]) -> type[_T]:
         return list(zip(keys, found, strict=True)), fixed
 
     def unflatten(fixed, found):
-        return made(**dict(zip(leaves, found, strict=True)), **dict(zip(static, fixed, strict=True)))
+        # Not by `__init__`, which may refuse what JAX also rebuilds a tree around: axes, names, None.
+        self = object.__new__(made)
+        vars(self).update(zip(leaves, found, strict=True), **dict(zip(static, fixed, strict=True)))
+        return self
 
     jax.tree_util.register_pytree_with_keys(made, flatten_with_keys, unflatten, flatten)
 

@@ -55,7 +55,7 @@ _OTHERS = {"atoms": ("values", "rows"), "values": ("atoms", "rows"), "rows": ("a
 def _evaluate(left, right, indices, *, wrt: str, m: int, members: int, mesh):
     with jax.sharding.use_abstract_mesh(mesh):  # that it was traced under, when it is lowered
         f = {"rows": _combine, "values": _project, "atoms": _correlate}[wrt]
-        if sharding.spread(m):
+        if sharding.is_sharded(m):
             f = {"rows": _combine_all, "values": _project_all, "atoms": _correlate_all}[wrt]
         f = functools.partial(f, m=m)
         for _ in range(members):
@@ -179,7 +179,7 @@ _SLOTS = 8  # looked at together
 
 def _own_slots(indices, m: int):
     """Each row's slots, those of this device's `m` latents first: their order, their indices, and most of a row."""
-    at = sharding.mine(indices, m)
+    at = sharding.local_indices(indices, m)
     at = jnp.pad(at, [(0, 0)] * (at.ndim - 1) + [(0, -at.shape[-1] % _SLOTS)], constant_values=m)
     order = jnp.argsort(at == m, axis=-1, stable=True)
     return order, jnp.take_along_axis(at, order, axis=-1), jnp.max(jnp.sum(at < m, axis=-1), initial=0)
@@ -215,7 +215,7 @@ def _combine_all(dictionary, values, indices, *, m: int):
         total = _for_slots(add, total, most, _in_order(values, order), at)
         return jax.lax.psum(total, "latent").astype(jnp.result_type(values, dictionary))
 
-    return sharding.split(here, (sharding.LATENTS, row, row), row)(dictionary, values, indices)
+    return sharding.shard_map(here, (sharding.LATENTS, row, row), row)(dictionary, values, indices)
 
 
 def _project_all(dictionary, x, indices, *, m: int):
@@ -234,14 +234,14 @@ def _project_all(dictionary, x, indices, *, m: int):
         back = jnp.argsort(order, axis=-1)[..., : indices.shape[-1]]
         return jax.lax.psum(jnp.take_along_axis(found, back, axis=-1), "latent")
 
-    return sharding.split(here, (sharding.LATENTS, row, row), row)(dictionary, x, indices)
+    return sharding.shard_map(here, (sharding.LATENTS, row, row), row)(dictionary, x, indices)
 
 
 def _correlate_all(values, x, indices, *, m: int):
     row = sharding.rows_spec(indices)
 
     def here(values, x, indices):
-        m_here = m // sharding.size("latent")
+        m_here = m // jax.lax.axis_size("latent")
         order, at, most = _own_slots(indices, m_here)
 
         def add(total, first, values, at):
@@ -251,7 +251,7 @@ def _correlate_all(values, x, indices, *, m: int):
         total = _for_slots(add, jnp.zeros((m_here, x.shape[-1]), dtype), most, _in_order(values, order), at)
         return sharding.sum_rows(total, row)
 
-    return sharding.split(here, (row, row, row), sharding.LATENTS)(values, x, indices)
+    return sharding.shard_map(here, (row, row, row), sharding.LATENTS)(values, x, indices)
 
 
 def by_latent(indices: Int[Array, "b k"], m: int) -> Int[Array, " bk"]:

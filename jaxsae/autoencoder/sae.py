@@ -54,9 +54,9 @@ class SAE:
       highly interpretable features in language models".
     """
 
-    W_enc: Float[Array, "d m"]
-    b_enc: Float[Array, " m"]
-    W_dec: Float[Array, "m d_out"]
+    W_enc: Float[Array, "d m"] = pytrees.sharded(None, "latent")
+    b_enc: Float[Array, " m"] = pytrees.sharded("latent")
+    W_dec: Float[Array, "m d_out"] = pytrees.sharded("latent", None)
     b_dec: Float[Array, " d_out"]
     activation: Activation
     W_skip: Float[Array, "d d_out"] | None = None

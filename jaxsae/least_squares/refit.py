@@ -155,7 +155,7 @@ def refit(
     if jax.sharding.get_abstract_mesh().explicit_axes:
         options = {"solver": solver, "nonnegative": nonnegative, "ridge": ridge, "workspace_bytes": workspace_bytes}
         return sharding.automatic(functools.partial(refit, **options), code.indices)(dictionary, y, code)
-    if sharding.spread(code.num_latents) and problems.is_array(dictionary):
+    if sharding.is_sharded(code.num_latents) and problems.is_array(dictionary):
         values, info = _refit_by_devices(static, solver, dictionary, y, code.indices, code.values, ridge)
         return dataclasses.replace(code, values=values), info
     arguments = solver, dictionary, y, code.indices, code.values, ridge
@@ -176,7 +176,7 @@ def _check_solver(solver: solvers.Solver | None) -> None:
 def _refit_by_devices(static: "_Static", solver, dictionary, y, indices, values, ridge):
     """Each device refits some of the rows by itself, once it has their atoms from the devices that keep them."""
     batch, n = y.shape[:-1], math.prod(y.shape[:-1])
-    spare = -n % (sharding.ways("data") * sharding.ways("latent"))
+    spare = -n % (sharding.axis_size("data") * sharding.axis_size("latent"))
     empty = (0, static.num_latents, 0)
     y, indices, values = (
         jnp.pad(x.reshape(n, x.shape[-1]), [(0, spare), (0, 0)], constant_values=value)
@@ -184,14 +184,14 @@ def _refit_by_devices(static: "_Static", solver, dictionary, y, indices, values,
     )
 
     def here(solver, dictionary, y, indices, values, ridge):
-        atoms = sharding.fetch(dictionary, indices)
+        atoms = sharding.gather_atoms(dictionary, indices)
         slots = jnp.arange(indices.size, dtype=indices.dtype).reshape(indices.shape)
         slots = jnp.where(sparse.used(indices, static.num_latents), slots, indices.size)
         own = static._replace(num_latents=indices.size)
         return _refit(own, solver, atoms.reshape(-1, atoms.shape[-1]), y, slots, values, ridge)
 
-    row, whole = sharding.BOTH, sharding.WHOLE
-    split = sharding.split(here, (whole, sharding.LATENTS, row, row, row, whole), row)
+    row, whole = sharding.BOTH, sharding.REPLICATED
+    split = sharding.shard_map(here, (whole, sharding.LATENTS, row, row, row, whole), row)
     values, info = split(solver, dictionary, y, indices, values, ridge)
     return values[:n].reshape(*batch, -1), jax.tree.map(lambda x: x[:n].reshape(batch), info)
 

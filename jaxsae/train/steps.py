@@ -50,7 +50,7 @@ class TrainState:
     sae: SAE
     opt_state: Any
     step: Int[Array, ""]
-    rows_since_fired: Int[Array, " m"]
+    rows_since_fired: Int[Array, " m"] = pytrees.sharded("latent")
     skipped: Int[Array, ""]
     skipped_last: Int[Array, ""]
 

@@ -55,7 +55,7 @@ class JumpReLU(Activation):
     Source: Rajamanoharan et al. (2024), "Jumping ahead: improving reconstruction fidelity with JumpReLU SAEs".
     """
 
-    threshold: Float[Array, " m"]
+    threshold: Float[Array, " m"] = pytrees.sharded("latent")
     bandwidth: float = struct.field(pytree_node=False, default=0.001)
 
     def __post_init__(self):
@@ -127,9 +127,9 @@ class Gated(Activation):
     Source: Rajamanoharan et al. (2024), "Improving dictionary learning with gated sparse autoencoders".
     """
 
-    r_mag: Float[Array, " m"]
-    b_gate: Float[Array, " m"]
-    b_mag: Float[Array, " m"]
+    r_mag: Float[Array, " m"] = pytrees.sharded("latent")
+    b_gate: Float[Array, " m"] = pytrees.sharded("latent")
+    b_mag: Float[Array, " m"] = pytrees.sharded("latent")
 
     def __call__(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
         """The dense code."""
