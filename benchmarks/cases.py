@@ -105,7 +105,7 @@ def random_problem(case: Case, seed: int = 0) -> Problem:
     atoms = jnp.sqrt(1 - case.cosine) * sae.W_dec + jnp.sqrt(case.cosine) * common
     _, support = jax.lax.top_k(jax.random.uniform(keys[1], (case.B, case.m)), case.k)
     z = jax.random.exponential(keys[2], (case.B, case.k))
-    x = jaxsae.codes.combine(atoms, jaxsae.SparseCode(z, support, case.m))
+    x = jaxsae.codes.decode(atoms, jaxsae.SparseCode(z, support, case.m))
     noise = jax.random.normal(keys[3], x.shape)
     x = x + 0.3 * noise * jnp.linalg.norm(x, axis=1, keepdims=True) / jnp.linalg.norm(noise, axis=1, keepdims=True)
     sae = dataclasses.replace(sae, W_dec=atoms, W_enc=atoms.T)

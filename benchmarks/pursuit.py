@@ -129,7 +129,9 @@ def transitions() -> Iterator[dict[str, Any]]:
     wrong atom is a failure, and signs are its hardest codes: it ends at about the same `ρ` for every `δ`.
     """
     programs = {
-        (name, k): jax.jit(lambda D, y, limit, method=method, k=k: method(D, y, k=k, limit=limit)[0].dense())
+        (name, k): jax.jit(
+            lambda D, y, max_atoms, method=method, k=k: method(D, y, k=k, max_atoms=max_atoms)[0].dense()
+        )
         for name, method in METHODS.items()
         for k in _SLOTS
     }

@@ -81,7 +81,7 @@ def _run(case: Case) -> Iterator[dict[str, Any]]:
     calls = {name: program(select) for name, select in SELECTORS.items()}
     seconds = dict(zip(calls, timings(list(calls.values())), strict=True))
     for name, call in calls.items():
-        left = y - codes.combine(D, call())
+        left = y - codes.decode(D, call())
         yield {
             "case": case.name,
             "selector": name,

@@ -10,9 +10,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsae import sharding
 from jaxsae._core import pytrees
-from jaxsae._core.sparse import form, scatter_add, used
+from jaxsae._core.sparse import add_at, form, used
 
-__all__ = ["SparseCode", "combine", "correlate", "from_dense", "sum_by_latent", "top_k", "used"]
+__all__ = ["SparseCode", "decode", "from_dense", "scatter_add", "sum_by_latent", "top_k", "used"]
 
 
 @pytrees.dataclass
@@ -62,7 +62,7 @@ class SparseCode:
         """The code as a dense `[*b m]` array."""
 
         def scatter(values, indices):
-            return scatter_add(jnp.zeros(self.num_latents, values.dtype), indices, values)
+            return add_at(jnp.zeros(self.num_latents, values.dtype), indices, values)
 
         return jnp.vectorize(scatter, signature="(k),(k)->(m)")(self.values, self.indices)
 
@@ -164,10 +164,10 @@ def _greater(a, b):
     return jnp.where((a > b) | jnp.isnan(a), a, b)
 
 
-def combine(dictionary: Float[Array, "m d"], code: SparseCode) -> Float[Array, "*b d"]:
+def decode(dictionary: Float[Array, "m d"], code: SparseCode) -> Float[Array, "*b d"]:
     """Sum the atoms of each row: `Σᵢ valuesᵢ · dictionary[indicesᵢ]`, accumulated in float32 or better.
 
-    Its derivative touches no other rows of the dictionary either: `D̄ = Zᵀx̄` (`correlate`), `z̄ᵢ = ⟨D[indicesᵢ], x̄⟩`.
+    Its derivative touches no other rows of the dictionary either: `D̄ = Zᵀx̄` (`scatter_add`), `z̄ᵢ = ⟨D[indicesᵢ], x̄⟩`.
 
     Args:
       dictionary: `[m d]`, one atom a row.
@@ -182,14 +182,14 @@ def combine(dictionary: Float[Array, "m d"], code: SparseCode) -> Float[Array, "
     Example:
       >>> import jax.numpy as jnp, jaxsae
       >>> code = jaxsae.SparseCode(values=jnp.array([3.0, 1.0]), indices=jnp.array([2, 0]), num_latents=3)
-      >>> jaxsae.codes.combine(jnp.eye(3), code)
+      >>> jaxsae.codes.decode(jnp.eye(3), code)
       Array([1., 0., 3.], dtype=float32)
     """
     m = code.num_latents
-    dictionary, values, indices = _checked("combine", dictionary, code.values, code.indices)
+    dictionary, values, indices = _checked("decode", dictionary, code.values, code.indices)
     if dictionary.shape[:-1] != (m,):
         raise ValueError(
-            f"`combine` got a dictionary of shape {dictionary.shape} for a code of {m} latents; pass one of shape "
+            f"`decode` got a dictionary of shape {dictionary.shape} for a code of {m} latents; pass one of shape "
             f"({m}, d), one atom a row."
         )
     return form("rows", dictionary, values, indices, m=m)
@@ -206,7 +206,7 @@ def _checked(name: str, *arrays):
     return *floats, indices
 
 
-def correlate(code: SparseCode, x: Float[Array, "*b d"]) -> Float[Array, "m d"]:
+def scatter_add(code: SparseCode, x: Float[Array, "*b d"]) -> Float[Array, "m d"]:
     """Sum the rows in which each latent is active, weighted by its values: `Zᵀx`, accumulated in float32 or better.
 
     The cost is that of the rows of each latent, not of all latents; the order of the sums is fixed.
@@ -224,14 +224,14 @@ def correlate(code: SparseCode, x: Float[Array, "*b d"]) -> Float[Array, "m d"]:
     Example:
       >>> import jax.numpy as jnp, jaxsae
       >>> code = jaxsae.SparseCode(values=jnp.array([[3.0], [1.0]]), indices=jnp.array([[1], [1]]), num_latents=2)
-      >>> jaxsae.codes.correlate(code, jnp.eye(2))
+      >>> jaxsae.codes.scatter_add(code, jnp.eye(2))
       Array([[0., 0.],
              [3., 1.]], dtype=float32)
     """
-    values, x, indices = _checked("correlate", code.values, x, code.indices)
+    values, x, indices = _checked("scatter_add", code.values, x, code.indices)
     if values.shape != indices.shape or x.shape[:-1] != values.shape[:-1]:
         raise ValueError(
-            f"`correlate` got rows {x.shape} for a code of values {values.shape} and indices {indices.shape}; pass "
+            f"`scatter_add` got rows {x.shape} for a code of values {values.shape} and indices {indices.shape}; pass "
             "as many rows as the code has."
         )
     return form("atoms", values, x, indices, m=code.num_latents)
@@ -254,12 +254,12 @@ def sum_by_latent(code: SparseCode) -> Float[Array, " m"]:
 
 def _sum_by_latent(values, indices, *, m: int):
     if not sharding.is_sharded(m):
-        return scatter_add(jnp.zeros(m, values.dtype), indices, values)
+        return add_at(jnp.zeros(m, values.dtype), indices, values)
     row = sharding.rows_spec(indices)
 
     def here(values, indices):
         m_here = m // jax.lax.axis_size("latent")
-        total = scatter_add(jnp.zeros(m_here, values.dtype), sharding.local_indices(indices, m_here), values)
+        total = add_at(jnp.zeros(m_here, values.dtype), sharding.local_indices(indices, m_here), values)
         return sharding.sum_rows(total, row)
 
     return sharding.shard_map(here, (row, row), sharding.LATENTS)(values, indices)

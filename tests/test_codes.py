@@ -9,7 +9,7 @@ from jaxsae import SparseCode, codes
 
 # Compiled, since op by op every shape costs dozens of small compilations.
 dense = jax.jit(SparseCode.dense)
-combine = jax.jit(codes.combine)
+decode = jax.jit(codes.decode)
 from_dense = jax.jit(codes.from_dense, static_argnums=1)
 
 
@@ -37,7 +37,7 @@ def test_a_latent_of_value_0_stays_on_the_support():
 def test_an_index_that_stands_twice_adds_up():
     code = code_of([2.0, 3.0, 1.0], [1, 1, 0], 2)
     assert dense(code).tolist() == [1, 5]
-    assert np.array_equal(combine(jnp.eye(2), code), dense(code))
+    assert np.array_equal(decode(jnp.eye(2), code), dense(code))
 
 
 def test_overflow_defaults_to_zeros():
@@ -95,21 +95,21 @@ def test_dtypes_are_kept(dtype):
     code = from_dense(jnp.ones((2, 3), dtype), 2)
     assert (code.values.dtype, dense(code).dtype) == (dtype, dtype)
     assert (code.indices.dtype, code.num_dropped.dtype, code.l0.dtype) == (jnp.int32,) * 3
-    assert combine(jnp.eye(3, dtype=dtype), code).dtype == dtype
+    assert decode(jnp.eye(3, dtype=dtype), code).dtype == dtype
 
 
 @pytest.mark.parametrize("batch", [(), (5, 8)])
 def test_combine_sums_the_atoms(batch):
     dictionary = activations(1, batch=(10,), d=6)
     code = from_dense(activations(batch=batch, d=10), 4)
-    np.testing.assert_allclose(combine(dictionary, code), dense(code) @ dictionary, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(decode(dictionary, code), dense(code) @ dictionary, rtol=1e-5, atol=1e-6)
 
 
 def test_combine_accumulates_in_float32():
     # 256 + 1 is 256 in bfloat16: a running sum in bfloat16 would lose all that follows the first atom.
     dictionary = jnp.ones((257, 1), jnp.bfloat16)
     code = SparseCode(jnp.array([256.0] + [1.0] * 256, jnp.bfloat16), jnp.arange(257, dtype=jnp.int32), 257)
-    assert combine(dictionary, code).tolist() == [512]
+    assert decode(dictionary, code).tolist() == [512]
 
 
 def test_a_code_goes_through_jit_as_one_argument():

@@ -86,9 +86,9 @@ LAWS = {
         lambda sae, rows: jaxsae.shrinkage(sae, rows.x, rows.code, rows.refined),
         whole="it sums over the rows",
     ),
-    "codes.combine": Law(lambda sae, rows: jaxsae.codes.combine(sae.W_dec, rows.code)),
-    "codes.correlate": Law(
-        lambda sae, rows: jaxsae.codes.correlate(rows.code, rows.x),
+    "codes.decode": Law(lambda sae, rows: jaxsae.codes.decode(sae.W_dec, rows.code)),
+    "codes.scatter_add": Law(
+        lambda sae, rows: jaxsae.codes.scatter_add(rows.code, rows.x),
         whole="it sums over the rows",
         gathers="the order of the sums is fixed, row by row",
     ),
@@ -287,7 +287,7 @@ OF_A_CODE = {
 
 
 def _quartic(dictionary, values, code, x):
-    return jnp.sum((x - jaxsae.codes.combine(dictionary, code.replace(values=values))) ** 2)
+    return jnp.sum((x - jaxsae.codes.decode(dictionary, code.replace(values=values))) ** 2)
 
 
 def _of_a_refit(dictionary, x, code):

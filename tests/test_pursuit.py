@@ -261,7 +261,7 @@ def test_exact_recovery_has_a_region(method, options):
     atoms = rng.normal(size=(m, d)) / np.sqrt(d)
     rank = np.argsort(np.argsort(rng.random((64, m)), axis=1), axis=1)
     z = np.where(rank < sizes[:, None], rng.normal(size=(64, m)), 0)
-    run = jax.jit(lambda D, y, limit: method(D, y, k=70, limit=limit, **options))
+    run = jax.jit(lambda D, y, max_atoms: method(D, y, k=70, max_atoms=max_atoms, **options))
     code, _ = run(jnp.asarray(atoms, jnp.float32), jnp.asarray(z @ atoms, jnp.float32), jnp.asarray(sizes))
     error = np.linalg.norm(f64(code.dense()) - z, axis=1) / np.linalg.norm(z, axis=1)
     assert np.all(np.asarray(code.mask).sum(1) <= sizes)

@@ -262,7 +262,7 @@ def test_to_fit_is_what_reconstruct_adds_up_whatever_the_conventions():
         code = encode(model, x)
         target = jaxsae.reconstruct(model, x, code)
         y = jaxsae.autoencoder.to_fit(model, x, target).y
-        np.testing.assert_allclose(y, jaxsae.codes.combine(model.W_dec, code), rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(y, jaxsae.codes.decode(model.W_dec, code), rtol=1e-3, atol=1e-3)
 
 
 def test_rethreshold_leaves_out_rows_that_are_not_finite():
@@ -312,8 +312,8 @@ def test_numbers_that_are_not_floating_point_are_refused(dtype, unchecked):
         "decode of values": lambda: jaxsae.decode(model, values),
         "init": lambda: jaxsae.init(jax.random.key(0), d=16, m=32, activation=jaxsae.ReLU(), b_dec=x[0]),
         "from_dense": lambda: jaxsae.codes.from_dense(x, 2),
-        "combine": lambda: jaxsae.codes.combine(model.W_dec, values),
-        "correlate": lambda: jaxsae.codes.correlate(code, x),
+        "codes.decode": lambda: jaxsae.codes.decode(model.W_dec, values),
+        "codes.scatter_add": lambda: jaxsae.codes.scatter_add(code, x),
     }
     for name, call in calls.items():
         with pytest.raises(TypeError, match=rf"of dtype {np.dtype(dtype)}, expected floating point") as raised:
@@ -327,7 +327,7 @@ def test_numpy_arrays_are_taken_outside_of_jit(unchecked):
     np.testing.assert_allclose(jaxsae.reconstruct(model, x), decode(sae(), encode(sae(), activations())), rtol=1e-5)
     by_hand = SparseCode(np.asarray(code.values), np.asarray(code.indices), 32)
     np.testing.assert_array_equal(jaxsae.decode(model, by_hand), jaxsae.decode(model, code))
-    np.testing.assert_allclose(jaxsae.codes.correlate(by_hand, x), np.asarray(by_hand.dense()).T @ x, atol=1e-4)
+    np.testing.assert_allclose(jaxsae.codes.scatter_add(by_hand, x), np.asarray(by_hand.dense()).T @ x, atol=1e-4)
     np.testing.assert_array_equal(by_hand.mask, code.mask)
 
 

@@ -166,8 +166,8 @@ def test_sums_over_slots_are_those_of_one_device():
     D_, x = jax.random.normal(jax.random.key(0), (M, D)), jax.random.normal(jax.random.key(1), (12, D))
 
     def all_of_it(D_, code, x):
-        slope = jax.grad(lambda D_, v: jnp.sum(x * codes.combine(D_, code.replace(values=v))), (0, 1))
-        return codes.combine(D_, code), codes.correlate(code, x), codes.sum_by_latent(code), slope(D_, code.values)
+        slope = jax.grad(lambda D_, v: jnp.sum(x * codes.decode(D_, code.replace(values=v))), (0, 1))
+        return codes.decode(D_, code), codes.scatter_add(code, x), codes.sum_by_latent(code), slope(D_, code.values)
 
     expected = all_of_it(D_, code, x)
     for shape in ((2, 4), (8, 1)):
@@ -225,7 +225,7 @@ def test_a_mesh_of_another_kind_gives_the_same_numbers(shape, names, kind):
         code = jaxsae.encode(model, x)
         slope = jax.grad(lambda model: jnp.sum((x - jaxsae.reconstruct(model, x)) ** 2))(model)
         refined = jaxsae.refine(model, x, code, jaxsae.ConjugateGradient(tol=1e-6))[0]
-        return code.dense(), slope, refined.dense(), codes.correlate(code, x)
+        return code.dense(), slope, refined.dense(), codes.scatter_add(code, x)
 
     expected = jax.jit(all_of_it)(model, x)
     mesh = jax.make_mesh(shape, names, axis_types=(kind,) * len(names))

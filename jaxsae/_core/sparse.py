@@ -20,7 +20,7 @@ def take(x: Array, indices: Int[Array, "*b k"]) -> Array:
     return x.at[indices].get(mode="fill", fill_value=0, wrap_negative_indices=False)
 
 
-def scatter_add(total: Array, indices: Int[Array, "*b k"], x: Array) -> Array:
+def add_at(total: Array, indices: Int[Array, "*b k"], x: Array) -> Array:
     """`total [m …]` with `x [*b k …]` added at its indices, but for unused slots."""
     return total.at[indices].add(x, mode="drop", wrap_negative_indices=False)
 
@@ -29,7 +29,7 @@ def scatter_add(total: Array, indices: Int[Array, "*b k"], x: Array) -> Array:
 #
 #     T(D, v, x) = Σₙ Σᵢ vₙᵢ ⟨D[indicesₙᵢ], xₙ⟩
 #
-# `combine` is ∂T/∂x, `correlate` is ∂T/∂D, and the third, ∂T/∂v, is what each atom has in common with the row. Each is
+# `decode` is ∂T/∂x, `scatter_add` is ∂T/∂D, and the third, ∂T/∂v, is what each atom has in common with the row. Each is
 # linear in two arguments, and its transpose in either of them is another of the three: one primitive with these rules
 # is differentiated forwards, backwards and as often as one likes, and touches no other rows of the dictionary.
 
@@ -54,9 +54,9 @@ _OTHERS = {"atoms": ("values", "rows"), "values": ("atoms", "rows"), "rows": ("a
 
 def _evaluate(left, right, indices, *, wrt: str, m: int, members: int, mesh):
     with jax.sharding.use_abstract_mesh(mesh):  # that it was traced under, when it is lowered
-        f = {"rows": _combine, "values": _project, "atoms": _correlate}[wrt]
+        f = {"rows": _decode, "values": _project, "atoms": _scatter_add}[wrt]
         if sharding.is_sharded(m):
-            f = {"rows": _combine_all, "values": _project_all, "atoms": _correlate_all}[wrt]
+            f = {"rows": _decode_all, "values": _project_all, "atoms": _scatter_add_all}[wrt]
         f = functools.partial(f, m=m)
         for _ in range(members):
             f = jax.vmap(f)
@@ -117,7 +117,7 @@ batching.primitive_batchers[_form] = _batch
 ad.defjvp(_form, _linear_in(0), _linear_in(1), None)
 
 
-def _combine(dictionary, values, indices, *, m: int):
+def _decode(dictionary, values, indices, *, m: int):
     dtype = jnp.result_type(values, dictionary)
     accumulator = jnp.promote_types(dtype, jnp.float32)
 
@@ -143,7 +143,7 @@ def _by_chunks(f, dictionary, x, indices):
     return chunking.map_chunks(f, x, indices, batch=indices.shape[:-1], row_bytes=row_bytes)
 
 
-def _correlate(values, x, indices, *, m: int):
+def _scatter_add(values, x, indices, *, m: int):
     k, d = indices.shape[-1], x.shape[-1]
     dtype = jnp.promote_types(jnp.result_type(values, x), jnp.float32)
     if not indices.size:
@@ -155,7 +155,7 @@ def _correlate(values, x, indices, *, m: int):
     if not sharding.on_cpu():
 
         def scatter(total, values, indices, x):
-            return scatter_add(total, indices, values[:, :, None] * x[:, None, :].astype(dtype)), None
+            return add_at(total, indices, values[:, :, None] * x[:, None, :].astype(dtype)), None
 
         row_bytes = 2 * k * d * dtype.itemsize
         return chunking.scan_chunks(scatter, total, values, indices, x, batch=indices.shape[:1], row_bytes=row_bytes)[0]
@@ -200,7 +200,7 @@ def _in_order(x, order):
     return jnp.take_along_axis(jnp.pad(x, spare), order, axis=-1)
 
 
-def _combine_all(dictionary, values, indices, *, m: int):
+def _decode_all(dictionary, values, indices, *, m: int):
     row = sharding.rows_spec(indices)
 
     def here(dictionary, values, indices):
@@ -209,7 +209,7 @@ def _combine_all(dictionary, values, indices, *, m: int):
         dtype = jnp.promote_types(jnp.result_type(values, dictionary), jnp.float32)
 
         def add(total, first, values, at):
-            return total + _combine(dictionary, values, at, m=m_here)
+            return total + _decode(dictionary, values, at, m=m_here)
 
         total = jnp.zeros((*indices.shape[:-1], dictionary.shape[-1]), dtype)
         total = _for_slots(add, total, most, _in_order(values, order), at)
@@ -237,7 +237,7 @@ def _project_all(dictionary, x, indices, *, m: int):
     return sharding.shard_map(here, (sharding.LATENTS, row, row), row)(dictionary, x, indices)
 
 
-def _correlate_all(values, x, indices, *, m: int):
+def _scatter_add_all(values, x, indices, *, m: int):
     row = sharding.rows_spec(indices)
 
     def here(values, x, indices):
@@ -245,7 +245,7 @@ def _correlate_all(values, x, indices, *, m: int):
         order, at, most = _own_slots(indices, m_here)
 
         def add(total, first, values, at):
-            return total + _correlate(values, x, at, m=m_here)
+            return total + _scatter_add(values, x, at, m=m_here)
 
         dtype = jnp.promote_types(jnp.result_type(values, x), jnp.float32)
         total = _for_slots(add, jnp.zeros((m_here, x.shape[-1]), dtype), most, _in_order(values, order), at)

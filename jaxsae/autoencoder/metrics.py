@@ -433,7 +433,7 @@ def _shrinkage(W_dec, fit: Fit, x, code: SparseCode, refined: SparseCode) -> Shr
         return jnp.where(keep[..., None], x, 0)
 
     x, target = kept(x), kept(scale * fit.y)
-    x_hats = [kept(scale * codes.combine(W_dec, each)) for each in (code, refined)]
+    x_hats = [kept(scale * codes.decode(W_dec, each)) for each in (code, refined)]
     unit = _unit(x, target, *x_hats)
     squares = {}
     for when, x_hat in zip(("before", "after"), x_hats, strict=True):

@@ -327,7 +327,7 @@ def _decode(sae: SAE, code, name: str):
     m = z.num_latents if isinstance(z, SparseCode) else z.shape[-1] if z.ndim else 0
     if m != sae.m:
         raise ValueError(f"`{name}` got a code of {m} latents for an SAE of {sae.m}; pass a code that this SAE made.")
-    return (codes.combine(sae.W_dec, z) if isinstance(z, SparseCode) else z @ sae.W_dec) + sae.b_dec
+    return (codes.decode(sae.W_dec, z) if isinstance(z, SparseCode) else z @ sae.W_dec) + sae.b_dec
 
 
 def reconstruct(

@@ -382,7 +382,7 @@ def _strip(method: _Method, D, tol, valid, *strips):
 def _denoised(D, tol, y, *, k: int):
     mean = jnp.mean(y, axis=1, keepdims=True)
     code, _ = pursuit.omp(D, y - mean, k=k, tol=jnp.broadcast_to(tol, y.shape[:1]))
-    return codes.combine(D, code) + mean, jnp.ones(len(y), y.dtype)
+    return codes.decode(D, code) + mean, jnp.ones(len(y), y.dtype)
 
 
 # --- Patches of which not every pixel is known
@@ -390,7 +390,7 @@ def _denoised(D, tol, y, *, k: int):
 
 def _inpainted(D, tol, y, known, *, k: int):
     code, mean = _code_masked(D, tol, y, known, k=k)
-    return codes.combine(D, code) + mean, jnp.any(known > 0, axis=1).astype(y.dtype)
+    return codes.decode(D, code) + mean, jnp.any(known > 0, axis=1).astype(y.dtype)
 
 
 def _code_masked(D, tol, y, known, *, k: int) -> tuple[SparseCode, Array]:
@@ -405,7 +405,7 @@ def _code_masked(D, tol, y, known, *, k: int) -> tuple[SparseCode, Array]:
 def _learn_masked(k: int, steps: int, D, y, known, tol):
     def step(D, _):
         code, mean = _code_masked(D, tol, y, known, k=k)
-        filled = jnp.where(known > 0, y - mean, codes.combine(D, code))
+        filled = jnp.where(known > 0, y - mean, codes.decode(D, code))
         return learning.approximate(D, filled, code)[0], None
 
     return jax.lax.scan(step, D, length=steps)[0]

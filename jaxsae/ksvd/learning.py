@@ -123,7 +123,7 @@ def _fit(static: _Static, start, y, tol):
     known = jnp.where(finite[:, None], y, 0)
 
     def error(D, code):
-        left = ratio(jnp.sum((known - codes.combine(D, _on(code, finite))) ** 2), jnp.sum(known**2))
+        left = ratio(jnp.sum((known - codes.decode(D, _on(code, finite))) ** 2), jnp.sum(known**2))
         return jnp.where(jnp.isnan(scale), jnp.nan, left)
 
     def step(D, _):
@@ -310,9 +310,9 @@ def _mod(D, y, code: SparseCode):
     )
     norm = jnp.sqrt(jnp.diagonal(zz))
     unit = divide(zz, norm[:, None] * norm).at[jnp.diag_indices(m)].set(1)
-    best = divide(solve_semidefinite(unit, divide(codes.correlate(learnt, known), norm[:, None])), norm[:, None])
+    best = divide(solve_semidefinite(unit, divide(codes.scatter_add(learnt, known), norm[:, None])), norm[:, None])
     best = jnp.where(norm[:, None] > 0, best, given.atoms)
-    error, error_before = (jnp.sum((known - codes.combine(atoms, learnt)) ** 2) for atoms in (best, given.atoms))
+    error, error_before = (jnp.sum((known - codes.decode(atoms, learnt)) ** 2) for atoms in (best, given.atoms))
     best = jnp.where(error < error_before, best, given.atoms)
     size = jnp.linalg.norm(best, axis=1).at[learnt.indices].get(mode="fill", fill_value=0)
     learnt = dataclasses.replace(learnt, values=learnt.values * size)
@@ -367,7 +367,7 @@ def _replace(nonnegative_atoms: bool, D, y, code: SparseCode):
     )
     uses = jnp.zeros(m, jnp.int32).at[learnt.indices].add(1, mode="drop")
     useless = repeated | (uses == 0)
-    error = jnp.sum((known - codes.combine(given.atoms, learnt)) ** 2, axis=1)
+    error = jnp.sum((known - codes.decode(given.atoms, learnt)) ** 2, axis=1)
     error, worst = jax.lax.top_k(error, min(m, len(y)))
     turn = jnp.cumsum(useless) - 1
     error, worst = (x.at[turn].get(mode="fill", fill_value=0) for x in (error, worst))

@@ -132,7 +132,7 @@ def sweep(fit_atom: Callable, signs: Signs, D, y, code: SparseCode):
     atoms = signs.project_atom(given.atoms)
     length = jnp.linalg.norm(atoms, axis=1)
     scale = jnp.where(length > 0, length, 1).at[learnt.indices].get(mode="fill", fill_value=0)
-    carry = unit(atoms), (learnt.values * scale).ravel(), given.signals - codes.combine(atoms, learnt)
+    carry = unit(atoms), (learnt.values * scale).ravel(), given.signals - codes.decode(atoms, learnt)
     atoms, values, _ = jax.lax.fori_loop(0, m, sweep, carry)
     return atoms.astype(D.dtype), given.put(code, dataclasses.replace(learnt, values=values.reshape(n, k)))
 

@@ -355,7 +355,7 @@ def cross_validate(
     eased, _ = _on_support(inside, targets, support, eased_lams, **options)  # then refit, in part
     indices = jnp.broadcast_to(selected.indices[:, :, None], eased.indices.shape)
     fits = SparseCode(eased.values, indices, len(D), eased.num_dropped)
-    missed = jnp.where(kept[:, None, None], 0, y - codes.combine(D, fits))
+    missed = jnp.where(kept[:, None, None], 0, y - codes.decode(D, fits))
     totals = jnp.sum(missed**2, axis=-1)[:-1]
     sizes = jnp.bincount(dealt, length=folds).astype(phis.dtype)
     error = jnp.sum(totals, axis=0) / y.size

@@ -126,9 +126,9 @@ def refit(
       >>> true = jax.random.normal(keys[0], (8, 6))
       >>> _, support = jax.lax.top_k(jax.random.uniform(keys[1], (64, 8)), 2)
       >>> code = jaxsae.SparseCode(values=jax.random.uniform(keys[2], (64, 2)), indices=support, num_latents=8)
-      >>> y = jaxsae.codes.combine(true, code)
+      >>> y = jaxsae.codes.decode(true, code)
       >>> def loss(D):
-      ...     return jnp.mean((y - jaxsae.codes.combine(D, jaxsae.refit(D, y, code)[0])) ** 2)
+      ...     return jnp.mean((y - jaxsae.codes.decode(D, jaxsae.refit(D, y, code)[0])) ** 2)
       >>> D = start = true + 0.3 * jax.random.normal(keys[3], true.shape)
       >>> slope = jax.jit(jax.grad(loss))
       >>> for _ in range(100):

@@ -44,7 +44,7 @@ def omp(
     *,
     k: int,
     tol: float | Float[Array, "*b"] = 0.0,
-    limit: Int[Array, "*b"] | None = None,
+    max_atoms: Int[Array, "*b"] | None = None,
     nonnegative: bool = False,
     mask: Bool[Array, "*b d"] | None = None,
 ) -> tuple[SparseCode, RefitInfo]:
@@ -67,7 +67,7 @@ def omp(
       y: targets `[*b d]`.
       k: most atoms a row, at most `m`.
       tol: end a row when `‖r‖` is at most this, in units of `y`; a number, or `[*b]`, one for each row.
-      limit: most atoms of each row, `[*b]`, at most `k`; `k` if None.
+      max_atoms: most atoms of each row, `[*b]`, at most `k`; `k` if None.
       nonnegative: values `z ≥ 0`, and choices by `⟨a_j, r⟩` itself (Bruckstein et al. 2008).
       mask: which entries of `y` are known, if not all are: atoms are compared with these, and fitted to these, alone
         (Mairal, Elad & Sapiro 2008); with free signs.
@@ -99,7 +99,7 @@ def omp(
             "pass one of the same shape, and nonnegative=False."
         )
     method = Method("omp", _omp_nonnegative if nonnegative else _omp, k, nonnegative)
-    return pursue(method, D, y, tol, limit, mask=mask)
+    return pursue(method, D, y, tol, max_atoms, mask=mask)
 
 
 def _omp(problem: Problem) -> Chosen:
@@ -134,7 +134,7 @@ def _omp(problem: Problem) -> Chosen:
             itself = jnp.broadcast_to(jnp.arange(k) == number, (n, k)).astype(y.dtype)
             rest, x = jax.lax.fori_loop(0, number, without, (atom, itself))
             pivot = square(rest[:, :d])
-            running = running & (score > rounding(y)) & (square(state[:, :d]) > part.tol**2) & (number < part.limit)
+            running = running & (score > rounding(y)) & (square(state[:, :d]) > part.tol**2) & (number < part.max_atoms)
             # Else it depends on the others, to rounding.
             running &= pivot > jnp.finfo(y.dtype).eps * square(atom[:, :d])
             size = jnp.sqrt(jnp.where(running, pivot, 1))[:, None]
@@ -192,7 +192,7 @@ def matching_pursuit(
     *,
     k: int,
     tol: float | Float[Array, "*b"] = 0.0,
-    limit: Int[Array, "*b"] | None = None,
+    max_atoms: Int[Array, "*b"] | None = None,
     nonnegative: bool = False,
 ) -> tuple[SparseCode, RefitInfo]:
     """Matching pursuit: take the atom that correlates most with the residual, and what it explains, `k` times.
@@ -207,7 +207,7 @@ def matching_pursuit(
       y: targets `[*b d]`.
       k: steps, and so most atoms, a row; at most `m`.
       tol: end a row when `‖r‖` is at most this, in units of `y`; a number, or `[*b]`, one for each row.
-      limit: most atoms of each row, `[*b]`, at most `k`; `k` if None.
+      max_atoms: most atoms of each row, `[*b]`, at most `k`; `k` if None.
       nonnegative: values `z ≥ 0`, and choices by `⟨a_j, r⟩` itself.
 
     Returns:
@@ -227,7 +227,7 @@ def matching_pursuit(
 
     Source: Mallat & Zhang (1993), "Matching pursuits with time-frequency dictionaries".
     """
-    return pursue(Method("matching_pursuit", _matching_pursuit, k, nonnegative, refits=False), D, y, tol, limit)
+    return pursue(Method("matching_pursuit", _matching_pursuit, k, nonnegative, refits=False), D, y, tol, max_atoms)
 
 
 def _matching_pursuit(problem: Problem) -> Chosen:
@@ -244,7 +244,7 @@ def gradient_pursuit(
     *,
     k: int,
     tol: float | Float[Array, "*b"] = 0.0,
-    limit: Int[Array, "*b"] | None = None,
+    max_atoms: Int[Array, "*b"] | None = None,
     nonnegative: bool = False,
 ) -> tuple[SparseCode, RefitInfo]:
     """Gradient pursuit: add the atom that correlates most with the residual, then one gradient step on all chosen.
@@ -260,7 +260,7 @@ def gradient_pursuit(
       y: targets `[*b d]`.
       k: steps, and so most atoms, a row; at most `m`.
       tol: end a row when `‖r‖` is at most this, in units of `y`; a number, or `[*b]`, one for each row.
-      limit: most atoms of each row, `[*b]`, at most `k`; `k` if None.
+      max_atoms: most atoms of each row, `[*b]`, at most `k`; `k` if None.
       nonnegative: values `z ≥ 0`, and choices by `⟨a_j, r⟩` itself.
 
     Returns:
@@ -281,7 +281,7 @@ def gradient_pursuit(
     Source: Blumensath & Davies (2008), "Gradient pursuits"; Smith (2024), "Replacing SAE encoders with inference-time
       optimisation".
     """
-    return pursue(Method("gradient_pursuit", _gradient_pursuit, k, nonnegative, refits=False), D, y, tol, limit)
+    return pursue(Method("gradient_pursuit", _gradient_pursuit, k, nonnegative, refits=False), D, y, tol, max_atoms)
 
 
 def _gradient_pursuit(problem: Problem) -> Chosen:
@@ -310,7 +310,7 @@ def _greedy(problem: Problem, revise: Callable) -> Chosen:
             number, r, code, steps, running = carry
             correlations = matmul(r, problem.D.T)
             score, at = largest(correlations if problem.nonnegative else jnp.abs(correlations))
-            running = running & (score > rounding(r)) & (square(r) > part.tol**2) & (number < part.limit)
+            running = running & (score > rounding(r)) & (square(r) > part.tol**2) & (number < part.max_atoms)
             score = jnp.take_along_axis(correlations, at[:, None], axis=1)[:, 0]
             same = code.indices == at[:, None]
             slot = jnp.where(jnp.any(same, axis=1), jnp.argmax(same, axis=1), jnp.sum(code.mask, axis=1))

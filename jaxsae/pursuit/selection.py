@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from jaxsae._core import chunking, pytrees
 from jaxsae._core.linalg import EXACT, divide
-from jaxsae.codes import SparseCode, combine, from_dense
+from jaxsae.codes import SparseCode, decode, from_dense
 from jaxsae.least_squares import problems
 from jaxsae.least_squares.refit import RefitInfo, Status, refit
 from jaxsae.least_squares.solvers import FISTA, ConjugateGradient
@@ -40,7 +40,7 @@ class Problem(NamedTuple):
     D: Array  # [m d]
     y: Array  # [n d]
     tol: Array  # [n]
-    limit: Array  # [n]  most atoms of each row
+    max_atoms: Array  # [n]  most atoms of each row
     k: int
     nonnegative: bool
     options: dict[str, Any]
@@ -69,17 +69,18 @@ class Chosen(NamedTuple):
 
 
 def pursue(
-    method: Method, D: Array, y: Array, tol: Any, limit: Any, options: Any = None, mask: Array | None = None
+    method: Method, D: Array, y: Array, tol: Any, max_atoms: Any, options: Any = None, mask: Array | None = None
 ) -> tuple[SparseCode, RefitInfo]:
     """Select, then refit, or judge the values that are there."""
     D, y, code = _validated(D, y, method)
     if mask is not None:
         y, mask = jnp.where(mask, y, 0), mask.astype(D.dtype)
-    _check_options(method, tol, limit, options or {})
+    max_atoms = method.k if max_atoms is None else max_atoms
+    _check_options(method, tol, max_atoms, options or {})
     tol = jnp.broadcast_to(jnp.asarray(tol, problems.accumulator(D, y)), y.shape[:-1])
-    limit = jnp.broadcast_to(jnp.asarray(method.k if limit is None else limit, jnp.int32), y.shape[:-1])
+    max_atoms = jnp.broadcast_to(jnp.asarray(max_atoms, jnp.int32), y.shape[:-1])
     options = jax.tree.map(lambda x: _number(x, tol.dtype), options or {})
-    chosen, finite = _select(method, *jax.lax.stop_gradient(((D, options), (y, tol, limit, mask))))
+    chosen, finite = _select(method, *jax.lax.stop_gradient(((D, options), (y, tol, max_atoms, mask))))
     code = dataclasses.replace(code, values=chosen.values.astype(code.values.dtype), indices=chosen.indices)
     solver = None if method.refits else FISTA(max_steps=0)  # which judges the values, and leaves them
     dictionary, support = (D, code) if mask is None else _masked(D, code, mask)
@@ -102,10 +103,10 @@ def _masked(D: Array, code: SparseCode, mask: Array) -> tuple[Masked, SparseCode
     return Masked(D, mask), SparseCode(code.values, indices, m * len(mask))
 
 
-def _check_options(method: Method, tol: Any, limit: Any, options: dict[str, Any]) -> None:
+def _check_options(method: Method, tol: Any, max_atoms: Any, options: dict[str, Any]) -> None:
     check = functools.partial(problems.check_numbers, method.name)
     check("tol", tol, do="a finite norm of at least 0")
-    check("limit", method.k if limit is None else limit, most=method.k, do=f"a limit from 0 to k = {method.k}")
+    check("max_atoms", max_atoms, most=method.k, do=f"a number from 0 to k = {method.k}")
     check("max_steps", options.get("max_steps", 0), do="0 or more, finite")
     for what, most in (("relaxation", math.inf), ("false_alarm", 1.0)):
         if options.get(what) is not None:
@@ -136,7 +137,7 @@ def _validated(D: Any, y: Any, method: Method) -> tuple[Array, Array, SparseCode
 @chunking.over_rows
 def _select(method: Method, shared, per_row):
     """Run a method on rows free of units, and give its values theirs."""
-    (D, options), (y, tol, limit, mask) = shared, per_row
+    (D, options), (y, tol, max_atoms, mask) = shared, per_row
     batch, D, y = y.shape[:-1], D.astype(tol.dtype), y.reshape(-1, y.shape[-1]).astype(tol.dtype)
     # Every row is compared with every atom. As in `refit`, what XLA takes for 0 is as bad as NaN.
     finite = jnp.isfinite(problems.largest(y)[:, 0]) & jnp.isfinite(problems.largest(D)).all()
@@ -144,7 +145,7 @@ def _select(method: Method, shared, per_row):
     y, y_length, y_largest = _unit(jnp.where(finite[:, None], y, 0))
     tol = divide(divide(tol.reshape(-1), y_largest), y_length)
     mask = mask if mask is None else mask.reshape(y.shape).astype(y.dtype)
-    chosen = method.select(Problem(D, y, tol, limit.reshape(-1), method.k, method.nonnegative, options, mask))
+    chosen = method.select(Problem(D, y, tol, max_atoms.reshape(-1), method.k, method.nonnegative, options, mask))
     size, unit = (x.at[chosen.indices].get(mode="fill", fill_value=0) for x in (length, largest))
     values = divide(chosen.values * y_length[:, None], size) * divide(y_largest[:, None], unit)
     chosen = chosen._replace(values=values)
@@ -163,10 +164,10 @@ def _unit(x: Array) -> tuple[Array, Array, Array]:
 def by_chunks(select: Callable, problem: Problem, *, row_bytes: int, cpu_rows: int = 256) -> Any:
     """Select for a chunk of rows at a time."""
 
-    def chunk(y, tol, limit, mask):
-        return select(problem._replace(y=y, tol=tol, limit=limit, mask=mask))
+    def chunk(y, tol, max_atoms, mask):
+        return select(problem._replace(y=y, tol=tol, max_atoms=max_atoms, mask=mask))
 
-    per_row = problem.y, problem.tol, problem.limit, problem.mask
+    per_row = problem.y, problem.tol, problem.max_atoms, problem.mask
     return chunking.map_chunks(chunk, *per_row, batch=problem.tol.shape, row_bytes=row_bytes, cpu_rows=cpu_rows)
 
 
@@ -179,7 +180,7 @@ def invert(problem: Problem, code: SparseCode) -> tuple[SparseCode, Array]:
 
 def residual(problem: Problem, code: SparseCode) -> Array:
     """`y − Dᵀz`, `[n d]`."""
-    return problem.y - combine(problem.D, code)
+    return problem.y - decode(problem.D, code)
 
 
 def empty(problem: Problem) -> SparseCode:
@@ -189,10 +190,10 @@ def empty(problem: Problem) -> SparseCode:
 
 
 def keep(problem: Problem, z: Array, threshold: Any = 0.0, *, times: int = 1) -> SparseCode:
-    """The largest of each row `[n m]`, as many as `times` its limit, of those above a threshold `[n 1]`."""
+    """The largest of each row `[n m]`, at most `times` its `max_atoms`, of those above a threshold `[n 1]`."""
     z = jax.nn.relu(z) if problem.nonnegative else z
     code = from_dense(jnp.where(jnp.abs(z) > threshold, z, 0), min(times * problem.k, z.shape[1]))
-    kept = jnp.arange(code.indices.shape[1]) < times * problem.limit[:, None]
+    kept = jnp.arange(code.indices.shape[1]) < times * problem.max_atoms[:, None]
     indices, values = jnp.where(kept, code.indices, z.shape[1]), jnp.where(kept, code.values, 0)
     return SparseCode(values, indices, z.shape[1])
 

@@ -39,7 +39,7 @@ def iti(
     *,
     k: int,
     tol: float | Float[Array, "*b"] = 0.0,
-    limit: Int[Array, "*b"] | None = None,
+    max_atoms: Int[Array, "*b"] | None = None,
     nonnegative: bool = False,
     false_alarm: float | Float[Array, ""] | None = None,
     relaxation: float | Float[Array, ""] = 1.0,
@@ -58,7 +58,7 @@ def iti(
       y: targets `[*b d]`.
       k: most atoms a row, at most `m`.
       tol: end a row when `‖r‖` is at most this, in units of `y`; a number, or `[*b]`, one for each row.
-      limit: most atoms of each row, `[*b]`, at most `k`; `k` if None.
+      max_atoms: most atoms of each row, `[*b]`, at most `k`; `k` if None.
       nonnegative: values `z ≥ 0`, and thresholds of one sign.
       false_alarm: rate `α` of the threshold rule; None keeps the `k` largest.
       relaxation: `κ`, relative to the values: smaller ones change the support more carefully.
@@ -85,7 +85,7 @@ def iti(
       pursuit".
     """
     options = {"false_alarm": false_alarm, "relaxation": relaxation, "max_steps": max_steps}
-    return pursue(Method("iti", _iti, k, nonnegative), D, y, tol, limit, options)
+    return pursue(Method("iti", _iti, k, nonnegative), D, y, tol, max_atoms, options)
 
 
 def _iti(problem: Problem) -> Chosen:
@@ -109,7 +109,7 @@ def iht(
     *,
     k: int,
     tol: float | Float[Array, "*b"] = 0.0,
-    limit: Int[Array, "*b"] | None = None,
+    max_atoms: Int[Array, "*b"] | None = None,
     nonnegative: bool = False,
     relaxation: float | Float[Array, ""] | None = None,
     max_steps: int | Array = 300,
@@ -123,7 +123,7 @@ def iht(
       y: targets `[*b d]`.
       k: most atoms a row, at most `m`.
       tol: end a row when `‖r‖` is at most this, in units of `y`; a number, or `[*b]`, one for each row.
-      limit: most atoms of each row, `[*b]`, at most `k`; `k` if None.
+      max_atoms: most atoms of each row, `[*b]`, at most `k`; `k` if None.
       nonnegative: values `z ≥ 0`.
       relaxation: `κ`; `1/‖D‖₂²` if None. On random atoms 0.65 recovers more (Maleki & Donoho).
       max_steps: leave a row after this many steps.
@@ -146,7 +146,7 @@ def iht(
     Source: Blumensath & Davies (2009), "Iterative hard thresholding for compressed sensing".
     """
     return pursue(
-        Method("iht", _iht, k, nonnegative), D, y, tol, limit, {"relaxation": relaxation, "max_steps": max_steps}
+        Method("iht", _iht, k, nonnegative), D, y, tol, max_atoms, {"relaxation": relaxation, "max_steps": max_steps}
     )
 
 
@@ -170,7 +170,7 @@ def niht(
     *,
     k: int,
     tol: float | Float[Array, "*b"] = 0.0,
-    limit: Int[Array, "*b"] | None = None,
+    max_atoms: Int[Array, "*b"] | None = None,
     nonnegative: bool = False,
     max_steps: int | Array = 300,
 ) -> tuple[SparseCode, RefitInfo]:
@@ -186,7 +186,7 @@ def niht(
       y: targets `[*b d]`.
       k: most atoms a row, at most `m`.
       tol: end a row when `‖r‖` is at most this, in units of `y`; a number, or `[*b]`, one for each row.
-      limit: most atoms of each row, `[*b]`, at most `k`; `k` if None.
+      max_atoms: most atoms of each row, `[*b]`, at most `k`; `k` if None.
       nonnegative: values `z ≥ 0`.
       max_steps: leave a row after this many steps.
 
@@ -207,7 +207,7 @@ def niht(
 
     Source: Blumensath & Davies (2010), "Normalized iterative hard thresholding: guaranteed stability and performance".
     """
-    return pursue(Method("niht", _niht, k, nonnegative), D, y, tol, limit, {"max_steps": max_steps})
+    return pursue(Method("niht", _niht, k, nonnegative), D, y, tol, max_atoms, {"max_steps": max_steps})
 
 
 def _niht(problem: Problem) -> Chosen:
@@ -247,7 +247,7 @@ def cosamp(
     *,
     k: int,
     tol: float | Float[Array, "*b"] = 0.0,
-    limit: Int[Array, "*b"] | None = None,
+    max_atoms: Int[Array, "*b"] | None = None,
     nonnegative: bool = False,
     max_steps: int | Array = 50,
 ) -> tuple[SparseCode, RefitInfo]:
@@ -262,7 +262,7 @@ def cosamp(
       y: targets `[*b d]`.
       k: most atoms a row, at most `m`; the theory asks for `3k ≤ d`.
       tol: end a row when `‖r‖` is at most this, in units of `y`; a number, or `[*b]`, one for each row.
-      limit: most atoms of each row, `[*b]`, at most `k`; `k` if None.
+      max_atoms: most atoms of each row, `[*b]`, at most `k`; `k` if None.
       nonnegative: values `z ≥ 0`.
       max_steps: leave a row after this many steps.
 
@@ -283,7 +283,7 @@ def cosamp(
 
     Source: Needell & Tropp (2009), "CoSaMP: iterative signal recovery from incomplete and inaccurate samples".
     """
-    return pursue(Method("cosamp", _cosamp, k, nonnegative), D, y, tol, limit, {"max_steps": max_steps})
+    return pursue(Method("cosamp", _cosamp, k, nonnegative), D, y, tol, max_atoms, {"max_steps": max_steps})
 
 
 def _cosamp(problem: Problem) -> Chosen:

@@ -25,7 +25,7 @@ def gather_gram(D, indices, y):
 
 def gather_decode(D, indices, values):
     """`Σᵢ valuesᵢ D[indicesᵢ]` `[n d]`."""
-    return codes.combine(D, SparseCode(values, indices, len(D)))
+    return codes.decode(D, SparseCode(values, indices, len(D)))
 
 
 def solve(D, indices, y, z0, ridge, tol, most, *, nonnegative: bool) -> problems.Solved:
@@ -45,4 +45,4 @@ def scatter_rows(indices, left, right, *, m: int):
     """`[m d]`, the sum over rows and slots of `left[n, i] · right[n]` at `indices[n, i]`."""
     n, k, r = left.shape
     repeated = jnp.broadcast_to(indices[:, None, :], (n, r, k))
-    return codes.correlate(SparseCode(jnp.swapaxes(left, 1, 2), repeated, m), right)
+    return codes.scatter_add(SparseCode(jnp.swapaxes(left, 1, 2), repeated, m), right)
