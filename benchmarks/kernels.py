@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.clock import say, timings
-from jaxsae import codes, kernels
+from jaxsae import SparseCode, codes, kernels
 from jaxsae.least_squares.kernels import choice, tuning
 
 
@@ -41,17 +41,17 @@ SIZES = {
         Case(2304, 65536, 64, 8192, "bfloat16"),
     ],
 }
-OPS = ("gather_gram", "gather_decode", "refit_fused", "scatter_rows")
+OPS = ("gather_gram", "decode", "refit_fused", "scatter_add")
 # What may be chosen, the untuned choice first.
 CANDIDATES: dict[tuple[str, str], dict[str, list[int]]] = {
     ("tpu", "gather_gram"): {"samples": [32, 8, 16, 64]},
-    ("tpu", "gather_decode"): {"samples": [128, 32, 64, 256]},
+    ("tpu", "decode"): {"samples": [128, 32, 64, 256]},
     ("tpu", "refit_fused"): {},
-    ("tpu", "scatter_rows"): {"entries": [256, 128, 512, 1024]},
+    ("tpu", "scatter_add"): {"entries": [256, 128, 512, 1024]},
     ("gpu", "gather_gram"): {"block": [32, 64, 128], "warps": [4, 8], "stages": [3, 2, 4]},
-    ("gpu", "gather_decode"): {"block": [128, 256, 512], "slots": [32, 16, 64], "warps": [4, 2, 8]},
+    ("gpu", "decode"): {"block": [128, 256, 512], "slots": [32, 16, 64], "warps": [4, 2, 8]},
     ("gpu", "refit_fused"): {"block": [32, 64, 128], "warps": [4, 8, 2], "stages": [3, 2, 4]},
-    ("gpu", "scatter_rows"): {"block": [256, 512, 1024], "warps": [4, 2, 8]},
+    ("gpu", "scatter_add"): {"block": [256, 512, 1024], "warps": [4, 2, 8]},
 }
 COLUMNS = (
     *("op", "implementation", "d", "m", "k", "rows", "dtype", "seconds", "rows_per_s", "compile_s"),
@@ -74,7 +74,7 @@ def data(case: Case, seed: int = 0) -> Data:
     D = jax.random.normal(keys[0], (case.m, case.d)) / case.d**0.5
     indices = jax.random.randint(keys[1], (case.B, case.k), 0, case.m)
     z = jax.random.exponential(keys[2], (case.B, case.k))
-    y = kernels.gather_decode(D, indices, z, implementation="xla")
+    y = codes.decode(D, SparseCode(z, indices, case.m), implementation="xla")
     y = y + 0.1 * jax.random.normal(keys[3], y.shape)
     return Data(D.astype(case.dtype), indices, y, 0.8 * z)
 
@@ -83,14 +83,14 @@ def operation(op: str, case: Case, implementation: str) -> Callable[..., Any]:
     """An operation as a function of `Data`."""
 
     def call(x: Data):
+        code = SparseCode(x.z0, x.indices, case.m)
         if op == "gather_gram":
             return kernels.gather_gram(x.D, x.indices, x.y, implementation=implementation)
-        if op == "gather_decode":
-            return kernels.gather_decode(x.D, x.indices, x.z0, implementation=implementation)
+        if op == "decode":
+            return codes.decode(x.D, code, implementation=implementation)
         if op == "refit_fused":
             return kernels.refit_fused(x.D, x.indices, x.y, x.z0, implementation=implementation)
-        left, right = x.z0[..., None], x.y[:, None, :]
-        return kernels.scatter_rows(x.indices, left, right, num_latents=case.m, implementation=implementation)
+        return codes.scatter_add(code, x.y, implementation=implementation)
 
     return call
 

@@ -164,7 +164,9 @@ def _greater(a, b):
     return jnp.where((a > b) | jnp.isnan(a), a, b)
 
 
-def decode(dictionary: Float[Array, "m d"], code: SparseCode) -> Float[Array, "*b d"]:
+def decode(
+    dictionary: Float[Array, "m d"], code: SparseCode, *, implementation: str | None = None
+) -> Float[Array, "*b d"]:
     """Sum the atoms of each row: `Σᵢ valuesᵢ · dictionary[indicesᵢ]`, accumulated in float32 or better.
 
     Its derivative touches no other rows of the dictionary either: `D̄ = Zᵀx̄` (`scatter_add`), `z̄ᵢ = ⟨D[indicesᵢ], x̄⟩`.
@@ -172,12 +174,14 @@ def decode(dictionary: Float[Array, "m d"], code: SparseCode) -> Float[Array, "*
     Args:
       dictionary: `[m d]`, one atom a row.
       code: `[*b k]`.
+      implementation: "xla" or "pallas", or None for what was measured to be best on this kind of device.
 
     Returns:
       `[*b d]`, in the dtype that the values and the dictionary promote to.
 
     Raises:
       TypeError, ValueError: at trace time, if the dictionary and the code do not fit together.
+      NotImplementedError: likewise, if `implementation="pallas"` and no kernel applies.
 
     Example:
       >>> import jax.numpy as jnp, jaxsae
@@ -192,7 +196,7 @@ def decode(dictionary: Float[Array, "m d"], code: SparseCode) -> Float[Array, "*
             f"`decode` got a dictionary of shape {dictionary.shape} for a code of {m} latents; pass one of shape "
             f"({m}, d), one atom a row."
         )
-    return form("rows", dictionary, values, indices, m=m)
+    return form("rows", dictionary, values, indices, m=m, implementation=implementation)
 
 
 def _checked(name: str, *arrays):
@@ -206,7 +210,7 @@ def _checked(name: str, *arrays):
     return *floats, indices
 
 
-def scatter_add(code: SparseCode, x: Float[Array, "*b d"]) -> Float[Array, "m d"]:
+def scatter_add(code: SparseCode, x: Float[Array, "*b d"], *, implementation: str | None = None) -> Float[Array, "m d"]:
     """Sum the rows in which each latent is active, weighted by its values: `Zᵀx`, accumulated in float32 or better.
 
     The cost is that of the rows of each latent, not of all latents; the order of the sums is fixed.
@@ -214,12 +218,14 @@ def scatter_add(code: SparseCode, x: Float[Array, "*b d"]) -> Float[Array, "m d"
     Args:
       code: `[*b k]`.
       x: `[*b d]`.
+      implementation: as of `decode`.
 
     Returns:
       `[m d]`, in the dtype that the values and `x` promote to, float32 or better.
 
     Raises:
       TypeError, ValueError: at trace time, if the rows and the code do not fit together.
+      NotImplementedError: as `decode`.
 
     Example:
       >>> import jax.numpy as jnp, jaxsae
@@ -234,7 +240,7 @@ def scatter_add(code: SparseCode, x: Float[Array, "*b d"]) -> Float[Array, "m d"
             f"`scatter_add` got rows {x.shape} for a code of values {values.shape} and indices {indices.shape}; pass "
             "as many rows as the code has."
         )
-    return form("atoms", values, x, indices, m=code.num_latents)
+    return form("atoms", values, x, indices, m=code.num_latents, implementation=implementation)
 
 
 def sum_by_latent(code: SparseCode) -> Float[Array, " m"]:

@@ -99,13 +99,13 @@ def test_dtypes_are_kept(dtype):
 
 
 @pytest.mark.parametrize("batch", [(), (5, 8)])
-def test_combine_sums_the_atoms(batch):
+def test_decode_sums_the_atoms(batch):
     dictionary = activations(1, batch=(10,), d=6)
     code = from_dense(activations(batch=batch, d=10), 4)
     np.testing.assert_allclose(decode(dictionary, code), dense(code) @ dictionary, rtol=1e-5, atol=1e-6)
 
 
-def test_combine_accumulates_in_float32():
+def test_decode_accumulates_in_float32():
     # 256 + 1 is 256 in bfloat16: a running sum in bfloat16 would lose all that follows the first atom.
     dictionary = jnp.ones((257, 1), jnp.bfloat16)
     code = SparseCode(jnp.array([256.0] + [1.0] * 256, jnp.bfloat16), jnp.arange(257, dtype=jnp.int32), 257)

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from problems import f64, optimum
 
 import jaxsae
-from jaxsae import kernels
+from jaxsae import SparseCode, codes, kernels
 from jaxsae._core import sparse
 from jaxsae.least_squares import problems
 from jaxsae.least_squares.kernels import choice, ops, reference, tuning
@@ -102,17 +102,15 @@ def interpreted(platform: str, checked: bool = True) -> SimpleNamespace:
 def on(monkeypatch):
     """Pretend to be on a platform, its kernels interpreted."""
 
-    def pretend(platform):
+    def pretend(platform, checked=True):
         device = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform=platform)
-        module = interpreted(platform)
+        module = interpreted(platform, checked)
         monkeypatch.setattr(choice, "device", lambda: (platform, device.device_kind))
         monkeypatch.setattr(choice, "_module", lambda name: module)
         jax.clear_caches()
-        ops._scatter.cache_clear()
 
     yield pretend
     jax.clear_caches()
-    ops._scatter.cache_clear()
 
 
 def no_races():
@@ -152,8 +150,11 @@ def test_decoded_rows_are_those_of_float64(platform, shape):
     c = case(shape)
     x = np.einsum("nk,nkd->nd", f64(c.z0), products64(c)[2])
     poisoned = jnp.where(c.indices < shape[2], c.z0, jnp.nan)  # what unused slots hold does not count
-    for decode in (reference.gather_decode, interpreted(platform).gather_decode):
-        np.testing.assert_allclose(decode(c.D, c.indices, poisoned), x, atol=2e-6 * np.abs(x).max())
+    for found in (
+        codes.decode(c.D, SparseCode(poisoned, c.indices, shape[2])),
+        interpreted(platform).gather_decode(c.D, c.indices, poisoned),
+    ):
+        np.testing.assert_allclose(found, x, atol=2e-6 * np.abs(x).max())
     assert platform == "gpu" or no_races()
 
 
@@ -204,10 +205,8 @@ def test_scattered_rows_are_those_of_float64(platform, shape, rank):
     np.add.at(wanted, np.asarray(c.indices), np.einsum("nkr,nrd->nkd", f64(left), f64(right)))
     order = sparse.by_latent(c.indices, m)
     places = c.indices.ravel()[order], order // k, left.reshape(n * k, rank)[order], right
-    for got in (
-        reference.scatter_rows(c.indices, left, right, m=m),
-        interpreted(platform).scatter_sorted(*places, m=m),
-    ):
+    by_xla = [codes.scatter_add(SparseCode(left[..., j], c.indices, m), right[:, j]) for j in range(rank)]
+    for got in (sum(by_xla), interpreted(platform).scatter_sorted(*places, m=m)):
         np.testing.assert_allclose(got, wanted[:m], atol=1e-5)
     assert platform == "gpu" or no_races()
 
@@ -249,14 +248,13 @@ def everything(c: Case, implementation=None):
     how = {"implementation": implementation}
     return (
         kernels.gather_gram(c.D, c.indices, c.y, **how),
-        kernels.gather_decode(c.D, c.indices, c.z0, **how),
+        codes.decode(c.D, SparseCode(c.z0, c.indices, len(c.D)), **how),
         kernels.refit_fused(c.D, c.indices, c.y, c.z0, ridge=0.1, tol=1e-7, **how),
     )
 
 
 def scattered(c: Case, implementation=None):
-    left, right = c.z0[..., None], c.y[..., None, :]
-    return kernels.scatter_rows(c.indices, left, right, num_latents=len(c.D), implementation=implementation)
+    return codes.scatter_add(SparseCode(c.z0, c.indices, len(c.D)), c.y, implementation=implementation)
 
 
 def assert_close(a, b, tolerance=1e-5):
@@ -291,7 +289,7 @@ def weighted(c: Case, implementation=None):
 
 
 def scattered_weighted(left, right, indices, implementation=None):
-    out = kernels.scatter_rows(indices, left, right, num_latents=32, implementation=implementation)
+    out = codes.scatter_add(SparseCode(left, indices, 32), right, implementation=implementation)
     return jnp.sum(out * np.random.default_rng(8).normal(size=out.shape).astype(out.dtype))
 
 
@@ -316,7 +314,7 @@ def test_gradients_are_those_of_finite_differences(x64):
     right, left = (loss(*(x + s * h * v for x, v in zip(point, directions, strict=True))) for s in (1, -1))
     np.testing.assert_allclose(along, (right - left) / (2 * h), rtol=1e-6)
 
-    left, right = jnp.asarray(rng.normal(size=(4, 5, 2))), jnp.asarray(rng.normal(size=(4, 2, 16)))
+    left, right = jnp.asarray(rng.normal(size=(4, 5))), jnp.asarray(rng.normal(size=(4, 16)))
     bars = jax.grad(scattered_weighted, (0, 1))(left, right, indices)
     # It is linear in each.
     for bar, x in zip(bars, (left, right), strict=True):
@@ -329,7 +327,7 @@ def test_operations_and_gradients_by_kernels_are_those_of_the_reference(platform
     c = sound()
     wanted, wanted_sum = everything(c, "xla"), scattered(c, "xla")
     wanted_bar = jax.grad(lambda D, y: weighted(c._replace(D=D, y=y), "xla"), (0, 1))(c.D, c.y)
-    on(platform)
+    on(platform, checked=False)  # the checks have effects, which the primitive of decoding does not declare
     got = jax.vmap(functools.partial(everything, implementation="pallas"), (Case(None, 0, 0, 0),))(c)
     assert_close(without_steps(got), without_steps(wanted), 1e-4)
     assert_close(scattered(c, "pallas"), wanted_sum)
@@ -356,6 +354,12 @@ def test_there_is_no_kernel_for_a_cpu():
         kernels.gather_gram(c.D, c.indices, c.y, implementation="pallas")
     with pytest.raises(ValueError, match="implementation 'fast'"):
         kernels.gather_gram(c.D, c.indices, c.y, implementation="fast")
+    code = SparseCode(c.z0, c.indices, len(c.D))
+    for call in (functools.partial(codes.decode, c.D, code), functools.partial(codes.scatter_add, code, c.y)):
+        with pytest.raises(NotImplementedError, match="cpu"):
+            call(implementation="pallas")
+        with pytest.raises(ValueError, match="implementation 'fast'"):
+            call(implementation="fast")
 
 
 def test_what_does_not_fit_together_is_refused(unchecked):
@@ -363,9 +367,7 @@ def test_what_does_not_fit_together_is_refused(unchecked):
     with pytest.raises(ValueError, match="y of shape"):
         kernels.gather_gram(c.D, c.indices, c.y[:, 1:])
     with pytest.raises(ValueError, match="dictionary of shape"):
-        kernels.gather_decode(c.D[0], c.indices, c.z0)
-    with pytest.raises(ValueError, match="pass left of shape"):
-        kernels.scatter_rows(c.indices, c.z0, c.y, num_latents=40)
+        kernels.gather_gram(c.D[0], c.indices, c.y)
 
 
 def test_a_refit_by_the_kernel_is_that_of_the_library(on, monkeypatch):
@@ -434,15 +436,15 @@ def test_rows_divided_by_shard_map_give_the_same():
 @both
 def test_a_kernel_inside_shard_map(platform, on):
     c = sound((8, 16, 32, 4, "float32"))
-    on(platform)
+    on(platform, checked=False)
     mesh = Mesh(np.array(jax.devices()[:2]), ("rows",))
     specs = Case(P(), P("rows"), P("rows"), P("rows"))
 
-    def decode(c):
-        return kernels.gather_decode(c.D, c.indices, c.z0, implementation="pallas")
+    def decode(c, implementation="pallas"):
+        return codes.decode(c.D, SparseCode(c.z0, c.indices, len(c.D)), implementation=implementation)
 
     divided = jax.shard_map(decode, mesh=mesh, in_specs=(specs,), out_specs=P("rows"), check_vma=False)
-    np.testing.assert_allclose(jax.jit(divided)(c), reference.gather_decode(c.D, c.indices, c.z0), atol=1e-5)
+    np.testing.assert_allclose(jax.jit(divided)(c), decode(c, "xla"), atol=1e-5)
 
 
 # --- The benchmark and its table
@@ -482,7 +484,7 @@ def test_the_benchmark_runs_where_there_is_no_kernel():
     assert by["top_k, two stages", "xla"]["recall"] == 1
     machine = {"benchmark": "kernels", "device": "abacus", "cores": 1, "jax": "0", "commit": "0123456789abcdef"}
     text = table.markdown({**machine, "rows": rows, "copy_bandwidth": {"bytes_per_s": 1e9}, "matmul_peak": 1e9})
-    assert "| scatter_rows | xla |" in text
+    assert "| scatter_add | xla |" in text
 
 
 # --- Lowered and compiled, without a device

@@ -268,11 +268,7 @@ OF_A_CODE = {
     "gradient of a refit": lambda sae, rows: jax.grad(_of_a_refit, (0, 1))(sae.W_dec, rows.x, rows.code),
     "kernels": lambda sae, rows: (
         jaxsae.kernels.gather_gram(sae.W_dec, rows.code.indices, rows.x),
-        jaxsae.kernels.gather_decode(sae.W_dec, rows.code.indices, rows.code.values),
         jaxsae.kernels.refit_fused(sae.W_dec, rows.code.indices, rows.x, rows.code.values, max_steps=3),
-        jaxsae.kernels.scatter_rows(
-            rows.code.indices, rows.code.values[..., None], rows.x[..., None, :], num_latents=rows.code.num_latents
-        ),
     ),
     "ksvd": lambda sae, rows: (
         jaxsae.ksvd.approximate(sae.W_dec, rows.x, rows.code),

@@ -1,6 +1,7 @@
 """One trilinear form of atoms, values and rows: sparse decoding and its derivatives, on one device and on a mesh."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -36,15 +37,15 @@ def add_at(total: Array, indices: Int[Array, "*b k"], x: Array) -> Array:
 _form = Primitive("jaxsae_sparse_form")
 
 
-def form(wrt: str, left: Array, right: Array, indices: Array, *, m: int) -> Array:
+def form(wrt: str, left: Array, right: Array, indices: Array, *, m: int, implementation: str | None = None) -> Array:
     """The derivative of `T` with respect to "atoms" `[m d]`, "values" `[*b k]` or "rows" `[*b d]`.
 
-    `left` and `right` are the other two, in this order.
+    `left` and `right` are the other two, in this order; `implementation` is "xla", "pallas", or None for the best.
     """
+    params = {"wrt": wrt, "m": m, "members": 0, "implementation": implementation}
 
     def bind(*arguments):
-        arguments = sharding.vary_alike(arguments)
-        return _form.bind(*arguments, wrt=wrt, m=m, members=0, mesh=jax.sharding.get_abstract_mesh())
+        return _form.bind(*sharding.vary_alike(arguments), **params, mesh=jax.sharding.get_abstract_mesh())
 
     return sharding.automatic(bind, None if wrt == "atoms" else indices)(left, right, indices)
 
@@ -52,18 +53,18 @@ def form(wrt: str, left: Array, right: Array, indices: Array, *, m: int) -> Arra
 _OTHERS = {"atoms": ("values", "rows"), "values": ("atoms", "rows"), "rows": ("atoms", "values")}
 
 
-def _evaluate(left, right, indices, *, wrt: str, m: int, members: int, mesh):
+def _evaluate(left, right, indices, *, wrt: str, m: int, members: int, implementation: str | None, mesh):
     with jax.sharding.use_abstract_mesh(mesh):  # that it was traced under, when it is lowered
-        f = {"rows": _decode, "values": _project, "atoms": _scatter_add}[wrt]
+        f = functools.partial(_on_one_device, wrt)
         if sharding.is_sharded(m):
             f = {"rows": _decode_all, "values": _project_all, "atoms": _scatter_add_all}[wrt]
-        f = functools.partial(f, m=m)
+        f = functools.partial(f, m=m, implementation=implementation)
         for _ in range(members):
             f = jax.vmap(f)
         return f(left, right, indices)
 
 
-def _shape(left, right, indices, *, wrt: str, m: int, members: int, mesh):
+def _shape(left, right, indices, *, wrt: str, m: int, members: int, implementation: str | None, mesh):
     dtype = jnp.result_type(left.dtype, right.dtype)
     if wrt == "rows":
         shape = *indices.shape[:-1], left.shape[-1]
@@ -109,12 +110,25 @@ def _linear_in(place: int):
     return tangent
 
 
-_form.def_impl(jax.jit(_evaluate, static_argnames=("wrt", "m", "members", "mesh")))
+_form.def_impl(jax.jit(_evaluate, static_argnames=("wrt", "m", "members", "implementation", "mesh")))
 _form.def_abstract_eval(_shape)
 mlir.register_lowering(_form, mlir.lower_fun(_evaluate, multiple_results=False))
 ad.primitive_transposes[_form] = _transpose
 batching.primitive_batchers[_form] = _batch
 ad.defjvp(_form, _linear_in(0), _linear_in(1), None)
+
+
+# Of "rows" and "atoms": `f(by_xla, left, right, indices, m=, implementation=)`, which calls a kernel or `by_xla()`.
+# `least_squares.kernels` puts them here: with what they share with the solvers they stand above the codes.
+KERNELS: dict[str, Callable[..., Array]] = {}
+
+
+def _on_one_device(wrt: str, left, right, indices, *, m: int, implementation: str | None):
+    by_xla = {"rows": _decode, "values": _project, "atoms": _scatter_add}[wrt]
+    by_xla = functools.partial(by_xla, left, right, indices, m=m)
+    if wrt not in KERNELS:
+        return by_xla()
+    return KERNELS[wrt](by_xla, left, right, indices, m=m, implementation=implementation)
 
 
 def _decode(dictionary, values, indices, *, m: int):
@@ -200,7 +214,7 @@ def _in_order(x, order):
     return jnp.take_along_axis(jnp.pad(x, spare), order, axis=-1)
 
 
-def _decode_all(dictionary, values, indices, *, m: int):
+def _decode_all(dictionary, values, indices, *, m: int, implementation: str | None):
     row = sharding.rows_spec(indices)
 
     def here(dictionary, values, indices):
@@ -209,7 +223,7 @@ def _decode_all(dictionary, values, indices, *, m: int):
         dtype = jnp.promote_types(jnp.result_type(values, dictionary), jnp.float32)
 
         def add(total, first, values, at):
-            return total + _decode(dictionary, values, at, m=m_here)
+            return total + _on_one_device("rows", dictionary, values, at, m=m_here, implementation=implementation)
 
         total = jnp.zeros((*indices.shape[:-1], dictionary.shape[-1]), dtype)
         total = _for_slots(add, total, most, _in_order(values, order), at)
@@ -218,7 +232,7 @@ def _decode_all(dictionary, values, indices, *, m: int):
     return sharding.shard_map(here, (sharding.LATENTS, row, row), row)(dictionary, values, indices)
 
 
-def _project_all(dictionary, x, indices, *, m: int):
+def _project_all(dictionary, x, indices, *, m: int, implementation: str | None):
     row = sharding.rows_spec(indices)
 
     def here(dictionary, x, indices):
@@ -226,7 +240,7 @@ def _project_all(dictionary, x, indices, *, m: int):
         order, at, most = _own_slots(indices, m_here)
 
         def put(found, first, at):
-            part = _project(dictionary, x, at, m=m_here)
+            part = _on_one_device("values", dictionary, x, at, m=m_here, implementation=implementation)
             return jax.lax.dynamic_update_slice_in_dim(found, part, first, axis=-1)
 
         found = jnp.zeros(at.shape, jnp.promote_types(jnp.result_type(x, dictionary), jnp.float32))
@@ -237,7 +251,7 @@ def _project_all(dictionary, x, indices, *, m: int):
     return sharding.shard_map(here, (sharding.LATENTS, row, row), row)(dictionary, x, indices)
 
 
-def _scatter_add_all(values, x, indices, *, m: int):
+def _scatter_add_all(values, x, indices, *, m: int, implementation: str | None):
     row = sharding.rows_spec(indices)
 
     def here(values, x, indices):
@@ -245,7 +259,7 @@ def _scatter_add_all(values, x, indices, *, m: int):
         order, at, most = _own_slots(indices, m_here)
 
         def add(total, first, values, at):
-            return total + _scatter_add(values, x, at, m=m_here)
+            return total + _on_one_device("atoms", values, x, at, m=m_here, implementation=implementation)
 
         dtype = jnp.promote_types(jnp.result_type(values, x), jnp.float32)
         total = _for_slots(add, jnp.zeros((m_here, x.shape[-1]), dtype), most, _in_order(values, order), at)

@@ -1,9 +1,7 @@
 """Operations on the `k` active rows of a dictionary, each by one read of them where there is a kernel for it.
 
     gather_gram    G = AAᵀ, c = Ay of each row, with A = D[indices]
-    gather_decode  Aᵀz
     refit_fused    argmin ½‖y − Aᵀz‖² + ½ ridge ‖z‖² over z ≥ 0, by FISTA
-    scatter_rows   the gradient of the dictionary, Σ z x̄ᵀ
 
 Each has a reference that XLA compiles everywhere (`reference`), and kernels for TPUs (`tpu`) and GPUs (`gpu`). By
 default the kernel answers where it was measured on this very kind of device to be worth it (`tuning`), and the
@@ -22,12 +20,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxsae import codes
 from jaxsae._core import chunking, sparse
 from jaxsae._core.linalg import EXACT, divide
+from jaxsae.codes import SparseCode
 from jaxsae.least_squares import implicit, problems
 from jaxsae.least_squares.kernels import choice, reference
 
-__all__ = ["gather_decode", "gather_gram", "refit_fused", "scatter_rows"]
+__all__ = ["gather_gram", "refit_fused"]
 
 
 class _Static(NamedTuple):
@@ -35,7 +35,6 @@ class _Static(NamedTuple):
 
     op: str
     implementation: str | None
-    num_latents: int = 0
     nonnegative: bool = True
 
 
@@ -70,37 +69,6 @@ def gather_gram(
     """
     _validate("gather_gram", dictionary, indices, implementation, y=(y, dictionary.shape[1:]))
     return _gather_gram(_Static("gather_gram", implementation), dictionary, indices, y)
-
-
-def gather_decode(
-    dictionary: Float[Array, "m d"],
-    indices: Int[Array, "*b k"],
-    values: Float[Array, "*b k"],
-    *,
-    implementation: str | None = None,
-) -> Float[Array, "*b d"]:
-    """Sum the atoms of each row, weighted: `Σᵢ valuesᵢ D[indicesᵢ]`, accumulated in float32 or better.
-
-    Args:
-      dictionary: `[m d]`, one atom a row.
-      indices: `[*b k]`; slots out of range, such as `m` or −1, count nothing.
-      values: `[*b k]`.
-      implementation: "xla" or "pallas", or None for what was measured to be best.
-
-    Returns:
-      `[*b d]`, in the dtype that the values and the dictionary promote to.
-
-    Raises:
-      ValueError, NotImplementedError: as `gather_gram`.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from jaxsae import kernels
-      >>> kernels.gather_decode(jnp.eye(3), jnp.array([2, 0]), jnp.array([3.0, 1.0]))
-      Array([1., 0., 3.], dtype=float32)
-    """
-    _validate("gather_decode", dictionary, indices, implementation, values=(values, indices.shape[-1:]))
-    return _gather_decode(_Static("gather_decode", implementation), dictionary, indices, values)
 
 
 def refit_fused(
@@ -157,52 +125,6 @@ def refit_fused(
     numbers = ridge, jnp.asarray(tol, ridge.dtype), jnp.asarray(max_steps, jnp.int32)
     static = _Static("refit_fused", implementation, nonnegative=nonnegative)
     return _refit_fused(static, dictionary, indices, y, z0, numbers)
-
-
-def scatter_rows(
-    indices: Int[Array, "*b k"],
-    left: Float[Array, "*b k r"],
-    right: Float[Array, "*b r d"],
-    *,
-    num_latents: int,
-    implementation: str | None = None,
-) -> Float[Array, "m d"]:
-    """Sum outer products into the rows of the latents they belong to: the gradient of a dictionary.
-
-        out[j] = Σ left[n, i] · right[n]   over the rows n and slots i with indices[n, i] = j
-
-    That of `gather_decode` is of rank `r = 1`, `z x̄ᵀ`; that of a refit of rank 2, `u rᵀ − z (Aᵀu)ᵀ`.
-
-    Args:
-      indices: `[*b k]`; slots out of range are dropped.
-      left: `[*b k r]`.
-      right: `[*b r d]`.
-      num_latents: `m`.
-      implementation: "xla" or "pallas", or None for what was measured to be best.
-
-    Returns:
-      `[m d]`, in float32 or better.
-
-    Raises:
-      ValueError, NotImplementedError: as `gather_gram`.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from jaxsae import kernels
-      >>> out = kernels.scatter_rows(
-      ...     jnp.array([2, 0]), jnp.array([[3.0], [1.0]]), jnp.array([[1.0, 2.0]]), num_latents=3
-      ... )
-      >>> out.tolist()
-      [[1.0, 2.0], [0.0, 0.0], [3.0, 6.0]]
-    """
-    choice.check_implementation("scatter_rows", implementation)
-    batch = indices.shape[:-1]
-    if left.shape[:-1] != indices.shape or right.shape[:-1] != (*batch, left.shape[-1]):
-        raise ValueError(
-            f"`scatter_rows` got left {left.shape} and right {right.shape} for indices {indices.shape}; pass "
-            f"left of shape {(*indices.shape, 'r')} and right of shape {(*batch, 'r', 'd')}."
-        )
-    return _scatter_rows(_Static("scatter_rows", implementation, num_latents), indices, left, right)
 
 
 def solve(
@@ -335,45 +257,12 @@ def _gather_gram_backward(static: _Static, residuals, cotangents):
         batch=indices.shape[:-1],
         row_bytes=2 * problems.row_bytes(k, d, jnp.dtype(dtype).itemsize),
     )
-    y_bar = _gather_decode(static._replace(op="gather_decode"), dictionary, indices, cotangents[1])
+    y_bar = codes.decode(dictionary, SparseCode(cotangents[1], indices, m), implementation=static.implementation)
     return problems.cotangent(total, dictionary), None, y_bar.astype(y.dtype)
 
 
 _gather_gram = jax.custom_vjp[Any](_gather_gram_primal, nondiff_argnums=(0,))
 _gather_gram.defvjp(_gather_gram_forward, _gather_gram_backward)
-
-
-@_over_rows
-def _decode_rows(static: _Static, shared, indices, values):
-    (dictionary,) = shared
-    dtype = jnp.result_type(values, dictionary)
-    return choice.choose(
-        *(static.op, static.implementation, dictionary.shape[1], indices.shape[1], dictionary.dtype),
-        lambda kernel, options: kernel.gather_decode(dictionary, indices, values, **options).astype(dtype),
-        lambda: reference.gather_decode(dictionary, indices, values),
-        len(indices),
-    )
-
-
-def _gather_decode_primal(static: _Static, dictionary, indices, values):
-    return _decode_rows(static, (dictionary,), indices, values)
-
-
-def _gather_decode_forward(static, dictionary, indices, values):
-    return _gather_decode(static, dictionary, indices, values), (dictionary, indices, values)
-
-
-def _gather_decode_backward(static: _Static, residuals, x_bar):
-    """`D̄ = Σ z x̄ᵀ`, `z̄ = Ax̄`."""
-    dictionary, indices, values = residuals
-    scatter = _Static("scatter_rows", static.implementation, len(dictionary))
-    dictionary_bar = _scatter_rows(scatter, indices, values[..., None], x_bar[..., None, :])
-    values_bar = _gather_gram(static._replace(op="gather_gram"), dictionary, indices, x_bar)[1]
-    return dictionary_bar.astype(dictionary.dtype), None, values_bar.astype(values.dtype)
-
-
-_gather_decode = jax.custom_vjp[Any](_gather_decode_primal, nondiff_argnums=(0,))
-_gather_decode.defvjp(_gather_decode_forward, _gather_decode_backward)
 
 
 @_over_rows
@@ -416,47 +305,35 @@ _refit_fused = jax.custom_vjp[Any](_refit_fused_primal, nondiff_argnums=(0,))
 _refit_fused.defvjp(_refit_fused_forward, _refit_fused_backward)
 
 
-@functools.cache
-def _scatter(static: _Static):
-    return jax.jit(jax.custom_batching.sequential_vmap(functools.partial(_scatter_flat, static)))
+# --- What `codes.decode` and `codes.scatter_add` run where it was measured to be worth it
 
 
-def _scatter_flat(static: _Static, indices, left, right):
-    m, (n, k, r) = static.num_latents, left.shape
+def _decode(by_xla, dictionary, values, indices, *, m: int, implementation: str | None):
+    choice.check_implementation("decode", implementation)
+    (*batch, k), d = indices.shape, dictionary.shape[1]
 
     def by_kernel(kernel, options):
-        indices_ = _slots(indices, m)
-        order = sparse.by_latent(indices_, m)
-        places = indices_.ravel()[order], order // k, left.reshape(n * k, r)[order], right
-        return kernel.scatter_sorted(*places, m=m, **options)
+        _, flat = _flat(tuple(batch), _slots(indices, m), values)
+        decode = jax.custom_batching.sequential_vmap(functools.partial(kernel.gather_decode, **options))
+        return decode(dictionary, *flat).reshape(*batch, d).astype(jnp.result_type(values, dictionary))
 
-    def by_xla():
-        return reference.scatter_rows(indices, left, right, m=m)
-
-    return choice.choose(static.op, static.implementation, right.shape[-1], k, right.dtype, by_kernel, by_xla, n)
+    return choice.choose("decode", implementation, d, k, dictionary.dtype, by_kernel, by_xla, math.prod(batch))
 
 
-def _scatter_rows_primal(static: _Static, indices, left, right):
-    _, flat = _flat(indices.shape[:-1], indices, left, right)
-    return _scatter(static)(*flat)
+def _scatter_add(by_xla, values, x, indices, *, m: int, implementation: str | None):
+    choice.check_implementation("scatter_add", implementation)
+    *batch, k = indices.shape
+
+    def by_kernel(kernel, options):
+        _, (slots, left, right) = _flat(tuple(batch), _slots(indices, m), values, x)
+        order = sparse.by_latent(slots, m)
+        places = slots.ravel()[order], order // k, left.reshape(-1, 1)[order], right[:, None, :]
+        return jax.custom_batching.sequential_vmap(functools.partial(kernel.scatter_sorted, m=m, **options))(*places)
+
+    return choice.choose("scatter_add", implementation, x.shape[-1], k, x.dtype, by_kernel, by_xla, math.prod(batch))
 
 
-def _scatter_rows_forward(static, indices, left, right):
-    return _scatter_rows(static, indices, left, right), (indices, left, right)
-
-
-def _scatter_rows_backward(static: _Static, residuals, bar):
-    """It is linear in each: `left‾[i, r] = ⟨B[indicesᵢ], right_r⟩`, `right‾_r = Σᵢ left[i, r] B[indicesᵢ]`."""
-    indices, left, right = residuals
-    decode, products = (_Static(op, static.implementation) for op in ("gather_decode", "gather_gram"))
-    ranks = range(left.shape[-1])
-    left_bar = jnp.stack([_gather_gram(products, bar, indices, right[..., r, :])[1] for r in ranks], axis=-1)
-    right_bar = jnp.stack([_gather_decode(decode, bar, indices, left[..., r]) for r in ranks], axis=-2)
-    return None, left_bar.astype(left.dtype), right_bar.astype(right.dtype)
-
-
-_scatter_rows = jax.custom_vjp[Any](_scatter_rows_primal, nondiff_argnums=(0,))
-_scatter_rows.defvjp(_scatter_rows_forward, _scatter_rows_backward)
+sparse.KERNELS.update(rows=_decode, atoms=_scatter_add)
 
 
 def applies(dictionary: Any, indices: Array, y: Array, values: Array) -> bool:

@@ -2,10 +2,8 @@
 
 import jax.numpy as jnp
 
-from jaxsae import codes
 from jaxsae._core import chunking, sparse
 from jaxsae._core.linalg import EXACT, matmul
-from jaxsae.codes import SparseCode
 from jaxsae.least_squares import problems, solvers
 
 
@@ -23,11 +21,6 @@ def gather_gram(D, indices, y):
     return chunking.map_chunks(chunk, indices, y, batch=indices.shape[:1], row_bytes=row_bytes)
 
 
-def gather_decode(D, indices, values):
-    """`Σᵢ valuesᵢ D[indicesᵢ]` `[n d]`."""
-    return codes.decode(D, SparseCode(values, indices, len(D)))
-
-
 def solve(D, indices, y, z0, ridge, tol, most, *, nonnegative: bool) -> problems.Solved:
     """Gather, Gram and FISTA of `n` rows, in the dtype of `ridge`."""
     dtype = ridge.dtype
@@ -39,10 +32,3 @@ def solve(D, indices, y, z0, ridge, tol, most, *, nonnegative: bool) -> problems
 
     row_bytes = 2 * problems.row_bytes(k, d, dtype.itemsize)
     return chunking.map_chunks(chunk, indices, y, z0, batch=indices.shape[:1], row_bytes=row_bytes)
-
-
-def scatter_rows(indices, left, right, *, m: int):
-    """`[m d]`, the sum over rows and slots of `left[n, i] · right[n]` at `indices[n, i]`."""
-    n, k, r = left.shape
-    repeated = jnp.broadcast_to(indices[:, None, :], (n, r, k))
-    return codes.scatter_add(SparseCode(jnp.swapaxes(left, 1, 2), repeated, m), right)
