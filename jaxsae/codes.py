@@ -141,12 +141,12 @@ def top_k(x: Float[Array, "*b m"], k: int) -> tuple[Float[Array, "*b k"], Int[Ar
 
 def _top_k_of_all(x, k: int):
     """`top_k` where each device has some of the latents: of its own, then of all candidates."""
-    row, ways = sharding.rows_spec(x), sharding.axis_size("latent")
+    row, devices = sharding.rows_spec(x), sharding.axis_size("latent")
 
     def here(x):
         values, indices = top_k(x, min(k, x.shape[-1]))
         found = values, indices + x.shape[-1] * jax.lax.axis_index("latent")
-        shared = x.ndim > 1 and len(x) % ways == 0  # then each device judges some of the rows
+        shared = x.ndim > 1 and len(x) % devices == 0  # then each device judges some of the rows
         if shared:
             trade = functools.partial(jax.lax.all_to_all, split_axis=0, concat_axis=x.ndim - 1)
         else:

@@ -176,7 +176,7 @@ def abstract(make: Callable[[], Any]) -> Any:
 
 
 def rows_sharding(x: Any, mesh: Mesh) -> NamedSharding:
-    """How rows are spread, if they can be split evenly; else they are whole on every device.
+    """How rows are split, if they can be evenly; else they are replicated.
 
     Args:
       x: `[n …]`, or its shape and dtype.
@@ -206,13 +206,13 @@ def make_global_batch(x: np.ndarray, size: int, first: int) -> jax.Array:
     if mesh.empty:
         return jnp.asarray(x)
     shape = (size, *x.shape[1:])
-    spread = rows_sharding(jax.ShapeDtypeStruct(shape, x.dtype), mesh)
+    sharded = rows_sharding(jax.ShapeDtypeStruct(shape, x.dtype), mesh)
 
     def part(index):
         start, stop, _ = index[0].indices(size)
         return x[start - first : stop - first]
 
-    return jax.make_array_from_callback(shape, spread, part)
+    return jax.make_array_from_callback(shape, sharded, part)
 
 
 def rows_needed(size: int) -> slice:
@@ -228,8 +228,8 @@ def rows_needed(size: int) -> slice:
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return slice(0, size)
-    spread = rows_sharding(jax.ShapeDtypeStruct((size,), bool), mesh)
-    parts = [index[0].indices(size) for index in spread.addressable_devices_indices_map((size,)).values() if index]
+    sharded = rows_sharding(jax.ShapeDtypeStruct((size,), bool), mesh)
+    parts = [index[0].indices(size) for index in sharded.addressable_devices_indices_map((size,)).values() if index]
     return slice(min(start for start, _, _ in parts), max(stop for _, stop, _ in parts))
 
 
@@ -289,7 +289,7 @@ def _varies(x: Any) -> frozenset[str]:
 
 
 def automatic(f: Callable, rows: Any = None) -> Callable:
-    """`f`, split by XLA on a mesh whose axes are Explicit too; what it returns is spread as `rows [*b k]`, or whole."""
+    """`f`, split by XLA on a mesh whose axes are Explicit too; what it returns is split as `rows [*b k]`, or whole."""
     if not jax.sharding.get_abstract_mesh().explicit_axes:
         return f
     spec = REPLICATED if rows is None else PartitionSpec(*jax.typeof(rows).sharding.spec[:-1])
@@ -297,13 +297,13 @@ def automatic(f: Callable, rows: Any = None) -> Callable:
 
 
 def rows_spec(x: Any) -> PartitionSpec:
-    """How the rows of `x [*b k]` are spread under the mesh in force."""
+    """How the rows of `x [*b k]` are split under the mesh in force."""
     parts = axis_size("data")
     return PartitionSpec("data") if x.ndim > 1 and parts > 1 and x.shape[0] % parts == 0 else PartitionSpec()
 
 
 def sum_rows(total: jax.Array, row: PartitionSpec) -> jax.Array:
-    """A sum over the rows of this device, made one over all rows, if they were spread. In `shard_map`."""
+    """A sum over the rows of this device, made one over all rows, if they are split. In `shard_map`."""
     return jax.lax.psum(total, "data") if len(row) else total
 
 

@@ -192,21 +192,21 @@ _SLOTS = 8  # looked at together
 
 
 def _own_slots(indices, m: int):
-    """Each row's slots, those of this device's `m` latents first: their order, their indices, and most of a row."""
+    """Each row's slots, those of this device's `m` latents first: their order, indices, and most in a row."""
     at = sharding.local_indices(indices, m)
     at = jnp.pad(at, [(0, 0)] * (at.ndim - 1) + [(0, -at.shape[-1] % _SLOTS)], constant_values=m)
     order = jnp.argsort(at == m, axis=-1, stable=True)
     return order, jnp.take_along_axis(at, order, axis=-1), jnp.max(jnp.sum(at < m, axis=-1), initial=0)
 
 
-def _for_slots(f, start, most, *arrays):
+def _for_slots(f, start, count, *arrays):
     """Fold `f(carry, first, *parts) -> carry` over some slots at a time, as many as are used."""
 
     def step(number, carry):
         parts = (jax.lax.dynamic_slice_in_dim(x, number * _SLOTS, _SLOTS, axis=-1) for x in arrays)
         return f(carry, number * _SLOTS, *parts)
 
-    return jax.lax.fori_loop(0, (most + _SLOTS - 1) // _SLOTS, step, start)
+    return jax.lax.fori_loop(0, (count + _SLOTS - 1) // _SLOTS, step, start)
 
 
 def _in_order(x, order):
@@ -219,14 +219,14 @@ def _decode_all(dictionary, values, indices, *, m: int, implementation: str | No
 
     def here(dictionary, values, indices):
         m_here = len(dictionary)
-        order, at, most = _own_slots(indices, m_here)
+        order, at, count = _own_slots(indices, m_here)
         dtype = jnp.promote_types(jnp.result_type(values, dictionary), jnp.float32)
 
         def add(total, first, values, at):
             return total + _on_one_device("rows", dictionary, values, at, m=m_here, implementation=implementation)
 
         total = jnp.zeros((*indices.shape[:-1], dictionary.shape[-1]), dtype)
-        total = _for_slots(add, total, most, _in_order(values, order), at)
+        total = _for_slots(add, total, count, _in_order(values, order), at)
         return jax.lax.psum(total, "latent").astype(jnp.result_type(values, dictionary))
 
     return sharding.shard_map(here, (sharding.LATENTS, row, row), row)(dictionary, values, indices)
@@ -237,14 +237,14 @@ def _project_all(dictionary, x, indices, *, m: int, implementation: str | None):
 
     def here(dictionary, x, indices):
         m_here = len(dictionary)
-        order, at, most = _own_slots(indices, m_here)
+        order, at, count = _own_slots(indices, m_here)
 
         def put(found, first, at):
             part = _on_one_device("values", dictionary, x, at, m=m_here, implementation=implementation)
             return jax.lax.dynamic_update_slice_in_dim(found, part, first, axis=-1)
 
         found = jnp.zeros(at.shape, jnp.promote_types(jnp.result_type(x, dictionary), jnp.float32))
-        found = _for_slots(put, found, most, at)
+        found = _for_slots(put, found, count, at)
         back = jnp.argsort(order, axis=-1)[..., : indices.shape[-1]]
         return jax.lax.psum(jnp.take_along_axis(found, back, axis=-1), "latent")
 
@@ -256,13 +256,13 @@ def _scatter_add_all(values, x, indices, *, m: int, implementation: str | None):
 
     def here(values, x, indices):
         m_here = m // jax.lax.axis_size("latent")
-        order, at, most = _own_slots(indices, m_here)
+        order, at, count = _own_slots(indices, m_here)
 
         def add(total, first, values, at):
             return total + _on_one_device("atoms", values, x, at, m=m_here, implementation=implementation)
 
         dtype = jnp.promote_types(jnp.result_type(values, x), jnp.float32)
-        total = _for_slots(add, jnp.zeros((m_here, x.shape[-1]), dtype), most, _in_order(values, order), at)
+        total = _for_slots(add, jnp.zeros((m_here, x.shape[-1]), dtype), count, _in_order(values, order), at)
         return sharding.sum_rows(total, row)
 
     return sharding.shard_map(here, (row, row, row), sharding.LATENTS)(values, x, indices)

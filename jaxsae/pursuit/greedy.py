@@ -27,9 +27,9 @@ from jaxsae.pursuit.selection import (
     line_search,
     pursue,
     residual,
-    rounding,
     square,
     take_atoms,
+    takes_another,
 )
 from jaxsae.pursuit.thresholding import cosamp, iht, iti, niht
 
@@ -134,7 +134,7 @@ def _omp(problem: Problem) -> Chosen:
             itself = jnp.broadcast_to(jnp.arange(k) == number, (n, k)).astype(y.dtype)
             rest, x = jax.lax.fori_loop(0, number, without, (atom, itself))
             pivot = square(rest[:, :d])
-            running = running & (score > rounding(y)) & (square(state[:, :d]) > part.tol**2) & (number < part.max_atoms)
+            running &= takes_another(part, number, state[:, :d], score)
             # Else it depends on the others, to rounding.
             running &= pivot > jnp.finfo(y.dtype).eps * square(atom[:, :d])
             size = jnp.sqrt(jnp.where(running, pivot, 1))[:, None]
@@ -310,7 +310,7 @@ def _greedy(problem: Problem, revise: Callable) -> Chosen:
             number, r, code, steps, running = carry
             correlations = matmul(r, problem.D.T)
             score, at = largest(correlations if problem.nonnegative else jnp.abs(correlations))
-            running = running & (score > rounding(r)) & (square(r) > part.tol**2) & (number < part.max_atoms)
+            running &= takes_another(part, number, r, score)
             score = jnp.take_along_axis(correlations, at[:, None], axis=1)[:, 0]
             same = code.indices == at[:, None]
             slot = jnp.where(jnp.any(same, axis=1), jnp.argmax(same, axis=1), jnp.sum(code.mask, axis=1))

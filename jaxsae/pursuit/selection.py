@@ -227,6 +227,11 @@ def square(x: Array) -> Array:
     return jnp.sum(x * x, axis=1)
 
 
+def takes_another(problem: Problem, number: Array, r: Array, score: Array) -> Array:
+    """Which rows take another atom, by their residual, its largest correlation, and the number that they may have."""
+    return (score > rounding(r)) & (square(r) > problem.tol**2) & (number < problem.max_atoms)
+
+
 def rounding(y: Array) -> float:
     """Correlations, of atoms and targets of norm 1, that may be nothing but rounding."""
     return 32 * float(jnp.finfo(y.dtype).eps)

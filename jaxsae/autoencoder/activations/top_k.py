@@ -71,7 +71,7 @@ def _validate_k(activation: Any) -> None:
 def dropped(pre: Float[Array, "*b m"], k: int, keep: float | Array | None = None) -> Bool[Array, "*b m"]:
     """What is not among the `k` largest of its row, or the first `keep` of these, by comparison with the last."""
     # The barrier keeps all of the top-k in use, without which XLA's CPU backend sorts whole rows instead. (With a third
-    # array, as in `codes.top_k`: where the latents are spread, XLA ends the process at a barrier for the pair alone.)
+    # array, as in `codes.top_k`: where the latents are sharded, XLA ends the process at a barrier for the pair alone.)
     found = codes.top_k(jax.lax.stop_gradient(pre), k)
     top, indices, _ = jax.lax.optimization_barrier((*found, jnp.zeros(())))
     number = k if keep is None else jnp.sum(_kept(k, keep))
