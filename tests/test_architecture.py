@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,19 @@ def test_a_package_leaves_the_private_names_of_others_alone(path):
 @per_file
 def test_modules_are_short(path):
     assert len(path.read_text().splitlines()) <= 500
+
+
+def test_the_language_is_that_of_the_field():
+    root = PACKAGE.parent
+    texts = [*FILES, root / "README.md", *sorted(root.glob("docs/**/*.md"))]
+    assert len(texts) > len(FILES) + 1
+    found = {
+        f"{path.relative_to(root)}:{number}": line
+        for path in texts
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if re.search(r"\b(told|tells|gone on with)\b", line, re.IGNORECASE)
+    }
+    assert not found
 
 
 @per_file

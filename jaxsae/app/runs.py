@@ -106,8 +106,8 @@ def run(
     sources, heldout = _split(names, everything, options, weights)
     o, name = options, ", ".join(names)
     total = sum(map(len, sources))
-    told_data = {"path": name, "rows": total, "passes": passes(o, total, warn), "heldout": len(heldout)}
-    told_data |= {"width": heldout.shape[1]}
+    described = {"path": name, "rows": total, "passes": passes(o, total, warn), "heldout": len(heldout)}
+    described |= {"width": heldout.shape[1]}
     config = o._asdict() | {"data": [*map(len, sources), heldout.shape[1]], "weights": weights and list(weights)}
     config |= {"window": window, "rows of": names if isinstance(data, Mapping) else None}  # files may have been moved
     config |= {"values of the data, by checksum": list(map(data_module.fingerprint, everything))}
@@ -169,7 +169,7 @@ def run(
     bad = _rows_to_blame(sources, names, batches, reached.bad)
     report = {
         "options": resolved(o)._asdict(),
-        "data": told_data,
+        "data": described,
         "steps": int(state.step),
         "skipped": int(state.skipped),
         "skipped_batches": list(reached.bad),

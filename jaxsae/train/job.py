@@ -27,7 +27,7 @@ class Preempted(Exception):
     """A signal ended a training; all of it is saved."""
 
     def __init__(self, signum: int, step: int):
-        """Tell how far it came.
+        """Say how far it came.
 
         Args:
           signum: the signal.

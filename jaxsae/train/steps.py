@@ -62,7 +62,7 @@ class Diverged(RuntimeError):
     """Too many batches in a row had a loss or an update that is not finite; `state` is the last good one."""
 
     def __init__(self, state: TrainState):
-        """Tell what happened to a run.
+        """Say what happened to a run.
 
         Args:
           state: the last good one.
