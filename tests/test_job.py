@@ -154,7 +154,7 @@ def loop(tmp_path):
             state = dataclasses.replace(state, skipped=state.skipped + 1, skipped_last=state.skipped_last + 1)
         else:
             state = dataclasses.replace(state, step=state.step + 1, skipped_last=jnp.zeros((), int))
-        return loop.spoil(number, state), {"number": number}
+        return loop.spoil(number, state), {"number": number, "skipped": state.skipped}
 
     def log_fn(step, metrics):
         logged.append((step, metrics["number"]))

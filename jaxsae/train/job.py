@@ -1,6 +1,5 @@
 """The loop of a training that loses nothing: it saves as it goes, stops on a signal, and recovers from bad batches."""
 
-import collections
 import contextlib
 import dataclasses
 import signal
@@ -17,7 +16,7 @@ from jax.experimental import multihost_utils
 from jaxsae import sharding
 from jaxsae.data.batching import Batches
 from jaxsae.train.checkpoint import Checkpoints
-from jaxsae.train.steps import PATIENCE, Diverged, TrainState
+from jaxsae.train.steps import PATIENCE, Diverged, TrainState, _Watch
 
 ROLLBACKS = 3  # after which a training is given up
 _AGREE = 10  # batches between two questions to the other processes
@@ -136,7 +135,8 @@ def run(
     if int(state.step):
         resumed(int(state.step), progress)
     batches.position = progress.position
-    watch, may_be_infinite = _Watch(state, log_fn), _infinite(state)
+    record, may_be_infinite = _Record(state, log_fn), _infinite(state)
+    watch = _Watch(state, record.see)
 
     def save(wait: bool = False) -> None:
         checkpoints.save(
@@ -148,17 +148,18 @@ def run(
         while taken < steps:
             state, metrics = step(state, shard_fn(next(batches)))
             taken, progress = taken + 1, progress._replace(position=batches.position)
-            watch.see(progress.position - 1, state, metrics)
+            watch.see(progress.position - 1, metrics)
             signum, due = _agree(progress.position, asked[-1], time.monotonic() - last >= save_every)
             if not (signum or due or taken == steps or watch.in_a_row >= PATIENCE):
                 continue
-            taken, progress = int(state.step), watch.flush(progress)
+            watch.flush()
+            taken, progress = int(state.step), record.add_to(progress)
             good = not (_infinite(state) > may_be_infinite).any()
             if watch.in_a_row >= PATIENCE or not good:
                 reason = f"the loss of {PATIENCE} batches in a row" if good else "a number of the state"
                 state, progress = _back(state, good, progress, checkpoints.restore(like), init_fn, reason, warn)
-                taken = int(state.step)
-                watch.in_a_row = 0
+                taken = record.step = int(state.step)
+                watch.restart(state)
             elif signum:
                 save(wait=True)
                 raise Preempted(signum, taken)
@@ -212,37 +213,28 @@ def _worst(state):
     return jnp.stack([worst(leaf) for leaf in jax.tree.leaves(state)])
 
 
-class _Watch:
-    """Sees what became of batches, some steps late: no step waits for it, and no ten are skipped in a row unseen."""
+class _Record:
+    """What is logged and saved of the batches: the numbers of each step, once, and which batches were skipped."""
 
     def __init__(self, state: TrainState, log_fn: Callable[[int, dict[str, Any]], dict[str, float]]):
-        self._pending: collections.deque = collections.deque()
-        self._tell, self._told, self._numbers, self._bad = log_fn, int(state.step), {}, []
-        self.in_a_row = int(state.skipped_last)
+        self._log_fn, self._numbers, self._bad = log_fn, {}, []
+        self.step = self._logged = int(state.step)
 
-    def see(self, number: int, state: TrainState, metrics: dict[str, Any]) -> None:
-        """Batch `number` led to `state`."""
-        # The state itself is given away.
-        self._pending.append((number, jnp.copy(state.step), jnp.copy(state.skipped_last), metrics))
-        while self._pending and self.in_a_row + len(self._pending) >= PATIENCE:
-            self._read()
+    def see(self, number: int, skipped: bool, metrics: dict[str, Any]) -> None:
+        """Of the next batch."""
+        if skipped:
+            self._bad.append(number)
+            return
+        self.step += 1
+        if self.step > self._logged:
+            self._logged = self.step
+            self._numbers = self._log_fn(self.step, metrics) or self._numbers
 
-    def flush(self, progress: LoopState) -> LoopState:
+    def add_to(self, progress: LoopState) -> LoopState:
         """All that was seen since the last time."""
-        while self._pending:
-            self._read()
         progress = progress._replace(bad=progress.bad + tuple(self._bad), logged=self._numbers or progress.logged)
         self._bad.clear()
         return progress
-
-    def _read(self) -> None:
-        number, step, in_a_row, metrics = self._pending.popleft()
-        self.in_a_row = int(in_a_row)
-        if self.in_a_row:
-            self._bad.append(number)
-        elif int(step) > self._told:
-            self._told = int(step)
-            self._numbers = self._tell(self._told, metrics) or self._numbers
 
 
 @contextlib.contextmanager

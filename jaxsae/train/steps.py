@@ -174,7 +174,7 @@ def _advance(tx: Any, loss: Any, state: TrainState, batch: Any) -> tuple[TrainSt
     state = jax.lax.cond(good, learn, skip, state)
     rows = count * jnp.minimum(state.step, -(-DEAD_ROWS // count))
     dead = jnp.mean(state.rows_since_fired >= jnp.maximum(rows, 1))
-    return state, {"loss": value, "dead": dead, "dead_rows": rows, "skipped": state.skipped, **metrics}
+    return state, {**metrics, "loss": value, "dead": dead, "dead_rows": rows, "skipped": state.skipped}
 
 
 def _stays_finite(old: Any, new: Any, *, matrices: bool) -> Array:
@@ -233,7 +233,7 @@ def fit(
 
 
 def _run(step, state: TrainState, batches: Iterable[Any], steps: int, callback) -> TrainState:
-    stream, look_at = iter(batches), PATIENCE - int(np.min(state.skipped_last))
+    stream, watch = iter(batches), _Watch(state)
     for number in range(1, steps + 1):
         try:
             batch = next(stream)
@@ -242,12 +242,46 @@ def _run(step, state: TrainState, batches: Iterable[Any], steps: int, callback) 
         state, metrics = step(state, batch)
         if callback is not None:
             callback(number, metrics)
-        if number >= look_at or number == steps:  # no sooner can it be ten in a row, and to look is to wait
-            skipped = int(np.min(state.skipped_last))
-            if skipped >= min(PATIENCE, steps):
-                raise Diverged(state)
-            look_at = number + PATIENCE - skipped
+        watch.see(number, metrics)
+        if number == steps:
+            watch.flush()
+        if watch.in_a_row >= PATIENCE or (number == steps and watch.in_a_row >= steps):
+            raise Diverged(state)
     return state
+
+
+class _Watch:
+    """Counts the batches skipped in a row, up to nine of them late: no step waits for it, and no ten go unseen."""
+
+    def __init__(self, state: TrainState, on_batch: Callable[[int, bool, Any], None] = lambda *batch: None):
+        self._pending: collections.deque = collections.deque()
+        self._on_batch = on_batch  # called for each in order: its number, whether it was skipped, its metrics
+        self.restart(state)
+
+    @property
+    def in_a_row(self) -> int:
+        """Up to the last one seen; in a sweep, those that all members skipped."""
+        return int(np.min(self._in_a_row))
+
+    def restart(self, state: TrainState) -> None:
+        """From another state on, with nothing pending."""
+        self._skipped, self._in_a_row = np.array(state.skipped), np.array(state.skipped_last)
+
+    def see(self, number: int, metrics: dict[str, Any]) -> None:
+        """A batch had these metrics, which, unlike the state, are not given away to the next step."""
+        self._pending.append((number, metrics))
+        self._read(PATIENCE)
+
+    def flush(self) -> None:
+        """Wait for all that is pending."""
+        self._read(0)
+
+    def _read(self, patience: int) -> None:
+        while self._pending and self.in_a_row + len(self._pending) >= patience:
+            number, metrics = self._pending.popleft()
+            before, self._skipped = self._skipped, np.asarray(metrics["skipped"])
+            self._in_a_row = np.where(self._skipped > before, self._in_a_row + 1, 0)
+            self._on_batch(number, self.in_a_row > 0, metrics)
 
 
 def sweep(
