@@ -23,6 +23,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Commands that tests start leave nothing in the user's cache; `.ci/run` shares one among the slow tests.
 if os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "0") == "0":
     os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+# For programs compiled for TPUs that are not here, as in `jaxsae.app.plan.LIBTPU`.
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 import jax
 import jaxtyping

@@ -331,15 +331,45 @@ def test_a_place_that_cannot_be_written(tmp_path):
 def test_echoes_of_a_failed_write_are_dropped_and_nothing_else(monkeypatch, caplog):
     heard = []
     monkeypatch.setattr(sys, "unraisablehook", heard.append)
-    for _ in range(2):
-        checkpoint._drop_echoes()
     echo = ValueError('OUT_OF_RANGE: Error writing "state.nu/0" in OCDBT database at local file "a": File too large')
     other = ValueError("Error writing a letter")
-    for error in (echo, other):
-        sys.unraisablehook(types.SimpleNamespace(exc_value=error))
-        logging.getLogger("asyncio").error("Future exception was never retrieved", exc_info=error)
+    with checkpoint._without_echoes(), checkpoint._without_echoes():
+        for error in (echo, other):
+            sys.unraisablehook(types.SimpleNamespace(exc_value=error))
+            logging.getLogger("asyncio").error("Future exception was never retrieved", exc_info=error)
     assert [each.exc_value for each in heard] == [other]
     assert [record.exc_info[1] for record in caplog.records] == [other]
+
+
+def process_settings():
+    return sys.unraisablehook, list(logging.getLogger("asyncio").filters), list(warnings.filters)
+
+
+def test_the_process_is_left_as_it_was(tmp_path):
+    before = process_settings()
+    fill(tmp_path, (1,))
+    assert process_settings() == before
+    Checkpoints(tmp_path, config={"k": 4}).restore(LIKE)
+    assert process_settings() == before
+
+
+def test_after_a_failure_echoes_alone_are_dropped(tmp_path, monkeypatch):
+    heard = []
+    monkeypatch.setattr(sys, "unraisablehook", heard.append)
+    before = process_settings()
+    for _ in range(2):
+        with (
+            checkpoint._without_echoes(),
+            pytest.raises(InputError, match="cannot write"),
+            checkpoint._without_echoes(),
+            checkpoint._one_line(tmp_path, list),
+        ):
+            raise ValueError("a file")
+    assert process_settings()[1:] == before[1:]
+    late, other = RuntimeError("Event loop is closed"), ValueError("Error writing a letter")
+    for error in (late, other):  # the first from a thread of TensorStore's
+        sys.unraisablehook(types.SimpleNamespace(exc_value=error))
+    assert [each.exc_value for each in heard] == [other]
 
 
 @pytest.mark.parametrize("then", ["", "error"], ids=["warned of", "a filter of the user's comes after ours"])
@@ -354,10 +384,10 @@ def test_a_reading_of_orbax_that_never_began_is_an_echo_and_no_other_coroutine(t
     monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: heard.append(unraisable.exc_value))
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        checkpoint._drop_echoes()
-        if then:
-            warnings.simplefilter(then)
-        for begin in (_read_array_index_and_device_put, letter):
-            begin()  # and freed at once
+        with checkpoint._without_echoes():
+            if then:
+                warnings.simplefilter(then)
+            for begin in (_read_array_index_and_device_put, letter):
+                begin()  # and freed at once
     (only,) = heard + [each.message for each in told]
     assert "letter' was never awaited" in str(only)

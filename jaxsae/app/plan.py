@@ -6,7 +6,6 @@ libtpu compiles on any machine, with no TPU; memory, FLOPs, bytes and collective
 import collections
 import dataclasses
 import math
-import os
 import re
 from typing import Any, NamedTuple
 
@@ -87,8 +86,14 @@ class Program:
         }
 
 
+LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-16", "TPU_WORKER_HOSTNAMES": "localhost"}
+
+
 def topology_mesh(topology: str, data: int = 1) -> Mesh:
     """The mesh of a TPU slice that need not exist.
+
+    libtpu asks the machine that it is on which TPU it has, unless the environment answers: set `LIBTPU` in
+    `os.environ` before, as `jaxsae plan` does.
 
     Args:
       topology: for example `"v5e:4x4"`; the shape of one chip is `"v5e:1x1"`.
@@ -107,9 +112,6 @@ def topology_mesh(topology: str, data: int = 1) -> Mesh:
     kind = topology.partition(":")[0]
     if kind not in CHIPS:
         raise InputError(f"got topology {topology!r}; pass a kind of {', '.join(CHIPS)} and its shape, like v5e:4x4.")
-    # libtpu would else ask the machine that it is on which TPU it has.
-    for name, value in _LIBTPU.items():
-        os.environ.setdefault(name, value)
     options: dict[str, Any] = {}
     if math.prod(map(int, re.findall(r"\d+", topology.partition(":")[2]))) == 1:
         options = {"chips_per_host_bounds": (1, 1, 1), "num_slices": 1}
@@ -124,13 +126,6 @@ def topology_mesh(topology: str, data: int = 1) -> Mesh:
     if data < 1 or devices.size % data:
         raise InputError(f"got {data} parts of the rows for {devices.size} chips; pass a number that divides them.")
     return Mesh(devices.reshape(data, -1), ("data", "latent"), axis_types=(AxisType.Auto,) * 2)
-
-
-_LIBTPU = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-}
 
 
 def training_step(options: Options, d: int, mesh: Mesh) -> Program:

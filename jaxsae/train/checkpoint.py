@@ -8,6 +8,7 @@ has its fingerprint; else the one before it is, with a warning.
 """
 
 import contextlib
+import gc
 import json
 import logging
 import math
@@ -16,6 +17,7 @@ import platform
 import re
 import shutil
 import sys
+import traceback
 import warnings
 import zlib
 from collections.abc import Callable, Collection, Iterator
@@ -37,7 +39,6 @@ _VERSION = 1
 _UNBEGUN = r"coroutine '\S*(_read_array_index_and_device_put|write_fragment)' was never awaited"
 _ECHOES = f"Event loop is closed|Encountered error while reading array index|in OCDBT database at|{_UNBEGUN}"
 _NOT_SAVED = "state{} is not what was saved"
-_ANY = (Exception,)  # what orbax lets out when a file is not what it says, plain `Exception` among it
 
 
 class Saved(NamedTuple):
@@ -127,8 +128,8 @@ class Checkpoints:
         for step in self.steps():
             try:
                 manifest = _read_manifest(self.folder / str(step))
-            except _ANY:
-                continue  # `restore` warns
+            except Exception:  # noqa: BLE001  orbax raises just that of a damaged file; `restore` warns
+                continue
             if manifest["version"] != _VERSION:
                 by = manifest.get("versions", {}).get("jaxsae", "unknown")
                 raise InputError(
@@ -148,16 +149,20 @@ class Checkpoints:
             raise InputError(f"{self.folder.parent}: holds another run ({what}); choose another --out, or remove it.")
 
     def __enter__(self) -> "Checkpoints":
-        _drop_echoes()
         with contextlib.ExitStack() as held:
+            held.enter_context(_without_echoes())
             held.enter_context(_owned(self.folder, self._warn))
+            held.callback(self._close)
             self._require_same_run()  # as it is now that no other process writes there
             self._held = held.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
+        self._held.__exit__(*error)
+
+    def _close(self) -> None:
         manager, self._manager = self._manager, None
-        with self._held, _told(self.folder, self.steps):
+        with _one_line(self.folder, self.steps):
             if manager is not None:
                 manager.close()
 
@@ -191,7 +196,7 @@ class Checkpoints:
             manifest=ocp.args.JsonSave({"content": content, "crc32": _crc32(content)}),
         )
         metrics = None if loss is None or not math.isfinite(loss) else {"loss": loss}
-        with _told(self.folder, self.steps):
+        with _one_line(self.folder, self.steps):
             if step not in self._manager.all_steps():
                 self._manager.save(step, args=args, metrics=metrics, force=True)
             if wait:
@@ -209,7 +214,7 @@ class Checkpoints:
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(self._keep), best]),
             cleanup_tmp_directories=True,
         )
-        with _told(self.folder, self.steps):
+        with _one_line(self.folder, self.steps):
             return ocp.CheckpointManager(self.folder, options=options)
 
     def restore(self, like: Any) -> Saved | None:
@@ -224,7 +229,7 @@ class Checkpoints:
           InputError: if there are steps, and all are damaged.
         """
         if self._manager is not None:
-            with _told(self.folder, self.steps):
+            with _one_line(self.folder, self.steps):
                 self._manager.wait_until_finished()
         mine, damaged = self.steps(), []
         while (step := max(_of_all(mine[0] if mine else -1))) >= 0:
@@ -247,10 +252,12 @@ class Checkpoints:
     def _read(self, path: Path, like: Any) -> Saved | None:
         """A step, if all processes can read it and it is what was saved."""
         manifest, found, reason = {}, {}, ""
-        try:
-            manifest, found = _read_manifest(path), _read_state(path, like)
-        except _ANY as error:
-            reason = (str(error) or type(error).__name__).strip().partition("\n")[0][:200]
+        with _without_echoes():
+            try:
+                manifest, found = _read_manifest(path), _read_state(path, like)
+            except Exception as error:  # noqa: BLE001  orbax raises just that of a damaged file
+                reason = (str(error) or type(error).__name__).strip().partition("\n")[0][:200]
+                _free(error)
         if not all(_of_all(not reason)):
             reason = reason or "for another process"
         else:  # all take part in the sums over what each of them has read
@@ -337,7 +344,6 @@ def _read_state(path: Path, like: Any) -> Any:
         "state": jax.tree.map(ocp.utils.to_shape_dtype_struct, like),
         "fingerprint": jax.ShapeDtypeStruct((len(jax.tree.leaves(like)),), jnp.uint32),
     }
-    _drop_echoes()
     with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as reader:
         found = reader.restore(path / "state", expected)
     for (name, old), new in zip(jax.tree.leaves_with_path(like), jax.tree.leaves(found["state"]), strict=True):
@@ -353,36 +359,55 @@ def _differs(state: Any, expected: Any) -> str:
     return _NOT_SAVED.format(jax.tree_util.keystr(names[wrong[0]])) if len(wrong) else ""
 
 
-def _drop_echoes() -> None:
+@contextlib.contextmanager
+def _without_echoes() -> Iterator[None]:
     """When one file cannot be read or written, orbax drops the others, which then complain where nothing is caught.
 
-    They do so from threads of their own, or as asyncio's futures are freed, which may be at the end of the process: so
-    what drops them stays. It is there once, however often this is called.
+    They do so as coroutines and asyncio's futures are freed, which `_free` does, and from threads of TensorStore as
+    those end: so after a failure the hook, which drops nothing else, stays.
     """
-    if not isinstance(sys.unraisablehook, _WithoutEchoes):
-        sys.unraisablehook = _WithoutEchoes(sys.unraisablehook)
-    logging.getLogger("asyncio").addFilter(_is_no_echo)
-    warnings.filterwarnings("ignore", _UNBEGUN, RuntimeWarning)
+    hook, logger = sys.unraisablehook, logging.getLogger("asyncio")
+    ours = hook if isinstance(hook, _WithoutEchoes) else _WithoutEchoes(hook)
+
+    def no_echo(record: logging.LogRecord) -> bool:
+        return not (record.exc_info and _is_echo(record.exc_info[1]))
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", _UNBEGUN, RuntimeWarning)
+        sys.unraisablehook = ours
+        logger.addFilter(no_echo)
+        try:
+            yield
+        finally:
+            logger.removeFilter(no_echo)
+            if not ours.stays:
+                sys.unraisablehook = hook
 
 
 class _WithoutEchoes:
     def __init__(self, hook: Callable[[Any], Any]):
-        self._hook = hook
+        self._hook, self.stays = hook, False
 
     def __call__(self, unraisable: Any) -> None:
         if not _is_echo(unraisable.exc_value):
             self._hook(unraisable)
 
 
+def _free(error: BaseException | None) -> None:
+    """What an error of orbax's, and those before it, hold of the calls that they ended."""
+    if isinstance(sys.unraisablehook, _WithoutEchoes):
+        sys.unraisablehook.stays = True
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
+    gc.collect()
+
+
 def _is_echo(error: object) -> bool:
     return re.search(_ECHOES, str(error)) is not None
 
 
-def _is_no_echo(record: logging.LogRecord) -> bool:
-    return not (record.exc_info and _is_echo(record.exc_info[1]))
-
-
-class _told:
+class _one_line:
     """Turn what orbax raises while it writes into one line."""
 
     def __init__(self, folder: Path, steps: Callable[[], list[int]]):
@@ -397,6 +422,7 @@ class _told:
             text = str(error).strip().partition("\n")[0].partition(" [")[0]
             reason = getattr(error, "strerror", None) or text.rpartition(": ")[2]
             last = next(iter(self._steps()), None)
+            _free(error)
             kept = "no step was saved before" if last is None else f"step {last} is kept, and can be gone on from"
             raise InputError(f"cannot write {self._folder}: {reason}; {kept}: make room.") from error
 

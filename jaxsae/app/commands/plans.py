@@ -1,5 +1,6 @@
 """The command that plans a training."""
 
+import os
 from typing import Annotated, Any
 
 from jaxsae._core import arguments
@@ -44,6 +45,8 @@ def plan(
     from jaxsae.app.options import Options
 
     options = Options(activation, latents, k, batch=batch)
+    for name, value in job.LIBTPU.items():
+        os.environ.setdefault(name, value)
     mesh = job.topology_mesh(topology, data)
     chips, chip = mesh.size, job.CHIPS[topology.partition(":")[0]]
     price = chip.price if price is None else price
