@@ -54,7 +54,6 @@ def shrinkage(report: dict[str, Any], path: str | os.PathLike) -> None:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     panels = [("nmse", "NMSE on held-out rows", "Error against sparsity, before and after")]
     clean = report.get("ce_clean")
@@ -63,48 +62,13 @@ def shrinkage(report: dict[str, Any], path: str | os.PathLike) -> None:
     figure = Figure(figsize=(5.5 + 5.5 * len(panels), 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     left, *rights = figure.subplots(1, 1 + len(panels))
-    edges = np.asarray(report["ratio_edges"])
-    for family, (label, colour, _) in FAMILIES.items():
-        rows = sorted((row for row in report["rows"] if row["family"] == family), key=lambda row: row["l0"] or 0)
-        if not rows:
-            continue
-        counts = np.array([row["change"] for row in rows])
-        left.stairs(_share(counts.sum(axis=0)), edges, fill=True, color=colour, alpha=0.3, label=label)
-        for count in counts:
-            left.stairs(_share(count), edges, color=colour, linewidth=0.8)
-        rows = [row for row in rows if _positive(row["l0"])]  # one that is dead has no place on a logarithmic axis
-        l0 = [row["l0"] for row in rows]
-        for axes, (name, _, _) in zip(rights, panels, strict=True):
-            before, after = ([row[f"{name}_{when}"] for row in rows] for when in ("before", "after"))
-            axes.plot(l0, before, "o--", color=colour, markerfacecolor="white", label=f"{label}, encoder's values")
-            axes.plot(l0, after, "o-", color=colour, label=f"{label}, refined")
-    left.axvline(1, color="black", linewidth=0.8)
-    left.set_xscale("log", base=2)
-    ratios = [1 / 16, 1 / 4, 1, 2, 8, 64]
-    left.set_xticks(ratios, ["0" if ratio == 1 else f"{ratio - 1:+.0%}" for ratio in ratios])
-    left.set(
-        xlabel="relative change of an active value under refinement (ends: and beyond)",
-        ylabel="share of active values per bin (%)",
-        title="Refinement raises shrunken activations",
-        xlim=(edges[0], edges[-1]),
-    )
+    found = {family: [row for row in report["rows"] if row["family"] == family] for family in FAMILIES}
+    families = [(*FAMILIES[name][:2], sorted(rows, key=lambda row: row["l0"] or 0)) for name, rows in found.items()]
+    families = [family for family in families if family[2]]
+    _draw_changes(left, families, np.asarray(report["ratio_edges"]))
     for axes, (name, label, title) in zip(rights, panels, strict=True):
-        shown = [row for row in report["rows"] if _positive(row["l0"])]
-        errors = [row[f"nmse_{when}"] for row in shown for when in ("before", "after")]
-        logarithmic = [axes.xaxis] if shown else []
-        logarithmic += [axes.yaxis] if name == "nmse" and any(map(_positive, errors)) else []
-        axes.set(**{f"{axis.axis_name}scale": "log" for axis in logarithmic})
         axes.set(xlabel="L0: active latents a row", ylabel=label, title=title)
-        for axis in logarithmic:
-            axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axis.set_minor_formatter(NullFormatter())
-        for axis in logarithmic:
-            low, high = axis.get_view_interval()
-            if high < 2 * low:  # numbers all but equal would look far apart
-                middle = math.sqrt(low * high)
-                axes.set(**{f"{axis.axis_name}lim": (middle / math.sqrt(2), middle * math.sqrt(2))})
-        axes.grid(which="both", alpha=0.25)
+        _draw_errors(axes, families, name)
     if clean is not None:
         mean = "–" if report["ce_mean"] is None else f"{report['ce_mean']:.2f}"
         label = f"the model itself, {clean:.2f} (its mean instead: {mean})"
@@ -113,6 +77,57 @@ def shrinkage(report: dict[str, Any], path: str | os.PathLike) -> None:
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=150, format="png")
+
+
+def _draw_changes(axes, families, edges) -> None:
+    """How active values change, as a distribution."""
+    for label, colour, rows in families:
+        counts = np.array([row["change"] for row in rows])
+        axes.stairs(_share(counts.sum(axis=0)), edges, fill=True, color=colour, alpha=0.3, label=label)
+        for count in counts:
+            axes.stairs(_share(count), edges, color=colour, linewidth=0.8)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xscale("log", base=2)
+    ratios = [1 / 16, 1 / 4, 1, 2, 8, 64]
+    axes.set_xticks(ratios, ["0" if ratio == 1 else f"{ratio - 1:+.0%}" for ratio in ratios])
+    axes.set(
+        xlabel="relative change of an active value under refinement (ends: and beyond)",
+        ylabel="share of active values per bin (%)",
+        title="Refinement raises shrunken activations",
+        xlim=(edges[0], edges[-1]),
+    )
+
+
+def _draw_errors(axes, families, name: str) -> None:
+    """An error against L0, before and after."""
+    shown = []
+    for label, colour, rows in families:
+        rows = [row for row in rows if _positive(row["l0"])]  # one that is dead has no place on a logarithmic axis
+        l0 = [row["l0"] for row in rows]
+        before, after = ([row[f"{name}_{when}"] for row in rows] for when in ("before", "after"))
+        axes.plot(l0, before, "o--", color=colour, markerfacecolor="white", label=f"{label}, encoder's values")
+        axes.plot(l0, after, "o-", color=colour, label=f"{label}, refined")
+        shown += before + after
+    logarithmic = [axes.xaxis] if shown else []
+    logarithmic += [axes.yaxis] if name == "nmse" and any(map(_positive, shown)) else []
+    _set_logarithmic(axes, logarithmic)
+    axes.grid(which="both", alpha=0.25)
+
+
+def _set_logarithmic(axes, which) -> None:
+    """Scale some axes by their logarithm, with labels at 1, 2, 3, 5, 10."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set(**{f"{axis.axis_name}scale": "log" for axis in which})
+    for axis in which:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
+    for axis in which:
+        low, high = axis.get_view_interval()
+        if high < 2 * low:  # numbers all but equal would look far apart
+            middle = math.sqrt(low * high)
+            axes.set(**{f"{axis.axis_name}lim": (middle / math.sqrt(2), middle * math.sqrt(2))})
 
 
 def _positive(value: float | None) -> bool:

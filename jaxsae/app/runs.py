@@ -10,7 +10,8 @@ import functools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ from jaxsae.app.logs import Log
 from jaxsae.app.options import Options, _auxk_latents, _warmup, passes, resolved, validate
 from jaxsae.autoencoder import calibration, stream
 from jaxsae.autoencoder.metrics import DEAD_ROWS
-from jaxsae.autoencoder.sae import init
+from jaxsae.autoencoder.sae import SAE, init
 from jaxsae.autoencoder.surgery import rescale
 from jaxsae.data import shards
 from jaxsae.formats import pretrained
@@ -102,91 +103,144 @@ def run(
     out = local_path(out)
     if resume and not (out / "checkpoints").is_dir():  # before a directory is made
         raise InputError(f"{out}: holds no run to resume; leave out --resume to begin one.")
-    names, everything = _open(data)
-    sources, heldout = _split(names, everything, options, weights)
-    o, name = options, ", ".join(names)
-    total = sum(map(len, sources))
-    described = {"path": name, "rows": total, "passes": passes(o, total, warn), "heldout": len(heldout)}
-    described |= {"width": heldout.shape[1]}
-    config = o._asdict() | {"data": [*map(len, sources), heldout.shape[1]], "weights": weights and list(weights)}
-    config |= {"window": window, "rows of": names if isinstance(data, Mapping) else None}  # files may have been moved
-    config |= {"values of the data, by checksum": list(map(data_module.fingerprint, everything))}
-    order = {"seed": o.seed, "weights": weights, "window": window, "names": names}
-    read = functools.partial(data_module.batches, sources, o.batch, **order)
-    centre, scale = _centre_and_scale(_sample(read(), total), name)
+    rows = _prepare(data, options, weights, window)
+    passed = passes(options, rows.total, warn)
+    centre, scale = _centre_and_scale(_sample(rows.read(), rows.total), rows.name)
+    objective, tx, init_fn = recipe(options, centre, scale)
     with (
         jax.set_mesh(mesh) if mesh else contextlib.nullcontext(),
-        Checkpoints(out / "checkpoints", config=config, grows={"steps"}, warn=warn) as checkpoints,
+        Checkpoints(out / "checkpoints", config=rows.config, grows={"steps"}, warn=warn) as checkpoints,
     ):
         if resume and not checkpoints.steps():
             raise InputError(f"{out}: holds no run to resume; leave out --resume to begin one.")
-        part = sharding.rows_needed(o.batch)
-        batches = read(part=part)
-        objective, tx, init_fn = recipe(o, centre, scale)
-        counted = 0
-
-        def resume_from(step, reached):
-            nonlocal counted
-            counted = step
-            resumed(step)
-            if reached.lengthened and reached.lengthened[-1][0] == step:
-                warn(_lengthened(o, *reached.lengthened[-1]))
-
-        def show(step, shown):
-            nonlocal counted
-            if step % _REPORT_EVERY and step != o.steps:
-                return {}
-            numbers = {name: float(value) for name, value in shown.items()}
-            write(step, numbers)
-            text = f"NMSE {numbers['nmse']:.3f}  L0 {numbers['l0']:.0f}  dead {numbers['dead']:.1%}"
-            progress(text, step - counted)
-            counted = step
-            return numbers
-
-        diverged = None
+        part = sharding.rows_needed(options.batch)
+        batches, diverged = rows.read(part=part), None
         with log or contextlib.nullcontext(lambda step, numbers: None) as write:
+            monitor = _Monitor(options, write, progress, resumed, warn)
             try:
                 state, reached = job.run(
                     *(train.make_step(objective, tx), init_fn, batches, checkpoints),
-                    steps=o.steps,
+                    steps=options.steps,
                     save_every=save_every,
-                    shard_fn=lambda x: sharding.make_global_batch(scale * x, o.batch, part.start),
-                    log_fn=show,
+                    shard_fn=lambda x: sharding.make_global_batch(scale * x, options.batch, part.start),
+                    log_fn=monitor.log,
                     warn=warn,
-                    resumed=resume_from,
+                    resumed=monitor.resume,
                 )
             except job.TooManyRollbacks as error:
                 state, reached, diverged = error.state, error.progress, error
-    sae = rescale(jax.tree.map(jnp.asarray, sharding.gathered(state.sae)), scale)
-    if o.k is not None and sae.activation.slots is None:
-        # On rows never trained on: those seen several times have fewer active latents at the same thresholds, by 12 %
-        # after fourteen passes over activations of SmolLM2.
-        sae = calibration.calibrate(sae, (x for _, x in stream.chunks(sae, heldout)), float(o.k))
+    sae = _finished(state, scale, options, rows)
     is_primary = jax.process_index() == 0
     if is_primary:
         pretrained.save(sae, out / "sae")
-    trained = calibration.activity(sae, _in_order(read().source, o.batch, min(total, DEAD_ROWS)))
-    bad = _rows_to_blame(sources, names, batches, reached.bad)
-    report = {
-        "options": resolved(o)._asdict(),
-        "data": described,
+    report = _report(sae, state, reached, options, rows, passed, batches)
+    if is_primary:
+        _write_report(report, out)
+    if diverged is not None:
+        message = f"{rows.name}: {diverged} {describe_nonfinite(report)} The last good autoencoder is in {out / 'sae'}."
+        raise InputError(message) from diverged
+    return report
+
+
+class _Data(NamedTuple):
+    """The data of a run.
+
+    Attributes:
+      names: of the sources.
+      sources: the rows to train on.
+      heldout: those to measure on, `[n d]`.
+      config: the options, and what else must be equal for a run to be resumed.
+      read: makes the batches.
+    """
+
+    names: list[str]
+    sources: list[data_module.Rows]
+    heldout: np.ndarray
+    config: dict[str, Any]
+    read: Callable[..., data_module.Batches]
+
+    @property
+    def name(self) -> str:
+        """Of all sources."""
+        return ", ".join(self.names)
+
+    @property
+    def total(self) -> int:
+        """How many rows there are to train on."""
+        return sum(map(len, self.sources))
+
+
+def _prepare(data, options: Options, weights, window: int | None) -> _Data:
+    names, everything = _open(data)
+    sources, heldout = _split(names, everything, options, weights)
+    config = options._asdict() | {"data": [*map(len, sources), heldout.shape[1]], "weights": weights and list(weights)}
+    config |= {"window": window, "rows of": names if isinstance(data, Mapping) else None}  # files may have been moved
+    config |= {"values of the data, by checksum": list(map(data_module.fingerprint, everything))}
+    order = {"seed": options.seed, "weights": weights, "window": window, "names": names}
+    return _Data(
+        names, sources, heldout, config, functools.partial(data_module.batches, sources, options.batch, **order)
+    )
+
+
+class _Monitor:
+    """Shows and logs the numbers of a training, every few steps."""
+
+    def __init__(self, options: Options, write: Log, progress: Progress, resumed: Callable[[int], None], warn):
+        self._options, self._write, self._progress = options, write, progress
+        self._resumed, self._warn, self._shown = resumed, warn, 0
+
+    def resume(self, step: int, reached: job.LoopState) -> None:
+        """So many steps were taken before."""
+        self._shown = step
+        self._resumed(step)
+        if reached.lengthened and reached.lengthened[-1][0] == step:
+            self._warn(_lengthened(self._options, *reached.lengthened[-1]))
+
+    def log(self, step: int, metrics: dict[str, Any]) -> dict[str, float]:
+        """The metrics of a step as numbers; none of those between two that are shown."""
+        if step % _REPORT_EVERY and step != self._options.steps:
+            return {}
+        numbers = {name: float(value) for name, value in metrics.items()}
+        self._write(step, numbers)
+        text = f"NMSE {numbers['nmse']:.3f}  L0 {numbers['l0']:.0f}  dead {numbers['dead']:.1%}"
+        self._progress(text, step - self._shown)
+        self._shown = step
+        return numbers
+
+
+def _finished(state: train.TrainState, scale: float, options: Options, rows: _Data) -> SAE:
+    """The autoencoder for rows as they are, with `k` latents a row where it has thresholds."""
+    sae = rescale(jax.tree.map(jnp.asarray, sharding.gathered(state.sae)), scale)
+    if options.k is None or sae.activation.slots is not None:
+        return sae
+    # On rows never trained on: those seen several times have fewer active latents at the same thresholds, by 12 %
+    # after fourteen passes over activations of SmolLM2.
+    return calibration.calibrate(sae, (x for _, x in stream.chunks(sae, rows.heldout)), float(options.k))
+
+
+def _report(
+    sae: SAE, state: train.TrainState, reached: job.LoopState, options: Options, rows: _Data, passed: float, batches
+) -> dict[str, Any]:
+    trained = calibration.activity(sae, _in_order(rows.read().source, options.batch, min(rows.total, DEAD_ROWS)))
+    data = {"path": rows.name, "rows": rows.total, "passes": passed, "heldout": len(rows.heldout)}
+    return {
+        "options": resolved(options)._asdict(),
+        "data": data | {"width": rows.heldout.shape[1]},
         "steps": int(state.step),
         "skipped": int(state.skipped),
         "skipped_batches": list(reached.bad),
         "rollbacks": reached.rollbacks,
         "lengthened": [dict(zip(("at", "from", "to"), each, strict=True)) for each in reached.lengthened],
-        "nonfinite_rows": bad,
-        "heldout": evaluate(sae, heldout, trained),
+        "nonfinite_rows": _rows_to_blame(rows.sources, rows.names, batches, reached.bad),
+        "heldout": evaluate(sae, rows.heldout, trained),
         "trained": {"l0": json_number(trained.l0), "rows": int(trained.rows)},
         "versions": versions() | {"backend": jax.default_backend()},
     }
-    if is_primary:
-        with atomic_file(out / "report.json") as temporary:
-            temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-    if diverged is not None:
-        message = f"{name}: {diverged} {describe_nonfinite(report)} The last good autoencoder is in {out / 'sae'}."
-        raise InputError(message) from diverged
-    return report
+
+
+def _write_report(report: dict[str, Any], out: Path) -> None:
+    with atomic_file(out / "report.json") as temporary:
+        temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
 
 
 def recipe(

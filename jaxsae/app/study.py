@@ -5,8 +5,8 @@ rows with a certificate for each row; compare. In a language model, the rows are
 goes on to what each code does to the next-token loss.
 """
 
+import dataclasses
 import functools
-import json
 import operator
 import os
 import platform
@@ -26,6 +26,7 @@ from jaxsae._core.arguments import Count, Index, Positive, Seed, Weight
 from jaxsae._core.files import InputError, atomic_file, json_number, local_path
 from jaxsae.app import plots, runs
 from jaxsae.app.options import Options, passes, resolved
+from jaxsae.app.runs import _write_report
 from jaxsae.autoencoder import calibration, metrics
 from jaxsae.autoencoder.metrics import DEAD_ROWS
 from jaxsae.autoencoder.sae import SAE, reconstruct, to_fit
@@ -133,7 +134,7 @@ def run(
     arguments.check(run, {"out": out, "seed": seed})
     arguments.check(Plan, plan._asdict())
     out, probe = local_path(out), None
-    loaded = {name: _published(name) for name in saes}
+    published = {name: _published(name) for name in saes}
     if saes:
         if data is None:
             raise InputError("got autoencoders and no activations; pass those of the site that they are for.")
@@ -142,77 +143,115 @@ def run(
             plan = plan._replace(train_rows=min(plan.train_rows, _MEAN_ROWS))
     if isinstance(data, HookPoint):
         probe, data = _harvest(data, out / "activations", plan, progress), out / "activations"
-    rows, heldout, scale, source = _load(data, plan, seed)
+    rows = _load(data, plan, seed)
     options = _options(plan, seed)
-    trained = {} if saes else {"learning_rate": options.learning_rate, "idle_after": options.idle_after}
-    passed = None if saes else passes(options, len(rows), warn)
-    report: dict[str, Any] = {
+    passed = None if saes else passes(options, len(rows.train), warn)
+    report = _begun(plan, options, rows, probe, passed)
+    _write_report(report, out)
+    study = _Study(out, plan, rows, probe, progress, report)
+    for name, sae in published.items():
+        if sae.d != rows.width:
+            raise InputError(
+                f"{name}: is {sae.d} wide, and the rows {rows.width}; pass the activations of its own site."
+            )
+    try:
+        if published:
+            for name, sae in published.items():
+                family, k = type(sae.activation).__name__.lower(), getattr(sae.activation, "k", None)
+                study.measure(sae, {"family": family, "k_or_l1": k, "sae": name}, name)
+        else:
+            for weight in plan.l1:
+                study.train(options._replace(activation="relu", l1=weight))
+            for k in _matching_k([row["l0"] for row in report["rows"]], most=min(plan.latents, rows.width)):
+                study.train(options._replace(k=k))
+        study.measure_losses()
+        report["complete"] = True
+    finally:  # an interruption leaves what is finished
+        if report["rows"]:
+            _write_report(report, out)
+            with atomic_file(out / "shrinkage.png") as temporary:
+                plots.shrinkage(report, temporary)
+    return report
+
+
+class _Rows(NamedTuple):
+    """Training rows scaled to unit mean square about their mean, held-out rows as they are, the scale, a name."""
+
+    train: np.ndarray
+    heldout: np.ndarray
+    scale: float
+    source: str
+
+    @property
+    def width(self) -> int:
+        return self.train.shape[1]
+
+
+def _begun(plan: Plan, options: Options, rows: _Rows, probe: "_Probe | None", passed: float | None) -> dict[str, Any]:
+    """The report before its first row; `passed` is how often the training sees each row, None if there is none."""
+    trained = {} if passed is None else {"learning_rate": options.learning_rate, "idle_after": options.idle_after}
+    trained |= {"seed": options.seed, "solver_tol": _TOL, "certified_at": CERTIFIED}
+    return {
         "rows": [],
         "complete": False,
         "data": {
-            "source": source,
-            "rows": len(rows),
+            "source": rows.source if probe is None else probe.source,
+            "rows": len(rows.train),
             "passes": passed,
-            "heldout": len(heldout),
-            "width": rows.shape[1],
+            "heldout": len(rows.heldout),
+            "width": rows.width,
         },
-        "config": {**plan._asdict(), **trained, "seed": seed, "solver_tol": _TOL, "certified_at": CERTIFIED},
+        "config": {**plan._asdict(), **trained, **({} if probe is None else {"context": _CONTEXT})},
         "versions": {name: version(name) for name in ("jaxsae", "jax", "flax", "optax", "numpy")}
         | {"python": platform.python_version(), "backend": jax.default_backend()},
         "ratio_edges": metrics.RATIO_EDGES.tolist(),
     }
-    if probe is not None:
-        report["data"]["source"] = probe.source
-        report["config"]["context"] = _CONTEXT
-    _write(report, out)
-    reconstructed: dict[str, np.ndarray] = {}
 
-    def show(sae: SAE, row: dict[str, Any], name: str) -> None:
-        keep = {} if probe is None else {f"{when} {len(report['rows'])}": when for when in ("before", "after")}
-        reconstructed.update({name: np.empty_like(heldout) for name in keep})
+
+@dataclasses.dataclass
+class _Study:
+    """A study under way: each autoencoder adds a row to its report, which is written at once."""
+
+    out: Path
+    plan: Plan
+    rows: _Rows
+    probe: "_Probe | None"
+    progress: Progress
+    report: dict[str, Any]
+    reconstructed: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # to put into the language model
+
+    def train(self, options: Options) -> None:
+        """Train an autoencoder, save and measure it."""
+        family, value = options.activation, options.l1 if options.k is None else options.k
+        name = f"TopK k={value}" if family == "topk" else f"ReLU λ={value:g}"
+        sae, curve = _train(self.rows.train, options, lambda text, steps: self.progress(f"{name}  {text}", steps))
+        sae = rescale(sae, self.rows.scale)
+        pretrained.save(sae, self.out / "sae" / f"{family}-{value:g}")
+        self.measure(sae, {"family": family, "k_or_l1": value, "curve": curve}, name)
+
+    def measure(self, sae: SAE, row: dict[str, Any], name: str) -> None:
+        """Refine the codes of the held-out rows, and add what that does to the row of the report."""
+        rows, number = self.rows, len(self.report["rows"])
+        keep = {} if self.probe is None else {f"{when} {number}": when for when in ("before", "after")}
+        self.reconstructed.update({name: np.empty_like(rows.heldout) for name in keep})
 
         def see(block: Block) -> None:
             for name, when in keep.items():
                 code = block.code if when == "before" else block.refined
-                reconstructed[name][block.rows] = reconstruct(sae, block.x, code)
+                self.reconstructed[name][block.rows] = reconstruct(sae, block.x, code)
 
-        report["rows"].append({**row, **measure(sae, heldout, rows[:DEAD_ROWS] / scale, see=see)})
-        progress(f"{name}  refined", plan.heldout // _REPORT_EVERY)
-        _write(report, out)
+        self.report["rows"].append({**row, **measure(sae, rows.heldout, rows.train[:DEAD_ROWS] / rows.scale, see=see)})
+        self.progress(f"{name}  refined", self.plan.heldout // _REPORT_EVERY)
+        _write_report(self.report, self.out)
 
-    def add(options: Options) -> None:
-        family, value = options.activation, options.l1 if options.k is None else options.k
-        name = f"TopK k={value}" if family == "topk" else f"ReLU λ={value:g}"
-        sae, curve = _train(rows, options, lambda text, steps: progress(f"{name}  {text}", steps))
-        sae = rescale(sae, scale)
-        pretrained.save(sae, out / "sae" / f"{family}-{value:g}")
-        show(sae, {"family": family, "k_or_l1": value, "curve": curve}, name)
-
-    width = rows.shape[1]
-    for name, sae in loaded.items():
-        if sae.d != width:
-            raise InputError(f"{name}: is {sae.d} wide, and the rows {width}; pass the activations of its own site.")
-    try:
-        for name, sae in loaded.items():
-            family, k = type(sae.activation).__name__.lower(), getattr(sae.activation, "k", None)
-            show(sae, {"family": family, "k_or_l1": k, "sae": name}, name)
-        for weight in () if saes else plan.l1:
-            add(options._replace(activation="relu", l1=weight))
-        reached = [] if saes else [row["l0"] for row in report["rows"]]
-        for k in _matching_k(reached, most=min(plan.latents, width)):
-            add(options._replace(k=k))
-        if probe is not None:
-            mean = np.broadcast_to(rows.mean(axis=0) / scale, heldout.shape)
-            _add_losses(
-                report, _losses(probe, reconstructed | {"zero": np.zeros_like(heldout), "mean": mean}, progress)
-            )
-        report["complete"] = True
-    finally:  # an interruption leaves what is finished
-        if report["rows"]:
-            _write(report, out)
-            with atomic_file(out / "shrinkage.png") as temporary:
-                plots.shrinkage(report, temporary)
-    return report
+    def measure_losses(self) -> None:
+        """Add what each code does to the next-token loss of the language model, if there is one."""
+        if self.probe is None:
+            return
+        heldout = self.rows.heldout
+        mean = np.broadcast_to(self.rows.train.mean(axis=0) / self.rows.scale, heldout.shape)
+        replaced = self.reconstructed | {"zero": np.zeros_like(heldout), "mean": mean}
+        _add_losses(self.report, _losses(self.probe, replaced, self.progress))
 
 
 def total_steps(plan: Plan, data: Any = None, saes: Sequence[str] = ()) -> int:
@@ -272,11 +311,10 @@ def _harvest(site: HookPoint, folder: Path, plan: Plan, progress: Progress) -> _
     return _Probe(model, site.layer, text.contexts[-_contexts(plan.heldout) :], name)
 
 
-def _load(path, plan: Plan, seed: int) -> tuple[np.ndarray, np.ndarray, float, str]:
-    """Training rows scaled to unit mean square about their mean, held-out rows as they are, the scale, a name."""
+def _load(path, plan: Plan, seed: int) -> _Rows:
     if path is None:
         rows, heldout = data_module.image_patches(plan.train_rows, plan.heldout, side=8, seed=seed)
-        return rows, heldout, 1.0, "8 × 8 colour patches of scikit-learn's two photographs"
+        return _Rows(rows, heldout, 1.0, "8 × 8 colour patches of scikit-learn's two photographs")
     everything = data_module.open_rows(path)
     needed = plan.batch + plan.heldout
     if len(everything) < needed:
@@ -289,7 +327,7 @@ def _load(path, plan: Plan, seed: int) -> tuple[np.ndarray, np.ndarray, float, s
         raise InputError(f"{path}: all rows are equal, there is nothing to learn; pass activations of varied inputs.")
     spread = np.sum(np.var(rows[:: max(1, len(rows) // 10_000)], axis=0, dtype=np.float64))
     scale = float(1 / np.sqrt(spread))
-    return rows * scale, heldout, scale, str(path)
+    return _Rows(rows * scale, heldout, scale, str(path))
 
 
 def _options(plan: Plan, seed: int) -> Options:
@@ -406,8 +444,3 @@ def _add_losses(report: dict[str, Any], found: dict[str, NextToken]) -> None:
             for ablation in ("zero", "mean"):
                 recovered = loss_recovered(clean, spliced, found[ablation])
                 row[f"recovered_{ablation}_{when}"] = json_number(recovered)
-
-
-def _write(report: dict[str, Any], out: Path) -> None:
-    with atomic_file(out / "report.json") as temporary:
-        temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")

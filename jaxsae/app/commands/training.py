@@ -3,7 +3,7 @@
 import logging
 import os
 import signal
-from typing import Annotated
+from typing import Annotated, Any
 
 from jaxsae._core import arguments
 from jaxsae._core.arguments import (
@@ -102,9 +102,10 @@ def train(
         wandb: log to Weights & Biases too; with WANDB_MODE=offline, to files.
         json: print the report as one JSON object; of a training that was stopped, after how many steps.
     """
-    from jaxsae.app import logs, runs
+    import jax
+
+    from jaxsae.app import logs
     from jaxsae.app.options import Options, validate
-    from jaxsae.train import job
 
     options = Options(
         activation, latents, k, l1, not no_auxk, multi_topk, batch, steps, learning_rate, idle_after, heldout, seed
@@ -116,51 +117,39 @@ def train(
         raise InputError("got --text or --tokens without --model; pass the model that is to read it.")
     if len({coordinator is None, processes is None, process is None}) > 1 or (process or 0) >= (processes or 1):
         raise InputError("pass --coordinator, --processes N and --process, from 0 to N - 1, or none of them.")
-
-    import jax
-
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # what orbax has to say of errors is said below
-    if mesh is not None:
-        # Devices made of one CPU share threads; if collectives wait in all of them, jaxlib 0.10 waits for ever.
-        os.environ.setdefault("PJRT_NPROC", str(max(os.cpu_count() or 1, min(8 * mesh[0] * mesh[1], 1 << 12))))
     if distributed or coordinator is not None:
         _join(coordinator, processes, process)
-    spread = None if mesh is None else _mesh(*mesh)
-
-    is_primary = jax.process_index() == 0
-    log = logs.logs(out, options, wandb=wandb) if is_primary else None
-    rows = data
+    how: dict[str, Any] = {"mesh": mesh and _mesh(*mesh), "weights": weights or None, "window": window}
+    how |= {"save_every": save_every, "resume": resume, "data": data}
+    log = logs.logs(out, options, wandb=wandb) if jax.process_index() == 0 else None
     if model is not None and layer is not None:
-        window = 1 << 16 if window is None else window
-        rows = live(model, layer, text, tokens, context, window)
+        how["window"] = 1 << 16 if window is None else window
+        how["data"] = live(model, layer, text, tokens, context, how["window"])
+    return _run(out, options, log, how, json)
+
+
+def _run(out, options, log, how: dict[str, Any], json: bool) -> int:
+    """Train, and show how it ended, if there is a log of it: in the first process."""
+    from jaxsae.app import runs
+    from jaxsae.train import job
+
     try:
-        with console.progress(steps, rows=batch, quiet=not is_primary) as advance:
-            report = runs.run(
-                out,
-                data=rows,
-                options=options,
-                weights=weights or None,
-                window=window,
-                mesh=spread,
-                save_every=save_every,
-                resume=resume,
-                progress=advance,
-                resumed=lambda step: advance(f"resuming from step {step}", step, before=True),
-                warn=console.warn,
-                log=log,
-            )
+        with console.progress(options.steps, rows=options.batch, quiet=log is None) as advance:
+            how |= {"resumed": lambda step: advance(f"resuming from step {step}", step, before=True)}
+            report = runs.run(out, options=options, progress=advance, warn=console.warn, log=log, **how)
     except job.Preempted as stopped:
-        if is_primary:
-            said = f"Stopped after {stopped.step} steps; all is saved: the same command goes on."
-            console.show({"stopped_after": stopped.step}, said, as_json=json)
+        if log is not None:
+            text = f"Stopped after {stopped.step} steps; all is saved: the same command goes on."
+            console.show({"stopped_after": stopped.step}, text, as_json=json)
         return 0 if stopped.signum == signal.SIGTERM else 130
-    if not is_primary:
+    if log is None:
         return 0
     measured = report["heldout"]
     shown = f"NMSE {console.number(measured['nmse'])}, L0 {measured['l0']:.1f}, dead {measured['dead']:.1%}"
-    said = f"{heldout} held-out rows: {shown} of {measured['dead_rows']:,} rows\n{runs.summary(report)}\n"
-    said += f"Written: {out / 'sae'}/, {out / 'report.json'}"
-    console.show(report, said, as_json=json)
+    text = f"{options.heldout} held-out rows: {shown} of {measured['dead_rows']:,} rows\n{runs.summary(report)}\n"
+    text += f"Written: {out / 'sae'}/, {out / 'report.json'}"
+    console.show(report, text, as_json=json)
     if report["skipped"]:
         console.warn(
             f"{report['skipped']} batches were skipped, since their loss was not finite. "
@@ -172,6 +161,8 @@ def train(
 def _mesh(data: int, latent: int):
     from jaxsae import sharding
 
+    # Devices made of one CPU share threads; if collectives wait in all of them, jaxlib 0.10 waits for ever.
+    os.environ.setdefault("PJRT_NPROC", str(max(os.cpu_count() or 1, min(8 * data * latent, 1 << 12))))
     try:
         return sharding.make_mesh(data, latent)
     except ValueError as error:
