@@ -17,7 +17,7 @@ from jaxsae import train
 from jaxsae._core import pytrees
 from jaxsae.autoencoder.activations import Activation
 from jaxsae.train import losses, startup, steps
-from jaxsae.train.objectives import L1, AuxK, Objective
+from jaxsae.train.objectives import L0, L1, AuxK, Objective
 
 B, D, M, K = 8, 16, 32, 4
 RELU = jaxsae.ReLU()
@@ -410,6 +410,18 @@ def test_a_latent_that_is_shut_off_by_a_threshold_of_infinity_does_not_stop_the_
     assert train.ema_params(state).activation.threshold[0] == jnp.inf
 
 
+@pytest.mark.parametrize("tx", [optax.adamw(1e-2), train.ema(optax.adamw(1e-2), 0.9)], ids=["adamw", "its average"])
+def test_weight_decay_leaves_what_is_infinite_as_it_is(tx):
+    model = sae(m=M, activation=jaxsae.JumpReLU(jnp.full(M, 0.1).at[0].set(jnp.inf)))
+    model = model.replace(b_enc=model.b_enc.at[1].set(-jnp.inf))
+    state, step = train.init_state(model, tx), train.make_step(Objective((L0(1.0, 4.0),)), tx)
+    for _ in range(2):
+        state, _ = step(state, activations(batch=(B,)))
+    assert (int(state.step), int(state.skipped)) == (2, 0)
+    assert (state.sae.activation.threshold[0], state.sae.b_enc[1]) == (jnp.inf, -jnp.inf)
+    assert np.all(state.sae.activation.threshold[1:] < 0.1)  # decayed
+
+
 # --- what is trained
 
 
@@ -703,6 +715,15 @@ def test_resampling_draws_in_proportion_and_in_little_memory():
     x = jax.ShapeDtypeStruct((n, D), jnp.float32)
     program = train.resample.lower(jax.random.key(0), state, x, idle_after=jnp.int32(10)).compile()
     assert program.memory_analysis().temp_size_in_bytes < m * n * 4 / 4
+
+
+@pytest.mark.parametrize("activation", [jaxsae.JumpReLU(jnp.ones(M)), jaxsae.Gated(*jnp.zeros((3, M)))])
+def test_resampling_refuses_activations_that_may_keep_a_latent_closed(activation):
+    state = train.init_state(sae(m=M, activation=activation), optax.sgd(0.1))
+    with pytest.raises(
+        ValueError, match=r"^`resample` got \w+, whose own parameters may .*; train with AuxK instead\.(\n|$)"
+    ):
+        train.resample(jax.random.key(0), state, activations(batch=(B,)), idle_after=1)
 
 
 def test_resampling_changes_nothing_while_all_live():

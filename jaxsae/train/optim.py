@@ -151,7 +151,7 @@ def ema(tx: optax.GradientTransformation, decay: float) -> optax.GradientTransfo
         share = divide(1 - decay, weight)
 
         def follow(mean, p):  # what is not trained the mean has as well, and the optimiser does not see
-            return mean if p is None else jnp.where(p == mean, mean, mean + share * (p.astype(mean.dtype) - mean))
+            return mean if p is None else jnp.where(jnp.isinf(mean), mean, mean + share * (p.astype(mean.dtype) - mean))
 
         return updates, EmaState(inner, jax.tree.map(follow, state.mean, moved), weight)
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jaxsae._core import chunking
+from jaxsae._core import chunking, pytrees
 from jaxsae._core.linalg import divide, norms, power_of_two_or_one, widen
 from jaxsae.autoencoder.sae import SAE, encode_dense, reconstruct
 from jaxsae.train.optim import EmaState, _is_average
@@ -76,7 +76,8 @@ def resample(key: PRNGKeyArray, state: TrainState, x: Float[Array, "n d"], *, id
       The state to go on from; unchanged if no latent is idle, or no row has an error.
 
     Raises:
-      ValueError: if it is a transcoder, whose errors are no directions of its input.
+      ValueError: if it is a transcoder, whose errors are no directions of its input; or if its activation, such as
+        JumpReLU or Gated, has parameters of its own, which might keep a latent closed.
 
     Example:
       >>> import jax, jaxsae
@@ -91,6 +92,11 @@ def resample(key: PRNGKeyArray, state: TrainState, x: Float[Array, "n d"], *, id
     sae = state.sae
     if sae.transcoder:
         raise ValueError("`resample` got a transcoder; it is for autoencoders, whose errors are like their inputs.")
+    if jax.tree.leaves(pytrees.partition(sae.activation)[0]):
+        name = type(sae.activation).__name__
+        raise ValueError(
+            f"`resample` got {name}, whose own parameters may keep a latent closed; train with AuxK instead."
+        )
     errors, loss = _errors(sae, x)
     chosen = _draw(key, loss**2, sae.m)
     idle = (state.rows_since_fired >= idle_after) & jnp.any(loss > 0)

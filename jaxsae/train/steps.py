@@ -152,7 +152,7 @@ def _advance(tx: Any, loss: Any, state: TrainState, batch: Any) -> tuple[TrainSt
 
     def learn(state: TrainState) -> TrainState:
         params, rest = pytrees.partition(state.sae)
-        updates, opt_state = tx.update(grads, state.opt_state, params)
+        updates, opt_state = tx.update(grads, state.opt_state, jax.tree.map(_without_infinity, params))
         if activation is not None:
             rest = pytrees.partition(dataclasses.replace(state.sae, activation=activation))[1]
         moved: Any = optax.apply_updates(params, updates)  # pyright: ignore[reportArgumentType]
@@ -175,6 +175,11 @@ def _advance(tx: Any, loss: Any, state: TrainState, batch: Any) -> tuple[TrainSt
     rows = count * jnp.minimum(state.step, -(-DEAD_ROWS // count))
     dead = jnp.mean(state.rows_since_fired >= jnp.maximum(rows, 1))
     return state, {**metrics, "loss": value, "dead": dead, "dead_rows": rows, "skipped": state.skipped}
+
+
+def _without_infinity(param: Array) -> Array:
+    """What the optimiser sees: 0 for a threshold or bias of ±∞, of which weight decay would make another, or NaN."""
+    return jnp.where(jnp.isinf(param), 0, param) if param.ndim < 2 else param
 
 
 def _stays_finite(old: Any, new: Any, *, matrices: bool) -> Array:
