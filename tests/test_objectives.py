@@ -183,6 +183,54 @@ def test_terms_add_up():
     np.testing.assert_allclose(total - plain, sum(part - plain for part in alone), rtol=1e-5)
 
 
+UNFIT = {
+    "MultiTopK": (Objective((MultiTopK(),)), ["TopK", "TopK, keep"]),
+    "L0": (Objective((L0(1.0, 4.0),)), ["JumpReLU"]),
+    "Gate": (Objective((Gate(0.1),)), ["Gated"]),
+    "keep": (Objective(keep=optax.constant_schedule(2.0)), ["TopK", "TopK, keep"]),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("part", UNFIT)
+def test_a_part_for_another_activation_is_refused_in_one_line(part, name):
+    objective, fits = UNFIT[part]
+    model, x = sae(m=M, activation=every_activation(np.float32)[name]), activations(batch=(B,))
+    call = jax.jit(lambda: objective(model, x, train.init_state(model, optax.sgd(0.1)))[0])
+    if name in fits:
+        assert np.isfinite(call())
+    else:
+        with pytest.raises(TypeError, match=rf"^`{part}` got an SAE of \w+; it is for \w+: leave it out\.(\n|$)"):
+            call()
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: AuxK(0), "`AuxK` got k_aux 0; pass a whole number of at least 1"),
+        (lambda: AuxK(2.5), "`AuxK` got k_aux 2.5"),
+        (lambda: AuxK(4, jnp.nan), "`AuxK` got weight nan; pass a finite number"),
+        (lambda: MultiTopK(0), "`MultiTopK` got factor 0"),
+        (lambda: MultiTopK(weight=np.inf), "`MultiTopK` got weight inf"),
+        (lambda: Matryoshka((-1, 0, 99)), "`Matryoshka` got a prefix of -1; pass a whole number"),
+        (lambda: Matryoshka((4, True)), "`Matryoshka` got a prefix of True"),
+        (lambda: L1(np.nan), "`L1` got weight nan"),
+        (lambda: L0(np.nan, 4.0), "`L0` got weight nan"),
+        (lambda: Gate(-np.inf), "`Gate` got weight -inf"),
+    ],
+)
+def test_numbers_that_no_term_can_have(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("prefixes", [(M,), (4, 99)])
+def test_a_prefix_of_all_latents_or_more_is_none(prefixes):
+    model, x = sae(m=M), activations(batch=(B,))
+    with pytest.raises(ValueError, match=rf"`Matryoshka` got prefixes .* for {M} latents; pass smaller ones"):
+        Objective((Matryoshka(prefixes),))(model, x, train.init_state(model, optax.sgd(0.1)))
+
+
 def test_a_schedule_of_k():
     model, x = sae(m=M, activation=jaxsae.TopK(8)), activations(batch=(B,))
     state = train.init_state(model, optax.sgd(0.1))

@@ -11,10 +11,12 @@ be swept without a retrace; a schedule is any of optax's, from the step to a fac
 """
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
@@ -130,8 +132,8 @@ class Objective:
                 "or on rows normalised beforehand."
             )
         if self.keep is not None:
-            kept = dataclasses.replace(sae.activation, keep=self.keep(state.step))  # pyright: ignore[reportArgumentType]
-            sae = dataclasses.replace(sae, activation=kept)
+            topk: TopK = _require(isinstance(sae.activation, TopK), sae, "keep", "TopK")
+            sae = dataclasses.replace(sae, activation=dataclasses.replace(topk, keep=self.keep(state.step)))
         code, after = _code(sae, x)
         p = ForwardPass(
             sae, x, target, code, reconstruct(sae, x, code), state.rows_since_fired >= self.idle_after, state.step
@@ -176,12 +178,34 @@ def _without_skip(p: ForwardPass) -> Array:
     return p.target if p.sae.W_skip is None else p.target - p.x @ p.sae.W_skip
 
 
-def _at(weight, schedule: optax.Schedule | None, step) -> Array:
-    return jnp.asarray(weight if schedule is None else weight * schedule(step))
+def _require(fits: bool, sae: SAE, what: str, name: str) -> Any:
+    """The activation of an SAE, if a part of an objective is for it."""
+    if not fits:
+        raise TypeError(f"`{what}` got an SAE of {type(sae.activation).__name__}; it is for {name}: leave it out.")
+    return sae.activation
+
+
+def _require_count(what: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise ValueError(f"{what} {value}; pass a whole number of at least 1.")
+
+
+class _Weighted:
+    """A term with a weight: a finite number, or an array, which may be traced."""
+
+    weight: Any
+    schedule: optax.Schedule | None = None
+
+    def __post_init__(self):
+        if isinstance(self.weight, int | float) and not math.isfinite(self.weight):
+            raise ValueError(f"`{type(self).__name__}` got weight {self.weight}; pass a finite number.")
+
+    def _at(self, step) -> Array:
+        return jnp.asarray(self.weight if self.schedule is None else self.weight * self.schedule(step))
 
 
 @pytrees.dataclass
-class L1:
+class L1(_Weighted):
     """Decoder-norm weighted L1 penalty, `losses.l1`.
 
     Attributes:
@@ -204,11 +228,11 @@ class L1:
 
     def __call__(self, p: ForwardPass) -> Array:
         """The term."""
-        return _at(self.weight, self.schedule, p.step) * losses.l1(_dense(p.code), p.sae.W_dec)
+        return self._at(p.step) * losses.l1(_dense(p.code), p.sae.W_dec)
 
 
 @pytrees.dataclass
-class L0:
+class L0(_Weighted):
     """Hold `JumpReLU`'s L0 at a target, `losses.l0_target`.
 
     Attributes:
@@ -232,17 +256,19 @@ class L0:
     schedule: optax.Schedule | None = struct.field(pytree_node=False, default=None)
 
     def __post_init__(self):
+        super().__post_init__()
         if isinstance(self.target, int | float) and not self.target > 0:
             raise ValueError(f"`L0` got target {self.target}; pass a number of latents above 0.")
 
     def __call__(self, p: ForwardPass) -> Array:
         """The term."""
-        l0 = p.sae.activation.l0(pre_activations(p.sae, p.x))  # pyright: ignore[reportAttributeAccessIssue]
-        return _at(self.weight, self.schedule, p.step) * losses.l0_target(l0, self.target)
+        jumprelu = _require(hasattr(p.sae.activation, "l0"), p.sae, "L0", "JumpReLU")
+        l0 = jumprelu.l0(pre_activations(p.sae, p.x))
+        return self._at(p.step) * losses.l0_target(l0, self.target)
 
 
 @pytrees.dataclass
-class Gate:
+class Gate(_Weighted):
     """What `Gated` learns its gate by: an L1 penalty on the gate alone, and `losses.gate`.
 
     Attributes:
@@ -265,13 +291,14 @@ class Gate:
 
     def __call__(self, p: ForwardPass) -> Array:
         """The term."""
-        gated = p.sae.activation.gate(pre_activations(p.sae, p.x))  # pyright: ignore[reportAttributeAccessIssue]
+        activation = _require(hasattr(p.sae.activation, "gate"), p.sae, "Gate", "Gated")
+        gated = activation.gate(pre_activations(p.sae, p.x))
         penalty = losses.l1(jax.nn.relu(gated), p.sae.W_dec)
-        return _at(self.weight, self.schedule, p.step) * penalty + losses.gate(p.sae, _without_skip(p), gated)
+        return self._at(p.step) * penalty + losses.gate(p.sae, _without_skip(p), gated)
 
 
 @pytrees.dataclass
-class AuxK:
+class AuxK(_Weighted):
     """Let idle latents reconstruct the residual, `losses.auxk`.
 
     Attributes:
@@ -292,13 +319,17 @@ class AuxK:
     k_aux: int = struct.field(pytree_node=False)
     weight: float | Array = 1 / 32
 
+    def __post_init__(self):
+        super().__post_init__()
+        _require_count("`AuxK` got k_aux", self.k_aux)
+
     def __call__(self, p: ForwardPass) -> Array:
         """The term."""
         return self.weight * losses.auxk(p.sae, p.x, p.target - p.x_hat, p.idle, k_aux=self.k_aux)
 
 
 @pytrees.dataclass
-class MultiTopK:
+class MultiTopK(_Weighted):
     """Add the error of `TopK` with `factor · k` latents, so that it is good at other sparsities: `L(k) + L(4k)/8`.
 
     Attributes:
@@ -319,9 +350,13 @@ class MultiTopK:
     factor: int = struct.field(pytree_node=False, default=4)
     weight: float | Array = 1 / 8
 
+    def __post_init__(self):
+        super().__post_init__()
+        _require_count("`MultiTopK` got factor", self.factor)
+
     def __call__(self, p: ForwardPass) -> Array:
         """The term."""
-        topk: Any = p.sae.activation
+        topk = _require(isinstance(p.sae.activation, TopK), p.sae, "MultiTopK", "TopK")
         keep = None if topk.keep is None else self.factor * jnp.floor(topk.keep)
         sae = dataclasses.replace(p.sae, activation=TopK(min(self.factor * topk.k, p.sae.m), keep))
         return self.weight * losses.mse(p.target, reconstruct(sae, p.x, encode(sae, p.x)))
@@ -347,6 +382,12 @@ class Matryoshka:
 
     prefixes: tuple[int, ...] = struct.field(pytree_node=False)
 
+    def __post_init__(self):
+        for prefix in self.prefixes:
+            _require_count("`Matryoshka` got a prefix of", prefix)
+
     def __call__(self, p: ForwardPass) -> Array:
         """The term."""
+        if max(self.prefixes, default=0) >= p.sae.m:
+            raise ValueError(f"`Matryoshka` got prefixes {self.prefixes} for {p.sae.m} latents; pass smaller ones.")
         return losses.matryoshka(p.sae, _without_skip(p), p.code, self.prefixes)
