@@ -353,6 +353,20 @@ def test_an_infinite_threshold_silences_a_latent(format, tmp_path):
         save(sae, tmp_path / "llama", "llama_scope")
 
 
+@pytest.mark.parametrize("format", ["jaxsae", "saelens", "gemma_scope", "gemma_scope_2"])
+def test_a_bias_of_minus_infinity_silences_a_latent_and_one_of_infinity_is_refused(format, tmp_path):
+    sae = an_sae("gemma_scope")
+    for bad in (-np.inf, np.inf):
+        b_enc = np.asarray(sae.b_enc).copy()
+        b_enc[3] = bad
+        path = save(dataclasses.replace(sae, b_enc=b_enc), tmp_path, format)
+        if bad < 0:
+            assert_same_bits(pretrained.load(path).b_enc, b_enc)
+        else:
+            with pytest.raises(InputError, match=r"b_enc holds \+inf, expected numbers, or -inf"):
+                pretrained.load(path)
+
+
 @pytest.mark.parametrize("format", WEIGHTS)
 def test_weights_of_another_dtype_are_refused_by_name(format, tmp_path):
     path = save(an_sae(format), tmp_path, format)

@@ -399,6 +399,9 @@ def test_gemma_scope_2(tmp_path):
     assert_computes(model, X, z, z @ w["W_dec"] + w["b_dec"] + X @ w["W_skip"])
     pretrained.save(model, tmp_path / "again", format="gemma_scope_2")
     assert_same_bits(pretrained.load(tmp_path / "again"), model)
+    half = {name: value for name, value in config.items() if name != "hf_hook_point_in"}
+    with pytest.raises(InputError, match="says hf_hook_point_out 'b' and no hf_hook_point_in; expected both"):
+        pretrained.load(write(tmp_path / "half", "params.safetensors", affine, half, "config.json"))
     several = tensors | {"w_dec": np.zeros((M, 3, 4), np.float32)}
     with pytest.raises(InputError, match=r"w_dec has shape \(12, 3, 4\), of a cross-layer transcoder"):
         pretrained.load(write(tmp_path / "clt", "params.safetensors", several, config, "config.json"))
@@ -689,6 +692,9 @@ def test_llama_scope_files_that_say_more_than_is_used(tmp_path):
             ({"d_sae": None, "expansion_factor": 8}, "says d_sae 48, but its weights 12"),
             ({"d_model": 4096}, "says d_model 4096, but its weights 6"),
             ({"norm_activation": "batch-wise"}, "its norm_activation is 'batch-wise'"),
+            ({"norm_activation": 0}, "its norm_activation is 0"),
+            ({"norm_activation": False}, "its norm_activation is False"),
+            ({"hook_point_in": None}, "says hook_point_out 'b' and no hook_point_in"),
         ]
     ):
         with pytest.raises(InputError, match=message):
@@ -812,6 +818,35 @@ def test_what_a_format_cannot_say_is_refused(format, model, message, tmp_path):
     with pytest.raises(InputError, match=message):
         pretrained.save(model, tmp_path / "sae", format=format)
     assert list(tmp_path.iterdir()) == []
+
+
+HALF = [("float16", 6e4), ("bfloat16", 3e38)]
+
+
+@pytest.mark.parametrize("dtype, large", HALF)
+@pytest.mark.parametrize("kind", ["centre", "gate"])
+def test_biases_that_overflow_are_refused(kind, dtype, large, tmp_path):
+    model = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), sae())
+    if kind == "gate":
+        biases = (jnp.full(model.m, value, dtype) for value in (0.0, large, 0.0))
+        model = model.replace(activation=jaxsae.Gated(*biases), b_enc=jnp.full(model.m, large, dtype))
+        format = "saelens"
+    else:
+        model = model.replace(activation=jaxsae.ReLU(), b_enc=jnp.full(model.m, large, dtype))
+        W = np.asarray(model.W_enc, np.float64)[:, 0]
+        model = model.replace(b_dec=jnp.asarray(-large / 4 * W / np.abs(W).max(), dtype))
+        format = "gemma_scope"
+    with pytest.raises(InputError, match=f"biases overflow {dtype} as this format has them; convert it to float32"):
+        pretrained.save(model, tmp_path / "sae", format=format)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype, large", HALF)
+def test_a_silenced_latent_stays_so_about_another_centre(dtype, large, tmp_path):
+    model = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), sae(activation=jaxsae.ReLU()))
+    model = model.replace(b_enc=model.b_enc.at[3].set(-jnp.inf))
+    pretrained.save(model, tmp_path / "sae", format="gemma_scope")
+    assert np.flatnonzero(~np.isfinite(pretrained.load(tmp_path / "sae").b_enc)).tolist() == [3]
 
 
 # --- what else knows the conventions

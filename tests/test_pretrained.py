@@ -145,6 +145,7 @@ DAMAGE = {
     "config is binary": rewrite("sae.json", lambda content: b"\xff\xfe\x00"),
     "config is no object": rewrite("sae.json", lambda content: b"[1, 2]"),
     "newer version": config(version=99),
+    "version is true": config(version=True),
     "no version": config(version=None),
     "another format": config(format="saelens"),
     "no format": config(format=None),
@@ -196,6 +197,7 @@ def test_what_is_said_about_the_common_ones(tmp_path):
     for damage, message in {
         "nothing there": "no such file or directory; expected a saved SAE",
         "newer version": "says 'jaxsae' version 99, expected 'jaxsae' version 1",
+        "version is true": "says 'jaxsae' version True, expected 'jaxsae' version 1",
         "unknown activation": "activation 'Softmax' is unknown, expected one of ReLU, TopK",
         "no config": "not an SAE of a known format",
         "an array is missing": "holds shapes",

@@ -242,6 +242,16 @@ def require_used(raw: Raw, format: str, activation: Activation) -> None:
         )
 
 
+def is_elsewhere(raw: Raw, into: str, out: str) -> bool:
+    """Whether what is reconstructed is another site than the one that is read, by the names of both."""
+    there = raw.config.get(out)
+    if there is not None and raw.config.get(into) is None:
+        raise InputError(
+            f"{raw.path}: says {out} {_shown(there)} and no {into}; expected both: mend its configuration."
+        )
+    return there not in (None, raw.config.get(into))
+
+
 # --- making
 
 
@@ -280,6 +290,8 @@ def assemble(
         shown = ", ".join(f"{name} {shape}" for name, shape in wrong.items()) or "nothing"
         raise InputError(f"{raw.path}: {shown} does not fit {m} latents, {d} to {d_out} wide; download it again.")
     require_k(f"{raw.path}: ", activation, m)
+    if np.any(np.asarray(weights.b_enc) == np.inf):
+        raise InputError(f"{raw.path}: b_enc holds +inf, expected numbers, or -inf for a latent that is never active.")
     arrays = {
         name: place(array, raw.dtype, name=f"{raw.path}: {name}", infinite=name == "b_enc")  # −∞ silences a latent
         for name, array in weights._asdict().items()
@@ -368,16 +380,28 @@ def centre(sae: SAE, apply_b_dec_to_input: bool) -> SAE:
     if sae.activation.encoder_free or (sae.normalisation is not None and sae.normalisation.per_row and sae.transcoder):
         raise InputError("this SAE cannot be written with another centre; save it in another format, such as jaxsae.")
     wide = np.promote_types(np.asarray(sae.W_enc).dtype, np.float32)
-    shift = (np.asarray(sae.b_dec, np.float64) @ np.asarray(sae.W_enc, np.float64)).astype(wide)
-    bias: Any = np.asarray(sae.b_enc, wide) + (shift if apply_b_dec_to_input else -shift)
-    return dataclasses.replace(sae, b_enc=bias.astype(sae.b_enc.dtype), apply_b_dec_to_input=apply_b_dec_to_input)
+    b_enc = np.asarray(sae.b_enc)
+    with np.errstate(over="ignore"):
+        shift = (np.asarray(sae.b_dec, np.float64) @ np.asarray(sae.W_enc, np.float64)).astype(wide)
+        bias: Any = b_enc.astype(wide) + (shift if apply_b_dec_to_input else -shift)
+    return dataclasses.replace(sae, b_enc=_narrow(bias, b_enc), apply_b_dec_to_input=apply_b_dec_to_input)
+
+
+def _narrow(total: np.ndarray, *biases: np.ndarray) -> np.ndarray:
+    """A bias made of others, in their type; where they are finite, it must be so."""
+    with np.errstate(over="ignore"):
+        found = total.astype(np.result_type(*biases))
+    if (np.isfinite(biases).all(axis=0) & ~np.isfinite(found)).any():
+        raise InputError(f"this SAE's biases overflow {found.dtype} as this format has them; convert it to float32.")
+    return found
 
 
 def gate_biases(sae: SAE) -> tuple[np.ndarray, np.ndarray]:
     """The biases of `Gated`, of the gate and of the values, with `b_enc` in them."""
     gate: Any = sae.activation
-    b_enc = np.asarray(sae.b_enc)
-    return gate.b_gate + b_enc, gate.b_mag + np.exp(np.asarray(gate.r_mag)) * b_enc
+    b_enc, b_gate, b_mag = (np.asarray(bias) for bias in (sae.b_enc, gate.b_gate, gate.b_mag))
+    added, scale = b_enc.astype(np.float64), np.exp(np.asarray(gate.r_mag, np.float64))
+    return _narrow(b_gate + added, b_gate, b_enc), _narrow(b_mag + scale * added, b_mag, b_enc)
 
 
 def write_safetensors(file: Path, arrays: Mapping[str, Any]) -> None:

@@ -22,6 +22,7 @@ from jaxsae.formats.common import (
     find_file,
     find_weights,
     flag,
+    is_elsewhere,
     is_torch,
     is_zip,
     place_threshold,
@@ -150,8 +151,7 @@ def convert_2(raw: Raw) -> SAE:
     affine = flag(raw, "affine_connection", "affine_skip_connection" in raw.arrays)
     skip = take(raw, "affine_skip_connection", "affine_connection") if affine else None
     weights = Weights(*(take(raw, name) for name in ("w_enc", "b_enc", "w_dec", "b_dec")))._replace(W_skip=skip)
-    out = raw.config.get("hf_hook_point_out")
-    elsewhere = out not in (None, raw.config.get("hf_hook_point_in"))
+    elsewhere = is_elsewhere(raw, "hf_hook_point_in", "hf_hook_point_out")
     transcoder = elsewhere or skip is not None or weights.W_dec.shape[-1:] != weights.W_enc.shape[:1]
     require_sizes(raw, width=len(weights.W_dec))
     return assemble(raw, _activation(raw), weights, apply_b_dec_to_input=False, transcoder=transcoder)

@@ -23,6 +23,7 @@ from jaxsae.formats.common import (
     find_weights,
     flag,
     integer,
+    is_elsewhere,
     number,
     place_threshold,
     positive,
@@ -76,9 +77,10 @@ def convert(raw: Raw) -> SAE:
     weights = Weights(W_enc, take(raw, "encoder.bias"), W_dec, b_dec)
     choice(raw, "use_glu_encoder", config.get("use_glu_encoder", False), [False])
     choice(raw, "sae_type", config.get("sae_type", "sae"), ["sae"])
-    transcoder = config.get("hook_point_out") not in (None, config.get("hook_point_in"))
+    transcoder = is_elsewhere(raw, "hook_point_in", "hook_point_out")
     kinds = {"dataset-wise": AverageNorm(), "token-wise": ConstantNorm(), "inference": None}
-    kind = choice(raw, "norm_activation", config.get("norm_activation") or "dataset-wise", kinds)
+    kind = config.get("norm_activation")
+    kind = choice(raw, "norm_activation", "dataset-wise" if kind is None else kind, kinds)
     norms, width = config.get("dataset_average_activation_norm"), math.sqrt(W_enc.shape[0])
     known = kind == "dataset-wise" and isinstance(norms, dict)
     into, out = (norms.get("in"), norms.get("out", norms.get("in"))) if known else (width, width)  # pyright: ignore[reportOptionalMemberAccess]

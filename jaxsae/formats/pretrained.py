@@ -44,21 +44,8 @@ _ACTIVATIONS = {
         *(activations.JumpReLU, activations.Gated, activations.GroupMax, activations.MatchingPursuit),
     )
 }
-_KEYS = {
-    *(
-        "format",
-        "version",
-        "d",
-        "m",
-        "d_out",
-        "apply_b_dec_to_input",
-        "transcoder",
-        "skip",
-        "activation",
-        "normalisation",
-        "arrays",
-    )
-}
+_KEYS = {"format", "version", "d", "m", "d_out", "apply_b_dec_to_input", "transcoder", "skip"}
+_KEYS |= {"activation", "normalisation", "arrays"}
 _NORMALISATIONS = {
     cls.__name__: cls for cls in (normalisation.LayerNorm, normalisation.ConstantNorm, normalisation.AverageNorm)
 }
@@ -351,9 +338,10 @@ def _read_own(path: Path) -> Raw:
         raise InputError(
             f"{path}: not a whole SAE ({str(error).split('; ')[0]}); expected {_CONFIG} and {_WEIGHTS}: save it again."
         ) from error
-    if (config.get("format"), config.get("version")) != ("jaxsae", _VERSION):
+    said = config.get("format"), config.get("version")
+    if said != ("jaxsae", _VERSION) or type(said[1]) is not int:
         raise InputError(
-            f"{path / _CONFIG}: says {config.get('format')!r} version {config.get('version')!r}, expected 'jaxsae' "
+            f"{path / _CONFIG}: says {said[0]!r} version {said[1]!r}, expected 'jaxsae' "
             f"version {_VERSION} (format, version); load it with the version of jaxsae that wrote it."
         )
     if unknown := config.keys() - _KEYS:
