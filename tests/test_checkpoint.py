@@ -124,6 +124,27 @@ def test_a_leaf_that_is_no_number_is_refused(leaf, tmp_path):
         checkpoints.save(1, {"x": leaf}, progress=None)
 
 
+@pytest.mark.parametrize("leaf", [jnp.ones(3, jnp.complex64), jnp.ones((2, 0, 3)), jnp.ones(3, jnp.int4)], ids=str)
+@pytest.mark.parametrize("of", [lambda leaf: leaf, lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)])
+def test_a_leaf_that_cannot_be_saved_is_refused_in_one_line_and_before_any_work(of, leaf, tmp_path):
+    expected = rf"^a leaf is {leaf.dtype}\[.*\]; a checkpoint holds arrays of real numbers .* form\.$"
+    with Checkpoints(tmp_path, config=None) as checkpoints:
+        with pytest.raises(InputError, match=expected):
+            checkpoints.restore({"x": of(leaf)})
+        with pytest.raises(InputError, match=expected):
+            checkpoints.save(1, {"x": of(leaf)}, progress=None)
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32", "uint64", ">u4"])
+def test_unsigned_leaves_come_back(dtype, tmp_path):
+    x = np.arange(6).reshape(2, 3).astype(dtype)
+    with Checkpoints(tmp_path, config=None) as checkpoints:
+        checkpoints.save(1, {"x": x}, progress=None)
+    found = Checkpoints(tmp_path, config=None).restore({"x": x}).state["x"]
+    np.testing.assert_array_equal(found, x)
+    assert found.dtype == x.dtype.newbyteorder("=")
+
+
 def test_a_fingerprint_of_wide_numbers_changes_with_any_bit():
     x = np.arange(6.0).reshape(2, 3)
     assert fingerprint([np.nextafter(x, 9)])[0] != fingerprint([x])[0] == fingerprint([np.asfortranarray(x)])[0]

@@ -226,8 +226,9 @@ class Checkpoints:
           like: a pytree of the state's structure, shapes, dtypes and shardings: arrays, or `jax.ShapeDtypeStruct`s.
 
         Raises:
-          InputError: if there are steps, and all are damaged.
+          InputError: if there are steps, and all are damaged; or if a leaf is of a kind that cannot be saved.
         """
+        like = jax.tree.map(_leaf, like)  # what could not be saved is refused before there is work to save
         if self._manager is not None:
             with _one_line(self.folder, self.steps):
                 self._manager.wait_until_finished()
@@ -296,9 +297,17 @@ def _of_all(value: int | bool) -> list[int]:
 
 def _leaf(leaf: Any) -> Any:
     """What orbax saves or restores; a copy of what is numpy's, which may change until it is written."""
-    if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
-        return leaf
-    return np.array(writable(leaf, "a leaf"))
+    if isinstance(leaf, np.ndarray) and leaf.dtype.kind == "u":  # which no format of SAEs has
+        leaf = np.array(leaf, leaf.dtype.newbyteorder("="))
+    elif not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+        leaf = np.array(writable(leaf, "a leaf"))
+    whole = not jnp.issubdtype(leaf.dtype, jnp.integer) or jnp.iinfo(leaf.dtype).bits >= 8
+    if jnp.issubdtype(leaf.dtype, jnp.complexfloating) or not whole or 0 in leaf.shape:
+        raise InputError(
+            f"a leaf is {leaf.dtype}{list(leaf.shape)}; a checkpoint holds arrays of real numbers of whole bytes, none "
+            "of them empty: leave it out, or keep it in another form."
+        )
+    return leaf
 
 
 def _members(config: Any) -> dict[str, str]:
@@ -339,7 +348,6 @@ def _alone() -> Any:
 def _read_state(path: Path, like: Any) -> Any:
     import orbax.checkpoint as ocp
 
-    like = jax.tree.map(_leaf, like)
     expected = {
         "state": jax.tree.map(ocp.utils.to_shape_dtype_struct, like),
         "fingerprint": jax.ShapeDtypeStruct((len(jax.tree.leaves(like)),), jnp.uint32),
