@@ -228,6 +228,12 @@ def test_widths_and_dtypes_that_are_none(changes, tmp_path):
     assert not os.listdir(tmp_path)
 
 
+@pytest.mark.parametrize("width", [4.7, 4.0, True, "6"])
+def test_a_width_is_a_whole_number(width, tmp_path):
+    refused("got width .*; pass a whole number", writer, tmp_path / "x", width=width)
+    assert not os.listdir(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["notes.txt", "00000.npy", ".hidden"])
 def test_a_folder_of_other_files_is_refused(name, tmp_path):
     (tmp_path / name).touch()

@@ -144,11 +144,13 @@ class Writer:
         self.folder = local_path(folder)
         self._path = self.folder / MANIFEST
         name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
-        new = Manifest(int(width), name, json.loads(json.dumps(source, allow_nan=False)))
-        if new.width < 1 or new.dtype not in _DTYPES:
+        if isinstance(width, bool) or not isinstance(width, int | np.integer):
+            raise InputError(f"{folder}: got width {width}; pass a whole number.")
+        if width < 1 or name not in _DTYPES:
             raise InputError(
                 f"{folder}: got width {width} and dtype {name}; pass at least 1, and one of {', '.join(_DTYPES)}."
             )
+        new = Manifest(int(width), name, json.loads(json.dumps(source, allow_nan=False)))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
