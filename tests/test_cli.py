@@ -413,6 +413,14 @@ def test_json_of_fetch_and_of_pictures(monkeypatch, tmp_path, capsys):
         assert printed(capsys) == {"out": str(tmp_path / "b.png"), "dictionary": None}
 
 
+@pytest.mark.parametrize("sigma", [0, 255.5, 1e38, "nan"])
+def test_noise_beyond_the_levels_of_a_picture_is_refused(sigma, tmp_path, capsys):
+    image_files.write(tmp_path / "a.png", np.full((8, 8), 100.0))
+    assert run("denoise", tmp_path / "a.png", "--sigma", sigma, "--out", tmp_path / "b.png") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("pass a number above 0 and up to 255.")
+
+
 # --- As a process
 
 

@@ -15,7 +15,7 @@ from problems import f64
 
 import jaxsae
 from jaxsae import data, language_model, metrics, pretrained, train
-from jaxsae._core.files import InputError
+from jaxsae._core.files import InputError, owned
 from jaxsae.app import cli, plots, study
 from jaxsae.app.options import FAMILIES
 from jaxsae.autoencoder.stream import refine_blocks
@@ -448,3 +448,10 @@ def test_too_little_text_is_told(tmp_path):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match="holds 405 rows, the study needs at"):
         patch.setattr(study, "_CONTEXT", 16)
         study.run(tmp_path / "out", data=site, plan=MODEL_PLAN._replace(train_rows=10_000, heldout=30 * 15))
+
+
+def test_two_studies_of_one_directory_at_a_time_are_refused(tmp_path):
+    with owned(tmp_path / "out"):
+        with pytest.raises(InputError, match=r"out: another process writes there .*; stop it, or choose another --out"):
+            study.run(tmp_path / "out", plan=PLAN)
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]

@@ -23,7 +23,7 @@ from jaxsae import data as data_module
 from jaxsae import language_model, train
 from jaxsae._core import arguments
 from jaxsae._core.arguments import Count, Index, Positive, Seed, Weight
-from jaxsae._core.files import InputError, atomic_file, json_number, local_path
+from jaxsae._core.files import InputError, atomic_file, json_number, local_path, owned
 from jaxsae.app import plots, runs
 from jaxsae.app.options import Options, passes, resolved
 from jaxsae.app.runs import _write_report
@@ -129,7 +129,7 @@ def run(
       The report: `rows`, one for each SAE, with the data, the configuration and versions.
 
     Raises:
-      InputError: if the data cannot be used or `out` cannot be written.
+      InputError: if the data cannot be used, or `out` cannot be written, or another process writes there.
     """
     arguments.check(run, {"out": out, "seed": seed})
     arguments.check(Plan, plan._asdict())
@@ -141,37 +141,39 @@ def run(
         plan = plan._replace(batch=1)
         if isinstance(data, HookPoint):
             plan = plan._replace(train_rows=min(plan.train_rows, _MEAN_ROWS))
-    if isinstance(data, HookPoint):
-        probe, data = _harvest(data, out / "activations", plan, progress), out / "activations"
-    rows = _load(data, plan, seed)
-    options = _options(plan, seed)
-    passed = None if saes else passes(options, len(rows.train), warn)
-    report = _begun(plan, options, rows, probe, passed)
-    _write_report(report, out)
-    study = _Study(out, plan, rows, probe, progress, report)
-    for name, sae in published.items():
-        if sae.d != rows.width:
-            raise InputError(
-                f"{name}: is {sae.d} wide, and the rows {rows.width}; pass the activations of its own site."
-            )
-    try:
-        if published:
-            for name, sae in published.items():
-                family, k = type(sae.activation).__name__.lower(), getattr(sae.activation, "k", None)
-                study.measure(sae, {"family": family, "k_or_l1": k, "sae": name}, name)
-        else:
-            for weight in plan.l1:
-                study.train(options._replace(activation="relu", l1=weight))
-            for k in _matching_k([row["l0"] for row in report["rows"]], most=min(plan.latents, rows.width)):
-                study.train(options._replace(k=k))
-        study.measure_losses()
-        report["complete"] = True
-    finally:  # an interruption leaves what is finished
-        if report["rows"]:
-            _write_report(report, out)
-            with atomic_file(out / "shrinkage.png") as temporary:
-                plots.shrinkage(report, temporary)
-    return report
+    rows = None if isinstance(data, HookPoint) else _load(data, plan, seed)  # before a directory is made
+    with owned(out, warn=warn):
+        if isinstance(data, HookPoint):
+            probe = _harvest(data, out / "activations", plan, progress)
+        rows = rows or _load(out / "activations", plan, seed)
+        for name, sae in published.items():
+            if sae.d != rows.width:
+                raise InputError(
+                    f"{name}: is {sae.d} wide, and the rows {rows.width}; pass the activations of its own site."
+                )
+        options = _options(plan, seed)
+        passed = None if saes else passes(options, len(rows.train), warn)
+        report = _begun(plan, options, rows, probe, passed)
+        _write_report(report, out)
+        study = _Study(out, plan, rows, probe, progress, report)
+        try:
+            if published:
+                for name, sae in published.items():
+                    family, k = type(sae.activation).__name__.lower(), getattr(sae.activation, "k", None)
+                    study.measure(sae, {"family": family, "k_or_l1": k, "sae": name}, name)
+            else:
+                for weight in plan.l1:
+                    study.train(options._replace(activation="relu", l1=weight))
+                for k in _matching_k([row["l0"] for row in report["rows"]], most=min(plan.latents, rows.width)):
+                    study.train(options._replace(k=k))
+            study.measure_losses()
+            report["complete"] = True
+        finally:  # an interruption leaves what is finished
+            if report["rows"]:
+                _write_report(report, out)
+                with atomic_file(out / "shrinkage.png") as temporary:
+                    plots.shrinkage(report, temporary)
+        return report
 
 
 class _Rows(NamedTuple):

@@ -1,8 +1,10 @@
 """The commands of pictures."""
 
 from pathlib import Path
+from typing import Annotated
 
-from jaxsae._core.arguments import InputPath, OutputFile, Positive, Seed
+from jaxsae._core import arguments
+from jaxsae._core.arguments import InputPath, OutputFile, Seed
 from jaxsae._core.files import InputError
 from jaxsae.app import console
 
@@ -11,7 +13,7 @@ def denoise(
     image: InputPath,
     /,
     *,
-    sigma: Positive,
+    sigma: Annotated[float, arguments.Range(0, 255, above=True)],
     out: OutputFile,
     dictionary: OutputFile | None = None,
     seed: Seed = 0,
