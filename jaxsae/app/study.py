@@ -9,9 +9,7 @@ import dataclasses
 import functools
 import operator
 import os
-import platform
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -39,6 +37,7 @@ from jaxsae.language_model import harvest
 from jaxsae.language_model.models import LanguageModel, NextToken, loss_recovered
 from jaxsae.least_squares import solvers
 from jaxsae.least_squares.certificate import certify
+from jaxsae.train.checkpoint import versions
 
 CERTIFIED = 1e-5  # the KKT residual that certifies a row
 _TOL = 1e-6  # of the solver: tighter, so that the certificate does not hang on rounding
@@ -204,8 +203,7 @@ def _begun(plan: Plan, options: Options, rows: _Rows, probe: "_Probe | None", pa
             "width": rows.width,
         },
         "config": {**plan._asdict(), **trained, **({} if probe is None else {"context": _CONTEXT})},
-        "versions": {name: version(name) for name in ("jaxsae", "jax", "flax", "optax", "numpy")}
-        | {"python": platform.python_version(), "backend": jax.default_backend()},
+        "versions": versions() | {"backend": jax.default_backend()},
         "ratio_edges": metrics.RATIO_EDGES.tolist(),
     }
 
@@ -364,11 +362,7 @@ def _solver(k: int, d: int) -> Any:
 
 
 def measure(
-    sae: SAE,
-    rows: np.ndarray,
-    more: np.ndarray | None = None,
-    *,
-    see: Callable[[Block], None] = lambda block: None,
+    sae: SAE, rows: np.ndarray, more: np.ndarray | None = None, *, see: Callable[[Block], None] = lambda block: None
 ) -> dict[str, Any]:
     """Refine the codes of rows and measure the shrinkage: one row of the report, without its name.
 
@@ -399,12 +393,7 @@ def measure(
     worst = np.argsort(-np.nan_to_num(kkt, nan=np.inf), kind="stable")[:_WORST]
     ratio = np.asarray(shrunk.ratio)
     ratio = np.clip(ratio[np.isfinite(ratio)], metrics.RATIO_EDGES[0], metrics.RATIO_EDGES[-1])
-    numbers = {
-        **shrunk.numbers(),
-        "worst_kkt": kkt.max(),
-        "certified": np.mean(kkt <= CERTIFIED),
-        "dead": active.dead,
-    }
+    numbers = {**shrunk.numbers(), "worst_kkt": kkt.max(), "certified": np.mean(kkt <= CERTIFIED), "dead": active.dead}
     numbers = {name: json_number(value) for name, value in numbers.items()}
     return numbers | {
         "change": np.asarray(shrunk.change).tolist(),

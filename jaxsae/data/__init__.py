@@ -8,13 +8,4 @@ from jaxsae.data.batching import Batches, batches
 from jaxsae.data.photographs import image_patches
 from jaxsae.data.rows import Rows, fingerprint, open_rows, require_finite
 
-__all__ = [
-    "Batches",
-    "Rows",
-    "batches",
-    "fingerprint",
-    "image_patches",
-    "open_rows",
-    "require_finite",
-    "shards",
-]
+__all__ = ["Batches", "Rows", "batches", "fingerprint", "image_patches", "open_rows", "require_finite", "shards"]

@@ -4,11 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 from jaxsae._core import arguments
-from jaxsae._core.arguments import (
-    Count,
-    InputPath,
-    OutputFile,
-)
+from jaxsae._core.arguments import Count, InputPath, OutputFile
 from jaxsae._core.files import InputError
 from jaxsae.app import console
 from jaxsae.app.commands.types import Autoencoder
@@ -83,12 +79,7 @@ def refine(
             raise InputError(f"{out}: is {what}; write the codes to another file.")
     with console.progress(len(rows)) as advance:
         summary = stream.refine_file(
-            model,
-            rows,
-            out,
-            solver,
-            capacity=capacity,
-            progress=lambda n: advance("refining", n),
+            model, rows, out, solver, capacity=capacity, progress=lambda n: advance("refining", n)
         )
     written = f"{summary.rows} rows of {summary.capacity} slots, worst KKT {summary.worst_kkt:.1e}"
     shown = summary._asdict() | {"out": out, "shrinkage": summary.shrinkage.numbers()}

@@ -2,14 +2,7 @@
 
 from pathlib import Path
 
-from jaxsae._core.arguments import (
-    Index,
-    InputFiles,
-    InputPath,
-    OutputDirectory,
-    OutputFile,
-    Seed,
-)
+from jaxsae._core.arguments import Index, InputFiles, InputPath, OutputDirectory, OutputFile, Seed
 from jaxsae._core.files import InputError
 from jaxsae.app import console
 from jaxsae.app.commands.types import Autoencoder, Model

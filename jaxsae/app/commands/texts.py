@@ -4,12 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 from jaxsae._core import arguments
-from jaxsae._core.arguments import (
-    Count,
-    Index,
-    InputFiles,
-    OutputDirectory,
-)
+from jaxsae._core.arguments import Count, Index, InputFiles, OutputDirectory
 from jaxsae.app import console
 from jaxsae.app.commands.types import Context, Model
 
