@@ -23,6 +23,12 @@ from jaxsae.app import cli, plots, study
 from jaxsae.ksvd import image_files
 
 ROOT = Path(__file__).parent.parent
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "benchmarks/README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "notebooks").glob("*.ipynb")),
+]
 
 
 def run(blocks: list[str]) -> None:
@@ -39,6 +45,7 @@ def examples():
         yield from (test for test in doctest.DocTestFinder().find(module) if test.examples)
 
 
+HUB = "hf://organisation/repository/path"
 GROUPS = ["codes", "conversion", "pictures", "plans", "studies", "texts", "training"]  # of commands
 
 
@@ -50,9 +57,31 @@ def test_docstring_example_runs(example, unchecked):
     assert runner.run(example, out=said.append).failed == 0, "".join(said)
 
 
-@pytest.mark.parametrize("page", ["index", pytest.param("paper_to_code", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "page",
+    [
+        "index",
+        *(
+            pytest.param(page, marks=pytest.mark.slow)
+            for page in ("paper_to_code", "guides/composing", "tasks/dictionary")
+        ),
+    ],
+)
 def test_code_of_a_page_runs(page):
     run(re.findall(r"```python\n(.*?)```", (ROOT / f"docs/{page}.md").read_text(), flags=re.DOTALL))
+
+
+@pytest.mark.slow
+def test_code_of_a_published_autoencoder_runs(tmp_path, monkeypatch, capsys):
+    """On one from disk: the hub is elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    np.save("x.npy", np.random.default_rng(0).standard_normal((64, 16)).astype(np.float32))
+    jaxsae.pretrained.save(
+        jaxsae.init(jax.random.key(0), d=16, m=64, activation=jaxsae.ReLU()), "sae", format="saelens"
+    )
+    text = (ROOT / "docs/tasks/published.md").read_text().replace(HUB, "sae")
+    run(re.findall(r"```py\n(.*?)```", text, flags=re.DOTALL))
+    assert "NMSE" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -71,9 +100,12 @@ def commands(text: str) -> list[list[str]]:
     return [argv for argv in argvs if len(argv) > 1 and argv[-1] not in ("--help", "--mesh")]
 
 
+WITH_COMMANDS = [path for path in PAGES if path.suffix == ".md" and commands(path.read_text())]
+
+
 @pytest.mark.parametrize(
     "page",
-    ["README.md", "docs/which.md", *(f"jaxsae/app/commands/{name}.py" for name in GROUPS)],
+    [*(str(path.relative_to(ROOT)) for path in WITH_COMMANDS), *(f"jaxsae/app/commands/{name}.py" for name in GROUPS)],
 )
 def test_commands_of_a_page_are_understood(page, monkeypatch):
     got = []
@@ -93,7 +125,7 @@ def test_commands_of_a_page_are_understood(page, monkeypatch):
 
 
 @pytest.mark.slow
-def test_commands_of_the_readme_run(tmp_path, monkeypatch):
+def test_commands_of_the_pages_run(tmp_path, monkeypatch):
     """On small files, a training shorter; but for other machines, the network, and studies, which `.ci/run` runs."""
     monkeypatch.chdir(tmp_path)
     generator = np.random.default_rng(0)
@@ -103,7 +135,7 @@ def test_commands_of_the_readme_run(tmp_path, monkeypatch):
         image_files.write(f"{name}.png", generator.uniform(0, 255, (40, 40)))
     image_files.write("scratches.png", 255.0 * (generator.uniform(size=(40, 40)) < 0.1))
     done = set()
-    for argv in commands((ROOT / "README.md").read_text().replace("hf://organisation/repository/path", "run")):
+    for argv in (argv for path in WITH_COMMANDS for argv in commands(path.read_text().replace(HUB, "run"))):
         elsewhere = {"smollm2", "--distributed", "--topology"} & set(argv)
         if not elsewhere and (argv[0] != "study" or "--sae" in argv):
             assert cli.main(argv + ["--steps", "20"] * (argv[0] == "train")) == 0, argv
@@ -146,14 +178,6 @@ def brought() -> list[str]:
     return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
 
 
-PAGES = [
-    ROOT / "README.md",
-    ROOT / "benchmarks/README.md",
-    *(ROOT / "docs").rglob("*.md"),
-    *(ROOT / "notebooks").glob("*.ipynb"),
-]
-
-
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_name_of_a_snippet_is_imported(path):
     for kind, blocks in snippets(path).items():
@@ -178,21 +202,24 @@ def test_what_the_words_of_a_page_name_is_there(path):
         functools.reduce(getattr, inner, found)
 
 
+LANGUAGE_MODELS = ROOT / "docs/guides/language_models.md"
+
+
 @pytest.mark.lm
-def test_readme_runs_on_a_language_model(smollm2, tmp_path, monkeypatch, capsys):
+def test_page_runs_on_a_language_model(smollm2, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     sae = jaxsae.init(jax.random.key(0), d=576, m=1024, activation=jaxsae.ReLU())
     jaxsae.pretrained.save(sae, tmp_path / "jaxsae-study/sae/relu-0.1")  # where the study above it has one
-    run(re.findall(r"```py\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL))
+    run(re.findall(r"```py\n(.*?)```", LANGUAGE_MODELS.read_text(), flags=re.DOTALL))
     clean, *_ = map(float, capsys.readouterr().out.split())
     assert 0 < clean < 10
 
 
 @pytest.mark.lm
-def test_readme_harvests(smollm2, tmp_path, monkeypatch):
+def test_page_harvests(smollm2, tmp_path, monkeypatch):
     """Fewer tokens than there."""
     monkeypatch.chdir(tmp_path)
-    (argv,) = (argv for argv in commands((ROOT / "README.md").read_text()) if argv[0] == "harvest")
+    (argv,) = (argv for argv in commands(LANGUAGE_MODELS.read_text()) if argv[0] == "harvest")
     argv[argv.index("--tokens") + 1] = "2000"
     assert cli.main(argv) == 0
     assert len(data.open_rows("activations")) == 8 * 255  # contexts, each but for its first position
@@ -218,7 +245,7 @@ def test_notebook_keeps_its_outputs_and_is_for_any_machine(path):
 
 
 def formatted(row: dict) -> str:
-    """A line of a study's table in the README."""
+    """A line of a study's table in benchmarks/README.md."""
     shown = [f"{row['l0']:.1f}", *(f"{row[key]:.4f}" for key in ("nmse_before", "nmse_after"))]
     shown += [f"{row['mean_before']:.3f}", f"{row['mean_after']:.3f}"]
     shown += [f"{row['mean_change']:+.1%}", f"{row['rising']:.0%}"]
@@ -236,15 +263,32 @@ def test_readme_has_the_least_rows_of_a_study():
     assert f"with {full:,} rows at the least ({quick:,} with `--quick`)" in words
 
 
+def load_report(name: str) -> dict:
+    return json.loads((ROOT / f"benchmarks/results/{name}/report.json").read_text())
+
+
 @pytest.mark.parametrize("study, methods", [("study", 8), ("study-smollm2", 6)])
-def test_readme_has_the_numbers_of_the_committed_reports(study, methods):
-    lines = (ROOT / "README.md").read_text().splitlines()
-    report = json.loads((ROOT / f"benchmarks/results/{study}/report.json").read_text())
+def test_the_tables_of_studies_are_those_of_the_committed_reports(study, methods):
+    lines = (ROOT / "benchmarks/README.md").read_text().splitlines()
+    report = load_report(study)
     assert len(report["rows"]) == methods
     assert not {formatted(row) for row in report["rows"]} - set(lines)
     if "ce_clean" in report:
         numbers = [f"{report[f'ce_{name}']:.3f}" for name in ("clean", "mean", "zero")]
         assert [line for line in lines if all(number in line for number in numbers)]
+
+
+def test_readme_has_the_numbers_of_the_committed_reports():
+    readme = (ROOT / "README.md").read_text()
+    for name in ("study", "study-smollm2"):
+        rows = load_report(name)["rows"]
+        changes = [[row["mean_change"] for row in rows if row["family"] == family] for family in ("relu", "topk")]
+        relu, topk = (f"{min(change):+.1%} to {max(change):+.1%}" for change in changes)
+        assert f"| ReLU + L1 {relu}; TopK {topk} |" in readme
+    relu, topk = (
+        f"{row['ce_before']:.3f}, refined {row['ce_after']:.3f}" for row in rows if row["k_or_l1"] in (0.1, 27)
+    )
+    assert f"| ReLU + L1 {relu}; TopK {topk} |" in readme
 
 
 def test_the_tables_of_benchmarks_are_those_of_the_committed_results():

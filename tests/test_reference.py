@@ -170,7 +170,7 @@ def test_what_a_page_names_exists(path):
 
 def test_code_of_every_page_is_run():
     with_code = {path.stem for path in DOCS.rglob("*.md") if "```python" in path.read_text()}
-    assert with_code == {"index", "paper_to_code"}  # of tests/test_documents.py
+    assert with_code == {"composing", "dictionary", "index", "paper_to_code"}  # of tests/test_documents.py
 
 
 def test_the_guide_has_the_numbers_of_the_committed_benchmarks():
@@ -209,3 +209,15 @@ def test_the_guide_says_what_each_format_can_write(tmp_path):
         plain = can & {name for name in activations if " " not in name}
         said = set(re.split("[,;] ", told[format]))
         assert said == ({"everything"} if len(plain) == 8 else plain) | (said & can)
+
+
+def test_the_example_of_contributing_is_what_the_files_have():
+    root, blocks = (
+        DOCS.parent,
+        re.findall(r"```diff\n(.*?)```", (DOCS.parent / "CONTRIBUTING.md").read_text(), re.DOTALL),
+    )
+    sections = re.findall(r"^ # (\S+\.py).*\n((?:\+.*\n)+)", "".join(blocks), flags=re.MULTILINE)
+    assert len(sections) == 8
+    for path, added in sections:
+        lines = re.sub(r"  # pyright.*", "", (root / path).read_text()).splitlines()
+        assert not {line[1:] for line in added.splitlines()} - {*lines, ""}, path
