@@ -202,6 +202,13 @@ def test_what_the_words_of_a_page_name_is_there(path):
         functools.reduce(getattr, inner, found)
 
 
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "benchmarks/README.md"])
+def test_links_of_a_page_outside_the_site_lead_somewhere(page):  # those of the site mkdocs checks
+    path = ROOT / page
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text())
+    assert not [link for link in links if not (path.parent / link).exists()]
+
+
 LANGUAGE_MODELS = ROOT / "docs/guides/language_models.md"
 
 
