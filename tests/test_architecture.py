@@ -102,15 +102,11 @@ def test_the_language_is_that_of_the_field():
     assert not found
 
 
-# Kernels that are being split; to be removed with the commit that does so.
-LONG = {("gpu", "solve"), ("tpu", "solve"), ("tpu", "scatter_sorted"), ("tpu", "kernel"), ("tpu", "gather_decode")}
-
-
 @per_file
 def test_functions_fit_a_screen(path):
     functions = [node for node in ast.walk(tree(path)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     lines = {node.name: node.end_lineno - node.lineno + 1 - _docstring_lines(node) for node in functions}
-    assert not {name: n for name, n in lines.items() if n > 60 and (path.stem, name) not in LONG}
+    assert not {name: n for name, n in lines.items() if n > 60}
 
 
 def _docstring_lines(node) -> int:
