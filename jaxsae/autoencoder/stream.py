@@ -89,7 +89,7 @@ def max_l0(sae: SAE, rows: Rows) -> int:
 
 
 def refine_blocks(
-    sae: SAE, rows: Rows, solver: Solver | None = None, *, capacity: int | None = None
+    sae: SAE, rows: Rows, solver: Solver | Callable[[int, int], Solver] | None = None, *, capacity: int | None = None
 ) -> Iterator[Block]:
     """Encode and refine rows, a block at a time.
 
@@ -181,7 +181,7 @@ def refine_file(
     sae: SAE,
     rows: Rows,
     out: str | os.PathLike,
-    solver: Solver | None = None,
+    solver: Solver | Callable[[int, int], Solver] | None = None,
     *,
     capacity: int | None = None,
     progress: Callable[[int], None] = lambda rows: None,
