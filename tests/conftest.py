@@ -20,8 +20,9 @@ os.environ["XLA_FLAGS"] = " ".join(
 )
 os.environ.setdefault("PJRT_NPROC", "64")  # threads that devices made of one CPU share: not to run out of them
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Commands that tests start leave nothing in the user's cache.
-os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "0")
+# Commands that tests start leave nothing in the user's cache; `.ci/run` shares one among the slow tests.
+if os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "0") == "0":
+    os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 
 import jax
 import jaxtyping

@@ -436,7 +436,7 @@ def test_no_value_ends_in_a_traceback(command, world, here, cut):
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_no_value_of_many_ends_in_a_traceback(command, world, here, cut, capsys):
-    try_values(command, world, here, examples=400)
+    try_values(command, world, here, examples=200)
     with capsys.disabled():
         print(f"\n{command}: {dict(TRIED[command])}")
 
