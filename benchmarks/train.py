@@ -28,8 +28,12 @@ class Case(NamedTuple):
     B: int
 
 
-SIZES = {"tiny": Case(32, 256, 4, 64), "paper": Case(768, 16384, 32, 1024)}
-SWEEPS = {"tiny": {"d": 32, "m": 256, "B": 64}, "paper": {"d": 256, "m": 2048, "B": 512}}
+SIZES = {"tiny": Case(32, 256, 4, 64), "small": Case(256, 4096, 32, 512), "paper": Case(768, 16384, 32, 1024)}
+SWEEPS = {
+    "tiny": {"d": 32, "m": 256, "B": 64},
+    "small": {"d": 128, "m": 1024, "B": 256},
+    "paper": {"d": 256, "m": 2048, "B": 512},
+}
 MEMBERS, SWEPT = 8, 20  # members, and steps of each
 RATE = 2e-4
 STEPS = 5  # after which the losses are compared
