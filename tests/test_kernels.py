@@ -205,8 +205,8 @@ def test_scattered_rows_are_those_of_float64(platform, shape, rank):
     np.add.at(wanted, np.asarray(c.indices), np.einsum("nkr,nrd->nkd", f64(left), f64(right)))
     order = sparse.by_latent(c.indices, m)
     places = c.indices.ravel()[order], order // k, left.reshape(n * k, rank)[order], right
-    by_xla = [codes.scatter_add(SparseCode(left[..., j], c.indices, m), right[:, j]) for j in range(rank)]
-    for got in (sum(by_xla), interpreted(platform).scatter_sorted(*places, m=m)):
+    by_xla = kernels.scatter_rows(c.indices, left, right, num_latents=m)
+    for got in (by_xla, interpreted(platform).scatter_sorted(*places, m=m)):
         np.testing.assert_allclose(got, wanted[:m], atol=1e-5)
     assert platform == "gpu" or no_races()
 
@@ -248,7 +248,7 @@ def everything(c: Case, implementation=None):
     how = {"implementation": implementation}
     return (
         kernels.gather_gram(c.D, c.indices, c.y, **how),
-        codes.decode(c.D, SparseCode(c.z0, c.indices, len(c.D)), **how),
+        kernels.gather_decode(c.D, c.indices, c.z0, **how),
         kernels.refit_fused(c.D, c.indices, c.y, c.z0, ridge=0.1, tol=1e-7, **how),
     )
 
@@ -355,7 +355,12 @@ def test_there_is_no_kernel_for_a_cpu():
     with pytest.raises(ValueError, match="implementation 'fast'"):
         kernels.gather_gram(c.D, c.indices, c.y, implementation="fast")
     code = SparseCode(c.z0, c.indices, len(c.D))
-    for call in (functools.partial(codes.decode, c.D, code), functools.partial(codes.scatter_add, code, c.y)):
+    for call in (
+        functools.partial(codes.decode, c.D, code),
+        functools.partial(codes.scatter_add, code, c.y),
+        functools.partial(kernels.gather_decode, c.D, c.indices, c.z0),
+        functools.partial(kernels.scatter_rows, c.indices, c.z0[..., None], c.y[:, None], num_latents=32),
+    ):
         with pytest.raises(NotImplementedError, match="cpu"):
             call(implementation="pallas")
         with pytest.raises(ValueError, match="implementation 'fast'"):
@@ -368,6 +373,10 @@ def test_what_does_not_fit_together_is_refused(unchecked):
         kernels.gather_gram(c.D, c.indices, c.y[:, 1:])
     with pytest.raises(ValueError, match="dictionary of shape"):
         kernels.gather_gram(c.D[0], c.indices, c.y)
+    with pytest.raises(ValueError, match="values of shape"):
+        kernels.gather_decode(c.D, c.indices, c.z0[:, 1:])
+    with pytest.raises(ValueError, match=r"left .* and right .* for indices"):
+        kernels.scatter_rows(c.indices, c.z0[..., None], c.y, num_latents=32)
 
 
 def test_a_refit_by_the_kernel_is_that_of_the_library(on, monkeypatch):

@@ -1,7 +1,9 @@
 """Operations on the `k` active rows of a dictionary, each by one read of them where there is a kernel for it.
 
     gather_gram    G = AAᵀ, c = Ay of each row, with A = D[indices]
+    gather_decode  Aᵀz
     refit_fused    argmin ½‖y − Aᵀz‖² + ½ ridge ‖z‖² over z ≥ 0, by FISTA
+    scatter_rows   Σ left · right, in the row of each latent: the gradient of a dictionary
 
 Each has a reference that XLA compiles everywhere (`reference`), and kernels for TPUs (`tpu`) and GPUs (`gpu`). By
 default the kernel answers where it was measured on this very kind of device to be worth it (`tuning`), and the
@@ -27,7 +29,7 @@ from jaxsae.codes import SparseCode
 from jaxsae.least_squares import implicit, problems
 from jaxsae.least_squares.kernels import choice, reference
 
-__all__ = ["gather_gram", "refit_fused"]
+__all__ = ["gather_decode", "gather_gram", "refit_fused", "scatter_rows"]
 
 
 class _Static(NamedTuple):
@@ -125,6 +127,85 @@ def refit_fused(
     numbers = ridge, jnp.asarray(tol, ridge.dtype), jnp.asarray(max_steps, jnp.int32)
     static = _Static("refit_fused", implementation, nonnegative=nonnegative)
     return _refit_fused(static, dictionary, indices, y, z0, numbers)
+
+
+def gather_decode(
+    dictionary: Float[Array, "m d"],
+    indices: Int[Array, "*b k"],
+    values: Float[Array, "*b k"],
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "*b d"]:
+    """Sum the atoms of each row, weighted: `Σᵢ valuesᵢ D[indicesᵢ]`, accumulated in float32 or better.
+
+    `codes.decode` is the same for a `SparseCode`.
+
+    Args:
+      dictionary: `[m d]`, one atom a row.
+      indices: `[*b k]`; a slot out of range, such as `m` or −1, is not in use.
+      values: `[*b k]`.
+      implementation: "xla" or "pallas", or None for what was measured to be best.
+
+    Returns:
+      `[*b d]`, in the dtype that the values and the dictionary promote to.
+
+    Raises:
+      ValueError, NotImplementedError: as `gather_gram`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsae import kernels
+      >>> kernels.gather_decode(jnp.eye(3), jnp.array([2, 0]), jnp.array([3.0, 1.0]))
+      Array([1., 0., 3.], dtype=float32)
+    """
+    _validate("gather_decode", dictionary, indices, implementation, values=(values, indices.shape[-1:]))
+    return sparse.form("rows", dictionary, values, indices, m=len(dictionary), implementation=implementation)
+
+
+def scatter_rows(
+    indices: Int[Array, "*b k"],
+    left: Float[Array, "*b k r"],
+    right: Float[Array, "*b r d"],
+    *,
+    num_latents: int,
+    implementation: str | None = None,
+) -> Float[Array, "m d"]:
+    """Sum outer products into the rows of the latents that they belong to: the gradient of a dictionary.
+
+        out[j] = Σ left[n, i] · right[n]   over the rows n and slots i with indices[n, i] = j
+
+    That of `gather_decode` has rank `r = 1`, `z x̄ᵀ` (`codes.scatter_add`); that of a refit rank 2, `u rᵀ − z (Aᵀu)ᵀ`.
+
+    Args:
+      indices: `[*b k]`; a slot out of range, such as `m` or −1, is not in use.
+      left: `[*b k r]`.
+      right: `[*b r d]`.
+      num_latents: `m`.
+      implementation: "xla" or "pallas", or None for what was measured to be best.
+
+    Returns:
+      `[m d]`, in the dtype that `left` and `right` promote to, float32 or better.
+
+    Raises:
+      ValueError, NotImplementedError: as `gather_gram`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsae import kernels
+      >>> left, right = jnp.array([[3.0], [1.0]]), jnp.array([[1.0, 2.0]])
+      >>> kernels.scatter_rows(jnp.array([2, 0]), left, right, num_latents=3).tolist()
+      [[1.0, 2.0], [0.0, 0.0], [3.0, 6.0]]
+    """
+    choice.check_implementation("scatter_rows", implementation)
+    expected = *indices.shape[:-1], *left.shape[-1:]
+    if left.shape[:-1] != indices.shape or right.shape[:-1] != expected:
+        raise ValueError(
+            f"`scatter_rows` got left {left.shape} and right {right.shape} for indices {indices.shape}; pass "
+            f"left of shape {(*indices.shape, 'r')} and right of shape {(*indices.shape[:-1], 'r', 'd')}."
+        )
+    values = jnp.moveaxis(left, -1, -2)  # each term of the rank is one more row, on the same support
+    repeated = jnp.broadcast_to(indices[..., None, :], values.shape)
+    return sparse.form("atoms", values, right, repeated, m=num_latents, implementation=implementation)
 
 
 def solve(
