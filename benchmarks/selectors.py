@@ -14,7 +14,6 @@ from benchmarks.clock import say, timings
 from benchmarks.pursuit import problem
 from jaxsae import codes, data, ksvd, lasso, pursuit, refit
 from jaxsae.codes import SparseCode
-from jaxsae.pursuit import greedy
 
 SIZES = {
     "tiny": {"random": (16, 64, 4, 64), "patches": (3, 32, 4, 64)},
@@ -56,9 +55,10 @@ def _pursuit(method: Callable, D: Array, y: Array, k: int) -> SparseCode:
     return method(D, y, k=k)[0]
 
 
+_PURSUITS = "cosamp", "gradient_pursuit", "iht", "iti", "matching_pursuit", "niht", "omp"
 SELECTORS: dict[str, Callable[[Array, Array, int], SparseCode]] = {
     "largest correlations": _largest,
-    **{name: functools.partial(_pursuit, getattr(pursuit, name)) for name in greedy.__all__},
+    **{name: functools.partial(_pursuit, getattr(pursuit, name)) for name in _PURSUITS},
     "lasso": _lasso,
 }
 

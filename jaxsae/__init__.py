@@ -9,101 +9,61 @@ solvers), `pursuit` and `lasso` (which atoms, without an encoder), `autoencoder`
 libraries), `train`; beside them `data` and `language_model`.
 """
 
-from jaxsae import autoencoder, codes, data, formats, ksvd, lasso, least_squares, pursuit, sharding, train
-from jaxsae._core import lazy, pytrees
-from jaxsae._core.files import InputError
+from jaxsae import (
+    autoencoder as autoencoder,
+    codes as codes,
+    data as data,
+    formats as formats,
+    ksvd as ksvd,
+    lasso as lasso,
+    least_squares as least_squares,
+    pursuit as pursuit,
+    sharding as sharding,
+    train as train,
+)
+from jaxsae._core import lazy as _lazy, pytrees as pytrees
+from jaxsae._core.files import InputError as InputError
 from jaxsae.autoencoder import (
-    SAE,
-    AbsTopK,
-    BatchTopK,
-    Gated,
-    GroupMax,
-    JumpReLU,
-    MatchingPursuit,
-    ReLU,
-    Shrinkage,
-    TopK,
-    decode,
-    encode,
-    encode_dense,
-    init,
-    metrics,
-    reconstruct,
-    refine,
-    shrinkage,
-    stream,
+    SAE as SAE,
+    AbsTopK as AbsTopK,
+    BatchTopK as BatchTopK,
+    Gated as Gated,
+    GroupMax as GroupMax,
+    JumpReLU as JumpReLU,
+    MatchingPursuit as MatchingPursuit,
+    ReLU as ReLU,
+    Shrinkage as Shrinkage,
+    TopK as TopK,
+    decode as decode,
+    encode as encode,
+    encode_dense as encode_dense,
+    init as init,
+    metrics as metrics,
+    reconstruct as reconstruct,
+    refine as refine,
+    shrinkage as shrinkage,
+    stream as stream,
 )
-from jaxsae.codes import SparseCode
-from jaxsae.formats import pretrained
+from jaxsae.codes import SparseCode as SparseCode
+from jaxsae.formats import pretrained as pretrained
 from jaxsae.least_squares import (
-    FISTA,
-    BlockPivoting,
-    Certificate,
-    ConjugateGradient,
-    ProjectedGradient,
-    RefitInfo,
-    Status,
-    certify,
-    check,
-    kernels,
-    refit,
-    solvers,
+    FISTA as FISTA,
+    BlockPivoting as BlockPivoting,
+    Certificate as Certificate,
+    ConjugateGradient as ConjugateGradient,
+    ProjectedGradient as ProjectedGradient,
+    RefitInfo as RefitInfo,
+    Status as Status,
+    certify as certify,
+    check as check,
+    kernels as kernels,
+    refit as refit,
+    solvers as solvers,
 )
 
-__all__ = [
-    "FISTA",
-    "SAE",
-    "AbsTopK",
-    "BatchTopK",
-    "BlockPivoting",
-    "Certificate",
-    "ConjugateGradient",
-    "Gated",
-    "GroupMax",
-    "InputError",
-    "JumpReLU",
-    "MatchingPursuit",
-    "ProjectedGradient",
-    "ReLU",
-    "RefitInfo",
-    "Shrinkage",
-    "SparseCode",
-    "Status",
-    "TopK",
-    "app",
-    "autoencoder",
-    "certify",
-    "check",
-    "codes",
-    "data",
-    "decode",
-    "encode",
-    "encode_dense",
-    "formats",
-    "init",
-    "kernels",
-    "ksvd",
-    "language_model",
-    "lasso",
-    "least_squares",
-    "metrics",
-    "pretrained",
-    "pursuit",
-    "pytrees",
-    "reconstruct",
-    "refine",
-    "refit",
-    "sharding",
-    "shrinkage",
-    "solvers",
-    "stream",
-    "train",
-]
-
-
-# With the modules of Flax, and what the command needs.
-__getattr__ = lazy.submodules(__name__, "app", "language_model")
+_LAZY = ("app", "language_model")  # with the modules of Flax, and what the command needs
+__getattr__ = _lazy.submodules(__name__, *_LAZY)
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return [name for name in {*globals(), *_LAZY} if not name.startswith("_")]

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, ManualAxisType, Mesh, NamedSharding, PartitionSpec
 
 __all__ = [
     "abstract",
@@ -274,7 +274,7 @@ def vary_alike(tree: Any, *others: Any) -> Any:
     does not vary as its argument does. JAX's own remedy is this `pcast` of what the loop starts with:
     https://docs.jax.dev/en/latest/notebooks/shard_map.html#scan-vma
     """
-    axes = frozenset().union(*(_varies(x) for x in jax.tree.leaves((tree, others))))
+    axes = _varies((tree, others))
 
     def vary(x):
         missing = axes - _varies(x)
@@ -283,9 +283,14 @@ def vary_alike(tree: Any, *others: Any) -> Any:
     return jax.tree.map(vary, tree)
 
 
-def _varies(x: Any) -> frozenset[str]:
-    """The axes of a `shard_map` along which an array differs from device to device."""
-    return jax.typeof(x).manual_axis_type.varying
+def _varies(tree: Any) -> frozenset[str]:
+    """The axes of a `shard_map` along which any array of a tree differs from device to device."""
+    return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(tree)))
+
+
+def varying_as(inputs: Any, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
+    """A kernel's output, varying over the axes of a `shard_map` that any of its inputs varies over."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=ManualAxisType(varying=_varies(inputs)))
 
 
 def automatic(f: Callable, rows: Any = None) -> Callable:

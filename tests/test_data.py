@@ -13,8 +13,7 @@ import sklearn.utils
 from array_record.python import array_record_module
 
 from jaxsae._core.files import InputError
-from jaxsae.data import rows as rows_on_disk
-from jaxsae.data import shards
+from jaxsae.data import rows as rows_on_disk, shards
 from jaxsae.data.batching import batches
 from jaxsae.data.photographs import image_patches
 from jaxsae.data.rows import fingerprint, open_rows, require_finite

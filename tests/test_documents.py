@@ -198,7 +198,7 @@ def test_what_the_words_of_a_page_name_is_there(path):
     text = re.sub(r"(?m)^:::.*$|\]\[[\w.]+\]", "", path.read_text())  # references of mkdocs, which checks them
     for name in set(re.findall(r"(?<![\w/.-])jaxsae\.([a-z_]+(?:\.\w+)*)", text)):
         first, *inner = name.split(".")
-        found = getattr(jaxsae, first) if first in jaxsae.__all__ else importlib.import_module(f"jaxsae.{first}")
+        found = getattr(jaxsae, first) if first in dir(jaxsae) else importlib.import_module(f"jaxsae.{first}")
         functools.reduce(getattr, inner, found)
 
 

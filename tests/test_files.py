@@ -18,8 +18,7 @@ from jaxsae.app import logs, report, runs, study
 from jaxsae.app.options import Options
 from jaxsae.data import shards
 from jaxsae.ksvd import image_files
-from jaxsae.language_model import files as model_files
-from jaxsae.language_model import harvest
+from jaxsae.language_model import files as model_files, harvest
 from jaxsae.train.checkpoint import Checkpoints, steps
 
 

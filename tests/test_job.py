@@ -14,8 +14,7 @@ from problems import sae
 
 import jaxsae
 from benchmarks.jobs import Job
-from jaxsae import data
-from jaxsae import train as training
+from jaxsae import data, train as training
 from jaxsae._core.files import owned
 from jaxsae.app import runs
 from jaxsae.app.cli import main

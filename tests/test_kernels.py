@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, Mesh, use_abstract_mesh
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AbstractDevice, AbstractMesh, Mesh, PartitionSpec as P, use_abstract_mesh
 from problems import f64, optimum
 
 import jaxsae
@@ -482,8 +481,7 @@ def test_the_table_of_block_sizes_is_what_its_script_writes(monkeypatch, tmp_pat
 
 @pytest.mark.slow
 def test_the_benchmark_runs_where_there_is_no_kernel():
-    from benchmarks import kernels as benchmark
-    from benchmarks import table
+    from benchmarks import kernels as benchmark, table
 
     rows = list(benchmark.run("tiny", bandwidth=1e9, peak=1e9))
     assert all(tuple(row) == benchmark.COLUMNS for row in rows)

@@ -1,5 +1,6 @@
 """The reference holds every public name once, its docstring says what it must, and what the documents name exists."""
 
+import ast
 import enum
 import functools
 import importlib
@@ -35,6 +36,15 @@ def find(name: str):
     raise AttributeError(name)
 
 
+def index(module) -> list[str]:
+    """What a package imports under its own name, `from x import y as y`, and what a module defines."""
+    if hasattr(module, "__path__"):
+        imports = [node for node in ast.parse(inspect.getsource(module)).body if isinstance(node, ast.ImportFrom)]
+        return [alias.name for node in imports for alias in node.names if alias.asname == alias.name]
+    own = [name for name, thing in vars(module).items() if getattr(thing, "__module__", None) == module.__name__]
+    return [name for name in own if not name.startswith("_")]
+
+
 def public() -> dict[str, object]:
     """Every public function and class, by the shortest name that a user has for it.
 
@@ -42,8 +52,7 @@ def public() -> dict[str, object]:
     """
     found, seen, modules = {}, set(), [("jaxsae", jaxsae)]
     for path, module in modules:  # which grows
-        own = [name for name, thing in vars(module).items() if getattr(thing, "__module__", None) == module.__name__]
-        for name in getattr(module, "__all__", [name for name in own if not name.startswith("_")]):
+        for name in getattr(module, "__all__", None) or index(module):
             thing = getattr(module, name)
             if inspect.ismodule(thing):
                 modules.append((f"{path}.{name}", thing))

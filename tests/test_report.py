@@ -15,8 +15,7 @@ from browser import FOUND, browser
 
 from jaxsae import metrics
 from jaxsae._core.files import InputError
-from jaxsae.app import html as pages
-from jaxsae.app import logs, plots, report
+from jaxsae.app import html as pages, logs, plots, report
 from jaxsae.app.cli import main
 from jaxsae.app.options import Options
 from jaxsae.app.plots import FAMILIES

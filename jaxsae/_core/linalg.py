@@ -39,6 +39,11 @@ def norms(x: Float[Array, "*b d"]) -> Float[Array, "*b 1"]:
     return jnp.where(squares == 0, 0, jnp.sqrt(jnp.where(squares == 0, 1, squares)))
 
 
+def sq_norm(x: Float[Array, "*b d"]) -> Float[Array, "*b"]:
+    """`‖x‖²` of each row."""
+    return jnp.sum(x * x, axis=-1)
+
+
 def power_of_two(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
     """The power of two below each `x`, by which division changes no digit; 0 for 0, and `x` if not finite."""
     return jnp.where(jnp.isfinite(x), jnp.ldexp(jnp.sign(x), jnp.frexp(x)[1] - 1), x)
@@ -111,7 +116,7 @@ def power_iteration(product: Callable, v: Array, steps: int, total: Callable = j
     return jax.lax.fori_loop(0, steps, iterate, (v, norm(v)))[1]
 
 
-def squared_norm(D: Float[Array, "m d"], start: Float[Array, " d"], steps: int) -> Float[Array, ""]:
+def sq_spectral_norm(D: Float[Array, "m d"], start: Float[Array, " d"], steps: int) -> Float[Array, ""]:
     """`‖D‖₂²` by power iteration, from below."""
     return power_iteration(lambda v: matmul(matmul(v, D.T), D), start, steps)
 

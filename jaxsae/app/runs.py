@@ -19,8 +19,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxsae import data as data_module
-from jaxsae import sharding, train
+from jaxsae import data as data_module, sharding, train
 from jaxsae._core import arguments
 from jaxsae._core.arguments import Count, Proportion, Weight
 from jaxsae._core.files import InputError, atomic_file, json_number, local_path

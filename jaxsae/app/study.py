@@ -17,8 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsae import data as data_module
-from jaxsae import language_model, train
+from jaxsae import data as data_module, language_model, train
 from jaxsae._core import arguments
 from jaxsae._core.arguments import Count, Index, Positive, Seed, Weight
 from jaxsae._core.files import InputError, atomic_file, json_number, local_path, owned
@@ -32,8 +31,7 @@ from jaxsae.autoencoder.stream import Block, chunks, refine_blocks
 from jaxsae.autoencoder.surgery import rescale
 from jaxsae.data import shards
 from jaxsae.formats import pretrained
-from jaxsae.language_model import files as model_files
-from jaxsae.language_model import harvest
+from jaxsae.language_model import files as model_files, harvest
 from jaxsae.language_model.models import LanguageModel, NextToken, loss_recovered
 from jaxsae.least_squares import solvers
 from jaxsae.least_squares.certificate import certify

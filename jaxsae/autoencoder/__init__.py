@@ -7,53 +7,36 @@ is done to rows beforehand, `metrics` sums that can be merged, `stream` all of i
 `calibration` the thresholds.
 """
 
-from jaxsae.autoencoder import activations, calibration, metrics, normalisation, sae, stream
-from jaxsae.autoencoder.activations import AbsTopK, BatchTopK, Gated, GroupMax, JumpReLU, MatchingPursuit, ReLU, TopK
-from jaxsae.autoencoder.metrics import Shrinkage, shrinkage
-from jaxsae.autoencoder.sae import (
-    SAE,
-    Fit,
-    decode,
-    describe,
-    encode,
-    encode_dense,
-    init,
-    pre_activations,
-    reconstruct,
-    refine,
-    to_fit,
+from jaxsae.autoencoder import (
+    activations as activations,
+    calibration as calibration,
+    metrics as metrics,
+    normalisation as normalisation,
+    sae as sae,
+    stream as stream,
 )
-from jaxsae.autoencoder.surgery import fold_scale, rescale, rethreshold
-
-__all__ = [
-    "SAE",
-    "AbsTopK",
-    "BatchTopK",
-    "Fit",
-    "Gated",
-    "GroupMax",
-    "JumpReLU",
-    "MatchingPursuit",
-    "ReLU",
-    "Shrinkage",
-    "TopK",
-    "activations",
-    "calibration",
-    "decode",
-    "describe",
-    "encode",
-    "encode_dense",
-    "fold_scale",
-    "init",
-    "metrics",
-    "normalisation",
-    "pre_activations",
-    "reconstruct",
-    "refine",
-    "rescale",
-    "rethreshold",
-    "sae",
-    "shrinkage",
-    "stream",
-    "to_fit",
-]
+from jaxsae.autoencoder.activations import (
+    AbsTopK as AbsTopK,
+    BatchTopK as BatchTopK,
+    Gated as Gated,
+    GroupMax as GroupMax,
+    JumpReLU as JumpReLU,
+    MatchingPursuit as MatchingPursuit,
+    ReLU as ReLU,
+    TopK as TopK,
+)
+from jaxsae.autoencoder.metrics import Shrinkage as Shrinkage, shrinkage as shrinkage
+from jaxsae.autoencoder.sae import (
+    SAE as SAE,
+    Fit as Fit,
+    decode as decode,
+    describe as describe,
+    encode as encode,
+    encode_dense as encode_dense,
+    init as init,
+    pre_activations as pre_activations,
+    reconstruct as reconstruct,
+    refine as refine,
+    to_fit as to_fit,
+)
+from jaxsae.autoencoder.surgery import fold_scale as fold_scale, rescale as rescale, rethreshold as rethreshold

@@ -16,8 +16,7 @@ import numpy as np
 
 from jaxsae._core.files import InputError, atomic_directory, local_path, settled
 from jaxsae.autoencoder import activations, normalisation
-from jaxsae.autoencoder.sae import SAE
-from jaxsae.autoencoder.sae import describe as describe_sae
+from jaxsae.autoencoder.sae import SAE, describe as describe_sae
 from jaxsae.autoencoder.surgery import fold_scale
 from jaxsae.formats import dictionary_learning, gemma_scope, hub, llama_scope, openai, saelens, sparsify
 from jaxsae.formats.common import (

@@ -6,7 +6,12 @@
 `image_files` pictures on disk.
 """
 
-from jaxsae.ksvd import image_files, images
-from jaxsae.ksvd.learning import History, approximate, exact, fit, mod, replace
-
-__all__ = ["History", "approximate", "exact", "fit", "image_files", "images", "mod", "replace"]
+from jaxsae.ksvd import image_files as image_files, images as images
+from jaxsae.ksvd.learning import (
+    History as History,
+    approximate as approximate,
+    exact as exact,
+    fit as fit,
+    mod as mod,
+    replace as replace,
+)

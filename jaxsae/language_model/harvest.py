@@ -28,8 +28,7 @@ from jaxsae._core import arguments
 from jaxsae._core.arguments import Count, Index
 from jaxsae._core.files import InputError, local_path
 from jaxsae.data import shards
-from jaxsae.language_model import config
-from jaxsae.language_model import files as model_files
+from jaxsae.language_model import config, files as model_files
 from jaxsae.language_model.models import LanguageModel, residual
 
 _SHARD = 128 << 20  # bytes of float32 rows, about

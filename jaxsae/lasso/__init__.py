@@ -6,14 +6,12 @@
 """
 
 from jaxsae.lasso.penalised import (
-    CrossValidation,
-    LassoInfo,
-    blend,
-    cross_validate,
-    lambda_max,
-    lasso,
-    path,
-    relaxed,
+    CrossValidation as CrossValidation,
+    LassoInfo as LassoInfo,
+    blend as blend,
+    cross_validate as cross_validate,
+    lambda_max as lambda_max,
+    lasso as lasso,
+    path as path,
+    relaxed as relaxed,
 )
-
-__all__ = ["CrossValidation", "LassoInfo", "blend", "cross_validate", "lambda_max", "lasso", "path", "relaxed"]

@@ -21,7 +21,7 @@ from jaxtyping import Array
 
 from jaxsae import codes
 from jaxsae._core import chunking
-from jaxsae._core.linalg import divide, matmul, max_or_nan, power_of_two, residual, squared_norm
+from jaxsae._core.linalg import divide, matmul, max_or_nan, power_of_two, residual, sq_spectral_norm
 from jaxsae.codes import SparseCode
 from jaxsae.least_squares import problems
 from jaxsae.least_squares.solvers import POWER_STEPS, FISTAState, fista_start, fista_step
@@ -310,7 +310,7 @@ def _descend_from(row: _Row, tol, most, lam, arrival: Solution) -> Solution:
     kkt, gap = (jnp.where(usable, x, 1) for x in (arrival.kkt, arrival.gap))
     given = jnp.where(usable, arrival.values, 0)
     start, r_start = SparseCode(given, arrival.indices, len(D)).dense(), residual(y, given, _take(D, arrival.indices))
-    curvature = squared_norm(D, jnp.max(jnp.abs(D), axis=0), POWER_STEPS)
+    curvature = sq_spectral_norm(D, jnp.max(jnp.abs(D), axis=0), POWER_STEPS)
 
     def residual_at(z):
         return r_start - matmul(z - start, D)

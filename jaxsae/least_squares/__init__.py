@@ -7,24 +7,13 @@ they leave, `certificate` judges the result by independent arithmetic, `implicit
 it all in one fused kernel where that was measured to be faster.
 """
 
-from jaxsae.least_squares import kernels, solvers
-from jaxsae.least_squares.certificate import Certificate, certify
-from jaxsae.least_squares.problems import Dictionary
-from jaxsae.least_squares.refit import RefitInfo, Status, check, refit
-from jaxsae.least_squares.solvers import FISTA, BlockPivoting, ConjugateGradient, ProjectedGradient
-
-__all__ = [
-    "FISTA",
-    "BlockPivoting",
-    "Certificate",
-    "ConjugateGradient",
-    "Dictionary",
-    "ProjectedGradient",
-    "RefitInfo",
-    "Status",
-    "certify",
-    "check",
-    "kernels",
-    "refit",
-    "solvers",
-]
+from jaxsae.least_squares import kernels as kernels, solvers as solvers
+from jaxsae.least_squares.certificate import Certificate as Certificate, certify as certify
+from jaxsae.least_squares.problems import Dictionary as Dictionary
+from jaxsae.least_squares.refit import RefitInfo as RefitInfo, Status as Status, check as check, refit as refit
+from jaxsae.least_squares.solvers import (
+    FISTA as FISTA,
+    BlockPivoting as BlockPivoting,
+    ConjugateGradient as ConjugateGradient,
+    ProjectedGradient as ProjectedGradient,
+)

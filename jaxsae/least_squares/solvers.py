@@ -18,8 +18,7 @@ from jaxtyping import Array, Float
 
 from jaxsae import sharding
 from jaxsae._core import pytrees
-from jaxsae._core.linalg import divide, max_or_nan, power_iteration, solve_on
-from jaxsae._core.linalg import matmul as _matvec
+from jaxsae._core.linalg import divide, matmul as _matvec, max_or_nan, power_iteration, solve_on
 
 __all__ = [
     "FISTA",

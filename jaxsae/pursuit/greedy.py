@@ -13,27 +13,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsae._core.linalg import EXACT, divide, matmul
+from jaxsae._core.linalg import EXACT, divide, matmul, sq_norm
 from jaxsae.codes import SparseCode
 from jaxsae.least_squares.refit import RefitInfo
-from jaxsae.pursuit.selection import (
-    Chosen,
-    Method,
-    Problem,
-    by_chunks,
-    empty,
-    invert,
-    largest,
-    line_search,
-    pursue,
-    residual,
-    square,
-    take_atoms,
-    takes_another,
-)
-from jaxsae.pursuit.thresholding import cosamp, iht, iti, niht
-
-__all__ = ["cosamp", "gradient_pursuit", "iht", "iti", "matching_pursuit", "niht", "omp"]
+from jaxsae.pursuit import selection
+from jaxsae.pursuit.selection import Chosen, Method, Problem, pursue
 
 _GRAM_BYTES = 4 << 20  # of a Gram matrix that is worth forming: more would not stay in a cache
 
@@ -123,7 +107,7 @@ def _omp(problem: Problem) -> Chosen:
 
         def step(carry: _Greedy) -> _Greedy:
             number, state, basis, coordinates, values, free, indices, running = carry
-            score, at = largest(jnp.where(free, divide(jnp.abs(correlations(state)), norm), 0))
+            score, at = selection.largest(jnp.where(free, divide(jnp.abs(correlations(state)), norm), 0))
             atom = table[at] if part.mask is None else table[at] * part.mask
             w = basis[:, jnp.arange(n), d + at] if precomputed else jnp.sum(basis[:, :, :d] * atom, axis=2)
 
@@ -133,10 +117,10 @@ def _omp(problem: Problem) -> Chosen:
 
             itself = jnp.broadcast_to(jnp.arange(k) == number, (n, k)).astype(y.dtype)
             rest, x = jax.lax.fori_loop(0, number, without, (atom, itself))
-            pivot = square(rest[:, :d])
-            running &= takes_another(part, number, state[:, :d], score)
+            pivot = sq_norm(rest[:, :d])
+            running &= selection.takes_another(part, number, state[:, :d], score)
             # Else it depends on the others, to rounding.
-            running &= pivot > jnp.finfo(y.dtype).eps * square(atom[:, :d])
+            running &= pivot > jnp.finfo(y.dtype).eps * sq_norm(atom[:, :d])
             size = jnp.sqrt(jnp.where(running, pivot, 1))[:, None]
             q, x = (jnp.where(running[:, None], v / size, 0) for v in (rest, x))
             explained = jnp.sum(q[:, :d] * state[:, :d], axis=1, keepdims=True)
@@ -161,7 +145,8 @@ def _omp(problem: Problem) -> Chosen:
         return Chosen(end.values, end.indices, steps, jnp.ones(n, bool))
 
     # With a Gram matrix a step is arithmetic on rows, which XLA spreads over the cores if there are enough of them.
-    return by_chunks(chunk, problem, row_bytes=4 * (k * (width + k) + 2 * m), cpu_rows=512 if precomputed else 256)
+    row_bytes, cpu_rows = 4 * (k * (width + k) + 2 * m), 512 if precomputed else 256
+    return selection.by_chunks(chunk, problem, row_bytes=row_bytes, cpu_rows=cpu_rows)
 
 
 class _Greedy(NamedTuple):
@@ -179,11 +164,7 @@ class _Greedy(NamedTuple):
 
 def _omp_nonnegative(problem: Problem) -> Chosen:
     """Choose by positive correlations, with a refit after each choice."""
-
-    def inverted(part, r, code, slot, score):
-        return invert(part, code)[0]
-
-    return _greedy(problem, inverted)
+    return _greedy(problem, lambda part, r, code, slot, score: selection.invert(part, code)[0])
 
 
 def matching_pursuit(
@@ -286,14 +267,14 @@ def gradient_pursuit(
 
 def _gradient_pursuit(problem: Problem) -> Chosen:
     def one_gradient_step(part, r, code, slot, score):
-        atoms = take_atoms(problem, code)
+        atoms = selection.take_atoms(problem, code)
         gradient = jnp.einsum("nkd,nd->nk", atoms, r, precision=EXACT)
         if not problem.nonnegative:
-            step = line_search(atoms, gradient, r) * gradient
+            step = selection.line_search(atoms, gradient, r) * gradient
         else:
             gradient = jnp.where(code.values > 0, gradient, jnp.maximum(gradient, 0))
-            step = jnp.maximum(code.values + line_search(atoms, gradient, r) * gradient, 0) - code.values
-            step = jnp.clip(line_search(atoms, step, r), 0, 1) * step
+            step = jnp.maximum(code.values + selection.line_search(atoms, gradient, r) * gradient, 0) - code.values
+            step = jnp.clip(selection.line_search(atoms, step, r), 0, 1) * step
         return dataclasses.replace(code, values=code.values + step)
 
     return _greedy(problem, one_gradient_step)
@@ -309,8 +290,8 @@ def _greedy(problem: Problem, revise: Callable) -> Chosen:
         def step(carry):
             number, r, code, steps, running = carry
             correlations = matmul(r, problem.D.T)
-            score, at = largest(correlations if problem.nonnegative else jnp.abs(correlations))
-            running &= takes_another(part, number, r, score)
+            score, at = selection.largest(correlations if problem.nonnegative else jnp.abs(correlations))
+            running &= selection.takes_another(part, number, r, score)
             score = jnp.take_along_axis(correlations, at[:, None], axis=1)[:, 0]
             same = code.indices == at[:, None]
             slot = jnp.where(jnp.any(same, axis=1), jnp.argmax(same, axis=1), jnp.sum(code.mask, axis=1))
@@ -318,10 +299,10 @@ def _greedy(problem: Problem, revise: Callable) -> Chosen:
             code = dataclasses.replace(code, indices=jnp.where(taken, at[:, None], code.indices))
             values = jnp.where(running[:, None], revise(part, r, code, slot, score).values, code.values)
             code = dataclasses.replace(code, values=values)
-            return number + 1, residual(part, code), code, steps + running, running
+            return number + 1, selection.residual(part, code), code, steps + running, running
 
-        start = jnp.int32(0), part.y, empty(part), jnp.zeros(n, jnp.int32), jnp.ones(n, bool)
+        start = jnp.int32(0), part.y, selection.empty(part), jnp.zeros(n, jnp.int32), jnp.ones(n, bool)
         _, _, code, steps, _ = jax.lax.while_loop(lambda carry: (carry[0] < k) & jnp.any(carry[-1]), step, start)
         return Chosen(code.values, code.indices, steps, jnp.ones(n, bool))
 
-    return by_chunks(chunk, problem, row_bytes=4 * (2 * m + 2 * k * d))
+    return selection.by_chunks(chunk, problem, row_bytes=4 * (2 * m + 2 * k * d))

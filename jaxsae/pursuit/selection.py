@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxsae._core import chunking, pytrees
-from jaxsae._core.linalg import EXACT, divide
+from jaxsae._core.linalg import EXACT, divide, sq_norm
 from jaxsae.codes import SparseCode, decode, from_dense
 from jaxsae.least_squares import problems
 from jaxsae.least_squares.refit import RefitInfo, Status, refit
@@ -206,7 +206,7 @@ def take_atoms(problem: Problem, code: SparseCode) -> Array:
 def line_search(atoms: Array, direction: Array, r: Array) -> Array:
     """How far `[n 1]` to go along a direction of values `[n k]` for the least residual."""
     moved = jnp.einsum("nk,nkd->nd", direction, atoms, precision=EXACT)
-    return divide(jnp.sum(moved * r, axis=1), square(moved))[:, None]
+    return divide(jnp.sum(moved * r, axis=1), sq_norm(moved))[:, None]
 
 
 def choose(where: Array, a: Any, b: Any) -> Any:
@@ -222,14 +222,9 @@ def largest(x: Array) -> tuple[Array, Array]:
     return most, jnp.min(jnp.where(x == most[:, None], jnp.arange(m), m - 1), axis=1).astype(jnp.int32)
 
 
-def square(x: Array) -> Array:
-    """`‖x‖²` of each row."""
-    return jnp.sum(x * x, axis=1)
-
-
 def takes_another(problem: Problem, number: Array, r: Array, score: Array) -> Array:
     """Which rows take another atom, by their residual, its largest correlation, and the number that they may have."""
-    return (score > rounding(r)) & (square(r) > problem.tol**2) & (number < problem.max_atoms)
+    return (score > rounding(r)) & (sq_norm(r) > problem.tol**2) & (number < problem.max_atoms)
 
 
 def rounding(y: Array) -> float:

@@ -11,24 +11,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxsae._core.linalg import EXACT, divide, matmul, squared_norm
+from jaxsae._core.linalg import EXACT, divide, matmul, sq_norm, sq_spectral_norm
 from jaxsae.codes import SparseCode
 from jaxsae.least_squares.refit import RefitInfo
-from jaxsae.pursuit.selection import (
-    Chosen,
-    Method,
-    Problem,
-    by_chunks,
-    choose,
-    empty,
-    invert,
-    keep,
-    line_search,
-    pursue,
-    residual,
-    square,
-    take_atoms,
-)
+from jaxsae.pursuit import selection
+from jaxsae.pursuit.selection import Chosen, Method, Problem, pursue
 
 _SETTLED = 1e-5  # a row that moves less than this, relative to `‖y‖`, has ended
 
@@ -96,9 +83,9 @@ def _iti(problem: Problem) -> Chosen:
         threshold = 0.0
         if alpha is not None:
             rate = alpha if problem.nonnegative else alpha / 2
-            sigma = jnp.sqrt(square(r) / r.shape[1])[:, None]
+            sigma = jnp.sqrt(sq_norm(r) / r.shape[1])[:, None]
             threshold = -relaxation * sigma * jax.scipy.special.ndtri(rate)
-        return invert(part, keep(part, moved, threshold))
+        return selection.invert(part, selection.keep(part, moved, threshold))
 
     return _iterate(problem, step)
 
@@ -155,11 +142,11 @@ def _iht(problem: Problem) -> Chosen:
     if relaxation is None:
         # Power iteration sees the norm from below: a little more of it is on the safe side.
         start = jnp.ones(problem.D.shape[1], problem.D.dtype)
-        relaxation = divide(1.0, 1.05 * squared_norm(problem.D, start, 50))
+        relaxation = divide(1.0, 1.05 * sq_spectral_norm(problem.D, start, 50))
 
     def step(part, r, code):
-        code = keep(part, code.dense() + relaxation * matmul(r, problem.D.T))
-        return code, residual(part, code)
+        code = selection.keep(part, code.dense() + relaxation * matmul(r, problem.D.T))
+        return code, selection.residual(part, code)
 
     return _iterate(problem, step)
 
@@ -214,20 +201,20 @@ def _niht(problem: Problem) -> Chosen:
     def step(part, r, code):
         z, gradient = code.dense(), matmul(r, problem.D.T)
         # The first support is that of the largest correlations.
-        start = keep(part, gradient)
+        start = selection.keep(part, gradient)
         indices = jnp.where(jnp.any(code.mask, axis=1, keepdims=True), code.indices, start.indices)
         support = dataclasses.replace(code, indices=indices)
-        atoms = take_atoms(problem, support)
-        size = line_search(atoms, jnp.einsum("nkd,nd->nk", atoms, r, precision=EXACT), r)
+        atoms = selection.take_atoms(problem, support)
+        size = selection.line_search(atoms, jnp.einsum("nkd,nd->nk", atoms, r, precision=EXACT), r)
 
         def ahead(size):
-            moved = keep(part, z + size * gradient)
-            return moved, residual(part, moved)
+            moved = selection.keep(part, z + size * gradient)
+            return moved, selection.residual(part, moved)
 
         def too_long(size):
             moved, left = ahead(size)
             stays = jnp.all(jnp.any(moved.indices[:, :, None] == indices[:, None, :], axis=2) | ~moved.mask, axis=1)
-            bound = 0.99 * divide(square(moved.dense() - z), square(left - r))
+            bound = 0.99 * divide(sq_norm(moved.dense() - z), sq_norm(left - r))
             return ~stays[:, None] & (size > bound[:, None]) & (bound[:, None] > 0)
 
         def shorten(carry):
@@ -290,13 +277,13 @@ def _cosamp(problem: Problem) -> Chosen:
     m = len(problem.D)
 
     def step(part, r, code):
-        joined = keep(part, matmul(r, problem.D.T), times=2)
+        joined = selection.keep(part, matmul(r, problem.D.T), times=2)
         known = jnp.any(joined.indices[:, :, None] == code.indices[:, None, :], axis=2)
         indices = jnp.concatenate([code.indices, jnp.where(known, m, joined.indices)], axis=1)
         values = jnp.concatenate([code.values, jnp.zeros_like(joined.values)], axis=1)
-        merged, _ = invert(part, SparseCode(values, indices, m))
-        code = keep(part, merged.dense())
-        return code, residual(part, code)
+        merged, _ = selection.invert(part, SparseCode(values, indices, m))
+        code = selection.keep(part, merged.dense())
+        return code, selection.residual(part, code)
 
     return _iterate(problem, step)
 
@@ -310,22 +297,22 @@ def _iterate(problem: Problem, step: Callable) -> Chosen:
 
         def body(carry: _Iteration) -> _Iteration:
             code, r = step(part, carry.r, carry.code)
-            code, r = choose(carry.running, (code, r), (carry.code, carry.r))
-            better = square(r) < square(carry.best_r)
-            best, best_r = choose(better, (code, r), (carry.best, carry.best_r))
-            moves = square(r - carry.r) > _SETTLED**2
+            code, r = selection.choose(carry.running, (code, r), (carry.code, carry.r))
+            better = sq_norm(r) < sq_norm(carry.best_r)
+            best, best_r = selection.choose(better, (code, r), (carry.best, carry.best_r))
+            moves = sq_norm(r - carry.r) > _SETTLED**2
             steps = carry.steps + carry.running
-            running = carry.running & moves & (square(r) > tol**2) & (steps < problem.options["max_steps"])
+            running = carry.running & moves & (sq_norm(r) > tol**2) & (steps < problem.options["max_steps"])
             return _Iteration(code, r, best, best_r, steps, running, carry.ended | (carry.running & ~moves))
 
-        code = empty(part)
-        running = square(y) > tol**2
+        code = selection.empty(part)
+        running = sq_norm(y) > tol**2
         start = _Iteration(code, y, code, y, jnp.zeros(len(y), jnp.int32), running, ~running)
         end = jax.lax.while_loop(lambda carry: jnp.any(carry.running), body, start)
-        ended = end.ended | (square(end.r) <= tol**2)
+        ended = end.ended | (sq_norm(end.r) <= tol**2)
         return Chosen(end.best.values, end.best.indices, end.steps, ended)
 
-    return by_chunks(chunk, problem, row_bytes=4 * (6 * m + 8 * k * d))
+    return selection.by_chunks(chunk, problem, row_bytes=4 * (6 * m + 8 * k * d))
 
 
 class _Iteration(NamedTuple):

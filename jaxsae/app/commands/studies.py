@@ -42,8 +42,7 @@ def study(
         seed: of initialisation, shuffles and patches.
         json: print the report as one JSON object.
     """
-    from jaxsae.app import plots
-    from jaxsae.app import study as job
+    from jaxsae.app import plots, study as job
 
     if data is not None and model is not None:
         raise InputError("got --data and --model; pass one of them.")

@@ -83,8 +83,7 @@ def harvest(
 def _read(model: str, text: tuple[Path, ...], tokens: int | None, context: int):
     """A language model, and text as its tokens; warns of what is wrong with that."""
     from jaxsae import language_model
-    from jaxsae.language_model import files
-    from jaxsae.language_model import harvest as job
+    from jaxsae.language_model import files, harvest as job
 
     packed = job.pack(text or job.standard_library(), files.read_tokenizer(model), context=context, tokens=tokens)
     if packed.replaced:

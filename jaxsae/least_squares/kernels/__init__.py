@@ -9,6 +9,9 @@
 `codes.scatter_add`, and so encoders and training, run the same two kernels.
 """
 
-from jaxsae.least_squares.kernels.ops import gather_decode, gather_gram, refit_fused, scatter_rows
-
-__all__ = ["gather_decode", "gather_gram", "refit_fused", "scatter_rows"]
+from jaxsae.least_squares.kernels.ops import (
+    gather_decode as gather_decode,
+    gather_gram as gather_gram,
+    refit_fused as refit_fused,
+    scatter_rows as scatter_rows,
+)

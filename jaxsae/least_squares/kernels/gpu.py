@@ -18,7 +18,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxsae._core.linalg import EXACT, divide
 from jaxsae.least_squares import problems
 from jaxsae.least_squares.kernels import fista
-from jaxsae.least_squares.kernels.shapes import like
+from jaxsae.sharding import varying_as
 
 _TILE = 128  # most rows and columns of a Gram matrix that one program holds
 
@@ -83,7 +83,7 @@ def _call(kernel, grid, inputs, out_shape, *, warps: int, stages: int, interpret
     return pl.pallas_call(
         kernel,
         grid=grid,
-        out_shape=[like(inputs, shape, dtype) for shape, dtype in out_shape],
+        out_shape=[varying_as(inputs, shape, dtype) for shape, dtype in out_shape],
         compiler_params=None if interpret else plgpu.CompilerParams(num_warps=warps, num_stages=stages),
         interpret=bool(interpret),
         name=name,
@@ -218,7 +218,7 @@ def solve(
 
 
 def scatter_sorted(latents, rows, left, right, *, m: int, block: int = 256, warps: int = 4, interpret: Any = False):
-    """`[m d]`, the sum of `left · right[row]` over the places of each latent; as of `reference.scatter_sorted`.
+    """`[m d]`, the sum of `left · right[row]` over the places of each latent.
 
     The program at the first place of a latent sums all of them and writes one row: no atomics, one order.
     """

@@ -11,18 +11,19 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxsae._core.linalg import EXACT
 
 LANES = 128
-_VMEM = 54 << 20  # bytes that a kernel may plan with; v5e, v5p and v6e have at least 64 MiB a core
-_SMEM = 1 << 19
+VMEM = 54 << 20  # bytes that a kernel may plan with; v5e, v5p and v6e have at least 64 MiB a core
+SMEM = 1 << 19
 
 
-def _up(n: int, to: int) -> int:
+def round_up(n: int, to: int) -> int:
+    """The next multiple of a number."""
     return math.ceil(n / to) * to
 
 
-class _Fetch:
+class Fetch:
     """Rows of an array `[n d]` in HBM, into buffers of two slots in VMEM."""
 
-    def __init__(self, source, buffers, semaphores):
+    def __init__(self, source, buffers, semaphores):  # noqa: D107
         self.packed = source.dtype in (jnp.bfloat16, jnp.int32)
         self.source = source.bitcast(jnp.int32) if source.dtype == jnp.bfloat16 else source
         self.count = self.source.shape[0] * (2 if self.packed else 1)
@@ -42,7 +43,7 @@ class _Fetch:
         return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def _viewed(x, interpret: Any):
+def viewed(x, interpret: Any):
     """An array as the kernel gets it: the interpreter cannot look at a reference as of another dtype."""
     if not interpret or x.dtype != jnp.bfloat16:
         return x
@@ -50,11 +51,12 @@ def _viewed(x, interpret: Any):
     return jax.lax.bitcast_convert_type(pairs, jnp.int32)
 
 
-def _buffer(dtype) -> Any:
+def buffer_dtype(dtype) -> Any:
+    """The dtype in which rows arrive."""
     return jnp.int32 if dtype == jnp.bfloat16 else dtype
 
 
-def _each(count, f) -> None:
+def for_each(count, f) -> None:
     """Run `f(i)` for `i < count`."""
 
     def body(i, carry):
@@ -64,7 +66,7 @@ def _each(count, f) -> None:
     jax.lax.fori_loop(0, count, body, 0)
 
 
-def _pipeline(groups: int, each, work) -> None:
+def pipeline(groups: int, each, work) -> None:
     """Start the copies of the next group, wait for this one's, and work on it, for each group in turn.
 
     Args:
@@ -84,45 +86,46 @@ def _pipeline(groups: int, each, work) -> None:
         each(group, slot, lambda copy: copy.wait())
         work(group, slot)
 
-    _each(groups, body)
+    for_each(groups, body)
 
 
-def _params(vmem: int):
+def params(vmem: int):
+    """The compiler's parameters for a kernel that needs so many bytes of VMEM."""
     return pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=max(16 << 20, vmem + (8 << 20)))
 
 
-def _check(D, vmem: int, smem: int, *, y: Any = None) -> None:
+def check(D, vmem: int, smem: int, *, y: Any = None) -> None:
     """Raise if a kernel does not apply."""
     for x in (D,) if y is None else (D, y):
         if x.dtype not in (jnp.float32, jnp.bfloat16):
             raise NotImplementedError(f"the TPU kernels take float32 and bfloat16, not {x.dtype}")
     if D.dtype == jnp.bfloat16 and D.shape[0] % 2:
         raise NotImplementedError(f"the TPU kernels read bfloat16 atoms in pairs, and {D.shape[0]} is odd")
-    if vmem > _VMEM or smem > _SMEM:
+    if vmem > VMEM or smem > SMEM:
         raise NotImplementedError(f"the kernel would need {vmem} bytes of VMEM and {smem} of SMEM")
 
 
-class _Group:
+class Group:
     """Samples whose atoms lie one below the other in a buffer, so that one product fills the MXU.
 
     `P` samples of `kp` rows each; then `P` targets, in `8` rows.
     """
 
-    def __init__(self, k: int, most: int = 8):
-        self.k, self.kp = k, _up(k, 8)
+    def __init__(self, k: int, most: int = 8):  # noqa: D107
+        self.k, self.kp = k, round_up(k, 8)
         self.P = max(1, min(most, LANES // self.kp))
         self.R = self.P * self.kp
 
     def vmem(self, d: int) -> int:
-        """Bytes of `workspace_bytes`, and of the values that a product keeps beside it."""
-        return (4 * self.R + 40) * _up(d, LANES) * 4 + 4 * (self.R + 8) * _up(self.R, LANES) * 4
+        """Bytes of `scratch_shapes`, and of the values that a product keeps beside it."""
+        return (4 * self.R + 40) * round_up(d, LANES) * 4 + 4 * (self.R + 8) * round_up(self.R, LANES) * 4
 
-    def workspace_bytes(self, D, y):
+    def scratch_shapes(self, D, y):
         """Two slots of atoms and of targets, a buffer in float32, and their semaphores."""
         d = D.shape[1]
         return [
-            pltpu.VMEM((2, self.R, d), _buffer(D.dtype)),
-            pltpu.VMEM((2, 8, d), _buffer(y.dtype)),
+            pltpu.VMEM((2, self.R, d), buffer_dtype(D.dtype)),
+            pltpu.VMEM((2, 8, d), buffer_dtype(y.dtype)),
             pltpu.VMEM((self.R + 8, d), jnp.float32),
             pltpu.SemaphoreType.DMA((2,)),
             pltpu.SemaphoreType.DMA((2,)),
@@ -134,7 +137,7 @@ class _Group:
         Args:
           D_ref: the dictionary, in HBM.
           y_ref: targets, in HBM.
-          buffers: as of `workspace_bytes`.
+          buffers: as of `scratch_shapes`.
           sample: `(group, p) -> ` the number of a sample in the block.
           first_row: the block's first row of `y`.
           index: `(sample, i) -> ` the index of its slot `i`.
@@ -143,7 +146,7 @@ class _Group:
           scale: `sample -> ` what to multiply its target by.
         """
         atoms_buffer, y_buffer, work, atoms_sem, y_sem = buffers
-        atoms, targets = _Fetch(D_ref, atoms_buffer, atoms_sem), _Fetch(y_ref, y_buffer, y_sem)
+        atoms, targets = Fetch(D_ref, atoms_buffer, atoms_sem), Fetch(y_ref, y_buffer, y_sem)
 
         def each(group, slot, act):
             for p in range(self.P):
@@ -156,7 +159,7 @@ class _Group:
                     def _():
                         act(atoms.copy(row, p * self.kp + i, slot))
 
-                _each(self.k, one)
+                for_each(self.k, one)
 
                 @pl.when(first_row + at < targets.count)
                 def _(p=p, at=at):
@@ -171,7 +174,7 @@ class _Group:
                         place = p * self.kp + i
                         work[pl.ds(place, 1), :] = atoms.read(index(at, i), place, slot)
 
-                    _each(self.k, one)
+                    for_each(self.k, one)
                 target = targets.read(first_row + at, p, slot)
                 work[pl.ds(self.R + p, 1), :] = target if scale is None else target * scale(at)
             if not atoms.packed:
@@ -185,4 +188,4 @@ class _Group:
                 ),
             )
 
-        _pipeline(groups, each, multiply)
+        pipeline(groups, each, multiply)

@@ -20,22 +20,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxsae._core.linalg import divide
 from jaxsae.least_squares import problems
-from jaxsae.least_squares.kernels import fista
-from jaxsae.least_squares.kernels.mosaic import (
-    _SMEM,
-    _VMEM,
-    LANES,
-    _buffer,
-    _check,
-    _each,
-    _Fetch,
-    _Group,
-    _params,
-    _pipeline,
-    _up,
-    _viewed,
-)
-from jaxsae.least_squares.kernels.shapes import like
+from jaxsae.least_squares.kernels import fista, mosaic
+from jaxsae.least_squares.kernels.mosaic import LANES, for_each, round_up
+from jaxsae.sharding import varying_as
 
 _HBM = pl.BlockSpec(memory_space=pl.ANY)
 _total, _largest = (functools.partial(f, axis=0, keepdims=True) for f in (jnp.sum, jnp.max))  # over slots
@@ -49,17 +36,17 @@ def _scalars(samples: int, k: int) -> pl.BlockSpec:
 def gather_gram(D, indices, y, *, samples: int = 32, interpret: Any = False):
     """`G [n k k]` and `c [n k]` of `n` rows; slots that are not in use hold what is to be masked."""
     (n, k), (m, d), y = indices.shape, D.shape, _even(y)
-    group = _Group(k)
+    group = mosaic.Group(k)
     least = math.lcm(8, group.P)
-    samples = _up(min(samples, n), least)
+    samples = round_up(min(samples, n), least)
 
     def needed(samples):
-        return group.vmem(d) + 2 * samples * (group.kp + 8) * _up(k, LANES) * 4
+        return group.vmem(d) + 2 * samples * (group.kp + 8) * round_up(k, LANES) * 4
 
-    while samples > least and needed(samples) > _VMEM // 2:
-        samples = _up(samples // 2, least)
-    _check(D, needed(samples), 2 * samples * _up(k, LANES) * 4, y=y)
-    n_padded = _up(n, samples)
+    while samples > least and needed(samples) > mosaic.VMEM // 2:
+        samples = round_up(samples // 2, least)
+    mosaic.check(D, needed(samples), 2 * samples * round_up(k, LANES) * 4, y=y)
+    n_padded = round_up(n, samples)
 
     def kernel(indices_ref, D_ref, y_ref, gram_ref, c_ref, *buffers):
         def emit(g, products):
@@ -82,31 +69,28 @@ def gather_gram(D, indices, y, *, samples: int = 32, interpret: Any = False):
         grid=(n_padded // samples,),
         in_specs=[_scalars(samples, k), _HBM, _HBM],
         out_specs=[pl.BlockSpec((samples, k, k), lambda i: (i, 0, 0)), pl.BlockSpec((samples, k), lambda i: (i, 0))],
-        out_shape=[
-            like((indices, D, y), (n_padded, k, k), jnp.float32),
-            like((indices, D, y), (n_padded, k), jnp.float32),
-        ],
-        scratch_shapes=group.workspace_bytes(D, y),
-        compiler_params=_params(needed(samples)),
+        out_shape=[varying_as((indices, D, y), (n_padded, *shape), jnp.float32) for shape in ((k, k), (k,))],
+        scratch_shapes=group.scratch_shapes(D, y),
+        compiler_params=mosaic.params(needed(samples)),
         interpret=interpret,
         name="gather_gram",
-    )(_pad(indices, n_padded, m), _viewed(D, interpret), _viewed(y, interpret))
+    )(_pad(indices, n_padded, m), mosaic.viewed(D, interpret), mosaic.viewed(y, interpret))
     return G[:n], c[:n]
 
 
 def gather_decode(D, indices, values, *, samples: int = 128, interpret: Any = False):
     """`Σᵢ valuesᵢ D[indicesᵢ]` `[n d]` in float32; slots that are not in use count nothing, whatever their value."""
     (n, k), (m, d) = indices.shape, D.shape
-    kp, wide, width = _up(k, 8), _up(d, LANES), _up(k, LANES)
-    samples = min(_up(n, 8), samples)
-    while samples > 8 and (8 * samples * wide > _VMEM // 2 or 4 * samples * width * 4 > _SMEM):
-        samples = _up(samples // 2, 8)
+    kp, wide, width = round_up(k, 8), round_up(d, LANES), round_up(k, LANES)
+    samples = min(round_up(n, 8), samples)
+    while samples > 8 and (8 * samples * wide > mosaic.VMEM // 2 or 4 * samples * width * 4 > mosaic.SMEM):
+        samples = round_up(samples // 2, 8)
     vmem = (3 * kp * wide + 2 * samples * wide) * 4
-    _check(D, vmem, 4 * samples * width * 4)
-    n_padded = _up(n, samples)
+    mosaic.check(D, vmem, 4 * samples * width * 4)
+    n_padded = round_up(n, samples)
 
     def kernel(indices_ref, values_ref, D_ref, out_ref, buffer, semaphores):
-        atoms = _Fetch(D_ref, buffer, semaphores)
+        atoms = mosaic.Fetch(D_ref, buffer, semaphores)
         row_of = jax.lax.broadcasted_iota(jnp.int32, (8, 1), 0)
 
         def used(at, i):
@@ -119,9 +103,9 @@ def gather_decode(D, indices, values, *, samples: int = 128, interpret: Any = Fa
                 def _():
                     act(atoms.copy(indices_ref[at, i], i, slot))
 
-            _each(k, one)
+            for_each(k, one)
 
-        def combine(at, slot):
+        def decode(at, slot):
             def eight(tile, total):
                 # Eight rows of the buffer at a time: a column of their values, which are scalars.
                 column, on = jnp.zeros((8, 1), jnp.float32), jnp.zeros((8, 1), jnp.int32)
@@ -141,19 +125,19 @@ def gather_decode(D, indices, values, *, samples: int = 128, interpret: Any = Fa
             total = jax.lax.fori_loop(0, kp // 8, eight, jnp.zeros((8, d), jnp.float32))
             out_ref[pl.ds(at, 1), :] = jnp.sum(total, axis=0, keepdims=True)
 
-        _pipeline(samples, each, combine)
+        mosaic.pipeline(samples, each, decode)
 
     out = pl.pallas_call(
         kernel,
         grid=(n_padded // samples,),
         in_specs=[_scalars(samples, k), _scalars(samples, k), _HBM],
         out_specs=pl.BlockSpec((samples, d), lambda i: (i, 0)),
-        out_shape=like((indices, values, D), (n_padded, d), jnp.float32),
-        scratch_shapes=[pltpu.VMEM((2, kp, d), _buffer(D.dtype)), pltpu.SemaphoreType.DMA((2,))],
-        compiler_params=_params(vmem),
+        out_shape=varying_as((indices, values, D), (n_padded, d), jnp.float32),
+        scratch_shapes=[pltpu.VMEM((2, kp, d), mosaic.buffer_dtype(D.dtype)), pltpu.SemaphoreType.DMA((2,))],
+        compiler_params=mosaic.params(vmem),
         interpret=interpret,
         name="gather_decode",
-    )(_pad(indices, n_padded, m), _pad(values.astype(jnp.float32), n_padded, 0), _viewed(D, interpret))
+    )(_pad(indices, n_padded, m), _pad(values.astype(jnp.float32), n_padded, 0), mosaic.viewed(D, interpret))
     return out[:n]
 
 
@@ -168,7 +152,7 @@ class _Block(NamedTuple):
         """Row `r` of all groups' products, turned: `[R 128]`."""
         return self.products[pl.ds(r, LANES, stride=R + 8), :].T[:R]
 
-    def turn(self, group: _Group) -> None:
+    def turn(self, group: mosaic.Group) -> None:
         """Turn the Gram matrices so that rows lie in lanes, and their diagonals into `vector`."""
         kp = group.kp
         self.vector[...] = jnp.zeros_like(self.vector)
@@ -180,7 +164,7 @@ class _Block(NamedTuple):
                 self.gram[p, pl.ds(i, 1)] = turned[None]
                 self.vector[p] = jnp.where(slot == i, turned, self.vector[p])
 
-            _each(kp, one)
+            for_each(kp, one)
 
     def normalise(self, p: int, on, norm, ridge):
         """Give the Gram matrices with their ridge ones on the diagonal; return the squared norms of their columns."""
@@ -219,9 +203,9 @@ class _Block(NamedTuple):
 
 def _solve_block(
     indices_ref, scale_ref, numbers_ref, limit_ref, D_ref, y_ref, used_ref, norm_ref, z0_ref,
-    x_ref, square_ref, kkt_ref, steps_ref, usable_ref, *workspace_bytes, group: _Group, nonnegative: bool,
+    x_ref, square_ref, kkt_ref, steps_ref, usable_ref, *scratch, group: mosaic.Group, nonnegative: bool,
 ):  # fmt: skip
-    (*buffers, products, gram, vector), (k, kp, P, R) = workspace_bytes, (group.k, group.kp, group.P, group.R)
+    (*buffers, products, gram, vector), (k, kp, P, R) = scratch, (group.k, group.kp, group.P, group.R)
     ridge, tol = numbers_ref[0, 0], numbers_ref[0, 1]
     block = _Block(products, gram, vector)
 
@@ -264,15 +248,15 @@ def solve(D, indices, y, y_scale, y_norm, z0, ridge, tol, most, *, nonnegative: 
     is `k²` multiplications for 128 rows at once.
     """
     (n, k), (m, d), y = indices.shape, D.shape, _even(y)
-    group = _Group(k, most=4)
+    group = mosaic.Group(k, most=4)
     P, kp, R = group.P, group.kp, group.R
     if k > LANES:
         raise NotImplementedError(f"the Gram matrices of 128 rows of {k} atoms do not fit into VMEM; at most 128 do")
     samples, height = P * LANES, R + 8
     turned = P * kp * kp * LANES * 4
     vmem = group.vmem(d) + height * LANES * LANES * 4 + turned + 10 * samples * LANES * 4 + 16 * kp * LANES * 4
-    _check(D, vmem, 2 * samples * LANES * 4, y=y)
-    n_padded = _up(n, samples)
+    mosaic.check(D, vmem, 2 * samples * LANES * 4, y=y)
+    n_padded = round_up(n, samples)
     numbers = jnp.stack([jnp.asarray(x, jnp.float32) for x in (ridge, tol)])[None]
     limit = jnp.asarray(most, jnp.int32).reshape(1, 1)
     blocks = n_padded // samples
@@ -284,8 +268,8 @@ def solve(D, indices, y, y_scale, y_norm, z0, ridge, tol, most, *, nonnegative: 
     number = pl.BlockSpec((1, P, LANES), lambda i: (i, 0, 0))
     scalars = pl.BlockSpec(memory_space=pltpu.SMEM)
     inputs = (
-        indices, divide(1.0, y_scale).reshape(blocks, 1, samples), numbers, limit,
-        _viewed(D, interpret), _viewed(y, interpret), used, y_norm.reshape(blocks, P, LANES), _pad(z0, n_padded, 0),
+        indices, divide(1.0, y_scale).reshape(blocks, 1, samples), numbers, limit, mosaic.viewed(D, interpret),
+        mosaic.viewed(y, interpret), used, y_norm.reshape(blocks, P, LANES), _pad(z0, n_padded, 0),
     )  # fmt: skip
     x, square, kkt, steps, usable = pl.pallas_call(
         functools.partial(_solve_block, group=group, nonnegative=nonnegative),
@@ -297,17 +281,17 @@ def solve(D, indices, y, y_scale, y_norm, z0, ridge, tol, most, *, nonnegative: 
         ],
         out_specs=[row_wise, row_wise, number, number, number],
         out_shape=[
-            *(like(inputs, (n_padded, k), jnp.float32),) * 2,
-            like(inputs, (blocks, P, LANES), jnp.float32),
-            *(like(inputs, (blocks, P, LANES), jnp.int32),) * 2,
+            *(varying_as(inputs, (n_padded, k), jnp.float32),) * 2,
+            varying_as(inputs, (blocks, P, LANES), jnp.float32),
+            *(varying_as(inputs, (blocks, P, LANES), jnp.int32),) * 2,
         ],
         scratch_shapes=[
-            *group.workspace_bytes(D, y),
+            *group.scratch_shapes(D, y),
             pltpu.VMEM((height * LANES, LANES), jnp.float32),
             pltpu.VMEM((P, kp, kp, LANES), jnp.float32),
             pltpu.VMEM((P, kp, LANES), jnp.float32),
         ],
-        compiler_params=_params(vmem),
+        compiler_params=mosaic.params(vmem),
         interpret=interpret,
         name="refit_fused",
     )(*inputs)
@@ -393,17 +377,17 @@ def _scatter_block(
                 for j in range(r):
                     sums[place] += left_ref[j, at] * buffer[slot, e, pl.ds(j, 1), :]
 
-    _pipeline(entries // 8, each, add)
+    mosaic.pipeline(entries // 8, each, add)
 
     @pl.when(pl.program_id(0) == pl.num_programs(0) - 1)
     def _():
         flush()
         first = jnp.maximum(state[started] - _RING + 1, 0)
-        _each(state[started] - first, lambda i: write(first + i).wait())
+        for_each(state[started] - first, lambda i: write(first + i).wait())
 
 
 def scatter_sorted(latents, rows, left, right, *, m: int, entries: int = 256, interpret: Any = False):
-    """`[m d]`, the sum of `left · right[row]` over the places of each latent; as of `reference.scatter_sorted`.
+    """`[m d]`, the sum of `left · right[row]` over the places of each latent.
 
     Places come in the order of their latents: a sum stays in VMEM until the latent changes, and is written once, while
     the next one is made. Blocks follow each other on one core, since a latent may span two of them.
@@ -414,20 +398,20 @@ def scatter_sorted(latents, rows, left, right, *, m: int, entries: int = 256, in
     if r > 8:
         raise NotImplementedError(f"the kernel was made for outer products of rank 1 and 2, not {r}")
     right = right.astype(jnp.float32)
-    wide = _up(d, LANES)
+    wide = round_up(d, LANES)
     vmem = (2 * 8 * 8 + 8 * _RING + 16) * wide * 4
-    _check(right, vmem, 0)
-    padded = _up(N, entries)
+    mosaic.check(right, vmem, 0)
+    padded = round_up(N, entries)
     latents, rows = (_pad(x[:, None], padded, value).reshape(1, padded) for x, value in ((latents, m), (rows, 0)))
     left = _pad(left.astype(jnp.float32), padded, 0).T
     block = pl.BlockSpec((1, entries), lambda i: (0, i), memory_space=pltpu.SMEM)
-    params = _params(vmem)
+    params = mosaic.params(vmem)
     return pl.pallas_call(
         _scatter_block,
         grid=(padded // entries,),
         in_specs=[*(block, block), pl.BlockSpec((r, entries), lambda i: (0, i), memory_space=pltpu.SMEM), _HBM, _HBM],
         out_specs=_HBM,
-        out_shape=like((latents, rows, left, right), (m, d), jnp.float32),
+        out_shape=varying_as((latents, rows, left, right), (m, d), jnp.float32),
         scratch_shapes=[
             pltpu.VMEM((2, 8, r, d), jnp.float32),
             pltpu.VMEM((_RING, 1, d), jnp.float32),
