@@ -121,7 +121,7 @@ def top_k(x: Float[Array, "*b m"], k: int) -> tuple[Float[Array, "*b k"], Int[Ar
     if sharding.is_sharded(x.shape[-1]):
         return _top_k_of_all(x, k)
     m, size = x.shape[-1], 1
-    while m % (2 * size) == 0 and k * (2 * size) ** 2 <= m:  # balances the number of groups and of their members
+    while m % (2 * size) == 0 and k * (2 * size) ** 2 <= m:  # balances the number of groups and their size
         size *= 2
     if size < 8:  # measured: fewer gain nothing
         values, indices = jax.lax.top_k(x, k)
@@ -129,13 +129,13 @@ def top_k(x: Float[Array, "*b m"], k: int) -> tuple[Float[Array, "*b k"], Int[Ar
     groups = x.reshape(*x.shape[:-1], m // size, size)
     # `jnp.max` on XLA's CPU backend passes over NaN.
     lowest = jnp.array(-jnp.inf, x.dtype)
-    greatest = jax.lax.reduce(jax.lax.stop_gradient(groups), lowest, _greater, (groups.ndim - 1,))
+    greatest = jax.lax.reduce(jax.lax.stop_gradient(groups), lowest, _max_or_nan, (groups.ndim - 1,))
     # The barrier keeps the maxima in use, without which XLA's CPU backend sorts all of them instead. (A barrier for the
     # pair alone becomes one for the result of the top-k, at which XLA ends the process: seen in jaxlib 0.10.2.)
     _, chosen, _ = jax.lax.optimization_barrier((*jax.lax.top_k(greatest, k), jnp.zeros(())))
     chosen = jnp.sort(chosen, axis=-1)
-    members = jnp.take_along_axis(groups, chosen[..., None], axis=-2).reshape(*x.shape[:-1], k * size)
-    values, at = jax.lax.top_k(members, k)
+    candidates = jnp.take_along_axis(groups, chosen[..., None], axis=-2).reshape(*x.shape[:-1], k * size)
+    values, at = jax.lax.top_k(candidates, k)
     return values, size * jnp.take_along_axis(chosen, at // size, axis=-1) + at % size
 
 
@@ -160,7 +160,7 @@ def _top_k_of_all(x, k: int):
     return sharding.shard_map(here, PartitionSpec(*places), row)(x)
 
 
-def _greater(a, b):
+def _max_or_nan(a, b):
     return jnp.where((a > b) | jnp.isnan(a), a, b)
 
 

@@ -68,7 +68,7 @@ def solve(static: Static, shared, per_row) -> Solution:
     y, y_unit, y_norm = problems.scaled(y.reshape(n, d))
     lams = lams.reshape(n, count)
     valid &= jnp.isfinite(y_unit) & jnp.isfinite(y_norm) & (lams >= 0) & jnp.isfinite(lams)
-    valid &= problems.can_be_written(divide(unit, y_unit))
+    valid &= problems.representable(divide(unit, y_unit))
     lams = jnp.minimum(divide(divide(lams, y_unit), unit), jnp.finfo(y.dtype).max)
     support = None if support is None else support.reshape(n, m)
 

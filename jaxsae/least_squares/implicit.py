@@ -1,21 +1,14 @@
 """The derivative of a refit: implicit, on the active set, without unrolling a solver."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from jaxsae._core import chunking, sparse
 from jaxsae._core.linalg import EXACT, solve_semidefinite
 from jaxsae.least_squares import problems
-
-
-class Cotangents(NamedTuple):
-    """What flows back from the values of a refit."""
-
-    dictionary: Any
-    y: Any
-    ridge: Any
 
 
 def backward(
@@ -30,7 +23,7 @@ def backward(
     nonnegative: bool,
     num_latents: int,
     workspace_bytes: int,
-) -> Cotangents:
+) -> tuple[Any, Array, Array]:
     """The implicit derivative on the active set `F`, the coordinates that the constraint leaves free.
 
     From `G_FF z_F = c_F`, with `u = G_FF⁻¹ z̄_F` and `r = y − Aᵀz`:  `ȳ = Aᵀu`, `Ā = u rᵀ − z (Aᵀu)ᵀ`, `ridge‾ = −uᵀz`.
@@ -48,7 +41,7 @@ def backward(
       workspace_bytes: most bytes that the rows in work may need.
 
     Returns:
-      `Cotangents`.
+      The cotangents of the dictionary, of `y` and of `ridge`.
     """
     k, d = indices.shape[-1], y.shape[-1]
     finite = finite & jnp.isfinite(values_bar).all(-1)
@@ -76,7 +69,7 @@ def backward(
         row_bytes=2 * problems.row_bytes(k, d, ridge.dtype.itemsize),
         workspace_bytes=workspace_bytes,
     )
-    return Cotangents(problems.cotangent(dictionary_bar, dictionary), y_bar.astype(y.dtype), ridge_bar)
+    return problems.cotangent(dictionary_bar, dictionary), y_bar.astype(y.dtype), ridge_bar
 
 
 def _solve_free(G, free, rhs, ridge):

@@ -102,20 +102,14 @@ def problems(dictionary: Any, y: Array, indices: Array, *, num_latents: int, rid
     gram = jnp.where(on[:, :, None] & on[:, None, :], gram, 0)
     c = jnp.where(on, jnp.einsum("nid,nd->ni", atoms, y, precision=EXACT), 0)
     square = jnp.diagonal(gram, axis1=1, axis2=2)
-    norm, units = measure(square, on, y_scale, y_norm, ridge)
+    norm, unit, weight, finite = measure(square, on, y_scale, y_norm, ridge)
     return Problem(
         gram=divide(gram + ridge * jnp.eye(k, dtype=gram.dtype), norm[:, :, None] * norm[:, None, :]),
         c=divide(c, norm * y_norm),
-        **units._asdict(),
+        unit=unit,
+        weight=weight,
+        finite=finite,
     )
-
-
-class Units(NamedTuple):
-    """What makes the problems of `n` rows free of units, and back; as of `Problem`."""
-
-    unit: Array  # [n k]
-    weight: Array  # [n k]
-    finite: Array  # [n]
 
 
 def lengths(square: Array, on: Array, ridge: Array, largest: Callable) -> tuple[Array, Array]:
@@ -124,16 +118,19 @@ def lengths(square: Array, on: Array, ridge: Array, largest: Callable) -> tuple[
     return norm, norm / jnp.sqrt(jnp.maximum(largest(square), 2.0**-60))
 
 
-def measure(square: Array, on: Array, y_scale: Array, y_norm: Array, ridge: Array) -> tuple[Array, Units]:
-    """The norms `[n k]` of atoms with their ridge, and units, from the atoms' squares and what `scaled` returned."""
+def measure(square: Array, on: Array, y_scale: Array, y_norm: Array, ridge: Array) -> tuple[Array, ...]:
+    """The norms `[n k]` of atoms with their ridge, and `unit`, `weight` and `finite` of their `Problem`.
+
+    It takes the atoms' squares and what `scaled` returned.
+    """
     norm, weight = lengths(square, on, ridge, functools.partial(jnp.max, axis=1, keepdims=True, initial=0))
     unit = divide(divide(norm, y_norm), y_scale)
-    determined = can_be_written(unit) & ((unit > 0) | (y_scale == 0)) & jnp.isfinite(y_scale)
-    in_range = ~on | ((square > 2.0**-60) & (square < 2.0**60) & determined)
-    return norm, Units(unit, weight, in_range.all(1) & (ridge >= 0) & (ridge < 2.0**60))
+    well_scaled = representable(unit) & ((unit > 0) | (y_scale == 0)) & jnp.isfinite(y_scale)
+    in_range = ~on | ((square > 2.0**-60) & (square < 2.0**60) & well_scaled)
+    return norm, unit, weight, in_range.all(1) & (ridge >= 0) & (ridge < 2.0**60)
 
 
-def can_be_written(unit: Array) -> Array:
+def representable(unit: Array) -> Array:
     """Whether values `x / unit` are written to rounding, rather than as 0, for `x` of about 1."""
     limits = jnp.finfo(unit.dtype)
     return unit < limits.eps / limits.tiny
@@ -224,14 +221,14 @@ def unit_rows(dictionary: Any, y: Array, indices: Array, *, num_latents: int, ri
     norm = jnp.hypot(length, relative_root)
     unit = norm / y_norm * atom_scale / y_scale
     longest = max_or_nan(length * atom_scale, 1, keepdims=True)
-    determined = can_be_written(unit) & ((unit > 0) | (norm == 0)) & jnp.isfinite(y_scale)
+    well_scaled = representable(unit) & ((unit > 0) | (norm == 0)) & jnp.isfinite(y_scale)
     return UnitRows(
         atoms=divide(atoms, norm[:, :, None]),
         y=y / y_norm,
         ridge=divide(relative_root, norm) ** 2,
         unit=unit,
         weight=divide(norm * atom_scale, longest),
-        finite=determined.all(1) & jnp.isfinite(longest[:, 0]) & (ridge >= 0),
+        finite=well_scaled.all(1) & jnp.isfinite(longest[:, 0]) & (ridge >= 0),
     )
 
 

@@ -158,17 +158,16 @@ def refit(
     if sharding.is_sharded(code.num_latents) and problems.is_array(dictionary):
         values, info = _refit_by_devices(static, solver, dictionary, y, code.indices, code.values, ridge)
         return dataclasses.replace(code, values=values), info
-    arguments = solver, dictionary, y, code.indices, code.values, ridge
-    values, info = _refit(static, *sharding.vary_alike(arguments))
+    shared, per_row = (solver, dictionary, ridge), (y, code.indices, code.values)
+    values, info = _refit(static, *sharding.vary_alike((shared, per_row)))
     return dataclasses.replace(code, values=values), info
 
 
 def _check_solver(solver: solvers.Solver | None) -> None:
     while solver is not None:
-        for what in ("tol", "max_steps"):
-            problems.check_numbers(
-                *(type(solver).__name__, what, getattr(solver, what)), do="a finite number of at least 0"
-            )
+        check = functools.partial(problems.check_numbers, type(solver).__name__, do="a finite number of at least 0")
+        check("tol", solver.tol)
+        check("max_steps", solver.max_steps)
         solver = solver.fallback
 
 
@@ -188,7 +187,7 @@ def _refit_by_devices(static: "_Static", solver, dictionary, y, indices, values,
         slots = jnp.arange(indices.size, dtype=indices.dtype).reshape(indices.shape)
         slots = jnp.where(sparse.used(indices, static.num_latents), slots, indices.size)
         own = static._replace(num_latents=indices.size)
-        return _refit(own, solver, atoms.reshape(-1, atoms.shape[-1]), y, slots, values, ridge)
+        return _refit(own, (solver, atoms.reshape(-1, atoms.shape[-1]), ridge), (y, slots, values))
 
     row, whole = sharding.BOTH, sharding.REPLICATED
     split = sharding.shard_map(here, (whole, sharding.LATENTS, row, row, row, whole), row)
@@ -222,30 +221,21 @@ def check(info_or_code: RefitInfo | SparseCode) -> None:
             )
         return
     status, kkt = np.asarray(info_or_code.status).ravel(), np.asarray(info_or_code.kkt).ravel()
-    nonfinite, unconverged, invalid = (status == x for x in (Status.NONFINITE, Status.MAX_STEPS, Status.INVALID))
-    problems = []
-    if nonfinite.any():
-        problems.append(
-            f"{nonfinite.sum()} of {status.size} rows hold NaN or Inf {_some(nonfinite.nonzero()[0])}; mend them."
-        )
-    if invalid.any():
-        problems.append(
-            f"{invalid.sum()} of {status.size} rows have a ridge or penalty that is negative or not finite "
-            f"{_some(invalid.nonzero()[0])}; pass 0 or more."
-        )
-    if unconverged.any():
-        worst = sorted(unconverged.nonzero()[0], key=lambda row: -kkt[row])
-        problems.append(
-            f"{unconverged.sum()} of {status.size} rows stopped at max_steps {_some(worst)}, the worst at KKT "
-            f"{kkt[worst[0]]:.1e}; raise max_steps or tol."
-        )
-    if problems:
-        raise RuntimeError(" ".join(problems))
-
-
-def _some(row_numbers) -> str:
-    shown = ", ".join(str(row) for row in row_numbers[:5])
-    return f"(rows {shown}{', …' if len(row_numbers) > 5 else ''})"
+    failures = []
+    for kind, what, do in (
+        (Status.NONFINITE, "hold NaN or Inf", "mend them"),
+        (Status.INVALID, "have a ridge or penalty that is negative or not finite", "pass 0 or more"),
+        (Status.MAX_STEPS, "stopped at max_steps", "raise max_steps or tol"),
+    ):
+        rows, worst = np.flatnonzero(status == kind), ""
+        if kind == Status.MAX_STEPS and rows.size:
+            rows = rows[np.argsort(-kkt[rows], kind="stable")]
+            worst = f", the worst at KKT {kkt[rows[0]]:.1e}"
+        shown = ", ".join(map(str, rows[:5])) + ", …" * (rows.size > 5)
+        if rows.size:
+            failures.append(f"{rows.size} of {status.size} rows {what} (rows {shown}){worst}; {do}.")
+    if failures:
+        raise RuntimeError(" ".join(failures))
 
 
 class _Static(NamedTuple):
@@ -345,23 +335,6 @@ def _choose(where, point: _Point, other: _Point) -> _Point:
     return jax.tree.map(lambda a, b: jnp.where(where, a, b), point, other)
 
 
-def _fall_back(solver: solvers.Solver, problem: problems.Problem, x, info: RefitInfo, nonnegative: bool):
-    """Hand on to the fallback what the solver has left, and return where that ends, with the steps of both."""
-    fallback = solver if solver.fallback is None else solver.fallback
-    most = jnp.where(_unsolved(solver, info), fallback.max_steps, 0).astype(jnp.int32)
-    x, _, steps = problems.drive_chain(fallback, problem, x, most, nonnegative)
-    return x, info.steps + steps
-
-
-def _newton_step(at, gram, here: _Point, free) -> _Point:
-    """One Newton step on the free coordinates.
-
-    The rounding of `Gx` is magnified by the condition of `G`, which it may even leave indefinite; that of the residual,
-    by the square root of it.
-    """
-    return at(here.x - jax.vmap(solve_on)(gram, free, here.gradient))
-
-
 def _revise(static: _Static, shared, y, indices, values, x, info: RefitInfo) -> _Outcome:
     """Refit `n` rows for which the solver alone was not enough, and judge them by their residuals.
 
@@ -377,9 +350,15 @@ def _revise(static: _Static, shared, y, indices, values, x, info: RefitInfo) -> 
     start = _choose(usable, given, origin)
 
     problem = problems.products(rows)
-    x, steps = _fall_back(solver, problem, jnp.where(info.steps[:, None] > 0, x, start.x), info, nonnegative)
-    here = at(x)
-    newton = _newton_step(at, problem.gram, here, (x > 0) if nonnegative else rows.unit > 0)
+    fallback = solver if solver.fallback is None else solver.fallback
+    max_steps = jnp.where(_unsolved(solver, info), fallback.max_steps, 0).astype(jnp.int32)
+    x = jnp.where(info.steps[:, None] > 0, x, start.x)
+    x, _, steps = problems.drive_chain(fallback, problem, x, max_steps, nonnegative)
+    here, steps = at(x), info.steps + steps
+    # The rounding of `Gx` is magnified by the condition of `G`, which it may even leave indefinite; that of the
+    # residual, by the square root of it.
+    free = (x > 0) if nonnegative else rows.unit > 0
+    newton = at(here.x - jax.vmap(solve_on)(problem.gram, free, here.gradient))
     best = _choose((steps[:, None] > 0) & _lower(newton, here), newton, here)
 
     refitted = divide(best.x, rows.unit).astype(values.dtype)
@@ -469,28 +448,24 @@ def _solve(static: _Static, shared, per_row):
     return refitted.reshape(per_row[2].shape), jax.tree.map(lambda x: x.reshape(batch), info)
 
 
-def _refit_primal(static: _Static, solver, dictionary, y, indices, values, ridge):
-    return _solve(static, (solver, dictionary, ridge), (y, indices, values))
+_refit = jax.custom_vjp[tuple[Array, RefitInfo]](_solve, nondiff_argnums=(0,))
 
 
-_refit = jax.custom_vjp[tuple[Array, RefitInfo]](_refit_primal, nondiff_argnums=(0,))
-
-
-def _refit_forward(static, solver, dictionary, y, indices, values, ridge):
-    outputs = _refit(static, solver, dictionary, y, indices, values, ridge)
-    values, info = outputs
-    return outputs, (dictionary, y, indices, values, ridge, info.status < Status.NONFINITE)
+def _refit_forward(static: _Static, shared, per_row):
+    values, info = _refit(static, shared, per_row)
+    (_, dictionary, ridge), (y, indices, _) = shared, per_row
+    return (values, info), (dictionary, y, indices, values, ridge, info.status < Status.NONFINITE)
 
 
 def _refit_backward(static: _Static, residuals, cotangents):
     dictionary, y, indices, values, ridge, finite = residuals
-    bars = implicit.backward(
+    dictionary_bar, y_bar, ridge_bar = implicit.backward(
         *(dictionary, y, indices, values, cotangents[0], ridge, finite),
         nonnegative=static.nonnegative,
         num_latents=static.num_latents,
         workspace_bytes=static.workspace_bytes,
     )
-    return None, bars.dictionary, bars.y, None, None, bars.ridge
+    return (None, dictionary_bar, ridge_bar), (y_bar, None, None)
 
 
 _refit.defvjp(_refit_forward, jax.jit(_refit_backward, static_argnums=0))

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from jaxsae import sharding
 from jaxsae._core import pytrees
-from jaxsae._core.linalg import divide, matmul as _matvec, max_or_nan, power_iteration, solve_on
+from jaxsae._core.linalg import divide, matmul, max_or_nan, power_iteration, solve_on
 
 __all__ = [
     "FISTA",
@@ -85,7 +85,7 @@ def spectral_norm(gram: Float[Array, "k k"]) -> Float[Array, ""]:
     if gram.shape[-1] == 0:
         return jnp.zeros((), gram.dtype)
     longest = jnp.argmax(jnp.sum(gram * gram, axis=0))
-    return power_iteration(lambda v: _matvec(gram, v), gram[:, longest], POWER_STEPS)
+    return power_iteration(lambda v: matmul(gram, v), gram[:, longest], POWER_STEPS)
 
 
 class FISTAState(NamedTuple):
@@ -153,7 +153,7 @@ class ProjectedGradient:
 
     def init(self, gram: Array, c: Array, z: Array, lower: float) -> FISTAState:
         """The state at a feasible start `z`."""
-        return fista_start(z, _matvec(gram, z) - c, spectral_norm(gram))
+        return fista_start(z, matmul(gram, z) - c, spectral_norm(gram))
 
     def step(self, gram: Array, c: Array, state: FISTAState, lower: float) -> FISTAState:
         """One step of `FISTA`, whose momentum is dropped, at the cost of one product with `G`."""
@@ -192,11 +192,11 @@ class FISTA:
 
     def init(self, gram: Array, c: Array, z: Array, lower: float) -> FISTAState:
         """The state at a feasible start `z`, without momentum."""
-        return fista_start(z, _matvec(gram, z) - c, spectral_norm(gram))
+        return fista_start(z, matmul(gram, z) - c, spectral_norm(gram))
 
     def step(self, gram: Array, c: Array, state: FISTAState, lower: float) -> FISTAState:
         """One accelerated step, at the cost of one product with `G`."""
-        return fista_step(state, lambda v, _: jnp.maximum(v, lower), lambda z: _matvec(gram, z) - c)
+        return fista_step(state, lambda v, _: jnp.maximum(v, lower), lambda z: matmul(gram, z) - c)
 
 
 class BlockPivotingState(NamedTuple):
@@ -243,13 +243,13 @@ class BlockPivoting:
     def init(self, gram: Array, c: Array, z: Array, lower: float) -> BlockPivotingState:
         """The state at a feasible start `z`, its positive coordinates free."""
         size = jnp.int32(z.size)
-        return BlockPivotingState(z, _matvec(gram, z) - c, z > lower, size + 1, jnp.int32(3))
+        return BlockPivotingState(z, matmul(gram, z) - c, z > lower, size + 1, jnp.int32(3))
 
     def step(self, gram: Array, c: Array, state: BlockPivotingState, lower: float) -> BlockPivotingState:
         """Solve on the free set, then exchange, at the cost of one factorisation."""
         free = state.free
         x = solve_on(gram, free, c)
-        wrong = jnp.where(free, x < lower, _matvec(gram, x) < c)
+        wrong = jnp.where(free, x < lower, matmul(gram, x) < c)
         count = jnp.sum(wrong, dtype=jnp.int32)
         better = count < state.fewest
         patience = jnp.where(better, 3, state.patience - 1)
@@ -257,7 +257,7 @@ class BlockPivoting:
         exchange = wrong & ((patience >= 0) | (jnp.arange(wrong.size) == last))
         z = jnp.maximum(x, lower)
         return BlockPivotingState(
-            z, _matvec(gram, z) - c, free ^ exchange, jnp.minimum(count, state.fewest), jnp.maximum(patience, -1)
+            z, matmul(gram, z) - c, free ^ exchange, jnp.minimum(count, state.fewest), jnp.maximum(patience, -1)
         )
 
 
@@ -308,14 +308,14 @@ class ConjugateGradient:
 
     def init(self, gram: Array, c: Array, z: Array, lower: float) -> ConjugateGradientState:
         """The state at a feasible start `z`, headed down the projected gradient."""
-        gradient = _matvec(gram, z) - c
+        gradient = matmul(gram, z) - c
         p = jnp.where(z > lower, gradient, jnp.minimum(gradient, 0))
         return ConjugateGradientState(z, gradient, p, jnp.zeros((), bool), jnp.ones((), gram.dtype))
 
     def step(self, gram: Array, c: Array, state: ConjugateGradientState, lower: float) -> ConjugateGradientState:
         """One step along `−p`, or the choice of a projected one, at the cost of one product with `G`."""
         z, gradient, p, projected, curvature = state
-        gram_p = _matvec(gram, p)
+        gram_p = matmul(gram, p)
         p_gram_p = jnp.sum(p * gram_p)
         curvature = jnp.maximum(curvature, divide(p_gram_p, jnp.sum(p * p)))
         a = jnp.maximum(divide(jnp.sum(gradient * p), p_gram_p), 0)
@@ -330,11 +330,11 @@ class ConjugateGradient:
         beta = jnp.where(free, 0, jnp.minimum(gradient, 0))
         promise = jnp.sum(phi * jnp.minimum(phi, (ahead - lower) * curvature))
         conjugate = phi - jnp.where(projected | ~free, 0, divide(jnp.sum(phi * gram_p), p_gram_p) * p)
-        init_fn = jnp.where(jnp.sum(beta * beta) > promise, phi + beta, conjugate)
+        direction = jnp.where(jnp.sum(beta * beta) > promise, phi + beta, conjugate)
         # Where the projected direction led uphill, a projected gradient step never does.
         uphill = projected & (a <= 0)
         cut = jnp.where(leaves, a * p, (phi + beta) / curvature)
-        p = jnp.where(leaves | uphill, ahead - jnp.maximum(ahead - cut, lower), init_fn)
+        p = jnp.where(leaves | uphill, ahead - jnp.maximum(ahead - cut, lower), direction)
         return ConjugateGradientState(ahead, gradient, p, leaves | uphill, curvature)
 
 
@@ -431,7 +431,7 @@ def iterate(
     def improvement(state, z, gradient):
         return -0.5 * total((state.z - z) * (state.gradient + gradient))
 
-    def advance(carry: _Carry):
+    def update(carry: _Carry):
         state = step(carry.state)
         within = residual(state.z, state.gradient, strict) <= tol
         done = within & (improvement(state, start.z, start.gradient) >= 0)
@@ -443,7 +443,7 @@ def iterate(
 
     # NaN compares false: a row that is not finite never runs.
     running = (residual(start.z, start.gradient, strict) > tol) & (most > 0)
-    carry = repeat(advance, _Carry(start, start.z, start.gradient, jnp.zeros_like(running, jnp.int32)), running)
+    carry = repeat(update, _Carry(start, start.z, start.gradient, jnp.zeros_like(running, jnp.int32)), running)
     return carry.best, residual(carry.best, carry.best_gradient, weight), carry.steps
 
 

@@ -70,7 +70,7 @@ def gather_gram(
       ([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]], [3.0, 1.0, 0.0])
     """
     _validate("gather_gram", dictionary, indices, implementation, y=(y, dictionary.shape[1:]))
-    return _gather_gram(_Static("gather_gram", implementation), dictionary, indices, y)
+    return _gather_gram(_Static("gather_gram", implementation), (dictionary,), indices, y)
 
 
 def refit_fused(
@@ -126,7 +126,7 @@ def refit_fused(
     ridge = jnp.asarray(ridge, problems.accumulator(dictionary, y))
     numbers = ridge, jnp.asarray(tol, ridge.dtype), jnp.asarray(max_steps, jnp.int32)
     static = _Static("refit_fused", implementation, nonnegative=nonnegative)
-    return _refit_fused(static, dictionary, indices, y, z0, numbers)
+    return _refit_fused(static, (dictionary, numbers), indices, y, z0)
 
 
 def gather_decode(
@@ -219,8 +219,8 @@ def solve(
         _, scale, norm = problems.scaled(y.astype(ridge.dtype))
         arguments = dictionary, indices, y, scale, norm, z0, ridge, tol, max_steps
         x, square, usable, kkt, steps = kernel.solve(*arguments, nonnegative=nonnegative, **options)
-        _, units = problems.measure(square, sparse.used(indices, len(dictionary)), scale, norm, ridge)
-        return problems.Solved(x, units.unit, units.finite, usable, kkt, steps)
+        _, unit, _, finite = problems.measure(square, sparse.used(indices, len(dictionary)), scale, norm, ridge)
+        return problems.Solved(x, unit, finite, usable, kkt, steps)
 
     def by_xla():
         return reference.solve(dictionary, indices, y, z0, ridge, tol, max_steps, nonnegative=nonnegative)
@@ -309,12 +309,8 @@ def _masked(dictionary, indices, products):
     return jnp.where(on[:, :, None] & on[:, None, :], G, 0), jnp.where(on, c, 0)
 
 
-def _gather_gram_primal(static: _Static, dictionary, indices, y):
-    return _gram_rows(static, (dictionary,), indices, y)
-
-
-def _gather_gram_forward(static, dictionary, indices, y):
-    return _gather_gram(static, dictionary, indices, y), (dictionary, indices, y)
+def _gather_gram_forward(static: _Static, shared, indices, y):
+    return _gather_gram(static, shared, indices, y), (*shared, indices, y)
 
 
 def _gather_gram_backward(static: _Static, residuals, cotangents):
@@ -339,10 +335,10 @@ def _gather_gram_backward(static: _Static, residuals, cotangents):
         row_bytes=2 * problems.row_bytes(k, d, jnp.dtype(dtype).itemsize),
     )
     y_bar = codes.decode(dictionary, SparseCode(cotangents[1], indices, m), implementation=static.implementation)
-    return problems.cotangent(total, dictionary), None, y_bar.astype(y.dtype)
+    return (problems.cotangent(total, dictionary),), None, y_bar.astype(y.dtype)
 
 
-_gather_gram = jax.custom_vjp[Any](_gather_gram_primal, nondiff_argnums=(0,))
+_gather_gram = jax.custom_vjp[Any](_gram_rows, nondiff_argnums=(0,))
 _gather_gram.defvjp(_gather_gram_forward, _gather_gram_backward)
 
 
@@ -362,27 +358,23 @@ def _refit_rows(static: _Static, shared, indices, y, z0):
     )
 
 
-def _refit_fused_primal(static: _Static, dictionary, indices, y, z0, numbers):
-    return _refit_rows(static, (dictionary, numbers), indices, y, z0)
-
-
-def _refit_fused_forward(static, dictionary, indices, y, z0, numbers):
-    outputs = _refit_fused(static, dictionary, indices, y, z0, numbers)
-    return outputs, (dictionary, indices, y, *outputs[:2], numbers)
+def _refit_fused_forward(static: _Static, shared, indices, y, z0):
+    outputs = _refit_fused(static, shared, indices, y, z0)
+    return outputs, (*shared, indices, y, *outputs[:2])
 
 
 def _refit_fused_backward(static: _Static, residuals, cotangents):
-    dictionary, indices, y, z, kkt, numbers = residuals
-    bars = implicit.backward(
+    dictionary, numbers, indices, y, z, kkt = residuals
+    dictionary_bar, y_bar, ridge_bar = implicit.backward(
         *(dictionary, y, indices, z, cotangents[0], numbers[0], jnp.isfinite(kkt)),
         nonnegative=static.nonnegative,
         num_latents=len(dictionary),
         workspace_bytes=chunking.SCRATCH,
     )
-    return bars.dictionary, None, bars.y, None, (bars.ridge, None, None)
+    return (dictionary_bar, (ridge_bar, None, None)), None, y_bar, None
 
 
-_refit_fused = jax.custom_vjp[Any](_refit_fused_primal, nondiff_argnums=(0,))
+_refit_fused = jax.custom_vjp[Any](_refit_rows, nondiff_argnums=(0,))
 _refit_fused.defvjp(_refit_fused_forward, _refit_fused_backward)
 
 
