@@ -11,8 +11,8 @@ from jaxtyping import Array, Bool
 
 from jaxsae import sharding
 
-SCRATCH = 256 << 20  # bytes; the default bound of what a chunk may need
-# Rows of a chunk on a CPU, whatever the batch, so that a row goes through the same arithmetic, to the bit, alone or
+WORKSPACE_BYTES = 256 << 20  # the default bound of what a chunk may need
+# Rows of a chunk on a CPU, whatever the batch, so that a row goes through the same arithmetic, bitwise, alone or
 # among thousands. It is also as many as keep what they gather in the cache.
 _CPU_ROWS = 16
 
@@ -34,7 +34,7 @@ def scan_chunks(
     *arrays: Any,
     batch: tuple[int, ...],
     row_bytes: int,
-    workspace_bytes: int = SCRATCH,
+    workspace_bytes: int = WORKSPACE_BYTES,
     cpu_rows: int = _CPU_ROWS,
 ) -> tuple[Any, Any]:
     """Fold `f(carry, *chunk) -> (carry, outputs)` over chunks of rows.
@@ -47,7 +47,7 @@ def scan_chunks(
       carry: state handed from chunk to chunk.
       *arrays: pytrees of arrays `[*b ...]`.
       batch: the leading shape `*b`.
-      row_bytes: scratch that `f` needs for one row, in bytes.
+      row_bytes: memory that `f` needs for one row, in bytes.
       workspace_bytes: most bytes that a chunk may need; a single row is one, whatever it needs.
       cpu_rows: most rows of a chunk on a CPU, a multiple of 16 if more.
 
@@ -89,7 +89,7 @@ def revise_rows(
     outputs: Any,
     *arrays: Any,
     row_bytes: int,
-    workspace_bytes: int = SCRATCH,
+    workspace_bytes: int = WORKSPACE_BYTES,
 ) -> Any:
     """Replace `outputs` by `f(*chunk)` in the rows that a mask names, as many chunks of them as there are.
 
@@ -98,7 +98,7 @@ def revise_rows(
       where: `[n]`, the rows to visit; the others cost nothing.
       outputs: pytree of arrays `[n ...]`, of the shapes and dtypes that `f` returns.
       *arrays: pytrees of arrays `[n ...]`.
-      row_bytes: scratch that `f` needs for one row, in bytes.
+      row_bytes: memory that `f` needs for one row, in bytes.
       workspace_bytes: most bytes that a chunk may need; a single row is one, whatever it needs.
 
     Returns:
@@ -135,7 +135,7 @@ def fold_vmap(f: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     """Give `f(shared, per_row)` a vmap that widens the leading batch instead of batching every operation inside.
 
     Then `vmap(f)` over rows has the memory bound, the speed and the bits of one call on the whole batch. If
-    something shared is mapped too (a dictionary for each member), members run one after another.
+    something shared is mapped too (one dictionary each), the entries of the batch run one after another.
     """
     folded = jax.custom_batching.custom_vmap(f)
 
@@ -147,7 +147,7 @@ def fold_vmap(f: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         per_row = jax.tree.map(widen, per_row, batched[1])
         if any(jax.tree.leaves(batched[0])):
             shared = jax.tree.map(widen, shared, batched[0])
-            outputs = jax.lax.map(lambda member: folded(*member), (shared, per_row))
+            outputs = jax.lax.map(lambda entry: folded(*entry), (shared, per_row))
         else:
             outputs = folded(shared, per_row)
         return outputs, jax.tree.map(lambda _: True, outputs)

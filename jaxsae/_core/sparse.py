@@ -42,7 +42,7 @@ def form(wrt: str, left: Array, right: Array, indices: Array, *, m: int, impleme
 
     `left` and `right` are the other two, in this order; `implementation` is "xla", "pallas", or None for the best.
     """
-    params = {"wrt": wrt, "m": m, "members": 0, "implementation": implementation}
+    params = {"wrt": wrt, "m": m, "batch_dims": 0, "implementation": implementation}
 
     def bind(*arguments):
         return _form.bind(*sharding.vary_alike(arguments), **params, mesh=jax.sharding.get_abstract_mesh())
@@ -53,24 +53,22 @@ def form(wrt: str, left: Array, right: Array, indices: Array, *, m: int, impleme
 _OTHERS = {"atoms": ("values", "rows"), "values": ("atoms", "rows"), "rows": ("atoms", "values")}
 
 
-def _evaluate(left, right, indices, *, wrt: str, m: int, members: int, implementation: str | None, mesh):
+def _evaluate(left, right, indices, *, wrt: str, m: int, batch_dims: int, implementation: str | None, mesh):
     with jax.sharding.use_abstract_mesh(mesh):  # that it was traced under, when it is lowered
-        f = functools.partial(_on_one_device, wrt)
-        if sharding.is_sharded(m):
-            f = {"rows": _decode_all, "values": _project_all, "atoms": _scatter_add_all}[wrt]
-        f = functools.partial(f, m=m, implementation=implementation)
-        for _ in range(members):
+        f = _on_each_device if sharding.is_sharded(m) else _on_one_device
+        f = functools.partial(f, wrt, m=m, implementation=implementation)
+        for _ in range(batch_dims):
             f = jax.vmap(f)
         return f(left, right, indices)
 
 
-def _shape(left, right, indices, *, wrt: str, m: int, members: int, implementation: str | None, mesh):
+def _shape(left, right, indices, *, wrt: str, m: int, batch_dims: int, implementation: str | None, mesh):
     dtype = jnp.result_type(left.dtype, right.dtype)
     if wrt == "rows":
         shape = *indices.shape[:-1], left.shape[-1]
     else:  # gradients, in float32 or better
         dtype = jnp.promote_types(dtype, jnp.float32)
-        shape = indices.shape if wrt == "values" else (*indices.shape[:members], m, right.shape[-1])
+        shape = indices.shape if wrt == "values" else (*indices.shape[:batch_dims], m, right.shape[-1])
     whole = left.sharding.update(spec=PartitionSpec())
     return left.update(shape=shape, dtype=dtype, weak_type=False, sharding=whole)
 
@@ -85,11 +83,11 @@ def _transpose(bar, left, right, indices, *, wrt: str, mesh, **params):
     return [found if ad.is_undefined_primal(x) else None for x in (left, right)] + [None]
 
 
-def _batch(arguments, axes, *, wrt: str, members: int, **params):
-    """More rows if the atoms are none of what is mapped; else one more level of members, each with its own."""
+def _batch(arguments, axes, *, wrt: str, batch_dims: int, **params):
+    """More rows if the atoms are none of what is mapped; else one more batch axis, each entry with its own."""
     (size,) = {x.shape[axis] for x, axis in zip(arguments, axes, strict=True) if axis is not None}
     shared = wrt != "atoms" and axes[0] is None
-    front = members if shared else 0
+    front = batch_dims if shared else 0
 
     def mapped(x, axis):
         if axis is None:
@@ -100,7 +98,7 @@ def _batch(arguments, axes, *, wrt: str, members: int, **params):
         x if shared and number == 0 else mapped(x, axis)
         for number, (x, axis) in enumerate(zip(arguments, axes, strict=True))
     ]
-    return _form.bind(*arguments, wrt=wrt, members=members + (not shared), **params), front
+    return _form.bind(*arguments, wrt=wrt, batch_dims=batch_dims + (not shared), **params), front
 
 
 def _linear_in(place: int):
@@ -110,7 +108,7 @@ def _linear_in(place: int):
     return tangent
 
 
-_form.def_impl(jax.jit(_evaluate, static_argnames=("wrt", "m", "members", "implementation", "mesh")))
+_form.def_impl(jax.jit(_evaluate, static_argnames=("wrt", "m", "batch_dims", "implementation", "mesh")))
 _form.def_abstract_eval(_shape)
 mlir.register_lowering(_form, mlir.lower_fun(_evaluate, multiple_results=False))
 ad.primitive_transposes[_form] = _transpose
@@ -214,58 +212,33 @@ def _in_order(x, order):
     return jnp.take_along_axis(jnp.pad(x, spare), order, axis=-1)
 
 
-def _decode_all(dictionary, values, indices, *, m: int, implementation: str | None):
+def _on_each_device(wrt: str, left, right, indices, *, m: int, implementation: str | None):
     row = sharding.rows_spec(indices)
 
-    def here(dictionary, values, indices):
-        m_here = len(dictionary)
-        order, at, count = _own_slots(indices, m_here)
-        dtype = jnp.promote_types(jnp.result_type(values, dictionary), jnp.float32)
-
-        def add(total, first, values, at):
-            return total + _on_one_device("rows", dictionary, values, at, m=m_here, implementation=implementation)
-
-        total = jnp.zeros((*indices.shape[:-1], dictionary.shape[-1]), dtype)
-        total = _for_slots(add, total, count, _in_order(values, order), at)
-        return jax.lax.psum(total, "latent").astype(jnp.result_type(values, dictionary))
-
-    return sharding.shard_map(here, (sharding.LATENTS, row, row), row)(dictionary, values, indices)
-
-
-def _project_all(dictionary, x, indices, *, m: int, implementation: str | None):
-    row = sharding.rows_spec(indices)
-
-    def here(dictionary, x, indices):
-        m_here = len(dictionary)
-        order, at, count = _own_slots(indices, m_here)
-
-        def put(found, first, at):
-            part = _on_one_device("values", dictionary, x, at, m=m_here, implementation=implementation)
-            return jax.lax.dynamic_update_slice_in_dim(found, part, first, axis=-1)
-
-        found = jnp.zeros(at.shape, jnp.promote_types(jnp.result_type(x, dictionary), jnp.float32))
-        found = _for_slots(put, found, count, at)
-        back = jnp.argsort(order, axis=-1)[..., : indices.shape[-1]]
-        return jax.lax.psum(jnp.take_along_axis(found, back, axis=-1), "latent")
-
-    return sharding.shard_map(here, (sharding.LATENTS, row, row), row)(dictionary, x, indices)
-
-
-def _scatter_add_all(values, x, indices, *, m: int, implementation: str | None):
-    row = sharding.rows_spec(indices)
-
-    def here(values, x, indices):
+    def here(left, right, indices):
         m_here = m // jax.lax.axis_size("latent")
         order, at, count = _own_slots(indices, m_here)
+        part = functools.partial(_on_one_device, wrt, m=m_here, implementation=implementation)
+        dtype = jnp.promote_types(jnp.result_type(left, right), jnp.float32)
+        if wrt == "values":
 
-        def add(total, first, values, at):
-            return total + _on_one_device("atoms", values, x, at, m=m_here, implementation=implementation)
+            def put(found, first, at):
+                return jax.lax.dynamic_update_slice_in_dim(found, part(left, right, at), first, axis=-1)
 
-        dtype = jnp.promote_types(jnp.result_type(values, x), jnp.float32)
-        total = _for_slots(add, jnp.zeros((m_here, x.shape[-1]), dtype), count, _in_order(values, order), at)
+            found = _for_slots(put, jnp.zeros(at.shape, dtype), count, at)
+            back = jnp.argsort(order, axis=-1)[..., : indices.shape[-1]]
+            return jax.lax.psum(jnp.take_along_axis(found, back, axis=-1), "latent")
+        if wrt == "rows":
+            total = jnp.zeros((*indices.shape[:-1], left.shape[-1]), dtype)
+            values = _in_order(right, order)
+            total = _for_slots(lambda total, _, z, at: total + part(left, z, at), total, count, values, at)
+            return jax.lax.psum(total, "latent").astype(jnp.result_type(left, right))
+        total, values = jnp.zeros((m_here, right.shape[-1]), dtype), _in_order(left, order)
+        total = _for_slots(lambda total, _, z, at: total + part(z, right, at), total, count, values, at)
         return sharding.sum_rows(total, row)
 
-    return sharding.shard_map(here, (row, row, row), sharding.LATENTS)(values, x, indices)
+    specs = {"atoms": sharding.LATENTS, "values": row, "rows": row}
+    return sharding.shard_map(here, (*(specs[name] for name in _OTHERS[wrt]), row), specs[wrt])(left, right, indices)
 
 
 def by_latent(indices: Int[Array, "b k"], m: int) -> Int[Array, " bk"]:

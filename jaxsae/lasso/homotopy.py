@@ -7,8 +7,8 @@ The minimiser of `½‖y − Dᵀz‖² + λ‖z‖₁` is piecewise linear in `
 It starts at `λ_max`, where the first atom comes in, and goes down to the next penalty at which an atom joins or leaves
 (Osborne et al. 2000; LARS with the lasso's modification). The steps are as many as the changes, each at the cost of two
 products with `D` and of a rank-one change of `G_SS⁻¹`. Correlations come from the residual anew at each step, and what
-they miss is put right by the next: errors do not add up. A duality gap judges the end; rows that ties or nearly
-dependent atoms have led astray go on by FISTA.
+they miss is put right by the next: errors do not add up. A duality gap judges the end; rows in which ties or nearly
+dependent atoms leave it too large continue by FISTA.
 """
 
 import functools
@@ -26,7 +26,7 @@ from jaxsae.codes import SparseCode
 from jaxsae.least_squares import problems
 from jaxsae.least_squares.solvers import POWER_STEPS, FISTAState, fista_start, fista_step
 
-_STARTS = 4  # of a row that goes on by FISTA, each from the end of the one before
+_STARTS = 4  # of a row that continues by FISTA, each from the end of the one before
 
 
 class Static(NamedTuple):
@@ -57,7 +57,7 @@ def solve(static: Static, shared, per_row) -> Solution:
       per_row: `y [*b d]`, penalties `[*b L]` in descending order, and supports `[*b s]`, or None. Then the indices
         found are positions in the support.
     """
-    D, tol, most = shared
+    D, tol, max_steps = shared
     y, lams, support = per_row
     (*batch, d), count, k, itemsize = y.shape, lams.shape[-1], static.capacity, y.dtype.itemsize
     n, m = math.prod(batch), len(D) if support is None else support.shape[-1]
@@ -79,35 +79,36 @@ def solve(static: Static, shared, per_row) -> Solution:
         return functools.partial(jax.vmap(f), _take(D, support))
 
     def follow(y, lams, support):
-        return of_rows(functools.partial(_follow, static, most), support)(y, lams)
+        return of_rows(functools.partial(_follow, static, max_steps), support)(y, lams)
 
-    def go_on(row, lam, arrival):
+    def descend_rows(row, lam, solution):
         own = None if support is None else support.at[row].get(mode="clip")
-        descend = functools.partial(_descend, static, tol, most)
-        return of_rows(descend, own)(y.at[row].get(mode="clip"), lam, arrival)
+        descend = functools.partial(_descend, static, tol, max_steps)
+        return of_rows(descend, own)(y.at[row].get(mode="clip"), lam, solution)
 
     own_bytes = 0 if support is None else m * d
-    walk_bytes = (6 * k * (k + d) + 12 * m + 4 * count * k + own_bytes) * itemsize
-    arrival = chunking.map_chunks(follow, y, lams, support, batch=(n,), row_bytes=walk_bytes)
-    arrival = jax.tree.map(lambda x: x.reshape(n * count, *x.shape[2:]), arrival)
-    astray = ~(arrival.gap <= tol) & (arrival.num_dropped == 0) & valid.ravel()
+    path_bytes = (6 * k * (k + d) + 12 * m + 4 * count * k + own_bytes) * itemsize
+    solution = chunking.map_chunks(follow, y, lams, support, batch=(n,), row_bytes=path_bytes)
+    solution = jax.tree.map(lambda x: x.reshape(n * count, *x.shape[2:]), solution)
+    unconverged = ~(solution.gap <= tol) & (solution.num_dropped == 0) & valid.ravel()
     owner = jnp.repeat(jnp.arange(n), count, total_repeat_length=n * count)
-    arrival = chunking.revise_rows(
-        *(go_on, astray, arrival, owner, lams.ravel(), arrival), row_bytes=(20 * m + 4 * d + own_bytes) * itemsize
+    solution = chunking.revise_rows(
+        *(descend_rows, unconverged, solution, owner, lams.ravel(), solution),
+        row_bytes=(20 * m + 4 * d + own_bytes) * itemsize,
     )
 
-    arrival = jax.tree.map(lambda x: x.reshape(n, count, *x.shape[1:]), arrival)
-    values = divide(arrival.values * y_unit[:, :, None], unit)
-    finite = valid & jnp.isfinite(arrival.kkt) & jnp.isfinite(values).all(-1)
-    arrival = Solution(
+    solution = jax.tree.map(lambda x: x.reshape(n, count, *x.shape[1:]), solution)
+    values = divide(solution.values * y_unit[:, :, None], unit)
+    finite = valid & jnp.isfinite(solution.kkt) & jnp.isfinite(values).all(-1)
+    solution = Solution(
         values=jnp.where(finite[:, :, None], values, 0),
-        indices=jnp.where(finite[:, :, None], arrival.indices, m),
-        num_dropped=jnp.where(finite, arrival.num_dropped, 0),
-        steps=jnp.where(finite, arrival.steps, 0),
-        kkt=jnp.where(finite, arrival.kkt, jnp.nan),
-        gap=jnp.where(finite, arrival.gap, jnp.nan),
+        indices=jnp.where(finite[:, :, None], solution.indices, m),
+        num_dropped=jnp.where(finite, solution.num_dropped, 0),
+        steps=jnp.where(finite, solution.steps, 0),
+        kkt=jnp.where(finite, solution.kkt, jnp.nan),
+        gap=jnp.where(finite, solution.gap, jnp.nan),
     )
-    return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), arrival)
+    return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), solution)
 
 
 def _take(D, indices):
@@ -130,10 +131,10 @@ def _row(static: Static, D, y) -> _Row:
     return _Row(D, y, scale, 8 * jnp.finfo(D.dtype).eps * scale, static)
 
 
-# --- The walk
+# --- The path
 
 
-class _Walk(NamedTuple):
+class _PathState(NamedTuple):
     """A point of one row's path, where every atom of the support has `⟨aᵢ, r⟩ = λ signᵢ`."""
 
     lam: Array
@@ -141,9 +142,9 @@ class _Walk(NamedTuple):
     indices: Array  # [k]  m where a slot is free
     signs: Array  # [k]  0 where a slot is free
     inverse: Array  # [k k]  of the Gram matrix of the support; 0 elsewhere
-    standing: Array  # [m]  int8: whether an atom may join
+    status: Array  # [m]  int8: whether an atom may join
     full: Array  # an atom would join, and no slot is free
-    lost: Array  # rounding has taken the walk off the path
+    breakdown: Array  # rounding has taken the state off the path
     steps: Array
 
 
@@ -151,110 +152,110 @@ class _Walk(NamedTuple):
 _FREE, _ACTIVE, _DEPENDENT = range(3)
 
 
-def _follow(static: Static, most, D, y, lams) -> Solution:
+def _follow(static: Static, max_steps, D, y, lams) -> Solution:
     """Follow one row's path down to each of its penalties: `[L]`."""
     row = _row(static, D, y)
 
-    def down(walk: _Walk, lam):
-        def on_the_way(walk):
-            return (walk.lam > lam) & ~walk.full & ~walk.lost & (walk.steps < most)
+    def down(state: _PathState, lam):
+        def unfinished(state):
+            return (state.lam > lam) & ~state.full & ~state.breakdown & (state.steps < max_steps)
 
-        walk = jax.lax.while_loop(on_the_way, lambda walk: _step(row, walk, lam), walk)
-        return walk, _arrive(row, walk, lam)
+        state = jax.lax.while_loop(unfinished, lambda state: _step(row, state, lam), state)
+        return state, _solution_at(row, state, lam)
 
     return jax.lax.scan(down, _start(row), lams)[1]
 
 
-def _start(row: _Row) -> _Walk:
+def _start(row: _Row) -> _PathState:
     k, m, dtype = row.static.capacity, len(row.D), row.D.dtype
     c = matmul(row.D, row.y)
-    return _Walk(
+    return _PathState(
         lam=max_or_nan(c if row.static.nonnegative else jnp.abs(c)),
         values=jnp.zeros(k, dtype),
         indices=jnp.full(k, m, jnp.int32),
         signs=jnp.zeros(k, dtype),
         inverse=jnp.zeros((k, k), dtype),
-        standing=jnp.full(m, _FREE, jnp.int8),
+        status=jnp.full(m, _FREE, jnp.int8),
         full=jnp.zeros((), bool),
-        lost=jnp.zeros((), bool),
+        breakdown=jnp.zeros((), bool),
         steps=jnp.zeros((), jnp.int32),
     )
 
 
-def _step(row: _Row, walk: _Walk, target) -> _Walk:
+def _step(row: _Row, state: _PathState, target) -> _PathState:
     """Go down to the penalty at which an atom joins the support or leaves it, or to `target`."""
     m, tiny = len(row.D), 64 * jnp.finfo(row.D.dtype).eps
-    A = _take(row.D, walk.indices)
-    r = row.y - matmul(walk.values, A)
+    A = _take(row.D, state.indices)
+    r = row.y - matmul(state.values, A)
     g_on = matmul(A, r)
-    slope = matmul(walk.inverse, walk.signs)  # of the values, as λ falls
+    slope = matmul(state.inverse, state.signs)  # of the values, as λ falls
     g, fall = matmul(jnp.stack([r, matmul(slope, A)]), row.D.T)  # correlations, and how fast they go down
-    z = _corrected(walk, g_on)
+    z = _corrected(state, g_on)
 
     def until_joining(sign):
         gain = 1 - sign * fall  # at which λ comes down on the correlation; a repeated atom's falls as fast as λ
-        able = (walk.standing == _FREE) & (gain > tiny)
-        return jnp.where(able, jnp.maximum(walk.lam - sign * g, 0) / jnp.where(able, gain, 1), jnp.inf)
+        able = (state.status == _FREE) & (gain > tiny)
+        return jnp.where(able, jnp.maximum(state.lam - sign * g, 0) / jnp.where(able, gain, 1), jnp.inf)
 
     positive = until_joining(1)
     joining = positive if row.static.nonnegative else jnp.minimum(positive, until_joining(-1))
     j = jnp.argmin(joining)
-    shrinks = walk.signs * slope < 0
+    shrinks = state.signs * slope < 0
     leaving = jnp.where(shrinks, jnp.maximum(-z / jnp.where(shrinks, slope, 1), 0), jnp.inf)
     i = jnp.argmin(leaving)
-    length = jnp.minimum(jnp.minimum(joining[j], leaving[i]), walk.lam - target)
-    arrives = length >= walk.lam - target
-    leaves = ~arrives & (leaving[i] <= joining[j])
-    joins = ~arrives & ~leaves
+    length = jnp.minimum(jnp.minimum(joining[j], leaving[i]), state.lam - target)
+    reaches = length >= state.lam - target
+    leaves = ~reaches & (leaving[i] <= joining[j])
+    joins = ~reaches & ~leaves
 
-    projection, distance = _project(walk, A, row.D[j])
-    independent = (distance > tiny * jnp.sum(row.D[j] ** 2)) & (jnp.sum(walk.indices < m) < row.y.size)
-    slot = jnp.argmax(walk.indices == m)
-    room = walk.indices[slot] == m
+    projection, distance = _project(state, A, row.D[j])
+    independent = (distance > tiny * jnp.sum(row.D[j] ** 2)) & (jnp.sum(state.indices < m) < row.y.size)
+    slot = jnp.argmax(state.indices == m)
+    room = state.indices[slot] == m
     entering = (joins & independent & room) & (jnp.arange(z.size) == slot)
     out = leaves & (jnp.arange(z.size) == i)
     # The inverse of a matrix with one row and column more, or less, differs by one of rank one.
-    edge = jnp.where(leaves, walk.inverse[i], projection - entering)
-    weight = jnp.where(leaves, -divide(1, walk.inverse[i, i]), jnp.where(entering.any(), divide(1, distance), 0))
-    inverse = walk.inverse + weight * edge[:, None] * edge
+    edge = jnp.where(leaves, state.inverse[i], projection - entering)
+    weight = jnp.where(leaves, -divide(1, state.inverse[i, i]), jnp.where(entering.any(), divide(1, distance), 0))
+    inverse = state.inverse + weight * edge[:, None] * edge
 
-    chosen, gone = jnp.arange(m) == j, jnp.arange(m) == walk.indices[i]
-    standing = jnp.where(joins & chosen, jnp.where(independent, _ACTIVE, _DEPENDENT), walk.standing)
-    standing = jnp.where(leaves & (gone | (standing == _DEPENDENT)), _FREE, standing)
-    lost = jnp.max(jnp.abs(g_on - walk.lam * walk.signs)) > 0.1 * walk.lam + 4 * row.rounding
-    return _Walk(
-        lam=jnp.where(lost, walk.lam, jnp.where(arrives, target, walk.lam - length)),
+    chosen, gone = jnp.arange(m) == j, jnp.arange(m) == state.indices[i]
+    status = jnp.where(joins & chosen, jnp.where(independent, _ACTIVE, _DEPENDENT), state.status)
+    status = jnp.where(leaves & (gone | (status == _DEPENDENT)), _FREE, status)
+    breakdown = jnp.max(jnp.abs(g_on - state.lam * state.signs)) > 0.1 * state.lam + 4 * row.rounding
+    return _PathState(
+        lam=jnp.where(breakdown, state.lam, jnp.where(reaches, target, state.lam - length)),
         values=jnp.where(out, 0, z + length * slope),
-        indices=jnp.where(out, m, jnp.where(entering, j, walk.indices)).astype(jnp.int32),
-        signs=jnp.where(out, 0, jnp.where(entering, jnp.where(positive[j] <= joining[j], 1, -1), walk.signs)),
+        indices=jnp.where(out, m, jnp.where(entering, j, state.indices)).astype(jnp.int32),
+        signs=jnp.where(out, 0, jnp.where(entering, jnp.where(positive[j] <= joining[j], 1, -1), state.signs)),
         inverse=jnp.where(out[:, None] | out, 0, inverse),
-        standing=standing.astype(jnp.int8),
+        status=status.astype(jnp.int8),
         full=joins & independent & ~room,
-        lost=lost,
-        steps=walk.steps + 1,
+        breakdown=breakdown,
+        steps=state.steps + 1,
     )
 
 
-def _corrected(walk: _Walk, g_on):
-    """Values at which the correlations of the support are `λ signs`, from those at the walk's values."""
-    return walk.values + matmul(walk.inverse, g_on - walk.lam * walk.signs)
+def _corrected(state: _PathState, g_on):
+    """Values at which the correlations of the support are `λ signs`, from those at the state's values."""
+    return state.values + matmul(state.inverse, g_on - state.lam * state.signs)
 
 
-def _project(walk: _Walk, A, atom):
+def _project(state: _PathState, A, atom):
     """Coordinates `[k]` of an atom's projection on the span of the support, and its squared distance from there."""
-    x = matmul(walk.inverse, matmul(A, atom))
-    x = x + matmul(walk.inverse, matmul(A, atom - matmul(x, A)))  # without which nearby atoms spoil the inverse
+    x = matmul(state.inverse, matmul(A, atom))
+    x = x + matmul(state.inverse, matmul(A, atom - matmul(x, A)))  # without which nearby atoms spoil the inverse
     return x, jnp.sum((atom - matmul(x, A)) ** 2)
 
 
-def _arrive(row: _Row, walk: _Walk, lam) -> Solution:
-    A = _take(row.D, walk.indices)
-    z = _corrected(walk, matmul(A, residual(row.y, walk.values, A)))
-    z = jnp.where(walk.signs * z > 0, z, 0)
+def _solution_at(row: _Row, state: _PathState, lam) -> Solution:
+    A = _take(row.D, state.indices)
+    z = _corrected(state, matmul(A, residual(row.y, state.values, A)))
+    z = jnp.where(state.signs * z > 0, z, 0)
     kkt, gap, over = _judge(row, A, z, lam, residual(row.y, z, A))
-    missing = jnp.maximum(over - jnp.sum(walk.indices < len(row.D), dtype=jnp.int32), 1)
-    num_dropped = jnp.where(walk.full & (walk.lam > lam), missing, 0)
-    return Solution(z, walk.indices, num_dropped, walk.steps, kkt, gap)
+    missing = jnp.maximum(over - jnp.sum(state.indices < len(row.D), dtype=jnp.int32), 1)
+    num_dropped = jnp.where(state.full & (state.lam > lam), missing, 0)
+    return Solution(z, state.indices, num_dropped, state.steps, kkt, gap)
 
 
 def _judge(row: _Row, A, z, lam, r):
@@ -281,7 +282,7 @@ def _judge(row: _Row, A, z, lam, r):
     return jnp.maximum(kkt, 0), jnp.maximum(gap, 0), jnp.sum(g > lam + row.rounding, dtype=jnp.int32)
 
 
-# --- What answers where the walk does not
+# --- What answers where following the path does not
 
 
 class _Descent(NamedTuple):
@@ -294,22 +295,24 @@ class _Descent(NamedTuple):
     steps: Array
 
 
-def _descend(static: Static, tol, most, D, y, lam, arrival: Solution) -> Solution:
-    """Go on with one row by FISTA with gradient restart, on all atoms, from where its walk ended or from 0.
+def _descend(static: Static, tol, max_steps, D, y, lam, solution: Solution) -> Solution:
+    """Continue one row by FISTA with gradient restart, on all atoms, from where its path ended or from 0.
 
     Residuals are the start's, less what the change makes of it: right to the last digit near the start alone. So a row
     that is done by them, and not by its own, starts again from there.
     """
     row = _row(static, D, y)
-    return jax.lax.fori_loop(0, _STARTS, lambda _, arrival: _descend_from(row, tol, most, lam, arrival), arrival)
+    return jax.lax.fori_loop(
+        0, _STARTS, lambda _, solution: _descend_from(row, tol, max_steps, lam, solution), solution
+    )
 
 
-def _descend_from(row: _Row, tol, most, lam, arrival: Solution) -> Solution:
+def _descend_from(row: _Row, tol, max_steps, lam, solution: Solution) -> Solution:
     static, D, y = row.static, row.D, row.y
-    usable = arrival.gap <= 1  # as 0 has it, whose residuals are no larger either
-    kkt, gap = (jnp.where(usable, x, 1) for x in (arrival.kkt, arrival.gap))
-    given = jnp.where(usable, arrival.values, 0)
-    start, r_start = SparseCode(given, arrival.indices, len(D)).dense(), residual(y, given, _take(D, arrival.indices))
+    warm_start = solution.gap <= 1  # as 0 has it, whose residuals are no larger either
+    kkt, gap = (jnp.where(warm_start, x, 1) for x in (solution.kkt, solution.gap))
+    given = jnp.where(warm_start, solution.values, 0)
+    start, r_start = SparseCode(given, solution.indices, len(D)).dense(), residual(y, given, _take(D, solution.indices))
     curvature = sq_spectral_norm(D, jnp.max(jnp.abs(D), axis=0), POWER_STEPS)
 
     def residual_at(z):
@@ -329,8 +332,8 @@ def _descend_from(row: _Row, tol, most, lam, arrival: Solution) -> Solution:
         best, kkt, gap = (jnp.where(better, *pair) for pair in ((fista.z, s.best), (kkt, s.kkt), (gap, s.gap)))
         return _Descent(fista, best, kkt, gap, s.steps + 1)
 
-    begin = _Descent(fista_start(start, gradient(start), curvature), start, kkt, gap, arrival.steps)
-    end = jax.lax.while_loop(lambda s: (s.gap > tol) & (s.steps < most), step, begin)
+    begin = _Descent(fista_start(start, gradient(start), curvature), start, kkt, gap, solution.steps)
+    end = jax.lax.while_loop(lambda s: (s.gap > tol) & (s.steps < max_steps), step, begin)
     code = codes.from_dense(end.best, static.capacity)
     # Judged anew: the slots may have had no room for all of it, and far from the start its residual was rounded.
     A = _take(D, code.indices)
@@ -339,7 +342,7 @@ def _descend_from(row: _Row, tol, most, lam, arrival: Solution) -> Solution:
     # What did not fit may have been what cancelled the rest: an empty code is better than that.
     empty = jnp.zeros_like(code.values), jnp.full_like(code.indices, len(D)), code.num_dropped, end.steps
     found = _choose(gap <= 1, found, Solution(*empty, jnp.ones_like(kkt), jnp.ones_like(gap)))
-    return _choose(usable & ~(found.gap < arrival.gap), arrival._replace(steps=end.steps), found)
+    return _choose(warm_start & ~(found.gap < solution.gap), solution._replace(steps=end.steps), found)
 
 
 def _choose(first, a, b):

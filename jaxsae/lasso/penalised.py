@@ -136,12 +136,8 @@ def path(
       et al. (2004), "Least angle regression".
     """
     static, D, y = _prepare("path", D, y, nonnegative, capacity, tol, max_steps)
-    _check_ratio("path", eps)
     if lams is None:
-        if n_lambdas < 1:
-            raise ValueError(f"`path` got n_lambdas {n_lambdas}; pass at least 1.")
-        top = lambda_max(D, y, nonnegative=nonnegative)
-        lams = top[..., None] * eps ** jnp.linspace(0, 1, n_lambdas, dtype=top.dtype)
+        lams = _grid("path", lambda_max(D, y, nonnegative=nonnegative), n_lambdas, eps)
     elif np.ndim(lams) == 0 or np.shape(lams)[-1] == 0:
         raise ValueError(f"`path` got penalties of shape {np.shape(lams)}; pass shape (L,) or (*b, L), L at least 1.")
     lams = jnp.sort(_penalties("path", lams, D, y, grid=True), axis=-1, descending=True)
@@ -329,17 +325,13 @@ def cross_validate(
     static, D, y = _prepare("cross_validate", D, y, nonnegative, capacity, tol, max_steps)
     phis = jnp.asarray(_share("cross_validate", "phis", phis), problems.accumulator(D, y))
     phis = jnp.sort(phis.ravel(), descending=True)
-    _check_ratio("cross_validate", eps)
-    if n_lambdas < 1:
-        raise ValueError(f"`cross_validate` got n_lambdas {n_lambdas}; pass at least 1.")
     if y.ndim != 1 or not 2 <= folds <= y.size:
         raise ValueError(
             f"`cross_validate` got y of shape {y.shape} and {folds} folds; pass one target of d samples, and from 2 to "
             f"d folds."
         )
     dealt = jax.random.permutation(key, jnp.arange(y.size) % folds)
-    grid = eps ** jnp.linspace(0, 1, n_lambdas, dtype=phis.dtype)
-    lams = lambda_max(D, y, nonnegative=nonnegative) * grid
+    lams = _grid("cross_validate", lambda_max(D, y, nonnegative=nonnegative), n_lambdas, eps)
 
     # Each fold is a row with a dictionary of its own, one after another in a large one; the last leaves no sample out.
     kept = dealt != jnp.arange(folds + 1)[:, None]
@@ -440,9 +432,13 @@ def _share(name: str, what: str, x: Any) -> Any:
     return x
 
 
-def _check_ratio(name: str, eps: Any) -> None:
+def _grid(name: str, top: Array, n_lambdas: int, eps: Any) -> Array:
+    """Penalties `[*b L]` from `top [*b]` to `eps · top`, evenly in the logarithm."""
     smallest = float(jnp.finfo(jnp.float32).tiny)
     problems.check_numbers(name, "eps", eps, least=smallest, most=1, do="a positive ratio up to 1")
+    if n_lambdas < 1:
+        raise ValueError(f"`{name}` got n_lambdas {n_lambdas}; pass at least 1.")
+    return top[..., None] * eps ** jnp.linspace(0, 1, n_lambdas, dtype=top.dtype)
 
 
 def _pick(rows_and_one, axis: int):

@@ -254,7 +254,7 @@ def residuals(dictionary: Any, y: Array, code: SparseCode) -> Array:
 
 
 def row_bytes(k: int, d: int, itemsize: int) -> int:
-    """Scratch of one row whose atoms are gathered."""
+    """Memory of one row whose atoms are gathered."""
     return (k * (2 * d + 4 * k) + 2 * d) * itemsize
 
 

@@ -103,7 +103,7 @@ def refit(
       nonnegative: constrain `z ≥ 0`.
       ridge: weight of `½‖z‖²`, in the units of the atoms' squared norm.
       workspace_bytes: most bytes that the rows in work may need, beside arguments and results; by default
-        `chunking.SCRATCH`, or what one row needs.
+        `chunking.WORKSPACE_BYTES`, or what one row needs.
 
     Returns:
       The code with its values refitted, in the dtype they had, and `RefitInfo`.
@@ -140,7 +140,7 @@ def refit(
     """
     dictionary, y, code = problems.validate(dictionary, y, code, "refit")
     needed = _row_bytes(code.indices.shape[-1], y.shape[-1], problems.accumulator(dictionary, y).itemsize)
-    workspace_bytes = max(chunking.SCRATCH, needed) if workspace_bytes is None else workspace_bytes
+    workspace_bytes = max(chunking.WORKSPACE_BYTES, needed) if workspace_bytes is None else workspace_bytes
     if workspace_bytes < needed:
         raise ValueError(
             f"`refit` got workspace_bytes of {workspace_bytes} bytes, but one row needs {needed}; pass at least that."
@@ -254,12 +254,12 @@ def _unsolved(solver: solvers.Solver, info: RefitInfo):
 
 
 def _solver_bytes(k: int, d: int, itemsize: int) -> int:
-    """Scratch of one row while it is solved."""
+    """Memory of one row while it is solved."""
     return (4 * k * k + 16 * (k + d)) * itemsize
 
 
 def _row_bytes(k: int, d: int, itemsize: int) -> int:
-    """Scratch of one row, whatever it goes through; half of it while its problem is formed."""
+    """Memory of one row, whatever it goes through; half of it while its problem is formed."""
     return 2 * (problems.row_bytes(k, d, itemsize) + _solver_bytes(k, d, itemsize))
 
 
@@ -399,7 +399,7 @@ def _solve_all(static: _Static, shared, y, indices, values) -> _Outcome:
     (n, k), d, itemsize = indices.shape, y.shape[1], shared[2].dtype.itemsize
     solve, half = functools.partial(_solve_rows, static, shared), static.workspace_bytes // 2
     if static.kernel:
-        return solve(y, indices, values)  # it needs no scratch
+        return solve(y, indices, values)  # it needs no memory of its own
     if len(_widths(k)) == 1:
         in_cache = (4 << 20) // max(k * k * itemsize, 1)  # rows whose Gram matrices the cache holds
         return chunking.map_chunks(

@@ -369,7 +369,7 @@ def _refit_fused_backward(static: _Static, residuals, cotangents):
         *(dictionary, y, indices, z, cotangents[0], numbers[0], jnp.isfinite(kkt)),
         nonnegative=static.nonnegative,
         num_latents=len(dictionary),
-        workspace_bytes=chunking.SCRATCH,
+        workspace_bytes=chunking.WORKSPACE_BYTES,
     )
     return (dictionary_bar, (ridge_bar, None, None)), None, y_bar, None
 
