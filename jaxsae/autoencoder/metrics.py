@@ -81,7 +81,7 @@ def moments(x: Float[Array, "*b d"], keep: Bool[Array, "*b"] | None = None) -> M
 def _moments(x: Float[Array, "n d"], keep: Bool[Array, " n"], unit: Float[Array, ""]) -> Moments:
     rows = jnp.sum(keep, dtype=x.dtype)
     keep = keep[:, None]
-    # From the least of each column, so that rows that are equal have a mean which is that row, to the bit.
+    # From the least of each column, so that rows that are equal have a mean which is that row exactly.
     least = jnp.min(x, axis=0, where=keep, initial=jnp.inf)
     least = jax.lax.stop_gradient(jnp.where(rows > 0, least, 0))
     x = jnp.where(keep, (x - least) / unit, 0)
@@ -251,8 +251,8 @@ def _by_latent(code: SparseCode, active: Bool[Array, "*b k"], weights: Float[Arr
 # A latent is dead if it fires on none of so many rows, or on none of all there are: on few rows most latents rest.
 DEAD_ROWS = 100_000
 
-# Edges of the histogram of refined/original, eight bins an octave; what lies outside, zeros on the left, is counted
-# in the bin at the end.
+# Edges of the histogram of refined/original, eight bins for each factor of two; what lies outside, zeros on the left,
+# is counted in the bin at the end.
 RATIO_EDGES = 2.0 ** np.linspace(-4, 6, 81)
 
 

@@ -56,7 +56,7 @@ def fit(
     """Learn a dictionary of `m` atoms in which each signal is a sum of `k` of them.
 
     Each step codes the signals by orthogonal matching pursuit, updates atoms and values, then replaces atoms that are
-    of no use (`replace`). Signals with NaN or Inf take no part.
+    unused or repeated (`replace`). Signals with NaN or Inf take no part.
 
     Args:
       key: chooses the signals to start from.
@@ -147,9 +147,9 @@ def _without_units(y):
 
 def _signals(key, y, m: int):
     """Signals drawn without replacement, of norm 1; those that are 0 or not finite only if there are no others."""
-    usable = jnp.isfinite(y).all(axis=1) & (y != 0).any(axis=1)
-    _, chosen = jax.lax.top_k(jax.random.uniform(key, (len(y),)) + usable, m)
-    return jnp.where(usable[chosen, None], y[chosen], 0)
+    valid = jnp.isfinite(y).all(axis=1) & (y != 0).any(axis=1)
+    _, chosen = jax.lax.top_k(jax.random.uniform(key, (len(y),)) + valid, m)
+    return jnp.where(valid[chosen, None], y[chosen], 0)
 
 
 def _on(code: SparseCode, rows: Array) -> SparseCode:
@@ -322,10 +322,10 @@ def _mod(D, y, code: SparseCode):
 def replace(
     D: Float[Array, "m d"], y: Float[Array, "n d"], code: SparseCode, *, nonnegative_atoms: bool = False
 ) -> tuple[Float[Array, "m d"], Int[Array, ""]]:
-    """Replace atoms of no use by the signals that are represented worst.
+    """Replace atoms that are unused or repeated by the signals that are represented worst.
 
-    Of no use is an atom that no signal uses, or one whose cosine with an earlier atom is above 0.99 in absolute value.
-    Each takes a signal of its own, as long as there are signals with an error.
+    Repeated is an atom whose cosine with an earlier one is above 0.99 in absolute value. Each takes a signal of its
+    own, as long as there are signals with an error.
 
     Args:
       D: dictionary `[m d]`.
@@ -366,12 +366,12 @@ def _replace(nonnegative_atoms: bool, D, y, code: SparseCode):
         repeats, atoms, jnp.arange(m), batch=(m,), row_bytes=m * atoms.dtype.itemsize, cpu_rows=256
     )
     uses = jnp.zeros(m, jnp.int32).at[learnt.indices].add(1, mode="drop")
-    useless = repeated | (uses == 0)
+    replaced = repeated | (uses == 0)
     error = jnp.sum((known - codes.decode(given.atoms, learnt)) ** 2, axis=1)
     error, worst = jax.lax.top_k(error, min(m, len(y)))
-    turn = jnp.cumsum(useless) - 1
+    turn = jnp.cumsum(replaced) - 1
     error, worst = (x.at[turn].get(mode="fill", fill_value=0) for x in (error, worst))
     new = known[worst]
     new = rank_one.unit(jax.nn.relu(new) if nonnegative_atoms else new)
-    useless &= (error > 0) & (new != 0).any(axis=1)
-    return jnp.where(useless[:, None], new, atoms).astype(D.dtype), jnp.sum(useless, dtype=jnp.int32)
+    replaced &= (error > 0) & (new != 0).any(axis=1)
+    return jnp.where(replaced[:, None], new, atoms).astype(D.dtype), jnp.sum(replaced, dtype=jnp.int32)

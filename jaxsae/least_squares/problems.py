@@ -71,7 +71,7 @@ class Problem(NamedTuple):
 
 
 def largest(x: Array, axis: int | tuple[int, ...] = -1) -> Array:
-    """`max |x|`, axes kept; NaN where that cannot be relied upon: where an entry is not finite, or lost.
+    """`max |x|`, axes kept; NaN where that cannot be relied upon: where an entry is not finite, or subnormal.
 
     XLA takes a subnormal number for 0 on most devices, which is more than rounding among others of about its size.
     """
@@ -79,8 +79,8 @@ def largest(x: Array, axis: int | tuple[int, ...] = -1) -> Array:
     limits = jnp.finfo(x.dtype)
     kind = jnp.dtype(f"uint{limits.bits}")
     size = jax.lax.bitcast_convert_type(x, kind) << 1  # without the sign
-    lost = (size > 0) & (size < np.asarray(limits.tiny).view(kind) << 1)
-    return jnp.where(lost.any(axis, keepdims=True) & (most < limits.tiny / limits.eps), jnp.nan, most)
+    subnormal = (size > 0) & (size < np.asarray(limits.tiny).view(kind) << 1)
+    return jnp.where(subnormal.any(axis, keepdims=True) & (most < limits.tiny / limits.eps), jnp.nan, most)
 
 
 def scaled(y: Array) -> tuple[Array, Array, Array]:
@@ -142,21 +142,21 @@ class Solved(NamedTuple):
     x: Array  # [n k]  values without units
     unit: Array  # [n k]  as of `Problem`
     finite: Array  # [n]  as of `Problem`
-    usable: Array  # [n]  whether the starting values were better than being far from the answer
+    warm_started: Array  # [n]  whether it started at the given values, rather than at 0
     kkt: Array  # [n]
     steps: Array  # [n]
 
 
-def drive_rows(solver: solvers.Solver, problem: Problem, z, most, nonnegative: bool):
-    """Run a solver on `n` rows, each for at most `most [n]` steps."""
+def drive_rows(solver: solvers.Solver, problem: Problem, z, max_steps, nonnegative: bool):
+    """Run a solver on `n` rows, each for at most `max_steps [n]` steps."""
     drive = functools.partial(solvers.drive, solver, nonnegative=nonnegative)
-    return jax.vmap(drive)(problem.gram, problem.c, problem.weight, z, most)
+    return jax.vmap(drive)(problem.gram, problem.c, problem.weight, z, max_steps)
 
 
-def drive_chain(solver: solvers.Solver, problem: Problem, z, most, nonnegative: bool):
+def drive_chain(solver: solvers.Solver, problem: Problem, z, max_steps, nonnegative: bool):
     """Run a solver on `n` rows, then its fallback on those that it left."""
     fallback = solver.fallback
-    best, kkt, steps = drive_rows(solver, problem, z, most, nonnegative)
+    best, kkt, steps = drive_rows(solver, problem, z, max_steps, nonnegative)
     if fallback is None:
         return best, kkt, steps
 
@@ -166,12 +166,12 @@ def drive_chain(solver: solvers.Solver, problem: Problem, z, most, nonnegative: 
         )
         return best_, kkt_, steps + steps_
 
-    return jax.lax.cond(jnp.any(left(solver, kkt, steps, most)), hand_on, lambda: (best, kkt, steps))
+    return jax.lax.cond(jnp.any(left(solver, kkt, steps, max_steps)), hand_on, lambda: (best, kkt, steps))
 
 
-def left(solver: solvers.Solver, kkt, steps, most):
+def left(solver: solvers.Solver, kkt, steps, max_steps):
     """Whether a solver leaves a row to its fallback."""
-    return (steps >= most) & (kkt > solver.tol)
+    return (steps >= max_steps) & (kkt > solver.tol)
 
 
 def last_tol(solver: solvers.Solver):
@@ -184,11 +184,11 @@ def solved(solver: solvers.Solver, problem: Problem, values: Array, nonnegative:
     start = values * problem.unit
     start = jnp.maximum(start, 0) if nonnegative else start
     # From far away (‖y‖² is 1 here) rounding follows the solver; NaN, and what is too large to square, are far too.
-    usable = jax.vmap(objective_gap)(problem.gram, problem.c, start, jnp.zeros_like(start)) < 10
-    start = jnp.where(usable[:, None], start, 0)
-    most = jnp.full(values.shape[:1], solver.max_steps, jnp.int32)
-    x, kkt, steps = drive_rows(solver, problem, start, most, nonnegative)
-    return Solved(x, problem.unit, problem.finite, usable, kkt, steps)
+    warm_started = jax.vmap(objective_gap)(problem.gram, problem.c, start, jnp.zeros_like(start)) < 10
+    start = jnp.where(warm_started[:, None], start, 0)
+    max_steps = jnp.full(values.shape[:1], solver.max_steps, jnp.int32)
+    x, kkt, steps = drive_rows(solver, problem, start, max_steps, nonnegative)
+    return Solved(x, problem.unit, problem.finite, warm_started, kkt, steps)
 
 
 def objective_gap(G, c, z, other):

@@ -291,7 +291,7 @@ def _solve_rows(static: _Static, shared, y, indices, values) -> _Outcome:
     finite = solved.finite & _finite(values, indices, num_latents)
     feasible = jax.nn.relu(values) if nonnegative else values
     refitted = divide(solved.x, solved.unit).astype(values.dtype)
-    moved = (solved.steps > 0) | ~solved.usable  # else the start is optimal already, and comes back to the bit
+    moved = (solved.steps > 0) | ~solved.warm_started  # else the start is optimal already, and comes back as it is
     # Rounded to fewer bits, the best iterate can be worse than the start.
     if problem is not None and values.dtype != ridge.dtype:
         rounded = refitted.astype(ridge.dtype) * solved.unit
@@ -346,8 +346,8 @@ def _revise(static: _Static, shared, y, indices, values, x, info: RefitInfo) -> 
     rows = problems.unit_rows(dictionary, y, indices, num_latents=static.num_latents, ridge=ridge)
     at = functools.partial(_at, rows, nonnegative=nonnegative)
     given, origin = at(values.astype(y.dtype) * rows.unit), at(jnp.zeros_like(x))
-    usable = _lower(given, origin)
-    start = _choose(usable, given, origin)
+    warm_started = _lower(given, origin)
+    start = _choose(warm_started, given, origin)
 
     problem = problems.products(rows)
     fallback = solver if solver.fallback is None else solver.fallback
@@ -365,7 +365,7 @@ def _revise(static: _Static, shared, y, indices, values, x, info: RefitInfo) -> 
     moved = _lower(at(refitted.astype(y.dtype) * rows.unit), start)
     best = _choose(moved, best, start)
     feasible = jax.nn.relu(values) if nonnegative else values
-    refitted = jnp.where(moved | (rows.unit == 0), refitted, jnp.where(usable, feasible, 0))
+    refitted = jnp.where(moved | (rows.unit == 0), refitted, jnp.where(warm_started, feasible, 0))
     finite = rows.finite & _finite(values, indices, static.num_latents) & jnp.isfinite(refitted).all(1)
     kkt = max_or_nan(rows.weight * solvers.violation(best.x, best.gradient, nonnegative), 1)
     return _Outcome(jnp.where(finite[:, None], refitted, values), best.x, _info(solver, kkt, steps, finite))

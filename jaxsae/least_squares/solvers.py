@@ -385,11 +385,11 @@ class _Carry(NamedTuple):
     steps: Array
 
 
-def drive(solver: Solver, G, c, weight, z, most, nonnegative: bool):
-    """Run a solver on one unit-free problem, for at most `most` steps, until its KKT residual is within tolerance."""
+def drive(solver: Solver, G, c, weight, z, max_steps, nonnegative: bool):
+    """Run a solver on one unit-free problem until its KKT residual is within tolerance, for at most `max_steps`."""
     lower = 0.0 if nonnegative else -jnp.inf
-    start = sharding.vary_alike(solver.init(G, c, z, lower), weight, most)
-    return iterate(lambda state: solver.step(G, c, state, lower), start, weight, solver.tol, most, nonnegative)
+    start = sharding.vary_alike(solver.init(G, c, z, lower), weight, max_steps)
+    return iterate(lambda state: solver.step(G, c, state, lower), start, weight, solver.tol, max_steps, nonnegative)
 
 
 def _while_running(step, carry, running):
@@ -398,7 +398,7 @@ def _while_running(step, carry, running):
 
 
 def iterate(
-    step, start, weight, tol, most, nonnegative: bool, *, total=jnp.sum, largest=max_or_nan, repeat=_while_running
+    step, start, weight, tol, max_steps, nonnegative: bool, *, total=jnp.sum, largest=max_or_nan, repeat=_while_running
 ):
     """Repeat `step(state) -> state` until the KKT residual is within `tol`, and return the best iterate.
 
@@ -413,7 +413,7 @@ def iterate(
       start: its state at a feasible start.
       weight: as of `problems.Problem`.
       tol: tolerance of the KKT residual.
-      most: steps.
+      max_steps: when to stop at the latest.
       nonnegative: constrain `z ≥ 0`.
       total: sum over the slots of a row.
       largest: the same for the maximum.
@@ -439,10 +439,10 @@ def iterate(
         best = jnp.where(better, state.z, carry.best)
         best_gradient = jnp.where(better, state.gradient, carry.best_gradient)
         steps = carry.steps + 1
-        return _Carry(state, best, best_gradient, steps), ~done & (steps < most)
+        return _Carry(state, best, best_gradient, steps), ~done & (steps < max_steps)
 
     # NaN compares false: a row that is not finite never runs.
-    running = (residual(start.z, start.gradient, strict) > tol) & (most > 0)
+    running = (residual(start.z, start.gradient, strict) > tol) & (max_steps > 0)
     carry = repeat(update, _Carry(start, start.z, start.gradient, jnp.zeros_like(running, jnp.int32)), running)
     return carry.best, residual(carry.best, carry.best_gradient, weight), carry.steps
 

@@ -40,8 +40,8 @@ def spectral_norm(space: Space, columns):
     return power_iteration(space.matvec, column, solvers.POWER_STEPS, space.total)
 
 
-def solve(space: Space, columns, c, weight, start, *, tol, most, nonnegative: bool):
-    """Minimise `½ zᵀGz − cᵀz`, until the KKT residual is within `tol`, for at most `most` steps.
+def solve(space: Space, columns, c, weight, start, *, tol, max_steps, nonnegative: bool):
+    """Minimise `½ zᵀGz − cᵀz`, until the KKT residual is within `tol`, for at most `max_steps` steps.
 
     Args:
       space: where vectors live.
@@ -50,7 +50,7 @@ def solve(space: Space, columns, c, weight, start, *, tol, most, nonnegative: bo
       weight: as of `problems.Problem`.
       start: where to start, unless that is far worse than 0, as of `problems.solved`.
       tol: tolerance of the KKT residual.
-      most: steps.
+      max_steps: when to stop at the latest.
       nonnegative: constrain `z ≥ 0`.
 
     Returns:
@@ -59,8 +59,8 @@ def solve(space: Space, columns, c, weight, start, *, tol, most, nonnegative: bo
     """
     lower = 0.0 if nonnegative else -jnp.inf
     start = jnp.maximum(start, lower)
-    usable = 0.5 * space.total(start * (space.matvec(start) - 2 * c)) < 10
-    start = jnp.where(usable, start, 0.0)
+    warm_started = 0.5 * space.total(start * (space.matvec(start) - 2 * c)) < 10
+    start = jnp.where(warm_started, start, 0.0)
 
     def gradient(z):
         return space.matvec(z) - c
@@ -81,6 +81,6 @@ def solve(space: Space, columns, c, weight, start, *, tol, most, nonnegative: bo
 
     begin = solvers.fista_start(start, gradient(start), spectral_norm(space, columns))
     x, kkt, steps = solvers.iterate(
-        *(step, begin, weight, tol, most, nonnegative), total=space.total, largest=space.largest, repeat=repeat
+        *(step, begin, weight, tol, max_steps, nonnegative), total=space.total, largest=space.largest, repeat=repeat
     )
-    return x, kkt, steps, usable
+    return x, kkt, steps, warm_started

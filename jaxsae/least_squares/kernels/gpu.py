@@ -157,8 +157,8 @@ def gather_decode(
 
 
 def _solve_row(
-    indices_ref, D_ref, y_ref, start_ref, target_ref, numbers_ref, most_ref,
-    x_ref, square_ref, kkt_ref, steps_ref, usable_ref, *, K: int, k: int, nonnegative: bool, **options: Any,
+    indices_ref, D_ref, y_ref, start_ref, target_ref, numbers_ref, max_steps_ref,
+    x_ref, square_ref, kkt_ref, steps_ref, warm_started_ref, *, K: int, k: int, nonnegative: bool, **options: Any,
 ):  # fmt: skip
     row, slot = pl.program_id(0), jnp.arange(K)
     index, on = _slots(indices_ref, row, 0, K, k, D_ref.shape[0])
@@ -177,20 +177,20 @@ def _solve_row(
         any=lambda running: running > 0,
         slot=slot.astype(jnp.float32),
     )
-    x, kkt, steps, usable = fista.solve(
+    x, kkt, steps, warm_started = fista.solve(
         *(space, jnp.sum(G * G, axis=1), divide(c, norm * y_norm), weight, start),
         tol=numbers_ref[1],
-        most=most_ref[0],
+        max_steps=max_steps_ref[0],
         nonnegative=nonnegative,
     )
     plgpu.store(x_ref.at[row, slot], x, mask=slot < k)
     plgpu.store(square_ref.at[row, slot], squares, mask=slot < k)
     kkt_ref[row], steps_ref[row] = kkt, steps
-    usable_ref[row] = usable.astype(jnp.int32)
+    warm_started_ref[row] = warm_started.astype(jnp.int32)
 
 
 def solve(
-    D, indices, y, y_scale, y_norm, z0, ridge, tol, most,
+    D, indices, y, y_scale, y_norm, z0, ridge, tol, max_steps,
     *, nonnegative: bool, block: int = 32, warps: int | None = None, stages: int = 3, interpret: Any = False,
 ):  # fmt: skip
     """Gather, Gram and FISTA of `n` rows, a row a program; arguments and results as of `reference.solve`."""
@@ -202,19 +202,19 @@ def solve(
     start = divide(divide(z0.astype(jnp.float32), y_norm), y_scale)
     target = jnp.concatenate([divide(1.0, y_scale), y_norm], axis=1)
     numbers = jnp.stack([jnp.asarray(x, jnp.float32) for x in (ridge, tol)])
-    most = jnp.asarray(most, jnp.int32).reshape(1)
+    max_steps = jnp.asarray(max_steps, jnp.int32).reshape(1)
     options = {"block": block, "precision": _precision(D.dtype, interpret)}
-    x, square, kkt, steps, usable = _call(
+    x, square, kkt, steps, warm_started = _call(
         functools.partial(_solve_row, K=K, k=k, nonnegative=nonnegative, **options),
         (n,),
-        (indices, D, y, start, target, numbers, most),
+        (indices, D, y, start, target, numbers, max_steps),
         [((n, k), jnp.float32)] * 2 + [((n,), jnp.float32), ((n,), jnp.int32), ((n,), jnp.int32)],
         warps=warps or (8 if K == _TILE else 4),
         stages=stages,
         interpret=interpret,
         name="refit_fused",
     )
-    return x, square, usable > 0, kkt, steps
+    return x, square, warm_started > 0, kkt, steps
 
 
 def scatter_sorted(latents, rows, left, right, *, m: int, block: int = 256, warps: int = 4, interpret: Any = False):

@@ -218,9 +218,9 @@ def solve(
     def by_kernel(kernel, options):
         _, scale, norm = problems.scaled(y.astype(ridge.dtype))
         arguments = dictionary, indices, y, scale, norm, z0, ridge, tol, max_steps
-        x, square, usable, kkt, steps = kernel.solve(*arguments, nonnegative=nonnegative, **options)
+        x, square, warm_started, kkt, steps = kernel.solve(*arguments, nonnegative=nonnegative, **options)
         _, unit, _, finite = problems.measure(square, sparse.used(indices, len(dictionary)), scale, norm, ridge)
-        return problems.Solved(x, unit, finite, usable, kkt, steps)
+        return problems.Solved(x, unit, finite, warm_started, kkt, steps)
 
     def by_xla():
         return reference.solve(dictionary, indices, y, z0, ridge, tol, max_steps, nonnegative=nonnegative)
@@ -344,12 +344,12 @@ _gather_gram.defvjp(_gather_gram_forward, _gather_gram_backward)
 
 @_over_rows
 def _refit_rows(static: _Static, shared, indices, y, z0):
-    dictionary, (ridge, tol, most) = shared
+    dictionary, (ridge, tol, max_steps) = shared
     nonnegative = static.nonnegative
-    found = solve(dictionary, indices, y, z0, ridge, tol, most, nonnegative, static.implementation)
+    found = solve(dictionary, indices, y, z0, ridge, tol, max_steps, nonnegative, static.implementation)
     finite = found.finite & (jnp.isfinite(z0) | ~sparse.used(indices, len(dictionary))).all(1)
     start = jax.nn.relu(z0) if nonnegative else z0
-    moved = ((found.steps > 0) | ~found.usable)[:, None] | (found.unit == 0)
+    moved = ((found.steps > 0) | ~found.warm_started)[:, None] | (found.unit == 0)
     z = jnp.where(moved, divide(found.x, found.unit).astype(z0.dtype), start)
     return (
         jnp.where(finite[:, None], z, z0),

@@ -21,14 +21,14 @@ def gather_gram(D, indices, y):
     return chunking.map_chunks(chunk, indices, y, batch=indices.shape[:1], row_bytes=row_bytes)
 
 
-def solve(D, indices, y, z0, ridge, tol, most, *, nonnegative: bool) -> problems.Solved:
+def solve(D, indices, y, z0, ridge, tol, max_steps, *, nonnegative: bool) -> problems.Solved:
     """Gather, Gram and FISTA of `n` rows, in the dtype of `ridge`."""
     dtype = ridge.dtype
     k, d = indices.shape[1], y.shape[1]
 
     def chunk(indices, y, z0):
         problem = problems.problems(D, y.astype(dtype), indices, num_latents=len(D), ridge=ridge)
-        return problems.solved(solvers.FISTA(tol=tol, max_steps=most), problem, z0.astype(dtype), nonnegative)
+        return problems.solved(solvers.FISTA(tol=tol, max_steps=max_steps), problem, z0.astype(dtype), nonnegative)
 
     row_bytes = 2 * problems.row_bytes(k, d, dtype.itemsize)
     return chunking.map_chunks(chunk, indices, y, z0, batch=indices.shape[:1], row_bytes=row_bytes)

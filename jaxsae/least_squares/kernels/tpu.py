@@ -203,7 +203,7 @@ class _Block(NamedTuple):
 
 def _solve_block(
     indices_ref, scale_ref, numbers_ref, limit_ref, D_ref, y_ref, used_ref, norm_ref, z0_ref,
-    x_ref, square_ref, kkt_ref, steps_ref, usable_ref, *scratch, group: mosaic.Group, nonnegative: bool,
+    x_ref, square_ref, kkt_ref, steps_ref, warm_started_ref, *scratch, group: mosaic.Group, nonnegative: bool,
 ):  # fmt: skip
     (*buffers, products, gram, vector), (k, kp, P, R) = scratch, (group.k, group.kp, group.P, group.R)
     ridge, tol = numbers_ref[0, 0], numbers_ref[0, 1]
@@ -230,18 +230,21 @@ def _solve_block(
         y_norm = norm_ref[0, pl.ds(p, 1), :]
         c = divide(jnp.where(on, block.row(R + p, R)[p * kp : (p + 1) * kp], 0.0), norm * y_norm)
         start = jnp.where(on, _turn(z0_ref, p, k, kp), 0.0) * norm
-        x, kkt, steps, usable = fista.solve(
-            *(block.space(p, kp), columns, c, weight, start), tol=tol, most=limit_ref[0, 0], nonnegative=nonnegative
+        x, kkt, steps, warm_started = fista.solve(
+            *(block.space(p, kp), columns, c, weight, start),
+            tol=tol,
+            max_steps=limit_ref[0, 0],
+            nonnegative=nonnegative,
         )
         here = pl.ds(p * LANES, LANES)
         x_ref[here, :] = _turn_back(x, k)
         square_ref[here, :] = _turn_back(squares, k)
         kkt_ref[0, pl.ds(p, 1), :] = kkt
         steps_ref[0, pl.ds(p, 1), :] = steps
-        usable_ref[0, pl.ds(p, 1), :] = jnp.where(usable, 1, 0)
+        warm_started_ref[0, pl.ds(p, 1), :] = jnp.where(warm_started, 1, 0)
 
 
-def solve(D, indices, y, y_scale, y_norm, z0, ridge, tol, most, *, nonnegative: bool, interpret: Any = False):
+def solve(D, indices, y, y_scale, y_norm, z0, ridge, tol, max_steps, *, nonnegative: bool, interpret: Any = False):
     """Gather, Gram and FISTA of `n` rows in one pass; arguments and results as of `reference.solve`.
 
     128 groups of rows fill a block: their Gram matrices are turned so that rows lie in lanes, where a product with `G`
@@ -258,7 +261,7 @@ def solve(D, indices, y, y_scale, y_norm, z0, ridge, tol, most, *, nonnegative: 
     mosaic.check(D, vmem, 2 * samples * LANES * 4, y=y)
     n_padded = round_up(n, samples)
     numbers = jnp.stack([jnp.asarray(x, jnp.float32) for x in (ridge, tol)])[None]
-    limit = jnp.asarray(most, jnp.int32).reshape(1, 1)
+    limit = jnp.asarray(max_steps, jnp.int32).reshape(1, 1)
     blocks = n_padded // samples
     indices = _pad(indices, n_padded, m)
     used = jnp.where(indices < m, 1.0, 0.0)
@@ -271,7 +274,7 @@ def solve(D, indices, y, y_scale, y_norm, z0, ridge, tol, most, *, nonnegative: 
         indices, divide(1.0, y_scale).reshape(blocks, 1, samples), numbers, limit, mosaic.viewed(D, interpret),
         mosaic.viewed(y, interpret), used, y_norm.reshape(blocks, P, LANES), _pad(z0, n_padded, 0),
     )  # fmt: skip
-    x, square, kkt, steps, usable = pl.pallas_call(
+    x, square, kkt, steps, warm_started = pl.pallas_call(
         functools.partial(_solve_block, group=group, nonnegative=nonnegative),
         grid=(blocks,),
         in_specs=[
@@ -295,8 +298,8 @@ def solve(D, indices, y, y_scale, y_norm, z0, ridge, tol, most, *, nonnegative: 
         interpret=interpret,
         name="refit_fused",
     )(*inputs)
-    kkt, steps, usable = (x.reshape(n_padded)[:n] for x in (kkt, steps, usable))
-    return x[:n], square[:n], usable > 0, kkt, steps
+    kkt, steps, warm_started = (x.reshape(n_padded)[:n] for x in (kkt, steps, warm_started))
+    return x[:n], square[:n], warm_started > 0, kkt, steps
 
 
 def _turn(ref, p: int, k: int, kp: int):
