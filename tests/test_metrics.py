@@ -166,10 +166,10 @@ def expected_shrinkage(model, x, code, refined):
     return numbers | {
         "l0": fired.sum(1).mean(),
         "mean_change": numbers["mean_after"] / numbers["mean_before"] - 1,
-        "rising_share": (ratio > 1).mean(),
+        "share_increased": (ratio > 1).mean(),
         "ratio": ratio_of,
         "count": fired.sum(0),
-        "change": np.histogram(np.clip(ratio, RATIO_EDGES[0], last), RATIO_EDGES)[0],
+        "ratio_histogram": np.histogram(np.clip(ratio, RATIO_EDGES[0], last), RATIO_EDGES)[0],
     }
 
 
@@ -192,7 +192,7 @@ def test_an_exact_refit_has_gamma_1_and_its_shrunken_values_less():
     np.testing.assert_allclose(found.gamma_after, 1, atol=1e-5)
     np.testing.assert_allclose(found.gamma_before, 0.8, atol=1e-5)
     np.testing.assert_allclose(found.mean_change, 0.25, atol=1e-5)
-    assert found.rising_share == 1
+    assert found.share_increased == 1
 
 
 def one_row(before, after):
@@ -216,7 +216,7 @@ def one_row(before, after):
     ],
 )
 def test_the_histogram_of_changes(after, bins):
-    change = one_row([3.0], [after]).change
+    change = one_row([3.0], [after]).ratio_histogram
     assert set(np.flatnonzero(change)) == bins
     assert change.sum() == 1
 
@@ -228,17 +228,17 @@ def test_the_middle_of_the_histogram_is_no_change():
 def test_the_histogram_counts_every_active_value_once():
     _, _, code, refined = case()
     found = shrinkage(*case())
-    assert found.change.sum() == found.count.sum() == code.l0.sum()
+    assert found.ratio_histogram.sum() == found.count.sum() == code.l0.sum()
     rising = f64(refined.values) > f64(code.values)
-    assert found.rising == rising.sum()
-    assert found.change[MIDDLE:].sum() == rising.sum()
+    assert found.num_increased == rising.sum()
+    assert found.ratio_histogram[MIDDLE:].sum() == rising.sum()
 
 
 def test_slots_with_no_value_before_do_not_count():
     found = one_row([2.0, 0.0], [3.0, 4.0])
     assert found.l0 == 1
     assert found.mean_after == 3
-    assert found.change.sum() == 1
+    assert found.ratio_histogram.sum() == 1
 
 
 def test_shrinkage_with_a_mean_far_from_zero():
@@ -257,7 +257,7 @@ def test_bfloat16_counts_beyond_256():
     x = activations(batch=(rows,), dtype=jnp.bfloat16)
     found = shrinkage(model, x, code, code)
     assert found.count[0] == rows
-    assert found.change.sum() == rows
+    assert found.ratio_histogram.sum() == rows
     assert (found + found).data.rows == 2 * rows
     halves = functools.reduce(operator.add, (reconstruction(row, row) for row in slices(x, *range(1, rows))))
     assert halves.data.rows == rows
@@ -391,7 +391,7 @@ def test_of_no_rows_and_of_no_active_values_every_ratio_is_nan_or_0():
     x, code = jax.tree.map(lambda leaf: leaf[: ROWS // 2], (x, code))
     silent = code.replace(values=jnp.zeros_like(code.values))
     found = ratios([all_metrics(model, x, silent, silent)])
-    for name in ("mean_before", "mean_after", "mean_change", "rising_share", "gamma_before", "gamma_after", "ratio"):
+    for name in ("mean_before", "mean_after", "mean_change", "share_increased", "gamma_before", "gamma_after", "ratio"):
         assert np.all(np.isnan(found[f"shrinkage.{name}"])), name
     nothing = ratios([all_metrics(model, x * jnp.nan, silent.replace(values=silent.values * jnp.nan), silent)])
     assert all(np.all(np.isnan(value)) for name, value in nothing.items() if name != "activity.dead")
@@ -420,12 +420,12 @@ def test_thousands_of_equal_batches_have_the_ratios_of_one(dtype):
         for number, value in numbers(each).items():
             np.testing.assert_allclose(numbers(many[name])[number], value, rtol=1e-6, err_msg=f"{name}.{number}")
     shrunk = many["shrinkage"]
-    for name in ("error_before", "power_after", "cross_before", "before", "count", "rising"):
+    for name in ("error_before", "sq_norm_after", "inner_product_before", "before", "count", "num_increased"):
         expected = times * f64(getattr(one["shrinkage"], name))
         np.testing.assert_allclose(getattr(shrunk, name), expected, rtol=1e-6, err_msg=name)
     # And the sums themselves are those of numpy, not of the narrow type.
     x_hat = f64(dense(code)) @ f64(model.W_dec)
-    np.testing.assert_allclose(one["shrinkage"].power_before, (x_hat**2).sum(), rtol=1e-5)
+    np.testing.assert_allclose(one["shrinkage"].sq_norm_before, (x_hat**2).sum(), rtol=1e-5)
 
 
 def test_counts_go_on_beyond_what_float32_counts_to():

@@ -110,7 +110,7 @@ NO_SOURCE = {
     *("jaxsae.solvers.default", "jaxsae.solvers.within"),
 }
 OF_PAPERS = {
-    *(f"autoencoder.activations.{name}" for name in ("base", "batch_top_k", "matching_pursuit", "thresholds", "top_k")),
+    *(f"autoencoder.activations.{name}" for name in ("base", "matching_pursuit", "thresholds", "top_k")),
     *("autoencoder.normalisation", "ksvd.learning", "lasso.penalised", "train.losses"),
     *("least_squares.certificate", "least_squares.refit", "least_squares.solvers", "train.objectives"),
     *("pursuit.greedy", "pursuit.thresholding"),

@@ -120,7 +120,7 @@ def test_the_summary(refined):
     assert (summary.rows, summary.overflowed, summary.nonfinite, summary.unconverged) == (ROWS, 0, 0, 0)
     assert sum(refined.done) == ROWS
     expected = jaxsae.shrinkage(refined.model, jnp.asarray(refined.x), refined.encoded, refined.expected)
-    for name in ("l0", "nmse_before", "nmse_after", "mean_change", "rising_share", "gamma_before", "gamma_after"):
+    for name in ("l0", "nmse_before", "nmse_after", "mean_change", "share_increased", "gamma_before", "gamma_after"):
         np.testing.assert_allclose(getattr(summary.shrinkage, name), getattr(expected, name), rtol=1e-3, err_msg=name)
 
 

@@ -394,7 +394,7 @@ def measure(
     numbers = {**shrunk.numbers(), "worst_kkt": kkt.max(), "certified": np.mean(kkt <= CERTIFIED), "dead": active.dead}
     numbers = {name: json_number(value) for name, value in numbers.items()}
     return numbers | {
-        "change": np.asarray(shrunk.change).tolist(),
+        "change": np.asarray(shrunk.ratio_histogram).tolist(),
         "latent_change": np.histogram(ratio, metrics.RATIO_EDGES)[0].tolist(),
         "firing": active.log2_histogram,
         "dead_rows": int(active.rows),

@@ -265,12 +265,12 @@ class Shrinkage(_Sums):
     Attributes:
       data: moments of `x`.
       error_before, error_after: `Σ‖x − x̂‖²`; like the next ones in units of `data.unit²`.
-      power_before, power_after: `Σ‖x̂ − b_dec‖²`.
-      cross_before, cross_after: `Σ⟨x − b_dec, x̂ − b_dec⟩`.
+      sq_norm_before, sq_norm_after: `Σ‖x̂ − b_dec‖²`.
+      inner_product_before, inner_product_after: `Σ⟨x − b_dec, x̂ − b_dec⟩`.
       count: `[m]`, how many active values each latent has.
       before, after: `[m]`, their sums.
-      rising: how many values rose.
-      change: `[80]`, histogram of refined/original over `RATIO_EDGES`: left of the middle falls, right of it rises.
+      num_increased: how many values rose.
+      ratio_histogram: `[80]`, of refined/original over `RATIO_EDGES`: left of the middle falls, right of it rises.
       rest: what rounding left out of each.
 
     Example:
@@ -291,21 +291,21 @@ class Shrinkage(_Sums):
     data: Moments
     error_before: Float[Array, ""]
     error_after: Float[Array, ""]
-    power_before: Float[Array, ""]
-    power_after: Float[Array, ""]
-    cross_before: Float[Array, ""]
-    cross_after: Float[Array, ""]
+    sq_norm_before: Float[Array, ""]
+    sq_norm_after: Float[Array, ""]
+    inner_product_before: Float[Array, ""]
+    inner_product_after: Float[Array, ""]
     count: Float[Array, " m"]
     before: Float[Array, " m"]
     after: Float[Array, " m"]
-    rising: Float[Array, ""]
-    change: Float[Array, " bins"]
+    num_increased: Float[Array, ""]
+    ratio_histogram: Float[Array, " bins"]
     rest: dict[str, Array] = _rest()
 
     def _plus(self, other: Any) -> Any:
         data = self.data._plus(other.data)
-        squares = [f"{name}_{when}" for name in ("error", "power", "cross") for when in ("before", "after")]
-        counts = ["count", "before", "after", "rising", "change"]
+        squares = [f"{name}_{when}" for name in ("error", "sq_norm", "inner_product") for when in ("before", "after")]
+        counts = ["count", "before", "after", "num_increased", "ratio_histogram"]
         scales = (self.data.unit / data.unit) ** 2, (other.data.unit / data.unit) ** 2
         first, second = _added(self, other, squares, scales), _added(self, other, counts)
         return Shrinkage(data=data, **(first | second | {"rest": first["rest"] | second["rest"]}))
@@ -341,9 +341,9 @@ class Shrinkage(_Sums):
         return ratio(self.mean_after, self.mean_before) - 1
 
     @property
-    def rising_share(self) -> Float[Array, ""]:
+    def share_increased(self) -> Float[Array, ""]:
         """Share of the active values that rise."""
-        return ratio(self.rising, jnp.sum(self.count))
+        return ratio(self.num_increased, jnp.sum(self.count))
 
     @property
     def ratio(self) -> Float[Array, " m"]:
@@ -353,18 +353,18 @@ class Shrinkage(_Sums):
     @property
     def gamma_before(self) -> Float[Array, ""]:
         """`γ = Σ‖x̂ − b‖² / Σ⟨x − b, x̂ − b⟩`; below 1 is shrinkage."""
-        return ratio(self.power_before, self.cross_before)
+        return ratio(self.sq_norm_before, self.inner_product_before)
 
     @property
     def gamma_after(self) -> Float[Array, ""]:
         """`γ` with the refined values: 1, by complementarity, if the refit is exact."""
-        return ratio(self.power_after, self.cross_after)
+        return ratio(self.sq_norm_after, self.inner_product_after)
 
     def numbers(self) -> dict[str, float]:
         """What it says as plain numbers, NaN where nothing was active."""
         names = ("l0", "nmse_before", "nmse_after", "mean_before", "mean_after", "mean_change")
         values = {name: float(getattr(self, name)) for name in (*names, "gamma_before", "gamma_after")}
-        return values | {"rising": float(self.rising_share)}
+        return values | {"rising": float(self.share_increased)}
 
     def __str__(self) -> str:
         rows = [
@@ -374,7 +374,7 @@ class Shrinkage(_Sums):
         ]
         lines = [f"{'':16}{'before':>10}{'after':>10}{'change':>10}"]
         lines += [f"{name:16}{float(a):10.4f}{float(b):10.4f}{float(b / a - 1):+10.1%}" for name, a, b in rows]
-        lines.append(f"{float(self.rising_share):.1%} of {float(jnp.sum(self.count)):.0f} active values rise, ")
+        lines.append(f"{float(self.share_increased):.1%} of {float(jnp.sum(self.count)):.0f} active values rise, ")
         return "\n".join(lines) + f"{float(self.l0):.1f} a row over {float(self.data.rows):.0f} rows"
 
 
@@ -439,7 +439,7 @@ def _shrinkage(W_dec, fit: Fit, x, code: SparseCode, refined: SparseCode) -> Shr
     for when, x_hat in zip(("before", "after"), x_hats, strict=True):
         y, y_hat = target / unit, x_hat / unit
         squares[f"error_{when}"] = jnp.sum((y - y_hat) ** 2)
-        squares[f"power_{when}"], squares[f"cross_{when}"] = jnp.sum(y_hat**2), jnp.sum(y * y_hat)
+        squares[f"sq_norm_{when}"], squares[f"inner_product_{when}"] = jnp.sum(y_hat**2), jnp.sum(y * y_hat)
     active = code.mask & (code.values != 0) & keep[..., None]
     before, after = (jnp.where(active, each.values, 0).astype(target.dtype) for each in (code, refined))
     bins = len(RATIO_EDGES) - 1
@@ -451,8 +451,8 @@ def _shrinkage(W_dec, fit: Fit, x, code: SparseCode, refined: SparseCode) -> Shr
         "count": _by_latent(code, active, jnp.ones_like(before)),
         "before": _by_latent(code, active, before),
         "after": _by_latent(code, active, after),
-        "rising": jnp.sum(after > before, dtype=before.dtype),
-        "change": jnp.zeros(bins, before.dtype).at[slot.ravel()].add(1, mode="drop"),
+        "num_increased": jnp.sum(after > before, dtype=before.dtype),
+        "ratio_histogram": jnp.zeros(bins, before.dtype).at[slot.ravel()].add(1, mode="drop"),
     }
     data = _moments(x.reshape(-1, x.shape[-1]), keep.reshape(-1), unit)
     return Shrinkage(data=data, **_exact(squares | counts))

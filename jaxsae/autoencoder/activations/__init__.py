@@ -1,10 +1,14 @@
 """From pre-activations to a code: an architecture is one activation and, in training, one loss.
 
-`base.Activation` has a default for everything that an SAE asks; a new activation is one file here, and a line below.
+`base.Activation` has a default for everything that an SAE asks; a new activation is one class here, and a line below.
 """
 
 from jaxsae.autoencoder.activations.base import Activation as Activation
-from jaxsae.autoencoder.activations.batch_top_k import BatchTopK as BatchTopK
 from jaxsae.autoencoder.activations.matching_pursuit import MatchingPursuit as MatchingPursuit
 from jaxsae.autoencoder.activations.thresholds import Gated as Gated, JumpReLU as JumpReLU, ReLU as ReLU
-from jaxsae.autoencoder.activations.top_k import AbsTopK as AbsTopK, GroupMax as GroupMax, TopK as TopK
+from jaxsae.autoencoder.activations.top_k import (
+    AbsTopK as AbsTopK,
+    BatchTopK as BatchTopK,
+    GroupMax as GroupMax,
+    TopK as TopK,
+)
