@@ -51,7 +51,7 @@ def test_psnr():
 # --- Patches
 
 
-def _as_they_are(D, tol, y, *, k):
+def _as_they_are(k, D, tol, y):
     return y, jnp.ones(len(y), y.dtype)
 
 
@@ -59,7 +59,7 @@ def _as_they_are(D, tol, y, *, k):
 def test_patches_that_are_left_as_they_are_make_the_picture_again(strip, monkeypatch):
     monkeypatch.setattr(images, "_STRIP", strip)
     planes = np.random.default_rng(0).normal(size=(2, 13, 17)).astype(np.float32)
-    total, weight = images._assemble(images._Method(_as_they_are, 1, 4), jnp.zeros((1, 16)), 0.0, planes)
+    total, weight = images._assemble(_as_they_are, 1, 4, jnp.zeros((1, 16)), 0.0, planes)
     counts = np.zeros((13, 17))
     for i, j in np.ndindex(10, 14):
         counts[i : i + 4, j : j + 4] += 1

@@ -251,6 +251,11 @@ def by_latent(indices: Int[Array, "b k"], m: int) -> Int[Array, " bk"]:
     return (keys % size).astype(jnp.int32)
 
 
+def finite_rows(values: Array, indices: Int[Array, "*b k"], num_latents: int) -> Bool[Array, "*b"]:
+    """Which rows have finite values in all slots that hold a latent."""
+    return (jnp.isfinite(values) | ~used(indices, num_latents)).all(-1)
+
+
 def used(indices: Int[Array, "..."], num_latents: int) -> Bool[Array, "..."]:
     """Which slots hold a latent: those with an index in `[0, num_latents)`.
 

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from jaxsae import codes, sharding
-from jaxsae._core import pytrees
+from jaxsae._core import pytrees, sparse
 from jaxsae._core.linalg import ratio, widen
 from jaxsae.autoencoder.sae import SAE, Fit, reconstruct, to_fit
 from jaxsae.autoencoder.sums import _added, _exact, _rest, _Sums, _two_sum, _unit
@@ -231,16 +231,11 @@ def activity(code: SparseCode) -> Activity:
       >>> jaxsae.metrics.activity(code).density
       Array([0. , 1. , 0.5], dtype=float32)
     """
-    keep = _finite(code)
+    keep = sparse.finite_rows(code.values, code.indices, code.num_latents)
     active = code.mask & (code.values != 0) & keep[..., None]
     dtype = jnp.promote_types(code.values.dtype, jnp.float32)
     fired = codes.sum_by_latent(dataclasses.replace(code, values=active.astype(dtype)))
     return Activity(**_exact({"rows": jnp.sum(keep, dtype=dtype), "fired": fired}))
-
-
-def _finite(code: SparseCode) -> Bool[Array, "*b"]:
-    """Which rows have only finite values."""
-    return (jnp.isfinite(code.values) | ~code.mask).all(-1)
 
 
 def _by_latent(code: SparseCode, active: Bool[Array, "*b k"], weights: Float[Array, "*b k"]) -> Float[Array, " m"]:
@@ -425,7 +420,9 @@ def shrinkage(
 
 @jax.jit
 def _shrinkage(W_dec, fit: Fit, x, code: SparseCode, refined: SparseCode) -> Shrinkage:
-    keep = jnp.isfinite(x).all(-1) & _finite(code) & _finite(refined)
+    keep = jnp.isfinite(x).all(-1)
+    for each in (code, refined):
+        keep &= sparse.finite_rows(each.values, each.indices, each.num_latents)
     code, refined = (dataclasses.replace(each, values=widen(each.values)) for each in (code, refined))
     scale = 1 if fit.scale is None else fit.scale  # errors are in the units of the rows
 

@@ -13,6 +13,7 @@ from jaxsae._core.files import InputError, atomic_file, local_path
 _WRITTEN = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "PPM")  # formats of which it is known how many bits a channel has
 _READ = (*_WRITTEN, "GIF")
 _GREY, _COLOUR = ("1", "L", "LA"), ("P", "PA", "RGB", "RGBA", "RGBX")  # modes
+_UNREADABLE = (OSError, ValueError, SyntaxError, LookupError, TypeError, struct.error)  # what Pillow raises
 _NO_PROFILE = ("BMP", "PPM")  # formats that hold no colour profile
 
 
@@ -76,15 +77,7 @@ def _open(path) -> tuple[np.ndarray, bytes | None]:
             seen = ImageOps.exif_transpose(picture)
             levels = np.asarray(seen.convert("L" if picture.mode in _GREY else "RGB"), np.float32)
             return levels, picture.info.get("icc_profile")
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        LookupError,
-        TypeError,
-        struct.error,
-        pillow.DecompressionBombError,
-    ) as error:
+    except (*_UNREADABLE, pillow.DecompressionBombError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: cannot be read as a picture; expected a {', '.join(_READ)}.") from error
@@ -184,12 +177,7 @@ def _encoded(path, levels: np.ndarray, profile: bytes | None) -> bytes:
 def _levels(picture: np.ndarray) -> np.ndarray:
     """A picture as it is written, `uint8`."""
     picture = np.asarray(picture)
-    if (
-        picture.ndim not in (2, 3)
-        or picture.shape[2:] not in ((), (3,))
-        or not picture.size
-        or picture.dtype.kind not in "uif"
-    ):
+    if picture.ndim < 2 or picture.shape[2:] not in ((), (3,)) or not picture.size or picture.dtype.kind not in "uif":
         raise InputError(
             f"`write` got shape {picture.shape} of {picture.dtype}; pass numbers of shape (h, w) or (h, w, 3)."
         )

@@ -162,7 +162,7 @@ def denoise(
     D, _ = learning.fit(
         jax.random.key(seed), y, m=m, k=k, steps=steps, tol=tol, start=start, update=learning.approximate
     )
-    total, weight = _assemble(_Method(_denoised, k, side), D, tol, planes, progress=progress)
+    total, weight = _assemble(_denoised, k, side, D, tol, planes, progress=progress)
     own = _deviation(units.scaled(picture), sigma) / (2 * sigma)
     return units.restored(_from_planes((own * planes + total) / (own + weight), picture)), np.asarray(D)
 
@@ -243,7 +243,7 @@ def inpaint(
     start = jnp.asarray(dct(m, side))
     y, mask = map(jnp.asarray, _some_patches(side, patches, seed, planes, known))
     D = _learn_masked(k, steps, start, y, mask, tol)
-    total, weight = _assemble(_Method(_inpainted, k, side), D, tol, planes, known)
+    total, weight = _assemble(_inpainted, k, side, D, tol, planes, known)
     mean = planes.sum(axis=(1, 2), keepdims=True) / known.sum(axis=(1, 2), keepdims=True)
     estimate = np.where(weight > 0, total / np.maximum(weight, 1), mean)
     filled = units.restored(_from_planes(estimate, picture))
@@ -329,17 +329,12 @@ def _some_patches(side: int, count: int, seed: int, *stacks: np.ndarray) -> list
     return [window[at].reshape(len(places), side * side) for window in windows]
 
 
-class _Method(NamedTuple):
-    """How patches are estimated: `estimate(D, tol, *patches [n d], k=k) -> (estimates [n d], weights [n])`."""
+def _assemble(estimate: Callable, k: int, side: int, D, tol, *stacks: np.ndarray, progress=None) -> tuple:
+    """Sum of the estimates of all patches, and of their weights, at each pixel `[c h w]`, a strip at a time.
 
-    estimate: Callable[..., tuple[Array, Array]]
-    k: int
-    side: int
-
-
-def _assemble(method: _Method, D, tol, *stacks: np.ndarray, progress=None) -> tuple[np.ndarray, np.ndarray]:
-    """Sum of the estimates of all patches, and of their weights, at each pixel `[c h w]`, a strip at a time."""
-    side, (planes, height, width) = method.side, stacks[0].shape
+    Patches `[n d]` are estimated by `estimate(k, D, tol, *patches) -> (estimates [n d], weights [n])`.
+    """
+    planes, height, width = stacks[0].shape
     depth = min(max(1, _STRIP // (width - side + 1)), height - side + 1)  # rows of patches in a strip
     total, weight = np.zeros_like(stacks[0]), np.zeros_like(stacks[0])
     for plane in range(planes):
@@ -348,7 +343,7 @@ def _assemble(method: _Method, D, tol, *stacks: np.ndarray, progress=None) -> tu
             strips = [stack[plane, here] for stack in stacks]
             lacking = depth + side - 1 - len(strips[0])
             strips = [np.pad(strip, ((0, lacking), (0, 0)), mode="edge") for strip in strips]
-            sums = _strip(method, D, tol, height - side + 1 - top, *strips)
+            sums = _strip(estimate, k, side, D, tol, height - side + 1 - top, *strips)
             for into, part in zip((total, weight), sums, strict=True):
                 into[plane, here] += np.asarray(part)[: depth + side - 1 - lacking]
             if progress:
@@ -356,10 +351,9 @@ def _assemble(method: _Method, D, tol, *stacks: np.ndarray, progress=None) -> tu
     return total, weight
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _strip(method: _Method, D, tol, valid, *strips):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _strip(estimate: Callable, k: int, side: int, D, tol, valid, *strips):
     """Sums at each pixel of a strip; rows of patches from `valid` on are padding."""
-    side = method.side
     height, width = (size - side + 1 for size in strips[0].shape)
 
     def patches(strip):
@@ -373,13 +367,13 @@ def _strip(method: _Method, D, tol, valid, *strips):
         down = [jnp.pad(across[:, :, i], ((i, side - 1 - i), (0, 0))) for i in range(side)]
         return functools.reduce(jnp.add, down)
 
-    estimates, weights = method.estimate(D, tol, *map(patches, strips), k=method.k)
+    estimates, weights = estimate(k, D, tol, *map(patches, strips))
     weights = weights.reshape(height, width) * (jnp.arange(height) < valid)[:, None]
     weights = jnp.broadcast_to(weights[:, :, None, None], (height, width, side, side))
     return sums(estimates.reshape(weights.shape) * weights), sums(weights)
 
 
-def _denoised(D, tol, y, *, k: int):
+def _denoised(k: int, D, tol, y):
     mean = jnp.mean(y, axis=1, keepdims=True)
     code, _ = pursuit.omp(D, y - mean, k=k, tol=jnp.broadcast_to(tol, y.shape[:1]))
     return codes.decode(D, code) + mean, jnp.ones(len(y), y.dtype)
@@ -388,7 +382,7 @@ def _denoised(D, tol, y, *, k: int):
 # --- Patches of which not every pixel is known
 
 
-def _inpainted(D, tol, y, known, *, k: int):
+def _inpainted(k: int, D, tol, y, known):
     code, mean = _code_masked(D, tol, y, known, k=k)
     return codes.decode(D, code) + mean, jnp.any(known > 0, axis=1).astype(y.dtype)
 

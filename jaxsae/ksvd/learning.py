@@ -102,21 +102,12 @@ def fit(
     if start is not None and start.shape != (m, d):
         raise ValueError(f"`fit` got a start of shape {start.shape}; pass one of shape ({m}, {d}), one atom a row.")
     start = _signals(key, y, m) if start is None else start
-    static = _Static(k, steps, update or exact, nonnegative, nonnegative_atoms)
-    return _fit(static, rank_one.unit(jax.nn.relu(start) if nonnegative_atoms else start), y, jnp.full(n, tol, y.dtype))
+    start = rank_one.unit(jax.nn.relu(start) if nonnegative_atoms else start)
+    return _fit(k, steps, update or exact, nonnegative, nonnegative_atoms, start, y, jnp.full(n, tol, y.dtype))
 
 
-class _Static(NamedTuple):
-    k: int
-    steps: int
-    update: Callable[..., tuple[Array, SparseCode]]
-    nonnegative: bool
-    nonnegative_atoms: bool
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _fit(static: _Static, start, y, tol):
-    k, steps, update, nonnegative, nonnegative_atoms = static
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _fit(k: int, steps: int, update: Callable, nonnegative: bool, nonnegative_atoms: bool, start, y, tol):
     y, scale = _without_units(y)
     tol = divide(tol, scale)
     finite = jnp.isfinite(y).all(axis=1)

@@ -66,7 +66,7 @@ def learnable(D, y, code: SparseCode) -> Learnable:
     """The part of signals, and of their code, that a dictionary can be learnt from."""
     dtype, m = problems.accumulator(D, y), code.num_latents
     D, y = D.astype(dtype), y.astype(dtype)
-    finite = jnp.isfinite(y).all(axis=1) & (jnp.isfinite(code.values) | ~code.mask).all(axis=1)
+    finite = jnp.isfinite(y).all(axis=1) & sparse.finite_rows(code.values, code.indices, m)
     known = jnp.where(finite[:, None], y, 0)
     scale = power_of_two(problems.largest(known, (0, 1)))[0, 0]
     size = power_of_two(max_or_nan(jnp.abs(D), 1))

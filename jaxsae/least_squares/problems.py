@@ -103,13 +103,8 @@ def problems(dictionary: Any, y: Array, indices: Array, *, num_latents: int, rid
     c = jnp.where(on, jnp.einsum("nid,nd->ni", atoms, y, precision=EXACT), 0)
     square = jnp.diagonal(gram, axis1=1, axis2=2)
     norm, unit, weight, finite = measure(square, on, y_scale, y_norm, ridge)
-    return Problem(
-        gram=divide(gram + ridge * jnp.eye(k, dtype=gram.dtype), norm[:, :, None] * norm[:, None, :]),
-        c=divide(c, norm * y_norm),
-        unit=unit,
-        weight=weight,
-        finite=finite,
-    )
+    gram = divide(gram + ridge * jnp.eye(k, dtype=gram.dtype), norm[:, :, None] * norm[:, None, :])
+    return Problem(gram, divide(c, norm * y_norm), unit, weight, finite)
 
 
 def lengths(square: Array, on: Array, ridge: Array, largest: Callable) -> tuple[Array, Array]:
@@ -161,10 +156,9 @@ def drive_chain(solver: solvers.Solver, problem: Problem, z, max_steps, nonnegat
         return best, kkt, steps
 
     def hand_on():
-        best_, kkt_, steps_ = drive_chain(
-            fallback, problem, best, jnp.full_like(steps, fallback.max_steps), nonnegative
-        )
-        return best_, kkt_, steps + steps_
+        limit = jnp.full_like(steps, fallback.max_steps)
+        better, kkt, more = drive_chain(fallback, problem, best, limit, nonnegative)
+        return better, kkt, steps + more
 
     return jax.lax.cond(jnp.any(left(solver, kkt, steps, max_steps)), hand_on, lambda: (best, kkt, steps))
 

@@ -288,7 +288,7 @@ def _solve_rows(static: _Static, shared, y, indices, values) -> _Outcome:
             workspace_bytes=workspace_bytes // 2,
         )
         solved = problems.solved(solver, problem, values.astype(ridge.dtype), nonnegative)
-    finite = solved.finite & _finite(values, indices, num_latents)
+    finite = solved.finite & sparse.finite_rows(values, indices, num_latents)
     feasible = jax.nn.relu(values) if nonnegative else values
     refitted = divide(solved.x, solved.unit).astype(values.dtype)
     moved = (solved.steps > 0) | ~solved.warm_started  # else the start is optimal already, and comes back as it is
@@ -366,14 +366,9 @@ def _revise(static: _Static, shared, y, indices, values, x, info: RefitInfo) -> 
     best = _choose(moved, best, start)
     feasible = jax.nn.relu(values) if nonnegative else values
     refitted = jnp.where(moved | (rows.unit == 0), refitted, jnp.where(warm_started, feasible, 0))
-    finite = rows.finite & _finite(values, indices, static.num_latents) & jnp.isfinite(refitted).all(1)
+    finite = rows.finite & sparse.finite_rows(values, indices, static.num_latents) & jnp.isfinite(refitted).all(1)
     kkt = max_or_nan(rows.weight * solvers.violation(best.x, best.gradient, nonnegative), 1)
     return _Outcome(jnp.where(finite[:, None], refitted, values), best.x, _info(solver, kkt, steps, finite))
-
-
-def _finite(values, indices, num_latents: int):
-    """Whether the starting values of a row are finite, `[n]`."""
-    return (jnp.isfinite(values) | ~sparse.used(indices, num_latents)).all(1)
 
 
 def _widths(k: int) -> list[int]:

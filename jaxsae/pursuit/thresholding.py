@@ -132,9 +132,8 @@ def iht(
 
     Source: Blumensath & Davies (2009), "Iterative hard thresholding for compressed sensing".
     """
-    return pursue(
-        Method("iht", _iht, k, nonnegative), D, y, tol, max_atoms, {"relaxation": relaxation, "max_steps": max_steps}
-    )
+    options = {"relaxation": relaxation, "max_steps": max_steps}
+    return pursue(Method("iht", _iht, k, nonnegative), D, y, tol, max_atoms, options)
 
 
 def _iht(problem: Problem) -> Chosen:

@@ -57,11 +57,7 @@ class _Selection(Activation):
         code = self._chosen(pre)
         spare = [(0, 0)] * (pre.ndim - 1) + [(0, capacity - self.k)]
         # Latents that are not chosen are what the activation leaves out: none is dropped.
-        return SparseCode(
-            values=jnp.pad(code.values, spare),
-            indices=jnp.pad(code.indices, spare, constant_values=m),
-            num_latents=m,
-        )
+        return SparseCode(jnp.pad(code.values, spare), jnp.pad(code.indices, spare, constant_values=m), m)
 
 
 def _validate_k(activation: Any) -> None:

@@ -79,11 +79,12 @@ def _products(D_ref, y_ref, row, slots, others, *, block: int, precision: Any, s
     return jax.lax.fori_loop(0, pl.cdiv(D_ref.shape[1], block), add, zeros)
 
 
-def _call(kernel, grid, inputs, out_shape, *, warps: int, stages: int, interpret: Any, name: str, **options):
+def _call(name: str, kernel, grid, inputs, outputs, *, warps: int, stages: int, interpret: Any, **options):
+    """Run a kernel whose outputs are given as pairs of shape and dtype."""
     return pl.pallas_call(
         kernel,
         grid=grid,
-        out_shape=[varying_as(inputs, shape, dtype) for shape, dtype in out_shape],
+        out_shape=[varying_as(inputs, shape, dtype) for shape, dtype in outputs],
         compiler_params=None if interpret else plgpu.CompilerParams(num_warps=warps, num_stages=stages),
         interpret=bool(interpret),
         name=name,
@@ -110,16 +111,9 @@ def gather_gram(D, indices, y, *, block: int = 32, warps: int = 4, stages: int =
         plgpu.store(gram_ref.at[row, i[:, None], j[None, :]], G, mask=(i < k)[:, None] & (j < k)[None, :])
         plgpu.store(c_ref.at[row, i], c, mask=(i < k) & (left == 0))
 
-    return _call(
-        kernel,
-        (n, tiles, tiles),
-        (indices, D, y),
-        [((n, k, k), jnp.float32), ((n, k), jnp.float32)],
-        warps=warps,
-        stages=stages,
-        interpret=interpret,
-        name="gather_gram",
-    )
+    outputs = [((n, k, k), jnp.float32), ((n, k), jnp.float32)]
+    options = {"warps": warps, "stages": stages, "interpret": interpret}
+    return _call("gather_gram", kernel, (n, tiles, tiles), (indices, D, y), outputs, **options)
 
 
 def gather_decode(
@@ -143,17 +137,9 @@ def gather_decode(
         total = jax.lax.fori_loop(0, pl.cdiv(k, K), add, jnp.zeros(block, jnp.float32))
         plgpu.store(out_ref.at[row, columns], total, mask=columns < d)
 
-    (out,) = _call(
-        kernel,
-        (n, pl.cdiv(d, block)),
-        (indices, values, D),
-        [((n, d), jnp.float32)],
-        warps=warps,
-        stages=stages,
-        interpret=interpret,
-        name="gather_decode",
-    )
-    return out
+    grid, outputs = (n, pl.cdiv(d, block)), [((n, d), jnp.float32)]
+    options = {"warps": warps, "stages": stages, "interpret": interpret}
+    return _call("gather_decode", kernel, grid, (indices, values, D), outputs, **options)[0]
 
 
 def _solve_row(
@@ -203,17 +189,11 @@ def solve(
     target = jnp.concatenate([divide(1.0, y_scale), y_norm], axis=1)
     numbers = jnp.stack([jnp.asarray(x, jnp.float32) for x in (ridge, tol)])
     max_steps = jnp.asarray(max_steps, jnp.int32).reshape(1)
-    options = {"block": block, "precision": _precision(D.dtype, interpret)}
-    x, square, kkt, steps, warm_started = _call(
-        functools.partial(_solve_row, K=K, k=k, nonnegative=nonnegative, **options),
-        (n,),
-        (indices, D, y, start, target, numbers, max_steps),
-        [((n, k), jnp.float32)] * 2 + [((n,), jnp.float32), ((n,), jnp.int32), ((n,), jnp.int32)],
-        warps=warps or (8 if K == _TILE else 4),
-        stages=stages,
-        interpret=interpret,
-        name="refit_fused",
-    )
+    options = {"K": K, "k": k, "nonnegative": nonnegative, "block": block, "precision": _precision(D.dtype, interpret)}
+    kernel, inputs = functools.partial(_solve_row, **options), (indices, D, y, start, target, numbers, max_steps)
+    outputs = [((n, k), jnp.float32)] * 2 + [((n,), jnp.float32), ((n,), jnp.int32), ((n,), jnp.int32)]
+    options = {"warps": warps or (8 if K == _TILE else 4), "stages": stages, "interpret": interpret}
+    x, square, kkt, steps, warm_started = _call("refit_fused", kernel, (n,), inputs, outputs, **options)
     return x, square, warm_started > 0, kkt, steps
 
 
@@ -245,15 +225,6 @@ def scatter_sorted(latents, rows, left, right, *, m: int, block: int = 256, warp
         _, total, _ = jax.lax.while_loop(lambda carry: carry[2], add, carry)
         plgpu.store(out_ref.at[jnp.minimum(latent, m - 1), columns], total, mask=first & (columns < d))
 
-    (out,) = _call(
-        kernel,
-        (N, pl.cdiv(d, block)),
-        (latents, rows, left, right, zeros),
-        [((m, d), jnp.float32)],
-        warps=warps,
-        stages=1,
-        interpret=interpret,
-        name="scatter_rows",
-        input_output_aliases={4: 0},
-    )
-    return out
+    grid, inputs, outputs = (N, pl.cdiv(d, block)), (latents, rows, left, right, zeros), [((m, d), jnp.float32)]
+    options = {"warps": warps, "stages": 1, "interpret": interpret, "input_output_aliases": {4: 0}}
+    return _call("scatter_rows", kernel, grid, inputs, outputs, **options)[0]

@@ -181,11 +181,7 @@ class Group:
                 work[pl.ds(0, self.R), :] = atoms_buffer[slot]
             both = work[...]
             contract = (((1,), (1,)), ((), ()))
-            emit(
-                group,
-                jax.lax.dot_general(
-                    both, work[pl.ds(0, self.R), :], contract, precision=EXACT, preferred_element_type=jnp.float32
-                ),
-            )
+            left, how = work[pl.ds(0, self.R), :], {"precision": EXACT, "preferred_element_type": jnp.float32}
+            emit(group, jax.lax.dot_general(both, left, contract, **how))
 
         pipeline(groups, each, multiply)

@@ -347,15 +347,12 @@ def _refit_rows(static: _Static, shared, indices, y, z0):
     dictionary, (ridge, tol, max_steps) = shared
     nonnegative = static.nonnegative
     found = solve(dictionary, indices, y, z0, ridge, tol, max_steps, nonnegative, static.implementation)
-    finite = found.finite & (jnp.isfinite(z0) | ~sparse.used(indices, len(dictionary))).all(1)
+    finite = found.finite & sparse.finite_rows(z0, indices, len(dictionary))
     start = jax.nn.relu(z0) if nonnegative else z0
     moved = ((found.steps > 0) | ~found.warm_started)[:, None] | (found.unit == 0)
     z = jnp.where(moved, divide(found.x, found.unit).astype(z0.dtype), start)
-    return (
-        jnp.where(finite[:, None], z, z0),
-        jnp.where(finite, found.kkt, jnp.nan),
-        jnp.where(finite, found.steps, 0),
-    )
+    z = jnp.where(finite[:, None], z, z0)
+    return z, jnp.where(finite, found.kkt, jnp.nan), jnp.where(finite, found.steps, 0)
 
 
 def _refit_fused_forward(static: _Static, shared, indices, y, z0):
