@@ -20,9 +20,7 @@ from jaxsae._core.linalg import EXACT, divide, matmul, max_or_nan, power_of_two,
 from jaxsae.codes import SparseCode
 from jaxsae.least_squares import solvers
 
-__all__ = [
-    "Dictionary",
-]
+__all__ = ["Dictionary"]
 
 
 @runtime_checkable

@@ -196,7 +196,7 @@ def _refit_by_devices(static: "_Static", solver, dictionary, y, indices, values,
 
 
 def check(info_or_code: RefitInfo | SparseCode) -> None:
-    """Raise if any row of a refit failed, or if any row of a code overflowed; on the host, outside jit.
+    """Raise if any row of a refit failed, or if a code has dropped latents; on the host, outside jit.
 
     Args:
       info_or_code: what `refit` or `refine` returned beside the code, or a code.

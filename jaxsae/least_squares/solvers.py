@@ -20,15 +20,7 @@ from jaxsae import sharding
 from jaxsae._core import pytrees
 from jaxsae._core.linalg import divide, matmul, max_or_nan, power_iteration, solve_on
 
-__all__ = [
-    "FISTA",
-    "BlockPivoting",
-    "ConjugateGradient",
-    "ProjectedGradient",
-    "Solver",
-    "default",
-    "within",
-]
+__all__ = ["FISTA", "BlockPivoting", "ConjugateGradient", "ProjectedGradient", "Solver", "default", "within"]
 
 
 @runtime_checkable
@@ -453,7 +445,7 @@ def default(k: int, d: int, *, kernel: bool = False) -> Solver:
     On two CPU cores `ConjugateGradient` is the fastest of these solvers, or level with it, on every case measured but
     nearly parallel atoms (a mean cosine of 0.99), which it has not finished after a thousand steps; there
     `BlockPivoting` is the fastest, and takes the rows that are left after 256 steps. What `k > d` makes singular may
-    set pivoting cycling: there `FISTA` answers. Conjugate gradient goes on to a tenth of the usual tolerance, so that
+    set pivoting cycling: there `FISTA` answers. Conjugate gradient continues to a tenth of the usual tolerance, so that
     ill-conditioned rows too end within 1e-6 of their least error (tests/test_hard_set.py); a row counts as converged
     at 1e-5. Where a kernel answers (`jaxsae.kernels`) it is FISTA that it has in fast memory, a step of which reads
     nothing; no accelerator has been measured yet, so everywhere else the backend makes no difference.

@@ -35,7 +35,6 @@ __all__ = ["gather_decode", "gather_gram", "refit_fused", "scatter_rows"]
 class _Static(NamedTuple):
     """What a call is compiled for."""
 
-    op: str
     implementation: str | None
     nonnegative: bool = True
 
@@ -70,7 +69,7 @@ def gather_gram(
       ([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]], [3.0, 1.0, 0.0])
     """
     _validate("gather_gram", dictionary, indices, implementation, y=(y, dictionary.shape[1:]))
-    return _gather_gram(_Static("gather_gram", implementation), (dictionary,), indices, y)
+    return _gather_gram(_Static(implementation), (dictionary,), indices, y)
 
 
 def refit_fused(
@@ -118,14 +117,11 @@ def refit_fused(
       >>> jnp.round(z, 3)
       Array([1., 2.], dtype=float32)
     """
-    _validate(
-        *("refit_fused", dictionary, indices, implementation),
-        y=(y, dictionary.shape[1:]),
-        z0=(z0, indices.shape[-1:]),
-    )
+    rows_of = {"y": (y, dictionary.shape[1:]), "z0": (z0, indices.shape[-1:])}
+    _validate("refit_fused", dictionary, indices, implementation, **rows_of)
     ridge = jnp.asarray(ridge, problems.accumulator(dictionary, y))
     numbers = ridge, jnp.asarray(tol, ridge.dtype), jnp.asarray(max_steps, jnp.int32)
-    static = _Static("refit_fused", implementation, nonnegative=nonnegative)
+    static = _Static(implementation, nonnegative)
     return _refit_fused(static, (dictionary, numbers), indices, y, z0)
 
 
@@ -296,7 +292,7 @@ def _over_rows(f) -> Callable[..., Any]:
 def _gram_rows(static: _Static, shared, indices, y):
     (dictionary,) = shared
     return choice.choose(
-        *(static.op, static.implementation, dictionary.shape[1], indices.shape[1], dictionary.dtype),
+        *("gather_gram", static.implementation, dictionary.shape[1], indices.shape[1], dictionary.dtype),
         lambda kernel, options: _masked(dictionary, indices, kernel.gather_gram(dictionary, indices, y, **options)),
         lambda: reference.gather_gram(dictionary, indices, y),
         len(indices),
