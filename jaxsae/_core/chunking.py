@@ -119,6 +119,11 @@ def revise_rows(
     return jax.lax.fori_loop(0, (jnp.sum(where) + size - 1) // size, visit, outputs)
 
 
+def pad_rows(x: jax.Array, n: int, value: float) -> jax.Array:
+    """`n` rows: those there are, and behind them rows of a value."""
+    return x if len(x) == n else jnp.pad(x, [(0, n - len(x)), *[(0, 0)] * (x.ndim - 1)], constant_values=value)
+
+
 def each_row(f: Callable[[jax.Array], jax.Array], x: jax.Array, *, flops: int) -> jax.Array:
     """Apply `f` to each row of a chunk.
 

@@ -178,7 +178,7 @@ def _refit_by_devices(static: "_Static", solver, dictionary, y, indices, values,
     spare = -n % (sharding.axis_size("data") * sharding.axis_size("latent"))
     empty = (0, static.num_latents, 0)
     y, indices, values = (
-        jnp.pad(x.reshape(n, x.shape[-1]), [(0, spare), (0, 0)], constant_values=value)
+        chunking.pad_rows(x.reshape(n, x.shape[-1]), n + spare, value)
         for x, value in zip((y, indices, values), empty, strict=True)
     )
 

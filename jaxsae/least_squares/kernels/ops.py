@@ -272,11 +272,7 @@ def _over_rows(f) -> Callable[..., Any]:
             m = shared[0].shape[0]
             n, flat = _flat(batch, _slots(indices, m), *others)
             size = n if static.implementation == "xla" or choice.device()[0] not in choice.PLATFORMS else _bucket(n)
-            if size != n:
-                flat = [
-                    jnp.pad(x, ((0, size - n), *((0, 0),) * (x.ndim - 1)), constant_values=m if i == 0 else 0)
-                    for i, x in enumerate(flat)
-                ]
+            flat = [chunking.pad_rows(x, size, 0 if i else m) for i, x in enumerate(flat)]
             outputs = jitted(static, shared, *flat)
             return jax.tree.map(lambda x: x[:n].reshape(*batch, *x.shape[1:]), outputs)
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxsae._core.chunking import pad_rows
 from jaxsae._core.linalg import divide
 from jaxsae.least_squares import problems
 from jaxsae.least_squares.kernels import fista, mosaic
@@ -74,7 +75,7 @@ def gather_gram(D, indices, y, *, samples: int = 32, interpret: Any = False):
         compiler_params=mosaic.params(needed(samples)),
         interpret=interpret,
         name="gather_gram",
-    )(_pad(indices, n_padded, m), mosaic.viewed(D, interpret), mosaic.viewed(y, interpret))
+    )(pad_rows(indices, n_padded, m), mosaic.viewed(D, interpret), mosaic.viewed(y, interpret))
     return G[:n], c[:n]
 
 
@@ -137,7 +138,7 @@ def gather_decode(D, indices, values, *, samples: int = 128, interpret: Any = Fa
         compiler_params=mosaic.params(vmem),
         interpret=interpret,
         name="gather_decode",
-    )(_pad(indices, n_padded, m), _pad(values.astype(jnp.float32), n_padded, 0), mosaic.viewed(D, interpret))
+    )(pad_rows(indices, n_padded, m), pad_rows(values.astype(jnp.float32), n_padded, 0), mosaic.viewed(D, interpret))
     return out[:n]
 
 
@@ -263,16 +264,16 @@ def solve(D, indices, y, y_scale, y_norm, z0, ridge, tol, max_steps, *, nonnegat
     numbers = jnp.stack([jnp.asarray(x, jnp.float32) for x in (ridge, tol)])[None]
     limit = jnp.asarray(max_steps, jnp.int32).reshape(1, 1)
     blocks = n_padded // samples
-    indices = _pad(indices, n_padded, m)
+    indices = pad_rows(indices, n_padded, m)
     used = jnp.where(indices < m, 1.0, 0.0)
-    y_scale, y_norm = (_pad(x, n_padded, 1)[:, 0] for x in (y_scale, y_norm))
+    y_scale, y_norm = (pad_rows(x, n_padded, 1)[:, 0] for x in (y_scale, y_norm))
     z0 = divide(divide(z0.astype(jnp.float32), y_norm[:n, None]), y_scale[:n, None])
     row_wise = pl.BlockSpec((samples, k), lambda i: (i, 0))
     number = pl.BlockSpec((1, P, LANES), lambda i: (i, 0, 0))
     scalars = pl.BlockSpec(memory_space=pltpu.SMEM)
     inputs = (
         indices, divide(1.0, y_scale).reshape(blocks, 1, samples), numbers, limit, mosaic.viewed(D, interpret),
-        mosaic.viewed(y, interpret), used, y_norm.reshape(blocks, P, LANES), _pad(z0, n_padded, 0),
+        mosaic.viewed(y, interpret), used, y_norm.reshape(blocks, P, LANES), pad_rows(z0, n_padded, 0),
     )  # fmt: skip
     x, square, kkt, steps, warm_started = pl.pallas_call(
         functools.partial(_solve_block, group=group, nonnegative=nonnegative),
@@ -321,12 +322,6 @@ def _turn_back(x, k: int):
 def _even(y):
     """Targets that can be read in pairs."""
     return y.astype(jnp.float32) if y.dtype == jnp.bfloat16 and y.shape[0] % 2 else y
-
-
-def _pad(x, n: int, value):
-    if x.shape[0] == n:
-        return x
-    return jnp.pad(x, ((0, n - x.shape[0]), *((0, 0),) * (x.ndim - 1)), constant_values=value)
 
 
 def _scatter_block(
@@ -405,8 +400,8 @@ def scatter_sorted(latents, rows, left, right, *, m: int, entries: int = 256, in
     vmem = (2 * 8 * 8 + 8 * _RING + 16) * wide * 4
     mosaic.check(right, vmem, 0)
     padded = round_up(N, entries)
-    latents, rows = (_pad(x[:, None], padded, value).reshape(1, padded) for x, value in ((latents, m), (rows, 0)))
-    left = _pad(left.astype(jnp.float32), padded, 0).T
+    latents, rows = (pad_rows(x[:, None], padded, value).reshape(1, padded) for x, value in ((latents, m), (rows, 0)))
+    left = pad_rows(left.astype(jnp.float32), padded, 0).T
     block = pl.BlockSpec((1, entries), lambda i: (0, i), memory_space=pltpu.SMEM)
     params = mosaic.params(vmem)
     return pl.pallas_call(
