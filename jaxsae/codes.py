@@ -95,13 +95,13 @@ def from_dense(z: Float[Array, "*b m"], capacity: int) -> SparseCode:
     magnitude, indices = top_k(jax.lax.stop_gradient(jnp.abs(z)), capacity)
     kept = magnitude != 0
     values = jnp.where(kept, jnp.take_along_axis(z, indices, axis=-1), 0)
-    active = jnp.sum(jnp.abs(z) > 0, axis=-1, dtype=jnp.int32)  # NaN is in no need of a slot
+    active = jnp.sum(jnp.abs(z) > 0, axis=-1, dtype=jnp.int32)  # NaN needs no slot
     num_dropped = active - jnp.sum(magnitude > 0, axis=-1, dtype=jnp.int32)
     return SparseCode(values, jnp.where(kept, indices, m), m, num_dropped)
 
 
 def top_k(x: Float[Array, "*b m"], k: int) -> tuple[Float[Array, "*b k"], Int[Array, "*b k"]]:
-    """The `k` largest of each row and where they are, as `jax.lax.top_k` has them, sooner where `k` is far below `m`.
+    """The `k` largest of each row and where they are, as `jax.lax.top_k` has them, faster where `k` is far below `m`.
 
     The `k` largest lie in the `k` groups with the largest maxima, so only these are sorted.
 

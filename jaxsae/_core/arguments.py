@@ -81,7 +81,7 @@ class Input(NamedTuple):
     """A file or directory to be read, or a name that stands for one.
 
     Attributes:
-      must_exist: whether something must be there: where it is read after work, or else its reader says more.
+      must_exist: whether it must exist; not where whatever reads it has a better message.
       scheme: of addresses that the reader takes too, such as `"hf"`.
     """
 

@@ -139,7 +139,7 @@ def each_row(f: Callable[[jax.Array], jax.Array], x: jax.Array, *, flops: int) -
 def fold_vmap(f: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     """Give `f(shared, per_row)` a vmap that widens the leading batch instead of batching every operation inside.
 
-    Then `vmap(f)` over rows has the memory bound, the speed and the bits of one call on the whole batch. If
+    Then `vmap(f)` over rows has the memory bound, the speed and, bitwise, the result of one call on the whole batch. If
     something shared is mapped too (one dictionary each), the entries of the batch run one after another.
     """
     folded = jax.custom_batching.custom_vmap(f)

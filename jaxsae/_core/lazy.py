@@ -6,7 +6,7 @@ from typing import Any
 
 
 def submodules(package: str, *names: str) -> Callable[[str], Any]:
-    """A package's `__getattr__`: what has these names is imported, of others there is none."""
+    """A package's `__getattr__`: submodules of these names are imported on first use."""
 
     def __getattr__(name: str) -> Any:
         if name in names:

@@ -210,7 +210,7 @@ class Activity(_Sums):
 
     @property
     def dead(self) -> Float[Array, ""]:
-        """Share of the latents that never fire; NaN of no rows."""
+        """Share of the latents that never fire; NaN without rows."""
         return jnp.where(self.rows > 0, jnp.mean(self.fired == 0), jnp.nan)
 
     @property
@@ -243,7 +243,7 @@ def _by_latent(code: SparseCode, active: Bool[Array, "*b k"], weights: Float[Arr
     return codes.sum_by_latent(dataclasses.replace(code, values=jnp.where(active, weights, 0)))
 
 
-# A latent is dead if it fires on none of so many rows, or on none of all there are: on few rows most latents rest.
+# A latent is dead if it fires on none of this many rows, or of all if there are fewer: on few rows most are inactive.
 DEAD_ROWS = 100_000
 
 # Edges of the histogram of refined/original, eight bins for each factor of two; what lies outside, zeros on the left,
@@ -356,7 +356,7 @@ class Shrinkage(_Sums):
         return ratio(self.sq_norm_after, self.inner_product_after)
 
     def numbers(self) -> dict[str, float]:
-        """What it says as plain numbers, NaN where nothing was active."""
+        """The summary as plain numbers, NaN where nothing was active."""
         names = ("l0", "nmse_before", "nmse_after", "mean_before", "mean_after", "mean_change")
         values = {name: float(getattr(self, name)) for name in (*names, "gamma_before", "gamma_after")}
         return values | {"rising": float(self.share_increased)}

@@ -36,7 +36,7 @@ class SAE:
       b_enc: `[m]`.
       W_dec: `[m d_out]`, the dictionary: one latent's atom a row; `d_out` is `d`, but in transcoders.
       b_dec: `[d_out]`.
-      activation: a pytree of `activations.py`.
+      activation: an `Activation`, a pytree.
       W_skip: `[d d_out]`, or None.
       normalisation: a pytree of `normalisation.py`, or None; it belongs to the data, and is not trained.
       apply_b_dec_to_input: whether `b_dec` is subtracted from `x`; not in transcoders; static.
@@ -149,7 +149,7 @@ def init(
       `SAE`; `b_enc` is zero.
 
     Raises:
-      TypeError: if the activation is none of `activations.py` nor made like them, or `b_dec` is not floating point.
+      TypeError: if the activation is not an `Activation`, or `b_dec` is not floating point.
       ValueError: if a size is not positive, if `b_dec` does not fit, if the activation wants more latents than `m`, or
         if there is a skip connection without a transcoder.
 

@@ -1,4 +1,4 @@
-"""The derivative of the pre-activations that an activation selects: of no others, and of no dense array."""
+"""The derivative of the pre-activations that an activation selects, without a dense array."""
 
 import jax
 import jax.numpy as jnp

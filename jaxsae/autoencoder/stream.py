@@ -255,7 +255,7 @@ def refine_file(
 
 
 def _require_space(path: Path, needed: int) -> None:
-    # A memory map that outgrows the disk ends the process with no word.
+    # A memory map that outgrows the disk ends the process without a message.
     free = shutil.disk_usage(path.parent).free
     if free < needed:
         raise InputError(

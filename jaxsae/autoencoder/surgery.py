@@ -62,7 +62,7 @@ def fold_scale(sae: SAE, scale: float | Float[Array, ""]) -> SAE:
     the target of a transcoder is taken to have come scaled too.
 
     Args:
-      sae: an autoencoder of scaled activations, as one with `AverageNorm`, which is then done with.
+      sae: an autoencoder of scaled activations, as one with `AverageNorm`, which is then dropped.
       scale: positive factor from raw to scaled activations, such as `√d / mean ‖x‖`.
 
     Raises:

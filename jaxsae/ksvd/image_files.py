@@ -95,7 +95,7 @@ def _require_plain(path, picture) -> None:
 
 
 def _is_deep(picture) -> bool:
-    """Whether Pillow would cut colours to 8 bits, which it does without a word."""
+    """Whether Pillow would cut colours to 8 bits, which it does silently."""
     from PIL import TiffImagePlugin
 
     if picture.format == "PPM":

@@ -295,7 +295,7 @@ def _units(picture: np.ndarray) -> _Units:
 
 
 def _deviation(picture: np.ndarray, sigma: float) -> float:
-    """The standard deviation of a channel without its noise; a hundredth of the pixels at either end has no say."""
+    """The standard deviation of a channel without its noise; the extreme percentiles are clipped."""
     clipped = np.clip(picture, *np.percentile(picture, (1, 99), axis=(0, 1)))
     return np.sqrt(max(np.mean(np.var(clipped, axis=(0, 1), dtype=np.float64)) - sigma**2, 0.0))
 

@@ -56,7 +56,7 @@ def fit(
     """Learn a dictionary of `m` atoms in which each signal is a sum of `k` of them.
 
     Each step codes the signals by orthogonal matching pursuit, updates atoms and values, then replaces atoms that are
-    unused or repeated (`replace`). Signals with NaN or Inf take no part.
+    unused or repeated (`replace`). Signals with NaN or Inf are left out.
 
     Args:
       key: chooses the signals to start from.
@@ -172,7 +172,7 @@ def exact(
 
     Args:
       D: dictionary `[m d]`, atoms of any norm.
-      y: signals `[n d]`; rows with NaN or Inf, in `y` or in their values, take no part.
+      y: signals `[n d]`; rows with NaN or Inf, in `y` or in their values, are left out.
       code: supports and values `[n k]`. An index that stands twice in a row is put into its first slot.
       nonnegative: constrain `z ≥ 0`.
       nonnegative_atoms: constrain the atoms.

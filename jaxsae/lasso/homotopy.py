@@ -6,9 +6,9 @@ The minimiser of `½‖y − Dᵀz‖² + λ‖z‖₁` is piecewise linear in `
 
 It starts at `λ_max`, where the first atom comes in, and goes down to the next penalty at which an atom joins or leaves
 (Osborne et al. 2000; LARS with the lasso's modification). The steps are as many as the changes, each at the cost of two
-products with `D` and of a rank-one change of `G_SS⁻¹`. Correlations come from the residual anew at each step, and what
-they miss is put right by the next: errors do not add up. A duality gap judges the end; rows in which ties or nearly
-dependent atoms leave it too large continue by FISTA.
+products with `D` and of a rank-one change of `G_SS⁻¹`. Correlations are computed from the residual at each step, and
+what they miss is put right by the next: errors do not add up. A duality gap certifies the end; rows in which ties or
+nearly dependent atoms leave it too large continue by FISTA.
 """
 
 import functools
@@ -335,7 +335,7 @@ def _descend_from(row: _Row, tol, max_steps, lam, solution: Solution) -> Solutio
     begin = _Descent(fista_start(start, gradient(start), curvature), start, kkt, gap, solution.steps)
     end = jax.lax.while_loop(lambda s: (s.gap > tol) & (s.steps < max_steps), step, begin)
     code = codes.from_dense(end.best, static.capacity)
-    # Judged anew: the slots may have had no room for all of it, and far from the start its residual was rounded.
+    # Judged again: the slots may have had no room for all of it, and far from the start its residual was rounded.
     A = _take(D, code.indices)
     kkt, gap, _ = _judge(row, A, code.values, lam, residual(y, code.values, A))
     found = Solution(code.values, code.indices, code.num_dropped, end.steps, kkt, gap)

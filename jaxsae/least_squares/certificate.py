@@ -70,7 +70,8 @@ def certify(
       `Certificate`, `[*b]` in float32 or better; NaN where a row is not finite.
 
     Raises:
-      ValueError, TypeError: at trace time, if shapes or dtypes do not fit together, or a known ridge is none.
+      ValueError, TypeError: at trace time, if shapes or dtypes do not fit together, or a known ridge is negative
+        or not finite.
 
     Example:
       >>> import jax.numpy as jnp, jaxsae

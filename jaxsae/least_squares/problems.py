@@ -65,7 +65,7 @@ class Problem(NamedTuple):
     c: Array  # [n k]
     unit: Array  # [n k]  ‖a_i‖ / ‖y‖; 0 for padding, zero atoms and y = 0, where the answer is 0
     weight: Array  # [n k]  ‖a_i‖ / max‖a‖: from the gradient in x to the KKT residual
-    finite: Array  # [n]  and within range: an answer that overflows or vanishes is none
+    finite: Array  # [n]  and within range: neither overflow nor underflow in the answer
 
 
 def largest(x: Array, axis: int | tuple[int, ...] = -1) -> Array:

@@ -259,7 +259,7 @@ class ConjugateGradientState(NamedTuple):
     z: Array
     gradient: Array
     p: Array
-    projected: Array  # p was cut off at the bounds: take it as far as it lowers the objective, then start anew
+    projected: Array  # p was cut off at the bounds: take it as far as it lowers the objective, then restart
     curvature: Array
 
 

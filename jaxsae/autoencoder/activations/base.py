@@ -45,7 +45,7 @@ class Activation:
     encoder_free: bool = False
 
     def __init_subclass__(cls) -> None:
-        # A class that says anew what the dense code is may have other units than the one that it is derived from.
+        # A class that redefines the dense code may have other units than its base class.
         if "__call__" in vars(cls) and "rescale" not in vars(cls):
             cls.rescale = Activation.rescale
 

@@ -25,7 +25,7 @@ class _Selection(Activation):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        # Nor has it said so of the sparse code, which is made of the dense one then.
+        # Likewise the sparse code, which is then made of the dense one.
         if "__call__" in vars(cls) and "_chosen" not in vars(cls):
             cls.selects = False
             cls._chosen = lambda self, pre: codes.from_dense(self(pre), self.k)
@@ -81,7 +81,7 @@ def dropped(pre: Float[Array, "*b m"], k: int, keep: float | Array | None = None
 
 
 def _kept(k: int, keep: float | Array) -> Bool[Array, " k"]:
-    """Which of `k` slots in descending order are used if only `keep` are: a fraction of a latent is none."""
+    """Which of `k` slots in descending order are used if only `keep` are, rounded down."""
     return jnp.arange(k) < jnp.floor(keep)
 
 
