@@ -119,7 +119,7 @@ def revise_rows(
     return jax.lax.fori_loop(0, (jnp.sum(where) + size - 1) // size, visit, outputs)
 
 
-def pad_rows(x: jax.Array, n: int, value: float) -> jax.Array:
+def pad_rows(x: jax.Array, n: int, value: int) -> jax.Array:
     """`n` rows: those there are, and behind them rows of a value."""
     return x if len(x) == n else jnp.pad(x, [(0, n - len(x)), *[(0, 0)] * (x.ndim - 1)], constant_values=value)
 
