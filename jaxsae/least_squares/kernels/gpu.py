@@ -179,7 +179,11 @@ def solve(
     D, indices, y, y_scale, y_norm, z0, ridge, tol, max_steps,
     *, nonnegative: bool, block: int = 32, warps: int | None = None, stages: int = 3, interpret: Any = False,
 ):  # fmt: skip
-    """Gather, Gram and FISTA of `n` rows, a row a program; arguments and results as of `reference.solve`."""
+    """Gather, Gram and FISTA of `n` rows, a row a program; `y_scale` and `y_norm` are those of `problems.scaled`.
+
+    It returns the values without units, the squared norms of the atoms, which rows started at `z0`, KKT residuals and
+    steps.
+    """
     n, k = indices.shape
     _check(D, y)
     K = _power_of_two(k, 16)

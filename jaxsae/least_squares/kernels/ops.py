@@ -5,7 +5,7 @@
     refit_fused    argmin ½‖y − Aᵀz‖² + ½ ridge ‖z‖² over z ≥ 0, by FISTA
     scatter_rows   Σ left · right, in the row of each latent: the gradient of a dictionary
 
-Each has a reference that XLA compiles everywhere (`reference`), and kernels for TPUs (`tpu`) and GPUs (`gpu`). By
+Each has a reference that XLA compiles everywhere, and kernels for TPUs (`tpu`) and GPUs (`gpu`). By
 default the kernel answers where it was measured on this very kind of device to be worth it (`tuning`), and the
 reference wherever the kernel does not apply to a shape or dtype. `implementation="pallas"` and `"xla"` insist.
 
@@ -24,10 +24,10 @@ from jaxtyping import Array, Float, Int
 
 from jaxsae import codes
 from jaxsae._core import chunking, sparse
-from jaxsae._core.linalg import EXACT, divide
+from jaxsae._core.linalg import EXACT, divide, matmul
 from jaxsae.codes import SparseCode
-from jaxsae.least_squares import implicit, problems
-from jaxsae.least_squares.kernels import choice, reference
+from jaxsae.least_squares import implicit, problems, solvers
+from jaxsae.least_squares.kernels import choice
 
 __all__ = ["gather_decode", "gather_gram", "refit_fused", "scatter_rows"]
 
@@ -219,7 +219,13 @@ def solve(
         return problems.Solved(x, unit, finite, warm_started, kkt, steps)
 
     def by_xla():
-        return reference.solve(dictionary, indices, y, z0, ridge, tol, max_steps, nonnegative=nonnegative)
+        def chunk(indices, y, z0):
+            y, z0, m = y.astype(ridge.dtype), z0.astype(ridge.dtype), len(dictionary)
+            problem = problems.problems(dictionary, y, indices, num_latents=m, ridge=ridge)
+            return problems.solved(solvers.FISTA(tol=tol, max_steps=max_steps), problem, z0, nonnegative)
+
+        row_bytes = 2 * problems.row_bytes(indices.shape[1], y.shape[1], ridge.dtype.itemsize)
+        return chunking.map_chunks(chunk, indices, y, z0, batch=indices.shape[:1], row_bytes=row_bytes)
 
     shape = dictionary.shape[1], indices.shape[-1]
     return choice.choose("refit_fused", implementation, *shape, dictionary.dtype, by_kernel, by_xla, len(indices))
@@ -286,13 +292,23 @@ def _over_rows(f) -> Callable[..., Any]:
 
 @_over_rows
 def _gram_rows(static: _Static, shared, indices, y):
-    (dictionary,) = shared
-    return choice.choose(
-        *("gather_gram", static.implementation, dictionary.shape[1], indices.shape[1], dictionary.dtype),
-        lambda kernel, options: _masked(dictionary, indices, kernel.gather_gram(dictionary, indices, y, **options)),
-        lambda: reference.gather_gram(dictionary, indices, y),
-        len(indices),
-    )
+    (dictionary,), (n, k) = shared, indices.shape
+    d, dtype = dictionary.shape[1], problems.accumulator(dictionary, y)
+
+    def by_kernel(kernel, options):
+        return _masked(dictionary, indices, kernel.gather_gram(dictionary, indices, y, **options))
+
+    def by_xla():
+        def chunk(indices, y):
+            on = sparse.used(indices, len(dictionary))[:, :, None]
+            atoms = jnp.where(on, problems.take(dictionary, indices, len(dictionary), dtype), 0)
+            G = chunking.each_row(lambda atoms: matmul(atoms, atoms.T), atoms, flops=2 * k * k * d)
+            return G, jnp.einsum("nid,nd->ni", atoms, y.astype(dtype), precision=EXACT)
+
+        row_bytes = problems.row_bytes(k, d, dtype.itemsize)
+        return chunking.map_chunks(chunk, indices, y, batch=(n,), row_bytes=row_bytes)
+
+    return choice.choose("gather_gram", static.implementation, d, k, dictionary.dtype, by_kernel, by_xla, n)
 
 
 def _masked(dictionary, indices, products):

@@ -246,7 +246,7 @@ def _solve_block(
 
 
 def solve(D, indices, y, y_scale, y_norm, z0, ridge, tol, max_steps, *, nonnegative: bool, interpret: Any = False):
-    """Gather, Gram and FISTA of `n` rows in one pass; arguments and results as of `reference.solve`.
+    """Gather, Gram and FISTA of `n` rows in one pass; arguments and results as of `gpu.solve`.
 
     128 groups of rows fill a block: their Gram matrices are turned so that rows lie in lanes, where a product with `G`
     is `k²` multiplications for 128 rows at once.
