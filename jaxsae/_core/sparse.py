@@ -213,6 +213,7 @@ def _in_order(x, order):
 
 
 def _on_each_device(wrt: str, left, right, indices, *, m: int, implementation: str | None):
+    """`_on_one_device` of each device's own latents; sums over all latents are then added up."""
     row = sharding.rows_spec(indices)
 
     def here(left, right, indices):

@@ -203,7 +203,7 @@ class _Block(NamedTuple):
 
 
 def _solve_block(
-    indices_ref, scale_ref, numbers_ref, limit_ref, D_ref, y_ref, used_ref, norm_ref, z0_ref,
+    indices_ref, scale_ref, numbers_ref, max_steps_ref, D_ref, y_ref, used_ref, norm_ref, z0_ref,
     x_ref, square_ref, kkt_ref, steps_ref, warm_started_ref, *scratch, group: mosaic.Group, nonnegative: bool,
 ):  # fmt: skip
     (*buffers, products, gram, vector), (k, kp, P, R) = scratch, (group.k, group.kp, group.P, group.R)
@@ -234,7 +234,7 @@ def _solve_block(
         x, kkt, steps, warm_started = fista.solve(
             *(block.space(p, kp), columns, c, weight, start),
             tol=tol,
-            max_steps=limit_ref[0, 0],
+            max_steps=max_steps_ref[0, 0],
             nonnegative=nonnegative,
         )
         here = pl.ds(p * LANES, LANES)
@@ -262,7 +262,7 @@ def solve(D, indices, y, y_scale, y_norm, z0, ridge, tol, max_steps, *, nonnegat
     mosaic.check(D, vmem, 2 * samples * LANES * 4, y=y)
     n_padded = round_up(n, samples)
     numbers = jnp.stack([jnp.asarray(x, jnp.float32) for x in (ridge, tol)])[None]
-    limit = jnp.asarray(max_steps, jnp.int32).reshape(1, 1)
+    max_steps = jnp.asarray(max_steps, jnp.int32).reshape(1, 1)
     blocks = n_padded // samples
     indices = pad_rows(indices, n_padded, m)
     used = jnp.where(indices < m, 1.0, 0.0)
@@ -272,7 +272,7 @@ def solve(D, indices, y, y_scale, y_norm, z0, ridge, tol, max_steps, *, nonnegat
     number = pl.BlockSpec((1, P, LANES), lambda i: (i, 0, 0))
     scalars = pl.BlockSpec(memory_space=pltpu.SMEM)
     inputs = (
-        indices, divide(1.0, y_scale).reshape(blocks, 1, samples), numbers, limit, mosaic.viewed(D, interpret),
+        indices, divide(1.0, y_scale).reshape(blocks, 1, samples), numbers, max_steps, mosaic.viewed(D, interpret),
         mosaic.viewed(y, interpret), used, y_norm.reshape(blocks, P, LANES), pad_rows(z0, n_padded, 0),
     )  # fmt: skip
     x, square, kkt, steps, warm_started = pl.pallas_call(
