@@ -19,20 +19,8 @@ from jaxsae.autoencoder import activations, normalisation
 from jaxsae.autoencoder.sae import SAE
 from jaxsae.autoencoder.sae import describe as describe_sae
 from jaxsae.autoencoder.surgery import fold_scale
-from jaxsae.formats import dictionary_learning, gemma_scope, hub, llama_scope, openai, saelens, sparsify
-from jaxsae.formats.common import (
-    Raw,
-    Tensors,
-    Weights,
-    assemble,
-    flag,
-    number,
-    require_k,
-    require_used,
-    take,
-    write_json,
-    write_safetensors,
-)
+from jaxsae.formats import common, dictionary_learning, gemma_scope, hub, llama_scope, openai, saelens, sparsify
+from jaxsae.formats.common import Raw, Tensors, Weights
 from jaxsae.formats.tensors import place, read_json, read_safetensors, writable
 
 _VERSION = 1
@@ -130,7 +118,7 @@ def _load(
         with np.errstate(all="ignore"):  # numbers that overflow are what is in the file
             raw = raw._replace(config=config, dtype=wanted)
             sae = row.convert(raw)
-        require_used(raw, name, sae.activation)
+        raw.require_used(name, sae.activation)
     except OSError as error:
         raise InputError(f"{local}: {error.strerror or error}; expected files of format {name}.") from error
     ema_params = isinstance(sae.normalisation, normalisation.AverageNorm)
@@ -244,7 +232,7 @@ def _on_host(sae: SAE) -> SAE:
             f"got an SAE that subtracts b_dec, {d_out[0]} wide, from rows {d[0]} wide; pass apply_b_dec_to_input=False."
         )
     activation = dataclasses.replace(sae.activation, **parameters)  # pyright: ignore[reportArgumentType]
-    require_k("got an SAE whose ", activation, m[0])
+    common.require_k("got an SAE whose ", activation, m[0])
     return dataclasses.replace(sae, **arrays, activation=activation)
 
 
@@ -313,8 +301,8 @@ def _write_own(sae: SAE, path: Path) -> None:
     arrays = {name: getattr(sae, name) for name in _shapes(config)}
     arrays |= {f"activation.{name}": value for name, value in _parameters(sae.activation).items()}
     with atomic_directory(path) as folder:
-        write_safetensors(folder / _WEIGHTS, arrays)
-        write_json(folder / _CONFIG, config | {"arrays": sorted(arrays)})
+        common.write_safetensors(folder / _WEIGHTS, arrays)
+        common.write_json(folder / _CONFIG, config | {"arrays": sorted(arrays)})
 
 
 def _options(part: Any) -> tuple[dict[str, Any], set[str]]:
@@ -351,7 +339,7 @@ def _read_own(path: Path) -> Raw:
 
 def _convert_own(raw: Raw) -> SAE:
     # As those of 0.1 before transcoders, and before autoencoders that subtract nothing.
-    apply_b_dec_to_input = flag(raw, "apply_b_dec_to_input", True)
+    apply_b_dec_to_input = raw.flag("apply_b_dec_to_input", True)
     config = {
         "d_out": raw.config.get("d"),
         "apply_b_dec_to_input": apply_b_dec_to_input,
@@ -359,7 +347,7 @@ def _convert_own(raw: Raw) -> SAE:
         "skip": False,
     } | raw.config
     raw = raw._replace(config=config)
-    skip, shapes = flag(raw, "skip", False), _shapes(config)
+    skip, shapes = raw.flag("skip", False), _shapes(config)
     found = {name: raw.arrays[name].shape if name in raw.arrays else None for name in shapes}
     if found != shapes:
         sizes = ", ".join(f"{name} {config.get(name)!r}" for name in ("d", "m", "d_out"))
@@ -369,13 +357,13 @@ def _convert_own(raw: Raw) -> SAE:
         raise InputError(
             f"{raw.path}: holds {sorted(raw.arrays)}, but the arrays of {_CONFIG} are {listed}; save it again."
         )
-    weights = Weights(*(take(raw, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")))
-    return assemble(
+    weights = Weights(*(raw.take(name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")))
+    return common.assemble(
         raw,
         _activation(raw),
-        weights._replace(W_skip=take(raw, "W_skip")) if skip else weights,
+        weights._replace(W_skip=raw.take("W_skip")) if skip else weights,
         apply_b_dec_to_input=apply_b_dec_to_input,
-        transcoder=flag(raw, "transcoder", False),
+        transcoder=raw.flag("transcoder", False),
         normalisation=_normalisation(raw),
     )
 
@@ -386,7 +374,7 @@ def _normalisation(raw: Raw) -> normalisation.Normalisation | None:
         return None
     name, options = _named(raw, "normalisation", options, _NORMALISATIONS)
     try:
-        values = {option: number(raw, value, option) for option, value in options.items()}
+        values = {option: raw.number(value, option) for option, value in options.items()}
         return _NORMALISATIONS[name](**values)
     except TypeError as error:
         raise InputError(f"{raw.path.parent}: its normalisation does not fit ({error}); save it again.") from error
