@@ -336,7 +336,7 @@ def test_another_version_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "_VERSION", 99)
     fill(tmp_path, (1,))
     monkeypatch.undo()
-    with pytest.raises(InputError, match=r"1: is of version 99, expected 1; go on with the jaxsae that wrote it \(0"):
+    with pytest.raises(InputError, match=r"1: is of version 99, expected 1; resume with the jaxsae that wrote it \(0"):
         Checkpoints(tmp_path, config={"k": 4})
 
 
@@ -383,7 +383,7 @@ def test_after_a_failure_echoes_alone_are_dropped(tmp_path, monkeypatch):
             checkpoint._without_echoes(),
             pytest.raises(InputError, match="cannot write"),
             checkpoint._without_echoes(),
-            checkpoint._one_line(tmp_path, list),
+            checkpoint._one_line(tmp_path),
         ):
             raise ValueError("a file")
     assert process_settings()[1:] == before[1:]

@@ -116,7 +116,7 @@ def test_rows_are_the_residuals_after_the_first_position(n, batch, tmp_path, mod
 
 
 def small_shards(monkeypatch, steps=2):
-    monkeypatch.setattr(harvest, "_MOST_STEPS", steps)
+    monkeypatch.setattr(harvest, "_MAX_STEPS", steps)
 
 
 def test_an_interrupted_harvest_goes_on(tmp_path, model, monkeypatch):
@@ -148,7 +148,7 @@ KILLED = """
 import sys, numpy as np
 from jaxsae import language_model
 from jaxsae.language_model import harvest
-harvest._MOST_STEPS = 1
+harvest._MAX_STEPS = 1
 contexts = np.random.default_rng(0).integers(0, 256, (400, 16), np.int32)
 print("ready", flush=True)
 harvest.run(sys.argv[2], language_model.load(sys.argv[1]), contexts, layer=1, source={"from": "a test"})

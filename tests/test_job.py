@@ -29,7 +29,7 @@ def test_a_run_that_is_interrupted_in_every_way_ends_like_one_left_alone(tmp_pat
     job.finish("alone")
     code, saved, said = job.end("run", signal.SIGINT, after=8, delay=0)
     assert code == 130, said
-    assert f"Stopped after {saved} steps; all is saved: the same command goes on." in said
+    assert f"Stopped after {saved} steps; all is saved: the same command resumes." in said
     assert 8 <= saved < 50
     code, saved, said = job.end("run", signal.SIGTERM, after=8, delay=0)
     assert code == 0, said
@@ -43,7 +43,7 @@ def test_a_run_that_is_interrupted_in_every_way_ends_like_one_left_alone(tmp_pat
     errors = process.communicate(timeout=60)[1].splitlines()
     assert process.returncode == 2, errors
     assert "cannot write" in errors[-1]
-    assert f"step {before} is kept, and can be gone on from" in errors[-1]
+    assert f"step {before} is kept, and can be resumed from" in errors[-1]
     assert not any("Traceback" in line for line in errors), "\n".join(errors)
     assert job.saved("run") == before
 

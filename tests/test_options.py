@@ -23,7 +23,7 @@ from jaxsae._core import arguments
 from jaxsae._core.files import InputError
 from jaxsae.app import plan, plots, runs, study
 from jaxsae.app.cli import COMMANDS, main
-from jaxsae.app.commands import texts, training, types
+from jaxsae.app.commands import autoencoders, texts, training
 from jaxsae.app.options import FAMILIES, Options, resolved
 from jaxsae.formats import hub
 from jaxsae.ksvd import image_files, images
@@ -78,7 +78,7 @@ def test_a_command_and_its_job_have_the_same_ranges():
 
 def test_the_names_declared_are_those_there_are():
     assert arguments.ACTIVATION.names == tuple(FAMILIES)
-    assert types.FORMAT.names == tuple(name for name, row in pretrained.FORMATS.items() if row.write)
+    assert autoencoders.FORMATS.names == tuple(name for name, row in pretrained.FORMATS.items() if row.write)
     (names,) = (hint.__metadata__[0].names for hint in [get_type_hints(texts.fetch, include_extras=True)["name"]])
     assert names == tuple(download.WHEELS)
 

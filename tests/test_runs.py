@@ -14,7 +14,7 @@ from problems import activations, f64, sae
 import jaxsae
 from jaxsae import pretrained
 from jaxsae._core.files import InputError
-from jaxsae.app import evaluate, runs
+from jaxsae.app import runs
 from jaxsae.app.cli import main
 from jaxsae.app.options import Options, resolved
 
@@ -101,7 +101,7 @@ def test_eval_prints_what_the_run_measured(data, tmp_path, capsys):
 
 def test_eval_of_a_progressive_code_is_that_of_its_largest_values():
     model, x = sae(m=M), activations(batch=(50,))
-    found = evaluate.evaluate(model, np.asarray(x))["nmse_at"]
+    found = runs.evaluate(model, np.asarray(x))["nmse_at"]
     z = f64(jaxsae.encode_dense(model, x))
     for n in (1, 2, 4):
         cut = np.where(z >= np.sort(z, axis=1)[:, [-n]], z, 0)
@@ -112,9 +112,9 @@ def test_eval_of_a_progressive_code_is_that_of_its_largest_values():
 
 def test_eval_leaves_out_and_counts_rows_that_are_not_finite():
     x = np.array(activations(batch=(50,)))
-    clean = evaluate.evaluate(sae(m=M), x[2:])
+    clean = runs.evaluate(sae(m=M), x[2:])
     x[0, 3], x[1, 0] = np.nan, np.inf
-    spoilt = evaluate.evaluate(sae(m=M), x)
+    spoilt = runs.evaluate(sae(m=M), x)
     assert spoilt["nonfinite"] == 2
     np.testing.assert_allclose(spoilt["nmse"], clean["nmse"], rtol=1e-5)
 

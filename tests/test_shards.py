@@ -657,7 +657,7 @@ def test_as_the_library_uses_rows(opened):
 
 
 def test_slices_read_nothing_and_few_shards_are_held_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "_MOST_MAPS", 3)
+    monkeypatch.setattr(shards, "_MAX_MAPS", 3)
     found = shards.open_rows(fill(tmp_path, 8).folder)
     held = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else None
     for number in range(8):

@@ -10,12 +10,7 @@ from typing import Annotated, Any, Union
 from jaxsae._core import arguments
 from jaxsae._core.files import InputError
 from jaxsae.app import compilation_cache, console
-from jaxsae.app.commands import pictures, plans
-from jaxsae.app.commands.codes import evaluate, refine
-from jaxsae.app.commands.conversion import convert, info
-from jaxsae.app.commands.studies import report, study
-from jaxsae.app.commands.texts import fetch, harvest
-from jaxsae.app.commands.training import train
+from jaxsae.app.commands import autoencoders, pictures, plans, studies, texts, training
 
 _NEEDS = "the command line needs the extra 'study'; pip install 'jaxsae[study]'."
 _ABOUT = """Sparse autoencoders in JAX, and the refinement of their codes with a certificate per row.
@@ -109,15 +104,15 @@ def _kept() -> str:
 
 # In the order in which one meets them.
 COMMANDS = {
-    "study": study,
-    "fetch": fetch,
-    "harvest": harvest,
-    "train": train,
-    "eval": evaluate,
-    "refine": refine,
-    "report": report,
-    "info": info,
-    "convert": convert,
+    "study": studies.study,
+    "fetch": texts.fetch,
+    "harvest": texts.harvest,
+    "train": training.train,
+    "eval": autoencoders.evaluate,
+    "refine": autoencoders.refine,
+    "report": studies.report,
+    "info": autoencoders.info,
+    "convert": autoencoders.convert,
     "plan": plans.plan,
     "denoise": pictures.denoise,
     "inpaint": pictures.inpaint,

@@ -16,7 +16,7 @@ import jax
 
 from jaxsae._core.files import InputError, cache
 
-MOST = 1 << 28  # bytes; what was used longest ago goes first
+MAX_BYTES = 1 << 28  # what was used longest ago goes first
 _config: Any = jax.config  # whose options are not annotated
 
 
@@ -49,7 +49,7 @@ def keep() -> None:
     except (OSError, InputError):
         return
     _config.update("jax_compilation_cache_dir", str(folder))
-    _config.update("jax_compilation_cache_max_size", MOST)
+    _config.update("jax_compilation_cache_max_size", MAX_BYTES)
     _config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     # What cannot be read is compiled again.
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")

@@ -51,7 +51,7 @@ def gib(size: int) -> str:
 
 @contextlib.contextmanager
 def progress(total: int, *, rows: int | None = None, unit: str = "rows", quiet: bool = False):
-    """Yield `advance(text, steps)`: a bar with the time left on a terminal, a plain line every tenth elsewhere.
+    """Yield `update(text, steps)`: a bar with the time left on a terminal, a plain line every tenth elsewhere.
 
     With `rows`, those of one step, both show the speed. Steps taken `before` say nothing of that.
     """
@@ -66,7 +66,7 @@ def progress(total: int, *, rows: int | None = None, unit: str = "rows", quiet: 
         done: int = 0
         began: tuple[int, float] | None = None
 
-        def advance(text: str, steps: int, *, before: bool = False) -> None:
+        def update(text: str, steps: int, *, before: bool = False) -> None:
             nonlocal done, began
             if before:
                 done += steps
@@ -83,7 +83,7 @@ def progress(total: int, *, rows: int | None = None, unit: str = "rows", quiet: 
             done += steps
             began = began or (done, time.monotonic())  # compilation is over
 
-        yield advance
+        yield update
 
 
 def study_table(report: dict[str, Any]) -> str:

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from jaxsae import train
@@ -89,10 +88,8 @@ def passes(options: Options, rows: int, warn: Callable[[str], None] = lambda tex
     """
     found = options.steps * options.batch / rows
     if found > _MANY_PASSES:
-        warn(
-            f"{options.steps} steps of {options.batch} rows are {found:.0f} passes over {rows:,} rows, fitted "
-            "better than new ones; pass more rows."
-        )
+        what = f"{options.steps} steps of {options.batch} rows are {found:.0f} passes over {rows:,} rows"
+        warn(f"{what}, fitted better than new ones; pass more rows.")
     return found
 
 
@@ -101,24 +98,16 @@ class _Family(NamedTuple):
 
     needs: str  # the option that sets its sparsity
     activation: Callable[[Options], Activation]
-    terms: Callable[[Options, optax.Schedule], tuple[Any, ...]]
-
-
-def _none(options: Options, warm: optax.Schedule) -> tuple[Any, ...]:
-    return ()
-
-
-def _zeros(options: Options):
-    return jnp.zeros(options.latents)
+    terms: Callable[[Options, optax.Schedule], tuple[Any, ...]] = lambda o, warm: ()
 
 
 # Bandwidth and threshold of JumpReLU are for rows of unit mean square, whose pre-activations are some tenths.
 FAMILIES = {
     "relu": _Family("l1", lambda o: ReLU(), lambda o, warm: (L1(o.l1, warm),)),  # pyright: ignore[reportArgumentType]
-    "topk": _Family("k", lambda o: TopK(o.k), _none),  # pyright: ignore[reportArgumentType]
-    "abstopk": _Family("k", lambda o: AbsTopK(o.k), _none),  # pyright: ignore[reportArgumentType]
-    "groupmax": _Family("k", lambda o: GroupMax(o.k), _none),  # pyright: ignore[reportArgumentType]
-    "batchtopk": _Family("k", lambda o: BatchTopK(o.k), _none),  # pyright: ignore[reportArgumentType]
+    "topk": _Family("k", lambda o: TopK(o.k)),  # pyright: ignore[reportArgumentType]
+    "abstopk": _Family("k", lambda o: AbsTopK(o.k)),  # pyright: ignore[reportArgumentType]
+    "groupmax": _Family("k", lambda o: GroupMax(o.k)),  # pyright: ignore[reportArgumentType]
+    "batchtopk": _Family("k", lambda o: BatchTopK(o.k)),  # pyright: ignore[reportArgumentType]
     "jumprelu": _Family(
         "k",
         lambda o: JumpReLU(jnp.full(o.latents, 0.03), bandwidth=0.03),
@@ -126,7 +115,7 @@ FAMILIES = {
     ),
     "gated": _Family(
         "l1",
-        lambda o: Gated(_zeros(o), _zeros(o), _zeros(o)),
+        lambda o: Gated(*jnp.zeros((3, o.latents))),
         lambda o, warm: (Gate(o.l1, warm),),  # pyright: ignore[reportArgumentType]
     ),
 }
@@ -162,10 +151,6 @@ def validate(options: Options) -> _Family:
     if o.multi_topk and o.activation != "topk":
         raise InputError(f"got multi-topk for {o.activation}; it is for topk.")
     return family
-
-
-def _auxk_latents(d: int, m: int) -> int:
-    return min(2 ** max(0, round(np.log2(d / 2))), m)
 
 
 @functools.cache

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from jaxsae import sharding, train
-from jaxsae._core.files import InputError
+from jaxsae._core.files import InputError, first_line
 from jaxsae.app import runs
 from jaxsae.app.options import Options
 from jaxsae.autoencoder.sae import refine
@@ -118,10 +118,8 @@ def topology_mesh(topology: str, data: int = 1) -> Mesh:
     try:
         slice_ = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
     except (RuntimeError, ValueError, NotImplementedError) as error:
-        reason = str(error).strip().partition("\n")[0][:200]
-        raise InputError(
-            f"cannot compile for {topology} ({reason}); pass a slice that exists, and pip install 'jaxsae[tpu-aot]'."
-        ) from error
+        what = f"cannot compile for {topology} ({first_line(error)[:200]})"
+        raise InputError(f"{what}; pass a slice that exists, and pip install 'jaxsae[tpu-aot]'.") from error
     devices = np.array(slice_.devices)
     if data < 1 or devices.size % data:
         raise InputError(f"got {data} parts of the rows for {devices.size} chips; pass a number that divides them.")

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxsae._core.files import InputError
+from jaxsae._core.files import InputError, first_line
 from jaxsae.data import shards
 from jaxsae.data.rows import Rows
 
@@ -17,7 +17,7 @@ class Batches:
     """Batches `[size d]` in float32 for ever, read ahead by grain; the order is a function of the seed alone.
 
     Attributes:
-      position: how many batches were taken; set it to go on from there, or from anywhere else, to the bit.
+      position: how many batches were taken; set it to resume there, or anywhere else.
     """
 
     def __init__(self, source: "_Numbered"):
@@ -39,7 +39,7 @@ class Batches:
         try:
             return next(self._iterator)
         except InputError as error:  # grain adds lines of its own
-            raise InputError(str(error).partition("\n")[0]) from error
+            raise InputError(first_line(error)) from error
 
     @property
     def position(self) -> int:

@@ -43,7 +43,7 @@ class _Format(NamedTuple):
     detect: Callable[[Path], bool]
     read: Callable[[Path], Raw]
     convert: Callable[[Raw], SAE]
-    write: Callable[[SAE, Path], None] | None
+    write: Callable[[SAE, Path], None] | None = None
 
 
 def load(path: str | os.PathLike, *, format: str | None = None, dtype: Any = None, revision: str | None = None) -> SAE:
@@ -62,7 +62,7 @@ def load(path: str | os.PathLike, *, format: str | None = None, dtype: Any = Non
 
     Raises:
       InputError: if nothing is there, or it is of no known format or of several, of a newer version, truncated, or
-        wants to run code; if arrays and configuration disagree, an array is of no use, or holds NaN.
+        wants to run code; if arrays and configuration disagree, an array is unused, or holds NaN.
 
     Example:
       >>> import tempfile, jax, jaxsae
@@ -167,9 +167,8 @@ def detect(path: str | os.PathLike) -> str:
         except InputError as error:
             damaged = damaged or error
     if len(found) > 1:
-        raise InputError(
-            f"{path}: holds SAEs of several formats ({', '.join(found.values())}); pass format, one of them."
-        )
+        what = f"holds SAEs of several formats ({', '.join(found.values())})"
+        raise InputError(f"{path}: {what}; pass format, one of them.")
     if found:
         return next(iter(found.values()))
     if path.is_dir() and not any(path.iterdir()):
@@ -217,7 +216,10 @@ def _on_host(sae: SAE) -> SAE:
     arrays = {name: writable(getattr(sae, name), name) for name in names}
     d, m, d_out = arrays["W_enc"].shape[:1], arrays["W_dec"].shape[:1], arrays["W_dec"].shape[1:]
     shapes = {"W_enc": (*d, *m), "b_enc": m, "W_dec": (*m, *d_out), "b_dec": d_out, "W_skip": (*d, *d_out)}
-    parameters = {name: _number(value, name) for name, value in _parameters(sae.activation).items()}
+    parameters = {
+        name: float(p) if isinstance(p, int | float) else p for name, p in _parameters(sae.activation).items()
+    }
+    parameters = {name: writable(value, name) for name, value in parameters.items()}
     shapes |= {name: m if value.ndim else () for name, value in parameters.items()}
     for name, array in (arrays | parameters).items():
         if array.shape != shapes[name] or arrays["W_dec"].ndim != 2:
@@ -249,10 +251,6 @@ def _parameters(activation: Any) -> dict[str, Any]:
     """The arrays of an activation, and the numbers in their place, by name."""
     values, static = _options(activation)
     return {name: value for name, value in values.items() if name not in static and value is not None}
-
-
-def _number(value: Any, name: str) -> np.ndarray:
-    return writable(float(value) if isinstance(value, int | float) else value, name)
 
 
 def _is(row: _Format, path: Path) -> bool:
@@ -354,9 +352,8 @@ def _convert_own(raw: Raw) -> SAE:
         raise InputError(f"{raw.path}: holds shapes {found}, but {_CONFIG} says {sizes}; save it again.")
     listed = config.get("arrays", sorted(raw.arrays))  # those of 0.1 have no list
     if listed != sorted(raw.arrays):
-        raise InputError(
-            f"{raw.path}: holds {sorted(raw.arrays)}, but the arrays of {_CONFIG} are {listed}; save it again."
-        )
+        what = f"holds {sorted(raw.arrays)}, but the arrays of {_CONFIG} are {listed}"
+        raise InputError(f"{raw.path}: {what}; save it again.")
     weights = Weights(*(raw.take(name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")))
     return common.assemble(
         raw,
@@ -402,10 +399,8 @@ def _named(raw: Raw, what: str, options: Any, known: dict[str, Any]) -> tuple[st
     """The name of an activation or normalisation, which must be known, and its options."""
     name = options.get("name") if isinstance(options, dict) else options
     if not isinstance(options, dict) or not isinstance(name, str) or name not in known:
-        raise InputError(
-            f"{raw.path.parent / _CONFIG}: {what} {name!r} is unknown, expected one of {', '.join(known)}; "
-            "update jaxsae."
-        )
+        expected = f"{what} {name!r} is unknown, expected one of {', '.join(known)}"
+        raise InputError(f"{raw.path.parent / _CONFIG}: {expected}; update jaxsae.")
     return name, {option: value for option, value in options.items() if option != "name"}
 
 
@@ -428,12 +423,8 @@ def _placed(raw: Raw, name: str, array: np.ndarray) -> jax.Array:
 FORMATS = {
     "jaxsae": _Format(_detect_own, _read_own, _convert_own, _write_own),
     "saelens": _Format(saelens.detect, saelens.read, saelens.convert, saelens.write),
-    "gemma_scope_embedding": _Format(
-        gemma_scope.detect_embedding, gemma_scope.read, gemma_scope.convert_embedding, None
-    ),
-    "gemma_scope_transcoder": _Format(
-        gemma_scope.detect_transcoder, gemma_scope.read, gemma_scope.convert_transcoder, None
-    ),
+    "gemma_scope_embedding": _Format(gemma_scope.detect_embedding, gemma_scope.read, gemma_scope.convert_embedding),
+    "gemma_scope_transcoder": _Format(gemma_scope.detect_transcoder, gemma_scope.read, gemma_scope.convert_transcoder),
     "gemma_scope": _Format(gemma_scope.detect, gemma_scope.read, gemma_scope.convert, gemma_scope.write),
     "gemma_scope_2": _Format(gemma_scope.detect_2, gemma_scope.read_2, gemma_scope.convert_2, gemma_scope.write_2),
     "sparsify": _Format(sparsify.detect, sparsify.read, sparsify.convert, sparsify.write),
@@ -441,10 +432,10 @@ FORMATS = {
         dictionary_learning.detect, dictionary_learning.read, dictionary_learning.convert, dictionary_learning.write
     ),
     "dictionary_learning_topk": _Format(
-        dictionary_learning.detect, dictionary_learning.read, dictionary_learning.convert_topk, None
+        dictionary_learning.detect, dictionary_learning.read, dictionary_learning.convert_topk
     ),
     "dictionary_learning_batch_topk": _Format(
-        dictionary_learning.detect, dictionary_learning.read, dictionary_learning.convert_batch_topk, None
+        dictionary_learning.detect, dictionary_learning.read, dictionary_learning.convert_batch_topk
     ),
     "openai": _Format(openai.detect, openai.read, openai.convert, openai.write),
     "llama_scope": _Format(llama_scope.detect, llama_scope.read, llama_scope.convert, llama_scope.write),

@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxsae._core.files import InputError
 from jaxsae.language_model.config import Arrays, Config, _import, _stack
-from jaxsae.language_model.download import _EXPECTED, WHEELS
+from jaxsae.language_model.download import _EXPECTED
 from jaxsae.language_model.hugging_face import _refuse, _rope
 
 # --- GGUF
@@ -42,7 +42,7 @@ def _open_gguf(path: Path):
     with open(path, "rb") as file:
         magic = file.read(4)
     if magic != b"GGUF":
-        raise InputError(f"{path}: is not a GGUF file; {_EXPECTED}: {', '.join(WHEELS)}.")
+        raise InputError(f"{path}: is not a GGUF file; {_EXPECTED}.")
 
     class Reader(gguf.GGUFReader):
         """Stops where the file ends; gguf's own would count on for as long as a damaged length says."""
@@ -78,10 +78,8 @@ def _read_gguf(path: Path, dtype) -> tuple[Config, Arrays]:
         try:
             array = dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError as error:
-            kind = tensor.tensor_type.name
-            raise InputError(
-                f"{path}: {name} is quantised as {kind}, which gguf does not undo; pass another."
-            ) from error
+            kind = f"quantised as {tensor.tensor_type.name}, which gguf does not undo"
+            raise InputError(f"{path}: {name} is {kind}; pass another.") from error
         if parameter in ("blocks.q.kernel", "blocks.k.kernel"):
             array = _halves(array, config.head_width)
         return array.T if parameter.endswith(".kernel") else array
@@ -155,10 +153,8 @@ def _gguf_tokenizer(path: Path, reader):
         ("gpt2", "smollm"): pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level]),
     }
     if kind not in known:
-        raise InputError(
-            f"{path}: has a tokenizer of model {kind[0]!r}, pre-tokenizer {kind[1]!r}, expected one of "
-            f"{sorted(known)}; use the model's Hugging Face directory."
-        )
+        what = f"has a tokenizer of model {kind[0]!r}, pre-tokenizer {kind[1]!r}, expected one of {sorted(known)}"
+        raise InputError(f"{path}: {what}; use the model's Hugging Face directory.")
     tokens = _field(reader, "tokenizer.ggml.tokens", path)
     merges = [tuple(merge.split(" ")) for merge in _field(reader, "tokenizer.ggml.merges", path)]
     vocabulary = {token: i for i, token in enumerate(tokens)}
@@ -171,8 +167,7 @@ def _gguf_tokenizer(path: Path, reader):
     tokenizer.add_special_tokens([token for token, of in kinds.items() if of == 3])  # control
     tokenizer.add_tokens([token for token, of in kinds.items() if of == 4])  # of a user: never split
     if reader.get_field("tokenizer.ggml.add_bos_token") and _field(reader, "tokenizer.ggml.add_bos_token", path):
-        bos = _field(reader, "tokenizer.ggml.bos_token_id", path)
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
-        )
+        number = _field(reader, "tokenizer.ggml.bos_token_id", path)
+        bos = tokens[number]
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, number)])
     return tokenizer

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxsae._core.files import InputError
 from jaxsae.language_model.config import Arrays, Config, _stack
-from jaxsae.language_model.download import _EXPECTED, WHEELS
+from jaxsae.language_model.download import _EXPECTED
 
 # --- Hugging Face
 
@@ -44,7 +44,7 @@ _LLAMA_NAMES = {
 def _directory_config(path: Path) -> tuple[Config, str]:
     """Sizes, and the model's type."""
     if not (path / "config.json").is_file():
-        raise InputError(f"{path}: has no config.json; {_EXPECTED}: {', '.join(WHEELS)}.")
+        raise InputError(f"{path}: has no config.json; {_EXPECTED}.")
     options = json.loads((path / "config.json").read_text())
     kind = options.get("model_type")
     if kind not in ("llama", "gpt2"):
@@ -77,9 +77,8 @@ def _read_directory(path: Path, dtype) -> tuple[Config, Arrays]:
 
     arrays = _stack(names, config.layers, get, dtype)
     if unused := {name for name in unused if not _WITHOUT_EFFECT.fullmatch(name)}:  # of more blocks, say
-        raise InputError(
-            f"{path}: has tensors that a {kind} of its config.json does not use: {min(unused)}; save it again."
-        )
+        what = f"has tensors that a {kind} of its config.json does not use: {min(unused)}"
+        raise InputError(f"{path}: {what}; save it again.")
     return config, arrays
 
 

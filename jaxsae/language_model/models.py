@@ -26,18 +26,6 @@ from jaxsae._core.files import InputError
 from jaxsae.language_model import files
 from jaxsae.language_model.config import Config
 
-__all__ = [
-    "LanguageModel",
-    "NextToken",
-    "cross_entropy",
-    "load",
-    "logits",
-    "loss_recovered",
-    "residual",
-    "splice",
-    "tiny",
-]
-
 Splice = Callable[[Float[Array, "b s d"]], Float[Array, "b s d"]]
 
 
@@ -344,10 +332,8 @@ def cross_entropy(
     for ids in batches:
         _validate(model, ids, layer)
         if ids.shape[1] < 2 + skip_first:
-            raise ValueError(
-                f"`cross_entropy` got {ids.shape[1]} tokens in a row with skip_first {skip_first}, of which no "
-                f"prediction sees the splice; pass at least {2 + skip_first}."
-            )
+            got = f"{ids.shape[1]} tokens in a row with skip_first {skip_first}, of which no prediction sees the splice"
+            raise ValueError(f"`cross_entropy` got {got}; pass at least {2 + skip_first}.")
         h, clean = _clean(model, ids, layer)
         part = {"clean": _score(clean, ids, clean)}
         for name, fn in splices.items():
@@ -431,9 +417,8 @@ def _validate(model, ids, layer) -> None:
     tokens = np.asarray(ids)
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= c.vocab:
-        raise ValueError(
-            f"`residual` got tokens from {low} to {high}; pass 0 to {c.vocab - 1}, those of the vocabulary."
-        )
+        do = f"pass 0 to {c.vocab - 1}, those of the vocabulary"
+        raise ValueError(f"`residual` got tokens from {low} to {high}; {do}.")
 
 
 def _require_layer(c: Config, layer) -> None:

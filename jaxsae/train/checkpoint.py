@@ -1,4 +1,4 @@
-"""The whole state of a training, saved in one step through orbax: it goes on to the bit, whatever ended the process.
+"""The whole state of a training, saved in one step through orbax: what resumes is bitwise identical, whatever ended it.
 
     1000/state       the state, and a fingerprint of each of its leaves
     1000/manifest    configuration, versions, the position in the data
@@ -31,7 +31,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Array, UInt32
 
-from jaxsae._core.files import InputError, local_path, owned
+from jaxsae._core.files import InputError, first_line, local_path, owned
 from jaxsae.formats.tensors import writable
 
 _VERSION = 1
@@ -132,10 +132,8 @@ class Checkpoints:
                 continue
             if manifest["version"] != _VERSION:
                 by = manifest.get("versions", {}).get("jaxsae", "unknown")
-                raise InputError(
-                    f"{self.folder / str(step)}: is of version {manifest['version']!r}, expected {_VERSION}; go on "
-                    f"with the jaxsae that wrote it ({by})."
-                )
+                what = f"is of version {manifest['version']!r}, expected {_VERSION}"
+                raise InputError(f"{self.folder / str(step)}: {what}; resume with the jaxsae that wrote it ({by}).")
             self._require_equal(manifest["config"])
             break
 
@@ -162,7 +160,7 @@ class Checkpoints:
 
     def _close(self) -> None:
         manager, self._manager = self._manager, None
-        with _one_line(self.folder, self.steps):
+        with _one_line(self.folder):
             if manager is not None:
                 manager.close()
 
@@ -176,7 +174,7 @@ class Checkpoints:
         Args:
           step: its number.
           state: any pytree of arrays, sharded or not, PRNG keys among them; or of what numpy makes arrays of.
-          progress: any JSON: the position in the data, and what else there is to go on with.
+          progress: any JSON: the position in the data, and what else is needed to resume.
           loss: the step of the least one is kept, whatever comes after it.
           wait: come back when it is on the disk.
 
@@ -188,15 +186,14 @@ class Checkpoints:
         if self._manager is None:
             self._manager = self._open()
         state = jax.tree.map(_leaf, state)
-        content = {"version": _VERSION, "config": self._config, "versions": versions(), "step": step} | {
-            "progress": progress
-        }
+        content = {"version": _VERSION, "config": self._config, "versions": versions(), "step": step}
+        content |= {"progress": progress}
         args = ocp.args.Composite(
             state=ocp.args.StandardSave({"state": state, "fingerprint": fingerprint(state)}),
             manifest=ocp.args.JsonSave({"content": content, "crc32": _crc32(content)}),
         )
         metrics = None if loss is None or not math.isfinite(loss) else {"loss": loss}
-        with _one_line(self.folder, self.steps):
+        with _one_line(self.folder):
             if step not in self._manager.all_steps():
                 self._manager.save(step, args=args, metrics=metrics, force=True)
             if wait:
@@ -214,7 +211,7 @@ class Checkpoints:
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(self._keep), best]),
             cleanup_tmp_directories=True,
         )
-        with _one_line(self.folder, self.steps):
+        with _one_line(self.folder):
             return ocp.CheckpointManager(self.folder, options=options)
 
     def restore(self, like: Any) -> Saved | None:
@@ -230,7 +227,7 @@ class Checkpoints:
         """
         like = jax.tree.map(_leaf, like)  # what could not be saved is refused before there is work to save
         if self._manager is not None:
-            with _one_line(self.folder, self.steps):
+            with _one_line(self.folder):
                 self._manager.wait_until_finished()
         mine, damaged = self.steps(), []
         while (step := max(_of_all(mine[0] if mine else -1))) >= 0:
@@ -257,7 +254,7 @@ class Checkpoints:
             try:
                 manifest, found = _read_manifest(path), _read_state(path, like)
             except Exception as error:  # noqa: BLE001  orbax raises just that of a damaged file
-                reason = (str(error) or type(error).__name__).strip().partition("\n")[0][:200]
+                reason = first_line(error)[:200]
                 _free(error)
         if not all(_of_all(not reason)):
             reason = reason or "for another process"
@@ -415,24 +412,21 @@ def _is_echo(error: object) -> bool:
     return re.search(_ECHOES, str(error)) is not None
 
 
-class _one_line:
+@contextlib.contextmanager
+def _one_line(folder: Path) -> Iterator[None]:
     """Turn what orbax raises while it writes into one line."""
-
-    def __init__(self, folder: Path, steps: Callable[[], list[int]]):
-        self._folder, self._steps = folder, steps
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if isinstance(error, Exception) and not isinstance(error, InputError):
-            # TensorStore gives the cause last: "Error writing …: Failed writing …: No space left on device [os…]".
-            text = str(error).strip().partition("\n")[0].partition(" [")[0]
-            reason = getattr(error, "strerror", None) or text.rpartition(": ")[2]
-            last = next(iter(self._steps()), None)
-            _free(error)
-            kept = "no step was saved before" if last is None else f"step {last} is kept, and can be gone on from"
-            raise InputError(f"cannot write {self._folder}: {reason}; {kept}: make room.") from error
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        # TensorStore gives the cause last: "Error writing …: Failed writing …: No space left on device [os…]".
+        text = first_line(error).partition(" [")[0]
+        reason = getattr(error, "strerror", None) or text.rpartition(": ")[2]
+        last = next(iter(steps(folder)), None)
+        _free(error)
+        kept = "no step was saved before" if last is None else f"step {last} is kept, and can be resumed from"
+        raise InputError(f"cannot write {folder}: {reason}; {kept}: make room.") from error
 
 
 def fingerprint(tree: Any) -> UInt32[Array, " n"]:

@@ -94,8 +94,8 @@ def run(
     on with the batches that come next; after three times it is given up. So it is if a number of the state itself is
     not finite when it would be saved, but an infinite one of an activation, such as a threshold.
 
-    A training may be made longer than it was: the state goes on with the `step` it is given now, and so with the
-    schedules of the longer one. One of equal `steps` is the same as if nothing had ended it, to the bit.
+    A training may be made longer than it was: the state is continued by the `step` it is given now, and so with the
+    schedules of the longer one. One of equal `steps` is bitwise identical to one that nothing ended.
 
     Args:
       step: of `train.make_step`.
@@ -171,7 +171,7 @@ def run(
 
 
 def _restored(saved, init_fn, steps: int) -> tuple[TrainState, LoopState]:
-    """Where a training begins, or goes on."""
+    """Where a training begins, or resumes."""
     if saved is None:
         return sharding.create(init_fn), LoopState(steps=steps)
     record = LoopState(**saved.progress)  # of JSON, which has lists

@@ -181,7 +181,7 @@ def auxk(
         term(lambda pre: ~idle),
         term(lambda pre: dropped(jnp.where(idle, pre, -jnp.inf), k_aux)),
     )
-    usable = jnp.isfinite(residual).all() & jnp.isfinite(x).all()
-    count = jnp.where(usable, jnp.sum(idle), 0)
+    finite = jnp.isfinite(residual).all() & jnp.isfinite(x).all()
+    count = jnp.where(finite, jnp.sum(idle), 0)
     chosen = (count > 0).astype(jnp.int32) + (count > k_aux)
     return jax.lax.switch(chosen, branches, sae.W_enc, sae.b_enc, sae.W_dec)

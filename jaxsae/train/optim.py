@@ -176,23 +176,23 @@ def ema_params(opt_state: Any) -> SAE:
 
     Source: Gao et al. (2024), Appendix A.
     """
-    found = [node for node in jax.tree.leaves(opt_state, is_leaf=_is_average) if _is_average(node)]
+    found = [node for node in jax.tree.leaves(opt_state, is_leaf=_is_ema) if _is_ema(node)]
     if not found:
-        raise ValueError("`ema_params` got a state without an average; train with `tx = train.ema(tx, decay)`.")
+        raise ValueError("`ema_params` got a state without one; train with `tx = train.ema(tx, decay)`.")
     return found[0].mean
 
 
-def _is_average(node: Any) -> bool:
+def _is_ema(node: Any) -> bool:
     return isinstance(node, EmaState)
 
 
 def _complete(opt_state: Any, sae: SAE) -> Any:
-    """Averages with what is not trained as it is in `sae`."""
+    """Each `EmaState` with what is not trained as it is in `sae`."""
     rest = pytrees.partition(sae)[1]
 
     def complete(node):
-        if not _is_average(node):
+        if not _is_ema(node):
             return node
         return node._replace(mean=jax.tree.map(jnp.array, pytrees.merge(pytrees.partition(node.mean)[0], rest)))
 
-    return jax.tree.map(complete, opt_state, is_leaf=_is_average)
+    return jax.tree.map(complete, opt_state, is_leaf=_is_ema)

@@ -4,20 +4,19 @@ import os
 from typing import Annotated, Any
 
 from jaxsae._core import arguments
-from jaxsae._core.arguments import ACTIVATION, Count, Weight
 from jaxsae.app import console
 
 
 def plan(
     *,
-    latents: Count,
+    latents: arguments.Count,
     d: Annotated[int, arguments.Range(1, 2**20)],
-    k: Count,
-    batch: Count,
+    k: arguments.Count,
+    batch: arguments.Count,
     topology: Annotated[str, arguments.Text(r"\w+:\d+(x\d+)*", "a kind of chip and a shape, like v5e:4x4")],
-    data: Count = 1,
-    activation: Annotated[str, ACTIVATION] = "topk",
-    price: Weight | None = None,
+    data: arguments.Count = 1,
+    activation: Annotated[str, arguments.ACTIVATION] = "topk",
+    price: arguments.Weight | None = None,
     json: bool = False,
 ) -> int:
     """Say what a training will need on TPUs, with no TPU.
