@@ -101,8 +101,13 @@ def study_table(report: dict[str, Any]) -> str:
         column.justify = "right"
     for row in report["rows"]:
         shown = {"l0": ".1f", "nmse_before": ".4f", "nmse_after": ".4f", "mean_before": ".3f", "mean_after": ".3f"}
-        shown |= {"mean_change": "+.1%", "rising": ".0%", "gamma_before": ".4f", "gamma_after": ".4f"}
-        shown |= {"worst_kkt": ".1e"}
+        shown |= {
+            "mean_change": "+.1%",
+            "rising": ".0%",
+            "gamma_before": ".4f",
+            "gamma_after": ".4f",
+            "worst_kkt": ".1e",
+        }
         cells = ["–" if row[key] is None else format(row[key], form) for key, form in shown.items()]
         if row["certified"] < 1:
             cells[-1] += f" ({1 - row['certified']:.1%} fail)"

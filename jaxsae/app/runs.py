@@ -96,8 +96,10 @@ def run(
     validate(options)
     arguments.check(run, {"out": out, "weights": weights, "window": window, "save_every": save_every})
     if mesh is not None and options.latents % mesh.shape["latent"]:
-        ways = mesh.shape["latent"]
-        raise InputError(f"got {options.latents} latents for a mesh that splits them {ways} ways; pass a multiple.")
+        axis_size = mesh.shape["latent"]
+        raise InputError(
+            f"got {options.latents} latents for a mesh that splits them {axis_size} ways; pass a multiple."
+        )
     out = local_path(out)
     if resume and not (out / "checkpoints").is_dir():  # before a directory is made
         raise InputError(f"{out}: holds no run to resume; leave out --resume to begin one.")

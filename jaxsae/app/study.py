@@ -126,7 +126,10 @@ def run(
     arguments.check(run, {"out": out, "seed": seed})
     arguments.check(Plan, plan._asdict())
     out, probe = local_path(out), None
-    published = {name: _published(name) for name in saes}
+    published = {name: pretrained.load(name) for name in saes}
+    for name, sae in published.items():
+        if sae.transcoder:
+            raise InputError(f"{name}: is a transcoder, whose target is not its input; pass an autoencoder.")
     if saes:
         if data is None:
             raise InputError("got autoencoders and no activations; pass those of the site that they are for.")
@@ -155,7 +158,8 @@ def run(
             else:
                 for weight in plan.l1:
                     study.train(options._replace(activation="relu", l1=weight))
-                for k in _matching_k([row["l0"] for row in report["rows"]], max_k=min(plan.latents, rows.width)):
+                l0 = [row["l0"] for row in report["rows"] if row["l0"] is not None]
+                for k in sorted({int(np.clip(round(mean), 1, min(plan.latents, rows.width))) for mean in l0}):
                     study.train(options._replace(k=k))
             study.measure_losses()
             report["complete"] = True
@@ -245,7 +249,15 @@ class _Study:
         heldout = self.rows.heldout
         mean = np.broadcast_to(self.rows.train.mean(axis=0) / self.rows.scale, heldout.shape)
         replaced = self.reconstructed | {"zero": np.zeros_like(heldout), "mean": mean}
-        _add_losses(self.report, _losses(self.probe, replaced, self.progress))
+        found = _losses(self.probe, replaced, self.progress)
+        self.report |= {f"ce_{name}": json_number(found[name].cross_entropy) for name in ("clean", "zero", "mean")}
+        for number, row in enumerate(self.report["rows"]):
+            for when in ("before", "after"):
+                spliced = found[f"{when} {number}"]
+                row |= {f"ce_{when}": json_number(spliced.cross_entropy), f"kl_{when}": json_number(spliced.kl)}
+                for ablation in ("zero", "mean"):
+                    recovered = language_model.loss_recovered(found["clean"], spliced, found[ablation])
+                    row[f"recovered_{ablation}_{when}"] = json_number(recovered)
 
 
 def total_steps(plan: Plan, data: Any = None, saes: Sequence[str] = ()) -> int:
@@ -266,13 +278,6 @@ def total_steps(plan: Plan, data: Any = None, saes: Sequence[str] = ()) -> int:
         harvested = min(plan.train_rows, _MEAN_ROWS) if saes else plan.train_rows
         steps += _contexts(harvested + plan.heldout) + _contexts(plan.heldout) * (2 * count + 2)
     return steps
-
-
-def _published(name: str) -> SAE:
-    sae = pretrained.load(name)
-    if sae.transcoder:
-        raise InputError(f"{name}: is a transcoder, whose target is not its input; pass an autoencoder.")
-    return sae
 
 
 def _contexts(rows: int) -> int:
@@ -330,10 +335,6 @@ def _options(plan: Plan, seed: int) -> Options:
     """Of all trainings, but for what makes each sparse."""
     options = Options("topk", plan.latents, learning_rate=plan.learning_rate, heldout=plan.heldout, seed=seed)
     return resolved(options._replace(batch=plan.batch, steps=plan.steps))
-
-
-def _matching_k(l0: list[float | None], max_k: int) -> list[int]:
-    return sorted({int(np.clip(round(value), 1, max_k)) for value in l0 if value is not None})
 
 
 def _train(rows, options: Options, progress: Progress) -> tuple[SAE, dict[str, list]]:
@@ -423,15 +424,3 @@ def _losses(probe: _Probe, replaced: dict[str, np.ndarray], progress: Progress) 
         found.append(language_model.cross_entropy(probe.model, [jnp.asarray(contexts)], probe.layer, splices))
         progress("next-token loss", len(contexts) * len(replaced))
     return {name: functools.reduce(operator.add, (part[name] for part in found)) for name in found[0]}
-
-
-def _add_losses(report: dict[str, Any], found: dict[str, language_model.NextToken]) -> None:
-    clean = found["clean"]
-    report |= {f"ce_{name}": json_number(found[name].cross_entropy) for name in ("clean", "zero", "mean")}
-    for number, row in enumerate(report["rows"]):
-        for when in ("before", "after"):
-            spliced = found[f"{when} {number}"]
-            row |= {f"ce_{when}": json_number(spliced.cross_entropy), f"kl_{when}": json_number(spliced.kl)}
-            for ablation in ("zero", "mean"):
-                recovered = language_model.loss_recovered(clean, spliced, found[ablation])
-                row[f"recovered_{ablation}_{when}"] = json_number(recovered)

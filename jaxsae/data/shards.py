@@ -177,7 +177,7 @@ class Writer:
           InputError: if the rows are of another width or overflow in the cast, or the directory is complete.
           OSError: if the disk is full, say; what was there stays.
         """
-        self._require_mine()
+        self._require_writable()
         rows = _stored_rows(rows, self.manifest, self.folder)
         contents = {_name(self.shards, name): _serialised(x, name) for name, x in {None: rows, **columns}.items()}
         first = self.manifest.shards[0]["files"] if self.shards else contents
@@ -199,10 +199,10 @@ class Writer:
     def finish(self) -> None:
         """Mark the directory complete."""
         if not self.manifest.complete:
-            self._require_mine()
+            self._require_writable()
             self._commit(self.manifest._replace(complete=True))
 
-    def _require_mine(self) -> None:
+    def _require_writable(self) -> None:
         if self.manifest.complete:
             raise InputError(f"{self.folder}: is complete; choose another --out, or remove it.")
         if _parse(self._path.read_bytes()) != self.manifest:
@@ -272,11 +272,11 @@ def cast(rows: Any, dtype: Any, what: str, do: str, numbers: Any = None) -> np.n
             held = f"row {row} holds {rows[tuple(wrong[0])]:g}"
             raise InputError(f"{what}: {held}, {len(wrong)} finite values overflow {dtype}; {do}.")
         some, left = ((part != 0).reshape(len(rows), -1).any(1) for part in (rows, found))
-        lost = np.flatnonzero(some & ~left)
-        if len(lost):
-            row = lost[0] if numbers is None else numbers[lost[0]]
+        vanished = np.flatnonzero(some & ~left)
+        if len(vanished):
+            row = vanished[0] if numbers is None else numbers[vanished[0]]
             raise InputError(
-                f"{what}: row {row} and {len(lost) - 1} others are too small for {dtype}, and become 0; {do}."
+                f"{what}: row {row} and {len(vanished) - 1} others are too small for {dtype}, and become 0; {do}."
             )
     return found
 

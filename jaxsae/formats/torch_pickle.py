@@ -285,31 +285,15 @@ def _items(stack: list[Any]) -> list[Any]:
     return items
 
 
-def _tuple(count: int | None) -> Callable[[list[Any]], None]:
-    def act(stack: list[Any]) -> None:
-        if count is None:
-            stack.append(tuple(_items(stack)))
-        else:
-            items = [stack.pop() for _ in range(count)]
-            stack.append(tuple(reversed(items)))
-
-    return act
+def _pop(stack: list[Any], count: int) -> list[Any]:
+    return [stack.pop() for _ in range(count)][::-1]
 
 
-def _set_items(stack: list[Any]) -> None:
-    items = _items(stack)
-    _update(stack, items[::2], items[1::2])
-
-
-def _set_item(stack: list[Any]) -> None:
-    value, key = stack.pop(), stack.pop()
-    _update(stack, [key], [value])
-
-
-def _update(stack: list[Any], keys: list[Any], values: list[Any]) -> None:
+def _update(stack: list[Any], items: list[Any]) -> None:
+    """Keys and values in turn."""
     if not isinstance(stack[-1], dict):
         raise _Refused(f"sets items of {_short(stack[-1])}")
-    for key, value in zip(keys, values, strict=True):
+    for key, value in zip(items[::2], items[1::2], strict=True):
         if not isinstance(key, _KEYS):  # nested tuples can take for ever to hash
             raise _Refused(f"has {_short(key)} as a key")
         stack[-1][key] = value
@@ -319,11 +303,6 @@ def _extend(stack: list[Any], items: list[Any]) -> None:
     if not isinstance(stack[-1], list):
         raise _Refused(f"appends to {_short(stack[-1])}")
     stack[-1].extend(items)
-
-
-def _append(stack: list[Any]) -> None:
-    item = stack.pop()
-    _extend(stack, [item])
 
 
 def _build(stack: list[Any]) -> None:
@@ -348,14 +327,14 @@ _LITERALS = (
     *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
 )
 _ACTIONS: dict[str, Callable[[list[Any]], None]] = {
-    "TUPLE": _tuple(None),
-    "TUPLE1": _tuple(1),
-    "TUPLE2": _tuple(2),
-    "TUPLE3": _tuple(3),
+    "TUPLE": lambda stack: stack.append(tuple(_items(stack))),
+    "TUPLE1": lambda stack: stack.append(tuple(_pop(stack, 1))),
+    "TUPLE2": lambda stack: stack.append(tuple(_pop(stack, 2))),
+    "TUPLE3": lambda stack: stack.append(tuple(_pop(stack, 3))),
     "LIST": lambda stack: stack.append(_items(stack)),
-    "SETITEM": _set_item,
-    "SETITEMS": _set_items,
-    "APPEND": _append,
+    "SETITEM": lambda stack: _update(stack, _pop(stack, 2)),
+    "SETITEMS": lambda stack: _update(stack, _items(stack)),
+    "APPEND": lambda stack: _extend(stack, _pop(stack, 1)),
     "APPENDS": lambda stack: _extend(stack, _items(stack)),
     "BUILD": _build,
     "POP": list.pop,

@@ -229,9 +229,9 @@ class Checkpoints:
         if self._manager is not None:
             with _one_line(self.folder):
                 self._manager.wait_until_finished()
-        mine, damaged = self.steps(), []
-        while (step := max(_of_all(mine[0] if mine else -1))) >= 0:
-            mine = [other for other in mine if other < step]
+        local_steps, damaged = self.steps(), []
+        while (step := max(_of_all(local_steps[0] if local_steps else -1))) >= 0:
+            local_steps = [other for other in local_steps if other < step]
             found = self._read(self.folder / str(step), like)
             if found is None:
                 damaged.append(step)
@@ -259,7 +259,9 @@ class Checkpoints:
         if not all(_of_all(not reason)):
             reason = reason or "for another process"
         else:  # all take part in the sums over what each of them has read
-            reason = _differs(found["state"], found["fingerprint"])
+            names = [name for name, _ in jax.tree.leaves_with_path(found["state"])]
+            wrong = np.flatnonzero(np.asarray(fingerprint(found["state"])) != np.asarray(found["fingerprint"]))
+            reason = _NOT_SAVED.format(jax.tree_util.keystr(names[wrong[0]])) if len(wrong) else ""
         if reason:
             self._warn(f"{path}: is damaged ({reason}).")
             return None
@@ -355,13 +357,6 @@ def _read_state(path: Path, like: Any) -> Any:
         if (new.shape, new.dtype) != (old.shape, old.dtype):
             raise ValueError(_NOT_SAVED.format(jax.tree_util.keystr(name)))
     return found
-
-
-def _differs(state: Any, expected: Any) -> str:
-    """Which leaf has another fingerprint, in words; nothing if none has."""
-    names = [name for name, _ in jax.tree.leaves_with_path(state)]
-    wrong = np.flatnonzero(np.asarray(fingerprint(state)) != np.asarray(expected))
-    return _NOT_SAVED.format(jax.tree_util.keystr(names[wrong[0]])) if len(wrong) else ""
 
 
 @contextlib.contextmanager

@@ -124,11 +124,11 @@ def ema(tx: optax.GradientTransformation, decay: float) -> optax.GradientTransfo
 
         w ← decay·w + (1 − decay),   mean ← mean + (1 − decay)/w · (parameters − mean)
 
-    This is the average free of the bias to 0 of its first steps; before them it is the parameters.
+    This is the debiased average; before the first step it is the parameters.
 
     Args:
       tx: any transformation.
-      decay: share of the average that stays from step to step, for example 0.999.
+      decay: share of the mean that stays from step to step, for example 0.999.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, jaxsae
@@ -165,7 +165,7 @@ def ema_params(opt_state: Any) -> SAE:
       opt_state: of `ema`, or any pytree that holds one, such as a `TrainState`.
 
     Raises:
-      ValueError: if there is no average in it.
+      ValueError: if there is no `EmaState` in it.
 
     Example:
       >>> import jax, optax, jaxsae
@@ -178,7 +178,7 @@ def ema_params(opt_state: Any) -> SAE:
     """
     found = [node for node in jax.tree.leaves(opt_state, is_leaf=_is_ema) if _is_ema(node)]
     if not found:
-        raise ValueError("`ema_params` got a state without one; train with `tx = train.ema(tx, decay)`.")
+        raise ValueError("`ema_params` got a state without an `EmaState`; train with `tx = train.ema(tx, decay)`.")
     return found[0].mean
 
 

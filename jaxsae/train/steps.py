@@ -1,8 +1,8 @@
 """The state of a training, the step that changes it, and the loops: for one autoencoder, or a sweep of many.
 
 An objective is any callable pytree `objective(sae, batch, state) -> (value, (active, metrics))`, such as those of
-`objectives.py`: `active [m]` says which latents were, `metrics` is a dictionary of scalars. A batch whose loss or update
-is not finite changes nothing: it is skipped and counted.
+`objectives.py`: `active [m]` says which latents were, `metrics` is a dictionary of scalars. A batch whose loss or
+update is not finite changes nothing: it is skipped and counted.
 
 The optimiser sees what `pytrees.partition` says is trained, and nothing else: an `SAE` with None in the place of the
 rest, such as `TopK.keep`. It is given gradients in float32 or better, and keeps its state in that.
