@@ -538,7 +538,7 @@ def test_the_average_before_the_first_step_is_the_parameters():
     tx = optax.chain(train.ema(optax.sgd(0.1), 0.9))
     assert_same_bits(train.ema_params(tx.init(sae(m=M))), sae(m=M))
     assert_same_bits(train.ema_params(train.init_state(sae(m=M), tx)), sae(m=M))
-    with pytest.raises(ValueError, match="`ema_params` got a state without an average"):
+    with pytest.raises(ValueError, match="`ema_params` got a state without an `EmaState`"):
         train.ema_params(optax.sgd(0.1).init(sae(m=M)))
 
 

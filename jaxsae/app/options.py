@@ -9,7 +9,6 @@ import optax
 
 from jaxsae import train
 from jaxsae._core import arguments
-from jaxsae._core.arguments import Count, Positive, Seed, Weight
 from jaxsae._core.files import InputError
 from jaxsae.autoencoder.activations import AbsTopK, Activation, BatchTopK, Gated, GroupMax, JumpReLU, ReLU, TopK
 from jaxsae.train.objectives import L0, L1, Gate
@@ -40,17 +39,17 @@ class Options(NamedTuple):
     """
 
     activation: Annotated[str, arguments.ACTIVATION]
-    latents: Count
-    k: Count | None = None
-    l1: Weight | None = None
+    latents: arguments.Count
+    k: arguments.Count | None = None
+    l1: arguments.Weight | None = None
     auxk: bool = True
     multi_topk: bool = False
-    batch: Count = 1024
-    steps: Count = 2000
-    learning_rate: Positive | None = None
-    idle_after: Count | None = None
-    heldout: Count = 2048
-    seed: Seed = 0
+    batch: arguments.Count = 1024
+    steps: arguments.Count = 2000
+    learning_rate: arguments.Positive | None = None
+    idle_after: arguments.Count | None = None
+    heldout: arguments.Count = 2048
+    seed: arguments.Seed = 0
 
 
 def resolved(options: Options) -> Options:

@@ -24,7 +24,6 @@ from jax.sharding import Mesh
 from jaxsae import data as data_module
 from jaxsae import sharding, train
 from jaxsae._core import arguments
-from jaxsae._core.arguments import Count, Proportion, Weight
 from jaxsae._core.files import InputError, atomic_file, json_number, local_path
 from jaxsae.app.logs import Log
 from jaxsae.app.options import Options, _warmup, passes, resolved, validate
@@ -46,10 +45,10 @@ def run(
     *,
     data: str | os.PathLike | Sequence[str | os.PathLike] | Mapping[str, data_module.Rows],
     options: Options,
-    weights: Sequence[Proportion] | None = None,
-    window: Count | None = None,
+    weights: Sequence[arguments.Proportion] | None = None,
+    window: arguments.Count | None = None,
     mesh: Mesh | None = None,
-    save_every: Weight = 60.0,
+    save_every: arguments.Weight = 60.0,
     resume: bool = False,
     progress: Progress = lambda text, steps: None,
     warn: Callable[[str], None] = lambda text: None,

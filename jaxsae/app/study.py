@@ -20,7 +20,6 @@ import numpy as np
 from jaxsae import data as data_module
 from jaxsae import language_model, train
 from jaxsae._core import arguments
-from jaxsae._core.arguments import Count, Index, Positive, Seed, Weight
 from jaxsae._core.files import InputError, atomic_file, json_number, local_path, owned
 from jaxsae.app import plots, runs
 from jaxsae.app.options import Options, passes, resolved
@@ -58,13 +57,13 @@ class Plan(NamedTuple):
       512
     """
 
-    latents: Count
-    steps: Count
-    batch: Count
-    heldout: Count
-    l1: tuple[Weight, ...]
-    learning_rate: Positive | None = None
-    train_rows: Count = 100_000
+    latents: arguments.Count
+    steps: arguments.Count
+    batch: arguments.Count
+    heldout: arguments.Count
+    l1: tuple[arguments.Weight, ...]
+    learning_rate: arguments.Positive | None = None
+    train_rows: arguments.Count = 100_000
 
 
 FULL = Plan(latents=2048, steps=500, batch=512, heldout=2048, l1=(0.02, 0.05, 0.08, 0.15))
@@ -90,7 +89,7 @@ class HookPoint(NamedTuple):
     """
 
     model: str | os.PathLike
-    layer: Index = 8
+    layer: arguments.Index = 8
     text: Sequence[Path] | None = None
 
 
@@ -99,7 +98,7 @@ def run(
     *,
     data: str | os.PathLike | HookPoint | None = None,
     plan: Plan = FULL,
-    seed: Seed = 0,
+    seed: arguments.Seed = 0,
     saes: Sequence[str] = (),
     progress: Progress = lambda text, steps: None,
     warn: Callable[[str], None] = lambda text: None,
