@@ -240,7 +240,7 @@ def test_eval_of_another_width(tmp_path, capsys):
     pretrained.save(sae(m=M), tmp_path / "sae")
     np.save(tmp_path / "x.npy", np.ones((4, 7), np.float32))
     assert main(["eval", "--sae", str(tmp_path / "sae"), "--data", str(tmp_path / "x.npy")]) == 2
-    assert capsys.readouterr().err == "jaxsae: got rows of width 7 for an SAE of 16; pass those of its own layer.\n"
+    assert capsys.readouterr().err == "jaxsae: got rows of width 7 for an SAE of 16; pass those of its layer.\n"
 
 
 @pytest.mark.parametrize("row", [3, 590], ids=["trained on", "held out"])

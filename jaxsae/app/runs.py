@@ -95,10 +95,8 @@ def run(
     validate(options)
     arguments.check(run, {"out": out, "weights": weights, "window": window, "save_every": save_every})
     if mesh is not None and options.latents % mesh.shape["latent"]:
-        axis_size = mesh.shape["latent"]
-        raise InputError(
-            f"got {options.latents} latents for a mesh that splits them {axis_size} ways; pass a multiple."
-        )
+        parts = mesh.shape["latent"]
+        raise InputError(f"got {options.latents} latents for a mesh that splits them {parts} ways; pass a multiple.")
     out = local_path(out)
     if resume and not (out / "checkpoints").is_dir():  # before a directory is made
         raise InputError(f"{out}: holds no run to resume; leave out --resume to begin one.")
@@ -309,9 +307,7 @@ def evaluate(sae: SAE, rows: data_module.Rows, more: metrics.Activity | None = N
       2.0
     """
     if rows.shape[1] != sae.d:
-        raise InputError(
-            f"got rows of width {rows.shape[1]} for an SAE of {sae.d}; pass those of the layer that it was trained on."
-        )
+        raise InputError(f"got rows of width {rows.shape[1]} for an SAE of {sae.d}; pass those of its layer.")
     if sae.transcoder:
         raise InputError("got a transcoder, whose target is not its input; measure `jaxsae.reconstruct` against that.")
     capacity = sae.activation.slots or stream.max_l0(sae, rows)

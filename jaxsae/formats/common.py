@@ -61,15 +61,19 @@ class Raw(NamedTuple):
     arrays: Tensors
     dtype: Any = None
 
+    def error(self, what: str, do: str = "download it again") -> InputError:
+        """What is wrong with the file, and what the user can do."""
+        return InputError(f"{self.path}: {what}; {do}.")
+
     def take(self, name: str, said: str = "") -> np.ndarray:
         """An array of numbers, which must be there, perhaps because an entry of the configuration says so."""
         if name not in self.arrays:
             there = ", ".join(sorted(self.arrays)) or "nothing"
             said = f", of which {said} speaks" if said else self._kind()
-            raise InputError(f"{self.path}: holds {there}, expected {name} too{said}; download it again.")
+            raise self.error(f"holds {there}, expected {name} too{said}")
         array = self.arrays[name]
         if array.dtype.kind != "f" and array.dtype != ml_dtypes.bfloat16:
-            raise InputError(f"{self.path}: {name} is {array.dtype}, expected floating point; download it again.")
+            raise self.error(f"{name} is {array.dtype}, expected floating point")
         return array
 
     def _kind(self) -> str:
@@ -82,36 +86,35 @@ class Raw(NamedTuple):
         """An array of one number, which must be there, without axes."""
         array = self.take(name)
         if array.size != 1:
-            raise InputError(f"{self.path}: {name} has shape {array.shape}, expected one number; download it again.")
+            raise self.error(f"{name} has shape {array.shape}, expected one number")
         return array.reshape(())
 
     def number(self, value: Any, name: str) -> float:
         """A finite number of a configuration, or of an array of one."""
         value = value.item() if isinstance(value, np.ndarray) and value.size == 1 else value
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 2**62:
-            raise InputError(f"{self.path}: {name} is {_shown(value)}, expected a number; mend its configuration.")
+            raise self.error(f"{name} is {_shown(value)}, expected a number", "mend its configuration")
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
         """A yes or no of a configuration, where it has it: text and numbers are neither."""
         value = self.config.get(name, default)
         if not isinstance(value, bool):
-            raise InputError(f"{self.path}: {name} is {_shown(value)}, expected true or false; mend its configuration.")
+            raise self.error(f"{name} is {_shown(value)}, expected true or false", "mend its configuration")
         return value
 
     def positive(self, value: Any, name: str) -> float:
         """A number above 0."""
         found = self.number(value, name)
         if found <= 0:
-            raise InputError(f"{self.path}: {name} is {found}, expected more than 0; mend its configuration.")
+            raise self.error(f"{name} is {found}, expected more than 0", "mend its configuration")
         return found
 
     def integer(self, value: Any, name: str) -> int:
         """A whole number from 1."""
         found = self.number(value, name)
         if found != int(found) or not 1 <= found < 2**31:
-            what = f"{name} is {found:g}, expected a whole number from 1"
-            raise InputError(f"{self.path}: {what}; mend its configuration.")
+            raise self.error(f"{name} is {found:g}, expected a whole number from 1", "mend its configuration")
         return int(found)
 
     def choice(self, what: str, value: Any, known: Iterable[Any]) -> Any:
@@ -119,8 +122,7 @@ class Raw(NamedTuple):
         known = list(known)
         if isinstance(value, dict | list) or value not in known or type(value) not in map(type, known):
             names = ", ".join(map(str, known))
-            what = f"its {what} is {_shown(value)}, expected one of: {names}"
-            raise InputError(f"{self.path}: {what}; jaxsae cannot compute it.")
+            raise self.error(f"its {what} is {_shown(value)}, expected one of: {names}", "jaxsae cannot compute it")
         return value
 
     def require_sizes(self, **sizes: int) -> None:
@@ -133,22 +135,21 @@ class Raw(NamedTuple):
             said = self.config.get(name)
             if said is not None and self.integer(said, name) != size:
                 what = f"its configuration says {name} {said}, but its weights {size}"
-                raise InputError(f"{self.path}: {what}; mend the one that is wrong.")
+                raise self.error(what, "mend the one that is wrong")
 
     def require_used(self, format: str, activation: Activation) -> None:
         """Every array must have been used: one that was not would change what the autoencoder computes."""
         if unused := self.arrays.unused:
-            raise InputError(
-                f"{self.path}: holds {', '.join(unused)}, which {type(activation).__name__} of {format} has not"
-                f"{self._kind()}; say what it is in its configuration, or remove what is not used."
+            raise self.error(
+                f"holds {', '.join(unused)}, which {type(activation).__name__} of {format} has not{self._kind()}",
+                "say what it is in its configuration, or remove what is not used",
             )
 
     def is_elsewhere(self, into: str, out: str) -> bool:
         """Whether what is reconstructed is another site than the one that is read, by the names of both."""
         there = self.config.get(out)
         if there is not None and self.config.get(into) is None:
-            what = f"says {out} {_shown(there)} and no {into}"
-            raise InputError(f"{self.path}: {what}; expected both: mend its configuration.")
+            raise self.error(f"says {out} {_shown(there)} and no {into}", "expected both: mend its configuration")
         return there not in (None, self.config.get(into))
 
     def place_threshold(self, array: np.ndarray) -> jax.Array:
@@ -292,7 +293,7 @@ def assemble(
         raise InputError(f"{raw.path}: weights of shapes {W_enc.shape} and {W_dec.shape}, expected two axes each.")
     (d, m), d_out = W_enc.shape, W_dec.shape[1] if transcoder else W_enc.shape[0]
     if apply_b_dec_to_input and d != d_out:
-        raise InputError(f"{raw.path}: subtracts b_dec, {d_out} wide, from rows {d} wide; jaxsae cannot compute it.")
+        raise raw.error(f"subtracts b_dec, {d_out} wide, from rows {d} wide", "jaxsae cannot compute it")
     expected = {"W_dec": (m, d_out), "b_enc": (m,), "b_dec": (d_out,), "W_skip": (d, d_out)}
     found = {name: array.shape for name, array in weights._asdict().items() if name in expected and array is not None}
     wrong = {name: shape for name, shape in found.items() if shape != expected[name]}
@@ -300,7 +301,7 @@ def assemble(
     wrong |= {"activation": parameters[0]} if parameters else {}
     if wrong or not d * m * d_out:
         shown = ", ".join(f"{name} {shape}" for name, shape in wrong.items()) or "nothing"
-        raise InputError(f"{raw.path}: {shown} does not fit {m} latents, {d} to {d_out} wide; download it again.")
+        raise raw.error(f"{shown} does not fit {m} latents, {d} to {d_out} wide")
     require_k(f"{raw.path}: ", activation, m)
     if np.any(np.asarray(weights.b_enc) == np.inf):
         raise InputError(f"{raw.path}: b_enc holds +inf, expected numbers, or -inf for a latent that is never active.")

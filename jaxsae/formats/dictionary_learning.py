@@ -94,7 +94,7 @@ def _convert(raw: Raw, named: str | None) -> SAE:
     sae = common.assemble(raw, activation, weights, apply_b_dec_to_input=centred)
     raw.require_sizes(activation_dim=sae.d, dict_size=sae.m)
     if "group_sizes" in raw.arrays and raw.arrays["group_sizes"].sum() != sae.m:
-        raise InputError(f"{raw.path}: its group_sizes do not add up to {sae.m} latents; download it again.")
+        raise raw.error(f"its group_sizes do not add up to {sae.m} latents")
     factor = raw.config.get("norm_factor")
     return sae if factor is None else rescale(sae, 1 / raw.positive(factor, "norm_factor"))
 
@@ -111,10 +111,9 @@ def _class(raw: Raw, named: str | None) -> str:
     else:
         classes = ["AutoEncoderNew" if "decoder.bias" in names else "AutoEncoder"]
     if named is None and len(classes) > 1:
-        raise InputError(
-            f"{raw.path}: may be an {classes[0]} or a {classes[1]}, whose arrays are the same, and no {_CONFIG} has "
-            "the dict_class; put its own beside it, or pass format='dictionary_learning_topk' or "
-            "'dictionary_learning_batch_topk'."
+        raise raw.error(
+            f"may be an {classes[0]} or a {classes[1]}, whose arrays are the same, and no {_CONFIG} has the dict_class",
+            "put its own beside it, or pass format='dictionary_learning_topk' or 'dictionary_learning_batch_topk'",
         )
     # Of those that train either, one trainer writes the name of the other.
     alike = ["AutoEncoder"] if classes == ["AutoEncoderNew"] else []

@@ -117,9 +117,9 @@ def convert_2(raw: Raw) -> SAE:
     """An autoencoder, or a transcoder to another site, perhaps with a skip connection."""
     raw.choice("architecture", raw.config.get("architecture", "jump_relu"), ["jump_relu"])
     if raw.take("w_dec").ndim == 3:
-        raise InputError(
-            f"{raw.path}: w_dec has shape {raw.arrays['w_dec'].shape}, of a cross-layer transcoder, which writes to "
-            "several layers; expected one layer: choose another."
+        raise raw.error(
+            f"w_dec has shape {raw.arrays['w_dec'].shape}, of a cross-layer transcoder, which writes to several layers",
+            "expected one layer: choose another",
         )
     affine = raw.flag("affine_connection", "affine_skip_connection" in raw.arrays)
     skip = raw.take("affine_skip_connection", "affine_connection") if affine else None

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxsae._core.files import InputError, atomic_directory
+from jaxsae._core.files import atomic_directory
 from jaxsae.autoencoder.activations import Activation, BatchTopK, JumpReLU, ReLU, TopK
 from jaxsae.autoencoder.normalisation import AverageNorm, ConstantNorm
 from jaxsae.autoencoder.sae import SAE
@@ -61,8 +61,7 @@ def convert(raw: Raw) -> SAE:
     scale, scale_out = (width / raw.positive(norm, "dataset_average_activation_norm") for norm in (into, out))
     apply_b_dec_to_input = raw.flag("apply_decoder_bias_to_pre_encoder", False)
     if apply_b_dec_to_input and (transcoder or scale != scale_out):
-        what = "apply_decoder_bias_to_pre_encoder is true of a transcoder"
-        raise InputError(f"{raw.path}: {what}; jaxsae cannot compute it.")
+        raise raw.error("apply_decoder_bias_to_pre_encoder is true of a transcoder", "jaxsae cannot compute it")
     sae = common.assemble(
         raw,
         _activation(raw, W_dec, None if kind == "dataset-wise" and not known else scale),
@@ -91,9 +90,9 @@ def _activation(raw: Raw, W_dec: np.ndarray, scale: float | None) -> Activation:
         return ReLU()
     if kind == "topk":
         if not np.allclose(norms, 1, rtol=1e-3):
-            raise InputError(
-                f"{raw.path}: sparsity_include_decoder_norm is true of topk, and atoms have other norms than 1; "
-                "jaxsae cannot compute it: make them of norm 1 there."
+            raise raw.error(
+                "sparsity_include_decoder_norm is true of topk, and atoms have other norms than 1",
+                "jaxsae cannot compute it: make them of norm 1 there",
             )
         return TopK(raw.integer(config.get("top_k"), "top_k"))
     if "log_jumprelu_threshold" in raw.arrays:
@@ -101,13 +100,11 @@ def _activation(raw: Raw, W_dec: np.ndarray, scale: float | None) -> Activation:
     else:
         threshold = raw.number(config.get("jump_relu_threshold"), "jump_relu_threshold")
         if threshold and scale is None:
-            raise InputError(
-                f"{raw.path}: has no dataset_average_activation_norm, on which its threshold depends; mend its "
-                "configuration."
-            )
+            what = "has no dataset_average_activation_norm, on which its threshold depends"
+            raise raw.error(what, "mend its configuration")
         threshold = np.full(len(W_dec), threshold * (scale or 1), wide)
     if threshold.shape != norms.shape:
-        raise InputError(f"{raw.path}: has {threshold.shape} thresholds for {len(norms)} latents; download it again.")
+        raise raw.error(f"has {threshold.shape} thresholds for {len(norms)} latents")
     return JumpReLU(raw.place_threshold((threshold / np.where(norms > 0, norms, 1)).astype(wide)))
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxsae._core.files import InputError, atomic_file
+from jaxsae._core.files import atomic_file
 from jaxsae.autoencoder.activations import ReLU, TopK
 from jaxsae.autoencoder.normalisation import LayerNorm
 from jaxsae.autoencoder.sae import SAE
@@ -38,7 +38,7 @@ def convert(raw: Raw) -> SAE:
     options = options if isinstance(options, dict) else {"activation_state_dict": options}
     there = {*map(str, options), *raw.config} - {"activation", "activation_state_dict"}
     if unused := sorted(there - _OPTIONS[kind]):
-        raise InputError(f"{raw.path}: holds {', '.join(unused)}, which {kind} of openai has not; name its activation.")
+        raise raw.error(f"holds {', '.join(unused)}, which {kind} of openai has not", "name its activation")
     if kind == "ReLU":
         return common.assemble(raw, ReLU(), weights, apply_b_dec_to_input=True)
     raw.choice("postact_fn", options.get("postact_fn", "ReLU"), ["ReLU"])

@@ -349,11 +349,10 @@ def _convert_own(raw: Raw) -> SAE:
     found = {name: raw.arrays[name].shape if name in raw.arrays else None for name in shapes}
     if found != shapes:
         sizes = ", ".join(f"{name} {config.get(name)!r}" for name in ("d", "m", "d_out"))
-        raise InputError(f"{raw.path}: holds shapes {found}, but {_CONFIG} says {sizes}; save it again.")
+        raise raw.error(f"holds shapes {found}, but {_CONFIG} says {sizes}", "save it again")
     listed = config.get("arrays", sorted(raw.arrays))  # those of 0.1 have no list
     if listed != sorted(raw.arrays):
-        what = f"holds {sorted(raw.arrays)}, but the arrays of {_CONFIG} are {listed}"
-        raise InputError(f"{raw.path}: {what}; save it again.")
+        raise raw.error(f"holds {sorted(raw.arrays)}, but the arrays of {_CONFIG} are {listed}", "save it again")
     weights = Weights(*(raw.take(name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")))
     return common.assemble(
         raw,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from jaxsae._core.files import InputError, atomic_directory
+from jaxsae._core.files import atomic_directory
 from jaxsae.autoencoder.activations import AbsTopK, Activation, BatchTopK, Gated, JumpReLU, MatchingPursuit, ReLU, TopK
 from jaxsae.autoencoder.normalisation import AverageNorm, ConstantNorm, LayerNorm, Normalisation
 from jaxsae.autoencoder.sae import SAE
@@ -51,7 +51,7 @@ def _activation_fn(raw: Raw) -> dict[str, Any]:
     name = raw.choice("activation_fn", config.get("activation_fn") or "relu", ("relu", "topk"))
     known = {"k", "signed"} if name == "topk" else set()
     if not isinstance(options, dict) or options.keys() - known or options.get("signed"):
-        raise InputError(f"{raw.path}: activation_fn_kwargs is {options} for {name}; jaxsae cannot compute it.")
+        raise raw.error(f"activation_fn_kwargs is {options} for {name}", "jaxsae cannot compute it")
     if name == "relu":
         return {}
     raw.choice("architecture", config.get("architecture", "standard"), ("standard", "topk"))
@@ -72,7 +72,7 @@ def convert(raw: Raw) -> SAE:
     transcoder = kind.endswith("transcoder")
     apply_b_dec_to_input = raw.flag("apply_b_dec_to_input", not transcoder)
     if apply_b_dec_to_input and transcoder:
-        raise InputError(f"{raw.path}: apply_b_dec_to_input is true of a transcoder, which has no such; say false.")
+        raise raw.error("apply_b_dec_to_input is true of a transcoder, which has no such", "say false")
     weights = _weights(raw, kind)
     if raw.flag("rescale_acts_by_decoder_norm", False):
         weights = common.fold_norms(weights)
@@ -89,16 +89,14 @@ def _require_known_options(raw: Raw, kind: str) -> None:
     known = next((options for name, options in _OPTIONS.items() if name in kind), ())
     for name in {each for options in _OPTIONS.values() for each in options}.difference(known):
         if raw.config.get(name) not in (None, False):
-            raise InputError(
-                f"{raw.path}: has {name}, which the architecture {kind!r} has not; say which architecture it is, or "
-                f"remove {name}."
-            )
+            do = f"say which architecture it is, or remove {name}"
+            raise raw.error(f"has {name}, which the architecture {kind!r} has not", do)
 
 
 def _weights(raw: Raw, kind: str) -> Weights:
     W_dec = raw.take("W_dec")
     if W_dec.ndim != 2:
-        raise InputError(f"{raw.path}: W_dec has shape {W_dec.shape}, expected two axes; download it again.")
+        raise raw.error(f"W_dec has shape {W_dec.shape}, expected two axes")
     W_enc = W_dec.T if kind == "matching_pursuit" else raw.take("W_enc")
     b_enc = raw.zeros(len(W_dec)) if kind in ("gated", "matching_pursuit") else raw.take("b_enc")
     W_skip = raw.take("W_skip").T if "skip" in kind else None
@@ -106,10 +104,8 @@ def _weights(raw: Raw, kind: str) -> Weights:
     if "scaling_factor" in raw.arrays:  # ones where it was added anyway
         factor = raw.take("scaling_factor")
         if factor.shape != (len(W_dec),) or not (finetuned or np.all(factor == 1)):
-            raise InputError(
-                f"{raw.path}: has a scaling_factor that its configuration does not use; set finetuning_scaling_factor, "
-                "or remove it."
-            )
+            do = "set finetuning_scaling_factor, or remove it"
+            raise raw.error("has a scaling_factor that its configuration does not use", do)
         W_dec = W_dec if np.all(factor == 1) else W_dec * factor[:, None]
     elif finetuned:
         raw.take("scaling_factor", "finetuning_scaling_factor")
