@@ -75,10 +75,10 @@ def report(tmp_path):
 def test_rows_that_are_not_finite_are_named_and_the_steps_made_up_for(rows, tmp_path, capsys):
     rows[[7, 401]] = np.nan
     assert train(tmp_path, rows) == 0
-    told = report(tmp_path)
-    assert told["steps"] == 60
-    assert told["skipped"] == len(told["skipped_batches"]) > 10
-    assert told["nonfinite_rows"] == {str(tmp_path / "x.npy"): [7, 401]}
+    found = report(tmp_path)
+    assert found["steps"] == 60
+    assert found["skipped"] == len(found["skipped_batches"]) > 10
+    assert found["nonfinite_rows"] == {str(tmp_path / "x.npy"): [7, 401]}
     assert f"NaN or Inf: rows 7, 401 of {tmp_path / 'x.npy'}." in capsys.readouterr().err
 
 
@@ -94,8 +94,8 @@ def test_a_training_goes_back_when_too_many_batches_fail_and_then_on(rows, tmp_p
 
     monkeypatch.setattr(job, "run", run)
     assert train(tmp_path, rows, "--save-every", 0.1) == 0
-    told = report(tmp_path)
-    assert (told["steps"], told["rollbacks"], told["skipped_batches"]) == (60, 1, list(spoilt))
+    found = report(tmp_path)
+    assert (found["steps"], found["rollbacks"], found["skipped_batches"]) == (60, 1, list(spoilt))
     err = capsys.readouterr().err
     assert "the loss of 10 batches in a row was not finite: going back to step" in err
     assert "No row of them holds NaN or Inf." in err

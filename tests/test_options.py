@@ -306,8 +306,8 @@ def command_lines(draw, world: Path, command: str):
 def cut(monkeypatch):
     """The work cut off where it begins: what is left is what looks at the options."""
 
-    def loop(step, fresh, batches, checkpoints, **options):
-        state = sharding.abstract(fresh)
+    def loop(step, init_fn, batches, checkpoints, **options):
+        state = sharding.abstract(init_fn)
         if state.sae.m > 1000:
             raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
         next(batches)
@@ -392,10 +392,10 @@ def short(monkeypatch):
     """The work done, but of any training some steps, and no state that is large."""
     whole = job.run
 
-    def loop(step, fresh, batches, checkpoints, *, steps, **options):
-        if sharding.abstract(fresh).sae.m > 1000:
+    def loop(step, init_fn, batches, checkpoints, *, steps, **options):
+        if sharding.abstract(init_fn).sae.m > 1000:
             raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
-        return whole(step, fresh, batches, checkpoints, steps=min(steps, 3), **options)
+        return whole(step, init_fn, batches, checkpoints, steps=min(steps, 3), **options)
 
     monkeypatch.setattr(job, "run", loop)
 

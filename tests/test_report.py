@@ -94,9 +94,9 @@ def write(folder, found):
 
 def log(folder, first=10, last=200, value=lambda step: 1 / step):
     """Event files, as a training writes them."""
-    with logs.logs(folder, OPTIONS) as told:
+    with logs.logs(folder, OPTIONS) as log:
         for step in range(first, last + 1, 10):
-            told(
+            log(
                 step,
                 {"nmse": value(step), "l0": 16.0, "dead": 0.0, "dead_rows": 0.0, "loss": value(step), "skipped": 0.0},
             )
@@ -362,8 +362,8 @@ def test_autoencoders_of_others_go_by_their_names(tmp_path):
 def test_what_went_wrong_in_a_run_is_told(tmp_path):
     found = a_run(skipped=3, nonfinite_rows={"x.npy": [7, 9]})
     found["heldout"]["nonfinite"] = 2
-    told = [p["text"] for p in page_of(tmp_path, found).all("p") if p.get("class") == "warning"]
-    assert told == [
+    warned = [p["text"] for p in page_of(tmp_path, found).all("p") if p.get("class") == "warning"]
+    assert warned == [
         "3 batches were skipped, since their loss was not finite. NaN or Inf: rows 7, 9 of x.npy.",
         "2 held-out rows hold NaN or Inf, and are left out.",
     ]
@@ -482,8 +482,8 @@ def test_hostile_text_is_text(kind, tmp_path):
     found = spoil(copy.deepcopy(clean))
     found |= {"versions": {HOSTILE: HOSTILE}}
     log(folder, value=lambda step: 1.0)
-    with logs.logs(folder, OPTIONS) as told:
-        told(300, {"<i>": 1.0})
+    with logs.logs(folder, OPTIONS) as write:
+        write(300, {"<i>": 1.0})
     expected, page = page_of(tmp_path / "clean", clean), page_of(folder, found)
     allowed = {element["tag"] for element in expected.elements}
     assert {element["tag"] for element in page.elements} <= allowed | {"svg", "path", "text", "figure"}
@@ -556,8 +556,8 @@ def test_bad_input_is_exit_code_2_and_one_line(case, tmp_path, capsys):
         (tmp_path / "x/report.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     before = sorted(tmp_path.rglob("*"))
     assert run("report", tmp_path / folder, *(part for name in out for part in ("--out", tmp_path / name))) == 2
-    told, line = capsys.readouterr()
-    assert (told, line.count("\n")) == ("", 1)
+    out, line = capsys.readouterr()
+    assert (out, line.count("\n")) == ("", 1)
     assert line.startswith("jaxsae: ")
     assert message in line
     assert sorted(tmp_path.rglob("*")) == before
@@ -618,8 +618,8 @@ def test_a_browser_shows_it_at_every_width_in_light_and_dark(tmp_path):
                 assert image.height > 1000
                 brightness = np.asarray(image.convert("L")).mean()
             assert (brightness < 60) if view.dark else (brightness > 200), view
-    told = {name for name, _ in chromium.events}
-    assert not told & {"Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded"}
+    methods = {name for name, _ in chromium.events}
+    assert not methods & {"Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded"}
     asked = {params["request"]["url"] for name, params in chromium.events if name == "Network.requestWillBeSent"}
     assert asked == {(tmp_path / f"{name}.html").as_uri() for name in ("study", "run")}
     shutil.rmtree(tmp_path / "profile", ignore_errors=True)

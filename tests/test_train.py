@@ -297,11 +297,11 @@ def test_fit_stops_after_ten_such_batches_in_a_row_and_keeps_the_last_good_state
     stream = itertools.chain([x, x * jnp.nan, x], itertools.repeat(x * jnp.nan))
     with pytest.raises(
         train.Diverged, match=r"in a row was not finite.* after 2 steps; lower the learning rate"
-    ) as told:
+    ) as raised:
         train.fit(sae(m=M), stream, loss=Objective(), tx=tx, steps=1000)
     expected = train.fit(sae(m=M), [x, x], loss=Objective(), tx=tx, steps=2)
-    assert_same_bits(told.value.state.sae, expected.sae)
-    assert told.value.state.skipped_last == 10
+    assert_same_bits(raised.value.state.sae, expected.sae)
+    assert raised.value.state.skipped_last == 10
 
 
 @pytest.mark.parametrize("good", [0, 1, 7, 10, 13])
