@@ -239,7 +239,7 @@ def test_if_every_step_is_damaged_that_is_an_error_and_nothing_is_removed(tmp_pa
     warned = []
     with (
         Checkpoints(tmp_path, config={"k": 4}, warn=warned.append) as checkpoints,
-        pytest.raises(InputError, match="every step is damaged; remove it to begin anew"),
+        pytest.raises(InputError, match="every step is damaged; remove it to start over"),
     ):
         checkpoints.restore(LIKE)
     assert len(warned) == 2

@@ -532,7 +532,7 @@ BAD = {
     "an empty directory": (".", "", [], "holds no report.json and no curves; pass what"),
     "not JSON": ("x", '{"rows": [', [], "report.json: is not JSON ("),
     "not UTF-8": ("x", b"\xff\xfe\xff", [], "report.json: is not JSON ("),
-    "a list": ("x", "[1]", [], "report.json: holds list, expected a JSON object; make it anew."),
+    "a list": ("x", "[1]", [], "report.json: holds list, expected a JSON object; make it again."),
     "of another program": ("x", '{"a": 1}', [], "report.json: is not of jaxsae train or jaxsae study; pass"),
     "rows of no kind": ("x", '{"rows": 3}', [], "report.json: is damaged (TypeError: "),
     "a row of text": ("x", '{"rows": ["x"]}', [], "report.json: is damaged (AttributeError: "),

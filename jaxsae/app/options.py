@@ -78,17 +78,17 @@ def passes(options: Options, rows: int, warn: Callable[[str], None] = lambda tex
     Args:
       options: of the run.
       rows: that it is trained on.
-      warn: called if that is often enough for them to be learnt by heart.
+      warn: called if that is often enough to overfit.
 
     Example:
       >>> passes(Options("topk", latents=16, k=2, batch=512, steps=600), 12_288, print)
-      600 steps of 512 rows are 25 passes over 12,288 rows, fitted better than new ones; pass more rows.
+      600 steps of 512 rows are 25 passes over 12,288 rows, which overfits; pass more rows.
       25.0
     """
     found = options.steps * options.batch / rows
     if found > _MANY_PASSES:
         what = f"{options.steps} steps of {options.batch} rows are {found:.0f} passes over {rows:,} rows"
-        warn(f"{what}, fitted better than new ones; pass more rows.")
+        warn(f"{what}, which overfits; pass more rows.")
     return found
 
 

@@ -105,7 +105,7 @@ def page(run: str | os.PathLike) -> str:
         return _study(report) if "rows" in report else _run(report, curves, run)
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         reason = str(error).partition("\n")[0]
-        raise InputError(f"{path}: is damaged ({type(error).__name__}: {reason}); make it anew.") from error
+        raise InputError(f"{path}: is damaged ({type(error).__name__}: {reason}); make it again.") from error
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -115,9 +115,9 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes(), parse_constant=lambda name: None)
     except ValueError as error:
-        raise InputError(f"{path}: is not JSON ({error}); make it anew.") from error
+        raise InputError(f"{path}: is not JSON ({error}); make it again.") from error
     if not isinstance(found, dict):
-        raise InputError(f"{path}: holds {type(found).__name__}, expected a JSON object; make it anew.")
+        raise InputError(f"{path}: holds {type(found).__name__}, expected a JSON object; make it again.")
     return found
 
 

@@ -69,7 +69,7 @@ def run(
       window: as of `data.batches`; all rows are shuffled among themselves by default.
       mesh: of `sharding.make_mesh`, to spread rows and latents over; one device by default.
       save_every: seconds from one save of the whole state to the next.
-      resume: refuse to begin anew.
+      resume: refuse to start a new run.
       progress: called with what is going on and how many steps that took; `options.steps` in all.
       warn: called with warnings.
       log: opened when all is well, for example `logs(out, options)`; then called with the step and its numbers.
@@ -187,7 +187,7 @@ class _Monitor:
         self._resumed, self._warn, self._shown = resumed, warn, 0
 
     def resume(self, step: int, reached: job.LoopState) -> None:
-        """So many steps were taken before."""
+        """`step` steps were taken before."""
         self._shown = step
         self._resumed(step)
         if reached.lengthened and reached.lengthened[-1][0] == step:

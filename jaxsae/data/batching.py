@@ -14,7 +14,7 @@ _THREADS, _AHEAD = 2, 8  # of the reading of batches; in number
 
 
 class Batches:
-    """Batches `[size d]` in float32 for ever, read ahead by grain; the order is a function of the seed alone.
+    """Batches `[size d]` in float32 without end, read ahead by grain; the order is a function of the seed alone.
 
     Attributes:
       position: how many batches were taken; set it to resume there, or anywhere else.
@@ -93,9 +93,9 @@ def batches(
     part: slice = slice(None),
     names: Sequence[str] | None = None,
 ) -> Batches:
-    """Yield batches `[size d]` in float32 for ever, each row once before any comes again, in an order anew each time.
+    """Yield batches `[size d]` in float32 without end: epochs that hold each row once, each in a new order.
 
-    So it is of each source: a pass over its rows ends before the next begins, though a batch may hold rows of both.
+    This holds for each source: an epoch of its rows ends before the next begins, though a batch may hold rows of both.
 
     Args:
       rows: `[n d]`, may be memory-mapped; or several of them, to be mixed.

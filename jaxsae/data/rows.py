@@ -16,7 +16,7 @@ from jaxsae.data import shards
 
 Rows = np.ndarray | shards.Rows  # `[n d]`, in memory or not
 _SAMPLED, _BLOCKS = 64 << 20, 256  # bytes of rows whose values are hashed, and in how many places
-_MEND = "write the file anew"
+_MEND = "write the file again"
 
 
 def open_rows(path: str | os.PathLike) -> Rows:

@@ -29,7 +29,7 @@ _FORMAT, _VERSION, _DTYPES = "jaxsae-activations", 1, ("float16", "float32", "bf
 _SHARD = re.compile(r"([0-9]{5,})(?:\.([A-Za-z_][A-Za-z0-9_]*))?\.npy")  # its number; the column that it is
 _PARTIAL = re.compile(rf"\.(?:{_SHARD.pattern}|{re.escape(MANIFEST)})(?:\.\w+)?\.partial")  # of `atomic_file`
 _MAX_MAPS = 128  # each holds a file descriptor, of which some systems allow 256
-_MEND = "copy or make the directory anew"
+_MEND = "copy or make the directory again"
 
 
 class Manifest(NamedTuple):
@@ -239,7 +239,7 @@ def _stored_rows(rows: Any, manifest: Manifest, folder: Path) -> np.ndarray:
 
 
 def cast(rows: Any, dtype: Any, what: str, do: str, numbers: Any = None) -> np.ndarray:
-    """Rows in another floating-point dtype; none becomes infinite in silence.
+    """Rows in another floating-point dtype; none overflows silently.
 
     Args:
       rows: `[n d]`, real numbers.

@@ -63,7 +63,7 @@ def _open_gguf(path: Path):
 def _field(reader, name: str, path: Path, default: Any = None) -> Any:
     field = reader.get_field(name)
     if field is None and default is None:
-        raise InputError(f"{path}: has no field {name}; get the file again, or convert it anew.")
+        raise InputError(f"{path}: has no field {name}; get the file again, or convert it again.")
     return default if field is None else field.contents()
 
 

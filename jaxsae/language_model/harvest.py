@@ -340,7 +340,7 @@ def live(
 
     Row `r` belongs to position `1 + r mod (s − 1)` of context `r // (s − 1)`. Contexts are computed a step at a time,
     and kept as long as a reader needs them that takes rows in windows, `data.batches(rows, …, window=window)`: each is
-    computed once a pass. The position is all there is to save of such a reader; the window it is in is computed anew.
+    computed once a pass. The position is all there is to save of such a reader; the window it is in is computed again.
 
     Args:
       model: the language model.

@@ -215,7 +215,7 @@ class Checkpoints:
             return ocp.CheckpointManager(self.folder, options=options)
 
     def restore(self, like: Any) -> Saved | None:
-        """The last step that is whole, or None if there is none at all; damaged ones after it are removed, with a word.
+        """The last step that is whole, or None if there is none; damaged ones after it are removed, with a warning.
 
         Of several processes it is the last one that all of them can read.
 
@@ -244,7 +244,7 @@ class Checkpoints:
                 self._manager = None
             return found
         if damaged:
-            raise InputError(f"{self.folder}: every step is damaged; remove it to begin anew.")
+            raise InputError(f"{self.folder}: every step is damaged; remove it to start over.")
         return None
 
     def _read(self, path: Path, like: Any) -> Saved | None:
@@ -361,7 +361,7 @@ def _read_state(path: Path, like: Any) -> Any:
 
 @contextlib.contextmanager
 def _without_echoes() -> Iterator[None]:
-    """When one file cannot be read or written, orbax drops the others, which then complain where nothing is caught.
+    """When one file cannot be read or written, orbax drops the others, which then raise where nothing is caught.
 
     They do so as coroutines and asyncio's futures are freed, which `_free` does, and from threads of TensorStore as
     those end: so after a failure the hook, which drops nothing else, stays.
