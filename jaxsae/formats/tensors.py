@@ -286,8 +286,8 @@ def writable(value: Any, name: str = "an array") -> np.ndarray:
     if not hasattr(value, "dtype"):
         with np.errstate(over="ignore"):
             narrow = array.astype(jax.dtypes.canonicalize_dtype(array.dtype))
-        finite = array.dtype.kind == "f" and np.isfinite(array)
-        cut = narrow != array if array.dtype.kind in "iu" else finite & ~np.isfinite(narrow)
+        overflows = array.dtype.kind == "f" and np.isfinite(array) & ~np.isfinite(narrow)
+        cut = narrow != array if array.dtype.kind in "iu" else overflows
         if np.any(cut):
             raise InputError(f"{name} holds numbers beyond the range of {narrow.dtype}; pass a numpy array of them.")
         array = narrow

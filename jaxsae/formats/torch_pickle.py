@@ -84,6 +84,10 @@ class _Refused(Exception):
     """A pickle asks for something else than data."""
 
 
+def _missing(key: str) -> _Refused:
+    return _Refused(f"names the storage {key!r}, which it does not hold")
+
+
 def _read_zip(path: Path, check: bool) -> Any:
     members = read_zip(path, check=check)
     (program,) = [name for name in members if name.endswith("/data.pkl")] or [""]
@@ -112,8 +116,10 @@ def _read_legacy(path: Path, data: memoryview) -> Any:
     # Storages come after the program that names them: tensors are made once these are known.
     at, first = file.tell(), _Interpreter()
     first.run(file)
-    storages = {}
-    for key in map(str, _Interpreter().run(file)):
+    storages, keys = {}, [str(key) for key in _Interpreter().run(file)]
+    if missing := first.widths.keys() - set(keys):
+        raise _missing(min(missing))
+    for key in keys:
         (count,) = struct.unpack("<q", file.read(8))
         if count < 0:
             raise ValueError(f"storage {key} has {count} elements")
@@ -242,7 +248,7 @@ class _Interpreter:
         if self.storages is None:
             return None
         if storage.key not in self.storages:
-            raise _Refused(f"names the storage {storage.key!r}, which it does not hold")
+            raise _missing(storage.key)
         content = self.storages[storage.key]
         numbers = [offset, *shape, *strides]
         if len(shape) != len(strides) or not all(type(n) is int and 0 <= n < 2**48 for n in numbers) or len(shape) > 8:
