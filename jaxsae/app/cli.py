@@ -1,4 +1,4 @@
-"""The `jaxsae` command: its commands, how what they are asked is checked, and how errors end."""
+"""The `jaxsae` command: its subcommands, the checks of their arguments, and its exit codes."""
 
 import functools
 import inspect
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _commands(asked: str) -> Any:
-    """The commands, for tyro: the one asked for with all that its docstring says, the others with the first line."""
+    """The subcommands for tyro: the requested one with its whole docstring, the others with its first line."""
     import tyro
 
     each = []
@@ -76,7 +76,7 @@ def _commands(asked: str) -> Any:
 
 
 def _checked(command: Callable[..., int]) -> Callable[..., int]:
-    """A command that begins when each of its options is one that its type allows."""
+    """A command that validates its arguments before it begins."""
     parameters = inspect.signature(command).parameters
 
     def name(parameter: str) -> str:
@@ -92,7 +92,7 @@ def _checked(command: Callable[..., int]) -> Callable[..., int]:
 
 
 def _kept() -> str:
-    """Where compiled programs are."""
+    """Where the compilation cache is."""
     folder = compilation_cache.kept()
     if folder is None:
         return "Compiled programs are not kept."

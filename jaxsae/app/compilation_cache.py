@@ -21,13 +21,13 @@ _config: Any = jax.config  # whose options are not annotated
 
 
 def kept() -> Path | None:
-    """Where JAX keeps them, if it does."""
+    """The directory of JAX's persistent cache, if it is enabled."""
     folder = _config.jax_compilation_cache_dir
     return Path(folder) if folder and _config.jax_enable_compilation_cache else None
 
 
 def size(folder: Path) -> int:
-    """Bytes that those in a directory take."""
+    """The size of a cache directory in bytes."""
     total = 0
     for file in folder.glob("*-cache"):
         with contextlib.suppress(FileNotFoundError):  # another command dropped it just now
@@ -36,7 +36,7 @@ def size(folder: Path) -> int:
 
 
 def keep() -> None:
-    """Have JAX keep them, unless its own settings say where, or that it should not; where that fails, it does without.
+    """Enable JAX's persistent cache, unless its own settings decide; where the directory cannot be used, go without.
 
     Nobody else may write there: what is there is run.
     """

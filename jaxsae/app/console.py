@@ -1,4 +1,4 @@
-"""What the commands say: results on stdout, as text or as one JSON object; progress and warnings on stderr."""
+"""Output of the commands: results on stdout, as text or as one JSON object; progress and warnings on stderr."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""What a training run may be asked: its options, how they are checked, and the families of autoencoders."""
+"""Options of a training run, their validation, and the families of autoencoders."""
 
 import functools
 from collections.abc import Callable
@@ -53,7 +53,7 @@ class Options(NamedTuple):
 
 
 def resolved(options: Options) -> Options:
-    """Options with numbers where None stands for what follows from the length of the run.
+    """Options with each None replaced by the default that follows from the length of the run.
 
     A latent is idle after a fiftieth of the run: that costs no error and leaves hardly any latent dead, where a tenth
     comes too late to do much.
@@ -121,7 +121,7 @@ FAMILIES = {
 
 
 def validate(options: Options) -> _Family:
-    """Raise if an option cannot be used, or does not go with the others.
+    """Raise if an option is invalid, or incompatible with the others.
 
     Args:
       options: of a run.
@@ -154,5 +154,5 @@ def validate(options: Options) -> _Family:
 
 @functools.cache
 def _warmup(steps: int) -> optax.Schedule:
-    """Of the weights of penalties, over the first fifth."""
+    """Warm-up of the penalties' weights over the first fifth of the steps."""
     return optax.linear_schedule(0.0, 1.0, max(1, steps // 5))

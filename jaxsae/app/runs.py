@@ -194,7 +194,7 @@ class _Monitor:
             self._warn(_lengthened(self._options, *reached.lengthened[-1]))
 
     def log(self, step: int, metrics: dict[str, Any]) -> dict[str, float]:
-        """The metrics of a step as numbers; none of those between two that are shown."""
+        """The metrics of a step as numbers; {} for steps that are not logged."""
         if step % _REPORT_EVERY and step != self._options.steps:
             return {}
         numbers = {name: float(value) for name, value in metrics.items()}
@@ -245,7 +245,7 @@ def _write_report(report: dict[str, Any], out: Path) -> None:
 def recipe(
     options: Options, centre: jax.Array, scale: float
 ) -> tuple[Objective, optax.GradientTransformation, Callable[[], train.TrainState]]:
-    """What `run` minimises, how, and a function that makes the state it starts from.
+    """The objective and optimizer of `run`, and a function that makes its initial state.
 
     Args:
       options: of the run.
@@ -275,7 +275,7 @@ def recipe(
 
 
 def _lengthened(options: Options, step: int, before: int, steps: int) -> str:
-    """One sentence on what is other for a run that was made longer."""
+    """One sentence on what changes for a run that was made longer."""
     rates = (resolved(options._replace(steps=count)).learning_rate for count in (before, steps))
     schedules = (_schedule(rate or 0.0, count) for rate, count in zip(rates, (before, steps), strict=True))
     old, new = (np.asarray(schedule(step)).item() for schedule in schedules)
@@ -369,7 +369,7 @@ def summary(report: dict[str, Any]) -> str:
 
 
 def describe_nonfinite(report: dict[str, Any]) -> str:
-    """One sentence on what was wrong with the batches that a run skipped.
+    """One sentence on the rows with NaN or Inf in the batches that a run skipped.
 
     Args:
       report: of `run`.
@@ -388,7 +388,7 @@ def describe_nonfinite(report: dict[str, Any]) -> str:
 
 
 def _open(data) -> tuple[list[str], list[data_module.Rows]]:
-    """Names and rows of all that is to be trained on."""
+    """Names and rows of all sources."""
     if isinstance(data, Mapping):
         return list(data), list(data.values())
     paths = [data] if isinstance(data, str | os.PathLike) else list(data)
@@ -422,14 +422,14 @@ def _split(names, everything, options: Options, weights) -> tuple[list[data_modu
 
 
 def _sample(batches: data_module.Batches, rows: int) -> np.ndarray:
-    """Some of so many rows, those of the first batches."""
+    """Rows of the first batches, as a sample of all."""
     first = batches.source[0]
     more = range(1, -(-min(_SAMPLE, rows) // len(first)))
     return np.concatenate([first, *(batches.source[number] for number in more)])[:_SAMPLE]
 
 
 def _centre_and_scale(sample: np.ndarray, name: str) -> tuple[jax.Array, float]:
-    """Geometric median of a sample, and what scales it to unit mean square about that."""
+    """Geometric median of a sample, and the scale that gives it unit mean square about it."""
     sample = sample[np.isfinite(sample).all(1)]
     if len(sample) == 0 or (sample == sample[0]).all():
         raise InputError(f"{name}: all rows are equal, or none is finite; pass activations of varied inputs.")

@@ -1,4 +1,4 @@
-"""The main job, Section 5.1 of Gao et al. (2024): does refinement raise activations, and whose.
+"""The main experiment, Section 5.1 of Gao et al. (2024): whether refinement raises activations, and of which SAEs.
 
 Train ReLU autoencoders at several L1 weights and TopK ones at the L0s that these reached; refine the codes of held-out
 rows with a certificate for each row; compare. In a language model, the rows are its residual stream, and the comparison
@@ -103,7 +103,7 @@ def run(
     progress: Progress = lambda text, steps: None,
     warn: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Run the study and write `report.json`, `shrinkage.png` and the SAEs under `out`, each as soon as it is known.
+    """Run the study and write `report.json`, `shrinkage.png` and the SAEs under `out`, each as soon as it is done.
 
     Args:
       out: directory, made if missing.
@@ -205,7 +205,7 @@ def _begun(plan: Plan, options: Options, rows: _Rows, probe: "_Probe | None", pa
 
 @dataclasses.dataclass
 class _Study:
-    """A study under way: each autoencoder adds a row to its report, which is written at once."""
+    """A study in progress: each autoencoder adds a row to its report, which is written at once."""
 
     out: Path
     plan: Plan
@@ -331,7 +331,7 @@ def _load(path, plan: Plan, seed: int) -> _Rows:
 
 
 def _options(plan: Plan, seed: int) -> Options:
-    """Of all trainings, but for what makes each sparse."""
+    """Options of all trainings, but for their sparsity."""
     options = Options("topk", plan.latents, learning_rate=plan.learning_rate, heldout=plan.heldout, seed=seed)
     return resolved(options._replace(batch=plan.batch, steps=plan.steps))
 

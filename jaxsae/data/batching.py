@@ -43,7 +43,7 @@ class Batches:
 
     @property
     def position(self) -> int:
-        """Of the attributes."""
+        """The number of batches taken."""
         return self._iterator.get_state()["next_index"]
 
     @position.setter
@@ -56,7 +56,7 @@ class Batches:
 
 
 class _Numbered:
-    """Batch by its number: what grain reads."""
+    """Random access to batches by number, as a grain data source."""
 
     def __init__(self, sources: Sequence[Rows], names: Sequence[str], order: Any, size: int, part: slice):
         self._sources, self._names, self._order = sources, names, order

@@ -173,7 +173,7 @@ def require_finite(rows: Rows, what: str) -> None:
 
 
 def fingerprint(rows: Rows) -> str:
-    """A hash by which other rows in the place of these are noticed, cheap for any number of them.
+    """A hash that detects other rows in the place of these, cheap for any number of them.
 
     It is of their number, width, dtype and values: all of them up to 64 MiB, beyond that blocks spread evenly; of a
     directory of shards, the checksums in its manifest instead; of rows that are computed, no values.

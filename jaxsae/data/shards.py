@@ -51,12 +51,12 @@ class Manifest(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Of all shards."""
+        """The number of rows in all shards."""
         return sum(shard["rows"] for shard in self.shards)
 
     @property
     def files(self) -> dict[str, dict[str, Any]]:
-        """Of all shards, by name."""
+        """The files of all shards, by name."""
         return {name: file for shard in self.shards for name, file in shard["files"].items()}
 
 
@@ -224,7 +224,7 @@ class Writer:
 
 
 def _arguments(manifest: Manifest) -> dict[str, str]:
-    """What a directory is made with; a source that is an object by its members, to name the one that differs."""
+    """Arguments of a `Writer` by name, with the members of a source one by one, to name the one that differs."""
     source = manifest.source if isinstance(manifest.source, dict) else {"": manifest.source}
     parts = {f"source {name}".rstrip(): value for name, value in source.items()}
     parts |= {"width": manifest.width, "dtype": manifest.dtype}
@@ -282,7 +282,7 @@ def cast(rows: Any, dtype: Any, what: str, do: str, numbers: Any = None) -> np.n
 
 
 def _stored(dtype: str) -> str:
-    """As what values are in a `.npy` file."""
+    """The dtype of the values in a `.npy` file."""
     return "uint16" if dtype == "bfloat16" else dtype
 
 

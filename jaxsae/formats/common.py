@@ -21,7 +21,7 @@ from jaxsae.formats.tensors import Arrays, place, read_json, read_safetensors, s
 
 
 class Tensors(dict[str, np.ndarray]):
-    """Arrays by name, which remember which of them were used: what a format leaves over it does not know."""
+    """Arrays by name that record which of them were used: unused ones are unknown to the format."""
 
     def __init__(self, arrays: Arrays):
         """None is used yet.
@@ -126,7 +126,7 @@ class Raw(NamedTuple):
         return value
 
     def require_sizes(self, **sizes: int) -> None:
-        """What a configuration says of sizes, if it does, must be so of the weights.
+        """Raise if sizes in the configuration contradict those of the weights.
 
         Args:
           sizes: of the weights, by the names in the configuration.

@@ -163,7 +163,7 @@ class _Bytes:
 
 
 class _Interpreter:
-    """Runs one pickle; where no storages are given, to know how wide their elements are: tensors are None then."""
+    """Interprets one pickle; without storages, tensors are None, but the width of the elements of each is known."""
 
     def __init__(self, storages: Mapping[str, memoryview] | None = None):
         self.storages = storages
@@ -296,7 +296,7 @@ def _pop(stack: list[Any], count: int) -> list[Any]:
 
 
 def _update(stack: list[Any], items: list[Any]) -> None:
-    """Keys and values in turn."""
+    """Set items, given as keys and values in turn."""
     if not isinstance(stack[-1], dict):
         raise _Refused(f"sets items of {_short(stack[-1])}")
     for key, value in zip(items[::2], items[1::2], strict=True):

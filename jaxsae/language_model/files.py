@@ -92,7 +92,7 @@ def read_tokenizer(path: str | os.PathLike) -> Any:
 
 
 def start(tokenizer: Any) -> list[int]:
-    """The tokens that a tokenizer puts before a text; those that it puts behind are no part of them.
+    """The special tokens that a tokenizer prepends to a text.
 
     Args:
       tokenizer: a `tokenizers.Tokenizer`.
@@ -103,7 +103,7 @@ def start(tokenizer: Any) -> list[int]:
 
 
 def _begin_with_bos(tokenizer, options: dict[str, Any], path: Path) -> None:
-    """Do as `tokenizer_config.json` says of BOS, where it says more than `tokenizer.json`.
+    """Prepend BOS if `tokenizer_config.json` asks for it and `tokenizer.json` does not.
 
     transformers goes by the one or by the other, depending on its version and the class: they must agree.
     """
@@ -144,7 +144,7 @@ def _damage_in_one_line(path: Path) -> contextlib.AbstractContextManager[None]:
 
 
 def _require_sizes(c: Config, path: Path) -> None:
-    """Refuse what fits the weights and would fail where the model is called."""
+    """Refuse sizes that fit the weights and would fail when the model is called."""
     sizes = {name: value for name, value in c._asdict().items() if name not in ("eps", "tied", "rope", "dtype")}
     whole = all(type(size) is int and size > 0 for size in sizes.values()) and isinstance(c.eps, int | float)
     if not whole or c.heads % c.kv_heads or (c.rope is None and c.heads * c.head_width != c.width):

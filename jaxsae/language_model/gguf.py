@@ -45,7 +45,7 @@ def _open_gguf(path: Path):
         raise InputError(f"{path}: is not a GGUF file; {_EXPECTED}.")
 
     class Reader(gguf.GGUFReader):
-        """Stops where the file ends; gguf's own would count on for as long as a damaged length says."""
+        """Stops where the file ends; gguf's own would read on for as long as a damaged length says."""
 
         def _get(self, offset, dtype, count=1, *args, **options):
             found = super()._get(offset, dtype, count, *args, **options)
@@ -125,7 +125,7 @@ def _gguf_config(path: Path) -> tuple[Config, dict[str, Any]]:
 
 
 def _refuse_unknown(reader, head_width: int, path: Path) -> None:
-    """Refuse fields of which a llama may have none, or that would have to say something else."""
+    """Refuse fields that a llama does not have, or whose values it cannot have."""
     said = {name.removeprefix("llama."): field for name, field in reader.fields.items() if name.startswith("llama.")}
     others = {name: field.contents() for name, field in said.items() if name not in _GGUF_READ}
     heads = dict.fromkeys(("rope.dimension_count", "attention.value_length"), head_width)

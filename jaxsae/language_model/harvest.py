@@ -1,4 +1,4 @@
-"""From text to activations: tokenise, pack into contexts, run a language model, write or hand on its residual stream.
+"""From text to activations: tokenise, pack into contexts, run a language model, write or stream its residuals.
 
 A context holds `context` tokens, and gives `context − 1` rows: its first position, whose activation is massive in most
 models, is left out. A shard holds the rows of the same contexts however often a harvest was interrupted, so that one
@@ -240,7 +240,7 @@ def _tokenise(tokenizer, text: str, max_tokens: int) -> Iterator[_Piece]:
 
 
 def _joint(piece: _Piece, following: _Piece, first: int, last: int, *, in_words: bool) -> tuple[int, int] | None:
-    """The number of a token in both of two pieces that share characters from `first` to `last`, if they agree there.
+    """The index of one token in both of two pieces that share characters from `first` to `last`, if they agree there.
 
     It begins a word, or is any if it may be in one.
     """
@@ -261,7 +261,7 @@ def _joint(piece: _Piece, following: _Piece, first: int, last: int, *, in_words:
 
 
 def _require_text(piece: _Piece, text: str, control: dict[int, str], file: Path) -> None:
-    """Refuse control tokens that a text spells; one that stands for what is unknown may be in any."""
+    """Refuse control tokens that a text spells out; the unknown token may be in any."""
     for n in np.flatnonzero(np.isin(piece.ids, list(control))):
         (first, last), name = piece.places[n], control[int(piece.ids[n])]
         if name in text[first:last]:

@@ -105,7 +105,7 @@ def _open_shards(path: Path) -> dict[str, Any]:
 
 
 def _refuse(options: dict[str, Any], expected: dict[str, Any], path: Path) -> None:
-    """Refuse options that are there and say something else than is expected."""
+    """Refuse options whose values differ from the expected ones."""
     for name, value in expected.items():
         if options.get(name, value) != value:
             raise InputError(f"{path}: has {name} = {options[name]!r}, expected {value!r}; pass another model.")
@@ -139,7 +139,7 @@ def _llama_config(o: dict[str, Any], path: Path) -> Config:
 
 
 def _rope(o: dict[str, Any], head_width: int, path: Path) -> tuple[float, ...]:
-    """Radians a position, for each pair of a head."""
+    """Rotary frequencies in radians a position, for each pair of a head."""
     _refuse(o, {"partial_rotary_factor": 1.0}, path)
     if type(head_width) is not int or head_width % 2 or not 0 < head_width <= 1 << 16:
         raise InputError(f"{path}: has heads of width {head_width!r}, expected an even number; get the file again.")

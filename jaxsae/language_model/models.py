@@ -97,7 +97,7 @@ def _attend(q, k, v):
 
 
 def _rotate(x, angles):
-    """Turn the pairs `(x_i, x_{i + n/2})` of each head by the angles `[s n/2]` of its position."""
+    """Rotate the pairs `(x_i, x_{i + n/2})` of each head by the angles `[s n/2]` of its position."""
     cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
@@ -268,7 +268,7 @@ def _replace(h, new, skip_first):
 
 @pytrees.dataclass
 class NextToken:
-    """Sums over the tokens that were predicted; `a + b` is the measurement of both.
+    """Sums over the predicted tokens; `a + b` is the measurement of both.
 
     Attributes:
       tokens: how many.
@@ -346,7 +346,7 @@ def cross_entropy(
 
 
 def loss_recovered(clean: NextToken, spliced: NextToken, ablated: NextToken) -> Float[Array, ""] | float:
-    """The share of an ablation's loss that a splice wins back: 1 is as good as the model itself, 0 as the ablation.
+    """The share of an ablation's loss that a splice recovers: 1 is as good as the model itself, 0 as the ablation.
 
     NaN where the ablation loses nothing, and there is nothing to win.
 

@@ -56,7 +56,7 @@ class Saved(NamedTuple):
 
 
 def versions() -> dict[str, str]:
-    """The versions of what decides the numbers of a run.
+    """Versions of the packages that determine the numbers of a run.
 
     Example:
       >>> sorted(versions())[:4]
@@ -165,7 +165,7 @@ class Checkpoints:
                 manager.close()
 
     def steps(self) -> list[int]:
-        """As the function."""
+        """The steps in the directory, the last one first."""
         return steps(self.folder)
 
     def save(self, step: int, state: Any, *, progress: Any, loss: float | None = None, wait: bool = False) -> None:
@@ -288,7 +288,7 @@ def _owned(folder: Path, warn: Callable[[str], None]) -> Iterator[None]:
 
 
 def _of_all(value: int | bool) -> list[int]:
-    """What each process has, for all of them."""
+    """Gather a value from every process."""
     if jax.process_count() == 1:
         return [int(value)]
     return multihost_utils.process_allgather(np.array(value, np.int32)).tolist()
@@ -333,7 +333,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _alone() -> Any:
-    """For orbax: no process waits for the others, of which one may fail."""
+    """Orbax options with which no process waits for the others, of which one may fail."""
     import orbax.checkpoint as ocp
 
     me = jax.process_index()
@@ -394,7 +394,7 @@ class _WithoutEchoes:
 
 
 def _free(error: BaseException | None) -> None:
-    """What an error of orbax's, and those before it, hold of the calls that they ended."""
+    """Clear the frames that an error of orbax's, and those before it, keep alive."""
     if isinstance(sys.unraisablehook, _WithoutEchoes):
         sys.unraisablehook.stays = True
     while error is not None:

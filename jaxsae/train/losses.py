@@ -141,7 +141,7 @@ def _first(code, latents: int):
 def auxk(
     sae: SAE, x: Float[Array, "b d"], residual: Float[Array, "b d"], idle: Bool[Array, " m"], *, k_aux: int
 ) -> Float[Array, ""]:
-    """AuxK: reconstruct the residual with the `k_aux` most active idle latents, so that they learn something.
+    """AuxK: reconstruct the residual with the `k_aux` most active idle latents, which gives them a gradient.
 
         mean_b ‖e − ê‖²,   ê = (the k_aux largest pre-activations of idle latents, of either sign) W_dec
 

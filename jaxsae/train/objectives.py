@@ -52,7 +52,7 @@ class ForwardPass(NamedTuple):
 
 
 class Aux(NamedTuple):
-    """What a training step learns from a pass, beside the derivative.
+    """What a loss returns beside its value.
 
     Attributes:
       active: which latents were, `[m]`.
@@ -66,7 +66,7 @@ class Aux(NamedTuple):
 
     @classmethod
     def of(cls, out: Any, m: int) -> tuple[Array, "Aux"]:
-        """What a loss returned for `m` latents, its value and this, if it is what it should be; else one line."""
+        """Validate what a loss returned for `m` latents: its value and an `Aux`."""
         expected = "expected (value, (active, metrics)): a scalar, which latents were active, and a dictionary"
         if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], tuple) and len(out[1]) in (2, 3)):
             raise TypeError(f"got a loss that returns {_shown(out)}, {expected}; return (value, (active, {{}})).")
@@ -83,7 +83,7 @@ class Aux(NamedTuple):
 
 
 def _shown(x: Any) -> str:
-    """What kind of thing something is, the same while it is traced."""
+    """The type of a value in words, the same while it is traced."""
     if isinstance(x, tuple):
         return f"({', '.join(map(_shown, x))})"
     return f"an array {x.dtype}{list(x.shape)}" if hasattr(x, "dtype") else f"a {type(x).__name__}"
@@ -330,7 +330,7 @@ class AuxK(_Weighted):
 
 @pytrees.dataclass
 class MultiTopK(_Weighted):
-    """Add the error of `TopK` with `factor · k` latents, so that it is good at other sparsities: `L(k) + L(4k)/8`.
+    """Add the error of `TopK` with `factor · k` latents, so that it works at other sparsities: `L(k) + L(4k)/8`.
 
     Attributes:
       factor: times as many latents; static.

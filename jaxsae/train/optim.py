@@ -16,19 +16,19 @@ from jaxsae.autoencoder.sae import SAE
 
 
 class _Sound(optax.GradientTransformation):
-    """One that makes finite updates of finite gradients, if it makes any: Adam and what is built on it here.
+    """A transformation whose updates are finite for finite gradients: Adam and what is built on it here.
 
     That it makes any, the arrays show that are not matrices: a rate of NaN is in all of them.
     """
 
 
 def _around(tx: optax.GradientTransformation, init: Callable, update: Callable) -> optax.GradientTransformation:
-    """A transformation made of another, and as sound as that."""
+    """Wrap a transformation; the result is `_Sound` if that is."""
     return (_Sound if isinstance(tx, _Sound) else optax.GradientTransformation)(init, update)
 
 
 def unit_norm_decoder(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Keep the atoms on the unit sphere: what `tx` sees of their gradient is tangent, and its update ends on it.
+    """Keep the atoms on the unit sphere: `tx` gets the tangent part of their gradient, and its update ends on it.
 
     All is computed in float32 or better, so that atoms of a narrower type are rounded once: their norms are then within
     half its epsilon of 1 (2⁻⁸ for bfloat16, 2⁻¹¹ for float16). An atom that is 0 after its update stays as it was.

@@ -1,4 +1,4 @@
-"""Where training starts, and starts again: the bias of the decoder, and latents that never fire."""
+"""Initialisation of the decoder's bias, and resampling of latents that never fire."""
 
 import dataclasses
 

@@ -176,7 +176,7 @@ def _update(tx: Any, loss: Any, state: TrainState, batch: Any) -> tuple[TrainSta
 
 
 def _without_infinity(param: Array) -> Array:
-    """What the optimiser sees: 0 for a threshold or bias of ±∞, of which weight decay would make another, or NaN."""
+    """What the optimiser gets: 0 for a threshold or bias of ±∞, which weight decay would change, or make NaN."""
     return jnp.where(jnp.isinf(param), 0, param) if param.ndim < 2 else param
 
 
@@ -267,11 +267,11 @@ class _Watch:
         return int(np.min(self._in_a_row))
 
     def restart(self, state: TrainState) -> None:
-        """From another state on, with nothing pending."""
+        """Start over from another state, with nothing pending."""
         self._skipped, self._in_a_row = np.array(state.skipped), np.array(state.skipped_last)
 
     def see(self, number: int, metrics: dict[str, Any]) -> None:
-        """A batch had these metrics, which, unlike the state, are not given away to the next step."""
+        """Record the metrics of a batch, which, unlike the state, are not donated to the next step."""
         self._pending.append((number, metrics))
         self._read(PATIENCE)
 

@@ -127,7 +127,7 @@ def convert(
 
 
 def info(path: arguments.Autoencoder, /, *, revision: arguments.Revision | None = None, json: bool = False) -> int:
-    """Say what an SAE of any format computes.
+    """Describe an SAE of any format.
 
     Its format, its sizes, and every convention that decides what it computes.
 

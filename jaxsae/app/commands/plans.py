@@ -19,7 +19,7 @@ def plan(
     price: arguments.Weight | None = None,
     json: bool = False,
 ) -> int:
-    """Say what a training will need on TPUs, with no TPU.
+    """Estimate what a training needs on TPUs, without a TPU.
 
     Memory, FLOPs, bytes and collectives are read from the programs compiled for a slice. Times are the least that each
     of arithmetic, memory and network need at their peak; a step takes longer. Needs the extra tpu-aot.

@@ -1,4 +1,4 @@
-"""The commands that measure shrinkage, and show what came out."""
+"""The commands that measure shrinkage and report it."""
 
 from pathlib import Path
 

@@ -72,7 +72,7 @@ def harvest(
 
 
 def _read(model: str, text: tuple[Path, ...], tokens: int | None, context: int):
-    """A language model, and text as its tokens; warns of what is wrong with that."""
+    """A language model and its tokenised text; warns of undecodable characters and empty files."""
     from jaxsae import language_model
     from jaxsae.language_model import files
     from jaxsae.language_model import harvest as job
@@ -87,7 +87,7 @@ def _read(model: str, text: tuple[Path, ...], tokens: int | None, context: int):
 
 
 def live(model: str, layer: int, text: tuple[Path, ...], tokens: int | None, context: int, window: int):
-    """What a model makes of text, by the name of both."""
+    """Activations of a model on text, computed on demand, by a name for both."""
     import zlib
 
     from jaxsae.language_model import harvest as job

@@ -119,7 +119,7 @@ def train(
 
 
 def _run(out, options, log, how: dict[str, Any], json: bool) -> int:
-    """Train, and show how it ended, if there is a log of it: in the first process."""
+    """Train; the first process, which has the log, prints the result."""
     from jaxsae.app import runs
     from jaxsae.train import job
 
