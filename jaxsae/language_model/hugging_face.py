@@ -12,7 +12,6 @@ from jaxsae._core.files import InputError
 from jaxsae.language_model.config import Arrays, Config, _stack
 from jaxsae.language_model.download import _EXPECTED
 
-# --- Hugging Face
 
 # What others of their kin have, and these compute without.
 _NEUTRAL = {

@@ -12,8 +12,6 @@ from jaxsae._core import pytrees
 from jaxsae._core.linalg import divide, norms, widen
 from jaxsae.autoencoder.sae import SAE
 
-# --- optimisers
-
 
 class _Sound(optax.GradientTransformation):
     """A transformation whose updates are finite for finite gradients: Adam and what is built on it here.

@@ -12,8 +12,6 @@ from jaxsae.autoencoder.sae import SAE, encode_dense, reconstruct
 from jaxsae.train.optim import EmaState, _is_ema
 from jaxsae.train.steps import TrainState
 
-# --- starting points
-
 
 def geometric_median(x: Float[Array, "n d"], *, iterations: int = 100) -> Float[Array, " d"]:
     """The point of least mean distance to the rows, by Weiszfeld's iteration: a centre that outliers hardly move.

@@ -73,9 +73,6 @@ class Diverged(RuntimeError):
         self.state = state
 
 
-# --- steps
-
-
 def init_state(sae: SAE, tx: optax.GradientTransformation) -> TrainState:
     """The state before the first step; copies `sae`, since steps take over the buffers of the state they are given.
 
@@ -359,9 +356,9 @@ def _sweep_step(tx: Any, loss: Any, rates: Array, state: TrainState, batch: Any)
         return jax.vmap(one)(loss, rates, state)
 
     def in_turn(state, each):  # in place, which `lax.map` is not
-        number, loss, rate = each
-        new, shown = one(loss, rate, member(state, number))
-        return jax.tree.map(lambda leaf, new: leaf.at[number].set(new), state, new), shown
+        index, loss, rate = each
+        new, shown = one(loss, rate, member(state, index))
+        return jax.tree.map(lambda leaf, new: leaf.at[index].set(new), state, new), shown
 
     return jax.lax.scan(in_turn, state, (jnp.arange(len(rates)), loss, rates))
 
@@ -381,16 +378,16 @@ def stack(members: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
 
 
-def member(stacked: Any, number: int | Int[Array, ""]) -> Any:
+def member(stacked: Any, index: int | Int[Array, ""]) -> Any:
     """Take one pytree out of a stack.
 
     Args:
       stacked: as `stack` makes it, or `sweep`.
-      number: which, from 0; may be traced.
+      index: which, from 0; may be traced.
 
     Example:
       >>> import jax.numpy as jnp
       >>> member({"x": jnp.arange(3)}, 2)
       {'x': Array(2, dtype=int32)}
     """
-    return jax.tree.map(lambda leaf: leaf[number], stacked)
+    return jax.tree.map(lambda leaf: leaf[index], stacked)
