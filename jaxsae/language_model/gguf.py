@@ -10,7 +10,6 @@ from jaxsae.language_model.config import Arrays, Config, _import, _stack
 from jaxsae.language_model.download import _EXPECTED
 from jaxsae.language_model.hugging_face import _refuse, _rope
 
-
 _GGUF_NAMES = {
     "embedding.embedding": "token_embd.weight",
     "norm.scale": "output_norm.weight",

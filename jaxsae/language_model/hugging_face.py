@@ -12,7 +12,6 @@ from jaxsae._core.files import InputError
 from jaxsae.language_model.config import Arrays, Config, _stack
 from jaxsae.language_model.download import _EXPECTED
 
-
 # What others of their kin have, and these compute without.
 _NEUTRAL = {
     **dict.fromkeys(("sliding_window", "no_rope_layers", "no_rope_layer_interval")),
