@@ -113,7 +113,7 @@ def in_one_line(what: str, do: str) -> Iterator[None]:
       do: what the user can do.
 
     Raises:
-      InputError: for any error in the block; one that is an `InputError` already passes as it is.
+      InputError: for any error in the block but an `InputError`, or the `ImportError` of a package, which pass.
 
     Example:
       >>> with in_one_line("x.json: is no JSON", "download it again"):
@@ -123,7 +123,7 @@ def in_one_line(what: str, do: str) -> Iterator[None]:
     """
     try:
         yield
-    except InputError:
+    except (InputError, ImportError):
         raise
     except Exception as error:
         raise InputError(f"{what} ({first_line(error)}); {do}.") from error
