@@ -67,10 +67,10 @@ def plan(
             **{"bytes": program.bytes, "collectives": collectives, "seconds_at_peak": seconds},
             **{"most_rows_per_second": speed, "least_dollars_per_billion_rows": cost},
         }
-        memory, arguments = console.gib(program.memory), console.gib(program.arguments)
+        memory, inputs = console.gib(program.memory), console.gib(program.arguments)
         lines += [
             f"\n{name}, of each chip:",
-            f"  memory   {memory}, {program.memory / chip.memory:.0%}: {arguments} of arguments and state",
+            f"  memory   {memory}, {program.memory / chip.memory:.0%}: {inputs} of arguments and state",
             f"  work     {program.flops:.3g} FLOP, {program.bytes:.3g} bytes read and written",
             *(f"  {each['count']:4} {each['kind']:18} of {each['bytes']:,} bytes" for each in collectives),
             "  at peak  " + ", ".join(f"{what} {1000 * value:.1f} ms" for what, value in seconds.items()),
