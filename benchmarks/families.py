@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.clock import say
 from jaxsae import pretrained
-from jaxsae.app import evaluate, runs
+from jaxsae.app import runs
 from jaxsae.app.options import Options, resolved
 from jaxsae.autoencoder import calibration
 from jaxsae.autoencoder.activations import TopK
@@ -62,7 +62,7 @@ def photographs(path: Path) -> Path:
 def _measure(place: Path, data: Path) -> dict[str, Any]:
     sae, rows = pretrained.load(place), open_rows(data)
     some = rows[: min(len(rows) - HELDOUT, DEAD_ROWS)]
-    return evaluate.evaluate(sae, rows[-HELDOUT:], calibration.activity(sae, (x for _, x in chunks(sae, some))))
+    return runs.evaluate(sae, rows[-HELDOUT:], calibration.activity(sae, (x for _, x in chunks(sae, some))))
 
 
 def _progressive(place: Path, data: Path, report: dict[str, Any]) -> dict[str, float]:
@@ -71,4 +71,4 @@ def _progressive(place: Path, data: Path, report: dict[str, Any]) -> dict[str, f
     if not isinstance(sae.activation, TopK):
         return report["heldout"]["nmse_at"]
     wider = dataclasses.replace(sae, activation=TopK(4 * sae.activation.k))
-    return evaluate.evaluate(wider, open_rows(data)[-HELDOUT:])["nmse_at"]
+    return runs.evaluate(wider, open_rows(data)[-HELDOUT:])["nmse_at"]

@@ -1,4 +1,4 @@
-"""Training jobs: killed at random moments and gone on with, to the bit; and what saving and loading cost."""
+"""Training jobs: killed at random moments and resumed, bitwise identically; and what saving and loading cost."""
 
 import contextlib
 import os
@@ -47,7 +47,7 @@ class Job:
         self._options = ["--steps", steps, "--batch", 64, "--latents", 64, "--k", 4, "--heldout", 100, *options]
 
     def start(self, out: str, *before: str) -> subprocess.Popen:
-        """A process that begins the run `out`, or goes on with it; `before` stands before its command."""
+        """A process that starts the run `out`, or resumes it; `before` stands before its command."""
         command = [sys.executable, "-m", "jaxsae", "train", "--activation", "batchtopk", "--idle-after", 500]
         command += ["--data", self._data, "--out", self.folder / out, "--save-every", 0, *self._options]
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}

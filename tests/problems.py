@@ -86,7 +86,7 @@ def objective_gap(dictionary, y, code: SparseCode, nonnegative=True) -> np.ndarr
 
 
 def assert_same_bits(a, b):
-    """Two pytrees of the same structure, equal to the bit, NaN equal to NaN."""
+    """Two pytrees of the same structure, bitwise equal, NaN equal to NaN."""
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, a), jax.tree.map(np.asarray, b))
 
 

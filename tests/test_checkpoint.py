@@ -210,22 +210,22 @@ def test_any_file_of_the_last_step_may_be_damaged(damage, tmp_path):
     fill(tmp_path / "whole", (1, 2))
     fell_back = 0
     for name in files_of(tmp_path / "whole/2"):
-        folder, told = tmp_path / "damaged", []
+        folder, warned = tmp_path / "damaged", []
         shutil.copytree(tmp_path / "whole", folder)
         path = folder / "2" / name
         content = DAMAGES[damage](path.read_bytes())
         path.unlink() if content is None else path.write_bytes(content)
-        with Checkpoints(folder, config={"k": 4}, warn=told.append) as checkpoints:
+        with Checkpoints(folder, config={"k": 4}, warn=warned.append) as checkpoints:
             saved = checkpoints.restore(LIKE)
             same(saved.state, STATE)
             assert saved.progress == {"position": saved.step}
             if saved.step == 1:
                 fell_back += 1
-                assert told[0].startswith(f"{folder / '2'}: is damaged (")
-                assert told[1] == f"{folder}: went back to step 1."
+                assert warned[0].startswith(f"{folder / '2'}: is damaged (")
+                assert warned[1] == f"{folder}: went back to step 1."
                 assert checkpoint.steps(folder) == [1]
             else:  # a file that nothing depends on
-                assert (saved.step, told) == (2, [])
+                assert (saved.step, warned) == (2, [])
             checkpoints.save(3, saved.state, progress=None, wait=True)
         assert checkpoint.steps(folder)[0] == 3
         shutil.rmtree(folder)
@@ -236,13 +236,13 @@ def test_if_every_step_is_damaged_that_is_an_error_and_nothing_is_removed(tmp_pa
     fill(tmp_path, (1, 2))
     for number in (1, 2):
         (tmp_path / str(number) / "state/_METADATA").unlink()
-    told = []
+    warned = []
     with (
-        Checkpoints(tmp_path, config={"k": 4}, warn=told.append) as checkpoints,
-        pytest.raises(InputError, match="every step is damaged; remove it to begin anew"),
+        Checkpoints(tmp_path, config={"k": 4}, warn=warned.append) as checkpoints,
+        pytest.raises(InputError, match="every step is damaged; remove it to start over"),
     ):
         checkpoints.restore(LIKE)
-    assert len(told) == 2
+    assert len(warned) == 2
     assert checkpoint.steps(tmp_path) == [2, 1]
 
 
@@ -327,16 +327,16 @@ def test_other_libraries_are_told(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "versions", lambda: now | {"optax": "0.0.1"})
     fill(tmp_path, (1,))
     monkeypatch.undo()
-    told = []
-    Checkpoints(tmp_path, config={"k": 4}, warn=told.append).restore(LIKE)
-    assert told == [f"{tmp_path / '1'}: was saved by optax 0.0.1; what follows may differ in its last bits."]
+    warned = []
+    Checkpoints(tmp_path, config={"k": 4}, warn=warned.append).restore(LIKE)
+    assert warned == [f"{tmp_path / '1'}: was saved by optax 0.0.1; what follows may differ in its last bits."]
 
 
 def test_another_version_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "_VERSION", 99)
     fill(tmp_path, (1,))
     monkeypatch.undo()
-    with pytest.raises(InputError, match=r"1: is of version 99, expected 1; go on with the jaxsae that wrote it \(0"):
+    with pytest.raises(InputError, match=r"1: is of version 99, expected 1; resume with the jaxsae that wrote it \(0"):
         Checkpoints(tmp_path, config={"k": 4})
 
 
@@ -383,7 +383,7 @@ def test_after_a_failure_echoes_alone_are_dropped(tmp_path, monkeypatch):
             checkpoint._without_echoes(),
             pytest.raises(InputError, match="cannot write"),
             checkpoint._without_echoes(),
-            checkpoint._one_line(tmp_path, list),
+            checkpoint._one_line(tmp_path),
         ):
             raise ValueError("a file")
     assert process_settings()[1:] == before[1:]
@@ -403,12 +403,12 @@ def test_a_reading_of_orbax_that_never_began_is_an_echo_and_no_other_coroutine(t
 
     heard = []
     monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: heard.append(unraisable.exc_value))
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with checkpoint._without_echoes():
             if then:
                 warnings.simplefilter(then)
             for begin in (_read_array_index_and_device_put, letter):
                 begin()  # and freed at once
-    (only,) = heard + [each.message for each in told]
+    (only,) = heard + [each.message for each in caught]
     assert "letter' was never awaited" in str(only)

@@ -387,13 +387,13 @@ def test_json_of_a_study(fake_study, tmp_path, capsys):
 
 def test_json_of_refine_eval_info_and_convert(folder, capsys):
     assert refine(folder, "--json") == 0
-    told = printed(capsys)
-    assert (told["rows"], told["capacity"], told["out"]) == (ROWS, K, str(folder / "codes.npz"))
-    assert (told["overflowed"], told["nonfinite"], told["unconverged"]) == (0, 0, 0)
-    assert told["shrinkage"]["l0"] == K
-    assert told["shrinkage"]["nmse_after"] <= told["shrinkage"]["nmse_before"]
+    summary = printed(capsys)
+    assert (summary["rows"], summary["capacity"], summary["out"]) == (ROWS, K, str(folder / "codes.npz"))
+    assert (summary["overflowed"], summary["nonfinite"], summary["unconverged"]) == (0, 0, 0)
+    assert summary["shrinkage"]["l0"] == K
+    assert summary["shrinkage"]["nmse_after"] <= summary["shrinkage"]["nmse_before"]
     assert run("eval", "--sae", folder / "topk", "--data", folder / "x.npy", "--json") == 0
-    assert printed(capsys)["nmse"] == pytest.approx(told["shrinkage"]["nmse_before"], rel=1e-4)
+    assert printed(capsys)["nmse"] == pytest.approx(summary["shrinkage"]["nmse_before"], rel=1e-4)
     assert run("info", folder / "topk", "--json") == 0
     assert printed(capsys) == pretrained.describe(folder / "topk")
     assert run("convert", folder / "topk", folder / "other", "--to", "saelens", "--json") == 0

@@ -116,7 +116,7 @@ def test_rows_are_the_residuals_after_the_first_position(n, batch, tmp_path, mod
 
 
 def small_shards(monkeypatch, steps=2):
-    monkeypatch.setattr(harvest, "_MOST_STEPS", steps)
+    monkeypatch.setattr(harvest, "_MAX_STEPS", steps)
 
 
 def test_an_interrupted_harvest_goes_on(tmp_path, model, monkeypatch):
@@ -134,11 +134,11 @@ def test_an_interrupted_harvest_goes_on(tmp_path, model, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "parts", model, contexts, progress=stop_at)
         assert len(shards.read(tmp_path / "parts").shards) > interruptions
-    told = []
-    rows = run(tmp_path / "parts", model, contexts, batch=16, progress=told.append)  # in other steps
+    progress = []
+    rows = run(tmp_path / "parts", model, contexts, batch=16, progress=progress.append)  # in other steps
     np.testing.assert_array_equal(np.asarray(rows), whole)
     np.testing.assert_array_equal(shards.column(tmp_path / "parts", "tokens"), contexts)
-    assert sum(told) == 60
+    assert sum(progress) == 60
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "parts").iterdir()}
     np.testing.assert_array_equal(np.asarray(run(tmp_path / "parts", model, contexts)), whole)
     assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "parts").iterdir()}
@@ -148,7 +148,7 @@ KILLED = """
 import sys, numpy as np
 from jaxsae import language_model
 from jaxsae.language_model import harvest
-harvest._MOST_STEPS = 1
+harvest._MAX_STEPS = 1
 contexts = np.random.default_rng(0).integers(0, 256, (400, 16), np.int32)
 print("ready", flush=True)
 harvest.run(sys.argv[2], language_model.load(sys.argv[1]), contexts, layer=1, source={"from": "a test"})
@@ -232,9 +232,9 @@ def test_what_was_harvested_can_be_trained_on(tmp_path, capsys):
     out, sae = tmp_path / "out", tmp_path / "run"
     site = ("--model", MODEL, "--layer", 1, "--text", *files, "--context", 16)
     assert cli("harvest", *site, "--out", out, "--json") == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["rows"], told["width"]) == shards.open_rows(out).shape
-    assert (told["out"], told["files"]) == (str(out), [str(file) for file in files])
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["rows"], summary["width"]) == shards.open_rows(out).shape
+    assert (summary["out"], summary["files"]) == (str(out), [str(file) for file in files])
     options = ["--activation", "topk", "--k", 4, "--latents", 32, "--batch", 64, "--steps", 3, "--heldout", 64]
     assert cli("train", "--data", out, *options, "--out", sae) == 0
     assert cli("eval", "--sae", sae, "--data", out) == 0

@@ -28,7 +28,7 @@ def test_a_run_that_is_interrupted_in_every_way_ends_like_one_left_alone(tmp_pat
     job.finish("alone")
     code, saved, said = job.end("run", signal.SIGINT, after=8, delay=0)
     assert code == 130, said
-    assert f"Stopped after {saved} steps; all is saved: the same command goes on." in said
+    assert f"Stopped after {saved} steps; all is saved: the same command resumes." in said
     assert 8 <= saved < 50
     code, saved, said = job.end("run", signal.SIGTERM, after=8, delay=0)
     assert code == 0, said
@@ -42,7 +42,7 @@ def test_a_run_that_is_interrupted_in_every_way_ends_like_one_left_alone(tmp_pat
     errors = process.communicate(timeout=60)[1].splitlines()
     assert process.returncode == 2, errors
     assert "cannot write" in errors[-1]
-    assert f"step {before} is kept, and can be gone on from" in errors[-1]
+    assert f"step {before} is kept, and can be resumed from" in errors[-1]
     assert not any("Traceback" in line for line in errors), "\n".join(errors)
     assert job.saved("run") == before
 
@@ -74,10 +74,10 @@ def report(tmp_path):
 def test_rows_that_are_not_finite_are_named_and_the_steps_made_up_for(rows, tmp_path, capsys):
     rows[[7, 401]] = np.nan
     assert train(tmp_path, rows) == 0
-    told = report(tmp_path)
-    assert told["steps"] == 60
-    assert told["skipped"] == len(told["skipped_batches"]) > 10
-    assert told["nonfinite_rows"] == {str(tmp_path / "x.npy"): [7, 401]}
+    found = report(tmp_path)
+    assert found["steps"] == 60
+    assert found["skipped"] == len(found["skipped_batches"]) > 10
+    assert found["nonfinite_rows"] == {str(tmp_path / "x.npy"): [7, 401]}
     assert f"NaN or Inf: rows 7, 401 of {tmp_path / 'x.npy'}." in capsys.readouterr().err
 
 
@@ -93,8 +93,8 @@ def test_a_training_goes_back_when_too_many_batches_fail_and_then_on(rows, tmp_p
 
     monkeypatch.setattr(job, "run", run)
     assert train(tmp_path, rows, "--save-every", 0.1) == 0
-    told = report(tmp_path)
-    assert (told["steps"], told["rollbacks"], told["skipped_batches"]) == (60, 1, list(spoilt))
+    found = report(tmp_path)
+    assert (found["steps"], found["rollbacks"], found["skipped_batches"]) == (60, 1, list(spoilt))
     err = capsys.readouterr().err
     assert "the loss of 10 batches in a row was not finite: going back to step" in err
     assert "No row of them holds NaN or Inf." in err

@@ -100,7 +100,7 @@ def test_the_gradient_is_that_of_the_dense_formulation(name, kind):
         for field in ("r_mag", "b_gate", "b_mag"):
             found, wanted = (getattr(g.activation, field) for g in (grads, expected_grads))
             np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-9, err_msg=field)
-    np.testing.assert_array_equal(measured.fired, on.any(0))
+    np.testing.assert_array_equal(measured.active, on.any(0))
     np.testing.assert_allclose(measured.metrics["l0"], on.sum(1).mean(), rtol=1e-6)
 
 

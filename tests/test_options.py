@@ -23,7 +23,7 @@ from jaxsae._core import arguments
 from jaxsae._core.files import InputError
 from jaxsae.app import plan, plots, runs, study
 from jaxsae.app.cli import COMMANDS, main
-from jaxsae.app.commands import texts, training, types
+from jaxsae.app.commands import autoencoders, texts, training
 from jaxsae.app.options import FAMILIES, Options, resolved
 from jaxsae.formats import hub
 from jaxsae.ksvd import image_files, images
@@ -78,7 +78,7 @@ def test_a_command_and_its_job_have_the_same_ranges():
 
 def test_the_names_declared_are_those_there_are():
     assert arguments.ACTIVATION.names == tuple(FAMILIES)
-    assert types.FORMAT.names == tuple(name for name, row in pretrained.FORMATS.items() if row.write)
+    assert autoencoders.FORMATS.names == tuple(name for name, row in pretrained.FORMATS.items() if row.write)
     (names,) = (hint.__metadata__[0].names for hint in [get_type_hints(texts.fetch, include_extras=True)["name"]])
     assert names == tuple(download.WHEELS)
 
@@ -306,8 +306,8 @@ def command_lines(draw, world: Path, command: str):
 def cut(monkeypatch):
     """The work cut off where it begins: what is left is what looks at the options."""
 
-    def loop(step, fresh, batches, checkpoints, **options):
-        state = sharding.abstract(fresh)
+    def loop(step, init_fn, batches, checkpoints, **options):
+        state = sharding.abstract(init_fn)
         if state.sae.m > 1000:
             raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
         next(batches)
@@ -392,10 +392,10 @@ def short(monkeypatch):
     """The work done, but of any training some steps, and no state that is large."""
     whole = job.run
 
-    def loop(step, fresh, batches, checkpoints, *, steps, **options):
-        if sharding.abstract(fresh).sae.m > 1000:
+    def loop(step, init_fn, batches, checkpoints, *, steps, **options):
+        if sharding.abstract(init_fn).sae.m > 1000:
             raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
-        return whole(step, fresh, batches, checkpoints, steps=min(steps, 3), **options)
+        return whole(step, init_fn, batches, checkpoints, steps=min(steps, 3), **options)
 
     monkeypatch.setattr(job, "run", loop)
 

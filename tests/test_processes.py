@@ -1,4 +1,4 @@
-"""Two real processes on one machine train together, and one goes on with what they saved."""
+"""Two real processes on one machine train together, and one resumes what they saved."""
 
 import json
 import os
@@ -66,7 +66,7 @@ def test_two_processes_train_like_one(mesh, tmp_path):
     a, b = weights(tmp_path, "one"), weights(tmp_path, "two")
     for name in a:
         np.testing.assert_allclose(a[name], b[name], rtol=1e-3, atol=1e-5, err_msg=name)
-    # Both are told to stop: they save together, and go on together to the same end, to the bit.
+    # Both are asked to stop: they save together, and resume together to the same end, bitwise.
     together = start(tmp_path, "stopped", mesh, 2)
     while not list((tmp_path / "stopped").glob("checkpoints/[1-9]*[0-9]")) and together[0].poll() is None:
         pass

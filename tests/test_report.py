@@ -93,9 +93,9 @@ def write(folder, found):
 
 def log(folder, first=10, last=200, value=lambda step: 1 / step):
     """Event files, as a training writes them."""
-    with logs.logs(folder, OPTIONS) as told:
+    with logs.logs(folder, OPTIONS) as log:
         for step in range(first, last + 1, 10):
-            told(
+            log(
                 step,
                 {"nmse": value(step), "l0": 16.0, "dead": 0.0, "dead_rows": 0.0, "loss": value(step), "skipped": 0.0},
             )
@@ -361,8 +361,8 @@ def test_autoencoders_of_others_go_by_their_names(tmp_path):
 def test_what_went_wrong_in_a_run_is_told(tmp_path):
     found = a_run(skipped=3, nonfinite_rows={"x.npy": [7, 9]})
     found["heldout"]["nonfinite"] = 2
-    told = [p["text"] for p in page_of(tmp_path, found).all("p") if p.get("class") == "warning"]
-    assert told == [
+    warned = [p["text"] for p in page_of(tmp_path, found).all("p") if p.get("class") == "warning"]
+    assert warned == [
         "3 batches were skipped, since their loss was not finite. NaN or Inf: rows 7, 9 of x.npy.",
         "2 held-out rows hold NaN or Inf, and are left out.",
     ]
@@ -481,8 +481,8 @@ def test_hostile_text_is_text(kind, tmp_path):
     found = spoil(copy.deepcopy(clean))
     found |= {"versions": {HOSTILE: HOSTILE}}
     log(folder, value=lambda step: 1.0)
-    with logs.logs(folder, OPTIONS) as told:
-        told(300, {"<i>": 1.0})
+    with logs.logs(folder, OPTIONS) as write:
+        write(300, {"<i>": 1.0})
     expected, page = page_of(tmp_path / "clean", clean), page_of(folder, found)
     allowed = {element["tag"] for element in expected.elements}
     assert {element["tag"] for element in page.elements} <= allowed | {"svg", "path", "text", "figure"}
@@ -531,7 +531,7 @@ BAD = {
     "an empty directory": (".", "", [], "holds no report.json and no curves; pass what"),
     "not JSON": ("x", '{"rows": [', [], "report.json: is not JSON ("),
     "not UTF-8": ("x", b"\xff\xfe\xff", [], "report.json: is not JSON ("),
-    "a list": ("x", "[1]", [], "report.json: holds list, expected a JSON object; make it anew."),
+    "a list": ("x", "[1]", [], "report.json: holds list, expected a JSON object; make it again."),
     "of another program": ("x", '{"a": 1}', [], "report.json: is not of jaxsae train or jaxsae study; pass"),
     "rows of no kind": ("x", '{"rows": 3}', [], "report.json: is damaged (TypeError: "),
     "a row of text": ("x", '{"rows": ["x"]}', [], "report.json: is damaged (AttributeError: "),
@@ -555,8 +555,8 @@ def test_bad_input_is_exit_code_2_and_one_line(case, tmp_path, capsys):
         (tmp_path / "x/report.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     before = sorted(tmp_path.rglob("*"))
     assert run("report", tmp_path / folder, *(part for name in out for part in ("--out", tmp_path / name))) == 2
-    told, line = capsys.readouterr()
-    assert (told, line.count("\n")) == ("", 1)
+    out, line = capsys.readouterr()
+    assert (out, line.count("\n")) == ("", 1)
     assert line.startswith("jaxsae: ")
     assert message in line
     assert sorted(tmp_path.rglob("*")) == before
@@ -617,8 +617,8 @@ def test_a_browser_shows_it_at_every_width_in_light_and_dark(tmp_path):
                 assert image.height > 1000
                 brightness = np.asarray(image.convert("L")).mean()
             assert (brightness < 60) if view.dark else (brightness > 200), view
-    told = {name for name, _ in chromium.events}
-    assert not told & {"Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded"}
+    methods = {name for name, _ in chromium.events}
+    assert not methods & {"Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded"}
     asked = {params["request"]["url"] for name, params in chromium.events if name == "Network.requestWillBeSent"}
     assert asked == {(tmp_path / f"{name}.html").as_uri() for name in ("study", "run")}
     shutil.rmtree(tmp_path / "profile", ignore_errors=True)

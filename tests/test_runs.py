@@ -14,7 +14,7 @@ from problems import activations, f64, sae
 import jaxsae
 from jaxsae import pretrained
 from jaxsae._core.files import InputError
-from jaxsae.app import evaluate, runs
+from jaxsae.app import runs
 from jaxsae.app.cli import main
 from jaxsae.app.options import Options, resolved
 
@@ -57,9 +57,9 @@ def train(data, out, activation, *more):
 def test_a_run_makes_an_autoencoder_of_the_raw_activations(activation, data, tmp_path, capsys):
     out = tmp_path / "run"
     assert train(data, out, activation) == 0
-    told = capsys.readouterr()
-    assert "100 held-out rows: NMSE 0." in told.out
-    assert "rows/s" in told.err
+    captured = capsys.readouterr()
+    assert "100 held-out rows: NMSE 0." in captured.out
+    assert "rows/s" in captured.err
     report = json.loads((out / "report.json").read_text())
     assert (report["steps"], report["skipped"], report["data"]["rows"]) == (60, 0, 500)
     model = pretrained.load(out)
@@ -101,7 +101,7 @@ def test_eval_prints_what_the_run_measured(data, tmp_path, capsys):
 
 def test_eval_of_a_progressive_code_is_that_of_its_largest_values():
     model, x = sae(m=M), activations(batch=(50,))
-    found = evaluate.evaluate(model, np.asarray(x))["nmse_at"]
+    found = runs.evaluate(model, np.asarray(x))["nmse_at"]
     z = f64(jaxsae.encode_dense(model, x))
     for n in (1, 2, 4):
         cut = np.where(z >= np.sort(z, axis=1)[:, [-n]], z, 0)
@@ -112,9 +112,9 @@ def test_eval_of_a_progressive_code_is_that_of_its_largest_values():
 
 def test_eval_leaves_out_and_counts_rows_that_are_not_finite():
     x = np.array(activations(batch=(50,)))
-    clean = evaluate.evaluate(sae(m=M), x[2:])
+    clean = runs.evaluate(sae(m=M), x[2:])
     x[0, 3], x[1, 0] = np.nan, np.inf
-    spoilt = evaluate.evaluate(sae(m=M), x)
+    spoilt = runs.evaluate(sae(m=M), x)
     assert spoilt["nonfinite"] == 2
     np.testing.assert_allclose(spoilt["nmse"], clean["nmse"], rtol=1e-5)
 
@@ -147,9 +147,9 @@ def test_the_weights_with_auxk_are_not_those_without(data, tmp_path):
 
 def test_passes_over_the_data_are_reported_and_above_ten_warned_of(data, tmp_path, capsys):
     assert train(data, tmp_path / "few", "topk") == 0
-    told = capsys.readouterr()
-    assert "7.7 passes over 500 rows, learning rate 0.01, AuxK for latents idle for 76 rows" in told.out
-    assert "passes" not in told.err
+    captured = capsys.readouterr()
+    assert "7.7 passes over 500 rows, learning rate 0.01, AuxK for latents idle for 76 rows" in captured.out
+    assert "passes" not in captured.err
     assert train(data, tmp_path / "many", "topk", "--steps", 100) == 0
     assert "warning: 100 steps of 64 rows are 13 passes over 500 rows" in capsys.readouterr().err
     report = json.loads((tmp_path / "many/report.json").read_text())
@@ -164,21 +164,21 @@ def test_the_same_seed_makes_the_same_autoencoder(data, tmp_path):
 
 
 def test_weights_and_biases_is_told_the_numbers(data, tmp_path, monkeypatch):
-    told = {}
+    logged = {}
 
     @contextlib.contextmanager
     def init(**options):
-        told["options"] = options
-        yield types.SimpleNamespace(log=lambda numbers, step: told.update({step: numbers}))
-        told["closed"] = True
+        logged["options"] = options
+        yield types.SimpleNamespace(log=lambda numbers, step: logged.update({step: numbers}))
+        logged["closed"] = True
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
     assert train(data, tmp_path / "run", "topk", "--wandb") == 0
-    assert told.pop("closed")
-    options = told.pop("options")
+    assert logged.pop("closed")
+    options = logged.pop("options")
     assert (options["dir"], options["config"]["k"]) == (str(tmp_path / "run"), K)
-    assert list(told) == [10, 20, 30, 40, 50, 60]
-    assert told[60]["nmse"] < told[10]["nmse"]
+    assert list(logged) == [10, 20, 30, 40, 50, 60]
+    assert logged[60]["nmse"] < logged[10]["nmse"]
 
 
 def test_weights_and_biases_that_is_not_installed_is_told(data, tmp_path, monkeypatch, capsys):
@@ -240,7 +240,7 @@ def test_eval_of_another_width(tmp_path, capsys):
     pretrained.save(sae(m=M), tmp_path / "sae")
     np.save(tmp_path / "x.npy", np.ones((4, 7), np.float32))
     assert main(["eval", "--sae", str(tmp_path / "sae"), "--data", str(tmp_path / "x.npy")]) == 2
-    assert capsys.readouterr().err == "jaxsae: got rows of width 7 for an SAE of 16; pass those of its own layer.\n"
+    assert capsys.readouterr().err == "jaxsae: got rows of width 7 for an SAE of 16; pass those of its layer.\n"
 
 
 @pytest.mark.parametrize("row", [3, 590], ids=["trained on", "held out"])

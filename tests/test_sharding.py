@@ -302,7 +302,7 @@ def test_moments_that_are_shaped_as_their_parameters_are_split_as_they_are():
 def test_stacked_autoencoders_are_split_along_their_latents():
     for activation in (jaxsae.JumpReLU(jnp.ones(M)), jaxsae.BatchTopK(K, jnp.ones(()))):
         model = jaxsae.init(jax.random.key(0), d=D, m=M, activation=activation)
-        # A stack as high as there are latents is told from them too.
+        # A stack as high as there are latents is distinguished from them too.
         for count in (2, M):
             two = jax.eval_shape(
                 lambda model, count=count: jax.tree.map(lambda x: jnp.stack([x] * count), model), model

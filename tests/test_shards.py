@@ -368,19 +368,19 @@ def test_five_kills_at_random_lose_and_repeat_nothing(tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux to tell what a descriptor is of")
 def test_files_are_on_the_disk_before_they_are_named(tmp_path, monkeypatch):
-    into, told = fill(tmp_path, 1), []
+    into, calls = fill(tmp_path, 1), []
 
     def replace(source, target, call=os.replace):
         call(source, target)
-        told.append(f"name {target.name}")
+        calls.append(f"name {target.name}")
 
     monkeypatch.setattr(os, "replace", replace)
-    monkeypatch.setattr(os, "fsync", lambda fd: told.append(f"flush {Path(f'/proc/self/fd/{fd}').resolve().name}"))
+    monkeypatch.setattr(os, "fsync", lambda fd: calls.append(f"flush {Path(f'/proc/self/fd/{fd}').resolve().name}"))
     into.append(part(1)[0], tokens=part(1)[1])
     files = ["00001.npy", "00001.tokens.npy"]
     folder = f"flush {tmp_path.name}"
     steps = [(f"flush {name}", f"name {name}", folder) for name in [*files, "manifest.json"]]
-    assert told == [told for step in steps for told in step]
+    assert calls == [call for step in steps for call in step]
 
 
 class Disk:
@@ -657,7 +657,7 @@ def test_as_the_library_uses_rows(opened):
 
 
 def test_slices_read_nothing_and_few_shards_are_held_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "_MOST_MAPS", 3)
+    monkeypatch.setattr(shards, "_MAX_MAPS", 3)
     found = shards.open_rows(fill(tmp_path, 8).folder)
     held = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else None
     for number in range(8):

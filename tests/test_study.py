@@ -31,18 +31,18 @@ NUMBERS = [
 class Study(NamedTuple):
     out: Path
     report: dict
-    told: list  # what the progress callback was called with
+    progress: list  # what the progress callback was called with
     rows: np.ndarray  # as they are in the file
 
 
 @pytest.fixture(scope="session")
 def done(tmp_path_factory):
     """A whole study, small: patches of photographs in units of thousands, about a mean ten times their size."""
-    folder, told = tmp_path_factory.mktemp("study"), []
+    folder, progress = tmp_path_factory.mktemp("study"), []
     rows = 1e3 * (data.image_patches(4000, 2, side=8)[0] + np.linspace(-1, 1, 192, dtype=np.float32))
     np.save(folder / "x.npy", rows)
-    report = study.run(folder / "out", data=folder / "x.npy", plan=PLAN, progress=lambda *args: told.append(args))
-    return Study(folder / "out", report, told, rows)
+    report = study.run(folder / "out", data=folder / "x.npy", plan=PLAN, progress=lambda *args: progress.append(args))
+    return Study(folder / "out", report, progress, rows)
 
 
 def strict(path):
@@ -133,16 +133,16 @@ def test_latents_and_rows_are_told(done):
 
 def test_the_rows_that_are_told_have_their_numbers_in_the_file(done):
     row, sae = next(saved_saes(done))
-    told = {worst["row"]: worst["l0"] for worst in row["worst_rows"]}
-    x = done.rows[-PLAN.heldout :][list(told)]
+    l0_of = {worst["row"]: worst["l0"] for worst in row["worst_rows"]}
+    x = done.rows[-PLAN.heldout :][list(l0_of)]
     np.testing.assert_allclose(
-        (f64(jaxsae.encode_dense(sae, jnp.asarray(x))) > 0).sum(axis=1), list(told.values()), atol=1
+        (f64(jaxsae.encode_dense(sae, jnp.asarray(x))) > 0).sum(axis=1), list(l0_of.values()), atol=1
     )
 
 
 def test_progress_adds_up(done):
-    assert sum(steps for _, steps in done.told) == study.total_steps(PLAN)
-    assert all(isinstance(text, str) for text, _ in done.told)
+    assert sum(steps for _, steps in done.progress) == study.total_steps(PLAN)
+    assert all(isinstance(text, str) for text, _ in done.progress)
 
 
 def test_the_figure(done):
@@ -380,19 +380,19 @@ MODEL_PLAN = study.Plan(latents=64, steps=40, batch=64, heldout=6 * 15, l1=(0.1,
 @pytest.fixture(scope="session")
 def spliced(tmp_path_factory):
     """A small study of a tiny model, in contexts of 16 tokens."""
-    folder, told, refined = tmp_path_factory.mktemp("spliced"), [], []
+    folder, progress, refined = tmp_path_factory.mktemp("spliced"), [], []
     (folder / "text.txt").write_text("".join(map(chr, np.random.default_rng(0).integers(32, 127, 3000))))
     site = study.HookPoint(MODEL, layer=1, text=[folder / "text.txt"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study, "_CONTEXT", 16)
-        patch.setattr(study, "refine_blocks", lambda *args: refined.append(args) or refine_blocks(*args))
+        patch.setattr(study.stream, "refine_blocks", lambda *args: refined.append(args) or refine_blocks(*args))
         run = partial(study.run, folder / "out", data=site, plan=MODEL_PLAN)
-        report = run(progress=lambda *args: told.append(args))
+        report = run(progress=lambda *args: progress.append(args))
         total = study.total_steps(MODEL_PLAN, site)
         again = run()
     assert again == report  # what was harvested is there already
     assert len(refined) == 2 * len(report["rows"])  # once for all that is measured, losses among it
-    return Study(folder / "out", report, told, np.asarray(data.open_rows(folder / "out" / "activations"))), total
+    return Study(folder / "out", report, progress, np.asarray(data.open_rows(folder / "out" / "activations"))), total
 
 
 def test_a_study_of_a_model_has_its_losses(spliced):
@@ -406,7 +406,7 @@ def test_a_study_of_a_model_has_its_losses(spliced):
     losses = [f"{name}_{when}" for name in ("ce", "kl", "recovered_zero", "recovered_mean") for when in WHEN]
     assert all(np.isfinite(row[name]) for row in report["rows"] for name in (*NUMBERS, *losses))
     assert all(row[f"kl_{when}"] >= 0 for row in report["rows"] for when in WHEN)
-    assert sum(steps for _, steps in done.told) == total
+    assert sum(steps for _, steps in done.progress) == total
     with PIL.Image.open(done.out / "shrinkage.png") as image:
         assert image.width > 2 * image.height  # three panels
 

@@ -146,12 +146,12 @@ def test_the_l1_weight_warms_up():
 def test_auxk_loss_is_the_error_and_a_share_of_auxk():
     model, x = sae(m=M), activations(batch=(B,))
     state = train.init_state(model, TX).replace(rows_since_fired=jnp.arange(M))
-    value, (fired, shown, _) = Objective((AuxK(3, weight=0.25),), idle_after=20)(model, x, state)
+    value, (active, shown, _) = Objective((AuxK(3, weight=0.25),), idle_after=20)(model, x, state)
     z = jaxsae.encode_dense(model, x)
     residual = x - jaxsae.decode(model, z)
     auxiliary = losses.auxk(model, x, residual, jnp.arange(M) >= 20, k_aux=3)
     np.testing.assert_allclose(value, jnp.mean(jnp.sum(residual**2, axis=1)) + 0.25 * auxiliary, rtol=1e-5)
-    np.testing.assert_array_equal(fired, np.any(z != 0, axis=0))
+    np.testing.assert_array_equal(active, np.any(z != 0, axis=0))
     np.testing.assert_allclose(shown["l0"], np.mean(np.sum(z != 0, axis=1)), rtol=1e-6)
     np.testing.assert_allclose(shown["nmse"], losses.nmse(x, x - residual), rtol=1e-5)
 
@@ -297,11 +297,11 @@ def test_fit_stops_after_ten_such_batches_in_a_row_and_keeps_the_last_good_state
     stream = itertools.chain([x, x * jnp.nan, x], itertools.repeat(x * jnp.nan))
     with pytest.raises(
         train.Diverged, match=r"in a row was not finite.* after 2 steps; lower the learning rate"
-    ) as told:
+    ) as raised:
         train.fit(sae(m=M), stream, loss=Objective(), tx=tx, steps=1000)
     expected = train.fit(sae(m=M), [x, x], loss=Objective(), tx=tx, steps=2)
-    assert_same_bits(told.value.state.sae, expected.sae)
-    assert told.value.state.skipped_last == 10
+    assert_same_bits(raised.value.state.sae, expected.sae)
+    assert raised.value.state.skipped_last == 10
 
 
 @pytest.mark.parametrize("good", [0, 1, 7, 10, 13])
@@ -503,7 +503,7 @@ def test_long_sums_are_those_of_float32(dtype):
             slopes = sum(jax.tree.leaves(pytrees.partition(slopes)[0]))
             return slopes, (state.rows_since_fired < 0, {}, estimate)
 
-        step = jax.jit(lambda state, _: (steps._advance(tx, jax.tree_util.Partial(loss), state, x)[0], None))
+        step = jax.jit(lambda state, _: (steps._update(tx, jax.tree_util.Partial(loss), state, x)[0], None))
         return jax.lax.scan(step, train.init_state(model, tx), length=length)[0]
 
     narrow = jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(dtype), with_threshold)
@@ -538,7 +538,7 @@ def test_the_average_before_the_first_step_is_the_parameters():
     tx = optax.chain(train.ema(optax.sgd(0.1), 0.9))
     assert_same_bits(train.ema_params(tx.init(sae(m=M))), sae(m=M))
     assert_same_bits(train.ema_params(train.init_state(sae(m=M), tx)), sae(m=M))
-    with pytest.raises(ValueError, match="`ema_params` got a state without an average"):
+    with pytest.raises(ValueError, match="`ema_params` got a state without an `EmaState`"):
         train.ema_params(optax.sgd(0.1).init(sae(m=M)))
 
 
@@ -548,15 +548,15 @@ def test_the_average_before_the_first_step_is_the_parameters():
 NO_LOSS = {
     "a scalar alone": (
         lambda *_: jnp.ones(()),
-        r"returns an array float32\[\], expected \(value, \(fired, metrics\)\)",
+        r"returns an array float32\[\], expected \(value, \(active, metrics\)\)",
     ),
     "no auxiliary": (lambda *_: (jnp.ones(()), {}), r"returns \(an array float32\[\], a dict\), expected"),
     "None": (lambda *_: None, "returns a NoneType, expected"),
     "a loss for each row": (lambda *_: (jnp.ones(B), (jnp.ones(M, bool), {})), r"value is an array float32\[8\], exp"),
     "an integer": (lambda *_: (jnp.int32(1), (jnp.ones(M, bool), {})), r"value is an array int32\[\], expected"),
-    "fired of another size": (
+    "active of another size": (
         lambda *_: (jnp.ones(()), (jnp.ones(3), {})),
-        r"fired is an array float32\[3\], expected",
+        r"active is an array float32\[3\], expected",
     ),
     "metrics of another kind": (lambda *_: (jnp.ones(()), (jnp.ones(M), 1.0)), "metrics are a float, expected"),
     "one thing too many": (lambda *_: (jnp.ones(()), (jnp.ones(M), {}, None, 1)), "returns"),

@@ -134,6 +134,10 @@ InputFiles = tuple[Annotated[Path, Input(must_exist=True)], ...]  # read one aft
 DIRECTORY = Output((Path.is_dir,))
 OutputFile = Annotated[Path, Output((Path.is_file,))]
 OutputDirectory = Annotated[Path, DIRECTORY]
+Autoencoder = Annotated[str, Input(scheme="hf")]
+Model = Annotated[str, Input()]
+Context = Annotated[int, Range(2, 2**31 - 1)]
+Revision = Annotated[str, Text(r"\S+", "a branch, a tag or a commit")]
 ACTIVATION = Choice(("relu", "topk", "abstopk", "groupmax", "batchtopk", "jumprelu", "gated"))
 ROWS_DTYPE = Choice(("float16", "float32"))
 

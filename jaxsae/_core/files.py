@@ -90,6 +90,45 @@ def settled(path: str | os.PathLike) -> Path:
     return _aside(path) if not os.path.lexists(path) and _aside(path).is_dir() else path
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its type, if it says nothing.
+
+    Args:
+      error: of any library.
+
+    Example:
+      >>> first_line(KeyError("dtype")), first_line(EOFError())
+      ("no 'dtype'", 'EOFError')
+    """
+    said = f"no {error}" if isinstance(error, KeyError) else str(error).strip()
+    return (said or type(error).__name__).splitlines()[0]
+
+
+@contextlib.contextmanager
+def in_one_line(what: str, do: str) -> Iterator[None]:
+    """Turn whatever a damaged file makes its reader raise into an `InputError`, "{what} ({reason}); {do}".
+
+    Args:
+      what: is wrong, and with which file.
+      do: what the user can do.
+
+    Raises:
+      InputError: for any error in the block but an `InputError`, or the `ImportError` of a package, which pass.
+
+    Example:
+      >>> with in_one_line("x.json: is no JSON", "download it again"):
+      ...     int("x")
+      Traceback (most recent call last):
+      jaxsae.InputError: x.json: is no JSON (invalid literal for int() with base 10: 'x'); download it again.
+    """
+    try:
+        yield
+    except (InputError, ImportError):
+        raise
+    except Exception as error:
+        raise InputError(f"{what} ({first_line(error)}); {do}.") from error
+
+
 def _aside(path: Path) -> Path:
     return path.with_name(f".{path.name}.old")
 

@@ -1,4 +1,4 @@
-"""The `jaxsae` command: its commands, how what they are asked is checked, and how errors end."""
+"""The `jaxsae` command: its subcommands, the checks of their arguments, and its exit codes."""
 
 import functools
 import inspect
@@ -10,12 +10,7 @@ from typing import Annotated, Any, Union
 from jaxsae._core import arguments
 from jaxsae._core.files import InputError
 from jaxsae.app import compilation_cache, console
-from jaxsae.app.commands import pictures, plans
-from jaxsae.app.commands.codes import evaluate, refine
-from jaxsae.app.commands.conversion import convert, info
-from jaxsae.app.commands.studies import report, study
-from jaxsae.app.commands.texts import fetch, harvest
-from jaxsae.app.commands.training import train
+from jaxsae.app.commands import autoencoders, pictures, plans, studies, texts, training
 
 _NEEDS = "the command line needs the extra 'study'; pip install 'jaxsae[study]'."
 _ABOUT = """Sparse autoencoders in JAX, and the refinement of their codes with a certificate per row.
@@ -68,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _commands(asked: str) -> Any:
-    """The commands, for tyro: the one asked for with all that its docstring says, the others with the first line."""
+    """The subcommands for tyro: the requested one with its whole docstring, the others with its first line."""
     import tyro
 
     each = []
@@ -81,7 +76,7 @@ def _commands(asked: str) -> Any:
 
 
 def _checked(command: Callable[..., int]) -> Callable[..., int]:
-    """A command that begins when each of its options is one that its type allows."""
+    """A command that validates its arguments before it begins."""
     parameters = inspect.signature(command).parameters
 
     def name(parameter: str) -> str:
@@ -97,7 +92,7 @@ def _checked(command: Callable[..., int]) -> Callable[..., int]:
 
 
 def _kept() -> str:
-    """Where compiled programs are."""
+    """Where the compilation cache is."""
     folder = compilation_cache.kept()
     if folder is None:
         return "Compiled programs are not kept."
@@ -109,15 +104,15 @@ def _kept() -> str:
 
 # In the order in which one meets them.
 COMMANDS = {
-    "study": study,
-    "fetch": fetch,
-    "harvest": harvest,
-    "train": train,
-    "eval": evaluate,
-    "refine": refine,
-    "report": report,
-    "info": info,
-    "convert": convert,
+    "study": studies.study,
+    "fetch": texts.fetch,
+    "harvest": texts.harvest,
+    "train": training.train,
+    "eval": autoencoders.evaluate,
+    "refine": autoencoders.refine,
+    "report": studies.report,
+    "info": autoencoders.info,
+    "convert": autoencoders.convert,
     "plan": plans.plan,
     "denoise": pictures.denoise,
     "inpaint": pictures.inpaint,

@@ -16,18 +16,18 @@ import jax
 
 from jaxsae._core.files import InputError, cache
 
-MOST = 1 << 28  # bytes; what was used longest ago goes first
+MAX_BYTES = 1 << 28  # what was used longest ago goes first
 _config: Any = jax.config  # whose options are not annotated
 
 
 def kept() -> Path | None:
-    """Where JAX keeps them, if it does."""
+    """The directory of JAX's persistent cache, if it is enabled."""
     folder = _config.jax_compilation_cache_dir
     return Path(folder) if folder and _config.jax_enable_compilation_cache else None
 
 
 def size(folder: Path) -> int:
-    """Bytes that those in a directory take."""
+    """The size of a cache directory in bytes."""
     total = 0
     for file in folder.glob("*-cache"):
         with contextlib.suppress(FileNotFoundError):  # another command dropped it just now
@@ -36,7 +36,7 @@ def size(folder: Path) -> int:
 
 
 def keep() -> None:
-    """Have JAX keep them, unless its own settings say where, or that it should not; where that fails, it does without.
+    """Enable JAX's persistent cache, unless its own settings decide; where the directory cannot be used, go without.
 
     Nobody else may write there: what is there is run.
     """
@@ -49,7 +49,7 @@ def keep() -> None:
     except (OSError, InputError):
         return
     _config.update("jax_compilation_cache_dir", str(folder))
-    _config.update("jax_compilation_cache_max_size", MOST)
+    _config.update("jax_compilation_cache_max_size", MAX_BYTES)
     _config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     # What cannot be read is compiled again.
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")

@@ -1,4 +1,4 @@
-"""What the commands say: results on stdout, as text or as one JSON object; progress and warnings on stderr."""
+"""Output of the commands: results on stdout, as text or as one JSON object; progress and warnings on stderr."""
 
 import contextlib
 import json
@@ -51,7 +51,7 @@ def gib(size: int) -> str:
 
 @contextlib.contextmanager
 def progress(total: int, *, rows: int | None = None, unit: str = "rows", quiet: bool = False):
-    """Yield `advance(text, steps)`: a bar with the time left on a terminal, a plain line every tenth elsewhere.
+    """Yield `update(text, steps)`: a bar with the time left on a terminal, a plain line every tenth elsewhere.
 
     With `rows`, those of one step, both show the speed. Steps taken `before` say nothing of that.
     """
@@ -66,7 +66,7 @@ def progress(total: int, *, rows: int | None = None, unit: str = "rows", quiet: 
         done: int = 0
         began: tuple[int, float] | None = None
 
-        def advance(text: str, steps: int, *, before: bool = False) -> None:
+        def update(text: str, steps: int, *, before: bool = False) -> None:
             nonlocal done, began
             if before:
                 done += steps
@@ -83,7 +83,7 @@ def progress(total: int, *, rows: int | None = None, unit: str = "rows", quiet: 
             done += steps
             began = began or (done, time.monotonic())  # compilation is over
 
-        yield advance
+        yield update
 
 
 def study_table(report: dict[str, Any]) -> str:
@@ -101,8 +101,13 @@ def study_table(report: dict[str, Any]) -> str:
         column.justify = "right"
     for row in report["rows"]:
         shown = {"l0": ".1f", "nmse_before": ".4f", "nmse_after": ".4f", "mean_before": ".3f", "mean_after": ".3f"}
-        shown |= {"mean_change": "+.1%", "rising": ".0%", "gamma_before": ".4f", "gamma_after": ".4f"}
-        shown |= {"worst_kkt": ".1e"}
+        shown |= {
+            "mean_change": "+.1%",
+            "rising": ".0%",
+            "gamma_before": ".4f",
+            "gamma_after": ".4f",
+            "worst_kkt": ".1e",
+        }
         cells = ["–" if row[key] is None else format(row[key], form) for key, form in shown.items()]
         if row["certified"] < 1:
             cells[-1] += f" ({1 - row['certified']:.1%} fail)"

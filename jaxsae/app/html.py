@@ -10,25 +10,17 @@ from typing import Any
 
 from jaxsae.app.plots import FAMILIES
 
-# Colours by name: text, what is less important, lines, and one for each family.
-LIGHT = {
-    "paper": "#ffffff",
-    "wash": "#f5f6f8",
-    "ink": "#1c2026",
-    "soft": "#59616e",
-    "rule": "#dfe3e8",
-    "bad": "#b3261e",
-    "other": "#555b66",
-} | {family: colour for family, (_, colour, _) in FAMILIES.items()}
-DARK = {
-    "paper": "#14171b",
-    "wash": "#1d2127",
-    "ink": "#e7eaee",
-    "soft": "#a1a9b5",
-    "rule": "#30363e",
-    "bad": "#ff8f85",
-    "other": "#aab1bc",
-} | {family: colour for family, (_, _, colour) in FAMILIES.items()}
+# Colours in light and dark, by name: text, what is less important, lines, and one for each family.
+_COLOURS = {
+    "paper": ("#ffffff", "#14171b"),
+    "wash": ("#f5f6f8", "#1d2127"),
+    "ink": ("#1c2026", "#e7eaee"),
+    "soft": ("#59616e", "#a1a9b5"),
+    "rule": ("#dfe3e8", "#30363e"),
+    "bad": ("#b3261e", "#ff8f85"),
+    "other": ("#555b66", "#aab1bc"),
+} | {family: colours for family, (_, *colours) in FAMILIES.items()}
+LIGHT, DARK = ({name: colours[side] for name, colours in _COLOURS.items()} for side in (0, 1))
 
 
 def form(value: Any, how: str) -> str:
@@ -160,4 +152,4 @@ def _style() -> str:
     light, dark = ("".join(f"--{name}:{colour};" for name, colour in side.items()) for side in (LIGHT, DARK))
     scheme = f":root{{color-scheme:light dark;{light}}}\n@media(prefers-color-scheme:dark){{:root{{{dark}}}}}\n"
     families = "".join(f".c-{name}{{--c:var(--{name})}}\n" for name in (*FAMILIES, "other"))
-    return scheme + families + (Path(__file__).parent / "pages.css").read_text()
+    return scheme + families + (Path(__file__).parent / "html.css").read_text()

@@ -1,4 +1,4 @@
-"""The numbers of a run while it goes: TensorBoard event files, Weights & Biases, and reading them back."""
+"""Metrics of a run in progress: TensorBoard event files, Weights & Biases, and reading them back."""
 
 import contextlib
 import functools

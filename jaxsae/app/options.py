@@ -1,16 +1,14 @@
-"""What a training run may be asked: its options, how they are checked, and the families of autoencoders."""
+"""Options of a training run, their validation, and the families of autoencoders."""
 
 import functools
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from jaxsae import train
 from jaxsae._core import arguments
-from jaxsae._core.arguments import Count, Positive, Seed, Weight
 from jaxsae._core.files import InputError
 from jaxsae.autoencoder.activations import AbsTopK, Activation, BatchTopK, Gated, GroupMax, JumpReLU, ReLU, TopK
 from jaxsae.train.objectives import L0, L1, Gate
@@ -41,21 +39,21 @@ class Options(NamedTuple):
     """
 
     activation: Annotated[str, arguments.ACTIVATION]
-    latents: Count
-    k: Count | None = None
-    l1: Weight | None = None
+    latents: arguments.Count
+    k: arguments.Count | None = None
+    l1: arguments.Weight | None = None
     auxk: bool = True
     multi_topk: bool = False
-    batch: Count = 1024
-    steps: Count = 2000
-    learning_rate: Positive | None = None
-    idle_after: Count | None = None
-    heldout: Count = 2048
-    seed: Seed = 0
+    batch: arguments.Count = 1024
+    steps: arguments.Count = 2000
+    learning_rate: arguments.Positive | None = None
+    idle_after: arguments.Count | None = None
+    heldout: arguments.Count = 2048
+    seed: arguments.Seed = 0
 
 
 def resolved(options: Options) -> Options:
-    """Options with numbers where None stands for what follows from the length of the run.
+    """Options with each None replaced by the default that follows from the length of the run.
 
     A latent is idle after a fiftieth of the run: that costs no error and leaves hardly any latent dead, where a tenth
     comes too late to do much.
@@ -80,19 +78,17 @@ def passes(options: Options, rows: int, warn: Callable[[str], None] = lambda tex
     Args:
       options: of the run.
       rows: that it is trained on.
-      warn: called if that is often enough for them to be learnt by heart.
+      warn: called if that is often enough to overfit.
 
     Example:
       >>> passes(Options("topk", latents=16, k=2, batch=512, steps=600), 12_288, print)
-      600 steps of 512 rows are 25 passes over 12,288 rows, fitted better than new ones; pass more rows.
+      600 steps of 512 rows are 25 passes over 12,288 rows, which overfits; pass more rows.
       25.0
     """
     found = options.steps * options.batch / rows
     if found > _MANY_PASSES:
-        warn(
-            f"{options.steps} steps of {options.batch} rows are {found:.0f} passes over {rows:,} rows, fitted "
-            "better than new ones; pass more rows."
-        )
+        what = f"{options.steps} steps of {options.batch} rows are {found:.0f} passes over {rows:,} rows"
+        warn(f"{what}, which overfits; pass more rows.")
     return found
 
 
@@ -101,24 +97,16 @@ class _Family(NamedTuple):
 
     needs: str  # the option that sets its sparsity
     activation: Callable[[Options], Activation]
-    terms: Callable[[Options, optax.Schedule], tuple[Any, ...]]
-
-
-def _none(options: Options, warm: optax.Schedule) -> tuple[Any, ...]:
-    return ()
-
-
-def _zeros(options: Options):
-    return jnp.zeros(options.latents)
+    terms: Callable[[Options, optax.Schedule], tuple[Any, ...]] = lambda o, warm: ()
 
 
 # Bandwidth and threshold of JumpReLU are for rows of unit mean square, whose pre-activations are some tenths.
 FAMILIES = {
     "relu": _Family("l1", lambda o: ReLU(), lambda o, warm: (L1(o.l1, warm),)),  # pyright: ignore[reportArgumentType]
-    "topk": _Family("k", lambda o: TopK(o.k), _none),  # pyright: ignore[reportArgumentType]
-    "abstopk": _Family("k", lambda o: AbsTopK(o.k), _none),  # pyright: ignore[reportArgumentType]
-    "groupmax": _Family("k", lambda o: GroupMax(o.k), _none),  # pyright: ignore[reportArgumentType]
-    "batchtopk": _Family("k", lambda o: BatchTopK(o.k), _none),  # pyright: ignore[reportArgumentType]
+    "topk": _Family("k", lambda o: TopK(o.k)),  # pyright: ignore[reportArgumentType]
+    "abstopk": _Family("k", lambda o: AbsTopK(o.k)),  # pyright: ignore[reportArgumentType]
+    "groupmax": _Family("k", lambda o: GroupMax(o.k)),  # pyright: ignore[reportArgumentType]
+    "batchtopk": _Family("k", lambda o: BatchTopK(o.k)),  # pyright: ignore[reportArgumentType]
     "jumprelu": _Family(
         "k",
         lambda o: JumpReLU(jnp.full(o.latents, 0.03), bandwidth=0.03),
@@ -126,14 +114,14 @@ FAMILIES = {
     ),
     "gated": _Family(
         "l1",
-        lambda o: Gated(_zeros(o), _zeros(o), _zeros(o)),
+        lambda o: Gated(*jnp.zeros((3, o.latents))),
         lambda o, warm: (Gate(o.l1, warm),),  # pyright: ignore[reportArgumentType]
     ),
 }
 
 
 def validate(options: Options) -> _Family:
-    """Raise if an option cannot be used, or does not go with the others.
+    """Raise if an option is invalid, or incompatible with the others.
 
     Args:
       options: of a run.
@@ -164,11 +152,7 @@ def validate(options: Options) -> _Family:
     return family
 
 
-def _auxk_latents(d: int, m: int) -> int:
-    return min(2 ** max(0, round(np.log2(d / 2))), m)
-
-
 @functools.cache
 def _warmup(steps: int) -> optax.Schedule:
-    """Of the weights of penalties, over the first fifth."""
+    """Warm-up of the penalties' weights over the first fifth of the steps."""
     return optax.linear_schedule(0.0, 1.0, max(1, steps // 5))

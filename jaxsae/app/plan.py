@@ -1,4 +1,4 @@
-"""What a training will need on TPUs, before anyone rents one: the real step is compiled for them, and read.
+"""What a training needs on TPUs, before anyone rents one: the actual step is compiled for them and analysed.
 
 libtpu compiles on any machine, with no TPU; memory, FLOPs, bytes and collectives are those of the compiled program.
 """
@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from jaxsae import sharding, train
-from jaxsae._core.files import InputError
+from jaxsae._core.files import InputError, first_line
 from jaxsae.app import runs
 from jaxsae.app.options import Options
 from jaxsae.autoencoder.sae import refine
@@ -51,7 +51,7 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A compiled program, a chip's part of it.
+    """Cost and memory of a compiled program, per chip.
 
     Attributes:
       arguments: bytes of what it is given, the state of a training among it.
@@ -78,7 +78,7 @@ class Program:
         return sum(size * count for (_, size), count in self.collectives.items())
 
     def seconds(self, chip: Chip) -> dict[str, float]:
-        """The least time that arithmetic, memory and network need, each at its peak."""
+        """Lower bounds on the time of arithmetic, memory and network, each at its peak rate."""
         return {
             "arithmetic": self.flops / chip.flops,
             "memory": self.bytes / chip.bandwidth,
@@ -118,10 +118,8 @@ def topology_mesh(topology: str, data: int = 1) -> Mesh:
     try:
         slice_ = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
     except (RuntimeError, ValueError, NotImplementedError) as error:
-        reason = str(error).strip().partition("\n")[0][:200]
-        raise InputError(
-            f"cannot compile for {topology} ({reason}); pass a slice that exists, and pip install 'jaxsae[tpu-aot]'."
-        ) from error
+        what = f"cannot compile for {topology} ({first_line(error)[:200]})"
+        raise InputError(f"{what}; pass a slice that exists, and pip install 'jaxsae[tpu-aot]'.") from error
     devices = np.array(slice_.devices)
     if data < 1 or devices.size % data:
         raise InputError(f"got {data} parts of the rows for {devices.size} chips; pass a number that divides them.")
@@ -217,7 +215,7 @@ _ARRAY = re.compile(r"\b[a-z]+(\d+)?[a-z0-9]*\[([\d,]*)\]")
 
 
 def collectives(hlo: str) -> dict[tuple[str, int], int]:
-    """Which collectives a compiled program has, by kind and by the bytes of what each makes.
+    """Count the collectives of a compiled program by kind and size of their results.
 
     Args:
       hlo: its text, as `compiled.as_text()` gives it.

@@ -20,7 +20,7 @@ FAMILIES = {
 
 
 def method(row: dict[str, Any]) -> str:
-    """What a row of a study is called.
+    """The name of a row of a study.
 
     Args:
       row: of a study's report.

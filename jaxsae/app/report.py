@@ -105,7 +105,7 @@ def page(run: str | os.PathLike) -> str:
         return _study(report) if "rows" in report else _run(report, curves, run)
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         reason = str(error).partition("\n")[0]
-        raise InputError(f"{path}: is damaged ({type(error).__name__}: {reason}); make it anew.") from error
+        raise InputError(f"{path}: is damaged ({type(error).__name__}: {reason}); make it again.") from error
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -115,9 +115,9 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes(), parse_constant=lambda name: None)
     except ValueError as error:
-        raise InputError(f"{path}: is not JSON ({error}); make it anew.") from error
+        raise InputError(f"{path}: is not JSON ({error}); make it again.") from error
     if not isinstance(found, dict):
-        raise InputError(f"{path}: holds {type(found).__name__}, expected a JSON object; make it anew.")
+        raise InputError(f"{path}: holds {type(found).__name__}, expected a JSON object; make it again.")
     return found
 
 
@@ -145,7 +145,7 @@ def _study(report: dict[str, Any]) -> str:
         if (row.get("certified") or 0) < 1
     ]
     if not report.get("complete", True):
-        warnings.insert(0, "This study is not complete: it goes on, or was interrupted.")
+        warnings.insert(0, "This study is not complete: it is still running, or was interrupted.")
     sections = {
         "Findings": _findings(rows),
         "Results": _results(report),
@@ -358,10 +358,10 @@ def _study_curves(rows: list[dict[str, Any]]) -> str:
 def _worst_rows(rows: list[dict[str, Any]]) -> str:
     found = [(row, worst) for row in rows for worst in row.get("worst_rows") or []]
     found.sort(key=lambda pair: -math.inf if pair[1]["kkt"] is None else -pair[1]["kkt"])
-    most = max((len(row.get("worst_rows") or []) for row in rows), default=0)
+    count = max((len(row.get("worst_rows") or []) for row in rows), default=0)
     cells = [
         [method(row), form(worst["row"], ",d"), form(worst["l0"], ",d"), form(worst["kkt"], ".2e")]
-        for row, worst in found[:most]
+        for row, worst in found[:count]
     ]
     note = "The refined codes with the largest relative KKT residuals. Held-out rows are numbered from 0."
     table = html.table("Largest KKT residuals", ["method", "row", "L0", "KKT residual"], cells)
@@ -387,7 +387,7 @@ def _run(report: dict[str, Any], curves: dict[str, dict[int, float]], path: Path
     }
     warnings = []
     if not report:
-        warnings.append("This training has not ended: it goes on, or was interrupted.")
+        warnings.append("This training has not ended: it is still running, or was interrupted.")
     if report.get("skipped"):
         note = f"{report['skipped']:,} batches were skipped, since their loss was not finite."
         warnings.append(f"{note} {runs.describe_nonfinite(report)}")

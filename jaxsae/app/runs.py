@@ -1,13 +1,15 @@
 """A training run: from a file of activations to a saved autoencoder, its measurements, and a log of the way there.
 
 A run is a directory: `sae/`, the autoencoder in the units of the data; `report.json`, options and measurements;
-`checkpoints/`, from which it goes on if something ended it; TensorBoard event files, and if asked for those of Weights
+`checkpoints/`, from which it resumes if something ended it; TensorBoard event files, and if asked for those of Weights
 & Biases.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
+import operator
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,24 +23,19 @@ from jax.sharding import Mesh
 
 from jaxsae import data as data_module, sharding, train
 from jaxsae._core import arguments
-from jaxsae._core.arguments import Count, Proportion, Weight
 from jaxsae._core.files import InputError, atomic_file, json_number, local_path
-from jaxsae.app.evaluate import evaluate
 from jaxsae.app.logs import Log
-from jaxsae.app.options import Options, _auxk_latents, _warmup, passes, resolved, validate
-from jaxsae.autoencoder import calibration, stream
-from jaxsae.autoencoder.metrics import DEAD_ROWS
-from jaxsae.autoencoder.sae import SAE, init
+from jaxsae.app.options import Options, _warmup, passes, resolved, validate
+from jaxsae.autoencoder import calibration, metrics, stream
+from jaxsae.autoencoder.sae import SAE, encode, init, reconstruct
 from jaxsae.autoencoder.surgery import rescale
-from jaxsae.data import shards
 from jaxsae.formats import pretrained
-from jaxsae.train import job
-from jaxsae.train.checkpoint import Checkpoints, versions
+from jaxsae.train import checkpoint, job
 from jaxsae.train.objectives import AuxK, MultiTopK, Objective
 
 _SAMPLE = 10_000  # rows from which centre and scale are estimated
 _REPORT_EVERY = 10  # steps
-_BLAMED = 1000  # batches looked through for what is wrong with them
+_MAX_SEARCHED = 1000  # batches looked through for what is wrong with them
 Progress = Callable[[str, int], None]
 
 
@@ -47,10 +44,10 @@ def run(
     *,
     data: str | os.PathLike | Sequence[str | os.PathLike] | Mapping[str, data_module.Rows],
     options: Options,
-    weights: Sequence[Proportion] | None = None,
-    window: Count | None = None,
+    weights: Sequence[arguments.Proportion] | None = None,
+    window: arguments.Count | None = None,
     mesh: Mesh | None = None,
-    save_every: Weight = 60.0,
+    save_every: arguments.Weight = 60.0,
     resume: bool = False,
     progress: Progress = lambda text, steps: None,
     warn: Callable[[str], None] = lambda text: None,
@@ -59,9 +56,9 @@ def run(
 ) -> dict[str, Any]:
     """Train on activations, but the last rows; measure on those; save. What was begun in `out` is resumed.
 
-    With the same options and data that is, to the bit, as if nothing had ended it. With more steps the run is made
-    longer: from there on the learning rate, its warm-up and decay, and whatever else depends on the number of steps,
-    are those of the longer run; the report has it as `lengthened`.
+    With the same options and data the result is bitwise identical to that of a run that nothing ended. With more steps
+    the run is made longer: from there on the learning rate, its warm-up and decay, and whatever else depends on the
+    number of steps, are those of the longer run; the report has it as `lengthened`.
 
     Args:
       out: directory, made if missing.
@@ -71,7 +68,7 @@ def run(
       window: as of `data.batches`; all rows are shuffled among themselves by default.
       mesh: of `sharding.make_mesh`, to spread rows and latents over; one device by default.
       save_every: seconds from one save of the whole state to the next.
-      resume: refuse to begin anew.
+      resume: refuse to start a new run.
       progress: called with what is going on and how many steps that took; `options.steps` in all.
       warn: called with warnings.
       log: opened when all is well, for example `logs(out, options)`; then called with the step and its numbers.
@@ -97,8 +94,8 @@ def run(
     validate(options)
     arguments.check(run, {"out": out, "weights": weights, "window": window, "save_every": save_every})
     if mesh is not None and options.latents % mesh.shape["latent"]:
-        ways = mesh.shape["latent"]
-        raise InputError(f"got {options.latents} latents for a mesh that splits them {ways} ways; pass a multiple.")
+        parts = mesh.shape["latent"]
+        raise InputError(f"got {options.latents} latents for a mesh that splits them {parts} ways; pass a multiple.")
     out = local_path(out)
     if resume and not (out / "checkpoints").is_dir():  # before a directory is made
         raise InputError(f"{out}: holds no run to resume; leave out --resume to begin one.")
@@ -108,7 +105,7 @@ def run(
     objective, tx, init_fn = recipe(options, centre, scale)
     with (
         jax.set_mesh(mesh) if mesh else contextlib.nullcontext(),
-        Checkpoints(out / "checkpoints", config=rows.config, grows={"steps"}, warn=warn) as checkpoints,
+        checkpoint.Checkpoints(out / "checkpoints", config=rows.config, grows={"steps"}, warn=warn) as checkpoints,
     ):
         if resume and not checkpoints.steps():
             raise InputError(f"{out}: holds no run to resume; leave out --resume to begin one.")
@@ -189,14 +186,14 @@ class _Monitor:
         self._resumed, self._warn, self._shown = resumed, warn, 0
 
     def resume(self, step: int, reached: job.LoopState) -> None:
-        """So many steps were taken before."""
+        """`step` steps were taken before."""
         self._shown = step
         self._resumed(step)
         if reached.lengthened and reached.lengthened[-1][0] == step:
             self._warn(_lengthened(self._options, *reached.lengthened[-1]))
 
     def log(self, step: int, metrics: dict[str, Any]) -> dict[str, float]:
-        """The metrics of a step as numbers; none of those between two that are shown."""
+        """The metrics of a step as numbers; {} for steps that are not logged."""
         if step % _REPORT_EVERY and step != self._options.steps:
             return {}
         numbers = {name: float(value) for name, value in metrics.items()}
@@ -220,7 +217,9 @@ def _finished(state: train.TrainState, scale: float, options: Options, rows: _Da
 def _report(
     sae: SAE, state: train.TrainState, reached: job.LoopState, options: Options, rows: _Data, passed: float, batches
 ) -> dict[str, Any]:
-    trained = calibration.activity(sae, _in_order(rows.read().source, options.batch, min(rows.total, DEAD_ROWS)))
+    trained = calibration.activity(
+        sae, _in_order(rows.read().source, options.batch, min(rows.total, metrics.DEAD_ROWS))
+    )
     data = {"path": rows.name, "rows": rows.total, "passes": passed, "heldout": len(rows.heldout)}
     return {
         "options": resolved(options)._asdict(),
@@ -230,10 +229,10 @@ def _report(
         "skipped_batches": list(reached.bad),
         "rollbacks": reached.rollbacks,
         "lengthened": [dict(zip(("at", "from", "to"), each, strict=True)) for each in reached.lengthened],
-        "nonfinite_rows": _rows_to_blame(rows.sources, rows.names, batches, reached.bad),
+        "nonfinite_rows": _nonfinite_rows(rows.sources, rows.names, batches, reached.bad),
         "heldout": evaluate(sae, rows.heldout, trained),
         "trained": {"l0": json_number(trained.l0), "rows": int(trained.rows)},
-        "versions": versions() | {"backend": jax.default_backend()},
+        "versions": checkpoint.versions() | {"backend": jax.default_backend()},
     }
 
 
@@ -245,7 +244,7 @@ def _write_report(report: dict[str, Any], out: Path) -> None:
 def recipe(
     options: Options, centre: jax.Array, scale: float
 ) -> tuple[Objective, optax.GradientTransformation, Callable[[], train.TrainState]]:
-    """What `run` minimises, how, and a function that makes the state it starts from.
+    """The objective and optimizer of `run`, and a function that makes its initial state.
 
     Args:
       options: of the run.
@@ -263,7 +262,7 @@ def recipe(
     family, o, d = validate(options), resolved(options), len(centre)
     terms = family.terms(o, _warmup(o.steps))
     terms += (MultiTopK(),) if o.multi_topk else ()
-    terms += (AuxK(_auxk_latents(d, o.latents)),) if o.auxk else ()
+    terms += (AuxK(min(2 ** max(0, round(np.log2(d / 2))), o.latents)),) if o.auxk else ()
     tx = _optimiser(o.learning_rate, o.steps)
 
     def init_fn() -> train.TrainState:
@@ -275,7 +274,7 @@ def recipe(
 
 
 def _lengthened(options: Options, step: int, before: int, steps: int) -> str:
-    """One sentence on what is other for a run that was made longer."""
+    """One sentence on what changes for a run that was made longer."""
     rates = (resolved(options._replace(steps=count)).learning_rate for count in (before, steps))
     schedules = (_schedule(rate or 0.0, count) for rate, count in zip(rates, (before, steps), strict=True))
     old, new = (np.asarray(schedule(step)).item() for schedule in schedules)
@@ -285,10 +284,67 @@ def _lengthened(options: Options, step: int, before: int, steps: int) -> str:
     )
 
 
-def _rows_to_blame(sources, names, batches: data_module.Batches, bad: Sequence[int]) -> dict[str, list[int]]:
+def evaluate(sae: SAE, rows: data_module.Rows, more: metrics.Activity | None = None) -> dict[str, Any]:
+    """Measure an autoencoder on rows: `nmse`, `explained_variance`, `l0`, `dead`, `nmse_at` and `firing`.
+
+    `nmse_at` is the NMSE with the 1, 2, 4 … largest latents of each row alone, the progressive code. `dead` is the
+    share of the latents that never fire, and `firing` counts those that fire on no row, on 1, on 2 or 3, on 4 to 7 …:
+    both of `dead_rows` rows, these and those of `more`.
+
+    Args:
+      sae: the autoencoder.
+      rows: `[n d]`, may be memory-mapped; rows with NaN or Inf are left out, and counted as `nonfinite`.
+      more: what latents do on other rows, where these are few: a latent may well rest on some thousand.
+
+    Raises:
+      InputError: if the rows are not of the autoencoder's width.
+
+    Example:
+      >>> import numpy as np, jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.TopK(2))
+      >>> evaluate(sae, np.random.default_rng(0).normal(size=(64, 4)))["l0"]
+      2.0
+    """
+    if rows.shape[1] != sae.d:
+        raise InputError(f"got rows of width {rows.shape[1]} for an SAE of {sae.d}; pass those of its layer.")
+    if sae.transcoder:
+        raise InputError("got a transcoder, whose target is not its input; measure `jaxsae.reconstruct` against that.")
+    capacity = sae.activation.slots or stream.max_l0(sae, rows)
+    keep = tuple(2**n for n in range(capacity.bit_length()))
+    parts, nonfinite = [], 0
+    for _, x in stream.chunks(sae, rows):
+        parts.append(_measure(sae, x, capacity, keep))
+        nonfinite += int(jnp.sum(~jnp.isfinite(x).all(1)))
+    whole, active, progressive = (functools.reduce(operator.add, part) for part in zip(*parts, strict=True))
+    counted = active if more is None else active + more
+    numbers = {
+        "nmse": whole.nmse,
+        "explained_variance": whole.explained_variance,
+        "l0": active.l0,
+        "dead": counted.dead,
+    }
+    return {name: json_number(value) for name, value in numbers.items()} | {
+        "nmse_at": {str(n): json_number(value) for n, value in zip(keep, progressive.nmse, strict=True)},
+        "firing": counted.log2_histogram,
+        "dead_rows": int(counted.rows),
+        "rows": len(rows),
+        "nonfinite": nonfinite,
+    }
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _measure(sae: SAE, x, capacity: int, keep: tuple[int, ...]):
+    finite = jnp.isfinite(x).all(1, keepdims=True)
+    code = encode(sae, jnp.where(finite, x, jnp.nan), capacity=capacity)
+    code = dataclasses.replace(code, values=jnp.where(finite, code.values, jnp.nan))  # a threshold passes over NaN
+    whole = metrics.reconstruction(x, reconstruct(sae, x, code))
+    return whole, metrics.activity(code), metrics.progressive(sae, x, code, keep)
+
+
+def _nonfinite_rows(sources, names, batches: data_module.Batches, bad: Sequence[int]) -> dict[str, list[int]]:
     """Which rows of the batches that were skipped hold NaN or Inf, by file."""
     found: dict[str, set[int]] = {}
-    for number in bad[-_BLAMED:]:
+    for number in bad[-_MAX_SEARCHED:]:
         for source, rows in batches.rows(number):
             wrong = rows[~np.isfinite(np.asarray(sources[source][rows], np.float32)).all(axis=1)]
             found.setdefault(names[source], set()).update(wrong.tolist())
@@ -312,7 +368,7 @@ def summary(report: dict[str, Any]) -> str:
 
 
 def describe_nonfinite(report: dict[str, Any]) -> str:
-    """One sentence on what was wrong with the batches that a run skipped.
+    """One sentence on the rows with NaN or Inf in the batches that a run skipped.
 
     Args:
       report: of `run`.
@@ -331,7 +387,7 @@ def describe_nonfinite(report: dict[str, Any]) -> str:
 
 
 def _open(data) -> tuple[list[str], list[data_module.Rows]]:
-    """Names and rows of all that is to be trained on."""
+    """Names and rows of all sources."""
     if isinstance(data, Mapping):
         return list(data), list(data.values())
     paths = [data] if isinstance(data, str | os.PathLike) else list(data)
@@ -344,20 +400,19 @@ def _split(names, everything, options: Options, weights) -> tuple[list[data_modu
         raise InputError(f"got {len(weights)} weights for {len(names)} files; pass one for each.")
     total, needed = sum(map(len, everything)), options.batch + options.heldout
     if total < needed:
-        raise InputError(
-            f"{', '.join(names)}: holds {total} rows, but a batch and the held-out rows are {needed}; pass more rows, "
-            "or less of either."
-        )
+        what = f"holds {total} rows, but a batch and the held-out rows are {needed}"
+        raise InputError(f"{', '.join(names)}: {what}; pass more rows, or less of either.")
     ends = np.cumsum([0, *map(len, everything)]) * options.heldout // total
     counts = np.diff(ends)
     heldout = [
-        shards.cast(rows[len(rows) - count :], np.float32, name, "scale it", range(len(rows) - count, len(rows)))
+        data_module.shards.cast(
+            rows[len(rows) - count :], np.float32, name, "scale it", range(len(rows) - count, len(rows))
+        )
         for name, rows, count in zip(names, everything, counts, strict=True)
     ]
     if len({rows.shape[1] for rows in everything}) > 1:
-        raise InputError(
-            f"{', '.join(names)}: have widths {', '.join(str(x.shape[1]) for x in everything)}; pass one layer's."
-        )
+        widths = ", ".join(str(rows.shape[1]) for rows in everything)
+        raise InputError(f"{', '.join(names)}: have widths {widths}; pass one layer's.")
     for name, rows in zip(names, heldout, strict=True):
         if len(rows):
             data_module.require_finite(rows, f"{name}, held-out part")
@@ -366,21 +421,21 @@ def _split(names, everything, options: Options, weights) -> tuple[list[data_modu
 
 
 def _sample(batches: data_module.Batches, rows: int) -> np.ndarray:
-    """Some of so many rows, those of the first batches."""
+    """Rows of the first batches, as a sample of all."""
     first = batches.source[0]
     more = range(1, -(-min(_SAMPLE, rows) // len(first)))
     return np.concatenate([first, *(batches.source[number] for number in more)])[:_SAMPLE]
 
 
 def _centre_and_scale(sample: np.ndarray, name: str) -> tuple[jax.Array, float]:
-    """Geometric median of a sample, and what scales it to unit mean square about that."""
+    """Geometric median of a sample, and the scale that gives it unit mean square about it."""
     sample = sample[np.isfinite(sample).all(1)]
     if len(sample) == 0 or (sample == sample[0]).all():
         raise InputError(f"{name}: all rows are equal, or none is finite; pass activations of varied inputs.")
     unit = float(np.abs(sample).max())  # so that nothing overflows
     centre = train.geometric_median(jnp.asarray(sample / unit))
-    spread = np.mean(np.sum((np.float64(sample) / unit - np.asarray(centre, np.float64)) ** 2, axis=1))
-    return unit * centre, float(1 / (unit * np.sqrt(spread)))
+    variance = np.mean(np.sum((np.float64(sample) / unit - np.asarray(centre, np.float64)) ** 2, axis=1))
+    return unit * centre, float(1 / (unit * np.sqrt(variance)))
 
 
 def optimiser(rate: float | jax.Array, steps: int) -> optax.GradientTransformation:

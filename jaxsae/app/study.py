@@ -1,8 +1,8 @@
-"""The main job, Section 5.1 of Gao et al. (2024): does refinement raise activations, and whose.
+"""The main experiment, Section 5.1 of Gao et al. (2024): whether refinement raises activations, and of which SAEs.
 
 Train ReLU autoencoders at several L1 weights and TopK ones at the L0s that these reached; refine the codes of held-out
 rows with a certificate for each row; compare. In a language model, the rows are its residual stream, and the comparison
-goes on to what each code does to the next-token loss.
+then measures what each code does to the next-token loss.
 """
 
 import dataclasses
@@ -19,22 +19,15 @@ import numpy as np
 
 from jaxsae import data as data_module, language_model, train
 from jaxsae._core import arguments
-from jaxsae._core.arguments import Count, Index, Positive, Seed, Weight
 from jaxsae._core.files import InputError, atomic_file, json_number, local_path, owned
 from jaxsae.app import plots, runs
 from jaxsae.app.options import Options, passes, resolved
-from jaxsae.app.runs import _write_report
-from jaxsae.autoencoder import calibration, metrics
-from jaxsae.autoencoder.metrics import DEAD_ROWS
+from jaxsae.autoencoder import calibration, metrics, stream
 from jaxsae.autoencoder.sae import SAE, reconstruct, to_fit
-from jaxsae.autoencoder.stream import Block, chunks, refine_blocks
 from jaxsae.autoencoder.surgery import rescale
-from jaxsae.data import shards
 from jaxsae.formats import pretrained
-from jaxsae.language_model import files as model_files, harvest
-from jaxsae.language_model.models import LanguageModel, NextToken, loss_recovered
-from jaxsae.least_squares import solvers
-from jaxsae.least_squares.certificate import certify
+from jaxsae.language_model import harvest
+from jaxsae.least_squares import certify, solvers
 from jaxsae.train.checkpoint import versions
 
 CERTIFIED = 1e-5  # the KKT residual that certifies a row
@@ -63,13 +56,13 @@ class Plan(NamedTuple):
       512
     """
 
-    latents: Count
-    steps: Count
-    batch: Count
-    heldout: Count
-    l1: tuple[Weight, ...]
-    learning_rate: Positive | None = None
-    train_rows: Count = 100_000
+    latents: arguments.Count
+    steps: arguments.Count
+    batch: arguments.Count
+    heldout: arguments.Count
+    l1: tuple[arguments.Weight, ...]
+    learning_rate: arguments.Positive | None = None
+    train_rows: arguments.Count = 100_000
 
 
 FULL = Plan(latents=2048, steps=500, batch=512, heldout=2048, l1=(0.02, 0.05, 0.08, 0.15))
@@ -95,7 +88,7 @@ class HookPoint(NamedTuple):
     """
 
     model: str | os.PathLike
-    layer: Index = 8
+    layer: arguments.Index = 8
     text: Sequence[Path] | None = None
 
 
@@ -104,12 +97,12 @@ def run(
     *,
     data: str | os.PathLike | HookPoint | None = None,
     plan: Plan = FULL,
-    seed: Seed = 0,
+    seed: arguments.Seed = 0,
     saes: Sequence[str] = (),
     progress: Progress = lambda text, steps: None,
     warn: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Run the study and write `report.json`, `shrinkage.png` and the SAEs under `out`, each as soon as it is known.
+    """Run the study and write `report.json`, `shrinkage.png` and the SAEs under `out`, each as soon as it is done.
 
     Args:
       out: directory, made if missing.
@@ -131,7 +124,10 @@ def run(
     arguments.check(run, {"out": out, "seed": seed})
     arguments.check(Plan, plan._asdict())
     out, probe = local_path(out), None
-    published = {name: _published(name) for name in saes}
+    published = {name: pretrained.load(name) for name in saes}
+    for name, sae in published.items():
+        if sae.transcoder:
+            raise InputError(f"{name}: is a transcoder, whose target is not its input; pass an autoencoder.")
     if saes:
         if data is None:
             raise InputError("got autoencoders and no activations; pass those of the site that they are for.")
@@ -145,13 +141,12 @@ def run(
         rows = rows or _load(out / "activations", plan, seed)
         for name, sae in published.items():
             if sae.d != rows.width:
-                raise InputError(
-                    f"{name}: is {sae.d} wide, and the rows {rows.width}; pass the activations of its own site."
-                )
+                what = f"is {sae.d} wide, and the rows {rows.width}"
+                raise InputError(f"{name}: {what}; pass activations of the site that it was trained on.")
         options = _options(plan, seed)
         passed = None if saes else passes(options, len(rows.train), warn)
         report = _begun(plan, options, rows, probe, passed)
-        _write_report(report, out)
+        runs._write_report(report, out)
         study = _Study(out, plan, rows, probe, progress, report)
         try:
             if published:
@@ -161,13 +156,14 @@ def run(
             else:
                 for weight in plan.l1:
                     study.train(options._replace(activation="relu", l1=weight))
-                for k in _matching_k([row["l0"] for row in report["rows"]], most=min(plan.latents, rows.width)):
+                l0 = [row["l0"] for row in report["rows"] if row["l0"] is not None]
+                for k in sorted({int(np.clip(round(mean), 1, min(plan.latents, rows.width))) for mean in l0}):
                     study.train(options._replace(k=k))
             study.measure_losses()
             report["complete"] = True
         finally:  # an interruption leaves what is finished
             if report["rows"]:
-                _write_report(report, out)
+                runs._write_report(report, out)
                 with atomic_file(out / "shrinkage.png") as temporary:
                     plots.shrinkage(report, temporary)
         return report
@@ -208,7 +204,7 @@ def _begun(plan: Plan, options: Options, rows: _Rows, probe: "_Probe | None", pa
 
 @dataclasses.dataclass
 class _Study:
-    """A study under way: each autoencoder adds a row to its report, which is written at once."""
+    """A study in progress: each autoencoder adds a row to its report, which is written at once."""
 
     out: Path
     plan: Plan
@@ -233,14 +229,16 @@ class _Study:
         keep = {} if self.probe is None else {f"{when} {number}": when for when in ("before", "after")}
         self.reconstructed.update({name: np.empty_like(rows.heldout) for name in keep})
 
-        def see(block: Block) -> None:
+        def see(block: stream.Block) -> None:
             for name, when in keep.items():
                 code = block.code if when == "before" else block.refined
                 self.reconstructed[name][block.rows] = reconstruct(sae, block.x, code)
 
-        self.report["rows"].append({**row, **measure(sae, rows.heldout, rows.train[:DEAD_ROWS] / rows.scale, see=see)})
+        self.report["rows"].append(
+            {**row, **measure(sae, rows.heldout, rows.train[: metrics.DEAD_ROWS] / rows.scale, see=see)}
+        )
         self.progress(f"{name}  refined", self.plan.heldout // _REPORT_EVERY)
-        _write_report(self.report, self.out)
+        runs._write_report(self.report, self.out)
 
     def measure_losses(self) -> None:
         """Add what each code does to the next-token loss of the language model, if there is one."""
@@ -249,7 +247,15 @@ class _Study:
         heldout = self.rows.heldout
         mean = np.broadcast_to(self.rows.train.mean(axis=0) / self.rows.scale, heldout.shape)
         replaced = self.reconstructed | {"zero": np.zeros_like(heldout), "mean": mean}
-        _add_losses(self.report, _losses(self.probe, replaced, self.progress))
+        found = _losses(self.probe, replaced, self.progress)
+        self.report |= {f"ce_{name}": json_number(found[name].cross_entropy) for name in ("clean", "zero", "mean")}
+        for number, row in enumerate(self.report["rows"]):
+            for when in ("before", "after"):
+                spliced = found[f"{when} {number}"]
+                row |= {f"ce_{when}": json_number(spliced.cross_entropy), f"kl_{when}": json_number(spliced.kl)}
+                for ablation in ("zero", "mean"):
+                    recovered = language_model.loss_recovered(found["clean"], spliced, found[ablation])
+                    row[f"recovered_{ablation}_{when}"] = json_number(recovered)
 
 
 def total_steps(plan: Plan, data: Any = None, saes: Sequence[str] = ()) -> int:
@@ -272,13 +278,6 @@ def total_steps(plan: Plan, data: Any = None, saes: Sequence[str] = ()) -> int:
     return steps
 
 
-def _published(name: str) -> SAE:
-    sae = pretrained.load(name)
-    if sae.transcoder:
-        raise InputError(f"{name}: is a transcoder, whose target is not its input; pass an autoencoder.")
-    return sae
-
-
 def _contexts(rows: int) -> int:
     return -(-rows // (_CONTEXT - 1))
 
@@ -286,7 +285,7 @@ def _contexts(rows: int) -> int:
 class _Probe(NamedTuple):
     """A language model, and the contexts of the held-out rows."""
 
-    model: LanguageModel
+    model: language_model.LanguageModel
     layer: int
     contexts: np.ndarray  # [n s]
     source: str
@@ -295,7 +294,7 @@ class _Probe(NamedTuple):
 def _harvest(site: HookPoint, folder: Path, plan: Plan, progress: Progress) -> _Probe:
     arguments.check(HookPoint, site._asdict())
     harvest.check(site.model, layer=site.layer, context=_CONTEXT, out=folder)
-    tokenizer = model_files.read_tokenizer(site.model)
+    tokenizer = language_model.read_tokenizer(site.model)
     model = language_model.load(site.model)
     wanted = _contexts(plan.train_rows + plan.heldout)
     files = harvest.standard_library() if site.text is None else site.text
@@ -319,23 +318,21 @@ def _load(path, plan: Plan, seed: int) -> _Rows:
         raise InputError(f"{path}: holds {len(everything)} rows, the study needs at least {needed}; pass more.")
     data_module.require_finite(everything, str(path))
     first = len(everything) - plan.heldout
-    rows = shards.cast(everything[: min(first, plan.train_rows)], np.float32, str(path), "scale it")
-    heldout = shards.cast(everything[first:], np.float32, str(path), "scale it", range(first, len(everything)))
+    rows = data_module.shards.cast(everything[: min(first, plan.train_rows)], np.float32, str(path), "scale it")
+    heldout = data_module.shards.cast(
+        everything[first:], np.float32, str(path), "scale it", range(first, len(everything))
+    )
     if (rows == rows[0]).all():
         raise InputError(f"{path}: all rows are equal, there is nothing to learn; pass activations of varied inputs.")
-    spread = np.sum(np.var(rows[:: max(1, len(rows) // 10_000)], axis=0, dtype=np.float64))
-    scale = float(1 / np.sqrt(spread))
+    variance = np.sum(np.var(rows[:: max(1, len(rows) // 10_000)], axis=0, dtype=np.float64))
+    scale = float(1 / np.sqrt(variance))
     return _Rows(rows * scale, heldout, scale, str(path))
 
 
 def _options(plan: Plan, seed: int) -> Options:
-    """Of all trainings, but for what makes each sparse."""
+    """Options of all trainings, but for their sparsity."""
     options = Options("topk", plan.latents, learning_rate=plan.learning_rate, heldout=plan.heldout, seed=seed)
     return resolved(options._replace(batch=plan.batch, steps=plan.steps))
-
-
-def _matching_k(l0: list[float | None], most: int) -> list[int]:
-    return sorted({int(np.clip(round(value), 1, most)) for value in l0 if value is not None})
 
 
 def _train(rows, options: Options, progress: Progress) -> tuple[SAE, dict[str, list]]:
@@ -360,7 +357,11 @@ def _solver(k: int, d: int) -> Any:
 
 
 def measure(
-    sae: SAE, rows: np.ndarray, more: np.ndarray | None = None, *, see: Callable[[Block], None] = lambda block: None
+    sae: SAE,
+    rows: np.ndarray,
+    more: np.ndarray | None = None,
+    *,
+    see: Callable[[stream.Block], None] = lambda block: None,
 ) -> dict[str, Any]:
     """Refine the codes of rows and measure the shrinkage: one row of the report, without its name.
 
@@ -383,10 +384,10 @@ def measure(
         shrunk = metrics.shrinkage(sae, block.x, block.code, block.refined)
         return (shrunk, metrics.activity(block.code)), (block.rows, np.asarray(kkt), np.asarray(block.code.l0))
 
-    sums, columns = zip(*map(measure_block, refine_blocks(sae, rows, _solver)), strict=True)
+    sums, columns = zip(*map(measure_block, stream.refine_blocks(sae, rows, _solver)), strict=True)
     shrunk, active = (functools.reduce(operator.add, part) for part in zip(*sums, strict=True))
     if more is not None:
-        active += calibration.activity(sae, (x for _, x in chunks(sae, more)))
+        active += calibration.activity(sae, (x for _, x in stream.chunks(sae, more)))
     number, kkt, l0 = map(np.concatenate, zip(*columns, strict=True))
     worst = np.argsort(-np.nan_to_num(kkt, nan=np.inf), kind="stable")[:_WORST]
     ratio = np.asarray(shrunk.ratio)
@@ -407,29 +408,17 @@ def _certified_kkt(dictionary, y, code, *, nonnegative: bool = True):
     return certify(dictionary, y, code, nonnegative=nonnegative).kkt  # the gap, not asked for, is not computed
 
 
-def _losses(probe: _Probe, replaced: dict[str, np.ndarray], progress: Progress) -> dict[str, NextToken]:
+def _losses(probe: _Probe, replaced: dict[str, np.ndarray], progress: Progress) -> dict[str, language_model.NextToken]:
     """Next-token losses with rows `[n d]` in place of the residual stream, by name, and `"clean"` ones."""
 
-    def put(rows, h):
+    def replace(rows, h):
         return h.at[:, 1:].set(rows.reshape(h.shape[0], -1, h.shape[2]))
 
     found = []
     for start in range(0, len(probe.contexts), _TOGETHER):
         contexts = probe.contexts[start : start + _TOGETHER]
         of = slice(start * (_CONTEXT - 1), (start + len(contexts)) * (_CONTEXT - 1))
-        splices = {name: functools.partial(put, rows[of]) for name, rows in replaced.items()}
+        splices = {name: functools.partial(replace, rows[of]) for name, rows in replaced.items()}
         found.append(language_model.cross_entropy(probe.model, [jnp.asarray(contexts)], probe.layer, splices))
         progress("next-token loss", len(contexts) * len(replaced))
     return {name: functools.reduce(operator.add, (part[name] for part in found)) for name in found[0]}
-
-
-def _add_losses(report: dict[str, Any], found: dict[str, NextToken]) -> None:
-    clean = found["clean"]
-    report |= {f"ce_{name}": json_number(found[name].cross_entropy) for name in ("clean", "zero", "mean")}
-    for number, row in enumerate(report["rows"]):
-        for when in ("before", "after"):
-            spliced = found[f"{when} {number}"]
-            row |= {f"ce_{when}": json_number(spliced.cross_entropy), f"kl_{when}": json_number(spliced.kl)}
-            for ablation in ("zero", "mean"):
-                recovered = loss_recovered(clean, spliced, found[ablation])
-                row[f"recovered_{ablation}_{when}"] = json_number(recovered)

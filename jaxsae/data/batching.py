@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxsae._core.files import InputError
+from jaxsae._core.files import InputError, first_line
 from jaxsae.data import shards
 from jaxsae.data.rows import Rows
 
@@ -14,10 +14,10 @@ _THREADS, _AHEAD = 2, 8  # of the reading of batches; in number
 
 
 class Batches:
-    """Batches `[size d]` in float32 for ever, read ahead by grain; the order is a function of the seed alone.
+    """Batches `[size d]` in float32 without end, read ahead by grain; the order is a function of the seed alone.
 
     Attributes:
-      position: how many batches were taken; set it to go on from there, or from anywhere else, to the bit.
+      position: how many batches were taken; set it to resume there, or anywhere else.
     """
 
     def __init__(self, source: "_Numbered"):
@@ -39,11 +39,11 @@ class Batches:
         try:
             return next(self._iterator)
         except InputError as error:  # grain adds lines of its own
-            raise InputError(str(error).partition("\n")[0]) from error
+            raise InputError(first_line(error)) from error
 
     @property
     def position(self) -> int:
-        """Of the attributes."""
+        """The number of batches taken."""
         return self._iterator.get_state()["next_index"]
 
     @position.setter
@@ -56,7 +56,7 @@ class Batches:
 
 
 class _Numbered:
-    """Batch by its number: what grain reads."""
+    """Random access to batches by number, as a grain data source."""
 
     def __init__(self, sources: Sequence[Rows], names: Sequence[str], order: Any, size: int, part: slice):
         self._sources, self._names, self._order = sources, names, order
@@ -93,9 +93,9 @@ def batches(
     part: slice = slice(None),
     names: Sequence[str] | None = None,
 ) -> Batches:
-    """Yield batches `[size d]` in float32 for ever, each row once before any comes again, in an order anew each time.
+    """Yield batches `[size d]` in float32 without end: epochs that hold each row once, each in a new order.
 
-    So it is of each source: a pass over its rows ends before the next begins, though a batch may hold rows of both.
+    This holds for each source: an epoch of its rows ends before the next begins, though a batch may hold rows of both.
 
     Args:
       rows: `[n d]`, may be memory-mapped; or several of them, to be mixed.

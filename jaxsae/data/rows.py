@@ -4,9 +4,6 @@ import hashlib
 import io
 import json
 import os
-import tokenize
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-from jaxsae._core.files import InputError, local_path
+from jaxsae._core.files import InputError, first_line, in_one_line, local_path
 from jaxsae.data import shards
 
 Rows = np.ndarray | shards.Rows  # `[n d]`, in memory or not
 _SAMPLED, _BLOCKS = 64 << 20, 256  # bytes of rows whose values are hashed, and in how many places
-_MEND = "write the file anew"
-# What numpy lets out when a file is not what it says.
-_UNREADABLE = (
-    *(ValueError, TypeError, EOFError, OSError, LookupError, SyntaxError, NotImplementedError, MemoryError),
-    *(tokenize.TokenError, zipfile.BadZipFile, zlib.error, safetensors.SafetensorError, RuntimeError),
-)
+_MEND = "write the file again"
 
 
 def open_rows(path: str | os.PathLike) -> Rows:
@@ -65,7 +57,7 @@ def open_rows(path: str | os.PathLike) -> Rows:
         magic = file.read(6)
     if kind is None and magic[:2] != b"PK" and magic != b"\x93NUMPY":
         raise InputError(f"{path}: {'not an array file' if magic else 'the file is empty'}; {expected}.")
-    try:
+    with in_one_line(f"{path}: is damaged or holds no plain array", expected):
         if kind is not None:
             array = kind(path)
         elif magic[:2] == b"PK":
@@ -73,10 +65,6 @@ def open_rows(path: str | os.PathLike) -> Rows:
                 array = _only_array(archive, path)
         else:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except InputError:
-        raise
-    except _UNREADABLE as error:
-        raise InputError(f"{path}: is damaged or holds no plain array ({_reason(error)}); {expected}.") from error
     dtype = array.dtype.newbyteorder("=")
     if dtype not in (np.float16, np.float32, np.float64, jnp.bfloat16):
         raise InputError(f"{path}: holds {array.dtype}; {expected}: convert it with .astype('float32').")
@@ -138,22 +126,17 @@ class _Records:
         try:
             records = map(io.BytesIO, self._source.__getitems__(numbers))
             return [np.lib.format.read_array(record, allow_pickle=False) for record in records]
-        except _UNREADABLE as error:
+        except Exception as error:
             if len(numbers) > 1:  # find which
                 return [row for number in numbers for row in self._rows([number])]
-            raise InputError(
-                f"{self._path}: record {numbers[0]} is no .npy file ({_reason(error)}); {_MEND}."
-            ) from error
+            what = f"record {numbers[0]} is no .npy file ({first_line(error)})"
+            raise InputError(f"{self._path}: {what}; {_MEND}.") from error
 
 
 def _open_records(path: Path) -> shards.Rows:
     records: Any = _Records(path)
     window, dtype = range(len(records)), records.first.dtype.newbyteorder("=")
     return shards.Rows(lambda _: records, np.array([0, len(records)]), window, len(records.first), dtype)
-
-
-def _reason(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _only_array(archive, path: Path) -> np.ndarray:
@@ -185,13 +168,12 @@ def require_finite(rows: Rows, what: str) -> None:
     finite = [np.isfinite(rows[at : at + chunk]).all(axis=1) for at in range(0, len(rows), chunk)]
     bad = np.flatnonzero(~np.concatenate(finite))
     if bad.size:
-        raise InputError(
-            f"{what}: {bad.size} of {len(rows)} rows hold NaN or Inf, the first is row {bad[0]}; drop or mend them."
-        )
+        found = f"{bad.size} of {len(rows)} rows hold NaN or Inf, the first is row {bad[0]}"
+        raise InputError(f"{what}: {found}; drop or mend them.")
 
 
 def fingerprint(rows: Rows) -> str:
-    """A hash by which other rows in the place of these are noticed, cheap for any number of them.
+    """A hash that detects other rows in the place of these, cheap for any number of them.
 
     It is of their number, width, dtype and values: all of them up to 64 MiB, beyond that blocks spread evenly; of a
     directory of shards, the checksums in its manifest instead; of rows that are computed, no values.
@@ -209,9 +191,9 @@ def fingerprint(rows: Rows) -> str:
     if isinstance(rows, shards.Rows) and rows.checksum is not None:
         hashed.update(rows.checksum.encode())
         return hashed.hexdigest()
-    most = max(_BLOCKS, _SAMPLED // max(1, rows.nbytes // len(rows)))
-    blocks = 1 if len(rows) <= most else _BLOCKS
-    size = min(len(rows), most) // blocks
+    hashed_rows = max(_BLOCKS, _SAMPLED // max(1, rows.nbytes // len(rows)))
+    blocks = 1 if len(rows) <= hashed_rows else _BLOCKS
+    size = min(len(rows), hashed_rows) // blocks
     for start in np.linspace(0, len(rows) - size, blocks).astype(int).tolist():
         block = np.asarray(rows[start : start + size])
         hashed.update(np.ascontiguousarray(block, block.dtype.newbyteorder("<")).tobytes())

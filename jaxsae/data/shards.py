@@ -14,7 +14,6 @@ import json
 import math
 import os
 import re
-import tokenize
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -23,14 +22,14 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsae._core.files import InputError, atomic_file, flush_folder, local_path, remove
+from jaxsae._core.files import InputError, atomic_file, flush_folder, in_one_line, local_path, remove
 
 MANIFEST = "manifest.json"
 _FORMAT, _VERSION, _DTYPES = "jaxsae-activations", 1, ("float16", "float32", "bfloat16")
 _SHARD = re.compile(r"([0-9]{5,})(?:\.([A-Za-z_][A-Za-z0-9_]*))?\.npy")  # its number; the column that it is
 _PARTIAL = re.compile(rf"\.(?:{_SHARD.pattern}|{re.escape(MANIFEST)})(?:\.\w+)?\.partial")  # of `atomic_file`
-_MOST_MAPS = 128  # each holds a file descriptor, of which some systems allow 256
-_MEND = "copy or make the directory anew"
+_MAX_MAPS = 128  # each holds a file descriptor, of which some systems allow 256
+_MEND = "copy or make the directory again"
 
 
 class Manifest(NamedTuple):
@@ -52,12 +51,12 @@ class Manifest(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Of all shards."""
+        """The number of rows in all shards."""
         return sum(shard["rows"] for shard in self.shards)
 
     @property
     def files(self) -> dict[str, dict[str, Any]]:
-        """Of all shards, by name."""
+        """The files of all shards, by name."""
         return {name: file for shard in self.shards for name, file in shard["files"].items()}
 
 
@@ -79,12 +78,11 @@ def read(folder: str | os.PathLike) -> Manifest:
     """
     path = local_path(folder) / MANIFEST
     try:
-        manifest = _parse(path.read_bytes())
+        content = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; expected the manifest of a directory of activations.") from error
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
-        raise InputError(f"{path}: is damaged or no manifest of activations ({reason}); {_MEND}.") from error
+    with in_one_line(f"{path}: is damaged or no manifest of activations", _MEND):
+        manifest = _parse(content)
     for name, file in manifest.files.items():
         path = Path(folder, name)
         found = f"has {path.stat().st_size} bytes" if path.is_file() else "no such file"
@@ -115,7 +113,7 @@ def _name(number: int, column: str | None = None) -> str:
 
 
 class Writer:
-    """The one writer of a directory: starts it, or goes on after its last whole shard.
+    """The one writer of a directory: starts it, or resumes after its last whole shard.
 
     Attributes: `manifest`, as it is on the disk; `shards` and `rows`, how many it has.
 
@@ -130,7 +128,7 @@ class Writer:
     """
 
     def __init__(self, folder: str | os.PathLike, *, width: int, dtype: Any, source: Any):
-        """Start, or go on.
+        """Start, or resume.
 
         Args:
           folder: the directory, made if missing.
@@ -179,7 +177,7 @@ class Writer:
           InputError: if the rows are of another width or overflow in the cast, or the directory is complete.
           OSError: if the disk is full, say; what was there stays.
         """
-        self._require_mine()
+        self._require_writable()
         rows = _stored_rows(rows, self.manifest, self.folder)
         contents = {_name(self.shards, name): _serialised(x, name) for name, x in {None: rows, **columns}.items()}
         first = self.manifest.shards[0]["files"] if self.shards else contents
@@ -201,10 +199,10 @@ class Writer:
     def finish(self) -> None:
         """Mark the directory complete."""
         if not self.manifest.complete:
-            self._require_mine()
+            self._require_writable()
             self._commit(self.manifest._replace(complete=True))
 
-    def _require_mine(self) -> None:
+    def _require_writable(self) -> None:
         if self.manifest.complete:
             raise InputError(f"{self.folder}: is complete; choose another --out, or remove it.")
         if _parse(self._path.read_bytes()) != self.manifest:
@@ -226,7 +224,7 @@ class Writer:
 
 
 def _arguments(manifest: Manifest) -> dict[str, str]:
-    """What a directory is made with; a source that is an object by its members, to name the one that differs."""
+    """Arguments of a `Writer` by name, with the members of a source one by one, to name the one that differs."""
     source = manifest.source if isinstance(manifest.source, dict) else {"": manifest.source}
     parts = {f"source {name}".rstrip(): value for name, value in source.items()}
     parts |= {"width": manifest.width, "dtype": manifest.dtype}
@@ -241,7 +239,7 @@ def _stored_rows(rows: Any, manifest: Manifest, folder: Path) -> np.ndarray:
 
 
 def cast(rows: Any, dtype: Any, what: str, do: str, numbers: Any = None) -> np.ndarray:
-    """Rows in another floating-point dtype; none becomes infinite in silence.
+    """Rows in another floating-point dtype; none overflows silently.
 
     Args:
       rows: `[n d]`, real numbers.
@@ -274,17 +272,17 @@ def cast(rows: Any, dtype: Any, what: str, do: str, numbers: Any = None) -> np.n
             held = f"row {row} holds {rows[tuple(wrong[0])]:g}"
             raise InputError(f"{what}: {held}, {len(wrong)} finite values overflow {dtype}; {do}.")
         some, left = ((part != 0).reshape(len(rows), -1).any(1) for part in (rows, found))
-        lost = np.flatnonzero(some & ~left)
-        if len(lost):
-            row = lost[0] if numbers is None else numbers[lost[0]]
+        vanished = np.flatnonzero(some & ~left)
+        if len(vanished):
+            row = vanished[0] if numbers is None else numbers[vanished[0]]
             raise InputError(
-                f"{what}: row {row} and {len(lost) - 1} others are too small for {dtype}, and become 0; {do}."
+                f"{what}: row {row} and {len(vanished) - 1} others are too small for {dtype}, and become 0; {do}."
             )
     return found
 
 
 def _stored(dtype: str) -> str:
-    """As what values are in a `.npy` file."""
+    """The dtype of the values in a `.npy` file."""
     return "uint16" if dtype == "bfloat16" else dtype
 
 
@@ -326,11 +324,10 @@ def column(folder: str | os.PathLike, name: str) -> np.ndarray:
     files = [_name(number, name) for number in range(len(manifest.shards))]
     if not files or not manifest.files.keys() >= set(files):
         raise InputError(f"{folder}: not every shard has a column {name!r}; pass one that its {MANIFEST} names.")
-    contents = [_checked(Path(folder, file), manifest.files[file]["crc32"]) for file in files]
-    try:
-        return np.concatenate([np.load(io.BytesIO(content), allow_pickle=False) for content in contents])
-    except ValueError as error:
-        raise InputError(f"{folder}: the column {name!r} does not fit together ({error}); read its files.") from error
+    for file in files:
+        _check(Path(folder, file), manifest.files[file]["crc32"])
+    with in_one_line(f"{folder}: the column {name!r} does not fit together", "read its files"):
+        return np.concatenate([np.load(Path(folder, file), allow_pickle=False) for file in files])
 
 
 def verify(folder: str | os.PathLike) -> None:
@@ -349,17 +346,11 @@ def verify(folder: str | os.PathLike) -> None:
       ...     verify(folder)
     """
     for name, file in read(folder).files.items():
-        _checked(Path(folder, name), file["crc32"])
-
-
-def _checked(path: Path, crc32: str) -> bytes:
-    content = path.read_bytes()
-    _require(path, _crc32(content), crc32)
-    return content
+        _check(Path(folder, name), file["crc32"])
 
 
 def _check(path: Path, crc32: str) -> None:
-    """The same of a file that need not be in memory."""
+    """Compare a file, which need not fit into memory, with its checksum."""
     total = 0
     try:
         with open(path, "rb") as file:
@@ -367,12 +358,8 @@ def _check(path: Path, crc32: str) -> None:
                 total = zlib.crc32(piece, total)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); {_MEND}.") from error
-    _require(path, f"{total:08x}", crc32)
-
-
-def _require(path: Path, got: str, expected: str) -> None:
-    if got != expected:
-        raise InputError(f"{path}: is damaged, its CRC-32 is {got}, expected {expected}; {_MEND}.")
+    if f"{total:08x}" != crc32:
+        raise InputError(f"{path}: is damaged, its CRC-32 is {total:08x}, expected {crc32}; {_MEND}.")
 
 
 class Rows:
@@ -466,7 +453,7 @@ def open_rows(folder: str | os.PathLike) -> Rows:
 
     checked: set[int] = set()
 
-    @functools.lru_cache(_MOST_MAPS)
+    @functools.lru_cache(_MAX_MAPS)
     def load(number):
         if number not in checked:
             _check(paths[number], manifest.files[paths[number].name]["crc32"])
@@ -480,13 +467,10 @@ def open_rows(folder: str | os.PathLike) -> Rows:
 
 def _offset(path: Path, shape: tuple[int, int], dtype: str) -> int:
     """Where the values of a shard begin."""
-    try:
-        with open(path, "rb") as file:
-            version = np.lib.format.read_magic(file)
-            found = np.lib.format.read_array_header_1_0(file)
-            offset = file.tell()
-    except (ValueError, TypeError, SyntaxError, LookupError, tokenize.TokenError) as error:
-        raise InputError(f"{path}: is no .npy file ({str(error).partition(chr(10))[0]}); {_MEND}.") from error
+    with in_one_line(f"{path}: is no .npy file", _MEND), open(path, "rb") as file:
+        version = np.lib.format.read_magic(file)
+        found = np.lib.format.read_array_header_1_0(file)
+        offset = file.tell()
     in_order = (shape, False, np.dtype(_stored(dtype)).newbyteorder("<"))
     whole = offset + math.prod(shape) * jnp.dtype(dtype).itemsize == path.stat().st_size
     if version != (1, 0) or found != in_order or not whole:

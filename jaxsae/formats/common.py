@@ -21,7 +21,7 @@ from jaxsae.formats.tensors import Arrays, place, read_json, read_safetensors, s
 
 
 class Tensors(dict[str, np.ndarray]):
-    """Arrays by name, which remember which of them were used: what a format leaves over it does not know."""
+    """Arrays by name that record which of them were used: unused ones are unknown to the format."""
 
     def __init__(self, arrays: Arrays):
         """None is used yet.
@@ -61,6 +61,117 @@ class Raw(NamedTuple):
     arrays: Tensors
     dtype: Any = None
 
+    def error(self, what: str, do: str = "download it again") -> InputError:
+        """What is wrong with the file, and what the user can do."""
+        return InputError(f"{self.path}: {what}; {do}.")
+
+    def take(self, name: str, said: str = "") -> np.ndarray:
+        """An array of numbers, which must be there, perhaps because an entry of the configuration says so."""
+        if name not in self.arrays:
+            there = ", ".join(sorted(self.arrays)) or "nothing"
+            said = f", of which {said} speaks" if said else self._kind()
+            raise self.error(f"holds {there}, expected {name} too{said}")
+        array = self.arrays[name]
+        if array.dtype.kind != "f" and array.dtype != ml_dtypes.bfloat16:
+            raise self.error(f"{name} is {array.dtype}, expected floating point")
+        return array
+
+    def _kind(self) -> str:
+        """What the configuration says that it is, as far as it does."""
+        said = {name: self.config.get(name) for name in ("architecture", "activation", "act_fn", "dict_class")}
+        shown = ", ".join(f"{name} {value!r}" for name, value in said.items() if isinstance(value, str))
+        return f" ({shown})" if shown else ""
+
+    def take_one(self, name: str) -> np.ndarray:
+        """An array of one number, which must be there, without axes."""
+        array = self.take(name)
+        if array.size != 1:
+            raise self.error(f"{name} has shape {array.shape}, expected one number")
+        return array.reshape(())
+
+    def number(self, value: Any, name: str) -> float:
+        """A finite number of a configuration, or of an array of one."""
+        value = value.item() if isinstance(value, np.ndarray) and value.size == 1 else value
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 2**62:
+            raise self.error(f"{name} is {_shown(value)}, expected a number", "mend its configuration")
+        return float(value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        """A yes or no of a configuration, where it has it: text and numbers are neither."""
+        value = self.config.get(name, default)
+        if not isinstance(value, bool):
+            raise self.error(f"{name} is {_shown(value)}, expected true or false", "mend its configuration")
+        return value
+
+    def positive(self, value: Any, name: str) -> float:
+        """A number above 0."""
+        found = self.number(value, name)
+        if found <= 0:
+            raise self.error(f"{name} is {found}, expected more than 0", "mend its configuration")
+        return found
+
+    def integer(self, value: Any, name: str) -> int:
+        """A whole number from 1."""
+        found = self.number(value, name)
+        if found != int(found) or not 1 <= found < 2**31:
+            raise self.error(f"{name} is {found:g}, expected a whole number from 1", "mend its configuration")
+        return int(found)
+
+    def choice(self, what: str, value: Any, known: Iterable[Any]) -> Any:
+        """A value, which must be among those known."""
+        known = list(known)
+        if isinstance(value, dict | list) or value not in known or type(value) not in map(type, known):
+            names = ", ".join(map(str, known))
+            raise self.error(f"its {what} is {_shown(value)}, expected one of: {names}", "jaxsae cannot compute it")
+        return value
+
+    def require_sizes(self, **sizes: int) -> None:
+        """Raise if sizes in the configuration contradict those of the weights.
+
+        Args:
+          sizes: of the weights, by the names in the configuration.
+        """
+        for name, size in sizes.items():
+            said = self.config.get(name)
+            if said is not None and self.integer(said, name) != size:
+                what = f"its configuration says {name} {said}, but its weights {size}"
+                raise self.error(what, "mend the one that is wrong")
+
+    def require_used(self, format: str, activation: Activation) -> None:
+        """Every array must have been used: one that was not would change what the autoencoder computes."""
+        if unused := self.arrays.unused:
+            raise self.error(
+                f"holds {', '.join(unused)}, which {type(activation).__name__} of {format} has not{self._kind()}",
+                "say what it is in its configuration, or remove what is not used",
+            )
+
+    def is_elsewhere(self, into: str, out: str) -> bool:
+        """Whether what is reconstructed is another site than the one that is read, by the names of both."""
+        there = self.config.get(out)
+        if there is not None and self.config.get(into) is None:
+            raise self.error(f"says {out} {_shown(there)} and no {into}", "expected both: mend its configuration")
+        return there not in (None, self.config.get(into))
+
+    def place_threshold(self, array: np.ndarray) -> jax.Array:
+        """Thresholds in float32 or better, whatever the weights; an infinite one silences a latent."""
+        dtype = np.promote_types(self.dtype or array.dtype, np.float32)
+        return place(array, dtype, name=f"{self.path}: threshold", infinite=True)
+
+    def gated(self, r_mag: str, b_gate: str, b_mag: str) -> Gated:
+        """`Gated` of arrays of these names."""
+        names = (r_mag, b_gate, b_mag)
+        return Gated(
+            *(place(self.take(name), self.dtype, name=f"{self.path}: {name}", infinite=True) for name in names)
+        )
+
+    def zeros(self, size: int) -> np.ndarray:
+        """For a bias that the format has not."""
+        return np.zeros(size, self.dtype or np.float32)
+
+    def mean_k(self, k: Any) -> int:
+        """`k` of BatchTopK, which may be a fraction: it matters in training alone."""
+        return max(1, round(min(self.number(k, "k"), math.exp2(31))))
+
 
 # --- finding
 
@@ -95,6 +206,12 @@ def find_weights(path: Path, *names: str) -> Path | None:
         return safetensors_file(path)
     start = first_bytes(path, 9)
     return path if start[8:] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size else None
+
+
+def find_npz(path: Path, *names: str) -> Path | None:
+    """A file of `numpy.savez`: at a path, or of some names in its folder, or the only one there."""
+    file = find_file(path, names, ".npz")
+    return file if file is not None and is_zip(file) and not is_torch(file) else None
 
 
 def find_torch(path: Path, *names: str) -> Path | None:
@@ -144,112 +261,8 @@ def require(path: Path, file: Path | None, what: str) -> Path:
 # --- checking
 
 
-def take(raw: Raw, name: str, said: str = "") -> np.ndarray:
-    """An array of numbers, which must be there, perhaps because an entry of the configuration says so."""
-    if name not in raw.arrays:
-        there = ", ".join(sorted(raw.arrays)) or "nothing"
-        said = f", of which {said} speaks" if said else _kind(raw)
-        raise InputError(f"{raw.path}: holds {there}, expected {name} too{said}; download it again.")
-    array = raw.arrays[name]
-    if array.dtype.kind != "f" and array.dtype != ml_dtypes.bfloat16:
-        raise InputError(f"{raw.path}: {name} is {array.dtype}, expected floating point; download it again.")
-    return array
-
-
-def _kind(raw: Raw) -> str:
-    """What the configuration says that it is, as far as it does."""
-    said = {name: raw.config.get(name) for name in ("architecture", "activation", "act_fn", "dict_class")}
-    shown = ", ".join(f"{name} {value!r}" for name, value in said.items() if isinstance(value, str))
-    return f" ({shown})" if shown else ""
-
-
-def take_one(raw: Raw, name: str) -> np.ndarray:
-    """An array of one number, which must be there, without axes."""
-    array = take(raw, name)
-    if array.size != 1:
-        raise InputError(f"{raw.path}: {name} has shape {array.shape}, expected one number; download it again.")
-    return array.reshape(())
-
-
-def number(raw: Raw, value: Any, name: str) -> float:
-    """A finite number of a configuration, or of an array of one."""
-    value = value.item() if isinstance(value, np.ndarray) and value.size == 1 else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 2**62:
-        raise InputError(f"{raw.path}: {name} is {_shown(value)}, expected a number; mend its configuration.")
-    return float(value)
-
-
-def flag(raw: Raw, name: str, default: bool) -> bool:
-    """A yes or no of a configuration, where it has it: text and numbers are neither."""
-    value = raw.config.get(name, default)
-    if not isinstance(value, bool):
-        raise InputError(f"{raw.path}: {name} is {_shown(value)}, expected true or false; mend its configuration.")
-    return value
-
-
-def positive(raw: Raw, value: Any, name: str) -> float:
-    """A number above 0."""
-    found = number(raw, value, name)
-    if found <= 0:
-        raise InputError(f"{raw.path}: {name} is {found}, expected more than 0; mend its configuration.")
-    return found
-
-
-def integer(raw: Raw, value: Any, name: str) -> int:
-    """A whole number from 1."""
-    found = number(raw, value, name)
-    if found != int(found) or not 1 <= found < 2**31:
-        raise InputError(f"{raw.path}: {name} is {found:g}, expected a whole number from 1; mend its configuration.")
-    return int(found)
-
-
-def choice(raw: Raw, what: str, value: Any, known: Iterable[Any]) -> Any:
-    """A value, which must be among those known."""
-    known = list(known)
-    if isinstance(value, dict | list) or value not in known or type(value) not in map(type, known):
-        raise InputError(
-            f"{raw.path}: its {what} is {_shown(value)}, expected one of: {', '.join(str(name) for name in known)}; "
-            "jaxsae cannot compute it."
-        )
-    return value
-
-
 def _shown(value: Any) -> str:
     return repr(value) if isinstance(value, int | float | str | None) else repr(type(value).__name__)
-
-
-def require_sizes(raw: Raw, **sizes: int) -> None:
-    """What a configuration says of sizes, if it does, must be so of the weights.
-
-    Args:
-      raw: with the configuration.
-      sizes: of the weights, by the names in the configuration.
-    """
-    for name, size in sizes.items():
-        said = raw.config.get(name)
-        if said is not None and integer(raw, said, name) != size:
-            raise InputError(
-                f"{raw.path}: its configuration says {name} {said}, but its weights {size}; mend the one that is wrong."
-            )
-
-
-def require_used(raw: Raw, format: str, activation: Activation) -> None:
-    """Every array must have been used: one that was not would change what the autoencoder computes."""
-    if unused := raw.arrays.unused:
-        raise InputError(
-            f"{raw.path}: holds {', '.join(unused)}, which {type(activation).__name__} of {format} has not"
-            f"{_kind(raw)}; say what it is in its configuration, or remove what is not used."
-        )
-
-
-def is_elsewhere(raw: Raw, into: str, out: str) -> bool:
-    """Whether what is reconstructed is another site than the one that is read, by the names of both."""
-    there = raw.config.get(out)
-    if there is not None and raw.config.get(into) is None:
-        raise InputError(
-            f"{raw.path}: says {out} {_shown(there)} and no {into}; expected both: mend its configuration."
-        )
-    return there not in (None, raw.config.get(into))
 
 
 # --- making
@@ -280,7 +293,7 @@ def assemble(
         raise InputError(f"{raw.path}: weights of shapes {W_enc.shape} and {W_dec.shape}, expected two axes each.")
     (d, m), d_out = W_enc.shape, W_dec.shape[1] if transcoder else W_enc.shape[0]
     if apply_b_dec_to_input and d != d_out:
-        raise InputError(f"{raw.path}: subtracts b_dec, {d_out} wide, from rows {d} wide; jaxsae cannot compute it.")
+        raise raw.error(f"subtracts b_dec, {d_out} wide, from rows {d} wide", "jaxsae cannot compute it")
     expected = {"W_dec": (m, d_out), "b_enc": (m,), "b_dec": (d_out,), "W_skip": (d, d_out)}
     found = {name: array.shape for name, array in weights._asdict().items() if name in expected and array is not None}
     wrong = {name: shape for name, shape in found.items() if shape != expected[name]}
@@ -288,7 +301,7 @@ def assemble(
     wrong |= {"activation": parameters[0]} if parameters else {}
     if wrong or not d * m * d_out:
         shown = ", ".join(f"{name} {shape}" for name, shape in wrong.items()) or "nothing"
-        raise InputError(f"{raw.path}: {shown} does not fit {m} latents, {d} to {d_out} wide; download it again.")
+        raise raw.error(f"{shown} does not fit {m} latents, {d} to {d_out} wide")
     require_k(f"{raw.path}: ", activation, m)
     if np.any(np.asarray(weights.b_enc) == np.inf):
         raise InputError(f"{raw.path}: b_enc holds +inf, expected numbers, or -inf for a latent that is never active.")
@@ -311,28 +324,6 @@ def require_k(where: str, activation: Activation, m: int) -> None:
     k = activation.slots or 1
     if k > m or (isinstance(activation, GroupMax) and m % k):
         raise InputError(f"{where}k is {k}, which does not fit {m} latents; mend its configuration.")
-
-
-def place_threshold(raw: Raw, array: np.ndarray) -> jax.Array:
-    """Thresholds in float32 or better, whatever the weights; an infinite one silences a latent."""
-    return place(
-        array, np.promote_types(raw.dtype or array.dtype, np.float32), name=f"{raw.path}: threshold", infinite=True
-    )
-
-
-def gated(raw: Raw, r_mag: str, b_gate: str, b_mag: str) -> Gated:
-    """`Gated` of arrays of these names."""
-    return Gated(
-        *(
-            place(take(raw, name), raw.dtype, name=f"{raw.path}: {name}", infinite=True)
-            for name in (r_mag, b_gate, b_mag)
-        )
-    )
-
-
-def zeros(raw: Raw, size: int) -> np.ndarray:
-    """For a bias that the format has not."""
-    return np.zeros(size, raw.dtype or np.float32)
 
 
 def fold_norms(weights: Weights) -> Weights:
@@ -412,14 +403,7 @@ def write_safetensors(file: Path, arrays: Mapping[str, Any]) -> None:
 def write_json(file: Path, config: Mapping[str, Any]) -> None:
     """A configuration."""
     try:
-        text = json.dumps(config, indent=2, allow_nan=False)
+        file.write_text(json.dumps(config, indent=2, allow_nan=False) + "\n")
     except ValueError as error:
-        raise InputError(
-            f"{file.name}: JSON has no NaN and no infinite numbers, got {config}; save finite ones."
-        ) from error
-    file.write_text(text + "\n")
-
-
-def mean_k(raw: Raw, k: Any) -> int:
-    """`k` of BatchTopK, which may be a fraction: it matters in training alone."""
-    return max(1, round(min(number(raw, k, "k"), math.exp2(31))))
+        what = f"JSON has no NaN and no infinite numbers, got {config}"
+        raise InputError(f"{file.name}: {what}; save finite ones.") from error

@@ -9,35 +9,8 @@ from jaxsae._core.files import InputError, atomic_directory
 from jaxsae.autoencoder.activations import Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK
 from jaxsae.autoencoder.sae import SAE
 from jaxsae.autoencoder.surgery import rescale
-from jaxsae.formats import torch_pickle
-from jaxsae.formats.common import (
-    Raw,
-    Tensors,
-    Weights,
-    assemble,
-    centre,
-    choice,
-    find_config,
-    find_file,
-    find_torch,
-    fixed_k,
-    gate_biases,
-    gated,
-    integer,
-    is_torch,
-    is_zip,
-    place_threshold,
-    positive,
-    read_state,
-    refuse,
-    refuse_unless,
-    require,
-    require_sizes,
-    take,
-    take_one,
-    write_json,
-    zeros,
-)
+from jaxsae.formats import common, torch_pickle
+from jaxsae.formats.common import Raw, Tensors, Weights
 from jaxsae.formats.tensors import Arrays, read_npz
 
 _CONFIG, _WEIGHTS = "config.json", "ae.pt"
@@ -52,18 +25,14 @@ _BIASES = {  # of the decoder, by class
 
 
 def _find(path: Path) -> Path | None:
-    file = find_torch(path, _WEIGHTS)
-    if file is not None:
-        return file
-    file = find_file(path, ("state_dict.npz",), ".npz")
-    return file if file is not None and is_zip(file) and not is_torch(file) else None
+    return common.find_torch(path, _WEIGHTS) or common.find_npz(path, "state_dict.npz")
 
 
 def _state(file: Path, *, check: bool) -> tuple[Arrays, dict[str, Any]]:
     """Arrays, those of a back-up from within, and what else there is."""
-    if not is_torch(file):
+    if not common.is_torch(file):
         return read_npz(file, check=check), {}
-    arrays, rest = read_state(file, check=check)
+    arrays, rest = common.read_state(file, check=check)
     inner = rest.get("ae")
     if rest.keys() >= {"ae", "optimizer"} and isinstance(inner, dict):
         arrays = {str(name): value for name, value in inner.items() if isinstance(value, np.ndarray)}
@@ -78,14 +47,14 @@ def detect(path: Path) -> bool:
     names = _state(file, check=False)[0].keys()
     if "encoder.weight" in names:
         return "decoder.weight" in names and "pre_bias" not in names
-    return {"W_enc", "W_dec", "threshold"} <= names and ("group_sizes" in names or is_torch(file))
+    return {"W_enc", "W_dec", "threshold"} <= names and ("group_sizes" in names or common.is_torch(file))
 
 
 def read(path: Path) -> Raw:
     """The state dict and, where there is one, the configuration."""
-    file = require(path, _find(path), f"{_WEIGHTS} and {_CONFIG}")
+    file = common.require(path, _find(path), f"{_WEIGHTS} and {_CONFIG}")
     arrays, rest = _state(file, check=True)
-    trainer = find_config(file, _CONFIG).get("trainer")
+    trainer = common.find_config(file, _CONFIG).get("trainer")
     config = dict(trainer) if isinstance(trainer, dict) else {}
     backup = isinstance(rest.get("ae"), dict)
     if unknown := rest.keys() - (_BACKUP if backup else set()):
@@ -116,17 +85,18 @@ def _convert(raw: Raw, named: str | None) -> SAE:
     name = _class(raw, named)
     activation = _activation(raw, name)
     if "W_enc" in raw.arrays:
-        weights = Weights(*(take(raw, each) for each in ("W_enc", "b_enc", "W_dec", "b_dec")))
+        weights = Weights(*(raw.take(each) for each in ("W_enc", "b_enc", "W_dec", "b_dec")))
     else:
-        W_enc, W_dec = take(raw, "encoder.weight").T, take(raw, "decoder.weight").T
-        b_enc = zeros(raw, W_enc.shape[-1]) if isinstance(activation, Gated) else take(raw, "encoder.bias")
-        weights = Weights(W_enc, b_enc, W_dec, take(raw, _BIASES[name]))
-    sae = assemble(raw, activation, weights, apply_b_dec_to_input=name not in ("JumpReluAutoEncoder", "AutoEncoderNew"))
-    require_sizes(raw, activation_dim=sae.d, dict_size=sae.m)
+        W_enc, W_dec = raw.take("encoder.weight").T, raw.take("decoder.weight").T
+        b_enc = raw.zeros(W_enc.shape[-1]) if isinstance(activation, Gated) else raw.take("encoder.bias")
+        weights = Weights(W_enc, b_enc, W_dec, raw.take(_BIASES[name]))
+    centred = name not in ("JumpReluAutoEncoder", "AutoEncoderNew")
+    sae = common.assemble(raw, activation, weights, apply_b_dec_to_input=centred)
+    raw.require_sizes(activation_dim=sae.d, dict_size=sae.m)
     if "group_sizes" in raw.arrays and raw.arrays["group_sizes"].sum() != sae.m:
-        raise InputError(f"{raw.path}: its group_sizes do not add up to {sae.m} latents; download it again.")
+        raise raw.error(f"its group_sizes do not add up to {sae.m} latents")
     factor = raw.config.get("norm_factor")
-    return sae if factor is None else rescale(sae, 1 / positive(raw, factor, "norm_factor"))
+    return sae if factor is None else rescale(sae, 1 / raw.positive(factor, "norm_factor"))
 
 
 def _class(raw: Raw, named: str | None) -> str:
@@ -141,45 +111,44 @@ def _class(raw: Raw, named: str | None) -> str:
     else:
         classes = ["AutoEncoderNew" if "decoder.bias" in names else "AutoEncoder"]
     if named is None and len(classes) > 1:
-        raise InputError(
-            f"{raw.path}: may be an {classes[0]} or a {classes[1]}, whose arrays are the same, and no {_CONFIG} has "
-            "the dict_class; put its own beside it, or pass format='dictionary_learning_topk' or "
-            "'dictionary_learning_batch_topk'."
+        raise raw.error(
+            f"may be an {classes[0]} or a {classes[1]}, whose arrays are the same, and no {_CONFIG} has the dict_class",
+            "put its own beside it, or pass format='dictionary_learning_topk' or 'dictionary_learning_batch_topk'",
         )
     # Of those that train either, one trainer writes the name of the other.
     alike = ["AutoEncoder"] if classes == ["AutoEncoderNew"] else []
-    found = choice(raw, "dict_class", classes[0] if named is None else named, classes + alike)
+    found = raw.choice("dict_class", classes[0] if named is None else named, classes + alike)
     return found if found in classes else classes[0]
 
 
 def _activation(raw: Raw, name: str) -> Activation:
     match name:
         case "GatedAutoEncoder":
-            return gated(raw, "r_mag", "gate_bias", "mag_bias")
+            return raw.gated("r_mag", "gate_bias", "mag_bias")
         case "JumpReluAutoEncoder":
-            return JumpReLU(place_threshold(raw, take(raw, "threshold")))
+            return JumpReLU(raw.place_threshold(raw.take("threshold")))
         case "AutoEncoderTopK":
             raw.arrays.ignore("threshold")  # an estimate of the smallest value kept, for other uses
             return TopK(_k(raw))
         case "BatchTopKSAE" | "MatryoshkaBatchTopKSAE":
-            return BatchTopK(_k(raw), place_threshold(raw, take_one(raw, "threshold")))
+            return BatchTopK(_k(raw), raw.place_threshold(raw.take_one("threshold")))
     return ReLU()
 
 
 def _k(raw: Raw) -> int:
-    k = integer(raw, raw.arrays["k"] if "k" in raw.arrays else raw.config.get("k"), "k")
-    require_sizes(raw, k=k)
+    k = raw.integer(raw.arrays["k"] if "k" in raw.arrays else raw.config.get("k"), "k")
+    raw.require_sizes(k=k)
     return k
 
 
 def write(sae: SAE, path: Path) -> None:
     """`ae.pt` and a `config.json` that names the class."""
-    refuse_unless("dictionary_learning", sae)
+    common.refuse_unless("dictionary_learning", sae)
     name, sae, state = _written(sae)
     trainer = {"dict_class": name, "activation_dim": sae.d, "dict_size": sae.m}
     trainer |= {"k": int(state["k"])} if "k" in state else {}
     with atomic_directory(path) as folder:
-        write_json(folder / _CONFIG, {"trainer": trainer})
+        common.write_json(folder / _CONFIG, {"trainer": trainer})
         torch_pickle.write(folder / _WEIGHTS, {name: np.asarray(array) for name, array in state.items()})
 
 
@@ -194,19 +163,19 @@ def _written(sae: SAE) -> tuple[str, SAE, dict[str, Any]]:
         case ReLU():
             return "AutoEncoder", sae, {"bias": sae.b_dec, "encoder.bias": sae.b_enc} | layers
         case JumpReLU():
-            sae = centre(sae, False)
+            sae = common.centre(sae, False)
             names = ("W_enc", "b_enc", "W_dec", "b_dec")
             arrays = {name: getattr(sae, name) for name in names} | {"threshold": activation.threshold}
             return "JumpReluAutoEncoder", sae, arrays
         case TopK() | BatchTopK():
-            sae, topk = centre(sae, True), isinstance(activation, TopK)
+            sae, topk = common.centre(sae, True), isinstance(activation, TopK)
             threshold = np.float32(-1) if isinstance(activation, TopK) else np.asarray(activation.threshold)
-            k = np.int32(fixed_k("dictionary_learning", activation) if topk else activation.k)
+            k = np.int32(common.fixed_k("dictionary_learning", activation) if topk else activation.k)
             state = {"b_dec": sae.b_dec, "k": k, "threshold": threshold, "encoder.bias": sae.b_enc} | layers
             return "AutoEncoderTopK" if topk else "BatchTopKSAE", sae, state
         case Gated():
-            sae = centre(sae, True)
-            gate, magnitude = gate_biases(sae)
+            sae = common.centre(sae, True)
+            gate, magnitude = common.gate_biases(sae)
             state = {"decoder_bias": sae.b_dec, "r_mag": activation.r_mag, "gate_bias": gate, "mag_bias": magnitude}
             return "GatedAutoEncoder", sae, state | layers
-    raise refuse("dictionary_learning", type(activation).__name__)
+    raise common.refuse("dictionary_learning", type(activation).__name__)

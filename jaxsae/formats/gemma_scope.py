@@ -10,43 +10,16 @@ from jaxsae._core.files import InputError, atomic_directory
 from jaxsae.autoencoder.activations import Activation, BatchTopK, JumpReLU, ReLU
 from jaxsae.autoencoder.sae import SAE
 from jaxsae.autoencoder.surgery import fold_scale
-from jaxsae.formats.common import (
-    Raw,
-    Tensors,
-    Weights,
-    array_names,
-    assemble,
-    centre,
-    choice,
-    find_config,
-    find_file,
-    find_weights,
-    flag,
-    is_elsewhere,
-    is_torch,
-    is_zip,
-    place_threshold,
-    refuse,
-    refuse_unless,
-    require,
-    require_sizes,
-    take,
-    write_json,
-    write_safetensors,
-)
+from jaxsae.formats import common
+from jaxsae.formats.common import Raw, Tensors, Weights
 from jaxsae.formats.tensors import read_npz, read_safetensors, writable
 
 _NPZ, _CONFIG, _WEIGHTS = "params.npz", "config.json", "params.safetensors"
 
 
-def _find_npz(path: Path) -> Path | None:
-    file = find_file(path, (_NPZ,), ".npz")
-    return file if file is not None and is_zip(file) and not is_torch(file) else None
-
-
 def detect(path: Path) -> bool:
     """An `.npz` of encoder, decoder and threshold."""
-    file = _find_npz(path)
+    file = common.find_npz(path, _NPZ)
     if file is None:
         return False
     names = {name.lower() for name in read_npz(file, check=False)}
@@ -66,7 +39,7 @@ def detect_transcoder(path: Path) -> bool:
 
 def read(path: Path) -> Raw:
     """`params.npz`; some files have names in lower case."""
-    file = require(path, _find_npz(path), _NPZ)
+    file = common.require(path, common.find_npz(path, _NPZ), _NPZ)
     names, arrays = {"w_enc": "W_enc", "w_dec": "W_dec"}, read_npz(file)
     if twice := sorted(name for name in names.keys() & arrays.keys() if names[name] in arrays):
         raise InputError(f"{file}: holds {names[twice[0]]} and {twice[0]}; remove the one that is wrong.")
@@ -75,9 +48,9 @@ def read(path: Path) -> Raw:
 
 def convert(raw: Raw) -> SAE:
     """An autoencoder, unless input and output differ in width."""
-    weights = Weights(*(take(raw, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")))
+    weights = Weights(*(raw.take(name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")))
     transcoder = weights.W_dec.shape[-1:] != weights.W_enc.shape[:1]
-    return assemble(raw, _activation(raw), weights, apply_b_dec_to_input=False, transcoder=transcoder)
+    return common.assemble(raw, _activation(raw), weights, apply_b_dec_to_input=False, transcoder=transcoder)
 
 
 def convert_embedding(raw: Raw) -> SAE:
@@ -92,15 +65,15 @@ def convert_transcoder(raw: Raw) -> SAE:
 
 
 def _activation(raw: Raw) -> Activation:
-    return JumpReLU(place_threshold(raw, take(raw, "threshold")))
+    return JumpReLU(raw.place_threshold(raw.take("threshold")))
 
 
 def write(sae: SAE, path: Path) -> None:
     """`params.npz`, in float32, or better where the SAE is."""
     if sae.W_skip is not None:
-        raise refuse("gemma_scope", "skip connections")
+        raise common.refuse("gemma_scope", "skip connections")
     if sae.transcoder and sae.b_dec.size == sae.d:
-        raise refuse("gemma_scope", "way to tell a transcoder to the same width from an autoencoder")
+        raise common.refuse("gemma_scope", "way to tell a transcoder to the same width from an autoencoder")
     sae, threshold = _written(sae, "gemma_scope")
     arrays = {name: getattr(sae, name) for name in ("W_enc", "W_dec", "b_enc", "b_dec")} | {"threshold": threshold}
     wide = {name: writable(array.astype(_wide(array)), name) for name, array in arrays.items()}
@@ -110,15 +83,15 @@ def write(sae: SAE, path: Path) -> None:
 
 def _written(sae: SAE, format: str) -> tuple[SAE, np.ndarray]:
     """The SAE without a centre, and a threshold for each latent."""
-    refuse_unless(format, sae, transcoder=True)
-    sae = centre(sae, False)
+    common.refuse_unless(format, sae, transcoder=True)
+    sae = common.centre(sae, False)
     match sae.activation:
         case JumpReLU() | BatchTopK():
             threshold = np.asarray(sae.activation.threshold)
             return sae, np.broadcast_to(threshold.astype(_wide(threshold)), (sae.m,))
         case ReLU():
             return sae, np.zeros(sae.m, np.float32)
-    raise refuse(format, type(sae.activation).__name__)
+    raise common.refuse(format, type(sae.activation).__name__)
 
 
 def _wide(array: np.ndarray) -> np.dtype:
@@ -131,30 +104,30 @@ def _wide(array: np.ndarray) -> np.dtype:
 
 def detect_2(path: Path) -> bool:
     """Safetensors with `w_enc`, `w_dec` and `threshold`."""
-    return {"w_enc", "w_dec", "threshold"} <= array_names(find_weights(path, _WEIGHTS))
+    return {"w_enc", "w_dec", "threshold"} <= common.array_names(common.find_weights(path, _WEIGHTS))
 
 
 def read_2(path: Path) -> Raw:
     """`params.safetensors` and, where there is one, `config.json`."""
-    file = require(path, find_weights(path, _WEIGHTS), f"{_CONFIG} and {_WEIGHTS}")
-    return Raw(file, find_config(file, _CONFIG), Tensors(read_safetensors(file)))
+    file = common.require(path, common.find_weights(path, _WEIGHTS), f"{_CONFIG} and {_WEIGHTS}")
+    return Raw(file, common.find_config(file, _CONFIG), Tensors(read_safetensors(file)))
 
 
 def convert_2(raw: Raw) -> SAE:
     """An autoencoder, or a transcoder to another site, perhaps with a skip connection."""
-    choice(raw, "architecture", raw.config.get("architecture", "jump_relu"), ["jump_relu"])
-    if take(raw, "w_dec").ndim == 3:
-        raise InputError(
-            f"{raw.path}: w_dec has shape {raw.arrays['w_dec'].shape}, of a cross-layer transcoder, which writes to "
-            "several layers; expected one layer: choose another."
+    raw.choice("architecture", raw.config.get("architecture", "jump_relu"), ["jump_relu"])
+    if raw.take("w_dec").ndim == 3:
+        raise raw.error(
+            f"w_dec has shape {raw.arrays['w_dec'].shape}, of a cross-layer transcoder, which writes to several layers",
+            "expected one layer: choose another",
         )
-    affine = flag(raw, "affine_connection", "affine_skip_connection" in raw.arrays)
-    skip = take(raw, "affine_skip_connection", "affine_connection") if affine else None
-    weights = Weights(*(take(raw, name) for name in ("w_enc", "b_enc", "w_dec", "b_dec")))._replace(W_skip=skip)
-    elsewhere = is_elsewhere(raw, "hf_hook_point_in", "hf_hook_point_out")
+    affine = raw.flag("affine_connection", "affine_skip_connection" in raw.arrays)
+    skip = raw.take("affine_skip_connection", "affine_connection") if affine else None
+    weights = Weights(*(raw.take(name) for name in ("w_enc", "b_enc", "w_dec", "b_dec")))._replace(W_skip=skip)
+    elsewhere = raw.is_elsewhere("hf_hook_point_in", "hf_hook_point_out")
     transcoder = elsewhere or skip is not None or weights.W_dec.shape[-1:] != weights.W_enc.shape[:1]
-    require_sizes(raw, width=len(weights.W_dec))
-    return assemble(raw, _activation(raw), weights, apply_b_dec_to_input=False, transcoder=transcoder)
+    raw.require_sizes(width=len(weights.W_dec))
+    return common.assemble(raw, _activation(raw), weights, apply_b_dec_to_input=False, transcoder=transcoder)
 
 
 def write_2(sae: SAE, path: Path) -> None:
@@ -165,5 +138,5 @@ def write_2(sae: SAE, path: Path) -> None:
     arrays = {"w_enc": sae.W_enc, "w_dec": sae.W_dec, "b_enc": sae.b_enc, "b_dec": sae.b_dec, "threshold": threshold}
     arrays |= {} if sae.W_skip is None else {"affine_skip_connection": sae.W_skip}
     with atomic_directory(path) as folder:
-        write_json(folder / _CONFIG, config)
-        write_safetensors(folder / _WEIGHTS, arrays)
+        common.write_json(folder / _CONFIG, config)
+        common.write_safetensors(folder / _WEIGHTS, arrays)

@@ -5,7 +5,7 @@ import os
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from jaxsae._core.files import InputError, settled
+from jaxsae._core.files import InputError, first_line, settled
 
 SCHEME = "hf://"
 _SUFFIXES = (".safetensors", ".npz", ".pt", ".pth")
@@ -96,16 +96,14 @@ def _download(address: str, revision: str | None) -> Path:
     except (OSError, ValueError, transport) as error:
         if isinstance(error, absent) and not isinstance(error, errors.LocalEntryNotFoundError):
             at = f" at revision {revision}" if revision else ""
-            said = _first_line(error)
-            raise InputError(f"{SCHEME}{address}: not on the hub{at} ({said}); mend the address, or log in.") from error
+            what = f"not on the hub{at} ({first_line(error)})"
+            raise InputError(f"{SCHEME}{address}: {what}; mend the address, or log in.") from error
         if isinstance(error, ValueError):  # a name that the hub's client does not take
-            raise InputError(f"{SCHEME}{address}: {_first_line(error)}; mend the address.") from error
+            raise InputError(f"{SCHEME}{address}: {first_line(error)}; mend the address.") from error
         folder = _cached(huggingface_hub, repository, revision)
         if folder is None or not (folder / inner).exists():
-            raise InputError(
-                f"{SCHEME}{address}: the hub cannot be reached ({_first_line(error)}), and its cache has nothing; "
-                "try again, or download them by other means."
-            ) from error
+            what = f"the hub cannot be reached ({first_line(error)}), and its cache has nothing"
+            raise InputError(f"{SCHEME}{address}: {what}; try again, or download them by other means.") from error
         return folder / inner
 
 
@@ -143,7 +141,3 @@ def _cached(huggingface_hub: Any, repository: str, revision: str | None) -> Path
         return Path(huggingface_hub.snapshot_download(repository, revision=revision, local_files_only=True))
     except (OSError, ValueError):
         return None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

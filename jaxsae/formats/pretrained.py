@@ -18,20 +18,8 @@ from jaxsae._core.files import InputError, atomic_directory, local_path, settled
 from jaxsae.autoencoder import activations, normalisation
 from jaxsae.autoencoder.sae import SAE, describe as describe_sae
 from jaxsae.autoencoder.surgery import fold_scale
-from jaxsae.formats import dictionary_learning, gemma_scope, hub, llama_scope, openai, saelens, sparsify
-from jaxsae.formats.common import (
-    Raw,
-    Tensors,
-    Weights,
-    assemble,
-    flag,
-    number,
-    require_k,
-    require_used,
-    take,
-    write_json,
-    write_safetensors,
-)
+from jaxsae.formats import common, dictionary_learning, gemma_scope, hub, llama_scope, openai, saelens, sparsify
+from jaxsae.formats.common import Raw, Tensors, Weights
 from jaxsae.formats.tensors import place, read_json, read_safetensors, writable
 
 _VERSION = 1
@@ -54,7 +42,7 @@ class _Format(NamedTuple):
     detect: Callable[[Path], bool]
     read: Callable[[Path], Raw]
     convert: Callable[[Raw], SAE]
-    write: Callable[[SAE, Path], None] | None
+    write: Callable[[SAE, Path], None] | None = None
 
 
 def load(path: str | os.PathLike, *, format: str | None = None, dtype: Any = None, revision: str | None = None) -> SAE:
@@ -73,7 +61,7 @@ def load(path: str | os.PathLike, *, format: str | None = None, dtype: Any = Non
 
     Raises:
       InputError: if nothing is there, or it is of no known format or of several, of a newer version, truncated, or
-        wants to run code; if arrays and configuration disagree, an array is of no use, or holds NaN.
+        wants to run code; if arrays and configuration disagree, an array is unused, or holds NaN.
 
     Example:
       >>> import tempfile, jax, jaxsae
@@ -129,7 +117,7 @@ def _load(
         with np.errstate(all="ignore"):  # numbers that overflow are what is in the file
             raw = raw._replace(config=config, dtype=wanted)
             sae = row.convert(raw)
-        require_used(raw, name, sae.activation)
+        raw.require_used(name, sae.activation)
     except OSError as error:
         raise InputError(f"{local}: {error.strerror or error}; expected files of format {name}.") from error
     ema_params = isinstance(sae.normalisation, normalisation.AverageNorm)
@@ -178,9 +166,8 @@ def detect(path: str | os.PathLike) -> str:
         except InputError as error:
             damaged = damaged or error
     if len(found) > 1:
-        raise InputError(
-            f"{path}: holds SAEs of several formats ({', '.join(found.values())}); pass format, one of them."
-        )
+        what = f"holds SAEs of several formats ({', '.join(found.values())})"
+        raise InputError(f"{path}: {what}; pass format, one of them.")
     if found:
         return next(iter(found.values()))
     if path.is_dir() and not any(path.iterdir()):
@@ -228,7 +215,10 @@ def _on_host(sae: SAE) -> SAE:
     arrays = {name: writable(getattr(sae, name), name) for name in names}
     d, m, d_out = arrays["W_enc"].shape[:1], arrays["W_dec"].shape[:1], arrays["W_dec"].shape[1:]
     shapes = {"W_enc": (*d, *m), "b_enc": m, "W_dec": (*m, *d_out), "b_dec": d_out, "W_skip": (*d, *d_out)}
-    parameters = {name: _number(value, name) for name, value in _parameters(sae.activation).items()}
+    parameters = {
+        name: float(p) if isinstance(p, int | float) else p for name, p in _parameters(sae.activation).items()
+    }
+    parameters = {name: writable(value, name) for name, value in parameters.items()}
     shapes |= {name: m if value.ndim else () for name, value in parameters.items()}
     for name, array in (arrays | parameters).items():
         if array.shape != shapes[name] or arrays["W_dec"].ndim != 2:
@@ -243,7 +233,7 @@ def _on_host(sae: SAE) -> SAE:
             f"got an SAE that subtracts b_dec, {d_out[0]} wide, from rows {d[0]} wide; pass apply_b_dec_to_input=False."
         )
     activation = dataclasses.replace(sae.activation, **parameters)  # pyright: ignore[reportArgumentType]
-    require_k("got an SAE whose ", activation, m[0])
+    common.require_k("got an SAE whose ", activation, m[0])
     return dataclasses.replace(sae, **arrays, activation=activation)
 
 
@@ -260,10 +250,6 @@ def _parameters(activation: Any) -> dict[str, Any]:
     """The arrays of an activation, and the numbers in their place, by name."""
     values, static = _options(activation)
     return {name: value for name, value in values.items() if name not in static and value is not None}
-
-
-def _number(value: Any, name: str) -> np.ndarray:
-    return writable(float(value) if isinstance(value, int | float) else value, name)
 
 
 def _is(row: _Format, path: Path) -> bool:
@@ -312,8 +298,8 @@ def _write_own(sae: SAE, path: Path) -> None:
     arrays = {name: getattr(sae, name) for name in _shapes(config)}
     arrays |= {f"activation.{name}": value for name, value in _parameters(sae.activation).items()}
     with atomic_directory(path) as folder:
-        write_safetensors(folder / _WEIGHTS, arrays)
-        write_json(folder / _CONFIG, config | {"arrays": sorted(arrays)})
+        common.write_safetensors(folder / _WEIGHTS, arrays)
+        common.write_json(folder / _CONFIG, config | {"arrays": sorted(arrays)})
 
 
 def _options(part: Any) -> tuple[dict[str, Any], set[str]]:
@@ -350,7 +336,7 @@ def _read_own(path: Path) -> Raw:
 
 def _convert_own(raw: Raw) -> SAE:
     # As those of 0.1 before transcoders, and before autoencoders that subtract nothing.
-    apply_b_dec_to_input = flag(raw, "apply_b_dec_to_input", True)
+    apply_b_dec_to_input = raw.flag("apply_b_dec_to_input", True)
     config = {
         "d_out": raw.config.get("d"),
         "apply_b_dec_to_input": apply_b_dec_to_input,
@@ -358,23 +344,21 @@ def _convert_own(raw: Raw) -> SAE:
         "skip": False,
     } | raw.config
     raw = raw._replace(config=config)
-    skip, shapes = flag(raw, "skip", False), _shapes(config)
+    skip, shapes = raw.flag("skip", False), _shapes(config)
     found = {name: raw.arrays[name].shape if name in raw.arrays else None for name in shapes}
     if found != shapes:
         sizes = ", ".join(f"{name} {config.get(name)!r}" for name in ("d", "m", "d_out"))
-        raise InputError(f"{raw.path}: holds shapes {found}, but {_CONFIG} says {sizes}; save it again.")
+        raise raw.error(f"holds shapes {found}, but {_CONFIG} says {sizes}", "save it again")
     listed = config.get("arrays", sorted(raw.arrays))  # those of 0.1 have no list
     if listed != sorted(raw.arrays):
-        raise InputError(
-            f"{raw.path}: holds {sorted(raw.arrays)}, but the arrays of {_CONFIG} are {listed}; save it again."
-        )
-    weights = Weights(*(take(raw, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")))
-    return assemble(
+        raise raw.error(f"holds {sorted(raw.arrays)}, but the arrays of {_CONFIG} are {listed}", "save it again")
+    weights = Weights(*(raw.take(name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")))
+    return common.assemble(
         raw,
         _activation(raw),
-        weights._replace(W_skip=take(raw, "W_skip")) if skip else weights,
+        weights._replace(W_skip=raw.take("W_skip")) if skip else weights,
         apply_b_dec_to_input=apply_b_dec_to_input,
-        transcoder=flag(raw, "transcoder", False),
+        transcoder=raw.flag("transcoder", False),
         normalisation=_normalisation(raw),
     )
 
@@ -385,7 +369,7 @@ def _normalisation(raw: Raw) -> normalisation.Normalisation | None:
         return None
     name, options = _named(raw, "normalisation", options, _NORMALISATIONS)
     try:
-        values = {option: number(raw, value, option) for option, value in options.items()}
+        values = {option: raw.number(value, option) for option, value in options.items()}
         return _NORMALISATIONS[name](**values)
     except TypeError as error:
         raise InputError(f"{raw.path.parent}: its normalisation does not fit ({error}); save it again.") from error
@@ -413,10 +397,8 @@ def _named(raw: Raw, what: str, options: Any, known: dict[str, Any]) -> tuple[st
     """The name of an activation or normalisation, which must be known, and its options."""
     name = options.get("name") if isinstance(options, dict) else options
     if not isinstance(options, dict) or not isinstance(name, str) or name not in known:
-        raise InputError(
-            f"{raw.path.parent / _CONFIG}: {what} {name!r} is unknown, expected one of {', '.join(known)}; "
-            "update jaxsae."
-        )
+        expected = f"{what} {name!r} is unknown, expected one of {', '.join(known)}"
+        raise InputError(f"{raw.path.parent / _CONFIG}: {expected}; update jaxsae.")
     return name, {option: value for option, value in options.items() if option != "name"}
 
 
@@ -439,12 +421,8 @@ def _placed(raw: Raw, name: str, array: np.ndarray) -> jax.Array:
 FORMATS = {
     "jaxsae": _Format(_detect_own, _read_own, _convert_own, _write_own),
     "saelens": _Format(saelens.detect, saelens.read, saelens.convert, saelens.write),
-    "gemma_scope_embedding": _Format(
-        gemma_scope.detect_embedding, gemma_scope.read, gemma_scope.convert_embedding, None
-    ),
-    "gemma_scope_transcoder": _Format(
-        gemma_scope.detect_transcoder, gemma_scope.read, gemma_scope.convert_transcoder, None
-    ),
+    "gemma_scope_embedding": _Format(gemma_scope.detect_embedding, gemma_scope.read, gemma_scope.convert_embedding),
+    "gemma_scope_transcoder": _Format(gemma_scope.detect_transcoder, gemma_scope.read, gemma_scope.convert_transcoder),
     "gemma_scope": _Format(gemma_scope.detect, gemma_scope.read, gemma_scope.convert, gemma_scope.write),
     "gemma_scope_2": _Format(gemma_scope.detect_2, gemma_scope.read_2, gemma_scope.convert_2, gemma_scope.write_2),
     "sparsify": _Format(sparsify.detect, sparsify.read, sparsify.convert, sparsify.write),
@@ -452,10 +430,10 @@ FORMATS = {
         dictionary_learning.detect, dictionary_learning.read, dictionary_learning.convert, dictionary_learning.write
     ),
     "dictionary_learning_topk": _Format(
-        dictionary_learning.detect, dictionary_learning.read, dictionary_learning.convert_topk, None
+        dictionary_learning.detect, dictionary_learning.read, dictionary_learning.convert_topk
     ),
     "dictionary_learning_batch_topk": _Format(
-        dictionary_learning.detect, dictionary_learning.read, dictionary_learning.convert_batch_topk, None
+        dictionary_learning.detect, dictionary_learning.read, dictionary_learning.convert_batch_topk
     ),
     "openai": _Format(openai.detect, openai.read, openai.convert, openai.write),
     "llama_scope": _Format(llama_scope.detect, llama_scope.read, llama_scope.convert, llama_scope.write),

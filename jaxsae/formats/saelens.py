@@ -8,39 +8,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from jaxsae._core.files import InputError, atomic_directory
+from jaxsae._core.files import atomic_directory
 from jaxsae.autoencoder.activations import AbsTopK, Activation, BatchTopK, Gated, JumpReLU, MatchingPursuit, ReLU, TopK
 from jaxsae.autoencoder.normalisation import AverageNorm, ConstantNorm, LayerNorm, Normalisation
 from jaxsae.autoencoder.sae import SAE
-from jaxsae.formats.common import (
-    Raw,
-    Tensors,
-    Weights,
-    array_names,
-    assemble,
-    centre,
-    choice,
-    find_config,
-    find_weights,
-    fixed_k,
-    flag,
-    fold_norms,
-    gate_biases,
-    gated,
-    integer,
-    mean_k,
-    number,
-    place_threshold,
-    refuse,
-    require,
-    require_config,
-    require_sizes,
-    take,
-    take_one,
-    write_json,
-    write_safetensors,
-    zeros,
-)
+from jaxsae.formats import common
+from jaxsae.formats.common import Raw, Tensors, Weights
 from jaxsae.formats.tensors import read_safetensors
 
 _CONFIG, _WEIGHTS = "cfg.json", "sae_weights.safetensors"
@@ -56,20 +29,16 @@ _DTYPES = {"float32": np.float32, "float64": np.float64, "float16": np.float16, 
 
 def detect(path: Path) -> bool:
     """A `cfg.json` with `d_in`, and `W_dec` beside it, but no layer of torch's."""
-    file = find_weights(path, _WEIGHTS)
-    return (
-        file is not None
-        and "W_dec" in (names := array_names(file))
-        and "encoder.weight" not in names
-        and ("d_in" in find_config(file, _CONFIG))
-    )
+    file = common.find_weights(path, _WEIGHTS)
+    known = {"W_dec", "encoder.weight"} & common.array_names(file) == {"W_dec"}
+    return file is not None and known and "d_in" in common.find_config(file, _CONFIG)
 
 
 def read(path: Path) -> Raw:
     """Both files; configurations before version 6 get the names of later ones."""
-    file = require(path, find_weights(path, _WEIGHTS), f"{_CONFIG} and {_WEIGHTS}")
+    file = common.require(path, common.find_weights(path, _WEIGHTS), f"{_CONFIG} and {_WEIGHTS}")
     renamed = {"hook_point": "hook_name", "activation_fn_str": "activation_fn"}
-    config = {renamed.get(name, name): value for name, value in require_config(file, _CONFIG).items()}
+    config = {renamed.get(name, name): value for name, value in common.require_config(file, _CONFIG).items()}
     if isinstance(config.get("normalize_activations"), bool | None):
         config["normalize_activations"] = "expected_average_only_in" if config.get("normalize_activations") else "none"
     raw = Raw(file, config, Tensors(read_safetensors(file)))
@@ -79,48 +48,39 @@ def read(path: Path) -> Raw:
 def _activation_fn(raw: Raw) -> dict[str, Any]:
     """What configurations before version 6 say of an architecture by an activation function."""
     config, options = raw.config, raw.config.get("activation_fn_kwargs") or {}
-    name = choice(raw, "activation_fn", config.get("activation_fn") or "relu", ("relu", "topk"))
+    name = raw.choice("activation_fn", config.get("activation_fn") or "relu", ("relu", "topk"))
     known = {"k", "signed"} if name == "topk" else set()
     if not isinstance(options, dict) or options.keys() - known or options.get("signed"):
-        raise InputError(f"{raw.path}: activation_fn_kwargs is {options} for {name}; jaxsae cannot compute it.")
+        raise raw.error(f"activation_fn_kwargs is {options} for {name}", "jaxsae cannot compute it")
     if name == "relu":
         return {}
-    choice(raw, "architecture", config.get("architecture", "standard"), ("standard", "topk"))
-    k = integer(raw, options.get("k", config.get("k")), "k")
-    require_sizes(raw, k=k)
+    raw.choice("architecture", config.get("architecture", "standard"), ("standard", "topk"))
+    k = raw.integer(options.get("k", config.get("k")), "k")
+    raw.require_sizes(k=k)
     return {"architecture": "topk", "k": k}
 
 
 def convert(raw: Raw) -> SAE:
     """An autoencoder or a transcoder."""
     config = raw.config
-    kind = choice(raw, "architecture", config["architecture"], _ACTIVATIONS)
+    kind = raw.choice("architecture", config["architecture"], _ACTIVATIONS)
     _require_known_options(raw, kind)
-    dtype = choice(raw, "dtype", str(config.get("dtype", "float32")).removeprefix("torch."), _DTYPES)
+    dtype = raw.choice("dtype", str(config.get("dtype", "float32")).removeprefix("torch."), _DTYPES)
     raw = raw._replace(dtype=raw.dtype or _DTYPES[dtype])
-    choice(raw, "reshape_activations", config.get("reshape_activations") or "none", ("none", "hook_z"))
-    normalisation = _NORMALISATIONS[
-        choice(raw, "normalize_activations", config["normalize_activations"], _NORMALISATIONS)
-    ]
+    raw.choice("reshape_activations", config.get("reshape_activations") or "none", ("none", "hook_z"))
+    norm = raw.choice("normalize_activations", config["normalize_activations"], _NORMALISATIONS)
     transcoder = kind.endswith("transcoder")
-    apply_b_dec_to_input = flag(raw, "apply_b_dec_to_input", not transcoder)
+    apply_b_dec_to_input = raw.flag("apply_b_dec_to_input", not transcoder)
     if apply_b_dec_to_input and transcoder:
-        raise InputError(f"{raw.path}: apply_b_dec_to_input is true of a transcoder, which has no such; say false.")
+        raise raw.error("apply_b_dec_to_input is true of a transcoder, which has no such", "say false")
     weights = _weights(raw, kind)
-    if flag(raw, "rescale_acts_by_decoder_norm", False):
-        weights = fold_norms(weights)
+    if raw.flag("rescale_acts_by_decoder_norm", False):
+        weights = common.fold_norms(weights)
     if kind == "matching_pursuit" and not apply_b_dec_to_input:  # what was not subtracted is not added
         weights = weights._replace(b_dec=np.zeros_like(weights.b_dec))
-    activation = _ACTIVATIONS[kind](raw)
-    sae = assemble(
-        raw,
-        activation,
-        weights,
-        apply_b_dec_to_input=apply_b_dec_to_input,
-        transcoder=transcoder,
-        normalisation=normalisation,
-    )
-    require_sizes(raw, d_in=sae.d, d_sae=sae.m, d_out=sae.b_dec.size)
+    conventions = {"apply_b_dec_to_input": apply_b_dec_to_input, "transcoder": transcoder}
+    sae = common.assemble(raw, _ACTIVATIONS[kind](raw), weights, **conventions, normalisation=_NORMALISATIONS[norm])
+    raw.require_sizes(d_in=sae.d, d_sae=sae.m, d_out=sae.b_dec.size)
     return sae
 
 
@@ -129,67 +89,63 @@ def _require_known_options(raw: Raw, kind: str) -> None:
     known = next((options for name, options in _OPTIONS.items() if name in kind), ())
     for name in {each for options in _OPTIONS.values() for each in options}.difference(known):
         if raw.config.get(name) not in (None, False):
-            raise InputError(
-                f"{raw.path}: has {name}, which the architecture {kind!r} has not; say which architecture it is, or "
-                f"remove {name}."
-            )
+            do = f"say which architecture it is, or remove {name}"
+            raise raw.error(f"has {name}, which the architecture {kind!r} has not", do)
 
 
 def _weights(raw: Raw, kind: str) -> Weights:
-    W_dec = take(raw, "W_dec")
+    W_dec = raw.take("W_dec")
     if W_dec.ndim != 2:
-        raise InputError(f"{raw.path}: W_dec has shape {W_dec.shape}, expected two axes; download it again.")
-    W_enc = W_dec.T if kind == "matching_pursuit" else take(raw, "W_enc")
-    b_enc = zeros(raw, len(W_dec)) if kind in ("gated", "matching_pursuit") else take(raw, "b_enc")
-    W_skip = take(raw, "W_skip").T if "skip" in kind else None
-    finetuned = flag(raw, "finetuning_scaling_factor", False)
+        raise raw.error(f"W_dec has shape {W_dec.shape}, expected two axes")
+    W_enc = W_dec.T if kind == "matching_pursuit" else raw.take("W_enc")
+    b_enc = raw.zeros(len(W_dec)) if kind in ("gated", "matching_pursuit") else raw.take("b_enc")
+    W_skip = raw.take("W_skip").T if "skip" in kind else None
+    finetuned = raw.flag("finetuning_scaling_factor", False)
     if "scaling_factor" in raw.arrays:  # ones where it was added anyway
-        factor = take(raw, "scaling_factor")
+        factor = raw.take("scaling_factor")
         if factor.shape != (len(W_dec),) or not (finetuned or np.all(factor == 1)):
-            raise InputError(
-                f"{raw.path}: has a scaling_factor that its configuration does not use; set finetuning_scaling_factor, "
-                "or remove it."
-            )
+            do = "set finetuning_scaling_factor, or remove it"
+            raise raw.error("has a scaling_factor that its configuration does not use", do)
         W_dec = W_dec if np.all(factor == 1) else W_dec * factor[:, None]
     elif finetuned:
-        take(raw, "scaling_factor", "finetuning_scaling_factor")
-    return Weights(W_enc, b_enc, W_dec, take(raw, "b_dec"), W_skip)
+        raw.take("scaling_factor", "finetuning_scaling_factor")
+    return Weights(W_enc, b_enc, W_dec, raw.take("b_dec"), W_skip)
 
 
 def _jumprelu(raw: Raw) -> Activation:
     """A threshold for each latent; what was trained as BatchTopK says so, and has one for all."""
     log = "threshold" not in raw.arrays and "log_threshold" in raw.arrays  # as in the midst of training
-    threshold = np.exp(take(raw, "log_threshold")) if log else take(raw, "threshold")
+    threshold = np.exp(raw.take("log_threshold")) if log else raw.take("threshold")
     metadata = raw.config.get("metadata")
     metadata = metadata if isinstance(metadata, dict) else {}
     details = metadata.get("training_architecture_details")
     k = details.get("k") if isinstance(details, dict) else None
     trained = k is not None and "batchtopk" in str(metadata.get("training_architecture"))
-    whole = threshold.size and threshold.shape == take(raw, "b_enc").shape
+    whole = threshold.size and threshold.shape == raw.take("b_enc").shape
     if trained and whole and np.all(threshold == threshold[0]):
-        return BatchTopK(mean_k(raw, k), place_threshold(raw, threshold[:1].reshape(())))
-    return JumpReLU(place_threshold(raw, threshold))
+        return BatchTopK(raw.mean_k(k), raw.place_threshold(threshold[:1].reshape(())))
+    return JumpReLU(raw.place_threshold(threshold))
 
 
 def _batch_topk(raw: Raw) -> Activation:
-    return BatchTopK(mean_k(raw, raw.config.get("k")), place_threshold(raw, take_one(raw, "topk_threshold")))
+    return BatchTopK(raw.mean_k(raw.config.get("k")), raw.place_threshold(raw.take_one("topk_threshold")))
 
 
 def _matching_pursuit(raw: Raw) -> Activation:
     steps = raw.config.get("max_iterations")
     return MatchingPursuit(
-        jnp.asarray(number(raw, raw.config.get("residual_threshold", 0.01), "residual_threshold"), jnp.float32),
-        None if steps is None else integer(raw, steps, "max_iterations"),
-        flag(raw, "stop_on_duplicate_support", True),
+        jnp.asarray(raw.number(raw.config.get("residual_threshold", 0.01), "residual_threshold"), jnp.float32),
+        None if steps is None else raw.integer(steps, "max_iterations"),
+        raw.flag("stop_on_duplicate_support", True),
     )
 
 
 _ACTIVATIONS: dict[str, Callable[[Raw], Activation]] = {
     "standard": lambda raw: ReLU(),
-    "topk": lambda raw: TopK(integer(raw, raw.config.get("k"), "k")),
-    "abstopk": lambda raw: AbsTopK(integer(raw, raw.config.get("k"), "k")),
+    "topk": lambda raw: TopK(raw.integer(raw.config.get("k"), "k")),
+    "abstopk": lambda raw: AbsTopK(raw.integer(raw.config.get("k"), "k")),
     "jumprelu": _jumprelu,
-    "gated": lambda raw: gated(raw, "r_mag", "b_gate", "b_mag"),
+    "gated": lambda raw: raw.gated("r_mag", "b_gate", "b_mag"),
     "batchtopk": _batch_topk,
     "matryoshka_batchtopk": _batch_topk,
     "transcoder": lambda raw: ReLU(),
@@ -213,10 +169,10 @@ _OPTIONS = {
 def write(sae: SAE, path: Path) -> None:
     """As its library saves for inference: BatchTopK as a JumpReLU that says what it was trained as."""
     if isinstance(sae.normalisation, LayerNorm) and sae.normalisation.eps != 1e-5:
-        raise refuse("saelens", f"layer norm with eps {sae.normalisation.eps}")
+        raise common.refuse("saelens", f"layer norm with eps {sae.normalisation.eps}")
     if sae.W_skip is not None and not sae.transcoder:
-        raise refuse("saelens", "skip connection but in transcoders")
-    sae = centre(sae, False) if sae.transcoder else sae
+        raise common.refuse("saelens", "skip connection but in transcoders")
+    sae = common.centre(sae, False) if sae.transcoder else sae
     kind, options, arrays = _written_activation(sae)
     metadata = options.pop("metadata", {}) | {"sae_lens_version": _VERSION, "sae_lens_training_version": None}
     normalisation = next(name for name, value in _NORMALISATIONS.items() if type(value) is type(sae.normalisation))
@@ -233,9 +189,10 @@ def write(sae: SAE, path: Path) -> None:
         "architecture": kind,
     }
     weights = {"W_enc": sae.W_enc, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec} | arrays
+    weights = {name: value for name, value in weights.items() if value is not None}
     with atomic_directory(path) as folder:
-        write_json(folder / _CONFIG, config)
-        write_safetensors(folder / _WEIGHTS, {name: value for name, value in weights.items() if value is not None})
+        common.write_json(folder / _CONFIG, config)
+        common.write_safetensors(folder / _WEIGHTS, weights)
 
 
 def _written_activation(sae: SAE) -> tuple[str, dict[str, Any], dict[str, Any]]:
@@ -246,7 +203,7 @@ def _written_activation(sae: SAE) -> tuple[str, dict[str, Any], dict[str, Any]]:
         case ReLU():
             kind, options, arrays = "standard", {}, {}
         case TopK() if not transcoder:
-            k = fixed_k("saelens", activation)
+            k = common.fixed_k("saelens", activation)
             kind, options, arrays = "topk", {"k": k, "rescale_acts_by_decoder_norm": False}, {}
         case AbsTopK() if not transcoder:
             kind, options, arrays = "abstopk", {"k": activation.k, "rescale_acts_by_decoder_norm": False}, {}
@@ -258,7 +215,7 @@ def _written_activation(sae: SAE) -> tuple[str, dict[str, Any], dict[str, Any]]:
             arrays = {"threshold": threshold + np.asarray(activation.threshold)}
             kind, options = "jumprelu", {"metadata": trained}
         case Gated() if not transcoder:
-            b_gate, b_mag = gate_biases(sae)
+            b_gate, b_mag = common.gate_biases(sae)
             arrays = {"r_mag": activation.r_mag, "b_gate": b_gate, "b_mag": b_mag, "b_enc": None}
             kind, options = "gated", {}
         case MatchingPursuit() if not transcoder:
@@ -269,7 +226,8 @@ def _written_activation(sae: SAE) -> tuple[str, dict[str, Any], dict[str, Any]]:
             }
             kind, arrays = "matching_pursuit", {"W_enc": None, "b_enc": None}
         case _:
-            raise refuse("saelens", f"{'transcoders' if transcoder else 'autoencoders'} of {type(activation).__name__}")
+            kind = "transcoders" if transcoder else "autoencoders"
+            raise common.refuse("saelens", f"{kind} of {type(activation).__name__}")
     if not transcoder:
         return kind, options, arrays
     kind = ("" if kind == "standard" else f"{kind}_") + ("" if sae.W_skip is None else "skip_") + "transcoder"

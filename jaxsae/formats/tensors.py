@@ -20,9 +20,9 @@ import jax
 import ml_dtypes
 import numpy as np
 from jax.core import Tracer
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from jaxsae._core.files import InputError
+from jaxsae._core.files import InputError, in_one_line
 
 Arrays = dict[str, np.ndarray]
 
@@ -42,7 +42,7 @@ _WRITTEN = {np.dtype(dtype) for dtype in _SAFETENSORS.values()}
 _CHUNK = 8 << 20  # bytes copied between two looks at how much memory is mapped
 _ALIGNMENT = 64  # bytes, at which jax takes numpy's memory for its own
 _MAX_JSON = 64 << 20  # bytes
-_MOST_EXPANSION = 20  # times: weights do not compress, what expands more is a trap
+_MAX_EXPANSION = 20  # times: weights do not compress, what expands more is a trap
 _FREE_EXPANSION = 1 << 20  # bytes for which nobody cares
 
 
@@ -66,13 +66,10 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
       InputError: if it is missing, damaged or no object.
     """
-    try:
+    with in_one_line(f"{path}: not a JSON configuration", "download it again"):
         if path.stat().st_size > _MAX_JSON:
             raise ValueError(f"{path.stat().st_size >> 20} MiB")
         config = json.loads(path.read_bytes(), object_pairs_hook=_once)
-    except (OSError, ValueError, RecursionError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path}: not a JSON configuration ({reason}); download it again.") from error
     if not isinstance(config, dict):
         raise InputError(f"{path}: holds {type(config).__name__}, expected a JSON object; download it again.")
     return config
@@ -121,7 +118,7 @@ def read_safetensors(path: Path) -> Arrays:
 
 def _read_one_safetensors(path: Path) -> Arrays:
     data = map_file(path)
-    try:
+    with in_one_line(f"{path}: is damaged or no safetensors file", "download it again"):
         with safe_open(path, framework="numpy"):  # validates the header
             pass
         length = int.from_bytes(data[:8], "little")
@@ -134,12 +131,7 @@ def _read_one_safetensors(path: Path) -> Arrays:
         for name, info in header.items():
             start, stop = (8 + length + offset for offset in info["data_offsets"])
             arrays[name] = np.frombuffer(data[start:stop], _SAFETENSORS[info["dtype"]]).reshape(info["shape"])
-    except (SafetensorError, ValueError, KeyError, TypeError, OSError, RecursionError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path}: is damaged or no safetensors file ({reason}); download it again.") from error
-    return arrays
+        return arrays
 
 
 def read_zip(path: Path, *, check: bool = True) -> dict[str, memoryview]:
@@ -153,19 +145,10 @@ def read_zip(path: Path, *, check: bool = True) -> dict[str, memoryview]:
       InputError: if it is damaged, or a trap: members that expand absurdly, or whose names lead elsewhere.
     """
     data = map_file(path)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            infos = archive.infolist()
-            _refuse_traps(path, infos, len(data))
-            return {info.filename: _member(data, archive, info, check) for info in infos if not info.is_dir()}
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError) as error:
-        reason = error
-    except (ValueError, KeyError, OSError, OverflowError, struct.error, LookupError) as error:
-        if isinstance(error, InputError):
-            raise
-        reason = error
-    said = (str(reason) or type(reason).__name__).splitlines()[0]
-    raise InputError(f"{path}: is damaged or no zip file ({said}); download it again.") from reason
+    with in_one_line(f"{path}: is damaged or no zip file", "download it again"), zipfile.ZipFile(path) as archive:
+        infos = archive.infolist()
+        _refuse_traps(path, infos, len(data))
+        return {info.filename: _member(data, archive, info, check) for info in infos if not info.is_dir()}
 
 
 def _refuse_traps(path: Path, infos: list[zipfile.ZipInfo], size: int) -> None:
@@ -174,7 +157,7 @@ def _refuse_traps(path: Path, infos: list[zipfile.ZipInfo], size: int) -> None:
         if ".." in parts or parts[0] == "" or ":" in parts[0]:
             raise InputError(f"{path}: its member {info.filename!r} leads out of it; do not trust this file.")
     unpacked = sum(info.file_size for info in infos)
-    if unpacked > max(_MOST_EXPANSION * size, _FREE_EXPANSION):
+    if unpacked > max(_MAX_EXPANSION * size, _FREE_EXPANSION):
         raise InputError(
             f"{path}: {size:,} bytes would unpack to {unpacked:,}, and weights do not compress; do not trust this file."
         )
@@ -222,11 +205,8 @@ def read_npz(path: Path, *, check: bool = True) -> Arrays:
     for name, content in read_zip(path, check=check).items():
         if not name.endswith(".npy"):
             raise InputError(f"{path}: holds {name}, expected arrays alone; download it again.")
-        try:
+        with in_one_line(f"{path}: {name} is no plain array", "download it again"):
             arrays[name.removesuffix(".npy")] = _npy(content)
-        except (ValueError, TypeError, OverflowError, SyntaxError, MemoryError, EOFError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise InputError(f"{path}: {name} is no plain array ({reason}); download it again.") from error
     return arrays
 
 
@@ -268,14 +248,14 @@ def place(array: np.ndarray, dtype: Any = None, *, name: str = "an array", infin
     for part in _pieces(array):
         with np.errstate(over="ignore"):  # which is an error below
             out[part] = array[part]
-        usable = np.isfinite(out[part])
+        valid = np.isfinite(out[part])
         if infinite:
-            usable |= np.isinf(array[part]) & np.isinf(out[part])  # and not too large for the dtype
+            valid |= np.isinf(array[part]) & np.isinf(out[part])  # and not too large for the dtype
         _forget(array)
-        if not usable.all():
+        if not valid.all():
             kind = "NaN or too large" if infinite else "NaN or infinite"
             raise InputError(
-                f"{name} holds {kind} numbers in {dtype}, such as {out[part][~usable].flat[0]}; expected numbers: "
+                f"{name} holds {kind} numbers in {dtype}, such as {out[part][~valid].flat[0]}; expected numbers: "
                 "use another SAE, or another dtype if they are too large for this one."
             )
     return jax.device_put(out)
@@ -301,17 +281,13 @@ def writable(value: Any, name: str = "an array") -> np.ndarray:
     if isinstance(value, Tracer | jax.ShapeDtypeStruct | np.ma.MaskedArray):
         what = "masked" if isinstance(value, np.ma.MaskedArray) else "no numbers yet, being traced"
         raise InputError(f"{name} is {what} ({type(value).__name__}); pass an array of numbers, outside of jit.")
-    try:
+    with in_one_line(f"{name} is a {type(value).__name__} that numpy cannot read", "convert it"):
         array = np.asarray(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(
-            f"{name} is a {type(value).__name__} that numpy cannot read ({reason}); convert it."
-        ) from error
     if not hasattr(value, "dtype"):
         with np.errstate(over="ignore"):
             narrow = array.astype(jax.dtypes.canonicalize_dtype(array.dtype))
-        cut = narrow != array if array.dtype.kind in "iu" else _overflows(array, narrow)
+        overflows = array.dtype.kind == "f" and np.isfinite(array) & ~np.isfinite(narrow)
+        cut = narrow != array if array.dtype.kind in "iu" else overflows
         if np.any(cut):
             raise InputError(f"{name} holds numbers beyond the range of {narrow.dtype}; pass a numpy array of them.")
         array = narrow
@@ -320,11 +296,6 @@ def writable(value: Any, name: str = "an array") -> np.ndarray:
         known = ", ".join(sorted(kind.name for kind in _WRITTEN))
         raise InputError(f"{name} holds {array.dtype}, expected one of {known}; convert it.")
     return np.ascontiguousarray(array, dtype).reshape(array.shape)
-
-
-def _overflows(array: np.ndarray, narrow: np.ndarray) -> Any:
-    """Whether numbers of floating point became infinite."""
-    return array.dtype.kind == "f" and np.isfinite(array) & ~np.isfinite(narrow)
 
 
 def _pieces(array: np.ndarray) -> Iterator[tuple[slice, ...]]:

@@ -10,14 +10,14 @@ import math
 import pickletools
 import struct
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-from jaxsae._core.files import InputError
+from jaxsae._core.files import InputError, in_one_line
 from jaxsae.formats.tensors import map_file, read_zip, writable
 
 _DTYPES = {
@@ -33,7 +33,7 @@ _DTYPES = {
     "BoolStorage": np.bool_,
 }
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-_MOST_REPEATED = 1 << 24  # elements of a tensor that repeats its storage, as `expand` makes them
+_MAX_REPEATED = 1 << 24  # elements of a tensor that repeats its storage, as `expand` makes them
 _KEYS = (str, int, float, bool, type(None))
 
 
@@ -72,26 +72,20 @@ def read(path: Path, *, check: bool = True) -> Any:
       ...     {name: np.shape(thing) for name, thing in read(Path(folder, "x.pt")).items()}
       {'k': (), 'W': (2, 2)}
     """
-    start = bytes(map_file(path)[:8])
-    try:
-        if start[:2] == b"PK":
-            return _read_zip(path, check)
-        return _read_legacy(path)
-    except InputError:
-        raise
-    except _Refused as error:
-        raise InputError(f"{path}: {error}; do not trust this file, or save its tensors alone.") from error
-    except _DAMAGE as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path}: is damaged or no file of torch.save ({reason}); download it again.") from error
+    data = map_file(path)
+    with in_one_line(f"{path}: is damaged or no file of torch.save", "download it again"):
+        try:
+            return _read_zip(path, check) if data[:2] == b"PK" else _read_legacy(path, data)
+        except _Refused as error:
+            raise InputError(f"{path}: {error}; do not trust this file, or save its tensors alone.") from error
 
 
 class _Refused(Exception):
     """A pickle asks for something else than data."""
 
 
-# What damaged instructions lead to.
-_DAMAGE = (ValueError, TypeError, LookupError, EOFError, ArithmeticError, AttributeError, struct.error, MemoryError)
+def _missing(key: str) -> _Refused:
+    return _Refused(f"names the storage {key!r}, which it does not hold")
 
 
 def _read_zip(path: Path, check: bool) -> Any:
@@ -105,58 +99,33 @@ def _read_zip(path: Path, check: bool) -> Any:
     if bytes(members.get(f"{folder}byteorder", memoryview(b"little"))) != b"little":
         raise InputError(f"{path}: is big-endian, expected little-endian; save it on another machine.")
 
-    def storage(key: str) -> memoryview:
-        if f"{folder}data/{key}" not in members:
-            raise _Refused(f"names the storage {key!r}, which it does not hold")
-        return members[f"{folder}data/{key}"]
-
-    file = _Bytes(members[program])
-    return _Interpreter(storage).run(file)
+    inside = f"{folder}data/"
+    storages = {name.removeprefix(inside): content for name, content in members.items() if name.startswith(inside)}
+    return _Interpreter(storages).run(_Bytes(members[program]))
 
 
-def _read_legacy(path: Path) -> Any:
-    data = map_file(path)
+def _read_legacy(path: Path, data: memoryview) -> Any:
     file = _Bytes(data)
     if bytes(data[257:262]) == b"ustar":
         raise InputError(f"{path}: is of torch before 0.4, expected a later one; load and save it with a later one.")
-    magic, protocol, system = (_Interpreter(None).run(file) for _ in range(3))
+    magic, protocol, system = (_Interpreter().run(file) for _ in range(3))
     if (magic, protocol) != (_LEGACY_MAGIC, 1001) or not isinstance(system, dict):
         raise ValueError("it does not begin as one")
     if system.get("little_endian") is not True:
         raise InputError(f"{path}: is big-endian, expected little-endian; save it on another machine.")
     # Storages come after the program that names them: tensors are made once these are known.
-    at = file.tell()
-    _Interpreter(lambda key: None).run(file)
-    keys = _Interpreter(None).run(file)
-    storages, sizes = {}, _Sizes(data, at)
-    if missing := sizes.widths.keys() - set(map(str, keys)):
-        raise _Refused(f"names the storage {min(missing)!r}, which it does not hold")
+    at, first = file.tell(), _Interpreter()
+    first.run(file)
+    storages, keys = {}, [str(key) for key in _Interpreter().run(file)]
+    if missing := first.widths.keys() - set(keys):
+        raise _missing(min(missing))
     for key in keys:
-        width = sizes.widths[str(key)]
         (count,) = struct.unpack("<q", file.read(8))
         if count < 0:
             raise ValueError(f"storage {key} has {count} elements")
-        storages[str(key)] = file.take(count * width)
-
-    def storage(key: str) -> memoryview:
-        if key not in storages:
-            raise _Refused(f"names the storage {key!r}, which it does not hold")
-        return storages[key]
-
+        storages[key] = file.take(count * first.widths[key])
     file.seek(at)
-    return _Interpreter(storage).run(file)
-
-
-class _Sizes:
-    """How wide the elements of each storage are, as the program says."""
-
-    def __init__(self, data: memoryview, at: int):
-        self.widths: dict[str, int] = {}
-        interpreter = _Interpreter(lambda key: None)
-        interpreter.seen = lambda storage: self.widths.setdefault(storage.key, storage.dtype.itemsize)
-        file = _Bytes(data)
-        file.seek(at)
-        interpreter.run(file)
+    return _Interpreter(storages).run(file)
 
 
 class _Bytes:
@@ -194,11 +163,11 @@ class _Bytes:
 
 
 class _Interpreter:
-    """Runs one pickle; `storage` gives the bytes of a storage, or None while they are not known."""
+    """Interprets one pickle; without storages, tensors are None, but the width of the elements of each is known."""
 
-    def __init__(self, storage: Callable[[str], memoryview | None] | None):
-        self.storage = storage
-        self.seen: Callable[[_Storage], Any] = lambda storage: None
+    def __init__(self, storages: Mapping[str, memoryview] | None = None):
+        self.storages = storages
+        self.widths: dict[str, int] = {}
 
     def run(self, file: _Bytes) -> Any:
         """The object that a pickle makes; the file is left where it ends."""
@@ -237,7 +206,7 @@ class _Interpreter:
         raise EOFError("the pickle does not end")
 
     def _persistent(self, identity: Any) -> _Storage:
-        if self.storage is None or not isinstance(identity, tuple) or len(identity) not in (5, 6):
+        if not isinstance(identity, tuple) or len(identity) not in (5, 6):
             raise _Refused(f"refers to {_short(identity)}, which is no storage")
         kind, storage_type, key, _, size, *view = identity
         name = storage_type.name if isinstance(storage_type, _Name) else ""
@@ -252,7 +221,7 @@ class _Interpreter:
         if not isinstance(key, str | int):
             raise ValueError(f"a storage named {_short(key)}")
         storage = _Storage(np.dtype(_DTYPES[storage_name]), str(key), size, offset)
-        self.seen(storage)
+        self.widths.setdefault(storage.key, storage.dtype.itemsize)
         return storage
 
     def _reduce(self, function: Any, arguments: Any) -> Any:
@@ -274,11 +243,13 @@ class _Interpreter:
         raise _Refused(f"calls {name}")
 
     def _tensor(self, storage: Any, offset: Any, shape: Any, strides: Any) -> np.ndarray | None:
-        if not isinstance(storage, _Storage) or self.storage is None:
+        if not isinstance(storage, _Storage):
             raise _Refused(f"makes a tensor of {_short(storage)}")
-        content = self.storage(storage.key)
-        if content is None:
+        if self.storages is None:
             return None
+        if storage.key not in self.storages:
+            raise _missing(storage.key)
+        content = self.storages[storage.key]
         numbers = [offset, *shape, *strides]
         if len(shape) != len(strides) or not all(type(n) is int and 0 <= n < 2**48 for n in numbers) or len(shape) > 8:
             raise ValueError(f"a tensor of shape {_short(shape)} and strides {_short(strides)} at {_short(offset)}")
@@ -292,7 +263,7 @@ class _Interpreter:
         last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) if count else 0
         if last >= max(storage.size, 1) or (count and not storage.size):
             raise ValueError(f"a tensor of shape {shape} and strides {strides} in {storage.size:,} elements")
-        if count > max(storage.size, _MOST_REPEATED):
+        if count > max(storage.size, _MAX_REPEATED):
             raise ValueError(f"a tensor of {count:,} elements that repeats {storage.size:,}")
         flat = np.frombuffer(content, storage.dtype)[offset:] if count else np.empty(0, storage.dtype)
         steps = tuple(width * stride for stride in strides)
@@ -320,31 +291,15 @@ def _items(stack: list[Any]) -> list[Any]:
     return items
 
 
-def _tuple(count: int | None) -> Callable[[list[Any]], None]:
-    def act(stack: list[Any]) -> None:
-        if count is None:
-            stack.append(tuple(_items(stack)))
-        else:
-            items = [stack.pop() for _ in range(count)]
-            stack.append(tuple(reversed(items)))
-
-    return act
+def _pop(stack: list[Any], count: int) -> list[Any]:
+    return [stack.pop() for _ in range(count)][::-1]
 
 
-def _set_items(stack: list[Any]) -> None:
-    items = _items(stack)
-    _update(stack, items[::2], items[1::2])
-
-
-def _set_item(stack: list[Any]) -> None:
-    value, key = stack.pop(), stack.pop()
-    _update(stack, [key], [value])
-
-
-def _update(stack: list[Any], keys: list[Any], values: list[Any]) -> None:
+def _update(stack: list[Any], items: list[Any]) -> None:
+    """Set items, given as keys and values in turn."""
     if not isinstance(stack[-1], dict):
         raise _Refused(f"sets items of {_short(stack[-1])}")
-    for key, value in zip(keys, values, strict=True):
+    for key, value in zip(items[::2], items[1::2], strict=True):
         if not isinstance(key, _KEYS):  # nested tuples can take for ever to hash
             raise _Refused(f"has {_short(key)} as a key")
         stack[-1][key] = value
@@ -356,13 +311,8 @@ def _extend(stack: list[Any], items: list[Any]) -> None:
     stack[-1].extend(items)
 
 
-def _append(stack: list[Any]) -> None:
-    item = stack.pop()
-    _extend(stack, [item])
-
-
 def _build(stack: list[Any]) -> None:
-    """The attributes of an object: those that a state dict has, versions of its modules, are of no use here."""
+    """The attributes of an object: those that a state dict has, versions of its modules, are not used."""
     stack.pop()
     if not isinstance(stack[-1], dict):
         raise _Refused(f"sets attributes of {_short(stack[-1])}")
@@ -383,14 +333,14 @@ _LITERALS = (
     *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
 )
 _ACTIONS: dict[str, Callable[[list[Any]], None]] = {
-    "TUPLE": _tuple(None),
-    "TUPLE1": _tuple(1),
-    "TUPLE2": _tuple(2),
-    "TUPLE3": _tuple(3),
+    "TUPLE": lambda stack: stack.append(tuple(_items(stack))),
+    "TUPLE1": lambda stack: stack.append(tuple(_pop(stack, 1))),
+    "TUPLE2": lambda stack: stack.append(tuple(_pop(stack, 2))),
+    "TUPLE3": lambda stack: stack.append(tuple(_pop(stack, 3))),
     "LIST": lambda stack: stack.append(_items(stack)),
-    "SETITEM": _set_item,
-    "SETITEMS": _set_items,
-    "APPEND": _append,
+    "SETITEM": lambda stack: _update(stack, _pop(stack, 2)),
+    "SETITEMS": lambda stack: _update(stack, _items(stack)),
+    "APPEND": lambda stack: _extend(stack, _pop(stack, 1)),
     "APPENDS": lambda stack: _extend(stack, _items(stack)),
     "BUILD": _build,
     "POP": list.pop,

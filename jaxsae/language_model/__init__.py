@@ -18,18 +18,5 @@ from jaxsae.language_model.models import (
     tiny,
 )
 
-__all__ = [
-    "LanguageModel",
-    "NextToken",
-    "cached",
-    "cross_entropy",
-    "fetch",
-    "harvest",
-    "load",
-    "logits",
-    "loss_recovered",
-    "read_tokenizer",
-    "residual",
-    "splice",
-    "tiny",
-]
+__all__ = ["LanguageModel", "cached", "fetch", "harvest", "load", "logits", "read_tokenizer", "residual", "tiny"]
+__all__ += ["NextToken", "cross_entropy", "loss_recovered", "splice"]

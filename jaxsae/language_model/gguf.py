@@ -7,10 +7,8 @@ import numpy as np
 
 from jaxsae._core.files import InputError
 from jaxsae.language_model.config import Arrays, Config, _import, _stack
-from jaxsae.language_model.download import _EXPECTED, WHEELS
+from jaxsae.language_model.download import _EXPECTED
 from jaxsae.language_model.hugging_face import _refuse, _rope
-
-# --- GGUF
 
 _GGUF_NAMES = {
     "embedding.embedding": "token_embd.weight",
@@ -42,10 +40,10 @@ def _open_gguf(path: Path):
     with open(path, "rb") as file:
         magic = file.read(4)
     if magic != b"GGUF":
-        raise InputError(f"{path}: is not a GGUF file; {_EXPECTED}: {', '.join(WHEELS)}.")
+        raise InputError(f"{path}: is not a GGUF file; {_EXPECTED}.")
 
     class Reader(gguf.GGUFReader):
-        """Stops where the file ends; gguf's own would count on for as long as a damaged length says."""
+        """Stops where the file ends; gguf's own would read on for as long as a damaged length says."""
 
         def _get(self, offset, dtype, count=1, *args, **options):
             found = super()._get(offset, dtype, count, *args, **options)
@@ -63,7 +61,7 @@ def _open_gguf(path: Path):
 def _field(reader, name: str, path: Path, default: Any = None) -> Any:
     field = reader.get_field(name)
     if field is None and default is None:
-        raise InputError(f"{path}: has no field {name}; get the file again, or convert it anew.")
+        raise InputError(f"{path}: has no field {name}; get the file again, or convert it again.")
     return default if field is None else field.contents()
 
 
@@ -78,10 +76,8 @@ def _read_gguf(path: Path, dtype) -> tuple[Config, Arrays]:
         try:
             array = dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError as error:
-            kind = tensor.tensor_type.name
-            raise InputError(
-                f"{path}: {name} is quantised as {kind}, which gguf does not undo; pass another."
-            ) from error
+            kind = f"quantised as {tensor.tensor_type.name}, which gguf does not undo"
+            raise InputError(f"{path}: {name} is {kind}; pass another.") from error
         if parameter in ("blocks.q.kernel", "blocks.k.kernel"):
             array = _halves(array, config.head_width)
         return array.T if parameter.endswith(".kernel") else array
@@ -127,7 +123,7 @@ def _gguf_config(path: Path) -> tuple[Config, dict[str, Any]]:
 
 
 def _refuse_unknown(reader, head_width: int, path: Path) -> None:
-    """Refuse fields of which a llama may have none, or that would have to say something else."""
+    """Refuse fields that a llama does not have, or whose values it cannot have."""
     said = {name.removeprefix("llama."): field for name, field in reader.fields.items() if name.startswith("llama.")}
     others = {name: field.contents() for name, field in said.items() if name not in _GGUF_READ}
     heads = dict.fromkeys(("rope.dimension_count", "attention.value_length"), head_width)
@@ -155,10 +151,8 @@ def _gguf_tokenizer(path: Path, reader):
         ("gpt2", "smollm"): pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level]),
     }
     if kind not in known:
-        raise InputError(
-            f"{path}: has a tokenizer of model {kind[0]!r}, pre-tokenizer {kind[1]!r}, expected one of "
-            f"{sorted(known)}; use the model's Hugging Face directory."
-        )
+        what = f"has a tokenizer of model {kind[0]!r}, pre-tokenizer {kind[1]!r}, expected one of {sorted(known)}"
+        raise InputError(f"{path}: {what}; use the model's Hugging Face directory.")
     tokens = _field(reader, "tokenizer.ggml.tokens", path)
     merges = [tuple(merge.split(" ")) for merge in _field(reader, "tokenizer.ggml.merges", path)]
     vocabulary = {token: i for i, token in enumerate(tokens)}
@@ -171,8 +165,7 @@ def _gguf_tokenizer(path: Path, reader):
     tokenizer.add_special_tokens([token for token, of in kinds.items() if of == 3])  # control
     tokenizer.add_tokens([token for token, of in kinds.items() if of == 4])  # of a user: never split
     if reader.get_field("tokenizer.ggml.add_bos_token") and _field(reader, "tokenizer.ggml.add_bos_token", path):
-        bos = _field(reader, "tokenizer.ggml.bos_token_id", path)
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
-        )
+        number = _field(reader, "tokenizer.ggml.bos_token_id", path)
+        bos = tokens[number]
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, number)])
     return tokenizer

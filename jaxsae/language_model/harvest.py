@@ -1,8 +1,8 @@
-"""From text to activations: tokenise, pack into contexts, run a language model, write or hand on its residual stream.
+"""From text to activations: tokenise, pack into contexts, run a language model, write or stream its residuals.
 
 A context holds `context` tokens, and gives `context − 1` rows: its first position, whose activation is massive in most
 models, is left out. A shard holds the rows of the same contexts however often a harvest was interrupted, so that one
-that goes on neither repeats a row nor loses one.
+that resumes neither repeats a row nor loses one.
 """
 
 import codecs
@@ -32,7 +32,7 @@ from jaxsae.language_model import config, files as model_files
 from jaxsae.language_model.models import LanguageModel, residual
 
 _SHARD = 128 << 20  # bytes of float32 rows, about
-_MOST_STEPS = 32  # in a shard
+_MAX_STEPS = 32  # in a shard
 _PIECE = 1 << 20  # characters tokenised at a time: a tokenizer takes some hundred bytes for each
 _OVERLAP = 1 << 14  # characters that two pieces share, at first
 _AGREE = 32  # tokens that must be the same in both
@@ -43,7 +43,6 @@ _ENCODINGS = {  # by the mark that a file begins with, those of four bytes first
     codecs.BOM_UTF16_BE: "utf-16-be",
     codecs.BOM_UTF8: "utf-8",
 }
-_DTYPES = ("float16", "float32", "bfloat16")
 
 
 class Text(NamedTuple):
@@ -137,13 +136,10 @@ def pack(files: Sequence[Path], tokenizer: Any, *, context: int, tokens: int | N
     rows = ids[: len(ids) // body * body].reshape(-1, body)
     if not len(rows):
         what = "the text is empty" if not len(ids) else f"the text has {len(ids)} tokens, less than a context of {body}"
-        raise InputError(f"{_names(files)}: {what}; pass more text, or a smaller --context.")
+        names = str(files[0]) if len(files) == 1 else f"{len(files)} files"
+        raise InputError(f"{names}: {what}; pass more text, or a smaller --context.")
     before = np.tile(np.asarray(start, np.int32), (len(rows), 1))
     return found._replace(contexts=np.concatenate([before, rows], axis=1))
-
-
-def _names(files) -> str:
-    return str(files[0]) if len(files) == 1 else f"{len(files)} files"
 
 
 def _read(file: Path) -> tuple[str, int, str]:
@@ -212,8 +208,8 @@ def _encode(tokenizer, text: str, first: int, last: int) -> _Piece:
     return _Piece(np.asarray(found.ids, np.int32), places, words[1:] != words[:-1])
 
 
-def _tokenise(tokenizer, text: str, most: int) -> Iterator[_Piece]:
-    """The tokens of a text as if it was tokenised whole, or at least the first `most`; a long one is read in pieces.
+def _tokenise(tokenizer, text: str, max_tokens: int) -> Iterator[_Piece]:
+    """The tokens of a text as if tokenised whole, or at least the first `max_tokens`; a long text is read in pieces.
 
     Pieces overlap, and are joined where a word begins in both, among tokens that are the same and far from the ends of
     either. What a piece is at its ends and the text is not, half a word or the "▁" that SentencePiece puts before, has
@@ -227,7 +223,7 @@ def _tokenise(tokenizer, text: str, most: int) -> Iterator[_Piece]:
     in_words = isinstance(tokenizer.model, models.BPE)
     end, count = min(_PIECE, len(text)), 0
     piece = _encode(tokenizer, text, 0, end)
-    while end < len(text) and count < most:
+    while end < len(text) and count < max_tokens:
         overlap, joint, following = _OVERLAP, None, piece
         while joint is None and 2 * overlap <= _PIECE:
             following = _encode(tokenizer, text, end - overlap, end - overlap + _PIECE)
@@ -238,12 +234,12 @@ def _tokenise(tokenizer, text: str, most: int) -> Iterator[_Piece]:
             yield piece.part(None, joint[0])
             end, count = min(end - overlap // 2 + _PIECE, len(text)), count + joint[0]
             piece = following.part(joint[1], None)
-    if count < most:
+    if count < max_tokens:
         yield piece
 
 
 def _joint(piece: _Piece, following: _Piece, first: int, last: int, *, in_words: bool) -> tuple[int, int] | None:
-    """The number of a token in both of two pieces that share characters from `first` to `last`, if they agree there.
+    """The index of one token in both of two pieces that share characters from `first` to `last`, if they agree there.
 
     It begins a word, or is any if it may be in one.
     """
@@ -264,14 +260,12 @@ def _joint(piece: _Piece, following: _Piece, first: int, last: int, *, in_words:
 
 
 def _require_text(piece: _Piece, text: str, control: dict[int, str], file: Path) -> None:
-    """Refuse control tokens that a text spells; one that stands for what is unknown may be in any."""
+    """Refuse control tokens that a text spells out; the unknown token may be in any."""
     for n in np.flatnonzero(np.isin(piece.ids, list(control))):
         (first, last), name = piece.places[n], control[int(piece.ids[n])]
         if name in text[first:last]:
-            raise InputError(
-                f"{file}: holds {name!r} after {first} characters, which the tokenizer makes a control token of; "
-                f"leave it out, or write it in another way."
-            )
+            what = f"holds {name!r} after {first} characters, which the tokenizer makes a control token of"
+            raise InputError(f"{file}: {what}; leave it out, or write it in another way.")
 
 
 # --- Rows
@@ -291,7 +285,7 @@ def run(
     """Write the residual stream of a language model over contexts, as shards, with the tokens beside them.
 
     Row `r` of a shard belongs to position `1 + r mod (s − 1)` of context `r // (s − 1)` in its column `tokens`. What an
-    interrupted harvest of the same contexts left in `out` is kept, and gone on from.
+    interrupted harvest of the same contexts left in `out` is kept, and resumed.
 
     Args:
       out: directory.
@@ -327,8 +321,9 @@ def run(
     if first:
         progress(first)
     if not writer.manifest.complete:
-        mesh, batch = _spread(jax.devices(), batch, n)
-        steps = _steps_per_shard(batch * (length - 1) * model.config.width)
+        mesh, batch = _data_mesh(jax.devices(), batch, n)
+        # No more than is held in memory, and lost if the harvest is killed.
+        steps = max(1, min(_MAX_STEPS, _SHARD // (4 * batch * (length - 1) * model.config.width)))
         residuals = _residuals(model, contexts[first:], layer, batch, mesh, progress)
         for start in range(first, n, steps * batch):
             rows = np.concatenate(list(itertools.islice(residuals, steps)))
@@ -344,7 +339,7 @@ def live(
 
     Row `r` belongs to position `1 + r mod (s − 1)` of context `r // (s − 1)`. Contexts are computed a step at a time,
     and kept as long as a reader needs them that takes rows in windows, `data.batches(rows, …, window=window)`: each is
-    computed once a pass. The position is all there is to save of such a reader; the window it is in is computed anew.
+    computed once a pass. The position is all there is to save of such a reader; the window it is in is computed again.
 
     Args:
       model: the language model.
@@ -366,7 +361,7 @@ def live(
     """
     arguments.check(live, {"layer": layer, "batch": batch, "window": window})
     require_fit(model, contexts, layer)
-    mesh, batch = _spread(jax.local_devices(), batch, len(contexts))
+    mesh, batch = _data_mesh(jax.local_devices(), batch, len(contexts))
     model = jax.device_put(model, NamedSharding(mesh, PartitionSpec()))
     (n, length), alone = contexts.shape, threading.Lock()
     step = batch * (length - 1)
@@ -384,16 +379,13 @@ def live(
     return shards.Rows(load, edges, range(n * (length - 1)), model.config.width, np.float32, "")
 
 
-def check(
-    model: str | os.PathLike, *, layer: int, context: int, dtype: str = "float16", out: str | os.PathLike | None = None
-) -> None:
+def check(model: str | os.PathLike, *, layer: int, context: int, out: str | os.PathLike | None = None) -> None:
     """Raise what a harvest would, before text is tokenised and weights are read.
 
     Args:
       model: as for `language_model.load`; its configuration alone is read.
       layer: block after which the residual is to be taken, from 0.
       context: tokens in a context.
-      dtype: of the rows.
       out: directory to write, or None.
 
     Raises:
@@ -404,8 +396,6 @@ def check(
       Traceback (most recent call last):
       jaxsae.InputError: no-such-place: no such file; expected a GGUF file, a Hugging Face directory, or ...
     """
-    if dtype not in _DTYPES:
-        raise InputError(f"got dtype {dtype}; pass one of {', '.join(_DTYPES)}.")
     if out is not None and Path(out).exists() and not Path(out).is_dir():
         raise InputError(f"cannot write {out}: Not a directory; choose another --out.")
     if out is not None and Path(out).is_dir() and any(Path(out).iterdir()) and not Path(out, shards.MANIFEST).exists():
@@ -437,9 +427,8 @@ def require_fit(model: LanguageModel, contexts: np.ndarray, layer: int) -> None:
     _require_site(c, layer, np.shape(contexts)[1])
     if low < 0 or high >= c.vocab:
         wrong = low if low < 0 else high
-        raise InputError(
-            f"the tokenizer made token {wrong}, the model's vocabulary has {c.vocab}; pass the model's own."
-        )
+        what = f"the tokenizer made token {wrong}, the model's vocabulary has {c.vocab}"
+        raise InputError(f"{what}; pass the model's own.")
 
 
 def _require_site(c: config.Config, layer: int, context: int) -> None:
@@ -451,12 +440,7 @@ def _require_site(c: config.Config, layer: int, context: int) -> None:
         raise InputError(f"got contexts of {context} tokens, the model takes {c.context}; pass that or less.")
 
 
-def _steps_per_shard(values: int) -> int:
-    """As many steps of so many values as are kept in memory, and lost if the harvest is killed."""
-    return max(1, min(_MOST_STEPS, _SHARD // (4 * values)))
-
-
-def _spread(devices, batch: int, contexts: int) -> tuple[Mesh, int]:
+def _data_mesh(devices, batch: int, contexts: int) -> tuple[Mesh, int]:
     """A mesh of devices, and a number of contexts, no more than there are, that can be split evenly over them."""
     mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
     return mesh, -(-min(batch, contexts) // len(devices)) * len(devices)

@@ -10,9 +10,7 @@ import numpy as np
 
 from jaxsae._core.files import InputError
 from jaxsae.language_model.config import Arrays, Config, _stack
-from jaxsae.language_model.download import _EXPECTED, WHEELS
-
-# --- Hugging Face
+from jaxsae.language_model.download import _EXPECTED
 
 # What others of their kin have, and these compute without.
 _NEUTRAL = {
@@ -44,7 +42,7 @@ _LLAMA_NAMES = {
 def _directory_config(path: Path) -> tuple[Config, str]:
     """Sizes, and the model's type."""
     if not (path / "config.json").is_file():
-        raise InputError(f"{path}: has no config.json; {_EXPECTED}: {', '.join(WHEELS)}.")
+        raise InputError(f"{path}: has no config.json; {_EXPECTED}.")
     options = json.loads((path / "config.json").read_text())
     kind = options.get("model_type")
     if kind not in ("llama", "gpt2"):
@@ -77,9 +75,8 @@ def _read_directory(path: Path, dtype) -> tuple[Config, Arrays]:
 
     arrays = _stack(names, config.layers, get, dtype)
     if unused := {name for name in unused if not _WITHOUT_EFFECT.fullmatch(name)}:  # of more blocks, say
-        raise InputError(
-            f"{path}: has tensors that a {kind} of its config.json does not use: {min(unused)}; save it again."
-        )
+        what = f"has tensors that a {kind} of its config.json does not use: {min(unused)}"
+        raise InputError(f"{path}: {what}; save it again.")
     return config, arrays
 
 
@@ -106,7 +103,7 @@ def _open_shards(path: Path) -> dict[str, Any]:
 
 
 def _refuse(options: dict[str, Any], expected: dict[str, Any], path: Path) -> None:
-    """Refuse options that are there and say something else than is expected."""
+    """Refuse options whose values differ from the expected ones."""
     for name, value in expected.items():
         if options.get(name, value) != value:
             raise InputError(f"{path}: has {name} = {options[name]!r}, expected {value!r}; pass another model.")
@@ -140,7 +137,7 @@ def _llama_config(o: dict[str, Any], path: Path) -> Config:
 
 
 def _rope(o: dict[str, Any], head_width: int, path: Path) -> tuple[float, ...]:
-    """Radians a position, for each pair of a head."""
+    """Rotary frequencies in radians a position, for each pair of a head."""
     _refuse(o, {"partial_rotary_factor": 1.0}, path)
     if type(head_width) is not int or head_width % 2 or not 0 < head_width <= 1 << 16:
         raise InputError(f"{path}: has heads of width {head_width!r}, expected an even number; get the file again.")

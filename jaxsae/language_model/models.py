@@ -26,18 +26,6 @@ from jaxsae._core.files import InputError
 from jaxsae.language_model import files
 from jaxsae.language_model.config import Config
 
-__all__ = [
-    "LanguageModel",
-    "NextToken",
-    "cross_entropy",
-    "load",
-    "logits",
-    "loss_recovered",
-    "residual",
-    "splice",
-    "tiny",
-]
-
 Splice = Callable[[Float[Array, "b s d"]], Float[Array, "b s d"]]
 
 
@@ -109,7 +97,7 @@ def _attend(q, k, v):
 
 
 def _rotate(x, angles):
-    """Turn the pairs `(x_i, x_{i + n/2})` of each head by the angles `[s n/2]` of its position."""
+    """Rotate the pairs `(x_i, x_{i + n/2})` of each head by the angles `[s n/2]` of its position."""
     cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
@@ -280,7 +268,7 @@ def _replace(h, new, skip_first):
 
 @pytrees.dataclass
 class NextToken:
-    """Sums over the tokens that were predicted; `a + b` is the measurement of both.
+    """Sums over the predicted tokens; `a + b` is the measurement of both.
 
     Attributes:
       tokens: how many.
@@ -344,10 +332,8 @@ def cross_entropy(
     for ids in batches:
         _validate(model, ids, layer)
         if ids.shape[1] < 2 + skip_first:
-            raise ValueError(
-                f"`cross_entropy` got {ids.shape[1]} tokens in a row with skip_first {skip_first}, of which no "
-                f"prediction sees the splice; pass at least {2 + skip_first}."
-            )
+            got = f"{ids.shape[1]} tokens in a row with skip_first {skip_first}, of which no prediction sees the splice"
+            raise ValueError(f"`cross_entropy` got {got}; pass at least {2 + skip_first}.")
         h, clean = _clean(model, ids, layer)
         part = {"clean": _score(clean, ids, clean)}
         for name, fn in splices.items():
@@ -360,7 +346,7 @@ def cross_entropy(
 
 
 def loss_recovered(clean: NextToken, spliced: NextToken, ablated: NextToken) -> Float[Array, ""] | float:
-    """The share of an ablation's loss that a splice wins back: 1 is as good as the model itself, 0 as the ablation.
+    """The share of an ablation's loss that a splice recovers: 1 is as good as the model itself, 0 as the ablation.
 
     NaN where the ablation loses nothing, and there is nothing to win.
 
@@ -431,9 +417,8 @@ def _validate(model, ids, layer) -> None:
     tokens = np.asarray(ids)
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= c.vocab:
-        raise ValueError(
-            f"`residual` got tokens from {low} to {high}; pass 0 to {c.vocab - 1}, those of the vocabulary."
-        )
+        do = f"pass 0 to {c.vocab - 1}, those of the vocabulary"
+        raise ValueError(f"`residual` got tokens from {low} to {high}; {do}.")
 
 
 def _require_layer(c: Config, layer) -> None:

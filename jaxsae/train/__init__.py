@@ -17,27 +17,9 @@ from jaxsae.train.optim import default_optimizer, ema, ema_params, learning_rate
 from jaxsae.train.startup import geometric_median, resample
 from jaxsae.train.steps import Diverged, TrainState, fit, init_state, make_step, member, stack, sweep
 
-__all__ = [
-    "Diverged",
-    "TrainState",
-    "checkpoint",
-    "default_optimizer",
-    "ema",
-    "ema_params",
-    "fit",
-    "geometric_median",
-    "init_state",
-    "job",
-    "learning_rate",
-    "losses",
-    "make_step",
-    "member",
-    "objectives",
-    "resample",
-    "stack",
-    "sweep",
-    "unit_norm_decoder",
-]
+__all__ = ["Diverged", "TrainState", "fit", "init_state", "make_step", "member", "stack", "sweep"]
+__all__ += ["default_optimizer", "ema", "ema_params", "learning_rate", "unit_norm_decoder"]
+__all__ += ["checkpoint", "geometric_median", "job", "losses", "objectives", "resample"]
 
 
 __getattr__ = lazy.submodules(__name__, "checkpoint", "job")

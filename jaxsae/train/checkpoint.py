@@ -1,4 +1,4 @@
-"""The whole state of a training, saved in one step through orbax: it goes on to the bit, whatever ended the process.
+"""The whole state of a training, saved in one step through orbax: what resumes is bitwise identical, whatever ended it.
 
     1000/state       the state, and a fingerprint of each of its leaves
     1000/manifest    configuration, versions, the position in the data
@@ -31,7 +31,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Array, UInt32
 
-from jaxsae._core.files import InputError, local_path, owned
+from jaxsae._core.files import InputError, first_line, local_path, owned
 from jaxsae.formats.tensors import writable
 
 _VERSION = 1
@@ -56,7 +56,7 @@ class Saved(NamedTuple):
 
 
 def versions() -> dict[str, str]:
-    """The versions of what decides the numbers of a run.
+    """Versions of the packages that determine the numbers of a run.
 
     Example:
       >>> sorted(versions())[:4]
@@ -132,10 +132,8 @@ class Checkpoints:
                 continue
             if manifest["version"] != _VERSION:
                 by = manifest.get("versions", {}).get("jaxsae", "unknown")
-                raise InputError(
-                    f"{self.folder / str(step)}: is of version {manifest['version']!r}, expected {_VERSION}; go on "
-                    f"with the jaxsae that wrote it ({by})."
-                )
+                what = f"is of version {manifest['version']!r}, expected {_VERSION}"
+                raise InputError(f"{self.folder / str(step)}: {what}; resume with the jaxsae that wrote it ({by}).")
             self._require_equal(manifest["config"])
             break
 
@@ -162,12 +160,12 @@ class Checkpoints:
 
     def _close(self) -> None:
         manager, self._manager = self._manager, None
-        with _one_line(self.folder, self.steps):
+        with _one_line(self.folder):
             if manager is not None:
                 manager.close()
 
     def steps(self) -> list[int]:
-        """As the function."""
+        """The steps in the directory, the last one first."""
         return steps(self.folder)
 
     def save(self, step: int, state: Any, *, progress: Any, loss: float | None = None, wait: bool = False) -> None:
@@ -176,7 +174,7 @@ class Checkpoints:
         Args:
           step: its number.
           state: any pytree of arrays, sharded or not, PRNG keys among them; or of what numpy makes arrays of.
-          progress: any JSON: the position in the data, and what else there is to go on with.
+          progress: any JSON: the position in the data, and what else is needed to resume.
           loss: the step of the least one is kept, whatever comes after it.
           wait: come back when it is on the disk.
 
@@ -188,15 +186,14 @@ class Checkpoints:
         if self._manager is None:
             self._manager = self._open()
         state = jax.tree.map(_leaf, state)
-        content = {"version": _VERSION, "config": self._config, "versions": versions(), "step": step} | {
-            "progress": progress
-        }
+        content = {"version": _VERSION, "config": self._config, "versions": versions(), "step": step}
+        content |= {"progress": progress}
         args = ocp.args.Composite(
             state=ocp.args.StandardSave({"state": state, "fingerprint": fingerprint(state)}),
             manifest=ocp.args.JsonSave({"content": content, "crc32": _crc32(content)}),
         )
         metrics = None if loss is None or not math.isfinite(loss) else {"loss": loss}
-        with _one_line(self.folder, self.steps):
+        with _one_line(self.folder):
             if step not in self._manager.all_steps():
                 self._manager.save(step, args=args, metrics=metrics, force=True)
             if wait:
@@ -214,11 +211,11 @@ class Checkpoints:
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(self._keep), best]),
             cleanup_tmp_directories=True,
         )
-        with _one_line(self.folder, self.steps):
+        with _one_line(self.folder):
             return ocp.CheckpointManager(self.folder, options=options)
 
     def restore(self, like: Any) -> Saved | None:
-        """The last step that is whole, or None if there is none at all; damaged ones after it are removed, with a word.
+        """The last step that is whole, or None if there is none; damaged ones after it are removed, with a warning.
 
         Of several processes it is the last one that all of them can read.
 
@@ -230,11 +227,11 @@ class Checkpoints:
         """
         like = jax.tree.map(_leaf, like)  # what could not be saved is refused before there is work to save
         if self._manager is not None:
-            with _one_line(self.folder, self.steps):
+            with _one_line(self.folder):
                 self._manager.wait_until_finished()
-        mine, damaged = self.steps(), []
-        while (step := max(_of_all(mine[0] if mine else -1))) >= 0:
-            mine = [other for other in mine if other < step]
+        local_steps, damaged = self.steps(), []
+        while (step := max(_of_all(local_steps[0] if local_steps else -1))) >= 0:
+            local_steps = [other for other in local_steps if other < step]
             found = self._read(self.folder / str(step), like)
             if found is None:
                 damaged.append(step)
@@ -247,7 +244,7 @@ class Checkpoints:
                 self._manager = None
             return found
         if damaged:
-            raise InputError(f"{self.folder}: every step is damaged; remove it to begin anew.")
+            raise InputError(f"{self.folder}: every step is damaged; remove it to start over.")
         return None
 
     def _read(self, path: Path, like: Any) -> Saved | None:
@@ -257,12 +254,14 @@ class Checkpoints:
             try:
                 manifest, found = _read_manifest(path), _read_state(path, like)
             except Exception as error:  # noqa: BLE001  orbax raises just that of a damaged file
-                reason = (str(error) or type(error).__name__).strip().partition("\n")[0][:200]
+                reason = first_line(error)[:200]
                 _free(error)
         if not all(_of_all(not reason)):
             reason = reason or "for another process"
         else:  # all take part in the sums over what each of them has read
-            reason = _differs(found["state"], found["fingerprint"])
+            names = [name for name, _ in jax.tree.leaves_with_path(found["state"])]
+            wrong = np.flatnonzero(np.asarray(fingerprint(found["state"])) != np.asarray(found["fingerprint"]))
+            reason = _NOT_SAVED.format(jax.tree_util.keystr(names[wrong[0]])) if len(wrong) else ""
         if reason:
             self._warn(f"{path}: is damaged ({reason}).")
             return None
@@ -289,7 +288,7 @@ def _owned(folder: Path, warn: Callable[[str], None]) -> Iterator[None]:
 
 
 def _of_all(value: int | bool) -> list[int]:
-    """What each process has, for all of them."""
+    """Gather a value from every process."""
     if jax.process_count() == 1:
         return [int(value)]
     return multihost_utils.process_allgather(np.array(value, np.int32)).tolist()
@@ -334,7 +333,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _alone() -> Any:
-    """For orbax: no process waits for the others, of which one may fail."""
+    """Orbax options with which no process waits for the others, of which one may fail."""
     import orbax.checkpoint as ocp
 
     me = jax.process_index()
@@ -360,16 +359,9 @@ def _read_state(path: Path, like: Any) -> Any:
     return found
 
 
-def _differs(state: Any, expected: Any) -> str:
-    """Which leaf has another fingerprint, in words; nothing if none has."""
-    names = [name for name, _ in jax.tree.leaves_with_path(state)]
-    wrong = np.flatnonzero(np.asarray(fingerprint(state)) != np.asarray(expected))
-    return _NOT_SAVED.format(jax.tree_util.keystr(names[wrong[0]])) if len(wrong) else ""
-
-
 @contextlib.contextmanager
 def _without_echoes() -> Iterator[None]:
-    """When one file cannot be read or written, orbax drops the others, which then complain where nothing is caught.
+    """When one file cannot be read or written, orbax drops the others, which then raise where nothing is caught.
 
     They do so as coroutines and asyncio's futures are freed, which `_free` does, and from threads of TensorStore as
     those end: so after a failure the hook, which drops nothing else, stays.
@@ -402,7 +394,7 @@ class _WithoutEchoes:
 
 
 def _free(error: BaseException | None) -> None:
-    """What an error of orbax's, and those before it, hold of the calls that they ended."""
+    """Clear the frames that an error of orbax's, and those before it, keep alive."""
     if isinstance(sys.unraisablehook, _WithoutEchoes):
         sys.unraisablehook.stays = True
     while error is not None:
@@ -415,24 +407,21 @@ def _is_echo(error: object) -> bool:
     return re.search(_ECHOES, str(error)) is not None
 
 
-class _one_line:
+@contextlib.contextmanager
+def _one_line(folder: Path) -> Iterator[None]:
     """Turn what orbax raises while it writes into one line."""
-
-    def __init__(self, folder: Path, steps: Callable[[], list[int]]):
-        self._folder, self._steps = folder, steps
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if isinstance(error, Exception) and not isinstance(error, InputError):
-            # TensorStore gives the cause last: "Error writing …: Failed writing …: No space left on device [os…]".
-            text = str(error).strip().partition("\n")[0].partition(" [")[0]
-            reason = getattr(error, "strerror", None) or text.rpartition(": ")[2]
-            last = next(iter(self._steps()), None)
-            _free(error)
-            kept = "no step was saved before" if last is None else f"step {last} is kept, and can be gone on from"
-            raise InputError(f"cannot write {self._folder}: {reason}; {kept}: make room.") from error
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        # TensorStore gives the cause last: "Error writing …: Failed writing …: No space left on device [os…]".
+        text = first_line(error).partition(" [")[0]
+        reason = getattr(error, "strerror", None) or text.rpartition(": ")[2]
+        last = next(iter(steps(folder)), None)
+        _free(error)
+        kept = "no step was saved before" if last is None else f"step {last} is kept, and can be resumed from"
+        raise InputError(f"cannot write {folder}: {reason}; {kept}: make room.") from error
 
 
 def fingerprint(tree: Any) -> UInt32[Array, " n"]:

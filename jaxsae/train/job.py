@@ -37,7 +37,7 @@ class Preempted(Exception):
 
 
 class TooManyRollbacks(Diverged):
-    """A training that went back too often; beside the state, how it was reached."""
+    """A training that rolled back too often; beside the state, how it was reached."""
 
     def __init__(self, state: TrainState, progress: "LoopState", reason: str):
         """Say why, and how far it came.
@@ -94,8 +94,8 @@ def run(
     on with the batches that come next; after three times it is given up. So it is if a number of the state itself is
     not finite when it would be saved, but an infinite one of an activation, such as a threshold.
 
-    A training may be made longer than it was: the state goes on with the `step` it is given now, and so with the
-    schedules of the longer one. One of equal `steps` is the same as if nothing had ended it, to the bit.
+    A training may be made longer than it was: the state is continued by the `step` it is given now, and so with the
+    schedules of the longer one. One of equal `steps` is bitwise identical to one that nothing ended.
 
     Args:
       step: of `train.make_step`.
@@ -171,7 +171,7 @@ def run(
 
 
 def _restored(saved, init_fn, steps: int) -> tuple[TrainState, LoopState]:
-    """Where a training begins, or goes on."""
+    """Where a training begins, or resumes."""
     if saved is None:
         return sharding.create(init_fn), LoopState(steps=steps)
     record = LoopState(**saved.progress)  # of JSON, which has lists
@@ -183,7 +183,7 @@ def _restored(saved, init_fn, steps: int) -> tuple[TrainState, LoopState]:
 
 
 def _back(state, good: bool, progress: LoopState, saved, init_fn, reason: str, warn) -> tuple[TrainState, LoopState]:
-    """The state last saved, and on with the batches that come next."""
+    """The last saved state, to continue with the batches that come next."""
     old = sharding.create(init_fn) if saved is None else saved.state
     if progress.rollbacks == ROLLBACKS:
         raise TooManyRollbacks(state if good else old, progress, f"{reason} was not finite")
@@ -193,7 +193,7 @@ def _back(state, good: bool, progress: LoopState, saved, init_fn, reason: str, w
 
 
 def _infinite(state: TrainState) -> np.ndarray:
-    """Of each leaf, how much of it is not finite: 0 for nothing, 1 for what is infinite, 2 for NaN.
+    """The worst value of each leaf: 0 for finite, 1 for infinite, 2 for NaN.
 
     An activation's parameters may be infinite: 0 for those.
     """
@@ -221,7 +221,7 @@ class _Record:
         self.step = self._logged = int(state.step)
 
     def see(self, number: int, skipped: bool, metrics: dict[str, Any]) -> None:
-        """Of the next batch."""
+        """Record the next batch."""
         if skipped:
             self._bad.append(number)
             return
@@ -231,7 +231,7 @@ class _Record:
             self._numbers = self._log_fn(self.step, metrics) or self._numbers
 
     def add_to(self, progress: LoopState) -> LoopState:
-        """All that was seen since the last time."""
+        """The progress with all batches recorded since the last call."""
         progress = progress._replace(bad=progress.bad + tuple(self._bad), logged=self._numbers or progress.logged)
         self._bad.clear()
         return progress
@@ -259,7 +259,7 @@ def _signals() -> Iterator[list[int]]:
 
 
 def _agree(position: int, signum: int, due: bool) -> tuple[int, bool]:
-    """What all processes do now: that which any of them wants."""
+    """What all processes do now: stop or save if any of them asks for it."""
     if jax.process_count() == 1:
         return signum, due
     if position % _AGREE:

@@ -141,7 +141,7 @@ def _first(code, latents: int):
 def auxk(
     sae: SAE, x: Float[Array, "b d"], residual: Float[Array, "b d"], idle: Bool[Array, " m"], *, k_aux: int
 ) -> Float[Array, ""]:
-    """AuxK: reconstruct the residual with the `k_aux` most active idle latents, so that they learn something.
+    """AuxK: reconstruct the residual with the `k_aux` most active idle latents, which gives them a gradient.
 
         mean_b ‖e − ê‖²,   ê = (the k_aux largest pre-activations of idle latents, of either sign) W_dec
 
@@ -181,7 +181,7 @@ def auxk(
         term(lambda pre: ~idle),
         term(lambda pre: dropped(jnp.where(idle, pre, -jnp.inf), k_aux)),
     )
-    usable = jnp.isfinite(residual).all() & jnp.isfinite(x).all()
-    count = jnp.where(usable, jnp.sum(idle), 0)
+    finite = jnp.isfinite(residual).all() & jnp.isfinite(x).all()
+    count = jnp.where(finite, jnp.sum(idle), 0)
     chosen = (count > 0).astype(jnp.int32) + (count > k_aux)
     return jax.lax.switch(chosen, branches, sae.W_enc, sae.b_enc, sae.W_dec)

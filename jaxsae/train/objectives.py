@@ -52,29 +52,29 @@ class ForwardPass(NamedTuple):
 
 
 class Aux(NamedTuple):
-    """What a training step learns from a pass, beside the derivative.
+    """What a loss returns beside its value.
 
     Attributes:
-      fired: which latents were active, `[m]`.
+      active: which latents were, `[m]`.
       metrics: named scalars.
-      activation: the activation to go on with, if the pass estimated something of it.
+      activation: the activation to continue with, if the pass estimated something of it.
     """
 
-    fired: Bool[Array, " m"]
+    active: Bool[Array, " m"]
     metrics: dict[str, Array]
     activation: Activation | None = None
 
     @classmethod
     def of(cls, out: Any, m: int) -> tuple[Array, "Aux"]:
-        """What a loss returned for `m` latents, its value and this, if it is what it should be; else one line."""
-        expected = "expected (value, (fired, metrics)): a scalar, which latents were active, and a dictionary"
+        """Validate what a loss returned for `m` latents: its value and an `Aux`."""
+        expected = "expected (value, (active, metrics)): a scalar, which latents were active, and a dictionary"
         if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], tuple) and len(out[1]) in (2, 3)):
-            raise TypeError(f"got a loss that returns {_shown(out)}, {expected}; return (value, (fired, {{}})).")
+            raise TypeError(f"got a loss that returns {_shown(out)}, {expected}; return (value, (active, {{}})).")
         value, measured = jnp.asarray(out[0]), cls(*out[1])
         if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
             raise TypeError(f"got a loss whose value is {_shown(value)}, {expected}; take its mean over the batch.")
-        if jnp.shape(measured.fired) != (m,):
-            raise TypeError(f"got a loss whose fired is {_shown(measured.fired)}, {expected}; return one a latent.")
+        if jnp.shape(measured.active) != (m,):
+            raise TypeError(f"got a loss whose active is {_shown(measured.active)}, {expected}; return one a latent.")
         if not isinstance(measured.metrics, dict):
             raise TypeError(
                 f"got a loss whose metrics are {_shown(measured.metrics)}, {expected}; return {{}} for none."
@@ -83,7 +83,7 @@ class Aux(NamedTuple):
 
 
 def _shown(x: Any) -> str:
-    """What kind of thing something is, the same while it is traced."""
+    """The type of a value in words, the same while it is traced."""
     if isinstance(x, tuple):
         return f"({', '.join(map(_shown, x))})"
     return f"an array {x.dtype}{list(x.shape)}" if hasattr(x, "dtype") else f"a {type(x).__name__}"
@@ -140,7 +140,7 @@ class Objective:
         )
         value = losses.mse(target, p.x_hat) + sum(term(p) for term in self.terms)
         metrics = {"nmse": losses.nmse(target, p.x_hat), "l0": jnp.mean(_l0(code).astype(jnp.float32))}
-        return value, Aux(_fired(code), metrics, after)
+        return value, Aux(_active(code), metrics, after)
 
 
 def _rows(batch: Any) -> tuple[Array, Array]:
@@ -163,7 +163,7 @@ def _l0(code) -> Array:
     return code.l0 if isinstance(code, SparseCode) else jnp.sum(code != 0, axis=-1)
 
 
-def _fired(code) -> Array:
+def _active(code) -> Array:
     if not isinstance(code, SparseCode):
         return (code != 0).any(0)
     return codes.sum_by_latent(dataclasses.replace(code, values=(code.values != 0).astype(jnp.float32))) > 0
@@ -330,7 +330,7 @@ class AuxK(_Weighted):
 
 @pytrees.dataclass
 class MultiTopK(_Weighted):
-    """Add the error of `TopK` with `factor · k` latents, so that it is good at other sparsities: `L(k) + L(4k)/8`.
+    """Add the error of `TopK` with `factor · k` latents, so that it works at other sparsities: `L(k) + L(4k)/8`.
 
     Attributes:
       factor: times as many latents; static.

@@ -12,23 +12,21 @@ from jaxsae._core import pytrees
 from jaxsae._core.linalg import divide, norms, widen
 from jaxsae.autoencoder.sae import SAE
 
-# --- optimisers
-
 
 class _Sound(optax.GradientTransformation):
-    """One that makes finite updates of finite gradients, if it makes any: Adam and what is built on it here.
+    """A transformation whose updates are finite for finite gradients: Adam and what is built on it here.
 
     That it makes any, the arrays show that are not matrices: a rate of NaN is in all of them.
     """
 
 
 def _around(tx: optax.GradientTransformation, init: Callable, update: Callable) -> optax.GradientTransformation:
-    """A transformation made of another, and as sound as that."""
+    """Wrap a transformation; the result is `_Sound` if that is."""
     return (_Sound if isinstance(tx, _Sound) else optax.GradientTransformation)(init, update)
 
 
 def unit_norm_decoder(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Keep the atoms on the unit sphere: what `tx` sees of their gradient is tangent, and its update ends on it.
+    """Keep the atoms on the unit sphere: `tx` gets the tangent part of their gradient, and its update ends on it.
 
     All is computed in float32 or better, so that atoms of a narrower type are rounded once: their norms are then within
     half its epsilon of 1 (2⁻⁸ for bfloat16, 2⁻¹¹ for float16). An atom that is 0 after its update stays as it was.
@@ -124,11 +122,11 @@ def ema(tx: optax.GradientTransformation, decay: float) -> optax.GradientTransfo
 
         w ← decay·w + (1 − decay),   mean ← mean + (1 − decay)/w · (parameters − mean)
 
-    This is the average free of the bias to 0 of its first steps; before them it is the parameters.
+    This is the debiased average; before the first step it is the parameters.
 
     Args:
       tx: any transformation.
-      decay: share of the average that stays from step to step, for example 0.999.
+      decay: share of the mean that stays from step to step, for example 0.999.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, jaxsae
@@ -165,7 +163,7 @@ def ema_params(opt_state: Any) -> SAE:
       opt_state: of `ema`, or any pytree that holds one, such as a `TrainState`.
 
     Raises:
-      ValueError: if there is no average in it.
+      ValueError: if there is no `EmaState` in it.
 
     Example:
       >>> import jax, optax, jaxsae
@@ -176,23 +174,23 @@ def ema_params(opt_state: Any) -> SAE:
 
     Source: Gao et al. (2024), Appendix A.
     """
-    found = [node for node in jax.tree.leaves(opt_state, is_leaf=_is_average) if _is_average(node)]
+    found = [node for node in jax.tree.leaves(opt_state, is_leaf=_is_ema) if _is_ema(node)]
     if not found:
-        raise ValueError("`ema_params` got a state without an average; train with `tx = train.ema(tx, decay)`.")
+        raise ValueError("`ema_params` got a state without an `EmaState`; train with `tx = train.ema(tx, decay)`.")
     return found[0].mean
 
 
-def _is_average(node: Any) -> bool:
+def _is_ema(node: Any) -> bool:
     return isinstance(node, EmaState)
 
 
 def _complete(opt_state: Any, sae: SAE) -> Any:
-    """Averages with what is not trained as it is in `sae`."""
+    """Each `EmaState` with what is not trained as it is in `sae`."""
     rest = pytrees.partition(sae)[1]
 
     def complete(node):
-        if not _is_average(node):
+        if not _is_ema(node):
             return node
         return node._replace(mean=jax.tree.map(jnp.array, pytrees.merge(pytrees.partition(node.mean)[0], rest)))
 
-    return jax.tree.map(complete, opt_state, is_leaf=_is_average)
+    return jax.tree.map(complete, opt_state, is_leaf=_is_ema)

@@ -1,4 +1,4 @@
-"""Where training starts, and starts again: the bias of the decoder, and latents that never fire."""
+"""Initialisation of the decoder's bias, and resampling of latents that never fire."""
 
 import dataclasses
 
@@ -9,10 +9,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from jaxsae._core import chunking, pytrees
 from jaxsae._core.linalg import divide, norms, power_of_two_or_one, widen
 from jaxsae.autoencoder.sae import SAE, encode_dense, reconstruct
-from jaxsae.train.optim import EmaState, _is_average
+from jaxsae.train.optim import EmaState, _is_ema
 from jaxsae.train.steps import TrainState
-
-# --- starting points
 
 
 def geometric_median(x: Float[Array, "n d"], *, iterations: int = 100) -> Float[Array, " d"]:
@@ -38,7 +36,7 @@ def geometric_median(x: Float[Array, "n d"], *, iterations: int = 100) -> Float[
     wide = widen(x)
     finite = jnp.isfinite(wide).all(axis=1)
     rows = finite[:, None]
-    lowest = jnp.min(wide, axis=0, initial=jnp.inf, where=rows)  # which rows that are equal are to the bit
+    lowest = jnp.min(wide, axis=0, initial=jnp.inf, where=rows)  # which rows that are equal are bitwise
     above = jnp.where(rows, wide - lowest, 0)
     scale = power_of_two_or_one(jnp.max(above, initial=0))
     scaled = above / scale
@@ -73,7 +71,7 @@ def resample(key: PRNGKeyArray, state: TrainState, x: Float[Array, "n d"], *, id
       idle_after: a latent is idle once this many rows went by without it.
 
     Returns:
-      The state to go on from; unchanged if no latent is idle, or no row has an error.
+      The state to continue from; unchanged if no latent is idle, or no row has an error.
 
     Raises:
       ValueError: if it is a transcoder, whose errors are no directions of its input; or if its activation, such as
@@ -112,7 +110,7 @@ def resample(key: PRNGKeyArray, state: TrainState, x: Float[Array, "n d"], *, id
     )
 
     def forget(moments):
-        if _is_average(moments):  # of weights, and no moment
+        if _is_ema(moments):  # of weights, and no moment
             return moments._replace(inner=forget_all(moments.inner))
         if not isinstance(moments, SAE):
             return moments

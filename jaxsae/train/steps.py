@@ -1,8 +1,8 @@
 """The state of a training, the step that changes it, and the loops: for one autoencoder, or a sweep of many.
 
-An objective is any callable pytree `objective(sae, batch, state) -> (value, (fired, metrics))`, such as those of
-`objectives.py`: `fired [m]` says which latents were active, `metrics` is a dictionary of scalars. A batch whose loss is
-not finite, or whose update is not, changes nothing: it is skipped and counted.
+An objective is any callable pytree `objective(sae, batch, state) -> (value, (active, metrics))`, such as those of
+`objectives.py`: `active [m]` says which latents were, `metrics` is a dictionary of scalars. A batch whose loss or
+update is not finite changes nothing: it is skipped and counted.
 
 The optimiser sees what `pytrees.partition` says is trained, and nothing else: an `SAE` with None in the place of the
 rest, such as `TopK.keep`. It is given gradients in float32 or better, and keeps its state in that.
@@ -28,8 +28,6 @@ from jaxsae.autoencoder.metrics import DEAD_ROWS
 from jaxsae.autoencoder.sae import SAE
 from jaxsae.train.objectives import Aux
 from jaxsae.train.optim import _complete, _Sound
-
-__all__ = ["Diverged", "TrainState", "fit", "init_state", "make_step", "member", "stack", "sweep"]
 
 PATIENCE = 10  # skipped batches in a row after which `fit` gives up
 
@@ -73,9 +71,6 @@ class Diverged(RuntimeError):
             "data."
         )
         self.state = state
-
-
-# --- steps
 
 
 def init_state(sae: SAE, tx: optax.GradientTransformation) -> TrainState:
@@ -141,13 +136,13 @@ def _as_pytree(loss):
     return jax.tree_util.Partial(loss) if len(leaves) == 1 and leaves[0] is loss else loss
 
 
-def _advance(tx: Any, loss: Any, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
+def _update(tx: Any, loss: Any, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
     params, rest = pytrees.partition(state.sae)
 
     def value_of(params):
         return Aux.of(loss(pytrees.merge(params, rest), batch, state), state.sae.m)
 
-    (value, (fired, metrics, activation)), grads = jax.value_and_grad(value_of, has_aux=True)(params)
+    (value, (active, metrics, activation)), grads = jax.value_and_grad(value_of, has_aux=True)(params)
     grads, count = widen(grads), len(jax.tree.leaves(batch)[0])
 
     def learn(state: TrainState) -> TrainState:
@@ -157,8 +152,8 @@ def _advance(tx: Any, loss: Any, state: TrainState, batch: Any) -> tuple[TrainSt
             rest = pytrees.partition(dataclasses.replace(state.sae, activation=activation))[1]
         moved: Any = optax.apply_updates(params, updates)  # pyright: ignore[reportArgumentType]
         sae = pytrees.merge(moved, rest)
-        most = jnp.iinfo(state.rows_since_fired.dtype).max - count
-        rows_since_fired = jnp.where(fired, 0, jnp.minimum(state.rows_since_fired, most) + count)
+        largest = jnp.iinfo(state.rows_since_fired.dtype).max - count
+        rows_since_fired = jnp.where(active, 0, jnp.minimum(state.rows_since_fired, largest) + count)
         skipped_last = jnp.zeros_like(state.skipped_last)
         return TrainState(sae, _complete(opt_state, sae), state.step + 1, rows_since_fired, state.skipped, skipped_last)
 
@@ -178,7 +173,7 @@ def _advance(tx: Any, loss: Any, state: TrainState, batch: Any) -> tuple[TrainSt
 
 
 def _without_infinity(param: Array) -> Array:
-    """What the optimiser sees: 0 for a threshold or bias of ±∞, of which weight decay would make another, or NaN."""
+    """What the optimiser gets: 0 for a threshold or bias of ±∞, which weight decay would change, or make NaN."""
     return jnp.where(jnp.isinf(param), 0, param) if param.ndim < 2 else param
 
 
@@ -192,7 +187,7 @@ def _stays_finite(old: Any, new: Any, *, matrices: bool) -> Array:
     return sum(map(jnp.sum, wrong.values()), jnp.zeros(())) == 0
 
 
-_step = jax.jit(_advance, static_argnums=0, donate_argnums=2)
+_step = jax.jit(_update, static_argnums=0, donate_argnums=2)
 
 
 def fit(
@@ -207,7 +202,7 @@ def fit(
     """Train an SAE.
 
     Args:
-      sae: the autoencoder to start from; left as it is. Or the state to go on from, which is taken over.
+      sae: the autoencoder to start from; left as it is. Or the state to continue from, which is taken over.
       batches: rows `[b d]`, or pairs of input and target, batch after batch, of one shape.
       loss: see the module's docstring.
       tx: optax transformation, for example `default_optimizer(learning_rate(m, steps))`.
@@ -269,11 +264,11 @@ class _Watch:
         return int(np.min(self._in_a_row))
 
     def restart(self, state: TrainState) -> None:
-        """From another state on, with nothing pending."""
+        """Start over from another state, with nothing pending."""
         self._skipped, self._in_a_row = np.array(state.skipped), np.array(state.skipped_last)
 
     def see(self, number: int, metrics: dict[str, Any]) -> None:
-        """A batch had these metrics, which, unlike the state, are not given away to the next step."""
+        """Record the metrics of a batch, which, unlike the state, are not donated to the next step."""
         self._pending.append((number, metrics))
         self._read(PATIENCE)
 
@@ -355,15 +350,15 @@ def _sweep_state(tx: Any, saes: SAE, rates: Array) -> TrainState:
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
 def _sweep_step(tx: Any, loss: Any, rates: Array, state: TrainState, batch: Any):
     def one(loss, rate, state):
-        return _advance(tx(rate), loss, state, batch)
+        return _update(tx(rate), loss, state, batch)
 
     if not sharding.on_cpu():
         return jax.vmap(one)(loss, rates, state)
 
     def in_turn(state, each):  # in place, which `lax.map` is not
-        number, loss, rate = each
-        new, shown = one(loss, rate, member(state, number))
-        return jax.tree.map(lambda leaf, new: leaf.at[number].set(new), state, new), shown
+        index, loss, rate = each
+        new, shown = one(loss, rate, member(state, index))
+        return jax.tree.map(lambda leaf, new: leaf.at[index].set(new), state, new), shown
 
     return jax.lax.scan(in_turn, state, (jnp.arange(len(rates)), loss, rates))
 
@@ -383,16 +378,16 @@ def stack(members: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
 
 
-def member(stacked: Any, number: int | Int[Array, ""]) -> Any:
+def member(stacked: Any, index: int | Int[Array, ""]) -> Any:
     """Take one pytree out of a stack.
 
     Args:
       stacked: as `stack` makes it, or `sweep`.
-      number: which, from 0; may be traced.
+      index: which, from 0; may be traced.
 
     Example:
       >>> import jax.numpy as jnp
       >>> member({"x": jnp.arange(3)}, 2)
       {'x': Array(2, dtype=int32)}
     """
-    return jax.tree.map(lambda leaf: leaf[number], stacked)
+    return jax.tree.map(lambda leaf: leaf[index], stacked)

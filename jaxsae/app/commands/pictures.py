@@ -4,19 +4,18 @@ from pathlib import Path
 from typing import Annotated
 
 from jaxsae._core import arguments
-from jaxsae._core.arguments import InputPath, OutputFile, Seed
 from jaxsae._core.files import InputError
 from jaxsae.app import console
 
 
 def denoise(
-    image: InputPath,
+    image: arguments.InputPath,
     /,
     *,
     sigma: Annotated[float, arguments.Range(0, 255, above=True)],
-    out: OutputFile,
-    dictionary: OutputFile | None = None,
-    seed: Seed = 0,
+    out: arguments.OutputFile,
+    dictionary: arguments.OutputFile | None = None,
+    seed: arguments.Seed = 0,
     json: bool = False,
 ) -> int:
     """Remove white noise from a picture, by k-SVD on its patches.
@@ -37,19 +36,19 @@ def denoise(
     image_files.check_suffix(out, dictionary)
     noisy, profile = image_files.read(image), image_files.profile(image)
     image_files.check_suffix(out, shape=noisy.shape, profile=profile)
-    with console.progress(noisy.size // noisy.shape[1]) as advance:
-        quiet, atoms = images.denoise(noisy, sigma, seed=seed, progress=advance)
+    with console.progress(noisy.size // noisy.shape[1]) as update:
+        quiet, atoms = images.denoise(noisy, sigma, seed=seed, progress=update)
     return _write_picture(out, quiet, profile, dictionary, atoms, json)
 
 
 def inpaint(
-    image: InputPath,
+    image: arguments.InputPath,
     /,
     *,
-    missing: InputPath,
-    out: OutputFile,
-    dictionary: OutputFile | None = None,
-    seed: Seed = 0,
+    missing: arguments.InputPath,
+    out: arguments.OutputFile,
+    dictionary: arguments.OutputFile | None = None,
+    seed: arguments.Seed = 0,
     json: bool = False,
 ) -> int:
     """Fill in missing pixels of a picture, by k-SVD on the others.

@@ -4,23 +4,22 @@ import os
 from typing import Annotated, Any
 
 from jaxsae._core import arguments
-from jaxsae._core.arguments import ACTIVATION, Count, Weight
 from jaxsae.app import console
 
 
 def plan(
     *,
-    latents: Count,
+    latents: arguments.Count,
     d: Annotated[int, arguments.Range(1, 2**20)],
-    k: Count,
-    batch: Count,
+    k: arguments.Count,
+    batch: arguments.Count,
     topology: Annotated[str, arguments.Text(r"\w+:\d+(x\d+)*", "a kind of chip and a shape, like v5e:4x4")],
-    data: Count = 1,
-    activation: Annotated[str, ACTIVATION] = "topk",
-    price: Weight | None = None,
+    data: arguments.Count = 1,
+    activation: Annotated[str, arguments.ACTIVATION] = "topk",
+    price: arguments.Weight | None = None,
     json: bool = False,
 ) -> int:
-    """Say what a training will need on TPUs, with no TPU.
+    """Estimate what a training needs on TPUs, without a TPU.
 
     Memory, FLOPs, bytes and collectives are read from the programs compiled for a slice. Times are the least that each
     of arithmetic, memory and network need at their peak; a step takes longer. Needs the extra tpu-aot.
@@ -68,10 +67,10 @@ def plan(
             **{"bytes": program.bytes, "collectives": collectives, "seconds_at_peak": seconds},
             **{"most_rows_per_second": speed, "least_dollars_per_billion_rows": cost},
         }
-        memory, arguments = console.gib(program.memory), console.gib(program.arguments)
+        memory, inputs = console.gib(program.memory), console.gib(program.arguments)
         lines += [
             f"\n{name}, of each chip:",
-            f"  memory   {memory}, {program.memory / chip.memory:.0%}: {arguments} of arguments and state",
+            f"  memory   {memory}, {program.memory / chip.memory:.0%}: {inputs} of arguments and state",
             f"  work     {program.flops:.3g} FLOP, {program.bytes:.3g} bytes read and written",
             *(f"  {each['count']:4} {each['kind']:18} of {each['bytes']:,} bytes" for each in collectives),
             "  at peak  " + ", ".join(f"{what} {1000 * value:.1f} ms" for what, value in seconds.items()),

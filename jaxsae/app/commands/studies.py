@@ -1,23 +1,22 @@
-"""The commands that measure shrinkage, and show what came out."""
+"""The commands that measure shrinkage and report it."""
 
 from pathlib import Path
 
-from jaxsae._core.arguments import Index, InputFiles, InputPath, OutputDirectory, OutputFile, Seed
+from jaxsae._core import arguments
 from jaxsae._core.files import InputError
 from jaxsae.app import console
-from jaxsae.app.commands.types import Autoencoder, Model
 
 
 def study(
     *,
-    out: OutputDirectory = Path("jaxsae-study"),
-    data: InputPath | None = None,
-    model: Model | None = None,
-    layer: Index = 8,
-    text: InputFiles = (),
-    sae: tuple[Autoencoder, ...] = (),
+    out: arguments.OutputDirectory = Path("jaxsae-study"),
+    data: arguments.InputPath | None = None,
+    model: arguments.Model | None = None,
+    layer: arguments.Index = 8,
+    text: arguments.InputFiles = (),
+    sae: tuple[arguments.Autoencoder, ...] = (),
     quick: bool = False,
-    seed: Seed = 0,
+    seed: arguments.Seed = 0,
     json: bool = False,
 ) -> int:
     """Train autoencoders, refine their codes, measure the shrinkage.
@@ -53,8 +52,8 @@ def study(
     site = None if model is None else job.HookPoint(model, layer, text or None)
     full, small = (job.FULL, job.QUICK) if site is None else (job.FULL_MODEL, job.QUICK_MODEL)
     plan, source = small if quick else full, site or data
-    with console.progress(job.total_steps(plan, source, sae)) as advance:
-        report = job.run(out, data=source, plan=plan, seed=seed, saes=sae, progress=advance, warn=console.warn)
+    with console.progress(job.total_steps(plan, source, sae)) as update:
+        report = job.run(out, data=source, plan=plan, seed=seed, saes=sae, progress=update, warn=console.warn)
     written = f"Written: {out / 'report.json'}, {out / 'shrinkage.png'}" + ("" if sae else f", {out / 'sae'}/")
     console.show(report, f"{console.study_table(report)}\n{written}", as_json=json)
     failed = [row for row in report["rows"] if row["certified"] < 1]
@@ -65,11 +64,11 @@ def study(
     return 1 if failed else 0
 
 
-def report(run: InputPath, /, *, out: OutputFile | None = None, json: bool = False) -> int:
+def report(run: arguments.InputPath, /, *, out: arguments.OutputFile | None = None, json: bool = False) -> int:
     """Make an HTML page of a run or a study.
 
     Figures, tables, configuration and versions. It needs no network and no other file, and follows the reader's choice
-    of light or dark. Of a run that goes on, it shows the curves so far.
+    of light or dark. Of a run that is not finished, it shows the curves so far.
 
     Example: jaxsae report jaxsae-study --out study.html
 

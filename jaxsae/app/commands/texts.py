@@ -1,12 +1,11 @@
 """The commands that go from text to activations."""
 
+import functools
 from pathlib import Path
 from typing import Annotated
 
 from jaxsae._core import arguments
-from jaxsae._core.arguments import Count, Index, InputFiles, OutputDirectory
 from jaxsae.app import console
-from jaxsae.app.commands.types import Context, Model
 
 
 def fetch(name: Annotated[str, arguments.Choice(("smollm2",))], /, *, json: bool = False) -> int:
@@ -29,20 +28,20 @@ def fetch(name: Annotated[str, arguments.Choice(("smollm2",))], /, *, json: bool
 
 def harvest(
     *,
-    model: Model,
-    layer: Index,
-    out: OutputDirectory,
-    text: InputFiles = (),
-    tokens: Count | None = None,
-    context: Context = 256,
-    batch: Count = 8,
+    model: arguments.Model,
+    layer: arguments.Index,
+    out: arguments.OutputDirectory,
+    text: arguments.InputFiles = (),
+    tokens: arguments.Count | None = None,
+    context: arguments.Context = 256,
+    batch: arguments.Count = 8,
     dtype: Annotated[str, arguments.ROWS_DTYPE] = "float16",
     json: bool = False,
 ) -> int:
     """Write what a language model computes over text to disk.
 
     A directory of its residual stream. The first position of each context is left out; tokens are kept beside the rows.
-    Run again after an interruption, it goes on.
+    Run again after an interruption, it resumes.
 
     Example: jaxsae harvest --model smollm2 --layer 8 --tokens 100000 --out activations
 
@@ -59,20 +58,12 @@ def harvest(
     """
     from jaxsae.language_model import harvest as job
 
-    job.check(model, layer=layer, context=context, dtype=dtype, out=out)
+    job.check(model, layer=layer, context=context, out=out)
     net, packed = _read(model, text, tokens, context)
     source = {"model": model, "text": packed.files}
-    with console.progress(len(packed.contexts), rows=context, unit="tokens") as advance:
-        rows = job.run(
-            out,
-            net,
-            packed.contexts,
-            layer=layer,
-            source=source,
-            batch=batch,
-            dtype=dtype,
-            progress=lambda contexts: advance("harvesting", contexts),
-        )
+    how = {"layer": layer, "source": source, "batch": batch, "dtype": dtype}
+    with console.progress(len(packed.contexts), rows=context, unit="tokens") as update:
+        rows = job.run(out, net, packed.contexts, **how, progress=functools.partial(update, "harvesting"))
     n, width = rows.shape
     summary = {"out": out, "rows": n, "width": width, "dtype": dtype, "files": packed.files}
     written = f"Written: {out}, {n} rows of width {width}, {dtype}, from {len(packed.files)} files"
@@ -81,7 +72,7 @@ def harvest(
 
 
 def _read(model: str, text: tuple[Path, ...], tokens: int | None, context: int):
-    """A language model, and text as its tokens; warns of what is wrong with that."""
+    """A language model and its tokenised text; warns of undecodable characters and empty files."""
     from jaxsae import language_model
     from jaxsae.language_model import files, harvest as job
 
@@ -95,7 +86,7 @@ def _read(model: str, text: tuple[Path, ...], tokens: int | None, context: int):
 
 
 def live(model: str, layer: int, text: tuple[Path, ...], tokens: int | None, context: int, window: int):
-    """What a model makes of text, by the name of both."""
+    """Activations of a model on text, computed on demand, by a name for both."""
     import zlib
 
     from jaxsae.language_model import harvest as job

@@ -6,54 +6,43 @@ import signal
 from typing import Annotated, Any
 
 from jaxsae._core import arguments
-from jaxsae._core.arguments import (
-    ACTIVATION,
-    Count,
-    Index,
-    InputFiles,
-    InputPath,
-    OutputDirectory,
-    Positive,
-    Proportion,
-    Seed,
-    Weight,
-)
-from jaxsae._core.files import InputError
+from jaxsae._core.files import InputError, first_line
 from jaxsae.app import console
 from jaxsae.app.commands.texts import live
-from jaxsae.app.commands.types import Context, Model, Ways
+
+_Parts = Annotated[int, arguments.Range(1, 2**16)]
 
 
 def train(
     *,
-    activation: Annotated[str, ACTIVATION],
-    latents: Count,
-    out: OutputDirectory,
-    data: tuple[InputPath, ...] = (),
-    model: Model | None = None,
-    layer: Index | None = None,
-    text: InputFiles = (),
-    tokens: Count | None = None,
-    context: Context = 256,
-    window: Count | None = None,
-    k: Count | None = None,
-    l1: Weight | None = None,
-    batch: Count = 1024,
-    steps: Count = 2000,
-    learning_rate: Positive | None = None,
+    activation: Annotated[str, arguments.ACTIVATION],
+    latents: arguments.Count,
+    out: arguments.OutputDirectory,
+    data: tuple[arguments.InputPath, ...] = (),
+    model: arguments.Model | None = None,
+    layer: arguments.Index | None = None,
+    text: arguments.InputFiles = (),
+    tokens: arguments.Count | None = None,
+    context: arguments.Context = 256,
+    window: arguments.Count | None = None,
+    k: arguments.Count | None = None,
+    l1: arguments.Weight | None = None,
+    batch: arguments.Count = 1024,
+    steps: arguments.Count = 2000,
+    learning_rate: arguments.Positive | None = None,
     no_auxk: bool = False,
     multi_topk: bool = False,
-    idle_after: Count | None = None,
-    heldout: Count = 2048,
-    seed: Seed = 0,
-    weights: tuple[Proportion, ...] = (),
-    save_every: Weight = 60.0,
+    idle_after: arguments.Count | None = None,
+    heldout: arguments.Count = 2048,
+    seed: arguments.Seed = 0,
+    weights: tuple[arguments.Proportion, ...] = (),
+    save_every: arguments.Weight = 60.0,
     resume: bool = False,
-    mesh: tuple[Ways, Ways] | None = None,
+    mesh: tuple[_Parts, _Parts] | None = None,
     distributed: bool = False,
     coordinator: Annotated[str, arguments.Text(r"\S+:\d{1,5}", "HOST:PORT")] | None = None,
-    processes: Count | None = None,
-    process: Index | None = None,
+    processes: arguments.Count | None = None,
+    process: arguments.Index | None = None,
     wandb: bool = False,
     json: bool = False,
 ) -> int:
@@ -61,7 +50,7 @@ def train(
 
     By the recipe of Gao et al. (2024). Writes sae/, report.json, checkpoints/ and TensorBoard event files. Rows are
     centred and scaled to unit mean square for training; the saved autoencoder takes them as they are. Ended by
-    anything, the same command goes on, to the bit; SIGTERM saves first, and exits with 0.
+    anything, the same command resumes, bitwise identically; SIGTERM saves first, and exits with 0.
 
     With --model instead of --data, activations are harvested while it trains, and never written.
 
@@ -93,7 +82,7 @@ def train(
         seed: of initialisation and shuffles.
         weights: in which proportions to mix several --data, whatever their lengths; by default in those.
         save_every: seconds from one save to the next.
-        resume: go on with the run in --out, and fail if there is none.
+        resume: the run in --out, and fail if there is none.
         mesh: how many ways to split the rows of a batch, and the latents; one device takes all by default.
         distributed: this is one of several processes; on Cloud TPU, and under SLURM or Open MPI, they find each other.
         coordinator: elsewhere, HOST:PORT of the first one.
@@ -130,17 +119,17 @@ def train(
 
 
 def _run(out, options, log, how: dict[str, Any], json: bool) -> int:
-    """Train, and show how it ended, if there is a log of it: in the first process."""
+    """Train; the first process, which has the log, prints the result."""
     from jaxsae.app import runs
     from jaxsae.train import job
 
     try:
-        with console.progress(options.steps, rows=options.batch, quiet=log is None) as advance:
-            how |= {"resumed": lambda step: advance(f"resuming from step {step}", step, before=True)}
-            report = runs.run(out, options=options, progress=advance, warn=console.warn, log=log, **how)
+        with console.progress(options.steps, rows=options.batch, quiet=log is None) as update:
+            how |= {"resumed": lambda step: update(f"resuming from step {step}", step, before=True)}
+            report = runs.run(out, options=options, progress=update, warn=console.warn, log=log, **how)
     except job.Preempted as stopped:
         if log is not None:
-            text = f"Stopped after {stopped.step} steps; all is saved: the same command goes on."
+            text = f"Stopped after {stopped.step} steps; all is saved: the same command resumes."
             console.show({"stopped_after": stopped.step}, text, as_json=json)
         return 0 if stopped.signum == signal.SIGTERM else 130
     if log is None:
@@ -151,10 +140,8 @@ def _run(out, options, log, how: dict[str, Any], json: bool) -> int:
     text += f"Written: {out / 'sae'}/, {out / 'report.json'}"
     console.show(report, text, as_json=json)
     if report["skipped"]:
-        console.warn(
-            f"{report['skipped']} batches were skipped, since their loss was not finite. "
-            f"{runs.describe_nonfinite(report)}"
-        )
+        skipped = f"{report['skipped']} batches were skipped, since their loss was not finite."
+        console.warn(f"{skipped} {runs.describe_nonfinite(report)}")
     return 0
 
 
@@ -177,7 +164,5 @@ def _join(coordinator: str | None, processes: int | None, process: int | None) -
     try:
         jax.distributed.initialize(coordinator, processes, process)
     except (ValueError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise InputError(
-            f"the processes do not find each other ({reason}); pass --coordinator HOST:PORT --processes N --process I."
-        ) from error
+        what = f"the processes do not find each other ({first_line(error)})"
+        raise InputError(f"{what}; pass --coordinator HOST:PORT --processes N --process I.") from error

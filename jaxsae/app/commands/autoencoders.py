@@ -1,16 +1,19 @@
-"""The commands that encode rows: measured, or refined."""
+"""The commands on autoencoders: measured, their codes refined, converted, described."""
 
+import functools
 from pathlib import Path
 from typing import Annotated
 
 from jaxsae._core import arguments
-from jaxsae._core.arguments import Count, InputPath, OutputFile
 from jaxsae._core.files import InputError
 from jaxsae.app import console
-from jaxsae.app.commands.types import Autoencoder
+
+FORMATS = arguments.Choice(
+    ("jaxsae", "saelens", "gemma_scope", "gemma_scope_2", "sparsify", "dictionary_learning", "openai", "llama_scope")
+)
 
 
-def evaluate(*, sae: Autoencoder, data: InputPath, json: bool = False) -> int:
+def evaluate(*, sae: arguments.Autoencoder, data: arguments.InputPath, json: bool = False) -> int:
     """Measure an autoencoder on activations.
 
     Example: jaxsae eval --sae run --data x.npy
@@ -20,11 +23,11 @@ def evaluate(*, sae: Autoencoder, data: InputPath, json: bool = False) -> int:
         data: .npy or .npz file of activations (rows, width).
         json: print the measurements as one JSON object.
     """
-    from jaxsae import data as data_module
-    from jaxsae.app import evaluate
+    from jaxsae.app import runs
+    from jaxsae.data import open_rows
     from jaxsae.formats import pretrained
 
-    measured = evaluate.evaluate(pretrained.load(sae), data_module.open_rows(data))
+    measured = runs.evaluate(pretrained.load(sae), open_rows(data))
     shown = {name: measured[name] for name in ("nmse", "explained_variance", "l0", "dead")}
     lines = [f"{name:18}  {console.number(value)}" for name, value in shown.items()]
     lines[-1] += f" of {measured['dead_rows']:,} rows"
@@ -37,12 +40,12 @@ def evaluate(*, sae: Autoencoder, data: InputPath, json: bool = False) -> int:
 
 def refine(
     *,
-    sae: Autoencoder,
-    data: InputPath,
-    out: OutputFile,
-    capacity: Count | None = None,
+    sae: arguments.Autoencoder,
+    data: arguments.InputPath,
+    out: arguments.OutputFile,
+    capacity: arguments.Count | None = None,
     tol: Annotated[float, arguments.Range(0, 1)] | None = None,
-    max_steps: Count | None = None,
+    max_steps: arguments.Count | None = None,
     strict: bool = False,
     json: bool = False,
 ) -> int:
@@ -62,12 +65,12 @@ def refine(
         strict: exit with 1 if there was any warning.
         json: print the shrinkage, and how the rows ended, as one JSON object.
     """
-    from jaxsae import data as data_module
     from jaxsae.autoencoder import stream
+    from jaxsae.data import open_rows
     from jaxsae.formats import pretrained
     from jaxsae.least_squares import solvers
 
-    model, rows = pretrained.load(sae), data_module.open_rows(data)
+    model, rows = pretrained.load(sae), open_rows(data)
     if capacity is not None and (model.activation.slots or capacity) != capacity:
         name, slots = type(model.activation).__name__, model.activation.slots
         raise InputError(f"got --capacity {capacity} for {name}({f'k={slots}' if slots else ''}); leave it out.")
@@ -77,10 +80,9 @@ def refine(
     for what, path in {"the data": data, "the SAE": Path(sae)}.items():
         if out.exists() and path.exists() and out.samefile(path):
             raise InputError(f"{out}: is {what}; write the codes to another file.")
-    with console.progress(len(rows)) as advance:
-        summary = stream.refine_file(
-            model, rows, out, solver, capacity=capacity, progress=lambda n: advance("refining", n)
-        )
+    with console.progress(len(rows)) as update:
+        progress = functools.partial(update, "refining")
+        summary = stream.refine_file(model, rows, out, solver, capacity=capacity, progress=progress)
     written = f"{summary.rows} rows of {summary.capacity} slots, worst KKT {summary.worst_kkt:.1e}"
     shown = summary._asdict() | {"out": out, "shrinkage": summary.shrinkage.numbers()}
     console.show(shown, f"{summary.shrinkage}\nWritten: {out}, {written}", as_json=json)
@@ -93,3 +95,51 @@ def refine(
         if count:
             console.warn(text)
     return 1 if strict and any(warnings.values()) else 0
+
+
+def convert(
+    src: arguments.Autoencoder,
+    dst: Annotated[Path, arguments.Output((Path.is_file, Path.is_dir))],
+    /,
+    *,
+    to: Annotated[str, FORMATS],
+    dtype: Annotated[str, arguments.Choice(("float32", "bfloat16", "float16", "float64"))] | None = None,
+    revision: arguments.Revision | None = None,
+    json: bool = False,
+) -> int:
+    """Write an SAE in the format of another library.
+
+    Example: jaxsae convert run published --to saelens
+
+    Args:
+        src: a training run, or an SAE of any format, on disk or on the hub (hf://organisation/repository/path).
+        dst: where to write; a directory, but a file for openai.
+        to: jaxsae, saelens, gemma_scope, gemma_scope_2, sparsify, dictionary_learning, openai or llama_scope.
+        dtype: of the weights, float32, bfloat16 or float16; as they are if left out.
+        revision: branch, tag or commit, on the hub.
+        json: print what was written as one JSON object.
+    """
+    from jaxsae.formats import pretrained
+
+    pretrained.save(pretrained.load(src, dtype=dtype, revision=revision), dst, format=to)
+    console.show({"out": dst, "format": to}, f"Written: {dst}, {to}", as_json=json)
+    return 0
+
+
+def info(path: arguments.Autoencoder, /, *, revision: arguments.Revision | None = None, json: bool = False) -> int:
+    """Describe an SAE of any format.
+
+    Its format, its sizes, and every convention that decides what it computes.
+
+    Example: jaxsae info run
+
+    Args:
+        path: a training run, or an SAE of any format, on disk or on the hub (hf://organisation/repository/path).
+        revision: branch, tag or commit, on the hub.
+        json: print it as one JSON object.
+    """
+    from jaxsae.formats import pretrained
+
+    said = pretrained.describe(path, revision=revision)
+    console.show(said, "\n".join(f"{name:14}{value}" for name, value in said.items()), as_json=json)
+    return 0
