@@ -10,7 +10,7 @@ import orbax.checkpoint
 import pytest
 import scipy.optimize
 from flax import struct
-from problems import activations, assert_same_bits, f64, sae
+from problems import activations, assert_same_bits, f64, sae, sparse_rows
 
 import jaxsae
 from jaxsae import train
@@ -21,16 +21,6 @@ from jaxsae.train.objectives import L0, L1, AuxK, Objective
 
 B, D, M, K = 8, 16, 32, 4
 RELU = jaxsae.ReLU()
-
-
-def sparse_rows(n=4096, *, d=32, atoms=32, k=3, seed=0):
-    """Rows that are sums of `k` of the atoms, and the atoms: a problem with a known answer."""
-    rng = np.random.default_rng(seed)
-    dictionary = rng.normal(size=(atoms, d))
-    dictionary /= np.linalg.norm(dictionary, axis=1, keepdims=True)
-    z = np.zeros((n, atoms))
-    np.put_along_axis(z, np.argsort(rng.random(z.shape), axis=1)[:, :k], rng.uniform(0.5, 1.5, (n, k)), axis=1)
-    return (z @ dictionary).astype(np.float32), dictionary
 
 
 RECIPES = {
