@@ -179,7 +179,7 @@ def test_relaxed_is_a_lasso_on_the_support(nonnegative, x64):
 def test_the_share_may_differ_from_row_to_row(x64):
     atoms, y = data(coherence=0.5, dtype=np.float64)
     lams = grid(atoms, y)[:, 1]
-    phi = jnp.arange(ROWS) % 2 * 1.0
+    phi = jnp.asarray(np.arange(ROWS) % 2, atoms.dtype)
     code, _ = relaxed(atoms, y, lams, phi)
     for one in (0.0, 1.0):
         expected, _ = relaxed(atoms, y, lams, one)

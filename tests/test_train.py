@@ -425,7 +425,7 @@ class Bent(Activation):
     power: int | jax.Array = 1
 
     def __call__(self, pre):
-        return jnp.minimum(self.slope * jax.nn.relu(pre) ** self.power, self.at_most)
+        return jnp.minimum(self.slope * jax.nn.relu(pre) ** jnp.float32(self.power), self.at_most)
 
 
 FIXED = {
@@ -682,7 +682,7 @@ def dead_state(model):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("power", [-60, 60])
-def test_resampling_never_chooses_a_row_that_is_not_finite(dtype, power):
+def test_resampling_never_chooses_a_row_that_is_not_finite(dtype, power, mixed):
     state = dead_state(sae(m=M, activation=RELU, dtype=dtype))
     x = activations(batch=(64,), dtype=dtype) * 2.0**power
     x = x.at[0].set(jnp.nan).at[1, 3].set(jnp.inf)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Int
 
 from jaxsae import sharding
 from jaxsae._core import chunking
+from jaxsae._core.linalg import promoted
 
 _CACHE = 2**25  # bytes: sums larger than this are made in the order of their latents on a CPU
 
@@ -65,11 +66,11 @@ def _evaluate(left, right, indices, *, wrt: str, m: int, members: int, implement
 
 
 def _shape(left, right, indices, *, wrt: str, m: int, members: int, implementation: str | None, mesh):
-    dtype = jnp.result_type(left.dtype, right.dtype)
+    dtype = promoted(left.dtype, right.dtype)
     if wrt == "rows":
         shape = *indices.shape[:-1], left.shape[-1]
     else:  # gradients, in float32 or better
-        dtype = jnp.promote_types(dtype, jnp.float32)
+        dtype = promoted(dtype, jnp.float32)
         shape = indices.shape if wrt == "values" else (*indices.shape[:members], m, right.shape[-1])
     whole = left.sharding.update(spec=PartitionSpec())
     return left.update(shape=shape, dtype=dtype, weak_type=False, sharding=whole)
@@ -132,8 +133,8 @@ def _on_one_device(wrt: str, left, right, indices, *, m: int, implementation: st
 
 
 def _decode(dictionary, values, indices, *, m: int):
-    dtype = jnp.result_type(values, dictionary)
-    accumulator = jnp.promote_types(dtype, jnp.float32)
+    dtype = promoted(values, dictionary)
+    accumulator = promoted(dtype, jnp.float32)
 
     def chunk(values, indices):
         values = jnp.where(used(indices, m), values, 0)  # else NaN in an unused slot counted
@@ -144,7 +145,7 @@ def _decode(dictionary, values, indices, *, m: int):
 
 def _project(dictionary, x, indices, *, m: int):
     """`⟨D[indicesᵢ], x⟩` for each slot."""
-    accumulator = jnp.promote_types(jnp.result_type(x, dictionary), jnp.float32)
+    accumulator = promoted(x, dictionary, jnp.float32)
 
     def chunk(x, indices):
         return jnp.einsum("nd,nkd->nk", x, take(dictionary, indices), preferred_element_type=accumulator)
@@ -159,7 +160,7 @@ def _by_chunks(f, dictionary, x, indices):
 
 def _scatter_add(values, x, indices, *, m: int):
     k, d = indices.shape[-1], x.shape[-1]
-    dtype = jnp.promote_types(jnp.result_type(values, x), jnp.float32)
+    dtype = promoted(values, x, jnp.float32)
     if not indices.size:
         return jnp.zeros((m, d), dtype)
     values, indices, x = values.reshape(-1, k).astype(dtype), indices.reshape(-1, k), x.reshape(-1, d)
@@ -220,14 +221,14 @@ def _decode_all(dictionary, values, indices, *, m: int, implementation: str | No
     def here(dictionary, values, indices):
         m_here = len(dictionary)
         order, at, count = _own_slots(indices, m_here)
-        dtype = jnp.promote_types(jnp.result_type(values, dictionary), jnp.float32)
+        dtype = promoted(values, dictionary, jnp.float32)
 
         def add(total, first, values, at):
             return total + _on_one_device("rows", dictionary, values, at, m=m_here, implementation=implementation)
 
         total = jnp.zeros((*indices.shape[:-1], dictionary.shape[-1]), dtype)
         total = _for_slots(add, total, count, _in_order(values, order), at)
-        return jax.lax.psum(total, "latent").astype(jnp.result_type(values, dictionary))
+        return jax.lax.psum(total, "latent").astype(promoted(values, dictionary))
 
     return sharding.shard_map(here, (sharding.LATENTS, row, row), row)(dictionary, values, indices)
 
@@ -243,7 +244,7 @@ def _project_all(dictionary, x, indices, *, m: int, implementation: str | None):
             part = _on_one_device("values", dictionary, x, at, m=m_here, implementation=implementation)
             return jax.lax.dynamic_update_slice_in_dim(found, part, first, axis=-1)
 
-        found = jnp.zeros(at.shape, jnp.promote_types(jnp.result_type(x, dictionary), jnp.float32))
+        found = jnp.zeros(at.shape, promoted(x, dictionary, jnp.float32))
         found = _for_slots(put, found, count, at)
         back = jnp.argsort(order, axis=-1)[..., : indices.shape[-1]]
         return jax.lax.psum(jnp.take_along_axis(found, back, axis=-1), "latent")
@@ -261,7 +262,7 @@ def _scatter_add_all(values, x, indices, *, m: int, implementation: str | None):
         def add(total, first, values, at):
             return total + _on_one_device("atoms", values, x, at, m=m_here, implementation=implementation)
 
-        dtype = jnp.promote_types(jnp.result_type(values, x), jnp.float32)
+        dtype = promoted(values, x, jnp.float32)
         total = _for_slots(add, jnp.zeros((m_here, x.shape[-1]), dtype), count, _in_order(values, order), at)
         return sharding.sum_rows(total, row)
 
@@ -291,5 +292,5 @@ def used(indices: Int[Array, "..."], num_latents: int) -> Bool[Array, "..."]:
       Array([ True,  True, False, False], dtype=bool)
     """
     indices = jnp.asarray(indices)
-    indices = indices.astype(jnp.promote_types(indices.dtype, jnp.int32))  # int8 has no number for 300 latents
+    indices = indices.astype(promoted(indices.dtype, jnp.int32))  # int8 has no number for 300 latents
     return (indices >= 0) & (indices < num_latents)

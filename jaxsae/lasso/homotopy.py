@@ -214,18 +214,18 @@ def _step(row: _Row, walk: _Walk, target) -> _Walk:
     entering = (joins & independent & room) & (jnp.arange(z.size) == slot)
     out = leaves & (jnp.arange(z.size) == i)
     # The inverse of a matrix with one row and column more, or less, differs by one of rank one.
-    edge = jnp.where(leaves, walk.inverse[i], projection - entering)
+    edge = jnp.where(leaves, walk.inverse[i], projection - entering.astype(z.dtype))
     weight = jnp.where(leaves, -divide(1, walk.inverse[i, i]), jnp.where(entering.any(), divide(1, distance), 0))
     inverse = walk.inverse + weight * edge[:, None] * edge
 
-    chosen, gone = jnp.arange(m) == j, jnp.arange(m) == walk.indices[i]
+    chosen, gone = jnp.arange(m) == j, jnp.arange(m, dtype=jnp.int32) == walk.indices[i]
     standing = jnp.where(joins & chosen, jnp.where(independent, _ACTIVE, _DEPENDENT), walk.standing)
     standing = jnp.where(leaves & (gone | (standing == _DEPENDENT)), _FREE, standing)
     lost = jnp.max(jnp.abs(g_on - walk.lam * walk.signs)) > 0.1 * walk.lam + 4 * row.rounding
     return _Walk(
         lam=jnp.where(lost, walk.lam, jnp.where(arrives, target, walk.lam - length)),
         values=jnp.where(out, 0, z + length * slope),
-        indices=jnp.where(out, m, jnp.where(entering, j, walk.indices)).astype(jnp.int32),
+        indices=jnp.where(out, m, jnp.where(entering, jnp.int32(j), walk.indices)),
         signs=jnp.where(out, 0, jnp.where(entering, jnp.where(positive[j] <= joining[j], 1, -1), walk.signs)),
         inverse=jnp.where(out[:, None] | out, 0, inverse),
         standing=standing.astype(jnp.int8),

@@ -314,7 +314,7 @@ def _iterate(problem: Problem, step: Callable) -> Chosen:
             better = square(r) < square(carry.best_r)
             best, best_r = choose(better, (code, r), (carry.best, carry.best_r))
             moves = square(r - carry.r) > _SETTLED**2
-            steps = carry.steps + carry.running
+            steps = carry.steps + jnp.int32(carry.running)
             running = carry.running & moves & (square(r) > tol**2) & (steps < problem.options["max_steps"])
             return _Iteration(code, r, best, best_r, steps, running, carry.ended | (carry.running & ~moves))
 

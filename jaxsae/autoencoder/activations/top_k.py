@@ -78,13 +78,13 @@ def dropped(pre: Float[Array, "*b m"], k: int, keep: float | Array | None = None
     at = k - 1 if keep is None else jnp.maximum(number - 1, 0)
     least, last = top[..., at, None], indices[..., at, None]
     # Equal values are taken in order of index, here as in `top_k`; NaN stays NaN.
-    out = (pre < least) | ((pre == least) & (jnp.arange(pre.shape[-1]) > last))
+    out = (pre < least) | ((pre == least) & (jnp.arange(pre.shape[-1], dtype=last.dtype) > last))
     return out if keep is None else out | ((number == 0) & ~jnp.isnan(pre))
 
 
 def _kept(k: int, keep: float | Array) -> Bool[Array, " k"]:
     """Which of `k` slots in descending order are used if only `keep` are: a fraction of a latent is none."""
-    return jnp.arange(k) < jnp.floor(keep)
+    return jnp.arange(k) < jnp.floor(keep).astype(int)
 
 
 @pytrees.dataclass
