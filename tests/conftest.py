@@ -30,7 +30,13 @@ os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 import jax
 import jaxtyping
+import optax
 import pytest
+
+# A dtype that two arrays have together by accident is an error; optax mixes them as it goes.
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+standard = jax.numpy_dtype_promotion("standard")
+optax.apply_updates, optax.tree.bias_correction = map(standard, (optax.apply_updates, optax.tree.bias_correction))
 
 # Before jaxsae is imported: every annotated function then checks shapes and dtypes.
 jaxtyping.install_import_hook("jaxsae", "typechecker.check")
@@ -47,6 +53,13 @@ def pytest_collection_modifyitems(items):
 def x64():
     """Float64 for one test."""
     with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def mixed():
+    """For what mixes dtypes on purpose, as parameters in bfloat16 and rows in float32."""
+    with standard:
         yield
 
 

@@ -1,14 +1,18 @@
 """Random problems that the tests share, and what they are judged by: plain numpy in float64."""
 
+import errno
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import scipy.optimize
 
 import jaxsae
 from jaxsae import SparseCode
+from jaxsae._core.files import InputError
+from jaxsae.app.cli import main
 
 
 class Problem(NamedTuple):
@@ -104,3 +108,84 @@ def sae(seed=0, *, d=16, m=32, activation=None, dtype=np.float32) -> jaxsae.SAE:
         b_dec=activations(seed + 4, batch=(), d=d, dtype=dtype),
         activation=activation or jaxsae.TopK(4),
     )
+
+
+def rows(n, d=16) -> np.ndarray:
+    """Rows to be changed or saved."""
+    return np.array(activations(batch=(n,), d=d))
+
+
+def sparse_rows(n=4096, *, d=32, atoms=32, k=3, seed=0):
+    """Rows that are sums of `k` of the atoms, and the atoms: a problem with a known answer."""
+    rng = np.random.default_rng(seed)
+    dictionary = rng.normal(size=(atoms, d))
+    dictionary /= np.linalg.norm(dictionary, axis=1, keepdims=True)
+    z = np.zeros((n, atoms))
+    np.put_along_axis(z, np.argsort(rng.random(z.shape), axis=1)[:, :k], rng.uniform(0.5, 1.5, (n, k)), axis=1)
+    return (z @ dictionary).astype(np.float32), dictionary
+
+
+each_sign = pytest.mark.parametrize("nonnegative", [True, False], ids=["nonnegative", "free"])
+
+
+def refused(match, call, *arguments, **options) -> str:
+    """What is said in one line, of an `InputError` that matches."""
+    with pytest.raises(InputError, match=match) as caught:
+        call(*arguments, **options)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).endswith(".")
+    return str(caught.value)
+
+
+def cli(*argv) -> int:
+    """The exit code of a command line."""
+    return main([str(argument) for argument in argv])
+
+
+TRAINING = ("--latents", 32, "--batch", 64, "--steps", 60, "--heldout", 100, "--learning-rate", 1e-2)
+TRAININGS = {
+    "relu": ("--l1", 0.05),
+    "topk": ("--k", 4, "--multi-topk"),
+    "abstopk": ("--k", 4),
+    "groupmax": ("--k", 4),
+    "batchtopk": ("--k", 4, "--idle-after", 200),
+    "jumprelu": ("--k", 4),
+    "gated": ("--l1", 0.05, "--no-auxk"),
+}
+
+
+def train(data, out, activation, *more) -> int:
+    """The exit code of a small training; what is in `more` goes before."""
+    sparse = TRAININGS[activation]
+    return cli("train", "--data", data, "--out", out, "--activation", activation, *TRAINING, *sparse, *more)
+
+
+def full_disk(*arguments, **options):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def dying(at, after, *functions):
+    """From now on the process is killed before or after call number `at` of these functions, `(where, name)`.
+
+    Its source is run in processes of their own, so all that it needs is in it.
+    """
+    import itertools
+    import os
+    import signal
+
+    numbers = itertools.count()
+
+    def wrap(call):
+        def wrapped(*arguments, **options):
+            due = next(numbers) == at
+            if due and not after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = call(*arguments, **options)
+            if due:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return wrapped
+
+    for where, name in functions:
+        setattr(where, name, wrap(getattr(where, name)))

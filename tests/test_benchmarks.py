@@ -26,7 +26,7 @@ def problem():
     return made._replace(code=made.code.replace(indices=jnp.asarray(indices), values=jnp.asarray(values)))
 
 
-def optimum(atoms, y):
+def brute_force(atoms, y):
     """The least squared error over `z ≥ 0` and values that reach it, from all active sets in turn."""
     best = y @ y, np.zeros(len(atoms))
     for used in itertools.product([False, True], repeat=len(atoms)):
@@ -48,7 +48,7 @@ def supports(problem):
 
 def test_the_optimum_is_that_of_brute_force(problem):
     best = judge.Judge(problem).best
-    np.testing.assert_allclose(best, [optimum(atoms, y)[0] for y, atoms in supports(problem)], atol=1e-12)
+    np.testing.assert_allclose(best, [brute_force(atoms, y)[0] for y, atoms in supports(problem)], atol=1e-12)
 
 
 def test_the_measures_are_those_of_the_definition(problem):
@@ -62,7 +62,7 @@ def test_the_measures_are_those_of_the_definition(problem):
         violations = [abs(g) if each > 0 else max(-g, 0) for each, g in zip(z, slopes, strict=True)]
         if violations:
             kkt[row] = max(violations) / max(np.linalg.norm(a) for a in atoms) / np.linalg.norm(y)
-        added[row] = (((y - z @ atoms) ** 2).sum() - optimum(atoms, y)[0]) / (y @ y)
+        added[row] = (((y - z @ atoms) ** 2).sum() - brute_force(atoms, y)[0]) / (y @ y)
     np.testing.assert_allclose(verdict.worst_kkt, kkt.max(), rtol=1e-10)
     np.testing.assert_allclose(verdict.added_nmse, added.max(), rtol=1e-10)
     assert verdict.kkt_999 == verdict.worst_kkt
@@ -78,7 +78,7 @@ def test_some_rows_are_judged_as_they_are_among_all(problem):
 
 @pytest.mark.parametrize("bad", [-1e-9, np.nan, np.inf])
 def test_a_value_that_is_negative_or_not_finite_fails_the_gate(problem, bad):
-    values = np.array([np.pad(optimum(atoms, y)[1], (0, 4 - len(atoms))) for y, atoms in supports(problem)])
+    values = np.array([np.pad(brute_force(atoms, y)[1], (0, 4 - len(atoms))) for y, atoms in supports(problem)])
     best = judge.Judge(problem)
     assert best(values, np.arange(24)).met
     values[4, 0] = bad
@@ -115,7 +115,7 @@ def test_a_peer_solves_the_problem(peer, problem):
 
 def ladder(problem, errors):
     """A peer whose rungs add these errors to the optimum."""
-    exact = np.array([np.pad(optimum(atoms, y)[1], (0, 4 - len(atoms))) for y, atoms in supports(problem)])
+    exact = np.array([np.pad(brute_force(atoms, y)[1], (0, 4 - len(atoms))) for y, atoms in supports(problem)])
 
     def solve(dictionary, y, indices, start, *, effort):
         return exact * (1 + errors[effort])

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import activations, sae
+from problems import rows, sae
 
 import jaxsae
 from jaxsae.autoencoder import calibration, metrics
@@ -24,7 +24,7 @@ def active(model, x):
 
 @pytest.fixture
 def x():
-    return np.array(activations(batch=(400,)))
+    return rows(400)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -9,6 +9,7 @@ import pytest
 from problems import (
     assert_same_bits,
     atoms_of,
+    each_sign,
     f64,
     objective,
     objective_gap,
@@ -23,8 +24,6 @@ import jaxsae
 from jaxsae import SparseCode
 
 problem = functools.partial(problem, batch=(64,), k=6)  # one shape, and so one compilation
-
-SIGNS = pytest.mark.parametrize("nonnegative", [True, False], ids=["nonnegative", "free"])
 
 
 def kkt_by_definition(dictionary, y, code: SparseCode, nonnegative: bool) -> np.ndarray:
@@ -55,7 +54,7 @@ def code_to_certify(values, dictionary, y, code, nonnegative):
 
 
 @CODES_TO_CERTIFY
-@SIGNS
+@each_sign
 def test_the_certified_kkt_residual_is_its_definition(values, nonnegative):
     dictionary, y, code = problem()
     code = code_to_certify(values, dictionary, y, code, nonnegative)
@@ -65,7 +64,7 @@ def test_the_certified_kkt_residual_is_its_definition(values, nonnegative):
 
 
 @CODES_TO_CERTIFY
-@SIGNS
+@each_sign
 @pytest.mark.parametrize("coherence", [0.0, 0.8])
 def test_the_gap_bounds_the_error_that_could_be_saved(values, nonnegative, coherence):
     dictionary, y, code = problem(coherence=coherence)
@@ -81,7 +80,7 @@ def test_the_gap_bounds_the_error_that_could_be_saved(values, nonnegative, coher
         assert np.median(gap) > 1e-3
 
 
-@SIGNS
+@each_sign
 def test_a_certificate_does_not_depend_on_units(nonnegative):
     dictionary, y, code = problem()
     expected = jaxsae.certify(dictionary, y, code, nonnegative=nonnegative)
@@ -100,7 +99,7 @@ def dual_slack(dictionary, y, code, best) -> np.ndarray:
     return 2 * (32 + y.shape[-1]) * eps * (norms * values).sum(-1) / np.linalg.norm(f64(y), axis=-1)
 
 
-@SIGNS
+@each_sign
 @pytest.mark.parametrize("coherence", [0.9, 0.99, 0.9999])
 def test_a_certificate_holds_whatever_the_order_of_sums(coherence, nonnegative, optimised):
     dictionary, y, code = problem(coherence=coherence)
@@ -120,7 +119,7 @@ def test_a_certificate_holds_whatever_the_order_of_sums(coherence, nonnegative, 
         assert np.all(short <= slack + 1e-7)
 
 
-@SIGNS
+@each_sign
 @pytest.mark.parametrize("ridge", [1e-3, 0.3, 100.0])
 def test_the_certificate_of_a_ridge_is_that_of_its_problem(ridge, nonnegative):
     dictionary, y, code = problem()

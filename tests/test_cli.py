@@ -9,7 +9,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import activations, sae
+from problems import activations, cli, rows, sae
 
 import jaxsae
 from jaxsae import data, language_model, pretrained, stream
@@ -22,25 +22,17 @@ from jaxsae.language_model import harvest
 D, M, K, ROWS = 16, 32, 4, 40
 
 
-def rows(n=ROWS, d=D):
-    return np.array(activations(batch=(n,), d=d))
-
-
 @pytest.fixture
 def folder(tmp_path):
     """A directory with saved SAEs and data."""
     pretrained.save(sae(d=D, m=M, activation=jaxsae.TopK(K)), tmp_path / "topk")
     pretrained.save(sae(d=D, m=M, activation=jaxsae.ReLU()), tmp_path / "relu")
-    np.save(tmp_path / "x.npy", rows())
+    np.save(tmp_path / "x.npy", rows(ROWS))
     return tmp_path
 
 
-def run(*argv):
-    return main([str(argument) for argument in argv])
-
-
 def refine(folder, *more, sae="topk", data="x.npy", out="codes.npz"):
-    return run("refine", "--sae", folder / sae, "--data", folder / data, "--out", folder / out, *more)
+    return cli("refine", "--sae", folder / sae, "--data", folder / data, "--out", folder / out, *more)
 
 
 def snapshot(folder):
@@ -68,7 +60,7 @@ def test_refine_writes_the_codes_and_prints_the_table(folder, capsys):
 
 
 def spoil_rows(folder):
-    x = rows()
+    x = rows(ROWS)
     x[[3, 5]] = np.nan
     np.save(folder / "x.npy", x)
 
@@ -150,7 +142,7 @@ def fake_study(monkeypatch):
 def test_study_passes_its_options_and_prints_the_table(quick, fake_study, tmp_path, capsys):
     calls = fake_study(a_report())
     options = ["--data", tmp_path / "x.npy", "--seed", 7, *(["--quick"] if quick else [])]
-    assert run("study", "--out", tmp_path / "out", *options) == 0
+    assert cli("study", "--out", tmp_path / "out", *options) == 0
     (call,) = calls
     del call["progress"], call["warn"]
     plan = study.QUICK if quick else study.FULL
@@ -165,14 +157,14 @@ def test_study_passes_its_options_and_prints_the_table(quick, fake_study, tmp_pa
 
 def test_study_without_options_uses_the_photographs(fake_study):
     calls = fake_study(a_report())
-    assert run("study") == 0
+    assert cli("study") == 0
     assert calls[0]["data"] is None
     assert calls[0]["seed"] == 0
 
 
 def test_a_certificate_that_fails_is_exit_code_1(fake_study, tmp_path, capsys):
     fake_study(a_report(certified=0.993))
-    assert run("study", "--out", tmp_path) == 1
+    assert cli("study", "--out", tmp_path) == 1
     out, err = capsys.readouterr()
     assert "0.7% fail" in out
     (warning,) = [line for line in err.splitlines() if "warning" in line]
@@ -215,7 +207,7 @@ BAD_REFINE = {
     "data is empty": ({}, [], write("x.npy", b""), "x.npy: "),
     "data truncated": ({}, [], truncate("x.npy", 1000), "x.npy: "),
     "data of integers": ({}, [], save(np.ones((3, D), np.int32)), "x.npy: holds int32"),
-    "data of another width": ({}, [], save(rows(d=D + 1)), f"width {D + 1}, but this SAE has d = {D}"),
+    "data of another width": ({}, [], save(rows(ROWS, D + 1)), f"width {D + 1}, but this SAE has d = {D}"),
     "no capacity": ({"sae": "relu"}, ["--capacity", 0], None, "got --capacity 0"),
     "negative capacity": ({"sae": "relu"}, ["--capacity", -2], None, "got --capacity -2"),
     "too much capacity": ({"sae": "relu"}, ["--capacity", M + 1], None, f"got capacity {M + 1} for {M} latents"),
@@ -266,7 +258,7 @@ def test_bad_input_to_study_is_exit_code_2_and_one_line(case, folder, capsys, mo
         prepare(folder)
     before = snapshot(folder)
     options = ["--out", "{folder}/out", *options]  # the last of two counts
-    assert run("study", "--quick", *(option.format(folder=folder) for option in options)) == 2
+    assert cli("study", "--quick", *(option.format(folder=folder) for option in options)) == 2
     out, err = capsys.readouterr()
     assert message in error_line(err)
     assert out == ""
@@ -288,7 +280,7 @@ def test_bad_input_to_study_is_exit_code_2_and_one_line(case, folder, capsys, mo
 )
 def test_what_goes_wrong_in_between_is_one_line(error, code, message, fake_study, tmp_path, capsys):
     fake_study(error)
-    assert run("study", "--out", tmp_path) == code
+    assert cli("study", "--out", tmp_path) == code
     out, err = capsys.readouterr()
     assert message in error_line(err)
     assert out == ""
@@ -309,12 +301,12 @@ def test_a_bug_is_not_hidden(fake_study, tmp_path):
     # Only what the user can mend becomes one line.
     fake_study(ZeroDivisionError("a bug"))
     with pytest.raises(ZeroDivisionError):
-        run("study", "--out", tmp_path)
+        cli("study", "--out", tmp_path)
 
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tyro", None)
-    assert run("study") == 2
+    assert cli("study") == 2
     assert error_line(capsys.readouterr().err).endswith("pip install 'jaxsae[study]'.")
 
 
@@ -381,7 +373,7 @@ def test_nan_is_null(capsys):
 
 def test_json_of_a_study(fake_study, tmp_path, capsys):
     fake_study(a_report(certified=0.993))
-    assert run("study", "--out", tmp_path, "--json") == 1
+    assert cli("study", "--out", tmp_path, "--json") == 1
     assert printed(capsys) == a_report(certified=0.993)
 
 
@@ -392,31 +384,31 @@ def test_json_of_refine_eval_info_and_convert(folder, capsys):
     assert (summary["overflowed"], summary["nonfinite"], summary["unconverged"]) == (0, 0, 0)
     assert summary["shrinkage"]["l0"] == K
     assert summary["shrinkage"]["nmse_after"] <= summary["shrinkage"]["nmse_before"]
-    assert run("eval", "--sae", folder / "topk", "--data", folder / "x.npy", "--json") == 0
+    assert cli("eval", "--sae", folder / "topk", "--data", folder / "x.npy", "--json") == 0
     assert printed(capsys)["nmse"] == pytest.approx(summary["shrinkage"]["nmse_before"], rel=1e-4)
-    assert run("info", folder / "topk", "--json") == 0
+    assert cli("info", folder / "topk", "--json") == 0
     assert printed(capsys) == pretrained.describe(folder / "topk")
-    assert run("convert", folder / "topk", folder / "other", "--to", "saelens", "--json") == 0
+    assert cli("convert", folder / "topk", folder / "other", "--to", "saelens", "--json") == 0
     assert printed(capsys) == {"out": str(folder / "other"), "format": "saelens"}
 
 
 def test_json_of_fetch_and_of_pictures(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(language_model, "fetch", lambda name: tmp_path / name)
-    assert run("fetch", "smollm2", "--json") == 0
+    assert cli("fetch", "smollm2", "--json") == 0
     assert printed(capsys) == {"path": str(tmp_path / "smollm2")}
     picture, atoms = np.full((8, 8), 100.0), np.ones((64, 4))
     image_files.write(tmp_path / "a.png", picture)
     image_files.write(tmp_path / "mask.png", np.full((8, 8), 255.0))
     for name, options in (("denoise", ["--sigma", 1]), ("inpaint", ["--missing", tmp_path / "mask.png"])):
         monkeypatch.setattr(images, name, lambda *_, **__: (picture, atoms))
-        assert run(name, tmp_path / "a.png", *options, "--out", tmp_path / "b.png", "--json") == 0
+        assert cli(name, tmp_path / "a.png", *options, "--out", tmp_path / "b.png", "--json") == 0
         assert printed(capsys) == {"out": str(tmp_path / "b.png"), "dictionary": None}
 
 
 @pytest.mark.parametrize("sigma", [0, 255.5, 1e38, "nan"])
 def test_noise_beyond_the_levels_of_a_picture_is_refused(sigma, tmp_path, capsys):
     image_files.write(tmp_path / "a.png", np.full((8, 8), 100.0))
-    assert run("denoise", tmp_path / "a.png", "--sigma", sigma, "--out", tmp_path / "b.png") == 2
+    assert cli("denoise", tmp_path / "a.png", "--sigma", sigma, "--out", tmp_path / "b.png") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith("pass a number above 0 and up to 255.")
 
@@ -516,7 +508,7 @@ def test_bad_input_to_train_is_exit_code_2_and_one_line(case, folder, capsys, mo
     options = [str(option).format(folder=folder) for option in options]
     before = snapshot(folder)
     few = ["--activation", "topk", "--k", K, "--latents", M, "--data", folder / "x.npy", "--out", folder / "out"]
-    assert run("train", *few, *options) == 2
+    assert cli("train", *few, *options) == 2
     out, err = capsys.readouterr()
     assert message.format(folder=folder) in error_line(err)
     assert out == ""
@@ -529,7 +521,7 @@ def test_a_transcoder_is_one_line(command, folder, capsys):
     pretrained.save(model, folder / "transcoder")
     before = snapshot(folder)
     out = ["--out", folder / "codes.npz"] if command == "refine" else []
-    assert run(command, "--sae", folder / "transcoder", "--data", folder / "x.npy", *out) == 2
+    assert cli(command, "--sae", folder / "transcoder", "--data", folder / "x.npy", *out) == 2
     assert "got a transcoder, whose target is not its input" in error_line(capsys.readouterr().err)
     assert snapshot(folder) == before
 
@@ -538,16 +530,16 @@ def test_a_transcoder_is_one_line(command, folder, capsys):
 def test_a_harvest_looks_at_its_options_before_the_text(options, message, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(harvest, "pack", None)
     model = Path(__file__).parent / "language_models/llama"
-    assert run("harvest", "--model", model, "--layer", 1, "--context", 16, *options, "--out", tmp_path / "out") == 2
+    assert cli("harvest", "--model", model, "--layer", 1, "--context", 16, *options, "--out", tmp_path / "out") == 2
     assert message in error_line(capsys.readouterr().err)
     assert not list(tmp_path.iterdir())
 
 
 def test_one_row_is_held_out(tmp_path, capsys):
     # Its NMSE is not defined.
-    np.save(tmp_path / "x.npy", rows())
+    np.save(tmp_path / "x.npy", rows(ROWS))
     few = ["--activation", "topk", "--k", K, "--latents", M, "--batch", 32, "--steps", 1, "--no-auxk"]
-    assert run("train", "--data", tmp_path / "x.npy", "--heldout", 1, *few, "--out", tmp_path / "out") == 0
+    assert cli("train", "--data", tmp_path / "x.npy", "--heldout", 1, *few, "--out", tmp_path / "out") == 0
     assert "1 held-out rows: NMSE –, L0 " in capsys.readouterr().out
 
 

@@ -14,7 +14,7 @@ import pytest
 import safetensors.numpy
 from foreign import D, K, M, arrays
 from hypothesis import strategies as st
-from problems import assert_same_bits
+from problems import assert_same_bits, refused
 
 import jaxsae
 from jaxsae import pretrained
@@ -197,9 +197,7 @@ UNSAVED = {
 def test_what_no_file_can_say_is_refused_by_every_format_in_one_line(case, tmp_path):
     changes, message = UNSAVED[case]
     for format in WRITTEN:
-        with pytest.raises(InputError, match=message) as caught:
-            save(dataclasses.replace(an_sae(format), **changes), tmp_path, format)
-        assert "\n" not in str(caught.value)
+        refused(message, save, dataclasses.replace(an_sae(format), **changes), tmp_path, format)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.optimize
-from problems import Problem, assert_same_bits, atoms_of, f64, objective, problem, with_code
+from problems import Problem, assert_same_bits, atoms_of, each_sign, f64, objective, optimum, problem, with_code
 
 import jaxsae
 from jaxsae import SparseCode, Status
@@ -33,7 +32,6 @@ def name(solver) -> str:
 
 
 each_solver = pytest.mark.parametrize("solver", SOLVERS, ids=name)
-each_sign = pytest.mark.parametrize("nonnegative", [True, False], ids=["nonnegative", "free"])
 TOL = 1e-5
 CERTIFIED = 1e-4  # what a row that converged at 1e-5 must be certified to, by other arithmetic than the solver's
 
@@ -157,7 +155,7 @@ def hard(case: str) -> Problem:
             y[:, :8] = np.linalg.solve(factor, c.T).T
             y[:, 8:], values = 0, pattern
         case "start at the optimum":
-            values = optimum(Problem(dictionary, y, code))
+            values = optimum(dictionary, y, code).values
         case "start far away":
             values *= 1e6
         case "start at 1e25":
@@ -192,16 +190,9 @@ each_case = pytest.mark.parametrize("case", SOLVABLE + OUT_OF_RANGE + NOT_FINITE
 # --- what they are judged by: numpy and scipy in float64 --------------------------------------------------
 
 
-def optimum(p: Problem) -> np.ndarray:
-    """The best values `z ≥ 0` by scipy, row by row."""
-    return np.stack(
-        [scipy.optimize.nnls(a.T, y)[0] for a, y in zip(atoms_of(p.dictionary, p.code), f64(p.y), strict=True)]
-    )
-
-
 def least_by_scipy(p: Problem) -> np.ndarray:
     """The least squared error of each row."""
-    return 2 * objective(p.dictionary, p.y, p.code.replace(values=optimum(p)))
+    return 2 * objective(p.dictionary, p.y, p.code.replace(values=optimum(*p).values))
 
 
 def brute_force(p: Problem, nonnegative: bool) -> np.ndarray:

@@ -1,5 +1,4 @@
 import contextlib
-import errno
 import json
 import os
 import signal
@@ -12,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
+from problems import cli, full_disk
 
 from jaxsae import language_model
 from jaxsae._core.files import InputError
-from jaxsae.app.cli import main
 from jaxsae.data import shards
 from jaxsae.data.batching import batches
 from jaxsae.language_model import files, harvest
@@ -186,7 +185,7 @@ def test_a_full_disk_leaves_whole_shards(tmp_path, model, monkeypatch):
     def full(descriptor):
         calls.append(descriptor)
         if len(calls) > 9:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            full_disk()
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
@@ -208,10 +207,6 @@ def test_other_text_is_not_mixed_in(tmp_path, model):
 
 
 # --- The command
-
-
-def cli(*arguments):
-    return main([str(argument) for argument in arguments])
 
 
 def test_the_command_harvests_and_tells(tmp_path, capsys):

@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import problems
 import pytest
-from problems import sae
+from problems import cli, sae, train
 
 import jaxsae
 from benchmarks.jobs import Job
 from jaxsae import data, train as training
 from jaxsae._core.files import owned
 from jaxsae.app import runs
-from jaxsae.app.cli import main
 from jaxsae.app.options import Options
 from jaxsae.train import checkpoint, job
 from jaxsae.train.steps import PATIENCE
@@ -56,15 +56,13 @@ D = 16
 
 @pytest.fixture
 def rows():
-    return np.random.default_rng(0).standard_normal((600, D)).astype(np.float32)
+    return problems.rows(600, D)
 
 
-def train(tmp_path, rows, *more, steps=60):
+def train_on(tmp_path, rows, *more, steps=60):
     tmp_path.mkdir(exist_ok=True)
     np.save(tmp_path / "x.npy", rows)
-    options = ["--data", tmp_path / "x.npy", "--out", tmp_path / "run", "--activation", "topk", "--k", 4]
-    options += ["--latents", 32, "--batch", 64, "--heldout", 100, "--steps", steps, *more]
-    return main(["train", *map(str, options)])
+    return train(tmp_path / "x.npy", tmp_path / "run", "topk", "--steps", steps, *more)
 
 
 def report(tmp_path):
@@ -73,7 +71,7 @@ def report(tmp_path):
 
 def test_rows_that_are_not_finite_are_named_and_the_steps_made_up_for(rows, tmp_path, capsys):
     rows[[7, 401]] = np.nan
-    assert train(tmp_path, rows) == 0
+    assert train_on(tmp_path, rows) == 0
     found = report(tmp_path)
     assert found["steps"] == 60
     assert found["skipped"] == len(found["skipped_batches"]) > 10
@@ -92,7 +90,7 @@ def test_a_training_goes_back_when_too_many_batches_fail_and_then_on(rows, tmp_p
         return real(step, init_fn, batches, *more, shard_fn=spoil, **options)
 
     monkeypatch.setattr(job, "run", run)
-    assert train(tmp_path, rows, "--save-every", 0.1) == 0
+    assert train_on(tmp_path, rows, "--save-every", 0.1) == 0
     found = report(tmp_path)
     assert (found["steps"], found["rollbacks"], found["skipped_batches"]) == (60, 1, list(spoilt))
     err = capsys.readouterr().err
@@ -102,7 +100,7 @@ def test_a_training_goes_back_when_too_many_batches_fail_and_then_on(rows, tmp_p
 
 def test_a_training_is_given_up_after_some_rollbacks(rows, tmp_path, capsys):
     rows[:500:3] = np.nan
-    assert train(tmp_path, rows) == 2
+    assert train_on(tmp_path, rows) == 2
     *_, last = capsys.readouterr().err.splitlines()
     assert "training diverged" in last
     assert f"NaN or Inf: rows 0, 3, 6, 9, 12, … of {tmp_path / 'x.npy'}." in last
@@ -110,19 +108,19 @@ def test_a_training_is_given_up_after_some_rollbacks(rows, tmp_path, capsys):
 
 
 def test_a_run_of_other_options_is_not_gone_on_with(rows, tmp_path, capsys):
-    assert train(tmp_path, rows, "--resume", steps=20) == 2
+    assert train_on(tmp_path, rows, "--resume", steps=20) == 2
     assert "holds no run to resume; leave out --resume to begin one" in capsys.readouterr().err
-    assert train(tmp_path, rows, steps=20) == 0
+    assert train_on(tmp_path, rows, steps=20) == 0
     before = (tmp_path / "run/sae/sae.safetensors").read_bytes()
-    assert train(tmp_path, rows, "--resume", steps=20) == 0
+    assert train_on(tmp_path, rows, "--resume", steps=20) == 0
     assert (tmp_path / "run/sae/sae.safetensors").read_bytes() == before
     capsys.readouterr()
-    assert train(tmp_path, rows, steps=10) == 2
+    assert train_on(tmp_path, rows, steps=10) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "run: holds another run (got steps 10, expected 20 or more); choose another --out, or remove it." in line
-    assert train(tmp_path, rows, "--seed", 1, steps=20) == 2
+    assert train_on(tmp_path, rows, "--seed", 1, steps=20) == 2
     assert "got seed 1, expected 0" in capsys.readouterr().err
-    assert train(tmp_path, rows[:-1], steps=20) == 2
+    assert train_on(tmp_path, rows[:-1], steps=20) == 2
     assert "got data [499, 16], expected [500, 16]" in capsys.readouterr().err
 
 
@@ -131,9 +129,9 @@ def test_several_files_are_mixed_and_their_last_rows_held_out(rows, tmp_path, ca
     np.save(tmp_path / "y.npy", rows[:200].astype(np.float16))
     options = ["--data", tmp_path / "x.npy", tmp_path / "y.npy", "--weights", 1, 3, "--out", tmp_path / "run", "--k", 4]
     options += ["--activation", "topk", "--latents", 32, "--batch", 64, "--heldout", 100, "--steps", 20]
-    assert main(["train", *map(str, options)]) == 0
+    assert cli("train", *options) == 0
     assert report(tmp_path)["data"]["rows"] == 700
-    assert main(["train", *map(str, [*options[:5], *options[6:]])]) == 2
+    assert cli("train", *options[:5], *options[6:]) == 2
     assert "got 1 weights for 2 files; pass one for each." in capsys.readouterr().err
 
 
@@ -274,11 +272,11 @@ def test_a_training_says_where_it_resumes_and_may_be_made_longer(loop):
 
 
 def test_a_run_is_made_longer_with_the_schedules_of_the_longer_one(rows, tmp_path, capsys):
-    assert train(tmp_path, rows, steps=20) == 0
-    assert train(tmp_path, rows, steps=20) == 0
+    assert train_on(tmp_path, rows, steps=20) == 0
+    assert train_on(tmp_path, rows, steps=20) == 0
     err = capsys.readouterr().err.splitlines()
     assert err[-1] == "100%  resuming from step 20"
-    assert train(tmp_path, rows, steps=40) == 0
+    assert train_on(tmp_path, rows, steps=40) == 0
     first, second, *_, last = capsys.readouterr().err.splitlines()
     assert first == " 50%  resuming from step 20"
     assert second.startswith("jaxsae: warning: the run is lengthened from 20 to 40 steps: from step 20 on, all that ")
@@ -287,43 +285,43 @@ def test_a_run_is_made_longer_with_the_schedules_of_the_longer_one(rows, tmp_pat
     found = report(tmp_path)
     assert (found["steps"], found["lengthened"]) == (40, [{"at": 20, "from": 20, "to": 40}])
     before = (tmp_path / "run/sae/sae.safetensors").read_bytes()
-    assert train(tmp_path, rows, steps=40) == 0
+    assert train_on(tmp_path, rows, steps=40) == 0
     assert (tmp_path / "run/sae/sae.safetensors").read_bytes() == before
     assert "lengthened" not in capsys.readouterr().err
     assert report(tmp_path) == found
 
 
 def test_other_data_of_the_same_shape_is_not_trained_on(rows, tmp_path, capsys):
-    assert train(tmp_path, rows, steps=20) == 0
+    assert train_on(tmp_path, rows, steps=20) == 0
     for place in (0, 300, 599):  # held-out rows too
         other = rows.copy()
         other[place, 5] += 1
         capsys.readouterr()
-        assert train(tmp_path, other, steps=20) == 2
+        assert train_on(tmp_path, other, steps=20) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert re.search(r"got values of the data, by checksum \[\"\w+\"\], expected \[.*\]\); choose another", line)
-    assert train(tmp_path, np.asfortranarray(rows), steps=20) == 0  # the same values
+    assert train_on(tmp_path, np.asfortranarray(rows), steps=20) == 0  # the same values
 
 
 def test_a_training_owns_its_directory(rows, tmp_path, capsys):
     with owned(tmp_path / "run/checkpoints"):
-        assert train(tmp_path, rows, steps=20) == 2
+        assert train_on(tmp_path, rows, steps=20) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert re.search(
             r"run/checkpoints: another process writes there \(process \d+ of .*\); stop it, or choose", line
         )
         assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoints"]
-    assert train(tmp_path, rows, steps=20) == 0
+    assert train_on(tmp_path, rows, steps=20) == 0
 
 
 def test_a_window_is_for_files_too(rows, tmp_path, capsys):
     found = []
     for number, window in enumerate([(), ("--window", 500), ("--window", 64)]):
-        assert train(tmp_path / str(number), rows, *window, steps=10) == 0
+        assert train_on(tmp_path / str(number), rows, *window, steps=10) == 0
         found.append((tmp_path / str(number) / "run/sae/sae.safetensors").read_bytes())
     assert found[0] == found[1] != found[2]
     capsys.readouterr()
-    assert train(tmp_path / "3", rows, "--window", 0, steps=10) == 2
+    assert train_on(tmp_path / "3", rows, "--window", 0, steps=10) == 2
     assert capsys.readouterr().err == "jaxsae: got --window 0; pass a whole number from 1 to 2147483647.\n"
 
 

@@ -180,7 +180,7 @@ def test_the_fused_refit_is_that_of_the_reference(platform, shape):
     np.testing.assert_array_equal(warm_started[good], wanted.warm_started[good])
     # Rounding may cost or save the last step, and where atoms depend on each other moves the answer along them.
     np.testing.assert_array_less(kkt[good], 1e-5)
-    np.testing.assert_array_less(np.abs(steps - wanted.steps)[good], 5 + 0.2 * wanted.steps[good])
+    np.testing.assert_array_less(np.abs(steps - wanted.steps)[good], 5 + 0.2 * np.asarray(wanted.steps)[good])
     atoms = products64(c)[2]
 
     def fitted(x, unit):
@@ -256,7 +256,7 @@ def scattered(c: Case, implementation=None):
     return codes.scatter_add(SparseCode(c.z0, c.indices, len(c.D)), c.y, implementation=implementation)
 
 
-def assert_close(a, b, tolerance=1e-5):
+def assert_close_to_largest(a, b, tolerance=1e-5):
     def compare(a, b):
         np.testing.assert_allclose(a, b, atol=tolerance * max(1, float(jnp.abs(b).max())))
 
@@ -273,9 +273,9 @@ def test_vmap_and_any_leading_batch_are_the_batch():
     c = sound((6, 16, 32, 5, "float32"))
     folded = Case(c.D, *(x.reshape(2, 3, -1) for x in c[1:]))
     flat = jax.tree.map(lambda x: x.reshape(6, *x.shape[2:]), everything(folded))
-    assert_close(flat, everything(c))
-    assert_close(jax.vmap(everything, (Case(None, 0, 0, 0),))(c), everything(c))
-    assert_close(scattered(folded), scattered(c))
+    assert_close_to_largest(flat, everything(c))
+    assert_close_to_largest(jax.vmap(everything, (Case(None, 0, 0, 0),))(c), everything(c))
+    assert_close_to_largest(scattered(folded), scattered(c))
     empty = everything(Case(c.D, *(x[:0] for x in c[1:])))
     assert jax.tree.map(lambda x: x.shape[0], empty) == jax.tree.map(lambda x: 0, empty)
 
@@ -328,10 +328,10 @@ def test_operations_and_gradients_by_kernels_are_those_of_the_reference(platform
     wanted_bar = jax.grad(lambda D, y: weighted(c._replace(D=D, y=y), "xla"), (0, 1))(c.D, c.y)
     on(platform, checked=False)  # the checks have effects, which the primitive of decoding does not declare
     got = jax.vmap(functools.partial(everything, implementation="pallas"), (Case(None, 0, 0, 0),))(c)
-    assert_close(without_steps(got), without_steps(wanted), 1e-4)
-    assert_close(scattered(c, "pallas"), wanted_sum)
+    assert_close_to_largest(without_steps(got), without_steps(wanted), 1e-4)
+    assert_close_to_largest(scattered(c, "pallas"), wanted_sum)
     bar = jax.grad(lambda D, y: weighted(c._replace(D=D, y=y), "pallas"), (0, 1))(c.D, c.y)
-    assert_close(bar, wanted_bar, 1e-3)
+    assert_close_to_largest(bar, wanted_bar, 1e-3)
 
 
 @both
@@ -438,7 +438,7 @@ def test_rows_divided_by_shard_map_give_the_same():
     mesh = Mesh(np.array(jax.devices()), ("rows",))
     specs = Case(P(), P("rows"), P("rows"), P("rows"))
     divided = jax.jit(jax.shard_map(everything, mesh=mesh, in_specs=(specs,), out_specs=P("rows")))
-    assert_close(divided(c), everything(c))
+    assert_close_to_largest(divided(c), everything(c))
 
 
 @both

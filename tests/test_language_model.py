@@ -60,7 +60,7 @@ def test_every_residual_and_the_logits_are_those_of_transformers(name):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama3"])
-def test_bfloat16_is_close(name):
+def test_bfloat16_is_close(name, mixed):
     model, expected = saved(name, "bfloat16")
     hidden, found = everything(model, expected["ids"])
     assert {h.dtype for h in hidden} == {jnp.dtype(jnp.bfloat16)}

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import assert_same_bits, f64
+from problems import assert_same_bits, each_sign, f64
 from sklearn.linear_model import Lasso
 
 import jaxsae
@@ -17,8 +17,6 @@ from jaxsae.lasso.penalised import blend, cross_validate, lambda_max, lasso, pat
 # One shape for almost everything, and so one program a dtype and a sign.
 ROWS, D, M = 40, 16, 32
 SHARES = (0.5, 0.1, 0.01)  # of λ_max
-
-each_sign = pytest.mark.parametrize("nonnegative", [True, False], ids=["nonnegative", "free"])
 
 
 def data(seed=0, *, coherence=0.0, dtype=np.float32):
@@ -42,7 +40,7 @@ def scikit_learn(atoms, y, lam, nonnegative=False):
     return np.stack([Lasso(alpha=max(lam / y.size, 1e-12), **options).fit(f64(atoms).T, y).coef_ for y, lam in rows])
 
 
-def objective(atoms, y, z, lam):
+def lasso_objective(atoms, y, z, lam):
     """`½‖y − Dᵀz‖² + λ‖z‖₁` of dense codes."""
     return 0.5 * ((f64(y) - f64(z) @ f64(atoms)) ** 2).sum(-1) + f64(lam) * np.abs(f64(z)).sum(-1)
 
@@ -54,7 +52,7 @@ def gap_by_definition(atoms, y, z, lam, nonnegative):
     top = (g if nonnegative else np.abs(g)).max(-1)
     u = r * np.where(top > f64(lam), f64(lam) / np.maximum(top, 1e-300), 1)[:, None]
     dual = (u * f64(y)).sum(-1) - 0.5 * (u**2).sum(-1)
-    return (objective(atoms, y, z, lam) - dual) / np.maximum(0.5 * (f64(y) ** 2).sum(-1), 1e-300)
+    return (lasso_objective(atoms, y, z, lam) - dual) / np.maximum(0.5 * (f64(y) ** 2).sum(-1), 1e-300)
 
 
 def slack(atoms, y, z):
@@ -92,7 +90,7 @@ def test_float32_reaches_the_same_coefficients_to_what_it_can_hold(nonnegative):
     for at in range(len(SHARES)):
         expected = scikit_learn(atoms, y, lams[:, at], nonnegative)
         np.testing.assert_allclose(code.dense()[:, at], expected, atol=2e-4)
-        objective_gap = objective(atoms, y, code.dense()[:, at], lams[:, at]) - objective(
+        objective_gap = lasso_objective(atoms, y, code.dense()[:, at], lams[:, at]) - lasso_objective(
             atoms, y, expected, lams[:, at]
         )
         assert np.max(objective_gap / (0.5 * (f64(y) ** 2).sum(-1))) <= 1e-6
@@ -181,7 +179,7 @@ def test_relaxed_is_a_lasso_on_the_support(nonnegative, x64):
 def test_the_share_may_differ_from_row_to_row(x64):
     atoms, y = data(coherence=0.5, dtype=np.float64)
     lams = grid(atoms, y)[:, 1]
-    phi = jnp.arange(ROWS) % 2 * 1.0
+    phi = jnp.asarray(np.arange(ROWS) % 2, atoms.dtype)
     code, _ = relaxed(atoms, y, lams, phi)
     for one in (0.0, 1.0):
         expected, _ = relaxed(atoms, y, lams, one)
@@ -282,7 +280,7 @@ def test_what_float32_cannot_solve_is_said_to_be_unsolved(optimised):
         z = code.dense()[:, at]
         gap = gap_by_definition(atoms, y, z, info.lam[:, at], nonnegative=False)
         assert np.all(gap <= 1.1 * f64(info.gap[:, at]) + 2e-6 + slack(atoms, y, z))
-        assert np.all(objective(atoms, y, z, info.lam[:, at]) <= 1.001 * objective(atoms, y, 0 * z, 0))
+        assert np.all(lasso_objective(atoms, y, z, info.lam[:, at]) <= 1.001 * lasso_objective(atoms, y, 0 * z, 0))
 
 
 @each_sign

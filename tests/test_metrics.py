@@ -227,8 +227,8 @@ def test_the_middle_of_the_histogram_is_no_change():
 
 def test_the_histogram_counts_every_active_value_once():
     _, _, code, refined = case()
-    found = shrinkage(*case())
-    assert found.ratio_histogram.sum() == found.count.sum() == code.l0.sum()
+    found = jax.tree.map(np.asarray, shrinkage(*case()))
+    assert found.ratio_histogram.sum() == found.count.sum() == f64(code.l0).sum()
     rising = f64(refined.values) > f64(code.values)
     assert found.num_increased == rising.sum()
     assert found.ratio_histogram[MIDDLE:].sum() == rising.sum()
@@ -249,7 +249,7 @@ def test_shrinkage_with_a_mean_far_from_zero():
     np.testing.assert_allclose(found.nmse_after, expected["nmse_after"], rtol=1e-3)
 
 
-def test_bfloat16_counts_beyond_256():
+def test_bfloat16_counts_beyond_256(mixed):
     # bfloat16 has 8 digits: counted in it, 256 + 1 is 256.
     rows = 301
     model = sae(m=M, dtype=jnp.bfloat16)
@@ -398,7 +398,7 @@ def test_of_no_rows_and_of_no_active_values_every_ratio_is_nan_or_0():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-def test_thousands_of_equal_batches_have_the_ratios_of_one(dtype):
+def test_thousands_of_equal_batches_have_the_ratios_of_one(dtype, mixed):
     model, *rows = jax.tree.map(np.asarray, case())
     x, code, refined = jax.tree.map(lambda leaf: leaf[: ROWS // 2], rows)
     model, x, code, refined = jax.tree.map(

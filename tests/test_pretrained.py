@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from problems import activations, assert_same_bits, sae
+from problems import activations, assert_same_bits, full_disk, sae
 
 import jaxsae
 from jaxsae import pretrained
@@ -71,10 +71,7 @@ def test_a_place_that_cannot_be_written(tmp_path):
 def test_an_sae_that_fails_to_save_leaves_the_old_one(tmp_path, monkeypatch):
     pretrained.save(sae(), tmp_path / "sae")
 
-    def fail(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(safetensors.numpy, "save_file", fail)
+    monkeypatch.setattr(safetensors.numpy, "save_file", full_disk)
     with pytest.raises(OSError, match="No space"):
         pretrained.save(sae(1), tmp_path / "sae")
     assert_same_bits(pretrained.load(tmp_path / "sae"), sae())

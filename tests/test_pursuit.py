@@ -307,7 +307,7 @@ def test_what_is_masked_may_hold_anything_and_any_batch_will_do():
     code, info = f(jnp.where(mask, y, jnp.nan), mask)
     plain = compiled(pursuit.omp, k=2)
     for row in range(3):
-        alone, _ = plain(dictionary * mask[row], y[row] * mask[row])
+        alone, _ = plain(jnp.where(mask[row], dictionary, 0), jnp.where(mask[row], y[row], 0))
         np.testing.assert_array_equal(code.indices[row], alone.indices)
         np.testing.assert_allclose(code.values[row], alone.values, rtol=1e-4)
     folded = jax.tree.map(lambda x: x.reshape(n, *x.shape[2:]), f(y.reshape(4, -1, d), mask.reshape(4, -1, d)))

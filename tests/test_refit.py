@@ -11,6 +11,7 @@ from problems import (
     Problem,
     assert_same_bits,
     atoms_of,
+    each_sign,
     f64,
     objective,
     objective_gap,
@@ -34,7 +35,6 @@ SOLVERS = pytest.mark.parametrize(
     [jaxsae.ConjugateGradient(fallback=None), jaxsae.FISTA(), jaxsae.ProjectedGradient(max_steps=50_000)],
     ids=lambda solver: type(solver).__name__,
 )
-SIGNS = pytest.mark.parametrize("nonnegative", [True, False], ids=["nonnegative", "free"])
 EXACT = jaxsae.FISTA(tol=1e-13, max_steps=100_000)  # in float64
 
 
@@ -42,7 +42,7 @@ EXACT = jaxsae.FISTA(tol=1e-13, max_steps=100_000)  # in float64
 
 
 @SOLVERS
-@SIGNS
+@each_sign
 @pytest.mark.parametrize("coherence", [0.0, 0.8])
 def test_a_refit_reaches_the_optimum_on_the_support_it_was_given(solver, nonnegative, coherence):
     dictionary, y, code = problem(coherence=coherence)
@@ -59,7 +59,7 @@ def test_a_refit_reaches_the_optimum_on_the_support_it_was_given(solver, nonnega
 
 
 @SOLVERS
-@SIGNS
+@each_sign
 @pytest.mark.parametrize("max_steps", [0, 1, 3, 2000])
 @pytest.mark.parametrize("start", ["random", "signed", "optimal", "nearly optimal"])
 def test_a_row_never_ends_worse_than_it_began(solver, nonnegative, max_steps, start):
@@ -96,7 +96,7 @@ def test_a_start_far_worse_than_zero_gives_way_to_zero():
 
 
 @SOLVERS
-@SIGNS
+@each_sign
 @pytest.mark.parametrize("coherence", [0.0, 0.8])
 def test_a_refit_of_a_refit_takes_no_step(solver, nonnegative, coherence):
     dictionary, y, code = problem(coherence=coherence)
@@ -141,7 +141,7 @@ def spoiled(good: Problem, where: str, bad: float) -> tuple[Problem, np.ndarray]
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("where", ["y", "start", "atom"])
-@SIGNS
+@each_sign
 def test_a_row_that_is_not_finite_comes_back_unchanged_and_touches_no_other(bad, where, nonnegative):
     good = problem()
     # Negative starts too: unchanged means not even projected.
@@ -221,7 +221,7 @@ def test_permuting_the_support_permutes_the_answer():
     np.testing.assert_allclose(refitted.values, expected.values[:, order], rtol=1e-3, atol=1e-4)
 
 
-@SIGNS
+@each_sign
 @pytest.mark.parametrize("atoms", [1e-10, 1.0, 1e10])
 @pytest.mark.parametrize("data", [1e-20, 1.0, 1e20])
 def test_the_answer_has_the_units_of_data_over_atoms(atoms, data, nonnegative):
@@ -349,7 +349,7 @@ def test_ordinary_inputs(case, nonnegative, solver):
 
 
 @pytest.mark.parametrize("case", ORDINARY)
-@SIGNS
+@each_sign
 def test_ordinary_inputs_are_certified(case, nonnegative):
     dictionary, y, code = ordinary(case)
     refitted, _ = jaxsae.refit(dictionary, y, code, jaxsae.FISTA(tol=1e-6), nonnegative=nonnegative)
@@ -374,7 +374,7 @@ def gradients(dictionary, y, code, *, nonnegative=True, ridge=0.0, keep=True):
 
 
 @pytest.mark.parametrize("case", ORDINARY)
-@SIGNS
+@each_sign
 def test_ordinary_inputs_have_finite_gradients(case, nonnegative):
     dictionary, y, code = ordinary(case)
     for ridge in (0.0, 0.01):
@@ -429,7 +429,7 @@ def test_ridge_in_the_units_of_the_atoms():
         np.testing.assert_allclose(f64(refitted.values) * atoms, expected.values, rtol=1e-3, atol=1e-4)
 
 
-@SIGNS
+@each_sign
 def test_a_ridge_makes_equal_atoms_share(nonnegative):
     dictionary, y, code = ordinary("equal atoms")
     refitted, _ = jaxsae.refit(dictionary, y, code, jaxsae.FISTA(tol=1e-6), nonnegative=nonnegative, ridge=1.0)
@@ -566,7 +566,7 @@ def small(seed=0) -> Problem:
     return Problem(dictionary, y, with_code(code, indices=indices))
 
 
-@SIGNS
+@each_sign
 def test_the_derivative_is_that_of_finite_differences(nonnegative, x64):
     dictionary, y, code = small()
     weights = np.random.default_rng(3).normal(size=code.values.shape)

@@ -12,11 +12,11 @@ import numpy as np
 import PIL.Image
 import pytest
 from browser import FOUND, browser
+from problems import cli
 
 from jaxsae import metrics
 from jaxsae._core.files import InputError
 from jaxsae.app import html as pages, logs, plots, report
-from jaxsae.app.cli import main
 from jaxsae.app.options import Options
 from jaxsae.app.plots import FAMILIES
 
@@ -494,14 +494,10 @@ def test_hostile_text_is_text(kind, tmp_path):
 # --- The command
 
 
-def run(*argv):
-    return main([str(argument) for argument in argv])
-
-
 def test_the_page_is_written_beside_the_report_and_replaced(tmp_path, capsys):
     write(tmp_path, a_study())
     (tmp_path / "report.html").write_text("old")
-    assert run("report", tmp_path) == 0
+    assert cli("report", tmp_path) == 0
     assert capsys.readouterr().out == f"Written: {tmp_path / 'report.html'}\n"
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == report.page(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json"]
@@ -509,7 +505,7 @@ def test_the_page_is_written_beside_the_report_and_replaced(tmp_path, capsys):
 
 def test_the_page_is_written_where_it_is_asked_for(tmp_path):
     write(tmp_path / "study", a_study())
-    assert run("report", tmp_path / "study", "--out", tmp_path / "deep" / "page.html") == 0
+    assert cli("report", tmp_path / "study", "--out", tmp_path / "deep" / "page.html") == 0
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["page.html"]
     assert [path.name for path in (tmp_path / "study").iterdir()] == ["report.json"]
 
@@ -554,7 +550,7 @@ def test_bad_input_is_exit_code_2_and_one_line(case, tmp_path, capsys):
         (tmp_path / "x").mkdir()
         (tmp_path / "x/report.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     before = sorted(tmp_path.rglob("*"))
-    assert run("report", tmp_path / folder, *(part for name in out for part in ("--out", tmp_path / name))) == 2
+    assert cli("report", tmp_path / folder, *(part for name in out for part in ("--out", tmp_path / name))) == 2
     out, line = capsys.readouterr()
     assert (out, line.count("\n")) == ("", 1)
     assert line.startswith("jaxsae: ")
@@ -565,7 +561,7 @@ def test_bad_input_is_exit_code_2_and_one_line(case, tmp_path, capsys):
 def test_without_tensorboard_it_says_what_to_install(tmp_path, monkeypatch, capsys):
     log(tmp_path)
     monkeypatch.setitem(__import__("sys").modules, "tensorboardX.proto.event_pb2", None)
-    assert run("report", tmp_path) == 2
+    assert cli("report", tmp_path) == 2
     assert capsys.readouterr().err.endswith("missing; pip install 'jaxsae[study]'.\n")
 
 

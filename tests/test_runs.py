@@ -9,51 +9,29 @@ import types
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import activations, f64, sae
+from problems import TRAINING, TRAININGS, activations, cli, f64, sae, sparse_rows, train
 
 import jaxsae
 from jaxsae import pretrained
 from jaxsae._core.files import InputError
 from jaxsae.app import runs
-from jaxsae.app.cli import main
 from jaxsae.app.options import Options, resolved
 
 D, M, K = 16, 32, 4
 CENTRE, SIZE = 100.0, 50.0  # raw activations are neither centred nor of unit size
 
 
-def rows(n=600, seed=0):
-    """Rows that are sparse sums of atoms, in units of their own."""
-    rng = np.random.default_rng(seed)
-    atoms = np.random.default_rng(1).normal(size=(M, D))
-    z = rng.exponential(size=(n, M)) * (rng.random((n, M)) < K / M)
-    return (CENTRE + SIZE * z @ atoms).astype(np.float32)
+def raw_rows():
+    return np.float32(CENTRE) + np.float32(SIZE) * sparse_rows(600, d=D, atoms=M, k=K)[0]
 
 
 @pytest.fixture
 def data(tmp_path):
-    np.save(tmp_path / "x.npy", rows())
+    np.save(tmp_path / "x.npy", raw_rows())
     return tmp_path / "x.npy"
 
 
-FEW = ("--latents", M, "--batch", 64, "--steps", 60, "--heldout", 100, "--learning-rate", 1e-2)
-WAYS = {
-    "relu": ("--l1", 0.05),
-    "topk": ("--k", K, "--multi-topk"),
-    "abstopk": ("--k", K),
-    "groupmax": ("--k", K),
-    "batchtopk": ("--k", K, "--idle-after", 200),
-    "jumprelu": ("--k", K),
-    "gated": ("--l1", 0.05, "--no-auxk"),
-}
-
-
-def train(data, out, activation, *more):
-    options = ("--data", data, "--out", out, "--activation", activation, *WAYS.get(activation, ()), *FEW, *more)
-    return main(["train", *map(str, options)])
-
-
-@pytest.mark.parametrize("activation", WAYS)
+@pytest.mark.parametrize("activation", TRAININGS)
 def test_a_run_makes_an_autoencoder_of_the_raw_activations(activation, data, tmp_path, capsys):
     out = tmp_path / "run"
     assert train(data, out, activation) == 0
@@ -64,13 +42,13 @@ def test_a_run_makes_an_autoencoder_of_the_raw_activations(activation, data, tmp
     assert (report["steps"], report["skipped"], report["data"]["rows"]) == (60, 0, 500)
     model = pretrained.load(out)
     assert type(model.activation).__name__.lower() == activation
-    x = jnp.asarray(rows()[-100:])
+    x = jnp.asarray(raw_rows()[-100:])
     z = jaxsae.encode_dense(model, x)
     error, spread = f64(x) - f64(jaxsae.decode(model, z)), f64(x) - f64(x).mean(0)
     measured = report["heldout"]
     np.testing.assert_allclose(measured["nmse"], (error**2).sum() / (spread**2).sum(), rtol=1e-3)
     np.testing.assert_allclose(measured["l0"], (f64(z) != 0).sum(1).mean(), rtol=1e-6)
-    everything = jaxsae.encode_dense(model, jnp.asarray(rows()))
+    everything = jaxsae.encode_dense(model, jnp.asarray(raw_rows()))
     fires = (f64(everything) != 0).sum(0)
     assert abs(np.mean(fires == 0) - measured["dead"]) * M <= 1 and measured["dead_rows"] == 600
     log2_histogram = [np.sum(fires == 0), *(np.sum((fires >= 2**n) & (fires < 2 ** (n + 1))) for n in range(10))]
@@ -85,15 +63,15 @@ def test_a_run_makes_an_autoencoder_of_the_raw_activations(activation, data, tmp
 
 def test_eval_prints_what_the_run_measured(data, tmp_path, capsys):
     assert train(data, tmp_path / "run", "topk", "--json") == 0
-    np.save(tmp_path / "heldout.npy", rows()[-100:])
+    np.save(tmp_path / "heldout.npy", raw_rows()[-100:])
     assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "run" / "report.json").read_text())
-    assert main(["eval", "--sae", str(tmp_path / "run"), "--data", str(tmp_path / "heldout.npy"), "--json"]) == 0
+    assert cli("eval", "--sae", tmp_path / "run", "--data", tmp_path / "heldout.npy", "--json") == 0
     measured = json.loads(capsys.readouterr().out)
     reported = json.loads((tmp_path / "run" / "report.json").read_text())["heldout"]
     of_more_rows = ("dead", "dead_rows", "firing")
     assert {**measured, **{name: reported[name] for name in of_more_rows}} == reported
     assert (measured["rows"], measured["dead_rows"], reported["dead_rows"]) == (100, 100, 600)
-    assert main(["eval", "--sae", str(tmp_path / "run"), "--data", str(tmp_path / "heldout.npy")]) == 0
+    assert cli("eval", "--sae", tmp_path / "run", "--data", tmp_path / "heldout.npy") == 0
     out = capsys.readouterr().out
     assert f"{measured['nmse']:.4f}" in out
     assert f"4: {measured['nmse_at']['4']:.4f}" in out
@@ -190,7 +168,7 @@ def test_weights_and_biases_that_is_not_installed_is_told(data, tmp_path, monkey
 
 
 def test_batches_with_nan_are_skipped_and_told(data, tmp_path, capsys):
-    x = rows()
+    x = raw_rows()
     x[7, 3] = np.nan
     np.save(data, x)
     assert train(data, tmp_path / "run", "topk") == 0
@@ -202,7 +180,7 @@ def test_batches_with_nan_are_skipped_and_told(data, tmp_path, capsys):
 
 
 def test_a_run_that_diverges_keeps_the_last_good_autoencoder(data, tmp_path, capsys):
-    x = rows()
+    x = raw_rows()
     x[:500:3] = np.nan  # in every batch
     np.save(data, x)
     assert train(data, tmp_path / "run", "topk") == 2
@@ -229,8 +207,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_a_bad_option_is_one_clear_line(case, data, tmp_path, capsys):
     options, message = BAD[case]
-    argv = ("train", "--data", data, "--out", tmp_path / "run", *FEW, *options)
-    assert main([str(argument) for argument in argv]) == 2
+    assert cli("train", "--data", data, "--out", tmp_path / "run", *TRAINING, *options) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert not (tmp_path / "run").exists()
@@ -239,20 +216,20 @@ def test_a_bad_option_is_one_clear_line(case, data, tmp_path, capsys):
 def test_eval_of_another_width(tmp_path, capsys):
     pretrained.save(sae(m=M), tmp_path / "sae")
     np.save(tmp_path / "x.npy", np.ones((4, 7), np.float32))
-    assert main(["eval", "--sae", str(tmp_path / "sae"), "--data", str(tmp_path / "x.npy")]) == 2
+    assert cli("eval", "--sae", tmp_path / "sae", "--data", tmp_path / "x.npy") == 2
     assert capsys.readouterr().err == "jaxsae: got rows of width 7 for an SAE of 16; pass those of its layer.\n"
 
 
 @pytest.mark.parametrize("row", [3, 590], ids=["trained on", "held out"])
 def test_a_value_that_overflows_is_named_and_is_no_infinity(row, data, tmp_path, capsys):
-    x = rows().astype(np.float64)
+    x = raw_rows().astype(np.float64)
     x[row, 5] = 1e39
     np.save(data, x)
     assert train(data, tmp_path / "run", "topk") == 2
     line = f"jaxsae: {data}: row {row} holds 1e+39, 1 finite values overflow float32; scale it.\n"
     assert capsys.readouterr().err == line
     pretrained.save(sae(m=M), tmp_path / "sae")
-    assert main(["eval", "--sae", str(tmp_path / "sae"), "--data", str(data)]) == 2
+    assert cli("eval", "--sae", tmp_path / "sae", "--data", data) == 2
     assert f"row {row} holds 1e+39" in capsys.readouterr().err
 
 
@@ -276,5 +253,5 @@ def test_rethresholding_keeps_the_latents_and_moves_the_l0():
 def test_devices_made_of_one_cpu_have_threads_for_all_to_wait(tmp_path, monkeypatch):
     monkeypatch.delenv("PJRT_NPROC")
     options = ("--activation", "topk", "--k", K, "--latents", M, "--out", tmp_path / "run", "--mesh", 2, 4)
-    assert main(["train", "--data", str(tmp_path / "none.npy"), *map(str, options)]) == 2
+    assert cli("train", "--data", tmp_path / "none.npy", *options) == 2
     assert int(os.environ["PJRT_NPROC"]) >= 8 * 8

@@ -14,6 +14,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from problems import dying, full_disk, refused
 
 import jaxsae
 from jaxsae import data
@@ -61,15 +62,6 @@ def check(folder, count):
     shards.verify(folder)
     names = {f"{number:05d}{end}" for number in range(count) for end in (".npy", ".tokens.npy")}
     assert set(os.listdir(folder)) == {"manifest.json", *names}
-
-
-def refused(match, call, *arguments, **options):
-    """An `InputError` in one line that matches."""
-    with pytest.raises(InputError, match=match) as caught:
-        call(*arguments, **options)
-    assert "\n" not in str(caught.value)
-    assert str(caught.value).endswith(".")
-    return str(caught.value)
 
 
 # --- what is written
@@ -288,38 +280,24 @@ def test_only_what_a_writer_leaves_is_removed_on_continuing(tmp_path):
 # Without jax, which takes seconds to import: only numpy and the two modules.
 SCRIPT = f"""
 import os, signal, sys, types
+from pathlib import Path
 sys.modules["jaxsae"] = package = types.ModuleType("jaxsae")
 package.__path__ = [sys.argv[1]]
 import numpy as np
 from jaxsae.data import shards
 WIDTH, SOURCE = {WIDTH}, {SOURCE}
-""" + "".join(map(inspect.getsource, (part, writer, fill)))
+""" + "".join(map(inspect.getsource, (part, writer, fill, dying)))
 RUN = f"{SCRIPT}\nprint('ready', flush=True)\nfill(sys.argv[2], 10**6)"
 # Dies before or after each call that touches the disk, in a child process for each.
 SWEEP = (
     SCRIPT
     + """
-def dying(at, after):
-    calls = iter(range(10**9))
-    def wrap(call):
-        def wrapped(*arguments, **options):
-            due = next(calls) == at
-            if due and not after:
-                os.kill(os.getpid(), signal.SIGKILL)
-            result = call(*arguments, **options)
-            if due:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
-        return wrapped
-    from pathlib import Path
-    Path.write_bytes = wrap(Path.write_bytes)
-    os.fsync, os.replace, os.mkdir, os.rmdir = wrap(os.fsync), wrap(os.replace), wrap(os.mkdir), wrap(os.rmdir)
-
 for after in (0, 1):
     for at in range(10**9):
         child = os.fork()
         if not child:
-            dying(at, after)
+            calls = [(os, "fsync"), (os, "replace"), (os, "mkdir"), (Path, "write_bytes")]
+            dying(at, after, *calls)
             fill(f"{sys.argv[2]}/{at}-{after}", 2, finish=True)
             os._exit(0)
         if os.waitpid(child, 0)[1] != signal.SIGKILL:
@@ -396,7 +374,7 @@ class Disk:
             self.calls -= 1
             if -self.times <= self.calls < 0:
                 self.failed += 1
-                raise OSError(errno.ENOSPC, "No space left on device")
+                full_disk()
             return call(*arguments, **options)
 
         return wrapped

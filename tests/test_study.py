@@ -11,7 +11,7 @@ import PIL.Image
 import pytest
 import scipy.optimize
 import scipy.special
-from problems import f64
+from problems import f64, objective_gap
 
 import jaxsae
 from jaxsae import data, language_model, metrics, pretrained, train
@@ -200,18 +200,6 @@ def test_the_saved_saes_reconstruct_the_raw_rows(done):
         np.testing.assert_allclose(z[z > 0].mean(), row["mean_before"], rtol=1e-4)
 
 
-def objective_gap(sae, x, code):
-    """NMSE of each row above the least possible on its support, by scipy in float64."""
-    dictionary, y = f64(sae.W_dec), f64(x) - f64(sae.b_dec)
-    values, indices = f64(code.values), np.asarray(code.indices)
-    for row, target in enumerate(y):
-        on = indices[row] < sae.m
-        atoms = dictionary[indices[row, on]]
-        error = np.sum((target - values[row, on] @ atoms) ** 2)
-        least = scipy.optimize.nnls(atoms.T, target)[1] ** 2 if on.any() else np.sum(target**2)
-        yield (error - least) / np.sum(target**2)
-
-
 @pytest.mark.parametrize("solver", [study._solver, None], ids=["the study's", "the default"])
 @pytest.mark.parametrize("rows", [100, pytest.param(1000, marks=pytest.mark.slow)])
 def test_refined_values_are_the_best_there_are(done, rows, solver):
@@ -221,7 +209,7 @@ def test_refined_values_are_the_best_there_are(done, rows, solver):
             assert (block.refined.values >= 0).all()
             some = slice(None, None, max(1, PLAN.heldout // rows))  # blocks are sorted by L0: of all sizes
             code = jax.tree.map(operator.itemgetter(some), block.refined)
-            worst[row["family"]] += objective_gap(sae, block.x[some], code)
+            worst[row["family"]] += objective_gap(sae.W_dec, f64(block.x[some]) - f64(sae.b_dec), code)
     assert min(len(found) for found in worst.values()) >= rows
     assert max(worst["relu"]) <= 1e-6
     assert max(worst["topk"]) <= 1e-6

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
+from problems import refused
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from jaxsae._core.files import InputError
@@ -27,7 +28,7 @@ def text_of(seed, length=24_000):
     return "".join(parts)[:length]
 
 
-def trained(model, trainer, pre):
+def trained_tokenizer(model, trainer, pre):
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre
     tokenizer.train_from_iterator([text_of(seed, 3000) for seed in range(2, 8, 2)], trainer)
@@ -37,12 +38,12 @@ def trained(model, trainer, pre):
 def bpe(pre, **options):
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=340, show_progress=False, initial_alphabet=alphabet)
-    return trained(models.BPE(unk_token=None, **options), trainer, pre)
+    return trained_tokenizer(models.BPE(unk_token=None, **options), trainer, pre)
 
 
 def unigram(pre):
     trainer = trainers.UnigramTrainer(vocab_size=150, show_progress=False, special_tokens=["<unk>"], unk_token="<unk>")
-    return trained(models.Unigram(), trainer, pre)
+    return trained_tokenizer(models.Unigram(), trainer, pre)
 
 
 def sentencepiece(scheme, split=True):
@@ -73,7 +74,7 @@ TOKENIZERS = {
     "SentencePiece, one word": lambda: sentencepiece("always", split=False),
     "Llama 2": llama_2,
     "normalised": normalised,
-    "words": lambda: trained(
+    "words": lambda: trained_tokenizer(
         models.WordLevel(unk_token="?"),
         trainers.WordLevelTrainer(show_progress=False, special_tokens=["?"]),
         pre_tokenizers.Whitespace(),
@@ -274,9 +275,7 @@ BAD_BOS = {
 @pytest.mark.parametrize("case", BAD_BOS)
 def test_files_that_do_not_say_how_texts_begin_are_refused(case, tmp_path):
     options, begins, message = BAD_BOS[case]
-    with pytest.raises(InputError, match=message) as caught:
-        files.read_tokenizer(directory(tmp_path / "model", options, begins=begins))
-    assert "\n" not in str(caught.value)
+    refused(message, files.read_tokenizer, directory(tmp_path / "model", options, begins=begins))
 
 
 # --- Before the work

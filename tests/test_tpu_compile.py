@@ -3,9 +3,9 @@
 import json
 
 import pytest
+from problems import cli
 
 from jaxsae.app import plan
-from jaxsae.app.cli import main
 from jaxsae.app.options import Options
 
 pytestmark = pytest.mark.tpu
@@ -39,8 +39,7 @@ def test_it_fits_and_gathers_nothing_large(topology, program, mesh):
 
 
 def command(capsys, *options):
-    argv = ["plan", "--d", 64, "--k", 4, "--batch", 64, *options]
-    return main([str(argument) for argument in argv]), *capsys.readouterr()
+    return cli("plan", "--d", 64, "--k", 4, "--batch", 64, *options), *capsys.readouterr()
 
 
 def test_the_command_tells_what_a_slice_is_used_for(capsys):

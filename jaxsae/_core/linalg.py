@@ -23,12 +23,18 @@ def ratio(x, by):
     return jnp.where(by == 0, jnp.nan, x / jnp.where(by == 0, 1, by))
 
 
+def promoted(*arrays) -> jnp.dtype:
+    """The dtype of arrays, or dtypes, that a caller may mix, also where `jax_numpy_dtype_promotion` is strict."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*arrays)
+
+
 def widen(tree):
     """The arrays of a tree, those of floating point in float32 or better, in which to add them up."""
 
     def wide(x):
         x = jnp.asarray(x)
-        return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+        return x.astype(promoted(x, jnp.float32)) if jnp.issubdtype(x.dtype, jnp.inexact) else x
 
     return jax.tree.map(wide, tree)
 

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxsae import codes, sharding
 from jaxsae._core import pytrees
+from jaxsae._core.linalg import promoted
 from jaxsae.autoencoder.activations import Activation, base
 from jaxsae.autoencoder.normalisation import Normalisation
 from jaxsae.autoencoder.selected import _selected
@@ -186,7 +187,7 @@ def init(
 
 
 def _unit_rows(key, m: int, d: int, dtype):
-    rows = jax.random.normal(key, (m, d), jnp.promote_types(dtype, jnp.float32))  # in bfloat16 norms would be rounded
+    rows = jax.random.normal(key, (m, d), promoted(dtype, jnp.float32))  # in bfloat16 norms would be rounded
     return (rows / jnp.linalg.norm(rows, axis=1, keepdims=True)).astype(dtype)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxsae._core.files import InputError, atomic_file, local_path
+from jaxsae._core.linalg import promoted
 from jaxsae.autoencoder.metrics import Shrinkage, shrinkage
 from jaxsae.autoencoder.sae import SAE, encode, encode_dense, refine
 from jaxsae.codes import SparseCode
@@ -60,7 +61,7 @@ def chunks(sae: SAE, rows: Rows) -> Iterator[tuple[int, Array]]:
     """
     size = max(_BLOCK, _PRE_ACTIVATIONS // (4 * sae.m) // _BLOCK * _BLOCK)
     # At least float32, whatever the SAE's: what is certified is then what is written.
-    dtype = jnp.promote_types(sae.W_dec.dtype, jnp.float32)
+    dtype = promoted(sae.W_dec.dtype, jnp.float32)
     for start in range(0, len(rows), size):
         block, numbers = rows[start : start + size], range(start, len(rows))
         yield start, jnp.asarray(shards.cast(block, dtype, "the rows", "scale them", numbers))

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxsae import codes, pursuit
 from jaxsae._core import chunking
-from jaxsae._core.linalg import divide, matmul, power_of_two, ratio, solve_semidefinite
+from jaxsae._core.linalg import divide, matmul, power_of_two, promoted, ratio, solve_semidefinite
 from jaxsae.codes import SparseCode
 from jaxsae.ksvd import rank_one
 from jaxsae.least_squares import problems
@@ -130,7 +130,7 @@ def _fit(k: int, steps: int, update: Callable, nonnegative: bool, nonnegative_at
 
 def _without_units(y):
     """Signals divided by a power of two, so that none of their squares is out of range, and the power."""
-    wide = y.astype(jnp.promote_types(y.dtype, jnp.float32))
+    wide = y.astype(promoted(y.dtype, jnp.float32))
     finite = jnp.isfinite(wide).all(axis=1, keepdims=True)
     scale = power_of_two(problems.largest(jnp.where(finite, wide, 0), (0, 1)))[0, 0]
     return divide(wide, scale).astype(y.dtype), scale
@@ -139,7 +139,7 @@ def _without_units(y):
 def _signals(key, y, m: int):
     """Signals drawn without replacement, of norm 1; those that are 0 or not finite only if there are no others."""
     valid = jnp.isfinite(y).all(axis=1) & (y != 0).any(axis=1)
-    _, chosen = jax.lax.top_k(jax.random.uniform(key, (len(y),)) + valid, m)
+    _, chosen = jax.lax.top_k(jax.random.uniform(key, (len(y),)) + jnp.where(valid, 1.0, 0.0), m)
     return jnp.where(valid[chosen, None], y[chosen], 0)
 
 

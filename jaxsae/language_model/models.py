@@ -51,7 +51,7 @@ class LlamaBlock(nnx.Module):
         """The residual after the block."""
         x = self.attention_norm(h)
         q, k, v = (self._heads(project(x)) for project in (self.q, self.k, self.v))
-        angles = jnp.arange(h.shape[1])[:, None] * jnp.asarray(self.config.rope, jnp.float32)
+        angles = jnp.arange(h.shape[1], dtype=jnp.float32)[:, None] * jnp.asarray(self.config.rope, jnp.float32)
         h = h + self.o(_attend(_rotate(q, angles), _rotate(k, angles), v))
         x = self.mlp_norm(h)
         return h + self.down(jax.nn.silu(self.gate(x)) * self.up(x))

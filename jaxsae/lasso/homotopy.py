@@ -215,18 +215,18 @@ def _step(row: _Row, state: _PathState, target) -> _PathState:
     entering = (joins & independent & room) & (jnp.arange(z.size) == slot)
     out = leaves & (jnp.arange(z.size) == i)
     # The inverse of a matrix with one row and column more, or less, differs by one of rank one.
-    edge = jnp.where(leaves, state.inverse[i], projection - entering)
+    edge = jnp.where(leaves, state.inverse[i], projection - entering.astype(z.dtype))
     weight = jnp.where(leaves, -divide(1, state.inverse[i, i]), jnp.where(entering.any(), divide(1, distance), 0))
     inverse = state.inverse + weight * edge[:, None] * edge
 
-    chosen, gone = jnp.arange(m) == j, jnp.arange(m) == state.indices[i]
+    chosen, gone = jnp.arange(m) == j, jnp.arange(m, dtype=jnp.int32) == state.indices[i]
     status = jnp.where(joins & chosen, jnp.where(independent, _ACTIVE, _DEPENDENT), state.status)
     status = jnp.where(leaves & (gone | (status == _DEPENDENT)), _FREE, status)
     breakdown = jnp.max(jnp.abs(g_on - state.lam * state.signs)) > 0.1 * state.lam + 4 * row.rounding
     return _PathState(
         lam=jnp.where(breakdown, state.lam, jnp.where(reaches, target, state.lam - length)),
         values=jnp.where(out, 0, z + length * slope),
-        indices=jnp.where(out, m, jnp.where(entering, j, state.indices)).astype(jnp.int32),
+        indices=jnp.where(out, m, jnp.where(entering, jnp.int32(j), state.indices)),
         signs=jnp.where(out, 0, jnp.where(entering, jnp.where(positive[j] <= joining[j], 1, -1), state.signs)),
         inverse=jnp.where(out[:, None] | out, 0, inverse),
         status=status.astype(jnp.int8),

@@ -299,7 +299,7 @@ def _greedy(problem: Problem, revise: Callable) -> Chosen:
             code = dataclasses.replace(code, indices=jnp.where(taken, at[:, None], code.indices))
             values = jnp.where(running[:, None], revise(part, r, code, slot, score).values, code.values)
             code = dataclasses.replace(code, values=values)
-            return number + 1, selection.residual(part, code), code, steps + running, running
+            return number + 1, selection.residual(part, code), code, steps + jnp.int32(running), running
 
         start = jnp.int32(0), part.y, selection.empty(part), jnp.zeros(n, jnp.int32), jnp.ones(n, bool)
         _, _, code, steps, _ = jax.lax.while_loop(lambda carry: (carry[0] < k) & jnp.any(carry[-1]), step, start)

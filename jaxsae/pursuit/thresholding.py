@@ -300,7 +300,7 @@ def _iterate(problem: Problem, step: Callable) -> Chosen:
             better = sq_norm(r) < sq_norm(carry.best_r)
             best, best_r = selection.choose(better, (code, r), (carry.best, carry.best_r))
             moves = sq_norm(r - carry.r) > _SETTLED**2
-            steps = carry.steps + carry.running
+            steps = carry.steps + jnp.int32(carry.running)
             running = carry.running & moves & (sq_norm(r) > tol**2) & (steps < problem.options["max_steps"])
             return _Iteration(code, r, best, best_r, steps, running, carry.ended | (carry.running & ~moves))
 

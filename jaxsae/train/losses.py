@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxsae._core.linalg import norms, ratio, widen
+from jaxsae._core.linalg import norms, promoted, ratio, widen
 from jaxsae.autoencoder import metrics
 from jaxsae.autoencoder.activations.top_k import dropped
 from jaxsae.autoencoder.sae import SAE, decode
@@ -177,11 +177,11 @@ def auxk(
 
     # Selecting costs as much as a training step: skip it where all that is idle is taken, and all where nothing is.
     branches = (
-        lambda W_enc, b_enc, W_dec: jnp.zeros((), jnp.promote_types(W_dec.dtype, jnp.float32)),
+        lambda W_enc, b_enc, W_dec: jnp.zeros((), promoted(W_dec, jnp.float32)),
         term(lambda pre: ~idle),
         term(lambda pre: dropped(jnp.where(idle, pre, -jnp.inf), k_aux)),
     )
     finite = jnp.isfinite(residual).all() & jnp.isfinite(x).all()
     count = jnp.where(finite, jnp.sum(idle), 0)
-    chosen = (count > 0).astype(jnp.int32) + (count > k_aux)
+    chosen = jnp.int32(count > 0) + jnp.int32(count > k_aux)
     return jax.lax.switch(chosen, branches, sae.W_enc, sae.b_enc, sae.W_dec)

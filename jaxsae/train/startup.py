@@ -47,7 +47,7 @@ def geometric_median(x: Float[Array, "n d"], *, iterations: int = 100) -> Float[
         at = finite & (distance <= least)
         weight = jnp.where(at | ~finite, 0, divide(1, distance))
         pull = weight @ (scaled - centre)
-        free = jnp.maximum(1 - divide(jnp.sum(at), norms(pull)), 0)
+        free = jnp.maximum(1 - divide(jnp.sum(at, dtype=wide.dtype), norms(pull)), 0)
         return centre + free * divide(pull, jnp.sum(weight))
 
     centre = jax.lax.fori_loop(0, iterations, closer, jnp.mean(scaled, axis=0, where=rows))
@@ -100,7 +100,7 @@ def resample(key: PRNGKeyArray, state: TrainState, x: Float[Array, "n d"], *, id
     idle = (state.rows_since_fired >= idle_after) & jnp.any(loss > 0)
     atoms = divide(errors[chosen], norms(errors[chosen]))
     encoder = jnp.linalg.norm(widen(sae.W_enc), axis=0)
-    size = 0.2 * jnp.sum(jnp.where(idle, 0, encoder)) / jnp.maximum(jnp.sum(~idle), 1)
+    size = 0.2 * jnp.sum(jnp.where(idle, 0, encoder)) / jnp.maximum(jnp.sum(~idle), 1).astype(encoder.dtype)
     size = jnp.where(idle.all(), jnp.mean(encoder), size)
     sae = dataclasses.replace(
         sae,

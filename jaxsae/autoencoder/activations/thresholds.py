@@ -9,7 +9,7 @@ from flax import struct
 from jaxtyping import Array, Float
 
 from jaxsae._core import pytrees
-from jaxsae.autoencoder.activations.base import Activation, _of_any_units, _past
+from jaxsae.autoencoder.activations.base import Activation, _as_fine, _of_any_units, _past
 
 
 @pytrees.dataclass
@@ -71,17 +71,16 @@ class JumpReLU(Activation):
     def l0(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b"]:
         """`‖z‖₀` of each row, with its straight-through derivative to the thresholds."""
         on, slope = self._step(pre)
-        return jnp.sum(on - slope, axis=-1)
+        return jnp.sum(on.astype(slope.dtype) - slope, axis=-1)
 
     def _step(self, pre):
         """Whether each pre-activation is past its threshold, and 0 with the derivative `K((pre − θ)/ε)/ε` in `θ`."""
-        # In the threshold's dtype, not in that of the weights.
-        distance = jax.lax.stop_gradient(pre - self.threshold)
+        distance = jax.lax.stop_gradient(self.margin(pre))
         near = jnp.abs(distance) < self.bandwidth / 2
         threshold = self._finite()
         moved = threshold - jax.lax.stop_gradient(threshold)  # 0, with the derivative 1
         height = 1 / self.bandwidth if self.bandwidth else 0.0  # a step of no width has no derivative
-        return (distance > 0) & (pre > 0), height * near * moved
+        return (distance > 0) & (pre > 0), height * near.astype(threshold.dtype) * moved
 
     def _finite(self):
         """The thresholds, but for those that are infinite, where nothing is near and 0 does not stay 0."""
@@ -90,7 +89,8 @@ class JumpReLU(Activation):
 
     def margin(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
         """How far past its threshold each latent is, if it is positive: `t` in `at_margin(t)` where it turns off."""
-        return pre - self.threshold
+        pre, threshold = _as_fine(pre, self.threshold)
+        return pre - threshold
 
     def at_margin(self, t: float | Array) -> "JumpReLU":
         """The activation under which positive latents of a margin beyond `t` are active, and no others.

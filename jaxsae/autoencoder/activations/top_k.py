@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxsae import codes
 from jaxsae._core import pytrees
+from jaxsae._core.linalg import promoted
 from jaxsae.autoencoder.activations.base import Activation, _of_any_units, _past, check_number
 from jaxsae.codes import SparseCode
 
@@ -76,13 +77,14 @@ def dropped(pre: Float[Array, "*b m"], k: int, keep: float | Array | None = None
     at = k - 1 if keep is None else jnp.maximum(number - 1, 0)
     least, last = top[..., at, None], indices[..., at, None]
     # Equal values are taken in order of index, here as in `top_k`; NaN stays NaN.
-    out = (pre < least) | ((pre == least) & (jnp.arange(pre.shape[-1]) > last))
+    out = (pre < least) | ((pre == least) & (jnp.arange(pre.shape[-1], dtype=last.dtype) > last))
     return out if keep is None else out | ((number == 0) & ~jnp.isnan(pre))
 
 
 def _kept(k: int, keep: float | Array) -> Bool[Array, " k"]:
     """Which of `k` slots in descending order are used if only `keep` are, rounded down."""
-    return jnp.arange(k) < jnp.floor(keep)
+    dtype = promoted(keep, jnp.float32)
+    return jnp.arange(k, dtype=dtype) < jnp.floor(keep).astype(dtype)
 
 
 @pytrees.dataclass
