@@ -496,8 +496,7 @@ def test_the_benchmark_runs_where_there_is_no_kernel():
 
 @pytest.mark.slow
 def test_an_accelerator_checks_and_tunes_its_kernels_in_one_go(on, monkeypatch, tmp_path):
-    from benchmarks import accelerator
-    from benchmarks import kernels as benchmark
+    from benchmarks import accelerator, kernels as benchmark
 
     monkeypatch.setattr(tuning, "TABLE", tuning.TABLE)  # is put back
     monkeypatch.setattr(choice, "_divided", lambda: False)
