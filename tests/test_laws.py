@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from problems import activations, problem, sae, with_code
+from problems import activations, every_activation, problem, sae, with_code
 
 import jaxsae
 from jaxsae import SparseCode
@@ -357,9 +357,6 @@ def test_a_row_of_nan_alone_is_named_by_all_whatever_the_shape(shape, optimised)
         np.testing.assert_array_equal(select(broken, y, k=K)[1].status, jaxsae.Status.NONFINITE)
 
 
-EACH = np.full(M, 0.1)
-
-
 @pytrees.dataclass
 class Square(Activation):
     """Somebody's own: slots that it fixes, and values that are not the pre-activations."""
@@ -382,31 +379,23 @@ class SquareOfTopK(jaxsae.TopK):
         return super().__call__(pre) ** 2
 
 
-# Every activation that there is; what has no row here fails the next test.
-ACTIVATIONS = {
-    "ReLU": jaxsae.ReLU(),
-    "TopK": jaxsae.TopK(K),
-    "AbsTopK": jaxsae.AbsTopK(K),
-    "GroupMax": jaxsae.GroupMax(4),
-    "BatchTopK": jaxsae.BatchTopK(K, 0.1),
-    "JumpReLU": jaxsae.JumpReLU(EACH, bandwidth=0.5),
-    "Gated": jaxsae.Gated(EACH, EACH, EACH),
-    "MatchingPursuit": jaxsae.autoencoder.activations.MatchingPursuit(max_steps=K),
-    "kept": jaxsae.TopK(K, keep=2.5),
-    "Square": Square(K),
-    "SquareOfTopK": SquareOfTopK(K),
-}
-every_activation = pytest.mark.parametrize("name", ACTIVATIONS)
+def of_every_kind(dtype=np.float32):
+    """Every activation that there is, and some of a user's own; what has no row here fails the next test."""
+    theirs = {"kept": jaxsae.TopK(K, keep=2.5), "Square": Square(K), "SquareOfTopK": SquareOfTopK(K)}
+    return {**every_activation(M, K, dtype), **theirs}
+
+
+by_activation = pytest.mark.parametrize("name", of_every_kind())
 
 
 def test_every_activation_has_a_row():
     names = {name for name in jaxsae.autoencoder.activations.__all__ if name != "Activation"}
-    assert names <= ACTIVATIONS.keys()
+    assert names <= every_activation().keys()
 
 
-@every_activation
+@by_activation
 def test_encode_has_the_values_and_the_derivatives_of_encode_dense(name, x64):
-    model = sae(d=D, m=M, activation=ACTIVATIONS[name], dtype=np.float64)
+    model = sae(d=D, m=M, activation=of_every_kind(np.float64)[name], dtype=np.float64)
     x = activations(batch=(8,), d=D, dtype=np.float64)
     weights = jnp.asarray(np.random.default_rng(2).normal(size=(8, M)))
     dots = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(jnp.size(leaf))).reshape(jnp.shape(leaf)), (model, x))
@@ -433,9 +422,9 @@ def test_encode_has_the_values_and_the_derivatives_of_encode_dense(name, x64):
         np.testing.assert_allclose(sum(products), slopes[0], rtol=1e-11)
 
 
-@every_activation
+@by_activation
 def test_nan_stays_visible_in_its_row_alone(name):
-    model = sae(d=D, m=M, activation=ACTIVATIONS[name])
+    model = sae(d=D, m=M, activation=of_every_kind()[name])
     x = activations(batch=(8,), d=D).at[3, 0].set(jnp.nan)
 
     @jax.jit
@@ -455,13 +444,13 @@ NORMALISATIONS = {
 }
 
 
-@every_activation
+@by_activation
 def test_rescale_keeps_the_reconstruction_or_refuses(name):
     x, scale = activations(batch=(8,), d=D), 0.25
     before = jax.jit(lambda sae, x: jaxsae.reconstruct(sae, scale * x) / scale)
     after = jax.jit(lambda sae, x: jaxsae.reconstruct(sae, x))
     for way, normalise in NORMALISATIONS.items():
-        model = sae(d=D, m=M, activation=ACTIVATIONS[name]).replace(normalisation=normalise)
+        model = sae(d=D, m=M, activation=of_every_kind()[name]).replace(normalisation=normalise)
         per_row = normalise is not None and normalise.per_row
         if name.startswith("Square") and not per_row:  # it has units, and does not say which
             with pytest.raises(ValueError, match=r"does not say how it changes units; define"):
