@@ -220,6 +220,7 @@ LAWS = {
             *(jax.random.key(0), jaxsae.train.init_state(sae, optax.sgd(0.1)), rows.x), idle_after=0
         ),
         whole="it draws from all rows",
+        needs_rows="there is none to draw",
         smooth="it draws at random",
         gathers="every device has all the atoms that are drawn",
         chooses="which rows are drawn",
