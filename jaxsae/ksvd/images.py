@@ -374,7 +374,7 @@ def _strip(method: _Method, D, tol, valid, *strips):
         return functools.reduce(jnp.add, down)
 
     estimates, weights = method.estimate(D, tol, *map(patches, strips), k=method.k)
-    weights = weights.reshape(height, width) * (jnp.arange(height) < valid)[:, None]
+    weights = jnp.where((jnp.arange(height) < valid)[:, None], weights.reshape(height, width), 0)
     weights = jnp.broadcast_to(weights[:, :, None, None], (height, width, side, side))
     return sums(estimates.reshape(weights.shape) * weights), sums(weights)
 
