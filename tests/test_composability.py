@@ -179,7 +179,7 @@ def test_donated_arguments(model, x, refined):
     assert_same_bits(copy, model)  # what the caller made is the caller's
 
 
-def test_bfloat16_weights_and_float32_sums(model, x):
+def test_bfloat16_weights_and_float32_sums(mixed, model, x):
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model)
     same = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half)  # the same numbers
     found, info = jax.jit(refine)(half, x)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxsae import codes, sharding
 from jaxsae._core import pytrees
-from jaxsae._core.linalg import promoted
+from jaxsae._core.linalg import promoted, together
 from jaxsae.autoencoder.activations import Activation, base
 from jaxsae.autoencoder.normalisation import Normalisation
 from jaxsae.autoencoder.selected import _selected
@@ -413,7 +413,8 @@ def to_fit(sae: SAE, x: Float[Array, "*b d"], target: Float[Array, "*b d_out"] |
         target = target if shift is None else target - shift
         # A row without spread is its own mean, whatever the code.
         target = target if scale is None else jnp.where(scale == 0, 0, target / jnp.where(scale == 0, 1, scale))
-    return Fit(target - sae.b_dec, scale)
+    target, b_dec = together(target, sae.b_dec)
+    return Fit(target - b_dec, scale)
 
 
 def refine(

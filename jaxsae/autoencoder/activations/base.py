@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxsae import codes
-from jaxsae._core.linalg import promoted
+from jaxsae._core.linalg import together
 from jaxsae.codes import SparseCode
 
 __all__ = ["Activation"]
@@ -137,14 +137,8 @@ def _of_any_units(self: Activation, scale: float | Array) -> Any:
     return self
 
 
-def _as_fine(pre, threshold):
-    """Both in the finer of their dtypes: that of thresholds is not that of the weights."""
-    dtype = promoted(pre, threshold)
-    return jnp.asarray(pre, dtype), jnp.asarray(threshold, dtype)
-
-
 def _past(threshold, pre, value):
     """The positive part of a value where `pre > threshold`; NaN in any of them is no reason to leave a latent out."""
-    pre, threshold = _as_fine(pre, threshold)
+    pre, threshold = together(pre, threshold)
     value = jnp.where(jnp.isnan(pre - threshold), jnp.nan, value)
     return jnp.where((pre > threshold) | jnp.isnan(value), jax.nn.relu(value), 0)

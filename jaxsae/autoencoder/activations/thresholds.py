@@ -9,7 +9,8 @@ from flax import struct
 from jaxtyping import Array, Float
 
 from jaxsae._core import pytrees
-from jaxsae.autoencoder.activations.base import Activation, _as_fine, _of_any_units, _past
+from jaxsae._core.linalg import together
+from jaxsae.autoencoder.activations.base import Activation, _of_any_units, _past
 
 
 @pytrees.dataclass
@@ -89,7 +90,7 @@ class JumpReLU(Activation):
 
     def margin(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
         """How far past its threshold each latent is, if it is positive: `t` in `at_margin(t)` where it turns off."""
-        pre, threshold = _as_fine(pre, self.threshold)
+        pre, threshold = together(pre, self.threshold)  # which may be finer than the weights
         return pre - threshold
 
     def at_margin(self, t: float | Array) -> "JumpReLU":
