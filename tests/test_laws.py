@@ -111,9 +111,19 @@ LAWS = {
         lambda sae, rows: jaxsae.kernels.gather_gram(sae.W_dec, rows.code.indices, rows.x),
         backwards_only="the derivative of a kernel is a rule for cotangents alone",
     ),
+    "kernels.gather_decode": Law(
+        lambda sae, rows: jaxsae.kernels.gather_decode(sae.W_dec, rows.code.indices, rows.code.values)
+    ),
     "kernels.refit_fused": Law(
         lambda sae, rows: jaxsae.kernels.refit_fused(sae.W_dec, rows.code.indices, rows.x, rows.code.values, tol=1e-4),
         smooth="compared with that of `refit` in test_kernels",
+    ),
+    "kernels.scatter_rows": Law(
+        lambda sae, rows: jaxsae.kernels.scatter_rows(
+            rows.code.indices, rows.code.values[..., None], rows.x[..., None, :], num_latents=M
+        ),
+        gathers="the order of the sums is fixed, row by row",
+        **ALL,
     ),
     "ksvd.approximate": Law(lambda sae, rows: jaxsae.ksvd.approximate(sae.W_dec, rows.x, rows.code), **LEARNING),
     "ksvd.exact": Law(lambda sae, rows: jaxsae.ksvd.exact(sae.W_dec, rows.x, rows.code), **LEARNING),
