@@ -412,7 +412,7 @@ def test_the_gradient_is_that_of_finite_differences(name, x64):
     def loss(point):
         numbers, discrete = outputs(point)
         # The support is held fixed: where a row changes it, a difference measures a jump.
-        return weights @ numbers, jnp.append(discrete, numbers == 0)
+        return weights @ numbers, jnp.append(discrete, (numbers == 0).astype(jnp.int32))
 
     # One program for the values, the gradient and the slopes: compiling is most of the time.
     @jax.jit

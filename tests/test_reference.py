@@ -52,7 +52,7 @@ def public() -> dict[str, object]:
     """
     found, seen, modules = {}, set(), [("jaxsae", jaxsae)]
     for path, module in modules:  # which grows
-        for name in getattr(module, "__all__", None) or index(module):
+        for name in getattr(module, "__all__", None) or [*index(module), *getattr(module, "_LAZY", ())]:
             thing = getattr(module, name)
             if inspect.ismodule(thing):
                 modules.append((f"{path}.{name}", thing))

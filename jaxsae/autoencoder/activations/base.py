@@ -28,6 +28,8 @@ class Activation:
       signed: whether values may be negative, so that refining leaves their sign free.
       selects: whether its values are the pre-activations that it selects, as they are, in slots that it fixes: `encode`
         then differentiates these alone. Others are differentiated as they are written.
+      takes_largest: whether its values are the pre-activations that are large enough, unchanged: a threshold can then
+        replace it (`autoencoder.rethreshold`).
       encoder_free: whether it chooses by the dictionary itself, with no encoder: `pursue` then makes the code.
 
     Example:
@@ -43,12 +45,14 @@ class Activation:
 
     signed: bool = False
     selects: bool = False
+    takes_largest: bool = False
     encoder_free: bool = False
 
     def __init_subclass__(cls) -> None:
-        # A class that redefines the dense code may have other units than its base class.
-        if "__call__" in vars(cls) and "rescale" not in vars(cls):
-            cls.rescale = Activation.rescale
+        # A class that redefines the dense code may have other units than its base class, and other values.
+        if "__call__" in vars(cls):
+            for name in {"rescale", "takes_largest"} - vars(cls).keys():
+                setattr(cls, name, vars(Activation)[name])
 
     @property
     def slots(self) -> int | None:

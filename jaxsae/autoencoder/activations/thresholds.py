@@ -25,6 +25,7 @@ class ReLU(Activation):
       Array([0., 2.], dtype=float32)
     """
 
+    takes_largest = True
     rescale = _of_any_units
 
     def __call__(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
@@ -58,6 +59,7 @@ class JumpReLU(Activation):
 
     threshold: Float[Array, " m"] = pytrees.sharded("latent")
     bandwidth: float = struct.field(pytree_node=False, default=0.001)
+    takes_largest = True
 
     def __post_init__(self):
         if not 0 <= self.bandwidth < math.inf:
