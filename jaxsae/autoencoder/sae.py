@@ -332,7 +332,9 @@ def _decode(sae: SAE, code, name: str):
     m = z.num_latents if isinstance(z, SparseCode) else z.shape[-1] if z.ndim else 0
     if m != sae.m:
         raise ValueError(f"`{name}` got a code of {m} latents for an SAE of {sae.m}; pass a code that this SAE made.")
-    return (codes.decode(sae.W_dec, z) if isinstance(z, SparseCode) else z @ sae.W_dec) + sae.b_dec
+    x_hat = codes.decode(sae.W_dec, z) if isinstance(z, SparseCode) else jnp.matmul(*together(z, sae.W_dec))
+    x_hat, b_dec = together(x_hat, sae.b_dec)
+    return x_hat + b_dec
 
 
 def reconstruct(
@@ -370,7 +372,10 @@ def reconstruct(
         _, scale, shift = sae.normalisation(x)
         x_hat = x_hat if scale is None else x_hat * scale
         x_hat = x_hat if shift is None else x_hat + shift
-    return x_hat if sae.W_skip is None else x_hat + x @ sae.W_skip
+    if sae.W_skip is None:
+        return x_hat
+    x_hat, x, W_skip = together(x_hat, x, sae.W_skip)
+    return x_hat + x @ W_skip
 
 
 class Fit(NamedTuple):
