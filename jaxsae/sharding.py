@@ -54,7 +54,7 @@ def make_mesh(data: int = 1, latent: int = 1, *, devices: Sequence[Any] | None =
     """
     devices = jax.devices() if devices is None else list(devices)
     if data < 1 or latent < 1 or data * latent > len(devices):
-        raise ValueError(f"got a mesh of {data} × {latent} for {len(devices)} devices; pass one of at most as many.")
+        raise ValueError(f"got a mesh of {data} × {latent} for {len(devices)} devices; pass one of at most that many.")
     if data * latent == len(devices):
         return jax.make_mesh((data, latent), ("data", "latent"), axis_types=(AxisType.Auto,) * 2, devices=devices)
     return Mesh(np.array(devices[: data * latent]).reshape(data, latent), ("data", "latent"))

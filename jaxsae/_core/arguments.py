@@ -37,8 +37,8 @@ class Range(NamedTuple):
 
     def require(self, kind: Any, name: str, value: Any) -> None:
         """Raise unless the value is such a number."""
-        right = isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
-        number: Any = value if right else math.nan
+        valid = isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
+        number: Any = value if valid else math.nan
         if not self.low <= number <= self.high or (self.above and number == self.low):
             what = "whole number" if kind is int else "number"
             start = f"above {self.low:g} and up to" if self.above else f"from {self.low:g} to"

@@ -66,14 +66,14 @@ def local_path(path: str | os.PathLike) -> Path:
       'sae'
       >>> local_path(Path("gs://bucket/run"))
       Traceback (most recent call last):
-      jaxsae.InputError: gs:/bucket/run: is an address, expected a local path; copy it here, or mount the bucket.
+      jaxsae.InputError: gs:/bucket/run: is a URL, expected a local path; copy it here, or mount the bucket.
     """
     scheme = re.match(r"([a-z][a-z0-9+.-]+):/", os.fspath(path), re.IGNORECASE)  # `Path` makes one slash of two
     if scheme is None:
         return Path(path)
-    do = {"hf": "hf:// is for an SAE to read, as a string", "file": "leave out file://"}
+    do = {"hf": "hf:// is only for reading an SAE, as a string", "file": "leave out file://"}
     do = do.get(scheme[1].lower(), "copy it here, or mount the bucket")
-    raise InputError(f"{os.fspath(path)}: is an address, expected a local path; {do}.")
+    raise InputError(f"{os.fspath(path)}: is a URL, expected a local path; {do}.")
 
 
 def settled(path: str | os.PathLike) -> Path:
@@ -100,8 +100,8 @@ def first_line(error: BaseException) -> str:
       >>> first_line(KeyError("dtype")), first_line(EOFError())
       ("no 'dtype'", 'EOFError')
     """
-    said = f"no {error}" if isinstance(error, KeyError) else str(error).strip()
-    return (said or type(error).__name__).splitlines()[0]
+    message = f"no {error}" if isinstance(error, KeyError) else str(error).strip()
+    return (message or type(error).__name__).splitlines()[0]
 
 
 @contextlib.contextmanager
@@ -315,7 +315,7 @@ def _locked(folder: Path, warn: Callable[[str], None]) -> IO[str]:
         except BlockingIOError as error:
             with file:
                 file.seek(0)
-                owner = file.read() or "which has just started"
+                owner = file.read() or "just started"
             what = f"{folder}: another process writes there ({owner}); stop it, or choose another --out."
             raise InputError(what) from error
         except OSError as error:

@@ -1,6 +1,6 @@
 """Dictionary learning by k-SVD: code with the dictionary fixed, update one atom at a time, and repeat.
 
-    minimise ‖Y − Z D‖²   over D [m d] with rows of norm 1, and Z [n m] with at most k entries a row
+    minimise ‖Y − Z D‖²   over D [m d] with rows of norm 1, and Z [n m] with at most k entries per row
 
 `learning` defines the loop, `rank_one` the update of an atom, `images` denoising and inpainting, and `image_files`
 reads and writes pictures.

@@ -162,7 +162,7 @@ def drive_chain(solver: solvers.Solver, problem: Problem, z, max_steps, nonnegat
 
 
 def left(solver: solvers.Solver, kkt, steps, max_steps):
-    """Whether a row goes on to the solver's fallback."""
+    """Whether a row is passed to the solver's fallback."""
     return (steps >= max_steps) & (kkt > solver.tol)
 
 

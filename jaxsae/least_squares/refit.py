@@ -221,7 +221,7 @@ def check(info_or_code: RefitInfo | SparseCode) -> None:
     status, kkt = np.asarray(info_or_code.status).ravel(), np.asarray(info_or_code.kkt).ravel()
     failures = []
     for kind, what, do in (
-        (Status.NONFINITE, "hold NaN or Inf", "mend them"),
+        (Status.NONFINITE, "hold NaN or Inf", "fix them"),
         (Status.INVALID, "have a ridge or penalty that is negative or not finite", "pass 0 or more"),
         (Status.MAX_STEPS, "stopped at max_steps", "raise max_steps or tol"),
     ):

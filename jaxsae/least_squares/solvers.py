@@ -125,7 +125,7 @@ class ProjectedGradient:
     Each step lowers the objective, but ill-conditioned supports take many: prefer `ConjugateGradient`.
 
     Attributes:
-      tol: stop a row when its KKT residual, relative and without unit, is at most this.
+      tol: stop a row when its relative KKT residual is at most this.
       max_steps: stop a row after this many steps.
 
     Example:
@@ -162,7 +162,7 @@ class FISTA:
     with the momentum dropped (`t⁺ = 1`, `w⁺ = z⁺`) whenever it points uphill, `(w − z⁺)ᵀ(z⁺ − z) > 0`.
 
     Attributes:
-      tol: stop a row when its KKT residual, relative and without unit, is at most this.
+      tol: stop a row when its relative KKT residual is at most this.
       max_steps: stop a row after this many steps.
       fallback: solver for the unsolved rows, or None.
 
@@ -214,7 +214,7 @@ class BlockPivoting:
     `max(x, 0)` so far.
 
     Attributes:
-      tol: stop a row when its KKT residual, relative and without unit, is at most this.
+      tol: stop a row when its relative KKT residual is at most this.
       max_steps: stop a row after this many factorisations.
       fallback: solver for the unsolved rows, or None.
 
@@ -278,7 +278,7 @@ class ConjugateGradient:
     cluster, as they do in Gram matrices with a few common directions.
 
     Attributes:
-      tol: stop a row when its KKT residual, relative and without unit, is at most this.
+      tol: stop a row when its relative KKT residual is at most this.
       max_steps: stop a row after this many steps.
       fallback: solver for the unsolved rows, or None. By default `BlockPivoting`, at this solver's tolerance: on nearly
         parallel atoms (a mean cosine of 0.99) conjugate gradient does not converge in thousands of steps.

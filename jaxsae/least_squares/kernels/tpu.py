@@ -356,7 +356,7 @@ def _scatter_block(
 
             @pl.when(state[started] >= _RING)
             def _():
-                write(state[started]).wait()  # of that place's last write
+                write(state[started]).wait()  # the previous write from that place
 
     def add(group, slot):
         for e in range(8):
