@@ -185,7 +185,7 @@ def _levels(picture: np.ndarray) -> np.ndarray:
         raise InputError("`write` got a picture with NaN or Inf; pass levels from 0 to 255.")
     low, high = picture.min(), picture.max()
     if picture.dtype.kind == "f" and -1 <= low <= high < 2 and (picture != np.rint(picture)).any():
-        raise InputError("`write` got a picture in about [0, 1], which would be black; pass levels from 0 to 255.")
+        raise InputError("`write` got a picture in [0, 1] or nearly, which would be black; pass levels from 0 to 255.")
     if picture.dtype.kind in "ui" and not 0 <= low <= high <= 255:
         raise InputError(f"`write` got {picture.dtype} from {low} to {high}; pass levels from 0 to 255.")
     return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
