@@ -10,7 +10,7 @@ from jaxsae import sharding
 from jaxsae._core import chunking, pytrees, sparse
 from jaxsae._core.linalg import matmul, max_or_nan, solve_on
 from jaxsae.codes import SparseCode
-from jaxsae.least_squares import problems, solvers
+from jaxsae.least_squares import driver, problems
 
 
 @pytrees.dataclass
@@ -119,7 +119,7 @@ def _certify_row(nonnegative: bool, atoms, ridge, weight, some, r, z, finite):
         return jnp.where((x == 0) | some, x, jnp.inf)  # for y = 0, anything but 0 is infinitely far from optimal
 
     slope = matmul(atoms, r) - ridge * z
-    kkt = relative(max_or_nan(weight * solvers.violation(z, -slope, nonnegative)))
+    kkt = relative(max_or_nan(weight * driver.violation(z, -slope, nonnegative)))
     G = matmul(atoms, atoms.T) + jnp.diag(ridge)
 
     def gap(on, wanted):

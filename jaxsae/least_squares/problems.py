@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from jaxsae._core import chunking, sparse
 from jaxsae._core.linalg import EXACT, divide, matmul, max_or_nan, power_of_two, promoted, residual
 from jaxsae.codes import SparseCode
-from jaxsae.least_squares import solvers
+from jaxsae.least_squares import driver, solvers
 
 __all__ = ["Dictionary"]
 
@@ -142,7 +142,7 @@ class Solved(NamedTuple):
 
 def drive_rows(solver: solvers.Solver, problem: Problem, z, max_steps, nonnegative: bool):
     """Run a solver on `n` rows, each for at most `max_steps [n]` steps."""
-    drive = functools.partial(solvers.drive, solver, nonnegative=nonnegative)
+    drive = functools.partial(driver.drive, solver, nonnegative=nonnegative)
     return jax.vmap(drive)(problem.gram, problem.c, problem.weight, z, max_steps)
 
 

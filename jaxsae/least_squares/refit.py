@@ -29,7 +29,7 @@ from jaxsae import sharding
 from jaxsae._core import chunking, pytrees, sparse
 from jaxsae._core.linalg import EXACT, divide, max_or_nan, solve_on
 from jaxsae.codes import SparseCode
-from jaxsae.least_squares import implicit, problems, solvers
+from jaxsae.least_squares import driver, implicit, problems, solvers
 from jaxsae.least_squares.kernels import ops
 
 
@@ -365,7 +365,7 @@ def _revise(static: _Static, shared, y, indices, values, x, info: RefitInfo) -> 
     feasible = jax.nn.relu(values) if nonnegative else values
     refitted = jnp.where(moved | (rows.unit == 0), refitted, jnp.where(warm_started, feasible, 0))
     finite = rows.finite & sparse.finite_rows(values, indices, static.num_latents) & jnp.isfinite(refitted).all(1)
-    kkt = max_or_nan(rows.weight * solvers.violation(best.x, best.gradient, nonnegative), 1)
+    kkt = max_or_nan(rows.weight * driver.violation(best.x, best.gradient, nonnegative), 1)
     return _Outcome(jnp.where(finite[:, None], refitted, values), best.x, _info(solver, kkt, steps, finite))
 
 

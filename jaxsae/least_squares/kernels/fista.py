@@ -1,4 +1,4 @@
-"""FISTA on one small problem in fast memory: `solvers.fista_step` under `solvers.iterate`, for kernels.
+"""FISTA on one small problem in fast memory: `solvers.fista_step` under `driver.iterate`, for kernels.
 
 A kernel defines the product with `G` and the axis of a row's `k` slots; so the same code runs 128 rows in the lanes of
 a TPU, `[k 128]` with one number per row `[1 128]`, and one row per program of a GPU, `[k]`.
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsae._core.linalg import power_iteration
-from jaxsae.least_squares import solvers
+from jaxsae.least_squares import driver, solvers
 
 
 class Space(NamedTuple):
@@ -54,7 +54,7 @@ def solve(space: Space, columns, c, weight, start, *, tol, max_steps, nonnegativ
       nonnegative: constrain `z ≥ 0`.
 
     Returns:
-      The best iterate, its KKT residual and the number of steps (int32), as from `solvers.drive`; and whether the
+      The best iterate, its KKT residual and the number of steps (int32), as from `driver.drive`; and whether the
       given start was used.
     """
     lower = 0.0 if nonnegative else -jnp.inf
@@ -80,7 +80,7 @@ def solve(space: Space, columns, c, weight, start, *, tol, max_steps, nonnegativ
         return jax.lax.while_loop(lambda pair: space.any(pair[1]), hold, (carry, running.astype(jnp.float32)))[0]
 
     begin = solvers.fista_start(start, gradient(start), spectral_norm(space, columns))
-    x, kkt, steps = solvers.iterate(
+    x, kkt, steps = driver.iterate(
         *(step, begin, weight, tol, max_steps, nonnegative), total=space.total, largest=space.largest, repeat=repeat
     )
     return x, kkt, steps, warm_started
