@@ -280,7 +280,7 @@ class Shrinkage(_Sums):
       NMSE                0.4000    0.0000   -100.0%
       γ                   0.8800    1.0000    +13.6%
       50.0% of 4 active values rise,
-      2.0 a row over 2 rows
+      2.0 per row over 2 rows
     """
 
     data: Moments
@@ -370,7 +370,7 @@ class Shrinkage(_Sums):
         lines = [f"{'':16}{'before':>10}{'after':>10}{'change':>10}"]
         lines += [f"{name:16}{float(a):10.4f}{float(b):10.4f}{float(b / a - 1):+10.1%}" for name, a, b in rows]
         lines.append(f"{float(self.share_increased):.1%} of {float(jnp.sum(self.count)):.0f} active values rise, ")
-        return "\n".join(lines) + f"{float(self.l0):.1f} a row over {float(self.data.rows):.0f} rows"
+        return "\n".join(lines) + f"{float(self.l0):.1f} per row over {float(self.data.rows):.0f} rows"
 
 
 def shrinkage(

@@ -209,7 +209,7 @@ class L1(_Weighted):
     """Decoder-norm weighted L1 penalty, `losses.l1`.
 
     Attributes:
-      weight: of the penalty.
+      weight: weight of the penalty.
       schedule: factor of the weight by step, for example `optax.linear_schedule(0, 1, 1000)`; static.
 
     Example:
@@ -236,7 +236,7 @@ class L0(_Weighted):
     """Hold `JumpReLU`'s L0 at a target, `losses.l0_target`.
 
     Attributes:
-      weight: of the term.
+      weight: weight of the term.
       target: mean number of active latents per row, above 0.
       schedule: factor of the weight by step; static.
 
@@ -272,7 +272,7 @@ class Gate(_Weighted):
     """Train `Gated`'s gate: an L1 penalty on the gate alone, plus `losses.gate`.
 
     Attributes:
-      weight: of the penalty.
+      weight: weight of the penalty.
       schedule: factor of the weight by step; static.
 
     Example:
@@ -303,7 +303,7 @@ class AuxK(_Weighted):
 
     Attributes:
       k_aux: number of idle latents to use per row, a power of two near `d/2`; static.
-      weight: of the term.
+      weight: weight of the term.
 
     Example:
       >>> import jax.numpy as jnp, jaxsae
@@ -334,7 +334,7 @@ class MultiTopK(_Weighted):
 
     Attributes:
       factor: multiple of `k`; static.
-      weight: of the term.
+      weight: weight of the term.
 
     Example:
       >>> import jax.numpy as jnp, jaxsae
