@@ -235,8 +235,8 @@ def test_what_is_no_activation_is_refused_in_a_line(unchecked):
         for wrong, message in (
             (jax.nn.relu, r"got the function relu for an activation; pass one of jaxsae's, such as jaxsae.ReLU\(\)"),
             (jaxsae.ReLU, "got the class ReLU for an activation; call it"),
-            (Bare(), "class Bare, which is no pytree; put @jaxsae.pytrees.dataclass above its class"),
-            (BareTopK(2), "class BareTopK, which is no pytree; put @jaxsae.pytrees.dataclass above its class"),
+            (Bare(), "class Bare, which is not a pytree; decorate the class with @jaxsae.pytrees.dataclass"),
+            (BareTopK(2), "class BareTopK, which is not a pytree; decorate the class with @jaxsae.pytrees.dataclass"),
         ):
             with pytest.raises(TypeError, match=message):
                 make(wrong)

@@ -329,7 +329,7 @@ def test_other_libraries_are_told(tmp_path, monkeypatch):
     monkeypatch.undo()
     warned = []
     Checkpoints(tmp_path, config={"k": 4}, warn=warned.append).restore(LIKE)
-    assert warned == [f"{tmp_path / '1'}: was saved by optax 0.0.1; what follows may differ in its last bits."]
+    assert warned == [f"{tmp_path / '1'}: was saved by optax 0.0.1; results may differ in the last bits."]
 
 
 def test_another_version_is_refused(tmp_path, monkeypatch):

@@ -516,11 +516,11 @@ RAGGED = {
     "another dtype": (bytes_of(ROW.astype(np.float64)), r"record 7 has shape \(4,\) of float64, expected \(4,\)"),
     "integers": (bytes_of(ROW.astype(np.int64)), r"record 7 has shape \(4,\) of int64"),
     "complex": (bytes_of(ROW.astype(complex)), r"record 7 has shape \(4,\) of complex128"),
-    "objects": (None, r"record 7 is no \.npy file \(Object arrays"),
-    "cut off": (bytes_of(ROW)[:-3], r"record 7 is no \.npy file"),
-    "empty": (b"", r"record 7 is no \.npy file"),
-    "text": (b"1.0 2.0 3.0 4.0", r"record 7 is no \.npy file"),
-    "an archive": (b"PK\x03\x04 and so on", r"record 7 is no \.npy file"),
+    "objects": (None, r"record 7 is not a \.npy file \(Object arrays"),
+    "cut off": (bytes_of(ROW)[:-3], r"record 7 is not a \.npy file"),
+    "empty": (b"", r"record 7 is not a \.npy file"),
+    "text": (b"1.0 2.0 3.0 4.0", r"record 7 is not a \.npy file"),
+    "an archive": (b"PK\x03\x04 and so on", r"record 7 is not a \.npy file"),
 }
 
 

@@ -332,7 +332,7 @@ class Heavier(L1):
     ],
 )
 def test_a_term_that_is_no_pytree_is_refused_in_one_line(term, name):
-    with pytest.raises(TypeError, match=f"`Objective` got a term that is no pytree, {name}; write") as error:
+    with pytest.raises(TypeError, match=f"`Objective` got a term that is not a pytree, {name}; decorate") as error:
         Objective((L1(0.1), term))
     assert "\n" not in str(error.value)
 

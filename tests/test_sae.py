@@ -282,7 +282,7 @@ def test_rethreshold_never_gives_less_than_was_asked_for(x64):
 
 
 def test_rethreshold_refuses_rows_of_which_none_is_finite():
-    with pytest.raises(ValueError, match="`rethreshold` got no row without NaN or Inf; pass some"):
+    with pytest.raises(ValueError, match="`rethreshold` got no finite rows; pass at least one"):
         jaxsae.autoencoder.rethreshold(sae(activation=jaxsae.TopK(4)), jnp.full((8, 16), jnp.nan), 6.5)
 
 

@@ -135,7 +135,7 @@ def test_a_shard_of_another_program_in_another_order_is_refused(order, tmp_path)
     manifest["shards"][0]["files"]["00000.npy"] = {"bytes": len(content), "crc32": shards._crc32(content)}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     shards.verify(tmp_path)
-    refused(r"00000\.npy: holds no array \(5, 6\) of float16, row after row", shards.open_rows, tmp_path)
+    refused(r"00000\.npy: does not hold an array \(5, 6\) of float16 in C order", shards.open_rows, tmp_path)
 
 
 @pytest.mark.parametrize("bad", [1e5, -1e5])
@@ -531,7 +531,7 @@ def test_a_text_that_is_no_manifest_is_refused(text, tmp_path):
 def test_a_shard_of_another_dtype_is_refused(tmp_path):
     path = fill(tmp_path, 1).folder / "manifest.json"
     changed(path, lambda record: record.update(dtype="float32"))
-    refused(r"00000\.npy: holds no array \(5, 6\) of float32", shards.open_rows, tmp_path)
+    refused(r"00000\.npy: does not hold an array \(5, 6\) of float32", shards.open_rows, tmp_path)
 
 
 # --- views

@@ -2,9 +2,9 @@
 
     z = activation((x − b_dec) W_enc + b_enc)        x̂ = z W_dec + b_dec
 
-An architecture is an activation (`activations`) and, in training, a loss. `sae` has the functions, `normalisation` what
-is done to rows beforehand, `metrics` sums that can be merged, `stream` all of it over more rows than memory holds,
-`calibration` the thresholds.
+An architecture is an activation (`activations`) and, in training, a loss. `sae` has the functions, `normalisation` the
+scaling of inputs, `metrics` mergeable sums, `stream` refinement of more rows than fit in memory, and `calibration`
+thresholds for a target L0.
 """
 
 from jaxsae.autoencoder import (

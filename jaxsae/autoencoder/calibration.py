@@ -1,4 +1,4 @@
-"""What a trained autoencoder does on more rows than fit in memory: which latents fire, and where thresholds belong."""
+"""Statistics over more rows than fit in memory: how often latents fire, and thresholds for a target L0."""
 
 import dataclasses
 import functools
@@ -13,16 +13,16 @@ from jaxtyping import Array, Float
 from jaxsae.autoencoder import metrics
 from jaxsae.autoencoder.sae import SAE, encode, encode_dense, pre_activations
 
-_LEFT_OUT = 11  # of the 32 bits of a float: a bin is 2⁻¹² of its value wide
+_LEFT_OUT = 11  # low bits dropped from the 32 of a float: bins have a relative width of 2⁻¹²
 _BINS = 1 << (32 - _LEFT_OUT)
 
 
 def activity(sae: SAE, batches: Iterable[Float[Array, "b d"] | np.ndarray]) -> metrics.Activity:
-    """Which latents fire on rows, and how often: encoded alone, a batch at a time.
+    """Count how often each latent fires, a batch at a time; nothing is decoded.
 
     Args:
       sae: the autoencoder.
-      batches: of rows `[b d]`, at least one; rows with NaN or Inf are left out.
+      batches: arrays of rows `[b d]`, at least one; rows with NaN or Inf are left out.
 
     Example:
       >>> import jaxsae
@@ -48,15 +48,15 @@ def _activity(sae: SAE, x) -> metrics.Activity:
 
 
 def calibrate(sae: SAE, batches: Iterable[Float[Array, "b d"] | np.ndarray], l0: float) -> SAE:
-    """The autoencoder with its thresholds moved together such that so many latents are active, on average over rows.
+    """Move the thresholds together so that the mean number of active latents per row is `l0`.
 
-    One pass: how far each latent of each row is past its threshold is counted into bins of 2⁻¹² of that value, and the
-    new thresholds are at the edge of a bin. So the answer depends on the rows alone, not on their order or batches.
+    One pass: the margins of all latents and rows are counted in bins of relative width 2⁻¹², and the new thresholds lie
+    at the edge of a bin. So the result does not depend on the order of the rows or on how they are batched.
 
     Args:
-      sae: with `BatchTopK`, whose threshold is set, or `JumpReLU`, to all of whose thresholds one number is added.
-      batches: of rows `[b d]`; rows with NaN or Inf are left out.
-      l0: active latents a row.
+      sae: with `BatchTopK`, whose threshold is replaced, or `JumpReLU`, whose thresholds are shifted by one number.
+      batches: arrays of rows `[b d]`; rows with NaN or Inf are left out.
+      l0: target mean number of active latents per row.
 
     Raises:
       NotImplementedError: if the activation has no thresholds.
@@ -71,32 +71,32 @@ def calibrate(sae: SAE, batches: Iterable[Float[Array, "b d"] | np.ndarray], l0:
       True
     """
     if not 0 < l0 <= sae.m:
-        raise ValueError(f"`calibrate` got l0 = {l0} for {sae.m} latents; pass more than 0, and at most that.")
+        raise ValueError(f"`calibrate` got l0 = {l0} for {sae.m} latents; pass more than 0 and at most {sae.m}.")
     counts, rows = np.zeros(_BINS, np.int64), 0
     for x in batches:
         found, finite = _count(sae, jnp.asarray(x, jnp.float32))
         counts += np.asarray(found)
         rows += int(finite)
     if not rows:
-        raise ValueError("`calibrate` got no row without NaN or Inf; pass some.")
+        raise ValueError("`calibrate` got no finite rows; pass at least one.")
     occupied = np.flatnonzero(counts)[::-1]
-    if not len(occupied):  # nothing is positive, whatever the thresholds
+    if not len(occupied):  # no latent is active at any threshold
         return sae
     chosen = occupied[np.argmin(np.abs(np.cumsum(counts[occupied]) - l0 * rows))]
     key = np.int32((int(chosen) - _BINS // 2) << _LEFT_OUT)
     edge = (key ^ (key >> 31 & np.int32(0x7FFFFFFF))).view(np.float32)
-    below = jnp.asarray(np.nextafter(edge, np.float32(-np.inf)))  # what is in the bin is active too
+    below = jnp.asarray(np.nextafter(edge, np.float32(-np.inf)))  # values in the bin are active too
     return dataclasses.replace(sae, activation=sae.activation.at_margin(below))
 
 
 @jax.jit
 def _count(sae: SAE, x):
-    """How many margins of finite rows are in each bin, in ascending order, by sign, exponent and first bits."""
+    """Histogram of the margins of finite rows, in ascending bins by sign, exponent and first bits."""
     finite = jnp.isfinite(x).all(-1)
     pre = pre_activations(sae, jnp.where(finite[:, None], x, 0))
     margin = sae.activation.margin(pre).astype(jnp.float32)
     bits = jax.lax.bitcast_convert_type(margin, jnp.int32)
-    key = bits ^ (bits >> 31 & 0x7FFFFFFF)  # in the order of the numbers
+    key = bits ^ (bits >> 31 & 0x7FFFFFFF)  # ordered as the floats are
     counted = finite[:, None] & (pre > 0) & jnp.isfinite(margin)
     bins = jnp.where(counted, (key >> _LEFT_OUT) + _BINS // 2, _BINS)
     return jnp.zeros(_BINS, jnp.int32).at[bins.ravel()].add(1, mode="drop"), jnp.sum(finite)

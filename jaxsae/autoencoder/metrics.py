@@ -1,8 +1,8 @@
-"""Measurements of codes, as sums that add: the metric of two halves, added, is the metric of the whole.
+"""Metrics of codes, as mergeable sums: the metrics of two halves add up to the metric of the whole.
 
-Each metric is a pytree of sums made by one function of a batch; `a + b` merges, and properties turn sums into numbers.
-Sums are in float32 or better, whatever is measured, and beside each is what rounding left out of it: counts are exact,
-and a million batches add up as ten do. Ratios have no unit, and are NaN where they are not defined.
+Each metric is a pytree of sums computed from a batch by one function; `a + b` merges two, and properties derive ratios.
+Sums are in float32 or better with compensated rounding, so that counts are exact and a million batches are summed as
+accurately as ten. Ratios are dimensionless, and NaN where they are undefined.
 """
 
 import dataclasses
@@ -24,14 +24,14 @@ from jaxsae.codes import SparseCode
 
 @pytrees.dataclass
 class Moments(_Sums):
-    """Count, mean and spread of rows; merged so that a mean far from zero costs no digits.
+    """Count, mean and spread of rows, merged without loss of precision where the mean is far from zero.
 
     Attributes:
-      rows: how many rows.
+      rows: number of rows.
       mean: `[d]`.
       spread: `Σ ‖x − mean‖²` over the rows, in units of `unit²`; exactly 0 if all are equal.
-      unit: a power of two: 1, unless rows are so large or small that their squares are no numbers.
-      rest: what rounding left out of each.
+      unit: a power of two: 1, unless rows are so large or small that their squares overflow or underflow.
+      rest: rounding errors of the fields.
 
     Source: Chan, Golub & LeVeque (1979), "Updating formulae and a pairwise algorithm for computing sample variances".
     """
@@ -62,7 +62,7 @@ class Moments(_Sums):
 
 
 def moments(x: Float[Array, "*b d"], keep: Bool[Array, "*b"] | None = None) -> Moments:
-    """The moments of a batch, or of the rows of it to `keep`.
+    """Compute the moments of a batch, or of its rows marked by `keep`.
 
     Args:
       x: `[*b d]`.
@@ -81,7 +81,7 @@ def moments(x: Float[Array, "*b d"], keep: Bool[Array, "*b"] | None = None) -> M
 def _moments(x: Float[Array, "n d"], keep: Bool[Array, " n"], unit: Float[Array, ""]) -> Moments:
     rows = jnp.sum(keep, dtype=x.dtype)
     keep = keep[:, None]
-    # From the least of each column, so that rows that are equal have a mean which is that row exactly.
+    # Relative to the minimum of each column, so that the mean of equal rows is exactly that row.
     least = jnp.min(x, axis=0, where=keep, initial=jnp.inf)
     least = jax.lax.stop_gradient(jnp.where(rows > 0, least, 0))
     x = jnp.where(keep, (x - least) / unit, 0)
@@ -109,7 +109,7 @@ class Reconstruction(_Sums):
 
     @property
     def explained_variance(self) -> Float[Array, ""]:
-        """`1 − Var(x − x̂) / Var(x)`; a constant offset costs nothing here, and does in `nmse`."""
+        """`1 − Var(x − x̂) / Var(x)`; ignores a constant offset, unlike `nmse`."""
         return 1 - ratio(self.residual.spread, self.data.spread) * self._units
 
     @property
@@ -139,28 +139,28 @@ def reconstruction(x: Float[Array, "*b d"], x_hat: Float[Array, "*b d"]) -> Reco
 
 @pytrees.dataclass
 class Progressive(_Sums):
-    """How well the largest latents of each row alone reconstruct it, for several numbers of them.
+    """How well only the largest latents of each row reconstruct it, for several numbers of latents.
 
     Attributes:
-      parts: a `Reconstruction` for each number.
+      parts: a `Reconstruction` for each number of latents.
     """
 
     parts: tuple[Reconstruction, ...]
 
     @property
     def nmse(self) -> Float[Array, " n"]:
-        """As of `Reconstruction`, for each number."""
+        """`Reconstruction.nmse` for each number of latents."""
         return jnp.stack([part.nmse for part in self.parts])
 
 
 def progressive(sae: SAE, x: Float[Array, "*b d"], code: SparseCode, keep: Sequence[int]) -> Progressive:
-    """Measure a code cut down to its largest values.
+    """Measure a code truncated to its largest values.
 
     Args:
       sae: the autoencoder.
       x: activations `[*b d]`.
-      code: `[*b k]`, its slots in descending order of magnitude, as `encode` makes them.
-      keep: numbers of latents.
+      code: `[*b k]`, slots in descending order of magnitude, as from `encode`.
+      keep: numbers of latents to keep.
 
     Example:
       >>> import jax, jaxsae
@@ -183,12 +183,12 @@ def progressive(sae: SAE, x: Float[Array, "*b d"], code: SparseCode, keep: Seque
 
 @pytrees.dataclass
 class Activity(_Sums):
-    """Which latents fire, and how often.
+    """How often each latent fires.
 
     Attributes:
-      rows: how many rows.
-      fired: `[m]`, on how many of them each latent is not zero.
-      rest: what rounding left out of each.
+      rows: number of rows.
+      fired: `[m]`, number of rows on which each latent is nonzero.
+      rest: rounding errors of the fields.
     """
 
     rows: Float[Array, ""]
@@ -200,7 +200,7 @@ class Activity(_Sums):
 
     @property
     def l0(self) -> Float[Array, ""]:
-        """Mean number of active latents a row."""
+        """Mean number of active latents per row."""
         return ratio(jnp.sum(self.fired), self.rows)
 
     @property
@@ -215,7 +215,7 @@ class Activity(_Sums):
 
     @property
     def log2_histogram(self) -> list[int]:
-        """How many latents fire on no row, on 1, on 2 or 3, on 4 to 7 …, each range twice as long."""
+        """Number of latents that fire on 0 rows, 1, 2–3, 4–7 …, each range twice as long."""
         return np.bincount(np.frexp(np.asarray(self.fired))[1]).tolist()
 
 
@@ -223,7 +223,7 @@ def activity(code: SparseCode) -> Activity:
     """Count the rows on which each latent is active. Rows with NaN or Inf are left out.
 
     Args:
-      code: `[*b k]`, no index twice in a row.
+      code: `[*b k]`, with no index repeated within a row.
 
     Example:
       >>> import jax.numpy as jnp, jaxsae
@@ -243,30 +243,30 @@ def _by_latent(code: SparseCode, active: Bool[Array, "*b k"], weights: Float[Arr
     return codes.sum_by_latent(dataclasses.replace(code, values=jnp.where(active, weights, 0)))
 
 
-# A latent is dead if it fires on none of this many rows, or of all if there are fewer: on few rows most are inactive.
+# Rows without firing after which a latent is dead (all rows, if there are fewer); on few rows most are inactive.
 DEAD_ROWS = 100_000
 
-# Edges of the histogram of refined/original, eight bins for each factor of two; what lies outside, zeros on the left,
-# is counted in the bin at the end.
+# Bin edges of the histogram of refined/original, eight bins per factor of two; values outside, such as 0, are counted
+# in the outermost bins.
 RATIO_EDGES = 2.0 ** np.linspace(-4, 6, 81)
 
 
 @pytrees.dataclass
 class Shrinkage(_Sums):
-    """What refinement did to the active values of a code; add to merge, print as a table.
+    """How refinement changed the active values of a code; add to merge, print as a table.
 
-    "Before" are the encoder's values and "after" the refined ones, over the slots on the support with a value before.
+    "Before" are the encoder's values and "after" the refined ones, over the slots whose encoder value is nonzero.
 
     Attributes:
       data: moments of `x`.
-      error_before, error_after: `Σ‖x − x̂‖²`; like the next ones in units of `data.unit²`.
+      error_before, error_after: `Σ‖x − x̂‖²`, in units of `data.unit²`, as the next four.
       sq_norm_before, sq_norm_after: `Σ‖x̂ − b_dec‖²`.
       inner_product_before, inner_product_after: `Σ⟨x − b_dec, x̂ − b_dec⟩`.
-      count: `[m]`, how many active values each latent has.
+      count: `[m]`, number of active values of each latent.
       before, after: `[m]`, their sums.
-      num_increased: how many values rose.
-      ratio_histogram: `[80]`, of refined/original over `RATIO_EDGES`: left of the middle falls, right of it rises.
-      rest: what rounding left out of each.
+      num_increased: number of values that increased.
+      ratio_histogram: `[80]`, histogram of refined/original over `RATIO_EDGES`; decreases are in the first 32 bins.
+      rest: rounding errors of the fields.
 
     Example:
       >>> import jax.numpy as jnp, jaxsae
@@ -280,7 +280,7 @@ class Shrinkage(_Sums):
       NMSE                0.4000    0.0000   -100.0%
       γ                   0.8800    1.0000    +13.6%
       50.0% of 4 active values rise,
-      2.0 a row over 2 rows
+      2.0 per row over 2 rows
     """
 
     data: Moments
@@ -307,7 +307,7 @@ class Shrinkage(_Sums):
 
     @property
     def l0(self) -> Float[Array, ""]:
-        """Mean number of active latents a row, before."""
+        """Mean number of active latents per row, before."""
         return ratio(jnp.sum(self.count), self.data.rows)
 
     @property
@@ -332,22 +332,22 @@ class Shrinkage(_Sums):
 
     @property
     def mean_change(self) -> Float[Array, ""]:
-        """Relative change of the mean active value; positive is shrinkage undone."""
+        """Relative change of the mean active value; positive where refinement undoes shrinkage."""
         return ratio(self.mean_after, self.mean_before) - 1
 
     @property
     def share_increased(self) -> Float[Array, ""]:
-        """Share of the active values that rise."""
+        """Share of the active values that increase."""
         return ratio(self.num_increased, jnp.sum(self.count))
 
     @property
     def ratio(self) -> Float[Array, " m"]:
-        """Refined over original, latent by latent; NaN for latents that never fired."""
+        """Refined over original values, per latent; NaN for latents that never fired."""
         return ratio(self.after, self.before)
 
     @property
     def gamma_before(self) -> Float[Array, ""]:
-        """`γ = Σ‖x̂ − b‖² / Σ⟨x − b, x̂ − b⟩`; below 1 is shrinkage."""
+        """`γ = Σ‖x̂ − b‖² / Σ⟨x − b, x̂ − b⟩`; below 1 indicates shrinkage."""
         return ratio(self.sq_norm_before, self.inner_product_before)
 
     @property
@@ -356,7 +356,7 @@ class Shrinkage(_Sums):
         return ratio(self.sq_norm_after, self.inner_product_after)
 
     def numbers(self) -> dict[str, float]:
-        """The summary as plain numbers, NaN where nothing was active."""
+        """The summary as floats, NaN where nothing was active."""
         names = ("l0", "nmse_before", "nmse_after", "mean_before", "mean_after", "mean_change")
         values = {name: float(getattr(self, name)) for name in (*names, "gamma_before", "gamma_after")}
         return values | {"rising": float(self.share_increased)}
@@ -370,7 +370,7 @@ class Shrinkage(_Sums):
         lines = [f"{'':16}{'before':>10}{'after':>10}{'change':>10}"]
         lines += [f"{name:16}{float(a):10.4f}{float(b):10.4f}{float(b / a - 1):+10.1%}" for name, a, b in rows]
         lines.append(f"{float(self.share_increased):.1%} of {float(jnp.sum(self.count)):.0f} active values rise, ")
-        return "\n".join(lines) + f"{float(self.l0):.1f} a row over {float(self.data.rows):.0f} rows"
+        return "\n".join(lines) + f"{float(self.l0):.1f} per row over {float(self.data.rows):.0f} rows"
 
 
 def shrinkage(
@@ -388,7 +388,7 @@ def shrinkage(
       x: activations `[*b d]`.
       code: the encoder's code of them, `[*b k]`.
       refined: the same support, refined.
-      target: `[*b d_out]`, what was to be reconstructed; `x` itself by default, but in transcoders.
+      target: `[*b d_out]`, what to reconstruct; `x` by default, required for transcoders.
 
     Returns:
       `Shrinkage`: add those of several batches to merge them, `print` it as a table.
@@ -411,7 +411,7 @@ def shrinkage(
     if code.values.shape != refined.values.shape:
         raise ValueError(
             f"`shrinkage` got a code of shape {code.values.shape} and a refined one of {refined.values.shape}; pass "
-            "the refinement of that very code."
+            "the refinement of that code."
         )
     x, target = widen((x, target))
     measured = sharding.automatic(_shrinkage)

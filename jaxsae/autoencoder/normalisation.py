@@ -1,7 +1,7 @@
-"""How an autoencoder wants its inputs: small pytrees that act row by row, before anything is subtracted.
+"""Normalisation of an autoencoder's inputs: small pytrees that act row by row, before `b_dec` is subtracted.
 
-Each is called on rows `x [*b d]` and gives what the encoder sees, with the way back: `x = scale · inputs + shift`,
-where `scale` and `shift` are None if they change nothing.
+Each maps rows `x [*b d]` to the encoder's inputs and their inverse, `x = scale · inputs + shift`, where a `scale` of 1
+or a `shift` of 0 is None.
 """
 
 import math
@@ -21,9 +21,9 @@ class Normalised(NamedTuple):
     """Rows in the units of an autoencoder.
 
     Attributes:
-      inputs: `[*b d]`, what the encoder sees.
-      scale: `[*b 1]`, from these units back to those of the rows, or None.
-      shift: `[*b 1]`, added after that, or None.
+      inputs: `[*b d]`, the encoder's inputs.
+      scale: `[*b 1]`, factor from these units to those of the rows, or None.
+      shift: `[*b 1]`, added after scaling, or None.
 
     Example:
       >>> import jax.numpy as jnp
@@ -38,10 +38,10 @@ class Normalised(NamedTuple):
 
 
 class Normalisation:
-    """What an SAE asks of its normalisation; subclasses are made by `pytrees.dataclass`.
+    """Base class of normalisations; decorate subclasses with `pytrees.dataclass`.
 
     Attributes:
-      per_row: whether the way back needs the row, so that a code alone does not say what it reconstructs.
+      per_row: whether the inverse depends on the row, so that a code alone does not determine its reconstruction.
 
     Example:
       >>> import jax.numpy as jnp
@@ -62,12 +62,12 @@ class Normalisation:
         raise NotImplementedError(f"{type(self).__name__} has no __call__; define what it does to rows.")
 
     def rescale(self, scale: float | Array) -> "Normalisation":
-        """The normalisation in other units, which gives of `x` what this one gives of `scale · x`."""
-        raise ValueError(f"{type(self).__name__} does not say how it changes units; define rescale(self, scale).")
+        """The normalisation in other units: it maps `x` to the inputs that this one gives for `scale · x`."""
+        raise ValueError(f"{type(self).__name__} does not support a change of units; define rescale(self, scale).")
 
 
 def _row(x):
-    """Rows in float32 or better over a power of two each, so that squares stay in range, and the powers `[*b 1]`."""
+    """Rows in float32 or better, each over a power of two that keeps squares in range, and the powers `[*b 1]`."""
     wide = widen(x)
     unit = power_of_two_or_one(jax.lax.stop_gradient(jnp.max(jnp.abs(wide), axis=-1, keepdims=True)))
     return wide / unit, unit
@@ -75,7 +75,7 @@ def _row(x):
 
 @pytrees.dataclass
 class LayerNorm(Normalisation):
-    """Each row less its mean, over its standard deviation: `(x − μ) / (σ + ε)`, and back by `σ · x̂ + μ`.
+    """Subtract each row's mean and divide by its standard deviation: `(x − μ) / (σ + ε)`, inverted by `σ · x̂ + μ`.
 
     `σ` is the unbiased estimate (`d − 1` in the denominator), and `ε` is added to it, not to its square.
 
@@ -95,7 +95,7 @@ class LayerNorm(Normalisation):
     def __call__(self, x: Float[Array, "*b d"]) -> Normalised:
         """Normalise rows."""
         row, unit = _row(x)
-        least = jax.lax.stop_gradient(jnp.min(row, axis=-1, keepdims=True))  # equal numbers have no spread of rounding
+        least = jax.lax.stop_gradient(jnp.min(row, axis=-1, keepdims=True))  # so that equal numbers have spread 0
         mean = jnp.mean(row - least, axis=-1, keepdims=True)
         centred = row - least - mean
         deviation = norms(centred) / math.sqrt(max(x.shape[-1] - 1, 1))
@@ -103,7 +103,7 @@ class LayerNorm(Normalisation):
         return Normalised(*(part.astype(x.dtype) for part in (inputs, deviation * unit, (least + mean) * unit)))
 
     def rescale(self, scale: float | Array) -> "LayerNorm":
-        """With another `ε`, which is in the units of the rows."""
+        """The same with `ε / scale`, since `ε` is in the units of the rows."""
         if isinstance(scale, Tracer):
             raise ValueError("LayerNorm got a traced scale, but its eps is static; rescale outside of jit.")
         return LayerNorm(self.eps / float(scale))
@@ -111,7 +111,7 @@ class LayerNorm(Normalisation):
 
 @pytrees.dataclass
 class ConstantNorm(Normalisation):
-    """Each row scaled to norm `√d`: `x · √d / ‖x‖`. A row of zeros has no such scale, and becomes NaN.
+    """Each row scaled to norm `√d`: `x · √d / ‖x‖`. A row of zeros becomes NaN.
 
     Example:
       >>> import jax.numpy as jnp
@@ -128,16 +128,16 @@ class ConstantNorm(Normalisation):
         return Normalised((row / scale).astype(x.dtype), (scale * unit).astype(x.dtype))
 
     def rescale(self, scale: float | Array) -> "ConstantNorm":
-        """Itself: every row has the same norm in the end."""
+        """Return self: the result does not depend on the scale of the row."""
         del scale
         return self
 
 
 @pytrees.dataclass
 class AverageNorm(Normalisation):
-    """Rows are to come scaled such that their mean norm is `√d`; nothing is done to them here.
+    """Expect rows already scaled to a mean norm of `√d`; leave them unchanged.
 
-    Which scale that is, only the data can tell: `surgery.fold_scale(sae, √d / mean ‖x‖)` then takes rows as they are.
+    The scale depends on the data: `surgery.fold_scale(sae, √d / mean ‖x‖)` makes an SAE for unscaled rows.
 
     Example:
       >>> import jax.numpy as jnp
@@ -150,5 +150,5 @@ class AverageNorm(Normalisation):
     per_row = False
 
     def __call__(self, x: Float[Array, "*b d"]) -> Normalised:
-        """Leave rows as they are."""
+        """Return rows unchanged."""
         return Normalised(x)

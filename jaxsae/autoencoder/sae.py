@@ -29,19 +29,19 @@ class SAE:
     Conventions differ in whether `b_dec` is subtracted from `x`, and in whether each row of `x` is normalised first
     (and `x̂` put back into its units). A transcoder maps to a target other than its input: `W_dec` and `b_dec` then have
     the target's width, nothing is subtracted from `x`, `x̂` is in units of the target, and a skip connection may add
-    `x W_skip` to it. A crosscoder is an SAE of rows in which several sites lie side by side:
-    `W_dec.reshape(m, sites, -1)` has its atoms by site. `print(sae)` says all of this.
+    `x W_skip` to it. A crosscoder is an SAE of rows that concatenate several sites: `W_dec.reshape(m, sites, -1)` has
+    its atoms by site. `print(sae)` shows these conventions.
 
     Attributes:
       W_enc: `[d m]`.
       b_enc: `[m]`.
-      W_dec: `[m d_out]`, the dictionary: one latent's atom a row; `d_out` is `d`, but in transcoders.
+      W_dec: `[m d_out]`, the dictionary, one atom per row; `d_out = d` except in transcoders.
       b_dec: `[d_out]`.
       activation: an `Activation`, a pytree.
       W_skip: `[d d_out]`, or None.
-      normalisation: a pytree of `normalisation.py`, or None; it belongs to the data, and is not trained.
-      apply_b_dec_to_input: whether `b_dec` is subtracted from `x`; not in transcoders; static.
-      transcoder: whether the target is another than the input; static.
+      normalisation: a `Normalisation`, a pytree, or None; not trained.
+      apply_b_dec_to_input: whether `b_dec` is subtracted from `x`; False for transcoders; static.
+      transcoder: whether the target differs from the input; static.
 
     Example:
       >>> import jax.numpy as jnp, jaxsae
@@ -66,13 +66,13 @@ class SAE:
     transcoder: bool = struct.field(pytree_node=False, default=False)
 
     def __post_init__(self):
-        # JAX rebuilds pytrees around things that are no activations (axes, specs, None): leave those alone.
+        # JAX rebuilds pytrees around placeholders (axes, specs, None), which are not validated.
         if callable(self.activation):
             base.validate(self.activation, "SAE")
 
     @property
     def d(self) -> int:
-        """Width of the activations that it codes."""
+        """Width of the activations."""
         return self.W_enc.shape[-2]
 
     @property
@@ -85,7 +85,7 @@ class SAE:
 
 
 def describe(sae: SAE) -> dict[str, str]:
-    """An SAE in words: its kind, sizes, and every convention that decides what it computes.
+    """Describe an SAE in words: its kind, sizes, and every convention that determines what it computes.
 
     Args:
       sae: the autoencoder.
@@ -113,7 +113,7 @@ def describe(sae: SAE) -> dict[str, str]:
 
 
 def _shown(options: Any) -> str:
-    """`TopK(k=8)`: numbers as they are, arrays by their range."""
+    """Format options as in `TopK(k=8)`, arrays by their range."""
 
     def shown(value) -> str:
         if getattr(value, "size", 1) == 1:
@@ -141,17 +141,17 @@ def init(
       d: width of the activations.
       m: number of latents.
       activation: for example `ReLU()` or `TopK(32)`.
-      b_dec: `[d_out]`, a centre of the data (its mean or median) or, in a transcoder, of the target; zeros, as many as
-        `d`, by default.
-      transcoder: the target is another than the input: nothing is subtracted from `x`, and atoms are drawn apart.
-      skip: with a skip connection, zero at first; for transcoders.
+      b_dec: `[d_out]`, a centre (mean or median) of the data or, in a transcoder, of the target; `zeros(d)` by default.
+      transcoder: whether the target differs from the input; nothing is then subtracted from `x`, and the decoder is
+        drawn independently of the encoder.
+      skip: whether to add a skip connection, initialised to zero; transcoders only.
 
     Returns:
       `SAE`; `b_enc` is zero.
 
     Raises:
       TypeError: if the activation is not an `Activation`, or `b_dec` is not floating point.
-      ValueError: if a size is not positive, if `b_dec` does not fit, if the activation wants more latents than `m`, or
+      ValueError: if a size is not positive, if `b_dec` does not fit, if the activation needs more latents than `m`, or
         if there is a skip connection without a transcoder.
 
     Example:
@@ -192,9 +192,9 @@ def _unit_rows(key, m: int, d: int, dtype):
 
 
 def pre_activations(sae: SAE, x: Float[Array, "*b d"]) -> Float[Array, "*b m"]:
-    """What the activation acts on: `(x − b_dec) W_enc + b_enc`, `x` normalised where the SAE wants that.
+    """Compute `(x − b_dec) W_enc + b_enc`, with `x` normalised if the SAE has a normalisation.
 
-    `b_dec` is left out where it is not subtracted.
+    `b_dec` is omitted unless `apply_b_dec_to_input`.
 
     Args:
       sae: the autoencoder.
@@ -214,7 +214,7 @@ def pre_activations(sae: SAE, x: Float[Array, "*b d"]) -> Float[Array, "*b m"]:
 
 
 def _inputs(sae: SAE, x):
-    """What the encoder multiplies: rows normalised and centred, as the conventions have it."""
+    """The encoder's inputs: rows normalised and centred as the SAE specifies."""
     x = _validate(sae, x, "encode")
     x = x if sae.normalisation is None else sae.normalisation(x).inputs
     if not sae.apply_b_dec_to_input:
@@ -226,14 +226,14 @@ def _inputs(sae: SAE, x):
 def encode(sae: SAE, x: Float[Array, "*b d"], *, capacity: int | None = None) -> SparseCode:
     """Encode activations into a sparse code.
 
-    Where the activation selects pre-activations and leaves them as they are (`TopK`, `AbsTopK`, `GroupMax`), the
-    derivative touches the weights of active latents alone.
+    For activations that select pre-activations and return them unchanged (`TopK`, `AbsTopK`, `GroupMax`), the
+    derivative involves only the weights of active latents.
 
     Args:
       sae: the autoencoder.
       x: activations `[*b d]`.
-      capacity: slots `k` a row, at most `m`; required unless the activation fixes it. Active latents beyond it are
-        left out, smallest first, and counted in `code.num_dropped`.
+      capacity: slots `k` per row, at most `m`; required unless the activation fixes it. Active latents beyond it are
+        dropped, smallest first, and counted in `code.num_dropped`.
 
     Returns:
       `SparseCode` `[*b k]`, in descending order of magnitude.
@@ -251,7 +251,7 @@ def encode(sae: SAE, x: Float[Array, "*b d"], *, capacity: int | None = None) ->
     if capacity is None:
         raise ValueError(
             f"`encode` got no capacity, and {type(sae.activation).__name__} does not fix how many latents are active; "
-            "pass capacity, the number of slots a row."
+            "pass capacity, the number of slots per row."
         )
     if isinstance(capacity, Tracer):
         raise TypeError("`encode` got a traced capacity; make it static, jax.jit(encode, static_argnames='capacity').")
@@ -290,7 +290,7 @@ def encode_dense(sae: SAE, x: Float[Array, "*b d"]) -> Float[Array, "*b m"]:
 
 
 def decode(sae: SAE, code: SparseCode | Float[Array, "*b m"]) -> Float[Array, "*b d"]:
-    """Reconstruct activations from a code alone: `x̂ = z W_dec + b_dec`; `reconstruct` does of any SAE.
+    """Reconstruct activations from a code alone: `x̂ = z W_dec + b_dec`. `reconstruct` works for any SAE.
 
     Args:
       sae: the autoencoder.
@@ -300,8 +300,8 @@ def decode(sae: SAE, code: SparseCode | Float[Array, "*b m"]) -> Float[Array, "*
       Reconstruction `[*b d]`.
 
     Raises:
-      TypeError, ValueError: at trace time, if the code does not fit the SAE; or if it is not all that `x̂` is made of:
-        the SAE normalises each row, whose units the code does not know, or has a skip connection. See `reconstruct`.
+      TypeError, ValueError: at trace time, if the code does not fit the SAE, or if `x̂` depends on more than the code:
+        the SAE normalises each row, or has a skip connection. Use `reconstruct` then.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsae
@@ -340,14 +340,14 @@ def _decode(sae: SAE, code, name: str):
 def reconstruct(
     sae: SAE, x: Float[Array, "*b d"], code: SparseCode | Float[Array, "*b m"] | None = None
 ) -> Float[Array, "*b d_out"]:
-    """What an SAE makes of an input: `decode` in the units of the row, and the skip connection, if any.
+    """Reconstruct an input: `decode` in the units of the row, plus the skip connection, if any.
 
         x̂ = scale (z W_dec + b_dec) + shift + x W_skip
 
     Args:
       sae: the autoencoder or transcoder.
       x: activations `[*b d]`.
-      code: a `SparseCode` `[*b k]`, or a dense code `[*b m]`, such as a refined one; the SAE's own by default.
+      code: a `SparseCode` `[*b k]`, or a dense code `[*b m]`, such as a refined one; the encoder's by default.
 
     Raises:
       TypeError, ValueError: at trace time, if `x` or the code does not fit the SAE, or they do not fit each other.
@@ -379,11 +379,11 @@ def reconstruct(
 
 
 class Fit(NamedTuple):
-    """What the atoms of a code are to sum to, row by row.
+    """The target of `z W_dec`, per row.
 
     Attributes:
-      y: `[*b d_out]`, so that the reconstruction is the target where `z W_dec = y`.
-      scale: `[*b 1]`, how many units of the target one of `y` is, or None for 1.
+      y: `[*b d_out]`; the reconstruction equals the target where `z W_dec = y`.
+      scale: `[*b 1]`, factor from the units of `y` to those of the target, or None for 1.
     """
 
     y: Float[Array, "*b d_out"]
@@ -391,14 +391,14 @@ class Fit(NamedTuple):
 
 
 def to_fit(sae: SAE, x: Float[Array, "*b d"], target: Float[Array, "*b d_out"] | None = None) -> Fit:
-    """What is left for the atoms, once biases, skip connection and normalisation are taken off: `y ≈ z W_dec`.
+    """Remove bias, skip connection and normalisation from a target, which leaves what `z W_dec` should fit.
 
         y = (target − x W_skip − shift) / scale − b_dec
 
     Args:
       sae: the autoencoder.
       x: activations `[*b d]`.
-      target: `[*b d_out]`, what to reconstruct; `x` itself by default, but in transcoders.
+      target: `[*b d_out]`, what to reconstruct; `x` by default, required for transcoders.
 
     Raises:
       ValueError: if a transcoder gets no target.
@@ -420,7 +420,7 @@ def to_fit(sae: SAE, x: Float[Array, "*b d"], target: Float[Array, "*b d_out"] |
     if sae.normalisation is not None and _restores(sae):
         _, scale, shift = sae.normalisation(x)
         target = target if shift is None else target - shift
-        # A row without spread is its own mean, whatever the code.
+        # A row with zero spread equals its mean, whatever the code.
         target = target if scale is None else jnp.where(scale == 0, 0, target / jnp.where(scale == 0, 1, scale))
     target, b_dec = together(target, sae.b_dec)
     return Fit(target - b_dec, scale)
@@ -435,24 +435,24 @@ def refine(
     capacity: int | None = None,
     target: Float[Array, "*b d_out"] | None = None,
 ) -> tuple[SparseCode, RefitInfo]:
-    """Refine a code: keep the encoder's support, and optimise its values for reconstruction, the decoder fixed.
+    """Refine a code: keep the encoder's support, and optimise the values for reconstruction with a fixed decoder.
 
         minimise_z ‖x − (z W_dec + b_dec)‖²   over z ≥ 0 on the support
 
-    Values that rise measure the shrinkage of the encoder's own estimates. Where the activation has values of both
-    signs, the sign is free.
+    Increases of values measure the shrinkage of the encoder's estimates. For activations with values of both signs,
+    the sign is free.
 
     Args:
       sae: the autoencoder.
       x: activations `[*b d]`.
       code: support and starting values; `encode(sae, x, capacity=capacity)` by default.
       solver: any pytree of `solvers.py`; `solvers.default(k, d)` if None.
-      capacity: slots a row, if the code is to be made here and the activation does not fix it.
-      target: `[*b d_out]`, what to reconstruct; `x` itself by default, but in transcoders.
+      capacity: slots per row, if `code` is None and the activation does not fix it.
+      target: `[*b d_out]`, what to reconstruct; `x` by default, required for transcoders.
 
     Returns:
-      The refined code and `RefitInfo`; `jaxsae.check` raises on the host if a row failed. See `refit` for what
-      holds row by row, and for the derivative.
+      The refined code and `RefitInfo`; `jaxsae.check` raises on the host if a row failed. See `refit` for the
+      guarantees per row, and for the derivative.
 
     Raises:
       TypeError, ValueError: at trace time, if the arguments do not fit together.

@@ -1,4 +1,4 @@
-"""The derivative of the pre-activations that an activation selects, without a dense array."""
+"""Gradient through the selected pre-activations only, without a dense array."""
 
 import jax
 import jax.numpy as jnp
@@ -11,22 +11,22 @@ from jaxsae._core.linalg import promoted
 
 @jax.custom_jvp
 def _selected(values, indices, x, W_enc, b_enc, b_dec):
-    """The values `(x − b_dec) W_enc[:, indices] + b_enc[indices]`, known already, with their derivative."""
+    """The values `(x − b_dec) W_enc[:, indices] + b_enc[indices]`, already computed, with their derivative."""
     return values
 
 
 def _selected_tangent(primals, tangents):
     values, indices, x, W_enc, b_enc, b_dec = primals
     _, _, x_dot, W_dot, b_dot, b_dec_dot = tangents
-    m, still = b_enc.size, lambda dot: isinstance(dot, SymbolicZero)
+    m, is_zero = b_enc.size, lambda dot: isinstance(dot, SymbolicZero)
     total = jnp.zeros_like(values, promoted(values.dtype, jnp.float32))
-    if not still(W_dot):
+    if not is_zero(W_dot):
         total += sparse.form("values", W_dot.T, x - b_dec, indices, m=m)
-    if not still(x_dot):
+    if not is_zero(x_dot):
         total += sparse.form("values", W_enc.T, x_dot, indices, m=m)
-    if not still(b_dot):
+    if not is_zero(b_dot):
         total += sharding.automatic(sparse.take, indices)(b_dot, indices)
-    if not still(b_dec_dot):  # the same for all rows: each latent's once, not each slot's
+    if not is_zero(b_dec_dot):  # the same for all rows, so computed per latent, not per slot
         total -= sharding.automatic(sparse.take, indices)(b_dec_dot @ W_enc, indices)
     return values, total.astype(values.dtype)
 

@@ -29,12 +29,12 @@ _PRE_ACTIVATIONS = 256 << 20  # bytes of pre-activations held at a time
 
 
 class Block(NamedTuple):
-    """Some rows of a stream, refined.
+    """A block of refined rows.
 
     Attributes:
-      rows: `[n]`, where in the stream they are.
+      rows: `[n]`, row numbers in the input.
       x: `[n d]`.
-      code: the encoder's, `[n k]`.
+      code: the encoder's code, `[n k]`.
       refined: `[n k]`.
       info: `[n]`.
     """
@@ -47,7 +47,7 @@ class Block(NamedTuple):
 
 
 def chunks(sae: SAE, rows: Rows) -> Iterator[tuple[int, Array]]:
-    """Rows in chunks whose pre-activations fit in memory, each with the number of its first row.
+    """Yield rows in chunks whose pre-activations fit in memory, each with the number of its first row.
 
     Args:
       sae: the autoencoder.
@@ -60,7 +60,7 @@ def chunks(sae: SAE, rows: Rows) -> Iterator[tuple[int, Array]]:
       [(0, (600, 4))]
     """
     size = max(_BLOCK, _PRE_ACTIVATIONS // (4 * sae.m) // _BLOCK * _BLOCK)
-    # At least float32, whatever the SAE's: what is certified is then what is written.
+    # At least float32, whatever the SAE's dtype, so that the certified values are those written.
     dtype = promoted(sae.W_dec.dtype, jnp.float32)
     for start in range(0, len(rows), size):
         block, numbers = rows[start : start + size], range(start, len(rows))
@@ -74,7 +74,7 @@ def _max_l0(sae, x):
 
 
 def max_l0(sae: SAE, rows: Rows) -> int:
-    """The number of active latents of the densest row: the capacity that loses nothing, at least 1.
+    """The largest L0 of any row, at least 1: the smallest capacity that drops nothing.
 
     Args:
       sae: the autoencoder.
@@ -94,15 +94,15 @@ def refine_blocks(
 ) -> Iterator[Block]:
     """Encode and refine rows, a block at a time.
 
-    Rows of similar L0 go together, in as few slots as hold them, 32, 128, 256 … or the width: the cost of a refit grows
-    with the square of its slots, and a ReLU's L0 has a long tail. So blocks are not in the order of the rows: see
+    Rows of similar L0 share a block with as few slots as hold them, 32, 128, 256 … or the width: the cost of a refit
+    grows with the square of its slots, and a ReLU's L0 has a long tail. So blocks are not in row order: see
     `Block.rows`.
 
     Args:
       sae: the autoencoder.
       rows: `[n d]`, may be memory-mapped.
       solver: as for `refine`, or a function that makes one for rows of `k` slots and width `d`.
-      capacity: most slots a row; `max_l0` by default, unless the activation fixes it.
+      capacity: maximum slots per row; `max_l0` by default, unless the activation fixes it.
 
     Example:
       >>> import jaxsae
@@ -123,12 +123,12 @@ def refine_blocks(
             slots = _slots(int(l0[block].max()), sae)
             values, indices = _resize(code.values[block], slots, 0), _resize(code.indices[block], slots, sae.m)
             part = SparseCode(values, indices, sae.m, code.num_dropped[block])
-            own = solver(slots, sae.W_dec.shape[1]) if callable(solver) else solver
-            refined, info = refine(sae, x[block], part, own)
+            block_solver = solver(slots, sae.W_dec.shape[1]) if callable(solver) else solver
+            refined, info = refine(sae, x[block], part, block_solver)
             yield Block(start + block, x[block], part, refined, info)
 
 
-@functools.partial(jax.jit, static_argnames="capacity")  # traced once, not once a call of `refine_blocks`
+@functools.partial(jax.jit, static_argnames="capacity")  # traced once, not per call of `refine_blocks`
 def _encode(sae: SAE, x, capacity: int | None) -> SparseCode:
     return encode(sae, x, capacity=capacity)
 
@@ -145,26 +145,26 @@ def _require_fit(sae: SAE, rows: Rows) -> None:
 
 
 def _slots(l0: int, sae: SAE) -> int:
-    # Few sizes, since each is compiled, once for all autoencoders of a shape: 32, 128, 256, 512 …
+    # Few sizes, since each is compiled once per shape of autoencoder: 32, 128, 256, 512 …
     slots = 32 if l0 <= 32 else min(max(128, 1 << (l0 - 1).bit_length()), sae.m)
     width = sae.W_dec.shape[1]
-    return width if l0 <= width < slots else slots  # empty slots must not turn a row into one of more atoms than width
+    return width if l0 <= width < slots else slots  # empty slots must not give a row more atoms than the width
 
 
 def _resize(slots, size: int, empty: int):
-    # Slots are in descending order of value: what is cut off is empty.
+    # Slots are in descending order of value, so only empty ones are cut off.
     return jnp.pad(slots[:, :size], [(0, 0), (0, max(0, size - slots.shape[1]))], constant_values=empty)
 
 
 class RefineSummary(NamedTuple):
-    """What `refine_file` did.
+    """Summary of a `refine_file` call.
 
     Attributes:
-      rows: how many.
-      capacity: slots a row.
-      shrinkage: of all rows.
+      rows: number of rows.
+      capacity: slots per row.
+      shrinkage: `Shrinkage` over all rows.
       overflowed: rows with more active latents than slots.
-      nonfinite: rows with NaN or Inf, left as they are.
+      nonfinite: rows with NaN or Inf, left unchanged.
       unconverged: rows that stopped at `max_steps`.
       worst_kkt: the largest relative KKT residual.
     """
@@ -189,15 +189,15 @@ def refine_file(
 ) -> RefineSummary:
     """Refine rows into an `.npz` file, in order: `indices`, `values` `[n k]`, `kkt`, `status`, `num_dropped` `[n]`.
 
-    Only blocks are in memory, so that rows may be a memory-mapped file larger than it; the file appears when whole.
+    Only blocks are held in memory, so rows may be a larger memory-mapped file; `out` appears only once complete.
 
     Args:
       sae: the autoencoder.
       rows: `[n d]`.
       out: the file to write.
       solver: as for `refine_blocks`.
-      capacity: slots a row; `max_l0` by default, unless the activation fixes it.
-      progress: called with the number of rows just done.
+      capacity: slots per row; `max_l0` by default, unless the activation fixes it.
+      progress: called with the number of rows in each finished block.
 
     Raises:
       InputError: if the rows are not as wide as the SAE, or the file cannot be written.
@@ -256,7 +256,7 @@ def refine_file(
 
 
 def _require_space(path: Path, needed: int) -> None:
-    # A memory map that outgrows the disk ends the process without a message.
+    # A memory map that outgrows the disk kills the process without a message.
     free = shutil.disk_usage(path.parent).free
     if free < needed:
         raise InputError(

@@ -1,4 +1,4 @@
-"""Sums that can be merged and stay exact: what every metric is made of."""
+"""Mergeable sums with compensated rounding, of which all metrics consist."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ _Metric = TypeVar("_Metric")
 
 
 class _Sums:
-    """What all metrics have in common: `+`, compiled once for each kind and shape."""
+    """Base class of metrics: `+`, compiled once for each class and shape."""
 
     def __add__(self: _Metric, other: _Metric) -> _Metric:
         return _merge(self, other)
 
     def _plus(self, other: Any) -> Any:
-        """Both together, in a trace; part by part, unless it is said otherwise."""
+        """The merged metric, traceable; field by field by default."""
         names = [field.name for field in dataclasses.fields(self)]  # pyright: ignore[reportArgumentType]
         return type(self)(**{name: _plus(getattr(self, name), getattr(other, name)) for name in names})
 
@@ -34,12 +34,12 @@ def _plus(a, b):
 
 
 def _rest() -> Any:
-    """The field for what rounding left out of the others, by their names."""
+    """A field for the rounding errors of the other fields, by name."""
     return struct.field(default_factory=dict)
 
 
 def _added(a: Any, b: Any, names: Sequence[str], scales: tuple[Any, Any] = (1.0, 1.0)) -> dict[str, Any]:
-    """The fields of `scales[0] · a + scales[1] · b` that have these names, and the `rest` of them."""
+    """The named fields of `scales[0] · a + scales[1] · b`, and their `rest`."""
     (x, y), found, rest = scales, {}, {}
     for name in names:
         left = x * a.rest.get(name, 0.0) + y * b.rest.get(name, 0.0)
@@ -48,7 +48,7 @@ def _added(a: Any, b: Any, names: Sequence[str], scales: tuple[Any, Any] = (1.0,
 
 
 def _two_sum(a, b, rest):
-    """`a + b + rest`, rounded, and what that leaves out (Knuth)."""
+    """`a + b + rest`, rounded, and its rounding error (Knuth)."""
     total = a + b
     part = total - a
     rest = rest + ((a - (total - part)) + (b - part))
@@ -57,12 +57,12 @@ def _two_sum(a, b, rest):
 
 
 def _exact(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a single batch, out of which nothing is left."""
+    """The fields of a single batch, with a `rest` of zeros."""
     return fields | {"rest": jax.tree.map(jnp.zeros_like, fields)}
 
 
 def _unit(*arrays: Array) -> Float[Array, ""]:
-    """A power of two in which the squares of numbers, and sums of them, are numbers: 1, but for very large or small."""
+    """A power of two in units of which sums of squares neither overflow nor underflow; 1 for ordinary magnitudes."""
     most = jnp.stack([jnp.max(jnp.abs(x), initial=0) for x in arrays]).max()
     step = -3 * int(jnp.finfo(most.dtype).minexp) // 8  # 47 in float32
     power = jnp.clip(jnp.round(jnp.frexp(most)[1] / step), -2, 2)

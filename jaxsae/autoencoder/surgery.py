@@ -1,4 +1,4 @@
-"""Changes to a trained SAE that keep what it computes, or change it by a known amount: units, norms, thresholds."""
+"""Changes to a trained SAE with a known effect on what it computes: units and thresholds."""
 
 import dataclasses
 
@@ -14,20 +14,20 @@ from jaxsae.autoencoder.sae import SAE, pre_activations
 
 
 def rescale(sae: SAE, scale: float | Float[Array, ""]) -> SAE:
-    """The SAE that does to `x` what `sae` does to `scale · x`, in the units of `x`.
+    """Change units: the result does to `x` what `sae` does to `scale · x`.
 
         reconstruct(rescale(sae, scale), x) = reconstruct(sae, scale · x) / scale
 
-    The supports are the same, and values are in the units of `x` too, `z / scale`, but where each row is normalised.
-    Weights stay as they are, so atoms of unit norm keep it; only biases and thresholds change units.
+    Supports are equal, and values become `z / scale`, or stay equal if each row is normalised. Weights are unchanged,
+    so atoms of unit norm keep it; only biases and thresholds change units.
 
     Args:
       sae: an autoencoder of scaled activations.
       scale: positive factor from raw to scaled activations.
 
     Raises:
-      ValueError: if the scale is not positive and finite; if it is a transcoder, whose target may have units of its
-        own; or if its activation or normalisation is one that does not say how it changes units.
+      ValueError: if the scale is not positive and finite; for a transcoder, whose target may be in other units; or if
+        the activation or normalisation does not define `rescale`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsae
@@ -38,10 +38,10 @@ def rescale(sae: SAE, scale: float | Float[Array, ""]) -> SAE:
     _validate_scale(scale, "rescale")
     if sae.transcoder or sae.W_skip is not None:
         raise ValueError(
-            "`rescale` got a transcoder, whose target may have units of its own; scale what it reads, "
+            "`rescale` got a transcoder, whose target may be in other units; scale its input weights, "
             "sae.replace(W_enc=scale * sae.W_enc), and W_skip likewise if it has one."
         )
-    if sae.normalisation is not None and sae.normalisation.per_row:  # inside, the units are the row's own
+    if sae.normalisation is not None and sae.normalisation.per_row:  # weights act on normalised rows
         return dataclasses.replace(sae, normalisation=sae.normalisation.rescale(scale))
     activation = sae.activation.rescale(scale)
     return dataclasses.replace(sae, b_enc=sae.b_enc / scale, b_dec=sae.b_dec / scale, activation=activation)
@@ -55,19 +55,19 @@ def _validate_scale(scale, name: str) -> None:
 
 
 def fold_scale(sae: SAE, scale: float | Float[Array, ""]) -> SAE:
-    """The SAE that takes `x` as it is, of one that wants `scale · x`; codes keep their values.
+    """Fold an input scale into the weights: the result takes `x` where `sae` takes `scale · x`, with equal codes.
 
         W_enc ← scale · W_enc,   W_dec ← W_dec / scale,   b_dec ← b_dec / scale
 
-    Unlike `rescale`, which keeps the weights and changes the units of the codes. What comes out is in the units of `x`:
-    the target of a transcoder is taken to have come scaled too.
+    `rescale`, in contrast, keeps the weights and changes the units of the codes. The output is in the units of `x`: the
+    target of a transcoder is assumed to have been scaled by the same factor.
 
     Args:
-      sae: an autoencoder of scaled activations, as one with `AverageNorm`, which is then dropped.
+      sae: an autoencoder of scaled activations, such as one with `AverageNorm`, which is then removed.
       scale: positive factor from raw to scaled activations, such as `√d / mean ‖x‖`.
 
     Raises:
-      ValueError: if the scale is not positive and finite, if it has no encoder, or if it normalises each row.
+      ValueError: if the scale is not positive and finite, or if the SAE has no encoder or normalises each row.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsae
@@ -83,30 +83,30 @@ def fold_scale(sae: SAE, scale: float | Float[Array, ""]) -> SAE:
     if sae.normalisation is not None and sae.normalisation.per_row:
         raise ValueError(
             f"`fold_scale` got an SAE that normalises each row ({type(sae.normalisation).__name__}), which takes rows "
-            "of any scale; leave it as it is, or call rescale."
+            "of any scale; use it unchanged, or call rescale."
         )
     weights = {"W_enc": sae.W_enc * scale, "W_dec": sae.W_dec / scale, "b_dec": sae.b_dec / scale}
     return dataclasses.replace(sae, **weights, normalisation=None)
 
 
 def rethreshold(sae: SAE, x: Float[Array, "n d"], l0: float) -> SAE:
-    """The SAE with one threshold for all latents in place of its activation, such that its mean L0 on `x` is `l0`.
+    """Replace the activation by a JumpReLU with one threshold for all latents, at which the mean L0 on `x` is `l0`.
 
-    A trained TopK then spends its latents where they are needed, and each row and latent can be computed alone. Rows
-    with NaN or Inf are left out. Values that are equal stay together, so that the L0 may be more than `l0`; it is less
-    only where fewer pre-activations are positive.
+    The L0 of a trained TopK then varies by row, and each row and latent can be computed independently. Rows with NaN or
+    Inf are left out. Ties are kept together, so that the L0 may exceed `l0`; it is lower only if fewer pre-activations
+    are positive.
 
     Args:
       sae: the autoencoder.
       x: a sample of activations `[n d]`.
-      l0: mean number of active latents a row to aim at, at most `m`.
+      l0: target mean number of active latents per row, at most `m`.
 
     Returns:
       The SAE with a `JumpReLU`.
 
     Raises:
-      ValueError: if `l0` is not between 0 and `m`, if no row is finite, or if the values of its activation are not the
-        pre-activations that are large enough, so that another activation cannot stand in its place.
+      ValueError: if `l0` is not between 0 and `m`, if no row is finite, or if the activation is not one that keeps
+        positive pre-activations unchanged.
 
     Example:
       >>> import jax, jaxsae
@@ -118,7 +118,7 @@ def rethreshold(sae: SAE, x: Float[Array, "n d"], l0: float) -> SAE:
     Source: Gao et al. (2024), Section 5.2.
     """
     if not 0 < l0 <= sae.m:
-        raise ValueError(f"`rethreshold` got l0 = {l0} for {sae.m} latents; pass more than 0, and at most that.")
+        raise ValueError(f"`rethreshold` got l0 = {l0} for {sae.m} latents; pass more than 0 and at most {sae.m}.")
     if not sae.activation.takes_largest:
         raise ValueError(
             f"`rethreshold` got {type(sae.activation).__name__}, whose values are not the largest pre-activations; "
@@ -127,7 +127,7 @@ def rethreshold(sae: SAE, x: Float[Array, "n d"], l0: float) -> SAE:
     pre = pre_activations(sae, x)
     finite = jnp.isfinite(pre).all(-1, keepdims=True)
     if not (rows := int(jnp.sum(finite))):
-        raise ValueError("`rethreshold` got no row without NaN or Inf; pass some.")
+        raise ValueError("`rethreshold` got no finite rows; pass at least one.")
     largest = jnp.sort(jnp.where(finite, jax.nn.relu(pre), 0).ravel())[::-1]
     least = largest[max(round(l0 * rows), 1) - 1].astype(promoted(pre.dtype, jnp.float32))
     below = jnp.maximum(jnp.nextafter(least, -jnp.inf), 0)

@@ -1,4 +1,4 @@
-"""Activations as rows `[n d]`, in memory or on disk, and batches of them in an order that a seed fixes.
+"""Activations as rows `[n d]`, in memory or on disk, and batches of them in an order fixed by a seed.
 
 `rows` opens files, `shards` is the directory format that a harvest writes, `batching` draws from them.
 """

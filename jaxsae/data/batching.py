@@ -1,4 +1,4 @@
-"""Batches of rows, in an order that a seed fixes, read ahead by grain."""
+"""Batches of rows in an order fixed by a seed, prefetched by grain."""
 
 import itertools
 from collections.abc import Sequence
@@ -10,21 +10,21 @@ from jaxsae._core.files import InputError, first_line
 from jaxsae.data import shards
 from jaxsae.data.rows import Rows
 
-_THREADS, _AHEAD = 2, 8  # of the reading of batches; in number
+_THREADS, _AHEAD = 2, 8  # reader threads, and batches prefetched
 
 
 class Batches:
-    """Batches `[size d]` in float32 without end, read ahead by grain; the order is a function of the seed alone.
+    """An infinite iterator of float32 batches `[size d]`, prefetched by grain, whose order depends on the seed only.
 
     Attributes:
-      position: how many batches were taken; set it to resume there, or anywhere else.
+      position: number of batches taken; set it to resume from any batch.
     """
 
     def __init__(self, source: "_Numbered"):
-        """As `batches` makes it.
+        """See `batches`.
 
         Args:
-          source: batch by its number.
+          source: maps a number to its batch.
         """
         import grain
 
@@ -51,7 +51,7 @@ class Batches:
         self._iterator.set_state({"next_index": number})
 
     def rows(self, number: int) -> list[tuple[int, np.ndarray]]:
-        """Which rows batch `number` holds: `(source, row numbers)`, for those sources that it draws from."""
+        """The rows in batch `number`: `(source, row numbers)` for each source that it draws from."""
         return [(source, numbers) for source, _, numbers in self.source.parts(number)]
 
 
@@ -67,7 +67,7 @@ class _Numbered:
         return (1 << 62) // self._size
 
     def parts(self, number: int) -> list[tuple[int, np.ndarray, np.ndarray]]:
-        """Of each source that a batch draws from: its number, places in the batch, and row numbers, ascending."""
+        """For each source that a batch draws from: its number, places in the batch, and row numbers, ascending."""
         flat = np.array([self._order[number * self._size + place] for place in self._part])
         sources = np.searchsorted(self._edges, flat, side="right") - 1
         order = np.argsort(flat, kind="stable")  # a memory-mapped file is then read forwards
@@ -93,23 +93,23 @@ def batches(
     part: slice = slice(None),
     names: Sequence[str] | None = None,
 ) -> Batches:
-    """Yield batches `[size d]` in float32 without end: epochs that hold each row once, each in a new order.
+    """Yield float32 batches `[size d]` indefinitely: each epoch holds every row once, in a new order.
 
-    This holds for each source: an epoch of its rows ends before the next begins, though a batch may hold rows of both.
+    With several sources this holds for each. A batch may hold rows of two epochs.
 
     Args:
-      rows: `[n d]`, may be memory-mapped; or several of them, to be mixed.
-      size: rows a batch, at most `n`.
-      seed: of the shuffles.
-      weights: in which proportions to mix, whatever the lengths; by default in those of the lengths, as if joined.
-      window: rows that are shuffled among themselves, one window after the other, where rows had better be read
-        forwards (`harvest.live`); by default all are. The last window of a pass holds the rest.
-      part: which rows of each batch to read, those that this process needs; all by default.
-      names: of the sources, for messages.
+      rows: `[n d]`, may be memory-mapped; or several such sources, to be mixed.
+      size: rows per batch, at most `n`.
+      seed: seed of the shuffles.
+      weights: proportions in which to mix the sources; by default those of their lengths, as if concatenated.
+      window: shuffle only within consecutive windows of this many rows, where rows are best read in order
+        (`harvest.live`); by default, shuffle all rows together. The last window of an epoch holds the rest.
+      part: the rows of each batch that this process reads; all by default.
+      names: names of the sources, for messages.
 
     Raises:
-      InputError: if there are fewer rows than a batch holds, or the shapes, dtypes, window or weights do not fit; in
-        reading, at a row of float64 that overflows.
+      InputError: if there are fewer rows than a batch holds, or the shapes, dtypes, window or weights do not fit;
+        while reading, if a float64 row overflows.
 
     Example:
       >>> stream = batches(np.arange(6.0).reshape(3, 2), 2, seed=0)
@@ -140,7 +140,7 @@ def batches(
 
         if window is None or window >= end - first:
             return together(first).repeat()
-        rest = end - (end - first) % window  # the rows from here on are a window of their own
+        rest = end - (end - first) % window  # the rows from here on form the last window
         windows = grain.experimental.WindowShuffleMapDataset(
             grain.MapDataset.range(first, rest),
             window_size=window,

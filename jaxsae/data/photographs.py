@@ -1,4 +1,4 @@
-"""Rows without a download: patches of the two photographs that scikit-learn brings."""
+"""Rows without a download: patches of the two photographs that ship with scikit-learn."""
 
 import numpy as np
 
@@ -6,17 +6,17 @@ from jaxsae._core.files import InputError
 
 
 def image_patches(rows: int, heldout: int, *, side: int = 10, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Patches of natural images, for training and held out, from scikit-learn's two photographs.
+    """Training and held-out patches of natural images, from scikit-learn's two photographs.
 
-    Each patch is `side × side` pixels of 3 colours, its own mean removed; then all are scaled by one number so that
+    Each patch is `side × side` pixels of 3 colours, with its mean removed; all are then scaled by one number so that
     the mean squared norm of training patches is 1. Training patches come from the left three quarters of each
     picture and held-out ones from the rest: no pixel is in both.
 
     Args:
-      rows: training patches.
-      heldout: held-out patches.
+      rows: number of training patches.
+      heldout: number of held-out patches.
       side: pixels along a side.
-      seed: of the places they are cut from.
+      seed: seed of the patches' positions.
 
     Returns:
       `[rows d]` and `[heldout d]` float32, `d = 3 · side²`.
@@ -45,7 +45,7 @@ def image_patches(rows: int, heldout: int, *, side: int = 10, seed: int = 0) -> 
 
 
 def _cut(pictures, count, side, generator):
-    """Cut `count` patches at random places, as many from each picture, and remove the mean of each."""
+    """Cut `count` patches at random places, equally many from each picture, and remove the mean of each."""
     patches = []
     for picture, share in zip(pictures, np.array_split(np.arange(count), len(pictures)), strict=True):
         windows = np.lib.stride_tricks.sliding_window_view(picture, (side, side), axis=(0, 1))

@@ -1,4 +1,4 @@
-"""Activations on disk, opened as rows `[n d]` whatever their format, and refused where they are damaged."""
+"""Activations on disk, opened as rows `[n d]` whatever their format; damaged files are refused."""
 
 import hashlib
 import io
@@ -15,7 +15,7 @@ from jaxsae._core.files import InputError, first_line, in_one_line, local_path
 from jaxsae.data import shards
 
 Rows = np.ndarray | shards.Rows  # `[n d]`, in memory or not
-_SAMPLED, _BLOCKS = 64 << 20, 256  # bytes of rows whose values are hashed, and in how many places
+_SAMPLED, _BLOCKS = 64 << 20, 256  # bytes of rows that are hashed, and in how many blocks
 _MEND = "write the file again"
 
 
@@ -23,8 +23,8 @@ def open_rows(path: str | os.PathLike) -> Rows:
     """Open activations as rows `[n d]`: a file in one of several formats, or a directory of shards.
 
     Formats are `.npy` and `.safetensors`, memory-mapped; `.npz`; and `.array_record`, whose records are rows, each as
-    the bytes of an `.npy` file. Leading axes are flattened into rows. There must be one array of activations in a file.
-    Of a directory that is still being written, the whole shards are opened.
+    the bytes of an `.npy` file. Leading axes are flattened into rows. A file must hold exactly one array. In a
+    directory that is still being written, the complete shards are opened.
 
     Args:
       path: the file, or the directory.
@@ -33,7 +33,7 @@ def open_rows(path: str | os.PathLike) -> Rows:
       `[n d]`, float16, bfloat16, float32 or float64.
 
     Raises:
-      InputError: if the file is missing, truncated, not an array, empty, or not floating point; as `shards.read`.
+      InputError: if the file is missing, truncated, not an array, empty, or not floating point; and as `shards.read`.
 
     Example:
       >>> import tempfile, numpy as np
@@ -129,7 +129,7 @@ class _Records:
         except Exception as error:
             if len(numbers) > 1:  # find which
                 return [row for number in numbers for row in self._rows([number])]
-            what = f"record {numbers[0]} is no .npy file ({first_line(error)})"
+            what = f"record {numbers[0]} is not a .npy file ({first_line(error)})"
             raise InputError(f"{self._path}: {what}; {_MEND}.") from error
 
 
@@ -150,33 +150,33 @@ def _only_array(archive, path: Path) -> np.ndarray:
 
 
 def require_finite(rows: Rows, what: str) -> None:
-    """Raise if there are rows with NaN or Inf.
+    """Raise if any row holds NaN or Inf.
 
     Args:
       rows: `[n d]`, may be memory-mapped.
-      what: what the rows are called in errors.
+      what: name of the rows in errors.
 
     Raises:
-      InputError: how many there are, and which is the first.
+      InputError: with the number of such rows, and the first of them.
 
     Example:
       >>> require_finite(np.array([[1.0], [np.nan]]), "x.npy")
       Traceback (most recent call last):
-      jaxsae.InputError: x.npy: 1 of 2 rows hold NaN or Inf, the first is row 1; drop or mend them.
+      jaxsae.InputError: x.npy: 1 of 2 rows hold NaN or Inf, the first is row 1; drop or fix them.
     """
     chunk = max(1, (64 << 20) // rows[0].nbytes)  # the rows may be a file larger than memory
     finite = [np.isfinite(rows[at : at + chunk]).all(axis=1) for at in range(0, len(rows), chunk)]
     bad = np.flatnonzero(~np.concatenate(finite))
     if bad.size:
         found = f"{bad.size} of {len(rows)} rows hold NaN or Inf, the first is row {bad[0]}"
-        raise InputError(f"{what}: {found}; drop or mend them.")
+        raise InputError(f"{what}: {found}; drop or fix them.")
 
 
 def fingerprint(rows: Rows) -> str:
-    """A hash that detects other rows in the place of these, cheap for any number of them.
+    """A cheap hash that detects changed rows.
 
-    It is of their number, width, dtype and values: all of them up to 64 MiB, beyond that blocks spread evenly; of a
-    directory of shards, the checksums in its manifest instead; of rows that are computed, no values.
+    It covers their number, width, dtype and values: all values up to 64 MiB, evenly spaced blocks beyond that. For a
+    directory of shards the checksums in its manifest replace the values; values of computed rows are not hashed.
 
     Args:
       rows: `[n d]`, may be memory-mapped.

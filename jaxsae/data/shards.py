@@ -1,10 +1,10 @@
-"""A directory of activations that others can read: plain `.npy` shards and a JSON manifest, never half-valid.
+"""A portable directory of activations: plain `.npy` shards and a JSON manifest, which is updated atomically.
 
     manifest.json     width, dtype, rows, complete, source; the rows of each shard, size and CRC-32 of its files
-    00000.npy         [n d], float16 or float32; bfloat16, which .npy does not know, as uint16 of the same bits
+    00000.npy         [n d], float16 or float32; bfloat16, which .npy lacks, as uint16 of the same bits
     00000.tokens.npy  a column beside it, of any shape and dtype
 
-A shard is there once the manifest names it: the manifest is replaced, in one step, when the files are on the disk.
+A shard exists once the manifest lists it: the manifest is replaced atomically, once the shard's files are on disk.
 """
 
 import contextlib
@@ -26,19 +26,19 @@ from jaxsae._core.files import InputError, atomic_file, flush_folder, in_one_lin
 
 MANIFEST = "manifest.json"
 _FORMAT, _VERSION, _DTYPES = "jaxsae-activations", 1, ("float16", "float32", "bfloat16")
-_SHARD = re.compile(r"([0-9]{5,})(?:\.([A-Za-z_][A-Za-z0-9_]*))?\.npy")  # its number; the column that it is
+_SHARD = re.compile(r"([0-9]{5,})(?:\.([A-Za-z_][A-Za-z0-9_]*))?\.npy")  # its number and, if any, its column
 _PARTIAL = re.compile(rf"\.(?:{_SHARD.pattern}|{re.escape(MANIFEST)})(?:\.\w+)?\.partial")  # of `atomic_file`
 _MAX_MAPS = 128  # each holds a file descriptor, of which some systems allow 256
 _MEND = "copy or make the directory again"
 
 
 class Manifest(NamedTuple):
-    """What a directory holds.
+    """The manifest of a directory.
 
     Attributes:
-      width: of the rows.
-      dtype: of the rows, by name.
-      source: JSON, where the rows come from.
+      width: width of the rows.
+      dtype: name of the rows' dtype.
+      source: JSON that describes where the rows come from.
       complete: whether its writer has finished.
       shards: as in the JSON, `{"rows": n, "files": {name: {"bytes": …, "crc32": …}}}`.
     """
@@ -67,7 +67,7 @@ def read(folder: str | os.PathLike) -> Manifest:
       folder: the directory.
 
     Raises:
-      InputError: if the manifest is missing, damaged or of another format, or a file is missing or of another size.
+      InputError: if the manifest is missing, damaged or in another format, or a file is missing or of the wrong size.
 
     Example:
       >>> import tempfile
@@ -99,12 +99,12 @@ def _parse(content: bytes) -> Manifest:
     right = type(manifest.width) is int and manifest.width > 0
     right &= manifest.dtype in _DTYPES and type(manifest.complete) is bool
     for number, shard in enumerate(manifest.shards):
-        names = [_SHARD.fullmatch(name) for name in shard["files"]]  # none leads out of the directory
+        names = [_SHARD.fullmatch(name) for name in shard["files"]]  # no name leads out of the directory
         right &= all(name and int(name[1]) == number for name in names) and _name(number) in shard["files"]
         right &= all(type(file["bytes"]) is int and type(file["crc32"]) is str for file in shard["files"].values())
         right &= type(shard["rows"]) is int and shard["rows"] > 0
     if not right or record["rows"] != manifest.rows:
-        raise ValueError("a value is not as it must be")
+        raise ValueError("a field is invalid")
     return manifest
 
 
@@ -113,9 +113,12 @@ def _name(number: int, column: str | None = None) -> str:
 
 
 class Writer:
-    """The one writer of a directory: starts it, or resumes after its last whole shard.
+    """The single writer of a directory: starts it, or resumes after its last complete shard.
 
-    Attributes: `manifest`, as it is on the disk; `shards` and `rows`, how many it has.
+    Attributes:
+      manifest: the manifest on disk.
+      shards: number of shards.
+      rows: number of rows.
 
     Example:
       >>> import tempfile
@@ -128,13 +131,13 @@ class Writer:
     """
 
     def __init__(self, folder: str | os.PathLike, *, width: int, dtype: Any, source: Any):
-        """Start, or resume.
+        """Start or resume a directory.
 
         Args:
           folder: the directory, made if missing.
-          width: of the rows.
+          width: width of the rows.
           dtype: float16, float32 or bfloat16.
-          source: any JSON, where the rows come from; a directory is only continued with an equal one.
+          source: any JSON that describes where the rows come from; a directory is only resumed with an equal one.
 
         Raises:
           InputError: if the directory holds something else, was made with other arguments, or is damaged.
@@ -167,7 +170,7 @@ class Writer:
         self._sweep()
 
     def append(self, rows: Any, /, **columns: Any) -> None:
-        """Write a shard, whole or not at all.
+        """Write a shard atomically.
 
         Args:
           rows: `[n d]`, cast to the directory's dtype.
@@ -175,7 +178,7 @@ class Writer:
 
         Raises:
           InputError: if the rows are of another width or overflow in the cast, or the directory is complete.
-          OSError: if the disk is full, say; what was there stays.
+          OSError: if writing fails, as on a full disk; existing shards are kept.
         """
         self._require_writable()
         rows = _stored_rows(rows, self.manifest, self.folder)
@@ -192,7 +195,7 @@ class Writer:
             self._commit(self.manifest._replace(shards=shards))
         except BaseException:
             with contextlib.suppress(OSError, ValueError):
-                if _parse(self._path.read_bytes()) == self.manifest:  # else it names the new shard
+                if _parse(self._path.read_bytes()) == self.manifest:  # else it lists the new shard
                     self._sweep()
             raise
 
@@ -217,7 +220,7 @@ class Writer:
         self.manifest, self.shards, self.rows = manifest, len(manifest.shards), manifest.rows
 
     def _sweep(self) -> None:
-        """Remove what is left of an unfinished shard."""
+        """Remove the files of unfinished shards."""
         for name in os.listdir(self.folder):
             if _PARTIAL.fullmatch(name) or (_SHARD.fullmatch(name) and name not in self.manifest.files):
                 remove(self.folder / name)
@@ -239,17 +242,17 @@ def _stored_rows(rows: Any, manifest: Manifest, folder: Path) -> np.ndarray:
 
 
 def cast(rows: Any, dtype: Any, what: str, do: str, numbers: Any = None) -> np.ndarray:
-    """Rows in another floating-point dtype; none overflows silently.
+    """Cast rows to another floating-point dtype; overflow is an error.
 
     Args:
       rows: `[n d]`, real numbers.
-      dtype: wanted.
-      what: the rows are, for the message.
-      do: what the message says to do.
-      numbers: of the rows, for the message; their places by default.
+      dtype: the dtype to cast to.
+      what: name of the rows in messages.
+      do: advice in messages.
+      numbers: row numbers for messages; their positions by default.
 
     Raises:
-      InputError: if they are no real numbers, or a finite one overflows, or a row vanishes.
+      InputError: if the values are not real numbers, a finite one overflows, or a row underflows to zero.
 
     Example:
       >>> cast(np.array([[1.0], [1e300]]), np.float32, "x.npy", "scale it")
@@ -289,7 +292,7 @@ def _stored(dtype: str) -> str:
 def _serialised(array: Any, column: str | None) -> bytes:
     array = np.atleast_1d(array)
     if array.dtype.kind in "OV":
-        raise InputError(f"column {column}: holds {array.dtype}, which .npy files cannot; convert it with .astype().")
+        raise InputError(f"column {column}: holds {array.dtype}, which .npy cannot store; convert it with .astype().")
     np.save(buffer := io.BytesIO(), np.ascontiguousarray(array), allow_pickle=False)
     return buffer.getvalue()
 
@@ -304,11 +307,11 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def column(folder: str | os.PathLike, name: str) -> np.ndarray:
-    """A column of all whole shards, joined along its first axis.
+    """A column of all complete shards, concatenated along its first axis.
 
     Args:
       folder: the directory.
-      name: of the column.
+      name: name of the column.
 
     Raises:
       InputError: as `read`, or if a shard has no such column, or it is damaged.
@@ -323,7 +326,7 @@ def column(folder: str | os.PathLike, name: str) -> np.ndarray:
     manifest = read(folder)
     files = [_name(number, name) for number in range(len(manifest.shards))]
     if not files or not manifest.files.keys() >= set(files):
-        raise InputError(f"{folder}: not every shard has a column {name!r}; pass one that its {MANIFEST} names.")
+        raise InputError(f"{folder}: not every shard has a column {name!r}; pass one that its {MANIFEST} lists.")
     for file in files:
         _check(Path(folder, file), manifest.files[file]["crc32"])
     with in_one_line(f"{folder}: the column {name!r} does not fit together", "read its files"):
@@ -337,7 +340,7 @@ def verify(folder: str | os.PathLike) -> None:
       folder: the directory.
 
     Raises:
-      InputError: as `read`, or at the first file that is not what was written.
+      InputError: as `read`, or at the first file that does not match its checksum.
 
     Example:
       >>> import tempfile
@@ -363,9 +366,9 @@ def _check(path: Path, crc32: str) -> None:
 
 
 class Rows:
-    """Rows `[n d]` of a directory, memory-mapped and read when asked for.
+    """Rows `[n d]` of a directory, memory-mapped and read on access.
 
-    A slice is a view, which reads nothing. Arrays are: a row, rows by number, a slice with a step, `np.asarray(rows)`.
+    A slice is a view and reads nothing. A row, rows by number, a slice with a step and `np.asarray(rows)` are arrays.
     """
 
     def __init__(
@@ -377,15 +380,15 @@ class Rows:
         dtype: Any,
         checksum: str | None = None,
     ):
-        """As `open_rows` makes it.
+        """See `open_rows`.
 
         Args:
-          load: maps a shard by its number.
-          edges: where shards begin, and the end.
-          window: what is seen.
-          width: of the rows.
-          dtype: of the rows.
-          checksum: of all that can be loaded, if it is known; "" of what is computed.
+          load: returns a shard by its number.
+          edges: first row of each shard, and the total.
+          window: the visible rows.
+          width: width of the rows.
+          dtype: dtype of the rows.
+          checksum: checksum of all shards, if known; "" for computed rows.
         """
         self._load, self._edges, self._window, self.checksum = load, edges, window, checksum
         self.shape, self.ndim, self.dtype = (len(window), width), 2, np.dtype(dtype)
@@ -427,16 +430,17 @@ class Rows:
 
 
 def open_rows(folder: str | os.PathLike) -> Rows:
-    """Open the rows of a directory: of its whole shards, if it is not complete.
+    """Open the rows of a directory; if it is incomplete, those of its complete shards.
 
     Args:
       folder: the directory.
 
     Returns:
-      `[n d]`, float16, float32 or bfloat16. A shard is checked when it is first read, and an `InputError` if damaged.
+      `[n d]`, float16, float32 or bfloat16. A shard's checksum is verified on first read, which raises `InputError` if
+      it is damaged.
 
     Raises:
-      InputError: as `read`, or if a shard is no array of the manifest's shape and dtype.
+      InputError: as `read`, or if a shard does not hold an array of the manifest's shape and dtype.
 
     Example:
       >>> import tempfile
@@ -466,13 +470,13 @@ def open_rows(folder: str | os.PathLike) -> Rows:
 
 
 def _offset(path: Path, shape: tuple[int, int], dtype: str) -> int:
-    """Where the values of a shard begin."""
-    with in_one_line(f"{path}: is no .npy file", _MEND), open(path, "rb") as file:
+    """Byte offset of the values of a shard."""
+    with in_one_line(f"{path}: is not a .npy file", _MEND), open(path, "rb") as file:
         version = np.lib.format.read_magic(file)
         found = np.lib.format.read_array_header_1_0(file)
         offset = file.tell()
-    in_order = (shape, False, np.dtype(_stored(dtype)).newbyteorder("<"))
+    expected = (shape, False, np.dtype(_stored(dtype)).newbyteorder("<"))
     whole = offset + math.prod(shape) * jnp.dtype(dtype).itemsize == path.stat().st_size
-    if version != (1, 0) or found != in_order or not whole:
-        raise InputError(f"{path}: holds no array {shape} of {dtype}, row after row; {_MEND}.")
+    if version != (1, 0) or found != expected or not whole:
+        raise InputError(f"{path}: does not hold an array {shape} of {dtype} in C order; {_MEND}.")
     return offset

@@ -6,9 +6,9 @@
     for x in batches:
         state, metrics = step(state, x)
 
-`losses` and `objectives` say what is minimised, `optim` what is done to gradients and parameters, `steps` runs it,
-`startup` has the heuristics for biases and dead latents. `checkpoint` and `job`, for runs that are interrupted, load
-orbax when they are first asked for.
+`losses` and `objectives` define what is minimised, `optim` the optimiser, `steps` the training step and loop, and
+`startup` the heuristics for biases and dead latents. `checkpoint` and `job`, for interruptible runs, are imported on
+first access.
 """
 
 from jaxsae._core import lazy

@@ -1,10 +1,10 @@
-"""The whole state of a training, saved in one step through orbax: what resumes is bitwise identical, whatever ended it.
+"""Checkpoints of the whole training state through orbax, saved atomically, from which runs resume bitwise identically.
 
     1000/state       the state, and a fingerprint of each of its leaves
     1000/manifest    configuration, versions, the position in the data
 
-A step is there once it has its name, which it gets when all of it is on the disk. It is only used if every leaf still
-has its fingerprint; else the one before it is, with a warning.
+A step gets its name only once all of it is on disk. It is restored only if every leaf matches its fingerprint;
+otherwise the step before it is, with a warning.
 """
 
 import contextlib
@@ -35,19 +35,19 @@ from jaxsae._core.files import InputError, first_line, local_path, owned
 from jaxsae.formats.tensors import writable
 
 _VERSION = 1
-# What was to be read or written next, when a file before it could not be.
+# Coroutines that are never awaited once an earlier file could not be read or written.
 _UNBEGUN = r"coroutine '\S*(_read_array_index_and_device_put|write_fragment)' was never awaited"
 _ECHOES = f"Event loop is closed|Encountered error while reading array index|in OCDBT database at|{_UNBEGUN}"
 _NOT_SAVED = "state{} is not what was saved"
 
 
 class Saved(NamedTuple):
-    """A step as it was saved.
+    """A saved step.
 
     Attributes:
       step: its number.
-      state: the pytree, sharded as asked for.
-      progress: JSON, as it was given.
+      state: the pytree, sharded as requested.
+      progress: JSON, as passed to `save`.
     """
 
     step: int
@@ -67,10 +67,10 @@ def versions() -> dict[str, str]:
 
 
 def steps(folder: str | os.PathLike) -> list[int]:
-    """The steps that are in a directory of checkpoints, damaged or not, the last one first.
+    """The steps in a directory of checkpoints, damaged or not, latest first.
 
     Args:
-      folder: the directory; one that is missing has none.
+      folder: the directory; if it is missing, there are none.
 
     Example:
       >>> steps("no-such-place")
@@ -82,9 +82,9 @@ def steps(folder: str | os.PathLike) -> list[int]:
 
 
 class Checkpoints:
-    """The checkpoints of a run, in a directory: the last ones, and the best.
+    """The checkpoints of a run, in a directory: the latest, and the best.
 
-    Within a `with` block they are this process' own: another one that opens them is refused, until this one ends.
+    A `with` block locks the directory: other processes that enter one are refused until this one ends.
 
     Example:
       >>> import tempfile, jax.numpy as jnp
@@ -109,10 +109,10 @@ class Checkpoints:
         """Open a directory, made if missing.
 
         Args:
-          folder: of the checkpoints.
+          folder: directory of the checkpoints.
           config: any JSON; a directory can only be resumed with an equal one.
-          grows: members of the configuration that may be greater than they were.
-          keep: how many of the last steps to keep, beside the best.
+          grows: members of the configuration that may have increased.
+          keep: number of latest steps to keep, besides the best.
           warn: called with warnings.
 
         Raises:
@@ -128,7 +128,7 @@ class Checkpoints:
         for step in self.steps():
             try:
                 manifest = _read_manifest(self.folder / str(step))
-            except Exception:  # noqa: BLE001  orbax raises just that of a damaged file; `restore` warns
+            except Exception:  # noqa: BLE001  orbax raises no narrower one for a damaged file; `restore` warns
                 continue
             if manifest["version"] != _VERSION:
                 by = manifest.get("versions", {}).get("jaxsae", "unknown")
@@ -151,7 +151,7 @@ class Checkpoints:
             held.enter_context(_without_echoes())
             held.enter_context(_owned(self.folder, self._warn))
             held.callback(self._close)
-            self._require_same_run()  # as it is now that no other process writes there
+            self._require_same_run()  # again, now that no other process writes there
             self._held = held.pop_all()
         return self
 
@@ -165,21 +165,21 @@ class Checkpoints:
                 manager.close()
 
     def steps(self) -> list[int]:
-        """The steps in the directory, the last one first."""
+        """The steps in the directory, latest first."""
         return steps(self.folder)
 
     def save(self, step: int, state: Any, *, progress: Any, loss: float | None = None, wait: bool = False) -> None:
-        """Save a step, in the background but for a copy of the state; one that is there already is left as it is.
+        """Save a step in the background, after copying the state; an existing step is left unchanged.
 
         Args:
           step: its number.
-          state: any pytree of arrays, sharded or not, PRNG keys among them; or of what numpy makes arrays of.
-          progress: any JSON: the position in the data, and what else is needed to resume.
-          loss: the step of the least one is kept, whatever comes after it.
-          wait: come back when it is on the disk.
+          state: any pytree of arrays, sharded or not, including PRNG keys, or of values that numpy makes arrays of.
+          progress: any JSON: the position in the data, and whatever else is needed to resume.
+          loss: the step with the lowest one is always kept.
+          wait: return only when the step is on disk.
 
         Raises:
-          InputError: if it, or the one before it, cannot be written; those that were there stay.
+          InputError: if this step, or the one before it, cannot be written; existing steps are kept.
         """
         import orbax.checkpoint as ocp
 
@@ -215,9 +215,9 @@ class Checkpoints:
             return ocp.CheckpointManager(self.folder, options=options)
 
     def restore(self, like: Any) -> Saved | None:
-        """The last step that is whole, or None if there is none; damaged ones after it are removed, with a warning.
+        """Restore the latest undamaged step, or None if there are no steps; later ones are removed, with a warning.
 
-        Of several processes it is the last one that all of them can read.
+        With several processes, it is the latest that all of them can read.
 
         Args:
           like: a pytree of the state's structure, shapes, dtypes and shardings: arrays, or `jax.ShapeDtypeStruct`s.
@@ -225,7 +225,7 @@ class Checkpoints:
         Raises:
           InputError: if there are steps, and all are damaged; or if a leaf is of a kind that cannot be saved.
         """
-        like = jax.tree.map(_leaf, like)  # what could not be saved is refused before there is work to save
+        like = jax.tree.map(_leaf, like)  # refuse what could not be saved before any training
         if self._manager is not None:
             with _one_line(self.folder):
                 self._manager.wait_until_finished()
@@ -240,7 +240,7 @@ class Checkpoints:
                 self._warn(f"{self.folder}: went back to step {step}.")
                 for later in damaged if jax.process_index() == 0 else ():
                     shutil.rmtree(self.folder / str(later), ignore_errors=True)
-                _of_all(0)  # none looks before they are removed
+                _of_all(0)  # a barrier: no process looks before they are removed
                 self._manager = None
             return found
         if damaged:
@@ -248,17 +248,17 @@ class Checkpoints:
         return None
 
     def _read(self, path: Path, like: Any) -> Saved | None:
-        """A step, if all processes can read it and it is what was saved."""
+        """Read a step; None unless all processes can read it and its fingerprints match."""
         manifest, found, reason = {}, {}, ""
         with _without_echoes():
             try:
                 manifest, found = _read_manifest(path), _read_state(path, like)
-            except Exception as error:  # noqa: BLE001  orbax raises just that of a damaged file
+            except Exception as error:  # noqa: BLE001  orbax raises no narrower one for a damaged file
                 reason = first_line(error)[:200]
                 _free(error)
         if not all(_of_all(not reason)):
             reason = reason or "for another process"
-        else:  # all take part in the sums over what each of them has read
+        else:  # all processes take part in the sums over their shards
             names = [name for name, _ in jax.tree.leaves_with_path(found["state"])]
             wrong = np.flatnonzero(np.asarray(fingerprint(found["state"])) != np.asarray(found["fingerprint"]))
             reason = _NOT_SAVED.format(jax.tree_util.keystr(names[wrong[0]])) if len(wrong) else ""
@@ -268,13 +268,13 @@ class Checkpoints:
         now = versions()
         others = [f"{name} {old}" for name, old in manifest["versions"].items() if now.get(name) != old]
         if others:
-            self._warn(f"{path}: was saved by {', '.join(others)}; what follows may differ in its last bits.")
+            self._warn(f"{path}: was saved by {', '.join(others)}; results may differ in the last bits.")
         return Saved(manifest["step"], found["state"], manifest["progress"])
 
 
 @contextlib.contextmanager
 def _owned(folder: Path, warn: Callable[[str], None]) -> Iterator[None]:
-    """Own a directory; for several processes, the first one does."""
+    """Lock a directory, through the first of several processes."""
     with contextlib.ExitStack() as held:
         refusal = None
         try:
@@ -283,7 +283,7 @@ def _owned(folder: Path, warn: Callable[[str], None]) -> Iterator[None]:
         except InputError as error:
             refusal = error
         if not all(_of_all(refusal is None)):
-            raise refusal or InputError(f"{folder}: is refused to the first process; see what it says.")
+            raise refusal or InputError(f"{folder}: the first process could not lock it; see its message.")
         yield
 
 
@@ -295,8 +295,8 @@ def _of_all(value: int | bool) -> list[int]:
 
 
 def _leaf(leaf: Any) -> Any:
-    """What orbax saves or restores; a copy of what is numpy's, which may change until it is written."""
-    if isinstance(leaf, np.ndarray) and leaf.dtype.kind == "u":  # which no format of SAEs has
+    """A leaf for orbax; numpy arrays are copied, since they may change before they are written."""
+    if isinstance(leaf, np.ndarray) and leaf.dtype.kind == "u":  # unsigned, which no format of SAEs has
         leaf = np.array(leaf, leaf.dtype.newbyteorder("="))
     elif not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
         leaf = np.array(writable(leaf, "a leaf"))
@@ -310,7 +310,7 @@ def _leaf(leaf: Any) -> Any:
 
 
 def _members(config: Any) -> dict[str, str]:
-    """A configuration by its members, to name the one that differs."""
+    """The members of a configuration as JSON, to name one that differs."""
     return {name: json.dumps(value) for name, value in (config if isinstance(config, dict) else {"": config}).items()}
 
 
@@ -326,14 +326,14 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
         record = reader.restore(path / "manifest")
     if record["crc32"] != _crc32(record["content"]):
-        raise ValueError("its manifest has another checksum")
+        raise ValueError("its manifest does not match its checksum")
     if record["content"]["step"] != int(path.name):
         raise ValueError(f"its manifest is of step {record['content']['step']}")
     return record["content"]
 
 
 def _alone() -> Any:
-    """Orbax options with which no process waits for the others, of which one may fail."""
+    """Orbax options under which no process waits for the others, since one may fail."""
     import orbax.checkpoint as ocp
 
     me = jax.process_index()
@@ -361,10 +361,10 @@ def _read_state(path: Path, like: Any) -> Any:
 
 @contextlib.contextmanager
 def _without_echoes() -> Iterator[None]:
-    """When one file cannot be read or written, orbax drops the others, which then raise where nothing is caught.
+    """Suppress follow-up errors: if one file fails, orbax abandons the others, which then raise uncaught.
 
-    They do so as coroutines and asyncio's futures are freed, which `_free` does, and from threads of TensorStore as
-    those end: so after a failure the hook, which drops nothing else, stays.
+    They do so when coroutines and asyncio's futures are freed, as by `_free`, and when threads of TensorStore end. So
+    after a failure the hook, which suppresses nothing else, stays installed.
     """
     hook, logger = sys.unraisablehook, logging.getLogger("asyncio")
     ours = hook if isinstance(hook, _WithoutEchoes) else _WithoutEchoes(hook)
@@ -394,7 +394,7 @@ class _WithoutEchoes:
 
 
 def _free(error: BaseException | None) -> None:
-    """Clear the frames that an error of orbax's, and those before it, keep alive."""
+    """Clear the frames kept alive by an error from orbax and by its context."""
     if isinstance(sys.unraisablehook, _WithoutEchoes):
         sys.unraisablehook.stays = True
     while error is not None:
@@ -409,7 +409,7 @@ def _is_echo(error: object) -> bool:
 
 @contextlib.contextmanager
 def _one_line(folder: Path) -> Iterator[None]:
-    """Turn what orbax raises while it writes into one line."""
+    """Turn errors that orbax raises while writing into one-line `InputError`s."""
     try:
         yield
     except InputError:
@@ -425,15 +425,15 @@ def _one_line(folder: Path) -> Iterator[None]:
 
 
 def fingerprint(tree: Any) -> UInt32[Array, " n"]:
-    """A hash of the bits of each leaf, the same however it is sharded: a sum over its elements, each with its place.
+    """A hash of the bits of each leaf, independent of its sharding: a sum of hashes of its elements and their places.
 
-    Any change of one element changes it.
+    Any change of a single element changes it.
 
     Args:
       tree: pytree of arrays.
 
     Returns:
-      `[n]`, a number for each leaf.
+      `[n]`, one hash per leaf.
 
     Example:
       >>> import jax.numpy as jnp
@@ -441,7 +441,7 @@ def fingerprint(tree: Any) -> UInt32[Array, " n"]:
       >>> bool(a == b)
       False
     """
-    # Wider numbers of numpy, which JAX would round, as the pairs that its own would become.
+    # 64-bit numpy values, which JAX would round, become pairs of 32 bits, as JAX's own do in `_hash`.
     wide = [isinstance(leaf, np.ndarray | np.generic) and leaf.itemsize == 8 for leaf in jax.tree.leaves(tree)]
     leaves = [
         np.array(leaf, leaf.dtype.newbyteorder("="), order="C")[..., None].view(np.uint32) if halved else leaf

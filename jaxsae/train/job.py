@@ -1,4 +1,4 @@
-"""The loop of a training that loses nothing: it saves as it goes, stops on a signal, and recovers from bad batches."""
+"""A fault-tolerant training loop: it saves checkpoints, stops on signals, and recovers from bad batches."""
 
 import contextlib
 import dataclasses
@@ -19,14 +19,14 @@ from jaxsae.train.checkpoint import Checkpoints
 from jaxsae.train.steps import PATIENCE, Diverged, TrainState, _Watch
 
 ROLLBACKS = 3  # after which a training is given up
-_AGREE = 10  # batches between two questions to the other processes
+_AGREE = 10  # batches between exchanges with the other processes
 
 
 class Preempted(Exception):
-    """A signal ended a training; all of it is saved."""
+    """A signal ended a training; its state is saved."""
 
     def __init__(self, signum: int, step: int):
-        """Say how far it came.
+        """Record the signal and the step.
 
         Args:
           signum: the signal.
@@ -37,34 +37,34 @@ class Preempted(Exception):
 
 
 class TooManyRollbacks(Diverged):
-    """A training that rolled back too often; beside the state, how it was reached."""
+    """A training rolled back too often; `progress` is its `LoopState`."""
 
     def __init__(self, state: TrainState, progress: "LoopState", reason: str):
-        """Say why, and how far it came.
+        """Describe why a training was given up.
 
         Args:
           state: the last good one.
-          progress: how it was reached.
-          reason: of the last time that it would have gone back.
+          progress: the loop's state.
+          reason: why it would have rolled back again.
         """
         super().__init__(state)
         self.progress = progress
         self.args = (
-            f"training diverged: {reason}, after {progress.rollbacks} times before; {int(state.skipped)} batches were "
-            f"skipped in all, after {int(state.step)} steps; lower the learning rate or mend the data.",
+            f"training diverged: {reason}, after {progress.rollbacks} rollbacks; {int(state.skipped)} batches were "
+            f"skipped in all, after {int(state.step)} steps; lower the learning rate or check the data.",
         )
 
 
 class LoopState(NamedTuple):
-    """Where a training is, beside its state.
+    """Progress of a training, besides its `TrainState`.
 
     Attributes:
       position: batches taken from the data.
-      rollbacks: how often it went back to a saved state.
-      bad: which batches were skipped.
+      rollbacks: number of rollbacks to a saved state.
+      bad: numbers of the skipped batches.
       logged: the numbers last logged.
-      steps: how many the training is to take.
-      lengthened: where it was made longer: at which step, from how many steps, to how many.
+      steps: total number of steps of the training.
+      lengthened: extensions of the training: (at step, from steps, to steps).
     """
 
     position: int = 0
@@ -88,34 +88,34 @@ def run(
     warn: Callable[[str], None] = lambda text: None,
     resumed: Callable[[int, LoopState], None] = lambda number, progress: None,
 ) -> tuple[TrainState, LoopState]:
-    """Train until so many steps are taken, from where the checkpoints end.
+    """Train up to `steps` steps, resuming from the latest checkpoint.
 
-    A batch whose loss is not finite is skipped. After ten in a row the training goes back to the state last saved, and
-    on with the batches that come next; after three times it is given up. So it is if a number of the state itself is
-    not finite when it would be saved, but an infinite one of an activation, such as a threshold.
+    A batch whose loss is not finite is skipped. After ten in a row the training rolls back to the last saved state and
+    continues with the next batches; after three rollbacks it is given up. It also rolls back if the state itself is not
+    finite when it would be saved, except for infinite parameters of an activation, such as thresholds.
 
-    A training may be made longer than it was: the state is continued by the `step` it is given now, and so with the
-    schedules of the longer one. One of equal `steps` is bitwise identical to one that nothing ended.
+    A resumed training may be given more steps; it then follows the schedules of the new `step`. With equal `steps` it
+    is bitwise identical to an uninterrupted one.
 
     Args:
-      step: of `train.make_step`.
-      init_fn: makes the state to begin with.
-      batches: the data; `position` is set.
+      step: as from `train.make_step`.
+      init_fn: makes the initial state.
+      batches: the data; its `position` is set.
       checkpoints: where to save.
-      steps: how many to take, at least as many as before; skipped batches do not count.
-      save_every: seconds from one save to the next.
-      shard_fn: from a batch of the host to one of the devices.
+      steps: total number of steps, at least as many as before; skipped batches do not count.
+      save_every: seconds between saves.
+      shard_fn: maps a host batch to a batch on the devices.
       log_fn: called for each step with its number and metrics, on the device, up to nine batches later; returns the
-        numbers to keep. Numbers increase: not called for a skipped batch, nor again for a step that is taken again.
-      warn: called when the training goes back.
-      resumed: called with the number of steps taken before, and how, if there are any.
+        numbers to keep. Step numbers increase: skipped batches and repeated steps are not logged.
+      warn: called with a message on each rollback.
+      resumed: called with the number of previous steps and their `LoopState`, if there are any.
 
     Returns:
-      The state, saved, and how it was reached.
+      The final state, which is saved, and its `LoopState`.
 
     Raises:
-      Preempted: on SIGTERM or SIGINT, with all saved.
-      TooManyRollbacks: if it went back too often.
+      Preempted: on SIGTERM or SIGINT, with the state saved.
+      TooManyRollbacks: on one more rollback than allowed.
 
     Example:
       >>> import tempfile, jaxsae
@@ -144,12 +144,12 @@ def run(
         )
 
     taken, last = int(state.step), time.monotonic()
-    with _signals() as asked:
+    with _signals() as received:
         while taken < steps:
             state, metrics = step(state, shard_fn(next(batches)))
             taken, progress = taken + 1, progress._replace(position=batches.position)
             watch.see(progress.position - 1, metrics)
-            signum, due = _agree(progress.position, asked[-1], time.monotonic() - last >= save_every)
+            signum, due = _agree(progress.position, received[-1], time.monotonic() - last >= save_every)
             if not (signum or due or taken == steps or watch.in_a_row >= PATIENCE):
                 continue
             watch.flush()
@@ -171,10 +171,10 @@ def run(
 
 
 def _restored(saved, init_fn, steps: int) -> tuple[TrainState, LoopState]:
-    """Where a training begins, or resumes."""
+    """The initial or restored state and progress."""
     if saved is None:
         return sharding.create(init_fn), LoopState(steps=steps)
-    record = LoopState(**saved.progress)  # of JSON, which has lists
+    record = LoopState(**saved.progress)  # JSON has lists in place of tuples
     progress = record._replace(bad=tuple(record.bad), lengthened=tuple(map(tuple, record.lengthened)))
     if progress.steps < steps:
         longer = (int(saved.state.step), progress.steps, steps)
@@ -183,7 +183,7 @@ def _restored(saved, init_fn, steps: int) -> tuple[TrainState, LoopState]:
 
 
 def _back(state, good: bool, progress: LoopState, saved, init_fn, reason: str, warn) -> tuple[TrainState, LoopState]:
-    """The last saved state, to continue with the batches that come next."""
+    """Roll back to the last saved state, keeping the position in the data."""
     old = sharding.create(init_fn) if saved is None else saved.state
     if progress.rollbacks == ROLLBACKS:
         raise TooManyRollbacks(state if good else old, progress, f"{reason} was not finite")
@@ -195,7 +195,7 @@ def _back(state, good: bool, progress: LoopState, saved, init_fn, reason: str, w
 def _infinite(state: TrainState) -> np.ndarray:
     """The worst value of each leaf: 0 for finite, 1 for infinite, 2 for NaN.
 
-    An activation's parameters may be infinite: 0 for those.
+    Infinite parameters of an activation are allowed, and count as 0.
     """
     paths = [path for path, _ in jax.tree.leaves_with_path(state)]
     excused = ["activation" in {getattr(key, "name", None) for key in path} for path in paths]
@@ -214,7 +214,7 @@ def _worst(state):
 
 
 class _Record:
-    """What is logged and saved of the batches: the numbers of each step, once, and which batches were skipped."""
+    """Logs the numbers of each step once, and collects the numbers of skipped batches."""
 
     def __init__(self, state: TrainState, log_fn: Callable[[int, dict[str, Any]], dict[str, float]]):
         self._log_fn, self._numbers, self._bad = log_fn, {}, []
@@ -239,27 +239,27 @@ class _Record:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
-    """A list whose last item is the signal that asks to stop, or 0; a second SIGINT interrupts at once."""
-    asked = [0]
+    """A list whose last item is the stop signal received, or 0; a second SIGINT interrupts at once."""
+    received = [0]
     if threading.current_thread() is not threading.main_thread():
-        yield asked
+        yield received
         return
 
-    def ask(signum, frame):
-        if asked[-1] == signal.SIGINT == signum:
+    def receive(signum, frame):
+        if received[-1] == signal.SIGINT == signum:
             raise KeyboardInterrupt
-        asked.append(int(signum))
+        received.append(int(signum))
 
-    before = {signum: signal.signal(signum, ask) for signum in (signal.SIGTERM, signal.SIGINT)}
+    before = {signum: signal.signal(signum, receive) for signum in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield asked
+        yield received
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
 
 
 def _agree(position: int, signum: int, due: bool) -> tuple[int, bool]:
-    """What all processes do now: stop or save if any of them asks for it."""
+    """Agree across processes: stop, or save, if any of them requests it."""
     if jax.process_count() == 1:
         return signum, due
     if position % _AGREE:

@@ -1,7 +1,7 @@
-"""Loss terms of sparse autoencoders, one pure function a term.
+"""Loss terms of sparse autoencoders, one pure function per term.
 
-Reconstruction and sparsity terms are means over rows of sums over the row, so that their weights do not depend on the
-batch; each says in its name or its docstring what it is divided by. Sums are in float32 or better.
+Reconstruction and sparsity terms are means over rows of sums within a row, so that their weights do not depend on the
+batch; the name or docstring of each says what it is divided by. Sums are in float32 or better.
 """
 
 import dataclasses
@@ -49,11 +49,11 @@ def nmse(x: Float[Array, "b d"], x_hat: Float[Array, "b d"]) -> Float[Array, ""]
 
 
 def l1(z: Float[Array, "b m"], W_dec: Float[Array, "m d"] | None = None) -> Float[Array, ""]:
-    """L1 penalty: `mean_b Σᵢ |zᵢ| ‖W_dec[i]‖`, so that large atoms with small values gain nothing; or `mean_b ‖z‖₁`.
+    """L1 penalty `mean_b Σᵢ |zᵢ| ‖W_dec[i]‖`, which scaling atoms cannot reduce; without `W_dec`, `mean_b ‖z‖₁`.
 
     Args:
       z: dense code `[b m]`.
-      W_dec: atoms `[m d]`; without them no norm is taken.
+      W_dec: atoms `[m d]`, or None.
 
     Example:
       >>> import jax.numpy as jnp
@@ -67,11 +67,11 @@ def l1(z: Float[Array, "b m"], W_dec: Float[Array, "m d"] | None = None) -> Floa
 
 
 def l0_target(l0: Float[Array, " b"], target: float | Array) -> Float[Array, ""]:
-    """How far the mean L0 is from a target, relative to it and squared: `(mean_b ‖z‖₀ / target − 1)²`.
+    """Squared relative distance of the mean L0 from a target: `(mean_b ‖z‖₀ / target − 1)²`.
 
     Args:
-      l0: `‖z‖₀` of each row, `[b]`, as `JumpReLU.l0` gives it.
-      target: latents a row; the distance from 0 is NaN.
+      l0: `‖z‖₀` of each row, `[b]`, as from `JumpReLU.l0`.
+      target: latents per row; with 0 the result is NaN.
 
     Example:
       >>> import jax.numpy as jnp
@@ -84,7 +84,7 @@ def l0_target(l0: Float[Array, " b"], target: float | Array) -> Float[Array, ""]
 
 
 def gate(sae: SAE, target: Float[Array, "b d"], gated: Float[Array, "b m"]) -> Float[Array, ""]:
-    """Gated's auxiliary term: the gate alone must reconstruct, through a decoder that it cannot move.
+    """Gated's auxiliary term: the error of reconstruction from the gate alone, with a frozen decoder.
 
         mean_b ‖target − (max(gated, 0) W_dec + b_dec)‖²,   W_dec and b_dec constant
 
@@ -108,11 +108,11 @@ def gate(sae: SAE, target: Float[Array, "b d"], gated: Float[Array, "b m"]) -> F
 def matryoshka(
     sae: SAE, target: Float[Array, "b d"], code: SparseCode | Float[Array, "b m"], prefixes: Sequence[int]
 ) -> Float[Array, ""]:
-    """Error of the first latents alone, for each of several prefixes.
+    """Errors of reconstruction from only the first latents, summed over several prefixes.
 
         Σ_p mean_b ‖target − (z[:p] W_dec[:p] + b_dec)‖²
 
-    Added to the error of all latents it makes the first ones learn what is common, and the last ones what is rare.
+    Added to the error of all latents, it makes the first ones learn common features, and the last ones rare features.
 
     Args:
       sae: the autoencoder.
@@ -128,7 +128,7 @@ def matryoshka(
 
     Source: Bussmann et al. (2025), "Learning multi-level features with matryoshka sparse autoencoders".
     """
-    atoms = dataclasses.replace(sae, W_skip=None)  # of which the target is free
+    atoms = dataclasses.replace(sae, W_skip=None)  # the target already excludes the skip connection
     zero = jnp.zeros((), promoted(target, jnp.float32))
     return sum((mse(target, decode(atoms, _first(code, p))) for p in prefixes), zero)
 
@@ -146,16 +146,16 @@ def auxk(
 
         mean_b ‖e − ê‖²,   ê = (the k_aux largest pre-activations of idle latents, of either sign) W_dec
 
-    Negative ones count, since a latent that is negative on all rows would have no derivative otherwise, and stay idle.
-    The residual is a constant here, and `b_dec` takes no part: it is not added to `ê`, and has no derivative. 0 if
-    nothing is idle, or if the term is not finite.
+    Negative pre-activations count, since otherwise a latent that is negative on all rows would get no gradient and stay
+    idle. The residual is treated as constant, and `b_dec` is not added to `ê` and gets no gradient. 0 if no latent is
+    idle, or if the term is not finite.
 
     Args:
       sae: the autoencoder.
       x: activations `[b d]`.
       residual: `e = x − x̂`, `[b d]`.
       idle: which latents have not fired for long, `[m]`; Gao et al. call them dead.
-      k_aux: how many idle latents to use a row; static.
+      k_aux: number of idle latents to use per row; static.
 
     Example:
       >>> import jax.numpy as jnp, jaxsae
@@ -174,9 +174,9 @@ def auxk(
             error = mse(residual, jnp.where(left_out(pre), 0, pre) @ W_dec)
             return jnp.where(jnp.isfinite(error), error, 0)
 
-        return jax.checkpoint(value)  # else what it keeps for the derivative is written, as zeros, while none is idle
+        return jax.checkpoint(value)  # else residuals for the derivative are written, as zeros, while none is idle
 
-    # Selecting costs as much as a training step: skip it where all that is idle is taken, and all where nothing is.
+    # Selection costs as much as a training step: skip it if all idle latents are used, and everything if none is idle.
     branches = (
         lambda W_enc, b_enc, W_dec: jnp.zeros((), promoted(W_dec, jnp.float32)),
         term(lambda pre: ~idle),

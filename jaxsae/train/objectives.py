@@ -1,4 +1,4 @@
-"""What training minimises: the reconstruction error and a few terms, each a small pytree with its weight.
+"""Training objectives: the reconstruction error plus terms, each a small pytree with its weight.
 
     objective = Objective((L1(0.1),))                                    # ReLU
     objective = Objective((AuxK(k_aux=512),), idle_after=10_000_000)     # TopK, BatchTopK
@@ -7,7 +7,7 @@
     objective = Objective((MultiTopK(), AuxK(k_aux=512)))                # terms add up
 
 A term is any callable pytree `term(p: ForwardPass) -> scalar`. Its numbers are leaves, so that a weight can change or
-be swept without a retrace; a schedule is any of optax's, from the step to a factor.
+be swept without a retrace; a schedule is an optax schedule, from the step to a factor.
 """
 
 import dataclasses
@@ -30,13 +30,13 @@ from jaxsae.train import losses
 
 
 class ForwardPass(NamedTuple):
-    """One forward pass, for terms to read.
+    """The results of one forward pass, passed to each term.
 
     Attributes:
       sae: the autoencoder.
       x: the batch, `[b d]`.
-      target: what to reconstruct, `[b d_out]`; `x`, but in transcoders.
-      code: its code: sparse where the activation fixes its slots, dense elsewhere.
+      target: what to reconstruct, `[b d_out]`; `x` except in transcoders.
+      code: its code, sparse if the activation fixes the number of slots, else dense.
       x_hat: its reconstruction, `[b d_out]`.
       idle: which latents fired on none of the last `idle_after` rows, `[m]`.
       step: steps taken.
@@ -52,12 +52,12 @@ class ForwardPass(NamedTuple):
 
 
 class Aux(NamedTuple):
-    """What a loss returns beside its value.
+    """What a loss returns besides its value.
 
     Attributes:
-      active: which latents were, `[m]`.
+      active: which latents fired, `[m]`.
       metrics: named scalars.
-      activation: the activation to continue with, if the pass estimated something of it.
+      activation: the updated activation, if the pass estimated a part of it.
     """
 
     active: Bool[Array, " m"]
@@ -74,7 +74,7 @@ class Aux(NamedTuple):
         if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
             raise TypeError(f"got a loss whose value is {_shown(value)}, {expected}; take its mean over the batch.")
         if jnp.shape(measured.active) != (m,):
-            raise TypeError(f"got a loss whose active is {_shown(measured.active)}, {expected}; return one a latent.")
+            raise TypeError(f"got a loss whose active is {_shown(measured.active)}, {expected}; return one per latent.")
         if not isinstance(measured.metrics, dict):
             raise TypeError(
                 f"got a loss whose metrics are {_shown(measured.metrics)}, {expected}; return {{}} for none."
@@ -83,7 +83,7 @@ class Aux(NamedTuple):
 
 
 def _shown(x: Any) -> str:
-    """The type of a value in words, the same while it is traced."""
+    """The type of a value in words, also when traced."""
     if isinstance(x, tuple):
         return f"({', '.join(map(_shown, x))})"
     return f"an array {x.dtype}{list(x.shape)}" if hasattr(x, "dtype") else f"a {type(x).__name__}"
@@ -91,13 +91,13 @@ def _shown(x: Any) -> str:
 
 @pytrees.dataclass
 class Objective:
-    """The reconstruction error `mean_b ‖target − x̂‖²`, and terms.
+    """The reconstruction error `mean_b ‖target − x̂‖²`, plus terms.
 
     Attributes:
-      terms: what to add.
-      idle_after: a latent is idle, and learns by `AuxK`, once this many rows (tokens, in a language model) went by
-        without it; Gao et al. (2024) train for thousands of times as many. `jaxsae train` takes a fiftieth of its rows.
-      keep: schedule of how many latents a row `TopK` keeps; static.
+      terms: the terms to add.
+      idle_after: number of rows (tokens, in a language model) without firing after which a latent is idle, and trained
+        by `AuxK`; Gao et al. (2024) train on thousands of times as many. `jaxsae train` uses a fiftieth of its rows.
+      keep: schedule of the number of latents per row that `TopK` keeps; static.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsae
@@ -115,12 +115,12 @@ class Objective:
     keep: optax.Schedule | None = struct.field(pytree_node=False, default=None)
 
     def __post_init__(self):
-        for term in self.terms if isinstance(self.terms, tuple) else ():  # JAX puts other things in their place
+        for term in self.terms if isinstance(self.terms, tuple) else ():  # JAX may put placeholders in their place
             if callable(term) and jax.tree_util.all_leaves([term]):
                 name = getattr(term, "__name__", type(term).__name__)
                 raise TypeError(
-                    f"`Objective` got a term that is no pytree, {name}; write @pytrees.dataclass above a class with "
-                    "__call__(self, p), and pass an instance of it."
+                    f"`Objective` got a term that is not a pytree, {name}; decorate a class that has "
+                    "__call__(self, p) with @pytrees.dataclass, and pass an instance of it."
                 )
 
     def __call__(self, sae: SAE, batch: Any, state: Any) -> tuple[Float[Array, ""], Aux]:
@@ -128,8 +128,8 @@ class Objective:
         x, target = _rows(batch)
         if sae.normalisation is not None and sae.normalisation.per_row and self.terms:
             raise ValueError(
-                "got an SAE that normalises each row, and terms, which are for rows as they are; train without terms, "
-                "or on rows normalised beforehand."
+                "got an SAE that normalises each row, and terms, which do not support that; train without terms, or on "
+                "rows normalised beforehand."
             )
         if self.keep is not None:
             topk: TopK = _require(isinstance(sae.activation, TopK), sae, "keep", "TopK")
@@ -174,12 +174,12 @@ def _dense(code) -> Array:
 
 
 def _without_skip(p: ForwardPass) -> Array:
-    """What is left for the latents to reconstruct."""
+    """The target less the skip connection's output."""
     return p.target if p.sae.W_skip is None else p.target - p.x @ p.sae.W_skip
 
 
 def _require(fits: bool, sae: SAE, what: str, name: str) -> Any:
-    """The activation of an SAE, if a part of an objective is for it."""
+    """The activation of an SAE; raise unless the term supports it."""
     if not fits:
         raise TypeError(f"`{what}` got an SAE of {type(sae.activation).__name__}; it is for {name}: leave it out.")
     return sae.activation
@@ -209,7 +209,7 @@ class L1(_Weighted):
     """Decoder-norm weighted L1 penalty, `losses.l1`.
 
     Attributes:
-      weight: of the penalty.
+      weight: weight of the penalty.
       schedule: factor of the weight by step, for example `optax.linear_schedule(0, 1, 1000)`; static.
 
     Example:
@@ -236,8 +236,8 @@ class L0(_Weighted):
     """Hold `JumpReLU`'s L0 at a target, `losses.l0_target`.
 
     Attributes:
-      weight: of the term.
-      target: mean number of active latents a row, above 0.
+      weight: weight of the term.
+      target: mean number of active latents per row, above 0.
       schedule: factor of the weight by step; static.
 
     Example:
@@ -269,10 +269,10 @@ class L0(_Weighted):
 
 @pytrees.dataclass
 class Gate(_Weighted):
-    """What `Gated` learns its gate by: an L1 penalty on the gate alone, and `losses.gate`.
+    """Train `Gated`'s gate: an L1 penalty on the gate alone, plus `losses.gate`.
 
     Attributes:
-      weight: of the penalty.
+      weight: weight of the penalty.
       schedule: factor of the weight by step; static.
 
     Example:
@@ -302,8 +302,8 @@ class AuxK(_Weighted):
     """Let idle latents reconstruct the residual, `losses.auxk`.
 
     Attributes:
-      k_aux: how many idle latents to use a row, a power of two near `d/2`; static.
-      weight: of the term.
+      k_aux: number of idle latents to use per row, a power of two near `d/2`; static.
+      weight: weight of the term.
 
     Example:
       >>> import jax.numpy as jnp, jaxsae
@@ -333,8 +333,8 @@ class MultiTopK(_Weighted):
     """Add the error of `TopK` with `factor · k` latents, so that it works at other sparsities: `L(k) + L(4k)/8`.
 
     Attributes:
-      factor: times as many latents; static.
-      weight: of the term.
+      factor: multiple of `k`; static.
+      weight: weight of the term.
 
     Example:
       >>> import jax.numpy as jnp, jaxsae
@@ -364,7 +364,7 @@ class MultiTopK(_Weighted):
 
 @pytrees.dataclass
 class Matryoshka:
-    """Add the errors of the first latents alone, `losses.matryoshka`.
+    """Add the errors of reconstruction from only the first latents, `losses.matryoshka`.
 
     Attributes:
       prefixes: numbers of latents, each less than `m`; static.

@@ -1,4 +1,4 @@
-"""What training does to gradients and parameters, as optax transformations."""
+"""Optax transformations for training: unit-norm atoms, the default optimiser, and averages of parameters."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,22 +14,22 @@ from jaxsae.autoencoder.sae import SAE
 
 
 class _Sound(optax.GradientTransformation):
-    """A transformation whose updates are finite for finite gradients: Adam and what is built on it here.
+    """A transformation known to map finite gradients to finite updates: Adam and what is built on it here.
 
-    That it makes any, the arrays show that are not matrices: a rate of NaN is in all of them.
+    A learning rate of NaN shows in every array, so checking those that are not matrices is enough.
     """
 
 
 def _around(tx: optax.GradientTransformation, init: Callable, update: Callable) -> optax.GradientTransformation:
-    """Wrap a transformation; the result is `_Sound` if that is."""
+    """Wrap a transformation; the result is `_Sound` if `tx` is."""
     return (_Sound if isinstance(tx, _Sound) else optax.GradientTransformation)(init, update)
 
 
 def unit_norm_decoder(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Keep the atoms on the unit sphere: `tx` gets the tangent part of their gradient, and its update ends on it.
+    """Keep the atoms on the unit sphere: pass `tx` their tangent gradient, and project its update onto the sphere.
 
-    All is computed in float32 or better, so that atoms of a narrower type are rounded once: their norms are then within
-    half its epsilon of 1 (2⁻⁸ for bfloat16, 2⁻¹¹ for float16). An atom that is 0 after its update stays as it was.
+    Computed in float32 or better, so that atoms of a narrower dtype are rounded once: their norms are then within half
+    its epsilon of 1 (2⁻⁸ for bfloat16, 2⁻¹¹ for float16). An atom that would become 0 is left unchanged.
 
     Args:
       tx: any transformation of gradients shaped like an `SAE`.
@@ -56,28 +56,28 @@ def unit_norm_decoder(tx: optax.GradientTransformation) -> optax.GradientTransfo
         if params is None:
             raise ValueError("`unit_norm_decoder` got no params; pass them, tx.update(grads, state, params).")
         updates, atoms = widen(updates), widen(params.W_dec)
-        slope = updates.W_dec
-        parallel = divide(jnp.sum(slope * atoms, axis=-1), jnp.sum(atoms**2, axis=-1))[:, None]
-        updates, state = tx.update(updates.replace(W_dec=slope - parallel * atoms), state, params)
+        grad = updates.W_dec
+        parallel = divide(jnp.sum(grad * atoms, axis=-1), jnp.sum(atoms**2, axis=-1))[:, None]
+        updates, state = tx.update(updates.replace(W_dec=grad - parallel * atoms), state, params)
         moved = atoms + updates.W_dec
         norm = norms(moved)
-        norm = jnp.where(jnp.isfinite(norm), norm, jnp.nan)  # else the atom would be 0, a number by infinity
+        norm = jnp.where(jnp.isfinite(norm), norm, jnp.nan)  # else the atom would be 0: finite/∞
         return updates.replace(W_dec=jnp.where(norm == 0, 0, divide(moved, norm) - atoms)), state
 
     return _around(tx, init, update)
 
 
 def learning_rate(m: int, steps: int | None = None) -> float:
-    """The learning rate of Gao et al. (2024), for 10⁵ steps and more, and a larger one for fewer.
+    """The learning rate of Gao et al. (2024) for at least 10⁵ steps, and a larger one for fewer.
 
         2e-4 / √(m / 2¹⁴) · max(1, 10⁵ / steps)^¼,   raised to 4e-3 at most
 
-    The power is that of the best rates from 250 to 1,000 steps, by `python -m benchmarks rates`, where latents die of
-    more than 4e-3.
+    The exponent is that of the best rates for 250 to 1,000 steps in `python -m benchmarks rates`, where latents die
+    above 4e-3.
 
     Args:
       m: number of latents.
-      steps: of the training; as many as theirs if None.
+      steps: number of training steps; at least 10⁵ if None.
 
     Example:
       >>> learning_rate(2**14), learning_rate(2**16, steps=200_000), learning_rate(2**14, steps=6250)
@@ -85,17 +85,17 @@ def learning_rate(m: int, steps: int | None = None) -> float:
 
     Source: Gao et al. (2024), Appendix A.
     """
-    theirs = 2e-4 / (m / 2**14) ** 0.5
+    base = 2e-4 / (m / 2**14) ** 0.5
     shorter = 1.0 if steps is None else max(1.0, 1e5 / steps)
-    return max(theirs, min(theirs * shorter**0.25, 4e-3))
+    return max(base, min(base * shorter**0.25, 4e-3))
 
 
 def default_optimizer(rate: optax.ScalarOrSchedule, *, clip: float | None = None) -> optax.GradientTransformation:
     """The optimiser of Gao et al. (2024): Adam with `β = (0.9, 0.999)` and `ε = 6.25e-10`, atoms on the unit sphere.
 
     Args:
-      rate: learning rate, or any optax schedule of it; `learning_rate(m, steps)` is a good one.
-      clip: largest norm of the whole gradient; none by default.
+      rate: learning rate, such as `learning_rate(m, steps)`, or an optax schedule.
+      clip: maximum global norm of the gradient; no clipping by default.
 
     Example:
       >>> import optax
@@ -118,15 +118,15 @@ class EmaState(NamedTuple):
 
 
 def ema(tx: optax.GradientTransformation, decay: float) -> optax.GradientTransformation:
-    """Keep an exponential moving average of the parameters beside them; `ema_params` reads it.
+    """Keep an exponential moving average of the parameters in the optimiser state; `ema_params` reads it.
 
         w ← decay·w + (1 − decay),   mean ← mean + (1 − decay)/w · (parameters − mean)
 
-    This is the debiased average; before the first step it is the parameters.
+    This is the debiased average; before the first step it equals the parameters.
 
     Args:
       tx: any transformation.
-      decay: share of the mean that stays from step to step, for example 0.999.
+      decay: weight of the previous mean in each step, for example 0.999.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, jaxsae
@@ -148,7 +148,7 @@ def ema(tx: optax.GradientTransformation, decay: float) -> optax.GradientTransfo
         weight = decay * state.weight + (1 - decay)
         share = divide(1 - decay, weight)
 
-        def follow(mean, p):  # what is not trained the mean has as well, and the optimiser does not see
+        def follow(mean, p):  # the optimiser sees None for untrained leaves, which the mean keeps
             return mean if p is None else jnp.where(jnp.isinf(mean), mean, mean + share * (p.astype(mean.dtype) - mean))
 
         return updates, EmaState(inner, jax.tree.map(follow, state.mean, moved), weight)
@@ -157,10 +157,10 @@ def ema(tx: optax.GradientTransformation, decay: float) -> optax.GradientTransfo
 
 
 def ema_params(opt_state: Any) -> SAE:
-    """The average of the parameters, in float32 or better; with what is not trained as it is now.
+    """The averaged parameters, in float32 or better, with the current values of untrained leaves.
 
     Args:
-      opt_state: of `ema`, or any pytree that holds one, such as a `TrainState`.
+      opt_state: the state of `ema`, or any pytree that contains one, such as a `TrainState`.
 
     Raises:
       ValueError: if there is no `EmaState` in it.
@@ -185,7 +185,7 @@ def _is_ema(node: Any) -> bool:
 
 
 def _complete(opt_state: Any, sae: SAE) -> Any:
-    """Each `EmaState` with what is not trained as it is in `sae`."""
+    """Copy the untrained leaves of `sae` into each `EmaState`."""
     rest = pytrees.partition(sae)[1]
 
     def complete(node):

@@ -18,12 +18,12 @@ def geometric_median(x: Float[Array, "n d"], *, iterations: int = 100) -> Float[
 
         c ← Σᵢ xᵢ/‖xᵢ − c‖ / Σᵢ 1/‖xᵢ − c‖
 
-    Rows at the centre itself hold it there as strongly as each of the others pulls (Vardi & Zhang). Rows with NaN or
-    Inf take no part; if there are no others, the answer is NaN.
+    Rows that coincide with the centre are handled as by Vardi & Zhang. Rows with NaN or Inf are ignored; if there are
+    no others, the result is NaN.
 
     Args:
       x: `[n d]`, a sample.
-      iterations: how many.
+      iterations: number of iterations.
 
     Example:
       >>> import jax.numpy as jnp
@@ -36,7 +36,7 @@ def geometric_median(x: Float[Array, "n d"], *, iterations: int = 100) -> Float[
     wide = widen(x)
     finite = jnp.isfinite(wide).all(axis=1)
     rows = finite[:, None]
-    lowest = jnp.min(wide, axis=0, initial=jnp.inf, where=rows)  # which rows that are equal are bitwise
+    lowest = jnp.min(wide, axis=0, initial=jnp.inf, where=rows)  # so that equal rows give bitwise that row
     above = jnp.where(rows, wide - lowest, 0)
     scale = power_of_two_or_one(jnp.max(above, initial=0))
     scaled = above / scale
@@ -56,26 +56,24 @@ def geometric_median(x: Float[Array, "n d"], *, iterations: int = 100) -> Float[
 
 @jax.jit
 def resample(key: PRNGKeyArray, state: TrainState, x: Float[Array, "n d"], *, idle_after: int | Array) -> TrainState:
-    """Give idle latents a new start, at rows that the autoencoder reconstructs badly; for L1 models.
+    """Reinitialise idle latents at rows that the autoencoder reconstructs badly; for L1 models.
 
-    A row is chosen with probability in proportion to the square of its loss `‖x − x̂‖²`; the atom becomes its error, of
-    norm 1, and the encoder's column the same, of a fifth of the mean norm of the others; the bias and the optimiser's
-    moments of the latent become 0.
-
-    Rows with NaN or Inf are never chosen.
+    Rows are drawn with probability proportional to the square of their loss `‖x − x̂‖²`. The atom becomes the error of
+    the row, scaled to norm 1, and the encoder's column the same, scaled to a fifth of the mean norm of the columns that
+    are not idle; the latent's bias and optimiser moments become 0. Rows with NaN or Inf are never drawn.
 
     Args:
       key: PRNG key.
-      state: of the training.
-      x: a sample of rows to choose from, `[n d]`.
-      idle_after: a latent is idle once this many rows went by without it.
+      state: the training state.
+      x: a sample of rows to draw from, `[n d]`.
+      idle_after: number of rows without firing after which a latent is idle.
 
     Returns:
       The state to continue from; unchanged if no latent is idle, or no row has an error.
 
     Raises:
-      ValueError: if it is a transcoder, whose errors are no directions of its input; or if its activation, such as
-        JumpReLU or Gated, has parameters of its own, which might keep a latent closed.
+      ValueError: for a transcoder, whose errors do not lie in its input space; or if the activation, such as JumpReLU
+        or Gated, has parameters, which might keep a latent inactive.
 
     Example:
       >>> import jax, jaxsae
@@ -110,7 +108,7 @@ def resample(key: PRNGKeyArray, state: TrainState, x: Float[Array, "n d"], *, id
     )
 
     def forget(moments):
-        if _is_ema(moments):  # of weights, and no moment
+        if _is_ema(moments):  # averaged weights, not moments
             return moments._replace(inner=forget_all(moments.inner))
         if not isinstance(moments, SAE):
             return moments
@@ -131,7 +129,7 @@ def resample(key: PRNGKeyArray, state: TrainState, x: Float[Array, "n d"], *, id
 
 
 def _errors(sae: SAE, x: Float[Array, "n d"]) -> tuple[Float[Array, "n d"], Float[Array, " n"]]:
-    """What an autoencoder leaves of each row, in units of the largest such number, and its square; 0 if not finite."""
+    """Residuals of the rows, over a power of two near their maximum, and their squared norms; 0 if not finite."""
 
     def left(x):
         return x - reconstruct(sae, x, encode_dense(sae, x))
@@ -143,9 +141,9 @@ def _errors(sae: SAE, x: Float[Array, "n d"]) -> tuple[Float[Array, "n d"], Floa
 
 
 def _draw(key: PRNGKeyArray, weight: Float[Array, " n"], count: int) -> Int[Array, " count"]:
-    """Numbers below `n` in proportion to a weight each, by the inverse of their distribution: in memory `n + count`."""
+    """Draw indices with probability proportional to `weight`, by inverting the CDF, in memory `n + count`."""
     total = jnp.cumsum(weight)
     chosen = jnp.searchsorted(total, total[-1] * jax.random.uniform(key, (count,), total.dtype), side="right")
     chosen = jnp.minimum(chosen, len(weight) - 1)
     most = jnp.argmax(weight).astype(chosen.dtype)
-    return jnp.where(weight[chosen] > 0, chosen, most)  # rounding may end at one that weighs nothing
+    return jnp.where(weight[chosen] > 0, chosen, most)  # rounding may end at one of weight 0

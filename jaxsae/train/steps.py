@@ -1,11 +1,11 @@
-"""The state of a training, the step that changes it, and the loops: for one autoencoder, or a sweep of many.
+"""The training state, the training step, and the loops for one autoencoder or a sweep of several.
 
 An objective is any callable pytree `objective(sae, batch, state) -> (value, (active, metrics))`, such as those of
-`objectives.py`: `active [m]` says which latents were, `metrics` is a dictionary of scalars. A batch whose loss or
+`objectives.py`: `active [m]` marks the latents that fired, `metrics` is a dictionary of scalars. A batch whose loss or
 update is not finite changes nothing: it is skipped and counted.
 
-The optimiser sees what `pytrees.partition` says is trained, and nothing else: an `SAE` with None in the place of the
-rest, such as `TopK.keep`. It is given gradients in float32 or better, and keeps its state in that.
+The optimiser sees only what `pytrees.partition` classifies as trained: an `SAE` with None in place of the rest, such as
+`TopK.keep`. Its gradients and state are in float32 or better.
 """
 
 import collections
@@ -34,15 +34,15 @@ PATIENCE = 10  # skipped batches in a row after which `fit` gives up
 
 @pytrees.dataclass
 class TrainState:
-    """All that a training step reads and writes.
+    """Everything a training step reads and writes.
 
     Attributes:
       sae: the autoencoder.
       opt_state: the optax state.
       step: steps taken.
       rows_since_fired: `[m]`, rows since each latent last fired.
-      skipped: batches skipped, since their loss or their update was not finite.
-      skipped_last: how many of them were the last ones, in a row.
+      skipped: number of batches skipped because their loss or update was not finite.
+      skipped_last: number of batches skipped in a row up to the last one.
     """
 
     sae: SAE
@@ -60,21 +60,21 @@ class Diverged(RuntimeError):
     """Too many batches in a row had a loss or an update that is not finite; `state` is the last good one."""
 
     def __init__(self, state: TrainState):
-        """Say what happened to a run.
+        """Describe how a run failed.
 
         Args:
           state: the last good one.
         """
         super().__init__(
             f"training diverged: the loss or update of {np.min(state.skipped_last)} batches in a row was not finite, "
-            f"{np.min(state.skipped)} in all, after {np.max(state.step)} steps; lower the learning rate or mend the "
+            f"{np.min(state.skipped)} in all, after {np.max(state.step)} steps; lower the learning rate or check the "
             "data."
         )
         self.state = state
 
 
 def init_state(sae: SAE, tx: optax.GradientTransformation) -> TrainState:
-    """The state before the first step; copies `sae`, since steps take over the buffers of the state they are given.
+    """The state before the first step; copies `sae`, since steps donate the buffers of their state.
 
     Args:
       sae: the autoencoder to start from.
@@ -102,17 +102,17 @@ def init_state(sae: SAE, tx: optax.GradientTransformation) -> TrainState:
 def make_step(
     loss: Loss, tx: optax.GradientTransformation
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]:
-    """Make a training step `step(state, batch) -> (state, metrics)`: jitted, the old state donated.
+    """Make a training step `step(state, batch) -> (state, metrics)`, jitted, which donates the old state.
 
-    Two steps made with the same `tx` and objectives that differ in numbers alone share one compilation.
+    Two steps made with the same `tx` and objectives that differ only in numbers share one compilation.
 
     Args:
       loss: see the module's docstring; a plain function will do.
       tx: optax transformation.
 
     Returns:
-      The step. Its metrics are the objective's own, and `loss`; `dead`, the share of latents that fired on none of the
-      last `dead_rows` rows: 100,000 in whole batches, or all so far; `skipped`, batches skipped so far.
+      The step. Its metrics are those of the objective, and `loss`; `dead`, the share of latents that fired on none of
+      the last `dead_rows` rows: 100,000 in whole batches, or all so far; `skipped`, batches skipped so far.
 
     Example:
       >>> import jax, optax, jaxsae
@@ -160,10 +160,10 @@ def _update(tx: Any, loss: Any, state: TrainState, batch: Any) -> tuple[TrainSta
     def skip(state: TrainState) -> TrainState:
         return dataclasses.replace(state, skipped=state.skipped + 1, skipped_last=state.skipped_last + 1)
 
-    # Learnt twice, here only to be looked at: one that was kept until known to be good would be a second copy of all.
-    # Matrices are looked at where they must be, since that is half of what the update itself costs.
-    # Behind a barrier, without which XLA (jaxlib 0.12) makes another copy of a gradient for this sum.
-    squares = sum(jnp.sum(g**2) for g in jax.tree.leaves(jax.lax.optimization_barrier(grads)))  # Adam keeps each
+    # The update is computed here only to be checked, and again in `cond`: keeping it would hold a second copy of all.
+    # Matrices are checked only if necessary, since that costs half as much as the update itself.
+    # Without the barrier, XLA (jaxlib 0.12) makes another copy of a gradient for this sum.
+    squares = sum(jnp.sum(g**2) for g in jax.tree.leaves(jax.lax.optimization_barrier(grads)))  # as Adam keeps them
     matrices = not isinstance(tx, _Sound)
     good = jnp.isfinite(value) & jnp.isfinite(squares) & _stays_finite(state, learn(state), matrices=matrices)
     state = jax.lax.cond(good, learn, skip, state)
@@ -173,17 +173,17 @@ def _update(tx: Any, loss: Any, state: TrainState, batch: Any) -> tuple[TrainSta
 
 
 def _without_infinity(param: Array) -> Array:
-    """What the optimiser gets: 0 for a threshold or bias of ±∞, which weight decay would change, or make NaN."""
+    """The parameter with 0 for a threshold or bias of ±∞, which weight decay would change, or make NaN."""
     return jnp.where(jnp.isinf(param), 0, param) if param.ndim < 2 else param
 
 
 def _stays_finite(old: Any, new: Any, *, matrices: bool) -> Array:
-    """Whether no number of a tree has become NaN or Inf; a threshold may have been Inf before."""
+    """Whether all values that changed are finite; a threshold may have been infinite before."""
     wrong: dict[tuple[int, ...], Any] = collections.defaultdict(float)
     for before, after in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
         if jnp.issubdtype(after.dtype, jnp.inexact) and (matrices or after.ndim < 2):
             wrong[after.shape] += jnp.where(after == before, 0, 0 * widen(after))  # NaN where it is neither
-    # One sum for all arrays of a shape, so that what they have in common is computed once.
+    # One sum for all arrays of a shape, so that common subexpressions are computed once.
     return sum(map(jnp.sum, wrong.values()), jnp.zeros(())) == 0
 
 
@@ -202,20 +202,20 @@ def fit(
     """Train an SAE.
 
     Args:
-      sae: the autoencoder to start from; left as it is. Or the state to continue from, which is taken over.
-      batches: rows `[b d]`, or pairs of input and target, batch after batch, of one shape.
+      sae: the autoencoder to start from, left unchanged; or the state to continue from, whose buffers are donated.
+      batches: an iterable of batches of one shape: rows `[b d]`, or pairs of input and target.
       loss: see the module's docstring.
       tx: optax transformation, for example `default_optimizer(learning_rate(m, steps))`.
-      steps: how many.
-      callback: called as `callback(step, metrics)` after each; the metrics are still on the device.
+      steps: number of steps.
+      callback: called as `callback(step, metrics)` after each step; the metrics are still on the device.
 
     Returns:
       The last `TrainState`; its `sae` is the result.
 
     Raises:
       ValueError: if the batches end before the steps do.
-      Diverged: if the loss or the update of ten batches in a row, or of all there were, was not finite; its `state`
-        is the last good one.
+      Diverged: if the loss or update of ten batches in a row (or of all, if fewer) was not finite; its `state` is the
+        last good one.
 
     Example:
       >>> import itertools, jax, jaxsae
@@ -251,7 +251,7 @@ def _run(step, state: TrainState, batches: Iterable[Any], steps: int, callback) 
 
 
 class _Watch:
-    """Counts the batches skipped in a row, up to nine of them late: no step waits for it, and no ten go unseen."""
+    """Counts consecutive skipped batches without blocking: up to nine batches late, but never missing ten in a row."""
 
     def __init__(self, state: TrainState, on_batch: Callable[[int, bool, Any], None] = lambda *batch: None):
         self._pending: collections.deque = collections.deque()
@@ -260,7 +260,7 @@ class _Watch:
 
     @property
     def in_a_row(self) -> int:
-        """Up to the last one seen; in a sweep, those that all members skipped."""
+        """Batches skipped in a row up to the last one read; in a sweep, by all members."""
         return int(np.min(self._in_a_row))
 
     def restart(self, state: TrainState) -> None:
@@ -273,7 +273,7 @@ class _Watch:
         self._read(PATIENCE)
 
     def flush(self) -> None:
-        """Wait for all that is pending."""
+        """Wait for all pending batches."""
         self._read(0)
 
     def _read(self, patience: int) -> None:
@@ -296,24 +296,24 @@ def sweep(
 ) -> TrainState:
     """Train `n` autoencoders on one stream of batches, in one compilation.
 
-    Members are independent: each equals a training of its own, and one that diverges disturbs no other. On an
-    accelerator they are trained side by side; on a CPU, where that gains nothing, one after another in each step.
+    Members are independent: each equals a separate training, and one that diverges does not affect the others. On an
+    accelerator they are trained in parallel; on a CPU, where that gains nothing, one after another in each step.
 
     Args:
-      saes: autoencoders with a leading axis `n` on every array, as `stack` makes them; `TopK.keep` may differ.
+      saes: autoencoders with a leading axis `n` on every array, as from `stack`; `TopK.keep` may differ.
       batches: as for `fit`.
       loss: an objective whose numbers may be arrays `[n]`, one for each member.
-      tx: from a learning rate to an optax transformation, such as `default_optimizer`; one function, one compilation.
+      tx: function from a learning rate to an optax transformation, such as `default_optimizer`; a new one recompiles.
       rates: learning rates `[n]`.
-      steps: how many.
+      steps: number of steps.
       callback: as for `fit`; the metrics are arrays `[n]`.
 
     Returns:
-      The last `TrainState`, `n` in one; `member` takes one out.
+      The last `TrainState`, with a leading axis `n`; `member` extracts one.
 
     Raises:
       ValueError: as `fit` does, or if the axes do not fit together.
-      Diverged: if ten batches in a row, or all there were, were skipped by all members.
+      Diverged: if all members skipped ten batches in a row (or all, if fewer).
 
     Example:
       >>> import itertools, jax, jax.numpy as jnp, jaxsae
@@ -334,7 +334,7 @@ def sweep(
     sizes = {len(leaf) for leaf in jax.tree.leaves(saes)} | {len(rates)}
     sizes |= {len(leaf) for leaf in jax.tree.leaves(loss) if jnp.ndim(leaf)}
     if len(sizes) > 1:
-        raise ValueError(f"`sweep` got leading axes of lengths {sorted(sizes)}; give every array one row a member.")
+        raise ValueError(f"`sweep` got leading axes of lengths {sorted(sizes)}; give every array one row per member.")
     n = len(rates)
     numbers, structure = jax.tree.flatten(loss)
     loss = structure.unflatten([jnp.broadcast_to(jnp.asarray(number), (n,)) for number in numbers])
@@ -364,7 +364,7 @@ def _sweep_step(tx: Any, loss: Any, rates: Array, state: TrainState, batch: Any)
 
 
 def stack(members: Sequence[Any]) -> Any:
-    """Put pytrees of one structure side by side, along a new leading axis.
+    """Stack pytrees of one structure along a new leading axis.
 
     Args:
       members: pytrees of one structure, with arrays of the same shapes.
@@ -382,7 +382,7 @@ def member(stacked: Any, index: int | Int[Array, ""]) -> Any:
     """Take one pytree out of a stack.
 
     Args:
-      stacked: as `stack` makes it, or `sweep`.
+      stacked: as from `stack` or `sweep`.
       index: which, from 0; may be traced.
 
     Example:

@@ -1,6 +1,6 @@
 """From pre-activations to a code: an architecture is one activation and, in training, one loss.
 
-`base.Activation` has a default for everything that an SAE asks; a new activation is one class here, and a line below.
+`base.Activation` has defaults for everything an SAE uses; a new activation is one class, and one line below.
 """
 
 from jaxsae.autoencoder.activations.base import Activation as Activation

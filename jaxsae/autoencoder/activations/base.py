@@ -1,7 +1,7 @@
 """Activations: from pre-activations to a code, each a small pytree that holds its own parameters.
 
-An activation is called on pre-activations `[*b m]` and gives the dense code `[*b m]`; all else that an SAE may ask of
-it has a default in `Activation`, so that a new one is a dataclass with a `__call__`.
+An activation maps pre-activations `[*b m]` to the dense code `[*b m]`. `Activation` has defaults for everything else
+that an SAE uses, so a new one is a dataclass with a `__call__`.
 """
 
 import numbers
@@ -19,18 +19,18 @@ __all__ = ["Activation"]
 
 
 class Activation:
-    """What an SAE asks of its activation; subclasses are made by `pytrees.dataclass`.
+    """Base class of activations; decorate subclasses with `pytrees.dataclass`.
 
-    Its floating-point fields are trained with the weights; those that are no parameters are made by `pytrees.fixed`.
+    Floating-point fields are trained with the weights, except those declared with `pytrees.fixed`.
 
     Attributes:
-      slots: how many slots a row the activation fixes, or None.
-      signed: whether values may be negative, so that refining leaves their sign free.
-      selects: whether its values are the pre-activations that it selects, as they are, in slots that it fixes: `encode`
-        then differentiates these alone. Others are differentiated as they are written.
-      takes_largest: whether its values are the pre-activations that are large enough, unchanged: a threshold can then
-        replace it (`autoencoder.rethreshold`).
-      encoder_free: whether it chooses by the dictionary itself, with no encoder: `pursue` then makes the code.
+      slots: number of slots per row, if the activation fixes it, or None.
+      signed: whether values may be negative; `refine` then leaves their sign free.
+      selects: whether it selects pre-activations and returns them unchanged, in a fixed number of slots; `encode` then
+        differentiates through the selected ones only.
+      takes_largest: whether it returns the largest positive pre-activations unchanged, so that a threshold can replace
+        it (`autoencoder.rethreshold`).
+      encoder_free: whether the code is computed from the dictionary by `pursue`, without an encoder.
 
     Example:
       >>> import jax.numpy as jnp
@@ -49,14 +49,14 @@ class Activation:
     encoder_free: bool = False
 
     def __init_subclass__(cls) -> None:
-        # A class that redefines the dense code may have other units than its base class, and other values.
+        # A subclass that redefines the dense code may scale differently from its base class, and have other values.
         if "__call__" in vars(cls):
             for name in {"rescale", "takes_largest"} - vars(cls).keys():
                 setattr(cls, name, vars(Activation)[name])
 
     @property
     def slots(self) -> int | None:
-        """None: as many latents are active as happen to be."""
+        """None: the number of active latents varies by row."""
         return None
 
     def __call__(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
@@ -64,36 +64,36 @@ class Activation:
         raise NotImplementedError(f"{type(self).__name__} has no __call__; define what it does to pre-activations.")
 
     def pursue(self, y: Float[Array, "*b d"], dictionary: Float[Array, "m d"]) -> Float[Array, "*b m"]:
-        """The dense code of rows, if it `encoder_free`."""
+        """The dense code of rows, for activations with `encoder_free`."""
         raise NotImplementedError(f"{type(self).__name__} does not pursue; call it on pre-activations.")
 
     def code(self, pre: Float[Array, "*b m"], capacity: int) -> SparseCode:
-        """The same code in `capacity` slots a row, in descending order of magnitude; `num_dropped` counts the rest."""
+        """The same code in `capacity` slots per row, by descending magnitude; `num_dropped` counts the rest."""
         return codes.from_dense(self(pre), capacity)
 
     def train(self, pre: Float[Array, "b m"]) -> tuple[Float[Array, "b m"], "Activation"]:
-        """The dense code of a training batch, and the activation after it: the same, unless it estimates something."""
+        """The dense code of a training batch, and the updated activation: `self`, unless it estimates something."""
         return self(pre), self
 
     def margin(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
-        """How far each latent is past its threshold, of an activation that has thresholds."""
+        """How far each pre-activation exceeds its threshold, for activations that have thresholds."""
         raise NotImplementedError(f"{type(self).__name__} has no threshold to move; pass BatchTopK or JumpReLU.")
 
     def at_margin(self, t: float | Array) -> "Activation":
-        """The activation under which positive latents of a margin beyond `t` are active, and no others."""
+        """The activation, thresholds moved so that exactly the positive latents with margin above `t` are active."""
         raise NotImplementedError(f"{type(self).__name__} has no threshold to move; pass BatchTopK or JumpReLU.")
 
     def rescale(self, scale: float | Array) -> "Activation":
         """The activation in other units: `rescale(s)(pre/s) = self(pre)/s`."""
-        raise ValueError(f"{type(self).__name__} does not say how it changes units; define rescale(self, scale).")
+        raise ValueError(f"{type(self).__name__} does not support a change of units; define rescale(self, scale).")
 
 
 def validate(activation: Any, name: str) -> None:
-    """Raise unless it is an activation that JAX can take for a pytree.
+    """Raise unless `activation` is an instance of `Activation` and a pytree.
 
     Args:
-      activation: what was passed for one.
-      name: of the function that it was passed to.
+      activation: the argument to check.
+      name: name of the calling function, for the message.
 
     Example:
       >>> import jax
@@ -109,8 +109,8 @@ def validate(activation: Any, name: str) -> None:
         raise TypeError(f"`{name}` got {given} for an activation; pass one of jaxsae's, such as jaxsae.ReLU().")
     if jax.tree_util.all_leaves([activation]):
         raise TypeError(
-            f"`{name}` got an activation of class {type(activation).__name__}, which is no pytree; put "
-            "@jaxsae.pytrees.dataclass above its class."
+            f"`{name}` got an activation of class {type(activation).__name__}, which is not a pytree; "
+            "decorate the class with @jaxsae.pytrees.dataclass."
         )
 
 
@@ -118,12 +118,12 @@ def check_number(activation: Activation, name: str, kind: type, least: int, most
     """Raise unless an option is in its range, None, or an array, which may be traced.
 
     Args:
-      activation: whose option it is.
-      name: of the option.
+      activation: the activation that has the option.
+      name: name of the option.
       kind: `numbers.Integral` or `numbers.Real`.
-      least: allowed.
-      most: allowed.
-      expected: both in words.
+      least: smallest allowed value.
+      most: largest allowed value.
+      expected: the allowed values in words, for the message.
 
     Example:
       >>> import jaxsae
@@ -136,13 +136,13 @@ def check_number(activation: Activation, name: str, kind: type, least: int, most
 
 
 def _of_any_units(self: Activation, scale: float | Array) -> Any:
-    """Itself: what is scaled before is scaled after."""
+    """Return self: the activation is positively homogeneous."""
     del scale
     return self
 
 
 def _past(threshold, pre, value):
-    """The positive part of a value where `pre > threshold`; NaN in any of them is no reason to leave a latent out."""
+    """The positive part of `value` where `pre > threshold`, else 0; NaN in any of the three gives NaN."""
     pre, threshold = together(pre, threshold)
     value = jnp.where(jnp.isnan(pre - threshold), jnp.nan, value)
     return jnp.where((pre > threshold) | jnp.isnan(value), jax.nn.relu(value), 0)

@@ -1,4 +1,4 @@
-"""Matching pursuit in the place of an encoder."""
+"""Matching pursuit in place of an encoder."""
 
 import dataclasses
 import math
@@ -16,17 +16,17 @@ from jaxsae.autoencoder.activations.base import Activation, check_number
 
 @pytrees.dataclass
 class MatchingPursuit(Activation):
-    """No encoder: take the atom that correlates most with what is left, as often as needed.
+    """Matching pursuit without an encoder: repeatedly take the atom that correlates most with the residual.
 
         j = argmax ⟨a_j, r⟩,   z_j ← z_j + max(⟨a_j, r⟩, 0),   r ← r − max(⟨a_j, r⟩, 0) a_j,   from r = x − b_dec
 
-    Atoms are meant to have norm 1. A row ends when `‖r‖` falls below a threshold, when a step left its support as it
-    was, or after `max_steps`. (`pursuit.matching_pursuit` is for dictionaries of any norm.)
+    Atoms should have norm 1. A row stops when `‖r‖` falls below a threshold, when a step leaves its support unchanged,
+    or after `max_steps`. (`pursuit.matching_pursuit` is for dictionaries of any norm.)
 
     Attributes:
-      residual_threshold: `‖r‖` at which a row ends; 0 for never.
-      max_steps: most steps of a row; `d` if None; static.
-      stop_on_duplicate: whether a row ends when its support did not change; static.
+      residual_threshold: `‖r‖` below which a row stops; 0 to disable.
+      max_steps: maximum steps per row; `d` if None; static.
+      stop_on_duplicate: whether a row stops when a step leaves its support unchanged; static.
 
     Raises:
       ValueError: if the threshold is negative or not finite, or `max_steps < 1`.
@@ -51,7 +51,7 @@ class MatchingPursuit(Activation):
         check_number(self, "max_steps", numbers.Integral, 1, sys.maxsize, count)
 
     def __call__(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
-        """Not of this: pre-activations do not say what is left."""
+        """Raise: matching pursuit has no pre-activations; use `pursue`."""
         raise NotImplementedError("MatchingPursuit has no pre-activations; call `encode_dense`.")
 
     def pursue(self, y: Float[Array, "*b d"], dictionary: Float[Array, "m d"]) -> Float[Array, "*b m"]:

@@ -15,9 +15,9 @@ from jaxsae.autoencoder.activations.base import Activation, _of_any_units, _past
 
 @pytrees.dataclass
 class ReLU(Activation):
-    """Keep what is positive: `z = max(pre, 0)`.
+    """Keep positive pre-activations: `z = max(pre, 0)`.
 
-    Trained with an L1 penalty, the sparse autoencoder of Bricken et al. (2023) and Cunningham et al. (2023).
+    Trained with an L1 penalty, this is the sparse autoencoder of Bricken et al. (2023) and Cunningham et al. (2023).
 
     Example:
       >>> import jax.numpy as jnp, jaxsae
@@ -35,16 +35,16 @@ class ReLU(Activation):
 
 @pytrees.dataclass
 class JumpReLU(Activation):
-    """Keep what exceeds its latent's threshold: `z = max(pre, 0)` where `pre > θ`, else 0.
+    """Keep pre-activations above their latent's threshold: `z = max(pre, 0)` where `pre > θ`, else 0.
 
-    The step has no slope: thresholds learn from the straight-through derivatives
+    The step has zero slope, so thresholds are trained with straight-through derivatives:
 
         ∂z/∂θ ≈ −(θ/ε) K((pre − θ)/ε),   ∂‖z‖₀/∂θ ≈ −(1/ε) K((pre − θ)/ε),   K(u) = 1 where |u| < ½
 
     Attributes:
-      threshold: `[m]`, in float32 or better whatever the weights: the steps of a threshold are too fine for bfloat16.
-        A latent with a threshold of infinity is never active.
-      bandwidth: `ε`, in the units of the pre-activations, or 0 for thresholds without a derivative; static.
+      threshold: `[m]`, in float32 or better whatever the dtype of the weights: updates of thresholds are too small for
+        bfloat16. A latent with an infinite threshold is never active.
+      bandwidth: `ε`, in the units of the pre-activations; with 0, thresholds have no derivative; static.
 
     Raises:
       ValueError: if the bandwidth is negative or not finite.
@@ -68,16 +68,16 @@ class JumpReLU(Activation):
     def __call__(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
         """The dense code."""
         _, slope = self._step(pre)
-        still = jax.lax.stop_gradient(self._finite())
-        return _past(self.threshold, pre, pre) - (still * slope).astype(pre.dtype)
+        theta = jax.lax.stop_gradient(self._finite())
+        return _past(self.threshold, pre, pre) - (theta * slope).astype(pre.dtype)
 
     def l0(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b"]:
-        """`‖z‖₀` of each row, with its straight-through derivative to the thresholds."""
+        """`‖z‖₀` of each row, with its straight-through derivative with respect to the thresholds."""
         on, slope = self._step(pre)
         return jnp.sum(on.astype(slope.dtype) - slope, axis=-1)
 
     def _step(self, pre):
-        """Whether each pre-activation is past its threshold, and 0 with the derivative `K((pre − θ)/ε)/ε` in `θ`."""
+        """Whether each latent is active, and a zero whose derivative with respect to `θ` is `K((pre − θ)/ε)/ε`."""
         distance = jax.lax.stop_gradient(self.margin(pre))
         near = jnp.abs(distance) < self.bandwidth / 2
         threshold = self._finite()
@@ -86,36 +86,35 @@ class JumpReLU(Activation):
         return (distance > 0) & (pre > 0), height * near.astype(threshold.dtype) * moved
 
     def _finite(self):
-        """The thresholds, but for those that are infinite, where nothing is near and 0 does not stay 0."""
+        """Thresholds with ±∞ replaced by 0: ∞ − ∞ would be NaN in the straight-through term."""
         threshold = jnp.asarray(self.threshold)
         return jnp.where(jnp.isfinite(threshold), threshold, 0)
 
     def margin(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
-        """How far past its threshold each latent is, if it is positive: `t` in `at_margin(t)` where it turns off."""
-        pre, threshold = together(pre, self.threshold)  # which may be finer than the weights
+        """`pre − θ`; latents with a margin of at most `t` are inactive in `at_margin(t)`."""
+        pre, threshold = together(pre, self.threshold)  # which may be wider than the weights
         return pre - threshold
 
     def at_margin(self, t: float | Array) -> "JumpReLU":
-        """The activation under which positive latents of a margin beyond `t` are active, and no others.
+        """The activation, thresholds moved so that exactly the positive latents with margin above `t` are active.
 
-        All thresholds are moved alike: a common factor, tried too, costs more error.
+        All thresholds move by the same amount; scaling them by a common factor gave larger errors.
         """
         return dataclasses.replace(self, threshold=jnp.maximum(self.threshold + t, 0))
 
     def rescale(self, scale: float | Array) -> "JumpReLU":
-        """The activation in other units; the bandwidth, which matters in training alone, stays."""
+        """The activation in other units; the bandwidth, used only in training, is unchanged."""
         return dataclasses.replace(self, threshold=self.threshold / scale)
 
 
 @pytrees.dataclass
 class Gated(Activation):
-    """Decide with one bias which latents are active, and with another, and a scale, what their values are.
+    """Choose the active latents with one bias, and compute their values with another bias and a scale.
 
         z = max(exp(r_mag) ∘ pre + b_mag, 0)   where pre + b_gate > 0
 
-    Selection and value share their weights, so only the gate need be sparse, and values need not shrink. The gate has
-    no slope here: its derivative comes from the term `objectives.Gate`. `SAE.b_enc` does nothing that the two biases
-    do not.
+    Both share the encoder's weights. Only the gate is penalised, so values need not shrink. The gate has no derivative
+    here; it is trained by the term `objectives.Gate`. `SAE.b_enc` is redundant with the two biases.
 
     Attributes:
       r_mag: `[m]`, log scale of the values relative to the gate.
@@ -137,12 +136,12 @@ class Gated(Activation):
     def __call__(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
         """The dense code."""
         gate = self.gate(pre)
-        # The derivative of a latent that is off would be 0 · exp(r_mag), which is NaN where the power overflows.
+        # The derivative of an inactive latent would be 0 · exp(r_mag), which is NaN where exp overflows.
         r_mag = jnp.where(gate > 0, self.r_mag, jnp.minimum(self.r_mag, 0))
         return _past(0, gate, jnp.exp(r_mag) * pre + self.b_mag)
 
     def gate(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
-        """What must be positive for a latent to be active."""
+        """The gate `pre + b_gate`: a latent is active only where it is positive."""
         return pre + self.b_gate
 
     def rescale(self, scale: float | Array) -> "Gated":

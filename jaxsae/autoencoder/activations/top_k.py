@@ -1,4 +1,4 @@
-"""Activations that keep a fixed number of latents a row, or of a batch of rows."""
+"""Activations that keep a fixed number of latents per row or per batch."""
 
 import dataclasses
 import math
@@ -19,14 +19,14 @@ from jaxsae.codes import SparseCode
 
 
 class _Selection(Activation):
-    """An activation that chooses `k` slots a row: `_chosen` says which, and the rest follows."""
+    """An activation that selects `k` latents per row; subclasses define `_chosen`."""
 
     k: int
     selects = True
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        # Likewise the sparse code, which is then made of the dense one.
+        # The sparse code of such a subclass is made from its dense code.
         if "__call__" in vars(cls) and "_chosen" not in vars(cls):
             cls.selects = False
             cls._chosen = lambda self, pre: codes.from_dense(self(pre), self.k)
@@ -44,11 +44,11 @@ class _Selection(Activation):
             raise ValueError(f"{type(self).__name__} got k = {self.k} for {m} latents; pass k of at most {m}.")
 
     def _chosen(self, pre: Float[Array, "*b m"]) -> SparseCode:
-        """The code in its own `k` slots."""
+        """The code in exactly `k` slots."""
         raise NotImplementedError
 
     def code(self, pre: Float[Array, "*b m"], capacity: int) -> SparseCode:
-        """The code in its own `k` slots, followed by empty ones up to `capacity`."""
+        """The code in `k` slots, padded with empty ones to `capacity`."""
         m = pre.shape[-1]
         self._validate(m)
         if capacity < self.k:
@@ -57,7 +57,7 @@ class _Selection(Activation):
             )
         code = self._chosen(pre)
         spare = [(0, 0)] * (pre.ndim - 1) + [(0, capacity - self.k)]
-        # Latents that are not chosen are what the activation leaves out: none is dropped.
+        # Latents not selected are inactive, so none counts as dropped.
         return SparseCode(jnp.pad(code.values, spare), jnp.pad(code.indices, spare, constant_values=m), m)
 
 
@@ -68,31 +68,31 @@ def _validate_k(activation: Any) -> None:
 
 
 def dropped(pre: Float[Array, "*b m"], k: int, keep: float | Array | None = None) -> Bool[Array, "*b m"]:
-    """What is not among the `k` largest of its row, or the first `keep` of these, by comparison with the last."""
-    # The barrier keeps all of the top-k in use, without which XLA's CPU backend sorts whole rows instead. (With a third
-    # array, as in `codes.top_k`: where the latents are sharded, XLA ends the process at a barrier for the pair alone.)
+    """Mask of the values outside the `k` (or `keep`) largest of their row, by comparison with the last one kept."""
+    # The barrier keeps both outputs of top-k in use; otherwise XLA's CPU backend sorts whole rows. (The third array, as
+    # in `codes.top_k`, avoids a crash: with sharded latents, XLA ends the process at a barrier for the pair alone.)
     found = codes.top_k(jax.lax.stop_gradient(pre), k)
     top, indices, _ = jax.lax.optimization_barrier((*found, jnp.zeros(())))
     number = k if keep is None else jnp.sum(_kept(k, keep))
     at = k - 1 if keep is None else jnp.maximum(number - 1, 0)
     least, last = top[..., at, None], indices[..., at, None]
-    # Equal values are taken in order of index, here as in `top_k`; NaN stays NaN.
+    # Ties are broken by index, as in `top_k`; NaN is never masked.
     out = (pre < least) | ((pre == least) & (jnp.arange(pre.shape[-1], dtype=last.dtype) > last))
     return out if keep is None else out | ((number == 0) & ~jnp.isnan(pre))
 
 
 def _kept(k: int, keep: float | Array) -> Bool[Array, " k"]:
-    """Which of `k` slots in descending order are used if only `keep` are, rounded down."""
+    """Mask of the first `⌊keep⌋` of `k` slots."""
     dtype = promoted(keep, jnp.float32)
     return jnp.arange(k, dtype=dtype) < jnp.floor(keep).astype(dtype)
 
 
 @pytrees.dataclass
 class TopK(_Selection):
-    """Keep the `k` largest pre-activations of each row, those of them that are positive.
+    """Keep the `k` largest pre-activations of each row, where they are positive.
 
     Attributes:
-      k: number of active latents a row; static.
+      k: number of active latents per row; static.
       keep: use only this many of them, rounded down, from 0 to `k`; a float, which may be traced, for sweeps over
         sparsity in one compilation. All by default.
 
@@ -127,17 +127,17 @@ class TopK(_Selection):
         kept = values > 0
         if self.keep is not None:
             kept &= _kept(self.k, self.keep)
-        # NaN is no reason to leave a latent out: it stays visible.
+        # Keep NaN, so that it stays visible.
         kept |= jnp.isnan(values)
         return SparseCode(jnp.where(kept, values, 0), jnp.where(kept, indices, m), m)
 
 
 @pytrees.dataclass
 class AbsTopK(_Selection):
-    """Keep the `k` pre-activations of largest magnitude, with their signs: a code that needs no pairs of latents.
+    """Keep the `k` pre-activations of largest magnitude, with their signs: one latent serves both signs of its atom.
 
     Attributes:
-      k: number of active latents a row; static.
+      k: number of active latents per row; static.
 
     Raises:
       ValueError: if `k < 1`.
@@ -167,10 +167,10 @@ class AbsTopK(_Selection):
 class GroupMax(_Selection):
     """Split the latents into `k` groups of neighbours and keep the largest of each, if it is positive.
 
-    Cheaper than TopK, without a sort of all latents; the groups decide what may be active together.
+    Cheaper than TopK, since no sort is needed; two latents of one group are never active together.
 
     Attributes:
-      k: number of groups, and of slots a row; divides `m`; static.
+      k: number of groups, and of slots per row; divides `m`; static.
 
     Raises:
       ValueError: if `k < 1`, or does not divide the number of latents.
@@ -211,16 +211,16 @@ class GroupMax(_Selection):
 
 @pytrees.dataclass
 class BatchTopK(Activation):
-    """Train on the `B·k` largest of a batch of `B` rows; infer with the threshold that this amounts to.
+    """Keep the `B·k` largest values of a training batch of `B` rows; infer with a threshold estimated from them.
 
         training: the B·k largest positive entries of the batch;   inference: z = pre where pre > threshold
 
-    Rows may then differ in how many latents they need. The threshold follows the smallest value kept, as a running
-    mean over some hundred steps that begins at the first one.
+    The number of active latents then varies by row. The threshold is a running mean, over about a hundred steps, of the
+    smallest value kept, initialised at the first step.
 
     Attributes:
-      k: mean number of active latents a row, in training; static.
-      threshold: `[]`, of inference; negative until a training step has estimated it, and then nothing but ReLU.
+      k: mean number of active latents per row, in training; static.
+      threshold: `[]`, for inference; negative, which amounts to ReLU, until the first training step.
 
     Raises:
       ValueError: if `k < 1`.
@@ -243,15 +243,15 @@ class BatchTopK(Activation):
         _validate_k(self)
 
     def __call__(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
-        """The dense code of inference: each row by itself."""
+        """The dense code at inference, where rows are independent."""
         return _past(self.threshold, pre, pre)
 
     def train(self, pre: Float[Array, "b m"]) -> tuple[Float[Array, "b m"], "BatchTopK"]:
-        """The dense code of a training batch, and the activation with its threshold moved towards it."""
+        """The dense code of a training batch, and the activation with its threshold updated."""
         z = jax.nn.relu(pre)
         count = self.k * math.prod(pre.shape[:-1])
         if count > pre.size:
-            raise ValueError(f"BatchTopK got k = {self.k} for {pre.shape[-1]} latents; pass k of at most that.")
+            raise ValueError(f"BatchTopK got k = {self.k} for {pre.shape[-1]} latents; pass a smaller k.")
         flat = z.reshape(-1)
         z = jnp.where(dropped(flat, count), 0, flat).reshape(pre.shape)
         least = jnp.min(jax.lax.stop_gradient(z), where=z > 0, initial=jnp.inf).astype(jnp.float32)
@@ -260,11 +260,11 @@ class BatchTopK(Activation):
         return z, dataclasses.replace(self, threshold=jnp.where(jnp.isfinite(least), threshold, before))
 
     def margin(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
-        """How far past a threshold of 0 each latent is, if it is positive: `t` in `at_margin(t)` where it turns off."""
+        """`pre`, the margin above a threshold of 0; latents with at most `t` are inactive in `at_margin(t)`."""
         return pre
 
     def at_margin(self, t: float | Array) -> "BatchTopK":
-        """The activation under which positive latents of a margin beyond `t` are active, and no others."""
+        """The activation, threshold set so that exactly the positive latents with margin above `t` are active."""
         return dataclasses.replace(self, threshold=jnp.asarray(t, jnp.float32))
 
     def rescale(self, scale: float | Array) -> "BatchTopK":
