@@ -45,9 +45,7 @@ def test_shards_are_read_through_their_index(tmp_path):
     (tmp_path / "cfg.json").write_text(json.dumps({"d_in": D, "d_sae": M}))
     model = pretrained.load(tmp_path)
     safetensors.numpy.save_file(w, tmp_path / "sae_weights.safetensors")
-    with pytest.raises(
-        InputError, match=r"is there in one piece and in those of sae_weights\.safetensors\.index\.json"
-    ):
+    with pytest.raises(InputError, match=r"exists beside sae_weights\.safetensors\.index\.json"):
         pretrained.load(tmp_path)
     assert_same_bits(model.W_dec, w["W_dec"])
     assert_same_bits(model.b_enc, w["b_enc"])
@@ -140,7 +138,7 @@ BROKEN_NPZ = {
 def test_broken_npz_are_named(case, tmp_path):
     with zipfile.ZipFile(tmp_path / "x.npz", "w") as file:
         file.writestr("W_enc.npy", BROKEN_NPZ[case])
-    with pytest.raises(InputError, match=r"x\.npz: W_enc\.npy is no plain array"):
+    with pytest.raises(InputError, match=r"x\.npz: W_enc\.npy is not a plain array"):
         tensors.read_npz(tmp_path / "x.npz")
 
 

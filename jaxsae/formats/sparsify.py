@@ -47,7 +47,7 @@ def convert(raw: Raw) -> SAE:
 
 
 def write(sae: SAE, path: Path) -> None:
-    """Both files; an autoencoder gets the biases of one that subtracts `b_dec`."""
+    """Both files; an autoencoder is converted to subtract `b_dec`."""
     common.refuse_unless("sparsify", sae, transcoder=True)
     kind = next((name for name, made in _ACTIVATIONS.items() if type(sae.activation) is made), None)
     if kind is None or sae.b_dec.size != sae.d:
