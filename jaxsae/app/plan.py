@@ -25,11 +25,11 @@ class Chip(NamedTuple):
     """One chip.
 
     Attributes:
-      flops: bfloat16 operations a second.
+      flops: bfloat16 operations per second.
       memory: bytes.
-      bandwidth: bytes a second, of its memory.
-      network: bytes a second, of all its links to other chips.
-      price: US dollars an hour, on demand in us-central or us-east, in 2025.
+      bandwidth: bytes per second, of its memory.
+      network: bytes per second, of all its links to other chips.
+      price: US dollars per hour, on demand in us-central or us-east, in 2025.
 
     Source: https://cloud.google.com/tpu/docs.
     """

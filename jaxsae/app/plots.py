@@ -67,7 +67,7 @@ def shrinkage(report: dict[str, Any], path: str | os.PathLike) -> None:
     families = [family for family in families if family[2]]
     _draw_changes(left, families, np.asarray(report["ratio_edges"]))
     for axes, (name, label, title) in zip(rights, panels, strict=True):
-        axes.set(xlabel="L0: active latents a row", ylabel=label, title=title)
+        axes.set(xlabel="L0: active latents per row", ylabel=label, title=title)
         _draw_errors(axes, families, name)
     if clean is not None:
         mean = "–" if report["ce_mean"] is None else f"{report['ce_mean']:.2f}"

@@ -21,7 +21,7 @@ from jaxsae.app.plots import FAMILIES, method
 _BINS = 300  # of a long curve
 _LABELS = {
     "nmse": "NMSE of a batch",
-    "l0": "L0: active latents a row",
+    "l0": "L0: active latents per row",
     "dead": "dead latents, of up to 100,000 rows",
     "loss": "loss",
     "skipped": "batches skipped so far",
@@ -198,7 +198,7 @@ def _results(report: dict[str, Any]) -> str:
     if report.get("ce_clean") is not None:
         clean, mean, zero = (form(report.get(f"ce_{name}"), ".3f") for name in ("clean", "mean", "zero"))
         note = (
-            f"Next-token loss with the reconstruction in place of the residual: {clean} nats a token for the model "
+            f"Next-token loss with the reconstruction in place of the residual: {clean} nats per token for the model "
             f"itself, {mean} with the mean instead, {zero} with zeros. Recovered: share of what the mean loses."
         )
         text += _columns(note, report["rows"], _LOSSES)
@@ -257,7 +257,7 @@ def _against_l0(
             note += titles
     if not note:
         return ""
-    x = svg.axis("L0: active latents a row", [value for line in series for value in line.x], log=True)
+    x = svg.axis("L0: active latents per row", [value for line in series for value in line.x], log=True)
     values = [base, *(value for line in series for value in line.y)]
     y = svg.axis(label, values, log=log, form=_percent if "%" in how else _plain)
     across = [] if base is None else [svg.Line([x.low, x.high], [base, base], "c-other")]
@@ -281,11 +281,11 @@ def _distributions(report: dict[str, Any], key: str, what: str) -> str:
         y = svg.axis("", [highest], zero=True, form=_percent, ticks=3)
         pairs = zip(members, shares, strict=True)
         text += html.grid((_ratios(row, share, report["ratio_edges"], y, what) for row, share in pairs), "small")
-    of = (
+    ratio = (
         "their mean refined value to that of the encoder" if what == "latents" else "the refined value to the encoder’s"
     )
     note = (
-        f"Share of the {what} by the ratio of {of}. Pale bars fall, full ones rise. The bars at the ends include all "
+        f"Share of the {what} by the ratio of {ratio}. Pale bars fall, full ones rise. Bars at the ends include all "
         "values beyond; the height of a bar that is cut off is written beside it."
     )
     return html.note(note) + text if text else ""

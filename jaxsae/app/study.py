@@ -34,7 +34,7 @@ CERTIFIED = 1e-5  # the KKT residual that certifies a row
 _TOL = 1e-6  # of the solver: tighter, so that the certificate does not depend on rounding
 _REPORT_EVERY = 25  # steps
 _WORST = 10  # rows with the largest KKT residuals in the report
-_CONTEXT = 256  # tokens in a context, of which the first gives no row
+_CONTEXT = 256  # tokens in a context; the first gives no row
 _MEAN_ROWS = 10_000  # rows from which the mean is taken if nothing is trained
 _TOGETHER = 4  # contexts whose logits are in memory together
 
@@ -299,11 +299,11 @@ def _harvest(site: HookPoint, folder: Path, plan: Plan, progress: Progress) -> _
     wanted = _contexts(plan.train_rows + plan.heldout)
     files = harvest.standard_library() if site.text is None else site.text
     text = harvest.pack(files, tokenizer, context=_CONTEXT, tokens=wanted * _CONTEXT)
-    of = "the sources of Python's standard library" if site.text is None else ", ".join(text.files)
-    source = {"model": str(site.model), "text": of}
+    texts = "the sources of Python's standard library" if site.text is None else ", ".join(text.files)
+    source = {"model": str(site.model), "text": texts}
     show = functools.partial(progress, f"{site.model}  harvesting")
     harvest.run(folder, model, text.contexts, layer=site.layer, source=source, progress=show)
-    name = f"residual of {site.model} after block {site.layer}, on {of}"
+    name = f"residual of {site.model} after block {site.layer}, on {texts}"
     name += f" ({text.replaced} characters of it not UTF-8)" if text.replaced else ""
     return _Probe(model, site.layer, text.contexts[-_contexts(plan.heldout) :], name)
 
@@ -417,8 +417,8 @@ def _losses(probe: _Probe, replaced: dict[str, np.ndarray], progress: Progress) 
     found = []
     for start in range(0, len(probe.contexts), _TOGETHER):
         contexts = probe.contexts[start : start + _TOGETHER]
-        of = slice(start * (_CONTEXT - 1), (start + len(contexts)) * (_CONTEXT - 1))
-        splices = {name: functools.partial(replace, rows[of]) for name, rows in replaced.items()}
+        span = slice(start * (_CONTEXT - 1), (start + len(contexts)) * (_CONTEXT - 1))
+        splices = {name: functools.partial(replace, rows[span]) for name, rows in replaced.items()}
         found.append(language_model.cross_entropy(probe.model, [jnp.asarray(contexts)], probe.layer, splices))
         progress("next-token loss", len(contexts) * len(replaced))
     return {name: functools.reduce(operator.add, (part[name] for part in found)) for name in found[0]}

@@ -78,8 +78,8 @@ class Raw(NamedTuple):
 
     def _kind(self) -> str:
         """The architecture that the configuration names, in brackets, or ""."""
-        said = {name: self.config.get(name) for name in ("architecture", "activation", "act_fn", "dict_class")}
-        shown = ", ".join(f"{name} {value!r}" for name, value in said.items() if isinstance(value, str))
+        named = {name: self.config.get(name) for name in ("architecture", "activation", "act_fn", "dict_class")}
+        shown = ", ".join(f"{name} {value!r}" for name, value in named.items() if isinstance(value, str))
         return f" ({shown})" if shown else ""
 
     def take_one(self, name: str) -> np.ndarray:
@@ -93,28 +93,28 @@ class Raw(NamedTuple):
         """A finite number of a configuration, or of an array of one element."""
         value = value.item() if isinstance(value, np.ndarray) and value.size == 1 else value
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 2**62:
-            raise self.error(f"{name} is {_shown(value)}, expected a number", "mend its configuration")
+            raise self.error(f"{name} is {_shown(value)}, expected a number", "fix its configuration")
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
         """A boolean of the configuration, or the default; text and numbers are refused."""
         value = self.config.get(name, default)
         if not isinstance(value, bool):
-            raise self.error(f"{name} is {_shown(value)}, expected true or false", "mend its configuration")
+            raise self.error(f"{name} is {_shown(value)}, expected true or false", "fix its configuration")
         return value
 
     def positive(self, value: Any, name: str) -> float:
         """A number above 0."""
         found = self.number(value, name)
         if found <= 0:
-            raise self.error(f"{name} is {found}, expected more than 0", "mend its configuration")
+            raise self.error(f"{name} is {found}, expected more than 0", "fix its configuration")
         return found
 
     def integer(self, value: Any, name: str) -> int:
         """A positive integer."""
         found = self.number(value, name)
         if found != int(found) or not 1 <= found < 2**31:
-            raise self.error(f"{name} is {found:g}, expected a whole number from 1", "mend its configuration")
+            raise self.error(f"{name} is {found:g}, expected a whole number from 1", "fix its configuration")
         return int(found)
 
     def choice(self, what: str, value: Any, known: Iterable[Any]) -> Any:
@@ -132,10 +132,10 @@ class Raw(NamedTuple):
           sizes: of the weights, by the names in the configuration.
         """
         for name, size in sizes.items():
-            said = self.config.get(name)
-            if said is not None and self.integer(said, name) != size:
-                what = f"its configuration says {name} {said}, but its weights {size}"
-                raise self.error(what, "mend the one that is wrong")
+            declared = self.config.get(name)
+            if declared is not None and self.integer(declared, name) != size:
+                what = f"its configuration says {name} {declared}, but its weights {size}"
+                raise self.error(what, "fix the one that is wrong")
 
     def require_used(self, format: str, activation: Activation) -> None:
         """Raise if an array was not used: it would change what the autoencoder computes."""
@@ -149,7 +149,7 @@ class Raw(NamedTuple):
         """Whether the output site differs from the input site, by their names in the configuration."""
         there = self.config.get(out)
         if there is not None and self.config.get(into) is None:
-            raise self.error(f"says {out} {_shown(there)} and no {into}", "expected both: mend its configuration")
+            raise self.error(f"says {out} {_shown(there)} and no {into}", "expected both: fix its configuration")
         return there not in (None, self.config.get(into))
 
     def place_threshold(self, array: np.ndarray) -> jax.Array:
@@ -323,7 +323,7 @@ def require_k(where: str, activation: Activation, m: int) -> None:
     """Raise if `k` exceeds the number of latents or, for GroupMax, does not divide it."""
     k = activation.slots or 1
     if k > m or (isinstance(activation, GroupMax) and m % k):
-        raise InputError(f"{where}k is {k}, which does not fit {m} latents; mend its configuration.")
+        raise InputError(f"{where}k is {k}, which does not fit {m} latents; fix its configuration.")
 
 
 def fold_norms(weights: Weights) -> Weights:

@@ -58,7 +58,7 @@ def read(path: Path) -> Raw:
     config = dict(trainer) if isinstance(trainer, dict) else {}
     backup = isinstance(rest.get("ae"), dict)
     if unknown := rest.keys() - (_BACKUP if backup else set()):
-        raise InputError(f"{file}: holds {', '.join(sorted(unknown))}, expected arrays alone; save its state dict.")
+        raise InputError(f"{file}: holds {', '.join(sorted(unknown))}, expected only arrays; save its state dict.")
     if backup and isinstance(rest.get("config"), dict):
         config |= rest["config"]
     # Rows are divided by this in training; the autoencoder saved at the end takes them unscaled.

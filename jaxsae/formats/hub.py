@@ -84,7 +84,7 @@ def _download(address: str, revision: str | None) -> Path:
         raise InputError(f"{SCHEME}{address}: the hub needs the extra 'hub'; pip install 'jaxsae[hub]'.") from error
     parts = PurePosixPath(address).parts
     if len(parts) < 2 or ".." in parts or address.startswith("/"):
-        raise InputError(f"got {SCHEME}{address}, expected {SCHEME}organisation/repository/path; mend it.")
+        raise InputError(f"got {SCHEME}{address}, expected {SCHEME}organisation/repository/path; fix it.")
     repository, inner = "/".join(parts[:2]), "/".join(parts[2:])
     absent = (errors.EntryNotFoundError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError)
     # The base class of the HTTP client's errors; which client that is depends on the version of the hub's package.
@@ -97,13 +97,13 @@ def _download(address: str, revision: str | None) -> Path:
         if isinstance(error, absent) and not isinstance(error, errors.LocalEntryNotFoundError):
             at = f" at revision {revision}" if revision else ""
             what = f"not on the hub{at} ({first_line(error)})"
-            raise InputError(f"{SCHEME}{address}: {what}; mend the address, or log in.") from error
+            raise InputError(f"{SCHEME}{address}: {what}; fix the address, or log in.") from error
         if isinstance(error, ValueError):  # a name that the hub's client does not take
-            raise InputError(f"{SCHEME}{address}: {first_line(error)}; mend the address.") from error
+            raise InputError(f"{SCHEME}{address}: {first_line(error)}; fix the address.") from error
         folder = _cached(huggingface_hub, repository, revision)
         if folder is None or not (folder / inner).exists():
             what = f"the hub cannot be reached ({first_line(error)}), and its cache has no such files"
-            raise InputError(f"{SCHEME}{address}: {what}; try again, or download them by other means.") from error
+            raise InputError(f"{SCHEME}{address}: {what}; try again, or download the files by other means.") from error
         return folder / inner
 
 

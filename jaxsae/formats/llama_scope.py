@@ -101,7 +101,7 @@ def _activation(raw: Raw, W_dec: np.ndarray, scale: float | None) -> Activation:
         threshold = raw.number(config.get("jump_relu_threshold"), "jump_relu_threshold")
         if threshold and scale is None:
             what = "has no dataset_average_activation_norm, on which its threshold depends"
-            raise raw.error(what, "mend its configuration")
+            raise raw.error(what, "fix its configuration")
         threshold = np.full(len(W_dec), threshold * (scale or 1), wide)
     if threshold.shape != norms.shape:
         raise raw.error(f"has {threshold.shape} thresholds for {len(norms)} latents")

@@ -323,10 +323,10 @@ def _read_own(path: Path) -> Raw:
         raise InputError(
             f"{path}: not a whole SAE ({str(error).split('; ')[0]}); expected {_CONFIG} and {_WEIGHTS}: save it again."
         ) from error
-    said = config.get("format"), config.get("version")
-    if said != ("jaxsae", _VERSION) or type(said[1]) is not int:
+    found = config.get("format"), config.get("version")
+    if found != ("jaxsae", _VERSION) or type(found[1]) is not int:
         raise InputError(
-            f"{path / _CONFIG}: says {said[0]!r} version {said[1]!r}, expected 'jaxsae' "
+            f"{path / _CONFIG}: says {found[0]!r} version {found[1]!r}, expected 'jaxsae' "
             f"version {_VERSION} (format, version); load it with the version of jaxsae that wrote it."
         )
     if unknown := config.keys() - _KEYS:

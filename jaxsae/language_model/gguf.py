@@ -124,8 +124,8 @@ def _gguf_config(path: Path) -> tuple[Config, dict[str, Any]]:
 
 def _refuse_unknown(reader, head_width: int, path: Path) -> None:
     """Refuse fields that a llama does not have, or whose values it cannot have."""
-    said = {name.removeprefix("llama."): field for name, field in reader.fields.items() if name.startswith("llama.")}
-    others = {name: field.contents() for name, field in said.items() if name not in _GGUF_READ}
+    found = {name.removeprefix("llama."): field for name, field in reader.fields.items() if name.startswith("llama.")}
+    others = {name: field.contents() for name, field in found.items() if name not in _GGUF_READ}
     heads = dict.fromkeys(("rope.dimension_count", "attention.value_length"), head_width)
     neutral = heads | {"attention.causal": True} | dict.fromkeys(_GGUF_SCALES, 1.0)
     unknown = [name for name, value in others.items() if value and name not in neutral]
@@ -162,8 +162,8 @@ def _gguf_tokenizer(path: Path, reader):
     tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
     tokenizer.pre_tokenizer, tokenizer.decoder = known[kind], decoders.ByteLevel()
     kinds = dict(zip(tokens, _field(reader, "tokenizer.ggml.token_type", path), strict=True))
-    tokenizer.add_special_tokens([token for token, of in kinds.items() if of == 3])  # control
-    tokenizer.add_tokens([token for token, of in kinds.items() if of == 4])  # user-defined: never split
+    tokenizer.add_special_tokens([token for token, code in kinds.items() if code == 3])  # control
+    tokenizer.add_tokens([token for token, code in kinds.items() if code == 4])  # user-defined: never split
     if reader.get_field("tokenizer.ggml.add_bos_token") and _field(reader, "tokenizer.ggml.add_bos_token", path):
         number = _field(reader, "tokenizer.ggml.bos_token_id", path)
         bos = tokens[number]

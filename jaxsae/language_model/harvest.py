@@ -245,10 +245,10 @@ def _joint(piece: _Piece, following: _Piece, first: int, last: int, *, in_words:
     """
     margin = (last - first) // 4
 
-    def shared(of):
-        inside = (of.places[:, 0] >= first + margin) & (of.places[:, 1] <= last - margin)
+    def shared(tokens):
+        inside = (tokens.places[:, 0] >= first + margin) & (tokens.places[:, 1] <= last - margin)
         begin, count = int(np.argmax(inside)), int(np.count_nonzero(inside))
-        return begin, of.part(begin, begin + count)
+        return begin, tokens.part(begin, begin + count)
 
     (begin, ours), (other, theirs) = shared(piece), shared(following)
     places = np.flatnonzero(ours.first) if ours.first.any() or not in_words else np.arange(len(ours.ids))
@@ -363,7 +363,7 @@ def live(
     require_fit(model, contexts, layer)
     mesh, batch = _data_mesh(jax.local_devices(), batch, len(contexts))
     model = jax.device_put(model, NamedSharding(mesh, PartitionSpec()))
-    (n, length), alone = contexts.shape, threading.Lock()
+    (n, length), lock = contexts.shape, threading.Lock()
     step = batch * (length - 1)
 
     @functools.lru_cache(2 * (-(-window // step) + 1))
@@ -372,7 +372,7 @@ def live(
         return np.asarray(_step(model, some, layer, batch, mesh)).reshape(-1, model.config.width)
 
     def load(number):
-        with alone:  # of concurrent readers, only one computes a step
+        with lock:  # of concurrent readers, only one computes a step
             return compute(number)
 
     edges = np.minimum(np.arange(-(-n // batch) + 1) * step, n * (length - 1))
@@ -435,7 +435,7 @@ def _require_site(c: config.Config, layer: int, context: int) -> None:
     if not 0 <= layer < c.layers:
         raise InputError(f"got layer {layer}, the model has {c.layers}; pass one from 0 to {c.layers - 1}.")
     if context < 2:
-        raise InputError(f"got contexts of {context} tokens, of which the first gives no row; pass at least 2.")
+        raise InputError(f"got contexts of {context} tokens, and the first gives no row; pass at least 2.")
     if context > c.context:
         raise InputError(f"got contexts of {context} tokens, the model takes {c.context}; pass that or less.")
 

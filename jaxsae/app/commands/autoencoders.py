@@ -32,7 +32,7 @@ def evaluate(*, sae: arguments.Autoencoder, data: arguments.InputPath, json: boo
     lines = [f"{name:18}  {console.number(value)}" for name, value in shown.items()]
     lines[-1] += f" of {measured['dead_rows']:,} rows"
     largest = ", ".join(f"{n}: {console.number(value)}" for n, value in measured["nmse_at"].items())
-    console.show(measured, "\n".join([*lines, f"NMSE with the largest latents alone: {largest}"]), as_json=json)
+    console.show(measured, "\n".join([*lines, f"NMSE with only the largest latents: {largest}"]), as_json=json)
     if measured["nonfinite"]:
         console.warn(f"{measured['nonfinite']} of {measured['rows']} rows hold NaN or Inf and are left out.")
     return 0
@@ -140,6 +140,6 @@ def info(path: arguments.Autoencoder, /, *, revision: arguments.Revision | None 
     """
     from jaxsae.formats import pretrained
 
-    said = pretrained.describe(path, revision=revision)
-    console.show(said, "\n".join(f"{name:14}{value}" for name, value in said.items()), as_json=json)
+    described = pretrained.describe(path, revision=revision)
+    console.show(described, "\n".join(f"{name:14}{value}" for name, value in described.items()), as_json=json)
     return 0

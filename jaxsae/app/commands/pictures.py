@@ -37,8 +37,8 @@ def denoise(
     noisy, profile = image_files.read(image), image_files.profile(image)
     image_files.check_suffix(out, shape=noisy.shape, profile=profile)
     with console.progress(noisy.size // noisy.shape[1]) as update:
-        quiet, atoms = images.denoise(noisy, sigma, seed=seed, progress=update)
-    return _write_picture(out, quiet, profile, dictionary, atoms, json)
+        denoised, atoms = images.denoise(noisy, sigma, seed=seed, progress=update)
+    return _write_picture(out, denoised, profile, dictionary, atoms, json)
 
 
 def inpaint(
