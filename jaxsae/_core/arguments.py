@@ -125,6 +125,7 @@ class Output(NamedTuple):
 
 Count = Annotated[int, Range(1, 2**31 - 1)]
 Index = Annotated[int, Range(0, 2**31 - 1)]
+Parts = Annotated[int, Range(1, 2**16)]  # of a mesh
 Seed = Annotated[int, Range(0, 2**32 - 1)]
 Positive = Annotated[float, Range(0, above=True)]
 Weight = Annotated[float, Range(0)]

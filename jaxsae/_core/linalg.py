@@ -29,6 +29,12 @@ def promoted(*arrays) -> jnp.dtype:
         return jnp.result_type(*arrays)
 
 
+def together(*arrays) -> list[Array]:
+    """Arrays in the dtype that they have together."""
+    dtype = promoted(*arrays)
+    return [jnp.asarray(array, dtype) for array in arrays]
+
+
 def widen(tree):
     """The arrays of a tree, those of floating point in float32 or better, in which to add them up."""
 

@@ -178,7 +178,7 @@ def _scatter_add(values, x, indices, *, m: int):
     def add(i, total):
         row, slot = order[i] // k, order[i] % k
         at = jnp.clip(indices[row, slot], 0, m - 1)
-        more = jnp.where(used(indices[row, slot], m), values[row, slot] * x[row], 0)  # NaN times 0 would be NaN
+        more = jnp.where(used(indices[row, slot], m), values[row, slot] * x[row].astype(dtype), 0)  # NaN times 0 is NaN
         atom = jax.lax.dynamic_slice_in_dim(total, at, 1) + more
         return jax.lax.dynamic_update_slice_in_dim(total, atom, at, 0)
 

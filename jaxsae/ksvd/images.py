@@ -368,7 +368,7 @@ def _strip(estimate: Callable, k: int, side: int, D, tol, valid, *strips):
         return functools.reduce(jnp.add, down)
 
     estimates, weights = estimate(k, D, tol, *map(patches, strips))
-    weights = weights.reshape(height, width) * (jnp.arange(height) < valid)[:, None]
+    weights = jnp.where((jnp.arange(height) < valid)[:, None], weights.reshape(height, width), 0)
     weights = jnp.broadcast_to(weights[:, :, None, None], (height, width, side, side))
     return sums(estimates.reshape(weights.shape) * weights), sums(weights)
 

@@ -115,7 +115,7 @@ def _omp(problem: Problem) -> Chosen:
                 rest, x = pair
                 return rest - w[i][:, None] * basis[i], x - w[i][:, None] * coordinates[i]
 
-            itself = jnp.broadcast_to(jnp.arange(k) == number, (n, k)).astype(y.dtype)
+            itself = jnp.broadcast_to(jnp.arange(k, dtype=jnp.int32) == number, (n, k)).astype(y.dtype)
             rest, x = jax.lax.fori_loop(0, number, without, (atom, itself))
             pivot = sq_norm(rest[:, :d])
             running &= selection.takes_another(part, number, state[:, :d], score)
@@ -126,7 +126,7 @@ def _omp(problem: Problem) -> Chosen:
             explained = jnp.sum(q[:, :d] * state[:, :d], axis=1, keepdims=True)
             state, values = state - explained * q, values + explained * x
             basis, coordinates = basis.at[number].set(q), coordinates.at[number].set(x)
-            here = running[:, None] & (jnp.arange(m) == at[:, None])
+            here = running[:, None] & (jnp.arange(m, dtype=jnp.int32) == at[:, None])
             indices = indices.at[:, number].set(jnp.where(running, at, m))
             return _Greedy(number + 1, state, basis, coordinates, values, free & ~here, indices, running)
 

@@ -193,7 +193,7 @@ def keep(problem: Problem, z: Array, threshold: Any = 0.0, *, times: int = 1) ->
     """The largest of each row `[n m]`, at most `times` its `max_atoms`, of those above a threshold `[n 1]`."""
     z = jax.nn.relu(z) if problem.nonnegative else z
     code = from_dense(jnp.where(jnp.abs(z) > threshold, z, 0), min(times * problem.k, z.shape[1]))
-    kept = jnp.arange(code.indices.shape[1]) < times * problem.max_atoms[:, None]
+    kept = jnp.arange(code.indices.shape[1], dtype=jnp.int32) < times * problem.max_atoms[:, None]
     indices, values = jnp.where(kept, code.indices, z.shape[1]), jnp.where(kept, code.values, 0)
     return SparseCode(values, indices, z.shape[1])
 

@@ -14,7 +14,7 @@ def plan(
     k: arguments.Count,
     batch: arguments.Count,
     topology: Annotated[str, arguments.Text(r"\w+:\d+(x\d+)*", "a kind of chip and a shape, like v5e:4x4")],
-    data: arguments.Count = 1,
+    mesh: tuple[arguments.Parts, arguments.Parts] | None = None,
     activation: Annotated[str, arguments.ACTIVATION] = "topk",
     price: arguments.Weight | None = None,
     json: bool = False,
@@ -32,7 +32,7 @@ def plan(
         k: active latents per row.
         batch: rows per step, over all chips.
         topology: kind (v4, v5e, v5p or v6e) and shape of the slice, for example v5e:4x4.
-        data: how many ways to split the rows; the latents are split over the other chips.
+        mesh: how many ways to split the rows of a batch, and the latents; by default only the latents are split.
         activation: as for jaxsae train.
         price: US dollars per chip and hour; by default the on-demand price of 2025.
         json: print the plan as one JSON object.
@@ -46,17 +46,17 @@ def plan(
     options = Options(activation, latents, k, batch=batch)
     for name, value in job.LIBTPU.items():
         os.environ.setdefault(name, value)
-    mesh = job.topology_mesh(topology, data)
-    chips, chip = mesh.size, job.CHIPS[topology.partition(":")[0]]
+    slice_ = job.topology_mesh(topology, *(mesh or ()))
+    chips, chip = slice_.size, job.CHIPS[topology.partition(":")[0]]
     price = chip.price if price is None else price
-    latent = chips // data
+    data, latent = slice_.shape.values()
     lines = [
         f"{chips} chips {topology}: rows {data} ways, latents {latent} ways; a chip has {console.gib(chip.memory)}"
     ]
     summary: dict[str, Any] = {"chips": chips, "topology": topology, "data": data, "latent": latent}
     summary |= {"chip_memory": chip.memory, "fits": True, "programs": {}}
     for name, compile_it in (("training step", job.training_step), ("encode and refit", job.refit_step)):
-        program = compile_it(options, d, mesh)
+        program = compile_it(options, d, slice_)
         seconds = program.seconds(chip)
         slowest = max(seconds.values())
         speed, cost = batch / slowest, slowest * chips * price / 3600 / batch * 1e9

@@ -109,6 +109,7 @@ class TopK(_Selection):
 
     k: int = struct.field(pytree_node=False)
     keep: float | Array | None = pytrees.fixed(default=None)
+    takes_largest = True
     rescale = _of_any_units
 
     def __post_init__(self):
@@ -183,6 +184,7 @@ class GroupMax(_Selection):
     """
 
     k: int = struct.field(pytree_node=False)
+    takes_largest = True
     rescale = _of_any_units
 
     def _validate(self, m: int) -> None:
@@ -235,6 +237,7 @@ class BatchTopK(Activation):
 
     k: int = struct.field(pytree_node=False)
     threshold: float | Float[Array, ""] = pytrees.fixed(default=-1.0)
+    takes_largest = True
 
     def __post_init__(self):
         _validate_k(self)
