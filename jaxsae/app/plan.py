@@ -125,7 +125,7 @@ def topology_mesh(topology: str, data: int = 1, latent: int | None = None) -> Me
     latent = devices.size // data if latent is None else latent
     if data * latent != devices.size:
         raise InputError(
-            f"got a mesh of {data} × {latent} for {devices.size} chips; pass numbers whose product is the number of chips."
+            f"got a mesh of {data} × {latent} for {devices.size} chips; pass numbers whose product is that."
         )
     return Mesh(devices.reshape(data, latent), ("data", "latent"), axis_types=(AxisType.Auto,) * 2)
 
