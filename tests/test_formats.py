@@ -738,7 +738,7 @@ def test_what_is_no_sae_is_refused_in_one_line(tmp_path):
 def test_float64_is_asked_for_where_it_can_be_had(tmp_path, x64):
     pretrained.save(sae(), tmp_path / "sae")
     assert pretrained.load(tmp_path / "sae", dtype="float64").W_dec.dtype == np.float64
-    with jax.enable_x64(False), pytest.raises(InputError, match="got dtype 'float64', which jax computes with"):
+    with jax.enable_x64(False), pytest.raises(InputError, match="got dtype 'float64', which needs jax_enable_x64"):
         pretrained.load(tmp_path / "sae", dtype="float64")
 
 

@@ -200,9 +200,9 @@ BAD_DIRECTORIES = {
     "heads that do not divide": ("gpt2", configured(n_head=5), "has invalid sizes: .*'heads': 5"),
     "odd heads": ("llama", configured(num_attention_heads=8, head_dim=3), "has heads of width 3, expected an even"),
     "huge heads": ("llama", configured(head_dim=10**12), "has heads of width 1000000000000, expected"),
-    "text for a size": ("llama", configured(max_position_embeddings="64"), "has sizes .*'context': '64'"),
-    "no context": ("llama", configured(max_position_embeddings=0), "has sizes .*'context': 0"),
-    "text for eps": ("llama", configured(rms_norm_eps="1e-5"), "has sizes .*'eps': '1e-5'"),
+    "text for a size": ("llama", configured(max_position_embeddings="64"), "has invalid sizes: .*'context': '64'"),
+    "no context": ("llama", configured(max_position_embeddings=0), "has invalid sizes: .*'context': 0"),
+    "text for eps": ("llama", configured(rms_norm_eps="1e-5"), "has invalid sizes: .*'eps': '1e-5'"),
 }
 
 
