@@ -268,12 +268,12 @@ def test_bad_input_to_study_is_exit_code_2_and_one_line(case, folder, capsys, mo
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
-        (KeyboardInterrupt(), 130, "jaxsae: interrupted; what was finished is kept."),
+        (KeyboardInterrupt(), 130, "jaxsae: interrupted; finished results are kept."),
         (OSError(28, "No space left on device", "report.json"), 2, "report.json: No space left on device"),
         (OSError("the disk said something"), 2, "the disk said something"),
         (PermissionError(13, "Permission denied", "x.npy"), 2, "x.npy: Permission denied"),
-        (MemoryError(), 2, "more memory than there is"),
-        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes."), 2, "more memory than there is"),
+        (MemoryError(), 2, "out of memory; use fewer"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes."), 2, "out of memory; use fewer"),
         (InputError("a\nb\udcff\x1b[31m: no such file"), 2, r"a\nb\udcff\x1b[31m: no such file"),
     ],
     ids=["interrupted", "disk full", "of no number", "forbidden", "memory", "memory of a device", "odd names"],

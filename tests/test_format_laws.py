@@ -188,7 +188,7 @@ UNSAVED = {
     "long numbers": ({"b_enc": np.ones(M, np.longdouble)}, "b_enc holds"),
     "text": ({"b_enc": np.array(["a"] * M)}, "b_enc holds"),
     "a mask": ({"b_enc": np.ma.masked_array(np.ones(M), mask=np.arange(M) < 3)}, "b_enc is masked"),
-    "a shape alone": ({"b_enc": jax.ShapeDtypeStruct((M,), np.float32)}, "b_enc is no numbers yet"),
+    "a shape alone": ({"b_enc": jax.ShapeDtypeStruct((M,), np.float32)}, "b_enc is abstract, without values"),
     "what was given away": ({"b_enc": deleted()}, "b_enc is a .* that numpy cannot read"),
 }
 
@@ -204,9 +204,9 @@ def test_what_no_file_can_say_is_refused_by_every_format_in_one_line(case, tmp_p
 @per_format
 def test_saes_that_are_stacked_or_traced_are_refused(format, tmp_path):
     stacked = jax.tree.map(lambda leaf: np.stack([leaf, leaf]), an_sae(format))
-    with pytest.raises(InputError, match=r"pass one SAE: of several that are stacked, jax.tree.map"):
+    with pytest.raises(InputError, match=r"pass one SAE: from a stack, take jax.tree.map"):
         save(stacked, tmp_path, format)
-    with pytest.raises(InputError, match="being traced"):
+    with pytest.raises(InputError, match="abstract, without values"):
         jax.eval_shape(lambda sae: save(sae, tmp_path, format), an_sae(format))
     with pytest.raises(InputError, match="got a dict to save, expected an SAE"):
         save({}, tmp_path, format)

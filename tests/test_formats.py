@@ -188,7 +188,7 @@ def test_without_centre_and_gated_without_b_enc(tmp_path):
     linear = (np.float64(X) - W["b_dec"]) @ W["W_enc"]
     z = (linear + gates["b_gate"] > 0) * relu(np.exp(gates["r_mag"]) * linear + gates["b_mag"])
     assert_computes(model, X, z, z @ W["W_dec"] + W["b_dec"])
-    # One of ours may have a bias that the format has not: it goes into the two that there are.
+    # One of ours may have a bias that the format lacks: it goes into the two that there are.
     ours = dataclasses.replace(model, b_enc=jnp.asarray(W["b_enc"]))
     pretrained.save(ours, tmp_path / "c", format="saelens")
     assert "b_enc" not in pretrained.FORMATS["saelens"].read(tmp_path / "c").arrays
@@ -291,7 +291,7 @@ DROPPED = {  # of these, the configuration says another autoencoder than the arr
     "a bias of a gated one": (plain(**GATES), {"architecture": "gated"}, "holds b_enc"),
     "a skip connection": (plain() | {"W_skip": np.ones((D, D), np.float32)}, {}, "holds W_skip"),
     "an encoder of a pursuit": (plain(), {"architecture": "matching_pursuit"}, "holds W_enc, b_enc"),
-    "k without an architecture": (plain(), {"k": K}, "has k, which the architecture 'standard' has not"),
+    "k without an architecture": (plain(), {"k": K}, "has k, which the architecture 'standard' does not have"),
     "k of ReLU": (plain(), {"k": K, "architecture": "standard"}, "has k"),
     "norms of ReLU": (plain(), {"rescale_acts_by_decoder_norm": True}, "has rescale_acts_by_decoder_norm"),
     "norms of JumpReLU": (
@@ -407,7 +407,7 @@ def test_gemma_scope_files_that_say_more_than_is_used(tmp_path):
     with pytest.raises(InputError, match="holds W_dec and w_dec"):
         pretrained.load(tmp_path / "both.npz")
     np.savez(tmp_path / "more.npz", **plain(threshold=THRESHOLD, scaling_factor=THRESHOLD))
-    with pytest.raises(InputError, match="holds scaling_factor, which JumpReLU of gemma_scope has not"):
+    with pytest.raises(InputError, match="holds scaling_factor, which JumpReLU of gemma_scope does not have"):
         pretrained.load(tmp_path / "more.npz")
     tensors = {name.lower(): array for name, array in plain(threshold=THRESHOLD).items()}
     for number, (more, config, message) in enumerate(
@@ -477,7 +477,7 @@ def test_a_skip_connection_is_there_if_the_configuration_says_so(tmp_path):
     assert sparsify(tmp_path / "b", skip).W_skip is not None
     with pytest.raises(InputError, match="expected W_skip too"):
         sparsify(tmp_path / "c", layer, skip_connection=True)
-    with pytest.raises(InputError, match="holds W_skip, which TopK of sparsify has not"):
+    with pytest.raises(InputError, match="holds W_skip, which TopK of sparsify does not have"):
         sparsify(tmp_path / "d", skip, skip_connection=False)
 
 
@@ -630,11 +630,13 @@ def test_openai_normalises_rows_exactly_for_topk(tmp_path):
 
 
 def test_openai_files_that_say_more_than_is_used(tmp_path):
-    with pytest.raises(InputError, match="holds k, postact_fn, which ReLU of openai has not; name its activation"):
+    with pytest.raises(
+        InputError, match="holds k, postact_fn, which ReLU of openai does not have; name its activation"
+    ):
         openai(tmp_path / "a.pt", activation_state_dict={"k": K, "postact_fn": "ReLU"})
-    with pytest.raises(InputError, match="holds tied, which ReLU of openai has not"):
+    with pytest.raises(InputError, match="holds tied, which ReLU of openai does not have"):
         openai(tmp_path / "b.pt", activation="ReLU", tied=True)
-    with pytest.raises(InputError, match=r"holds decoder\.bias, which ReLU of openai has not"):
+    with pytest.raises(InputError, match=r"holds decoder\.bias, which ReLU of openai does not have"):
         openai(tmp_path / "c.pt", **{"decoder.bias": W["b_dec"]})
 
 
@@ -674,15 +676,15 @@ def test_llama_scope_has_two_scales_and_a_threshold_for_rows_as_they_are(tmp_pat
 def test_llama_scope_files_that_say_more_than_is_used(tmp_path):
     for number, (config, message) in enumerate(
         [
-            ({"use_decoder_bias": False}, "holds decoder.bias, which JumpReLU of llama_scope has not"),
+            ({"use_decoder_bias": False}, "holds decoder.bias, which JumpReLU of llama_scope does not have"),
             ({"use_glu_encoder": True}, "its use_glu_encoder is True"),
             ({"sae_type": "crosscoder"}, "its sae_type is 'crosscoder'"),
-            ({"apply_decoder_bias_to_pre_encoder": True}, "apply_decoder_bias_to_pre_encoder is true of a transcoder"),
+            ({"apply_decoder_bias_to_pre_encoder": True}, "apply_decoder_bias_to_pre_encoder is true for a transcoder"),
             (
                 {"dataset_average_activation_norm": None},
                 "has no dataset_average_activation_norm, on which its threshold",
             ),
-            ({"act_fn": "topk", "top_k": K, "sparsity_include_decoder_norm": True}, "atoms have other norms than 1"),
+            ({"act_fn": "topk", "top_k": K, "sparsity_include_decoder_norm": True}, "atoms are not of norm 1"),
             ({"d_sae": None, "expansion_factor": 8}, "says d_sae 48, but its weights 12"),
             ({"d_model": 4096}, "says d_model 4096, but its weights 6"),
             ({"norm_activation": "batch-wise"}, "its norm_activation is 'batch-wise'"),
@@ -736,7 +738,7 @@ def test_what_is_no_sae_is_refused_in_one_line(tmp_path):
 def test_float64_is_asked_for_where_it_can_be_had(tmp_path, x64):
     pretrained.save(sae(), tmp_path / "sae")
     assert pretrained.load(tmp_path / "sae", dtype="float64").W_dec.dtype == np.float64
-    with jax.enable_x64(False), pytest.raises(InputError, match="got dtype 'float64', which jax computes with"):
+    with jax.enable_x64(False), pytest.raises(InputError, match="got dtype 'float64', which needs jax_enable_x64"):
         pretrained.load(tmp_path / "sae", dtype="float64")
 
 
@@ -830,7 +832,7 @@ def test_biases_that_overflow_are_refused(kind, dtype, large, tmp_path):
         W = np.asarray(model.W_enc, np.float64)[:, 0]
         model = model.replace(b_dec=jnp.asarray(-large / 4 * W / np.abs(W).max(), dtype))
         format = "gemma_scope"
-    with pytest.raises(InputError, match=f"biases overflow {dtype} as this format has them; convert it to float32"):
+    with pytest.raises(InputError, match=f"biases overflow {dtype} in this format; convert it to float32"):
         pretrained.save(model, tmp_path / "sae", format=format)
     assert list(tmp_path.iterdir()) == []
 

@@ -161,7 +161,7 @@ def test_what_is_cached_is_not_fetched_again_and_serves_without_the_hub(served, 
         ("hf://org/repo/README.md", "not on the hub"),
         ("hf://org", "expected hf://organisation/repository/path"),
         ("hf://org/repo/../../secret", "expected hf://organisation/repository/path"),
-        ("hf://or g/re po/x", "mend the address"),
+        ("hf://or g/re po/x", "fix the address"),
     ],
 )
 def test_what_is_not_there_is_one_sentence(address, message, served):

@@ -28,7 +28,7 @@ def test_a_run_that_is_interrupted_in_every_way_ends_like_one_left_alone(tmp_pat
     job.finish("alone")
     code, saved, said = job.end("run", signal.SIGINT, after=8, delay=0)
     assert code == 130, said
-    assert f"Stopped after {saved} steps; all is saved: the same command resumes." in said
+    assert f"Stopped after {saved} steps; the run is saved: the same command resumes." in said
     assert 8 <= saved < 50
     code, saved, said = job.end("run", signal.SIGTERM, after=8, delay=0)
     assert code == 0, said

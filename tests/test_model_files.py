@@ -156,7 +156,7 @@ BAD_DIRECTORIES = {
     "whole and in pieces": (
         "llama",
         lambda folder: shutil.copy(folder / "model-00001-of-00004.safetensors", folder / "model.safetensors"),
-        r"has model\.safetensors and model\.safetensors\.index\.json; remove the one that is old",
+        r"has model\.safetensors and model\.safetensors\.index\.json; remove the outdated one",
     ),
     "a window": ("llama", configured(sliding_window=32), "has sliding_window = 32, expected None"),
     "capped logits": ("llama", configured(final_logit_softcapping=30.0), "has final_logit_softcapping = 30.0"),
@@ -197,12 +197,12 @@ BAD_DIRECTORIES = {
     "fewer positions": ("gpt2", configured(n_positions=32), r"positions\.embedding \(64, 24\), expected \(32, 24\)"),
     "more blocks": ("gpt2", configured(n_layer=4), r"has no tensor h\.3\."),
     "no blocks": ("gpt2", configured(n_layer=0), "damaged or truncated"),
-    "heads that do not divide": ("gpt2", configured(n_head=5), "has sizes that no model has: .*'heads': 5"),
+    "heads that do not divide": ("gpt2", configured(n_head=5), "has invalid sizes: .*'heads': 5"),
     "odd heads": ("llama", configured(num_attention_heads=8, head_dim=3), "has heads of width 3, expected an even"),
     "huge heads": ("llama", configured(head_dim=10**12), "has heads of width 1000000000000, expected"),
-    "text for a size": ("llama", configured(max_position_embeddings="64"), "has sizes .*'context': '64'"),
-    "no context": ("llama", configured(max_position_embeddings=0), "has sizes .*'context': 0"),
-    "text for eps": ("llama", configured(rms_norm_eps="1e-5"), "has sizes .*'eps': '1e-5'"),
+    "text for a size": ("llama", configured(max_position_embeddings="64"), "has invalid sizes: .*'context': '64'"),
+    "no context": ("llama", configured(max_position_embeddings=0), "has invalid sizes: .*'context': 0"),
+    "text for eps": ("llama", configured(rms_norm_eps="1e-5"), "has invalid sizes: .*'eps': '1e-5'"),
 }
 
 
@@ -386,7 +386,7 @@ BAD_GGUF = {
         lambda path: write_gguf(
             path, {k: v for k, v in wide_weights().items() if k != "lm_head.weight"}, WIDE, extra=q8_1()
         ),
-        r"output\.weight is quantised as Q8_1, which gguf does not undo",
+        r"output\.weight is quantised as Q8_1, which gguf cannot dequantise",
     ),
     "biases": (lambda path: saved_as_gguf(path, extra=BIAS), r"that a llama does not use: blk\.0\.attn_q\.bias"),
     "yarn": (
@@ -515,8 +515,8 @@ def test_the_tokenizer_of_a_directory():
 BAD_TOKENIZERS = {
     "llama-bpe": (["a"], [], {"pre": "llama-bpe"}, r"model 'gpt2', pre-tokenizer 'llama-bpe', expected one of"),
     "sentencepiece": (["a"], [], {"model": "llama", "pre": "default"}, "a tokenizer of model 'llama'"),
-    "merge of no token": (["a", "b"], ["a b"], {}, "has a merge that makes no token: 'a b'"),
-    "merge of one": (["a", "b"], ["ab"], {}, "has a merge that makes no token: 'ab'"),
+    "merge of no token": (["a", "b"], ["a b"], {}, "has a merge that does not make a token: 'a b'"),
+    "merge of one": (["a", "b"], ["ab"], {}, "has a merge that does not make a token: 'ab'"),
 }
 
 

@@ -187,7 +187,7 @@ def test_a_run_has_every_section(a_run_folder):
     page = page_of(a_run_folder)
     assert list(page.sections) == RUN
     assert [chart["aria-label"].partition(",")[0] for chart in page.drawings("Training")] == [
-        *("NMSE of a batch", "L0: active latents a row", "dead latents", "loss")  # nothing was skipped
+        *("NMSE of a batch", "L0: active latents per row", "dead latents", "loss")  # nothing was skipped
     ]
     assert page.cells("The same numbers") == [
         ["latents kept", "NMSE"],
@@ -228,7 +228,7 @@ def test_the_tables_have_the_numbers_of_the_report(tmp_path):
         *("100%", "1.2e-06"),
     ]
     assert page.cells("Next-token loss")[2] == ["ReLU, L1 0.2", *["3.250"] * 4, *["325.0%"] * 2]
-    assert "2.500 nats a token for the model itself, 9.500 with the mean" in page.section("Results")
+    assert "2.500 nats per token for the model itself, 9.500 with the mean" in page.section("Results")
     assert ["l1", "[0.05, 0.2]"] in page.cells("Options")
     assert ["source", "x.npy"] in page.cells("Data")
     assert ["jax", "0.10.2"] in page.cells("Versions")

@@ -45,9 +45,7 @@ def test_shards_are_read_through_their_index(tmp_path):
     (tmp_path / "cfg.json").write_text(json.dumps({"d_in": D, "d_sae": M}))
     model = pretrained.load(tmp_path)
     safetensors.numpy.save_file(w, tmp_path / "sae_weights.safetensors")
-    with pytest.raises(
-        InputError, match=r"is there in one piece and in those of sae_weights\.safetensors\.index\.json"
-    ):
+    with pytest.raises(InputError, match=r"exists beside sae_weights\.safetensors\.index\.json"):
         pretrained.load(tmp_path)
     assert_same_bits(model.W_dec, w["W_dec"])
     assert_same_bits(model.b_enc, w["b_enc"])
@@ -140,7 +138,7 @@ BROKEN_NPZ = {
 def test_broken_npz_are_named(case, tmp_path):
     with zipfile.ZipFile(tmp_path / "x.npz", "w") as file:
         file.writestr("W_enc.npy", BROKEN_NPZ[case])
-    with pytest.raises(InputError, match=r"x\.npz: W_enc\.npy is no plain array"):
+    with pytest.raises(InputError, match=r"x\.npz: W_enc\.npy is not a plain array"):
         tensors.read_npz(tmp_path / "x.npz")
 
 
@@ -151,14 +149,14 @@ def test_bombs_and_traps_in_zips(tmp_path):
         tensors.read_npz(tmp_path / "bomb.npz")
     with zipfile.ZipFile(tmp_path / "out.npz", "w") as file:
         file.writestr("../W_enc.npy", b"")
-    with pytest.raises(InputError, match=r"its member '\.\./W_enc\.npy' leads out of it"):
+    with pytest.raises(InputError, match=r"its member '\.\./W_enc\.npy' points outside it"):
         tensors.read_npz(tmp_path / "out.npz")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with zipfile.ZipFile(tmp_path / "two.npz", "w") as file:
             file.writestr("a.npy", b"")
             file.writestr("a.npy", b"")
-    with pytest.raises(InputError, match="two members of one name"):
+    with pytest.raises(InputError, match="two members of the same name"):
         tensors.read_npz(tmp_path / "two.npz")
 
 

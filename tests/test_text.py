@@ -263,8 +263,8 @@ def test_texts_and_contexts_begin_with_bos_as_the_files_say(case, tmp_path):
 
 
 BAD_BOS = {
-    "no such token": ({"add_bos_token": True, "bos_token": "<bos>"}, False, "adds a BOS, '<bos>', that is no token"),
-    "no token": ({"add_bos_token": True}, False, "adds a BOS, None, that is no token"),
+    "no such token": ({"add_bos_token": True, "bos_token": "<bos>"}, False, "adds a BOS, '<bos>', that is not a token"),
+    "no token": ({"add_bos_token": True}, False, "adds a BOS, None, that is not a token"),
     "they do not agree": ({"add_bos_token": False, "bos_token": "<s>"}, True, "adds no BOS, and tokenizer.json does"),
     "not JSON": ("{", False, r"tokenizer_config\.json: is damaged"),
     "no object": ("[]", False, r"tokenizer_config\.json: is damaged"),

@@ -1,7 +1,9 @@
 """The command `jaxsae`: its options, runs, studies, reports and pictures. The only place that prints.
 
-`cli` runs the `commands`. `options`, `runs` and `logs` are what `jaxsae train` is asked, does and writes, `study` is
-what `jaxsae study` does, `plan` says what a training takes on a TPU, `report` and `plots` show what came out.
+`cli` runs the `commands`, `console` prints their results, and `compilation_cache` keeps compiled programs. `options`,
+`runs` and `logs` are for `jaxsae train`: its options, the training, and its logged metrics. `study` runs `jaxsae
+study`, and `plan` estimates what a training needs on TPUs. `report` makes a page of `html` with charts of `svg`, and
+`plots` draws the figure of a study.
 """
 
 from jaxsae._core import lazy

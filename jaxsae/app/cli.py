@@ -15,8 +15,8 @@ from jaxsae.app.commands import autoencoders, pictures, plans, studies, texts, t
 _NEEDS = "the command line needs the extra 'study'; pip install 'jaxsae[study]'."
 _ABOUT = """Sparse autoencoders in JAX, and the refinement of their codes with a certificate per row.
 
-Each command has its options, and an example, in `jaxsae COMMAND --help`. With --json it prints one JSON object on
-stdout, and nothing else there; NaN is null. Progress and warnings go to stderr.
+For the options of a command and an example, see `jaxsae COMMAND --help`. With --json a command prints one JSON object
+and nothing else to stdout; NaN becomes null. Progress and warnings go to stderr.
 
 Exit codes: 0 done; 1 done, but a row is not certified, a plan does not fit,
 or --strict met a warning; 2 bad input; 130 interrupted."""
@@ -31,9 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError:
         console.fail(_NEEDS)
         return 2
-    if argv is None:  # as a command, not from a process that has its own settings
+    if argv is None:  # run as a command, not from a process with its own settings
         argv = sys.argv[1:]
-        # Processes that work together must not find different programs: they would wait for each other.
+        # Processes that work together must not load different programs: they would wait for each other.
         if not any(word.startswith(("--distributed", "--coordinator")) for word in argv):
             compilation_cache.keep()
     asked = argv[0] if argv else ""
@@ -50,15 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error
-        console.fail(f"{what}; nothing was half-written.")
+        console.fail(f"{what}; no partial file was left.")
         return 2
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):  # how XLA says it
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):  # XLA's out-of-memory error
             raise
-        console.fail("this needs more memory than there is; take fewer latents, a smaller batch, or less data.")
+        console.fail("out of memory; use fewer latents, a smaller batch, or less data.")
         return 2
     except KeyboardInterrupt:
-        console.fail("interrupted; what was finished is kept.")
+        console.fail("interrupted; finished results are kept.")
         return 130
 
 
@@ -98,11 +98,11 @@ def _kept() -> str:
         return "Compiled programs are not kept."
     return (
         f"Compiled programs are kept in {folder} ({compilation_cache.size(folder) / 2**20:.1f} MiB); "
-        "JAX_COMPILATION_CACHE_DIR names another place, JAX_ENABLE_COMPILATION_CACHE=0 none."
+        "JAX_COMPILATION_CACHE_DIR sets another directory, JAX_ENABLE_COMPILATION_CACHE=0 disables this."
     )
 
 
-# In the order in which one meets them.
+# In the order of typical use.
 COMMANDS = {
     "study": studies.study,
     "fetch": texts.fetch,

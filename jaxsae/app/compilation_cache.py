@@ -1,8 +1,8 @@
-"""Programs that XLA compiled, kept on disk, so that the second run of a command starts in seconds.
+"""JAX's persistent compilation cache, so that the second run of a command starts in seconds.
 
-JAX keeps them, and names them by what they compute and by the versions that made them. On a CPU they are machine code,
-and one made for other instructions than this CPU has is loaded all the same, with no more than a line in the log
-(jax-ml/jax issue 38445 quotes it). So each kind of CPU has a directory of its own, in a home that machines may share.
+Its keys are computations and versions. On a CPU the programs are machine code, and JAX loads one that needs
+instructions that this CPU lacks with no more than a line in the log (jax-ml/jax issue 38445). As machines may share a
+home directory, each kind of CPU has its own cache there.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import jax
 
 from jaxsae._core.files import InputError, cache
 
-MAX_BYTES = 1 << 28  # what was used longest ago goes first
+MAX_BYTES = 1 << 28  # the least recently used programs are evicted first
 _config: Any = jax.config  # whose options are not annotated
 
 
@@ -30,33 +30,33 @@ def size(folder: Path) -> int:
     """The size of a cache directory in bytes."""
     total = 0
     for file in folder.glob("*-cache"):
-        with contextlib.suppress(FileNotFoundError):  # another command dropped it just now
+        with contextlib.suppress(FileNotFoundError):  # another command has just evicted it
             total += file.stat().st_size
     return total
 
 
 def keep() -> None:
-    """Enable JAX's persistent cache, unless its own settings decide; where the directory cannot be used, go without.
+    """Enable JAX's persistent cache, unless JAX is configured already or the directory cannot be used.
 
-    Nobody else may write there: what is there is run.
+    The directory is private to the user, since its contents are executed.
     """
     if not _config.jax_enable_compilation_cache or _config.jax_compilation_cache_dir:
         return
     try:
         folder = cache() / "compiled" / _machine()
         folder.mkdir(parents=True, exist_ok=True)
-        folder.chmod(0o700)  # fails if it is somebody else's
+        folder.chmod(0o700)  # fails if another user owns it
     except (OSError, InputError):
         return
     _config.update("jax_compilation_cache_dir", str(folder))
     _config.update("jax_compilation_cache_max_size", MAX_BYTES)
     _config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    # What cannot be read is compiled again.
+    # Entries that cannot be read are compiled again.
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
 
 
 def _machine() -> str:
-    """The kind of CPU: its architecture, and a hash of its model and of what it can do."""
+    """The kind of CPU: its architecture, and a hash of its model and features."""
     try:
         first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
         cpu = "\n".join(line for line in first if line.startswith(("model name", "flags", "Features", "CPU ")))

@@ -10,9 +10,9 @@ from typing import Any
 
 
 def show(result: dict[str, Any], text: str, *, as_json: bool) -> None:
-    """Print a result: for people, or as one JSON object, in which NaN and Inf are null.
+    """Print a result as text, or as one JSON object, in which NaN and Inf are null.
 
-    Whoever reads it may stop before its end.
+    A reader may close the pipe early.
     """
     encoding = sys.stdout.encoding or "utf-8"
     if as_json:
@@ -39,7 +39,7 @@ def warn(text: str) -> None:
 
 
 def fail(text: str) -> None:
-    """Print what went wrong, in one line whatever it names."""
+    """Print an error in one line; unprintable characters are escaped."""
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     print(f"jaxsae: {shown}", file=sys.stderr)
 
@@ -53,7 +53,7 @@ def gib(size: int) -> str:
 def progress(total: int, *, rows: int | None = None, unit: str = "rows", quiet: bool = False):
     """Yield `update(text, steps)`: a bar with the time left on a terminal, a plain line every tenth elsewhere.
 
-    With `rows`, those of one step, both show the speed. Steps taken `before` say nothing of that.
+    With `rows`, those of one step, both show the speed, without steps taken `before`.
     """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -117,7 +117,7 @@ def study_table(report: dict[str, Any]) -> str:
     if "ce_clean" in report:
         clean, mean, zero = (f"{report[f'ce_{name}']:.4f}" for name in ("clean", "mean", "zero"))
         table.caption = (
-            f"cross-entropy of the model itself {clean}, with the mean for its residual {mean}, with zeros {zero}"
+            f"cross-entropy of the model itself {clean}, with its residual replaced by the mean {mean}, by zeros {zero}"
         )
     console = Console(width=None if sys.stdout.isatty() else 160)
     with console.capture() as captured:

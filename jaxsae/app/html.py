@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxsae.app.plots import FAMILIES
 
-# Colours in light and dark, by name: text, what is less important, lines, and one for each family.
+# Colours in light and dark, by name: backgrounds, text, lines, warnings, and one for each family.
 _COLOURS = {
     "paper": ("#ffffff", "#14171b"),
     "wash": ("#f5f6f8", "#1d2127"),
@@ -24,7 +24,7 @@ LIGHT, DARK = ({name: colours[side] for name, colours in _COLOURS.items()} for s
 
 
 def form(value: Any, how: str) -> str:
-    """A number as text, with a real minus; a dash for one that is not there.
+    """A number as text, with a true minus sign; a dash if it is missing.
 
     Args:
       value: a number, or None.
@@ -41,17 +41,17 @@ def form(value: Any, how: str) -> str:
 
 
 def colour(family: str) -> str:
-    """The CSS class that gives what is drawn the colour of a family."""
+    """The CSS class with the colour of a family."""
     return f"c-{family}" if family in FAMILIES else "c-other"
 
 
 def label(family: str) -> str:
-    """What a family is called."""
+    """The displayed name of a family."""
     return FAMILIES[family][0] if family in FAMILIES else family
 
 
 def note(text: str) -> str:
-    """A paragraph that explains."""
+    """A paragraph of explanation."""
     return f'<p class="note">{escape(text)}</p>'
 
 
@@ -69,7 +69,7 @@ def figure(drawn: str, name: str = "", note: str = "") -> str:
 
 
 def grid(figures: Iterable[str], size: str = "wide") -> str:
-    """Figures side by side, as many as there is room for; `size` is wide or small."""
+    """Figures side by side, as many as fit; `size` is wide or small."""
     text = "".join(figures)
     return f'<div class="{size}-grid">{text}</div>' if text else ""
 
@@ -77,13 +77,13 @@ def grid(figures: Iterable[str], size: str = "wide") -> str:
 def table(
     caption: str, head: Sequence[str], rows: Iterable[Sequence[str]], groups: Sequence[tuple[str, int]] = ()
 ) -> str:
-    """A table whose first column names its rows; one wider than the window scrolls in its place.
+    """A table whose first column names its rows; it scrolls if it is wider than the window.
 
     Args:
       caption: above it.
       head: names of the columns.
       rows: cells.
-      groups: names over so many columns each, from the left.
+      groups: names, and how many columns each spans, from the left.
     """
     over = "".join(
         f'<th scope="colgroup" colspan="{span}">{escape(name)}</th>' if name else f'<td colspan="{span}"></td>'
@@ -100,7 +100,7 @@ def table(
 
 
 def pairs(caption: str, values: dict[str, Any] | None) -> str:
-    """A table of names and values, these as JSON unless they are text."""
+    """A table of names and values; values that are not text are shown as JSON."""
     cells = [[name, value if isinstance(value, str) else json.dumps(value)] for name, value in (values or {}).items()]
     return f'<div class="pairs">{table(caption, ["name", "value"], cells)}</div>' if cells else ""
 
@@ -111,9 +111,9 @@ def document(
     """A whole page.
 
     Args:
-      title: plain words of our own, as are the names of facts and sections.
+      title: not escaped, like the names of facts and sections.
       subtitle: what it is about.
-      facts: numbers to begin with, by name; those that are a dash are left out.
+      facts: headline numbers, by name; those that are a dash are left out.
       warnings: what the reader must know.
       sections: HTML by name; those that are empty are left out.
     """

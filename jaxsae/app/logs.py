@@ -22,7 +22,7 @@ def logs(folder: str | os.PathLike, options: Options, *, wandb: bool = False) ->
       wandb: whether to log there.
 
     Raises:
-      InputError: if what writes them is not installed; nothing is written before the block begins.
+      InputError: if tensorboardX or wandb is not installed; nothing is written before the block begins.
 
     Example:
       >>> import tempfile
@@ -53,15 +53,15 @@ def _writing(open_writer: Callable[[], Any], start: Callable[[], Any] | None) ->
 
 
 def curves(folder: str | os.PathLike) -> dict[str, dict[int, float]]:
-    """The numbers that `logs` wrote to the event files of a folder, by name and step; for each step, the last ones.
+    """Read the metrics that `logs` wrote to a folder, by name and step; for each step, the last value.
 
-    A file ends at a record that is cut off, as the last one of a run that was killed.
+    A file ends at a truncated record, such as the last one of a killed run.
 
     Args:
-      folder: of a run, maybe one that is still going on.
+      folder: of a run, perhaps still in progress.
 
     Raises:
-      InputError: if what reads them is not installed.
+      InputError: if tensorboardX is not installed.
 
     Example:
       >>> import tempfile
@@ -90,7 +90,7 @@ def curves(folder: str | os.PathLike) -> dict[str, dict[int, float]]:
 
 
 def _records(content: bytes) -> Iterator[bytes]:
-    """Of a TFRecord file, where each is a length, its checksum, the record, and its checksum."""
+    """The records of a TFRecord file, which has the length of each, its checksum, the record, and its checksum."""
     at = 0
     while at + 12 <= len(content):
         start = at + 12

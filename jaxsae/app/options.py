@@ -13,7 +13,7 @@ from jaxsae._core.files import InputError
 from jaxsae.autoencoder.activations import AbsTopK, Activation, BatchTopK, Gated, GroupMax, JumpReLU, ReLU, TopK
 from jaxsae.train.objectives import L0, L1, Gate
 
-_MANY_PASSES = 10  # over the data, beyond which rows not trained on are reconstructed worse and worse
+_MANY_PASSES = 10  # over the data, beyond which a run overfits
 
 
 class Options(NamedTuple):
@@ -22,15 +22,15 @@ class Options(NamedTuple):
     Attributes:
       activation: a name from `FAMILIES`.
       latents: `m`.
-      k: latents a row, where they make the activation sparse.
-      l1: weight of the penalty, where that does.
+      k: active latents per row, for activations that are sparse by it.
+      l1: weight of the penalty, for activations that are sparse by it.
       auxk: whether idle latents learn, by `objectives.AuxK`.
       multi_topk: whether `objectives.MultiTopK` is added; for topk.
       batch: rows.
       steps: of training.
       learning_rate: `train.learning_rate(latents, steps)` if None.
-      idle_after: rows without it after which a latent is idle, for `auxk`; a fiftieth of all rows trained on if None.
-      heldout: rows that are measured on, the last ones.
+      idle_after: rows without firing after which a latent is idle, for `auxk`; a fiftieth of the rows seen if None.
+      heldout: how many rows to measure on, the last ones.
       seed: of initialisation and shuffles.
 
     Example:
@@ -55,8 +55,8 @@ class Options(NamedTuple):
 def resolved(options: Options) -> Options:
     """Options with each None replaced by the default that follows from the length of the run.
 
-    A latent is idle after a fiftieth of the run: that costs no error and leaves hardly any latent dead, where a tenth
-    comes too late to do much.
+    A latent is idle after a fiftieth of the run: that does not raise the error and leaves hardly any latent dead,
+    whereas a tenth is too late to have much effect.
 
     Args:
       options: of a run.
@@ -73,11 +73,11 @@ def resolved(options: Options) -> Options:
 
 
 def passes(options: Options, rows: int, warn: Callable[[str], None] = lambda text: None) -> float:
-    """How often a run sees each row.
+    """The number of passes of a run over its rows.
 
     Args:
       options: of the run.
-      rows: that it is trained on.
+      rows: how many it is trained on.
       warn: called if that is often enough to overfit.
 
     Example:
@@ -100,7 +100,7 @@ class _Family(NamedTuple):
     terms: Callable[[Options, optax.Schedule], tuple[Any, ...]] = lambda o, warm: ()
 
 
-# Bandwidth and threshold of JumpReLU are for rows of unit mean square, whose pre-activations are some tenths.
+# Bandwidth and threshold of JumpReLU are for rows of unit mean square, whose pre-activations are of order 0.1.
 FAMILIES = {
     "relu": _Family("l1", lambda o: ReLU(), lambda o, warm: (L1(o.l1, warm),)),  # pyright: ignore[reportArgumentType]
     "topk": _Family("k", lambda o: TopK(o.k)),  # pyright: ignore[reportArgumentType]
@@ -127,10 +127,10 @@ def validate(options: Options) -> _Family:
       options: of a run.
 
     Returns:
-      What the activation is trained with.
+      The activation's family.
 
     Raises:
-      InputError: what was got, and what to pass.
+      InputError: with the value, and what to pass.
 
     Example:
       >>> validate(Options("topk", latents=32, k=33))

@@ -1,6 +1,6 @@
-"""What a training needs on TPUs, before anyone rents one: the actual step is compiled for them and analysed.
+"""Estimate what a training needs on TPUs, by compiling the actual step for them.
 
-libtpu compiles on any machine, with no TPU; memory, FLOPs, bytes and collectives are those of the compiled program.
+libtpu compiles on any machine, without a TPU; memory, FLOPs, bytes and collectives are those of the compiled program.
 """
 
 import collections
@@ -25,11 +25,11 @@ class Chip(NamedTuple):
     """One chip.
 
     Attributes:
-      flops: bfloat16 operations a second.
+      flops: bfloat16 operations per second.
       memory: bytes.
-      bandwidth: bytes a second, of its memory.
-      network: bytes a second, of all its links to other chips.
-      price: US dollars an hour, on demand in us-central or us-east, in 2025.
+      bandwidth: bytes per second, of its memory.
+      network: bytes per second, of all its links to other chips.
+      price: US dollars per hour, on demand in us-central or us-east, in 2025.
 
     Source: https://cloud.google.com/tpu/docs.
     """
@@ -54,11 +54,11 @@ class Program:
     """Cost and memory of a compiled program, per chip.
 
     Attributes:
-      arguments: bytes of what it is given, the state of a training among it.
-      workspace_bytes: bytes it needs beside that, and beside results that take the place of arguments.
+      arguments: bytes of its arguments, including the state of a training.
+      workspace_bytes: bytes that it needs besides, without results that reuse the memory of arguments.
       flops: as XLA counts them; the body of a loop of unknown length once.
       bytes: read from memory and written, likewise.
-      collectives: `{(kind, bytes of its result): how many}`.
+      collectives: `{(kind, bytes of its result): count}`.
     """
 
     arguments: int
@@ -69,7 +69,7 @@ class Program:
 
     @property
     def memory(self) -> int:
-        """Bytes of a chip."""
+        """Bytes that it needs on a chip."""
         return self.arguments + self.workspace_bytes
 
     @property
@@ -92,16 +92,16 @@ LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-16", "TP
 def topology_mesh(topology: str, data: int = 1, latent: int | None = None) -> Mesh:
     """The mesh of a TPU slice that need not exist.
 
-    libtpu asks the machine that it is on which TPU it has, unless the environment answers: set `LIBTPU` in
-    `os.environ` before, as `jaxsae plan` does.
+    libtpu looks for a TPU on this machine unless the environment names one: set `LIBTPU` in `os.environ` before, as
+    `jaxsae plan` does.
 
     Args:
       topology: for example `"v5e:4x4"`; the shape of one chip is `"v5e:1x1"`.
       data: how many ways to split the rows.
-      latent: and the latents; over the rest of the chips by default.
+      latent: how many ways to split the latents; over the other chips by default.
 
     Raises:
-      InputError: if libtpu is not there, or knows no such slice.
+      InputError: if libtpu is missing, or does not know the slice.
 
     Example:
       >>> topology_mesh("4x4")
@@ -125,7 +125,7 @@ def topology_mesh(topology: str, data: int = 1, latent: int | None = None) -> Me
     latent = devices.size // data if latent is None else latent
     if data * latent != devices.size:
         raise InputError(
-            f"got a mesh of {data} × {latent} for {devices.size} chips; pass numbers whose product that is."
+            f"got a mesh of {data} × {latent} for {devices.size} chips; pass numbers whose product is that."
         )
     return Mesh(devices.reshape(data, latent), ("data", "latent"), axis_types=(AxisType.Auto,) * 2)
 
@@ -231,7 +231,7 @@ def collectives(hlo: str) -> dict[tuple[str, int], int]:
     found: collections.Counter = collections.Counter()
     for match in filter(None, map(_COLLECTIVE.search, hlo.splitlines())):
         sizes = [_size(array) for array in _ARRAY.finditer(match["result"])]
-        # What is started gives its arguments too, but a reduction its results alone.
+        # An asynchronous start returns its arguments too, but that of a reduction only its results.
         started = match["start"] and match["kind"] != "all-reduce"
         found[match["kind"], max(sizes, default=0) if started else sum(sizes)] += 1
     return dict(sorted(found.items(), key=lambda item: -item[0][1]))

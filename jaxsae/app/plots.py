@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-# What a family is called, and its colour on white and on black.
+# The displayed name of a family, and its colour on white and on black.
 FAMILIES = {
     "relu": ("ReLU + L1", "#c93a4c", "#f0808c"),
     "topk": ("TopK", "#00798c", "#4cc3d4"),
@@ -67,7 +67,7 @@ def shrinkage(report: dict[str, Any], path: str | os.PathLike) -> None:
     families = [family for family in families if family[2]]
     _draw_changes(left, families, np.asarray(report["ratio_edges"]))
     for axes, (name, label, title) in zip(rights, panels, strict=True):
-        axes.set(xlabel="L0: active latents a row", ylabel=label, title=title)
+        axes.set(xlabel="L0: active latents per row", ylabel=label, title=title)
         _draw_errors(axes, families, name)
     if clean is not None:
         mean = "–" if report["ce_mean"] is None else f"{report['ce_mean']:.2f}"
@@ -102,7 +102,7 @@ def _draw_errors(axes, families, name: str) -> None:
     """An error against L0, before and after."""
     shown = []
     for label, colour, rows in families:
-        rows = [row for row in rows if _positive(row["l0"])]  # one that is dead has no place on a logarithmic axis
+        rows = [row for row in rows if _positive(row["l0"])]  # an L0 of 0 cannot be shown on a logarithmic axis
         l0 = [row["l0"] for row in rows]
         before, after = ([row[f"{name}_{when}"] for row in rows] for when in ("before", "after"))
         axes.plot(l0, before, "o--", color=colour, markerfacecolor="white", label=f"{label}, encoder's values")
@@ -125,7 +125,7 @@ def _set_logarithmic(axes, which) -> None:
         axis.set_minor_formatter(NullFormatter())
     for axis in which:
         low, high = axis.get_view_interval()
-        if high < 2 * low:  # numbers all but equal would look far apart
+        if high < 2 * low:  # nearly equal numbers would look far apart
             middle = math.sqrt(low * high)
             axes.set(**{f"{axis.axis_name}lim": (middle / math.sqrt(2), middle * math.sqrt(2))})
 

@@ -1,6 +1,6 @@
-"""One HTML page of a training run or a study: no script, no network, no other file.
+"""One HTML page of a training run or a study, without scripts, network or other files.
 
-Each section is a function from the report to HTML, and "" where the report lacks what it shows: autoencoders that were
+Each section is a function from the report to HTML, and returns "" if the report lacks its data: autoencoders that were
 trained elsewhere have no curves.
 """
 
@@ -21,12 +21,12 @@ from jaxsae.app.plots import FAMILIES, method
 _BINS = 300  # of a long curve
 _LABELS = {
     "nmse": "NMSE of a batch",
-    "l0": "L0: active latents a row",
+    "l0": "L0: active latents per row",
     "dead": "dead latents, of up to 100,000 rows",
     "loss": "loss",
     "skipped": "batches skipped so far",
 }
-# Groups of columns; of each column its name, its key and its form, None for as many decimals as the numbers need.
+# Groups of columns: each column has a name, a key and a format; None chooses decimals that fit the numbers.
 _RESULTS = (
     ("", (("L0", "l0", ".1f"),)),
     ("NMSE", (("encoder", "nmse_before", ".4f"), ("refined", "nmse_after", ".4f"))),
@@ -55,7 +55,7 @@ def write(run: str | os.PathLike, out: str | os.PathLike) -> None:
       out: the file to write.
 
     Raises:
-      InputError: if there is nothing to show in the directory, or the file cannot be written.
+      InputError: if the directory has nothing to show, or the file cannot be written.
 
     Example:
       >>> import tempfile
@@ -80,7 +80,7 @@ def page(run: str | os.PathLike) -> str:
       run: directory that `runs.run` or `study.run` wrote, or is writing.
 
     Raises:
-      InputError: if there is nothing to show in the directory.
+      InputError: if the directory has nothing to show.
 
     Example:
       >>> import tempfile
@@ -109,7 +109,7 @@ def page(run: str | os.PathLike) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A report, or `{}` where there is none."""
+    """A report, or `{}` if there is none."""
     if not path.exists():
         return {}
     try:
@@ -161,7 +161,7 @@ def _study(report: dict[str, Any]) -> str:
 
 
 def _by_family(rows: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """In the order of the figures, each family from sparse to dense."""
+    """Rows by family, in the order of the figures, each family from sparse to dense."""
     found: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: row.get("l0") or 0):
         found.setdefault(str(row["family"]), []).append(row)
@@ -183,7 +183,7 @@ def _findings(rows: list[dict[str, Any]]) -> str:
                 f'<li class="{html.colour(family)}"><strong>{escape(html.label(family))}.</strong> Refinement '
                 f"changes the mean activation by {activations}, and the error by {errors}.</li>"
             )
-    note = "The encoder chooses which latents are active; refinement gives those, and no others, their best values."
+    note = "The encoder chooses which latents are active; refinement computes the best values of these latents."
     return f'{html.note(note)}<ul class="findings">{items}</ul>' if items else ""
 
 
@@ -198,8 +198,8 @@ def _results(report: dict[str, Any]) -> str:
     if report.get("ce_clean") is not None:
         clean, mean, zero = (form(report.get(f"ce_{name}"), ".3f") for name in ("clean", "mean", "zero"))
         note = (
-            f"Next-token loss with the reconstruction in place of the residual: {clean} nats a token for the model "
-            f"itself, {mean} with the mean instead, {zero} with zeros. Recovered: of what the mean loses."
+            f"Next-token loss with the reconstruction in place of the residual: {clean} nats per token for the model "
+            f"itself, {mean} with the mean instead, {zero} with zeros. Recovered: share of what the mean loses."
         )
         text += _columns(note, report["rows"], _LOSSES)
     return text
@@ -218,7 +218,7 @@ def _columns(caption: str, rows: list[dict[str, Any]], groups: Any) -> str:
 
 
 def _decimals(values: Iterable[svg.Real | None]) -> str:
-    """The form that shows four digits of the largest."""
+    """The format that shows four digits of the largest value."""
     largest = max((abs(value) for value in values if value), default=1.0)
     return f",.{min(max(3 - math.floor(math.log10(largest)), 0), 12)}f"
 
@@ -244,7 +244,7 @@ def _against_l0(
     log: bool = False,
     base: svg.Real | None = None,
 ) -> str:
-    """Numbers of the rows against their L0, a line for each family and key, and one at `base`."""
+    """A chart of the rows' numbers against their L0: a line for each family and key, and one at `base`."""
     series, note = [], []
     for family, members in families.items():
         for key in keys:
@@ -257,7 +257,7 @@ def _against_l0(
             note += titles
     if not note:
         return ""
-    x = svg.axis("L0: active latents a row", [value for line in series for value in line.x], log=True)
+    x = svg.axis("L0: active latents per row", [value for line in series for value in line.x], log=True)
     values = [base, *(value for line in series for value in line.y)]
     y = svg.axis(label, values, log=log, form=_percent if "%" in how else _plain)
     across = [] if base is None else [svg.Line([x.low, x.high], [base, base], "c-other")]
@@ -281,12 +281,12 @@ def _distributions(report: dict[str, Any], key: str, what: str) -> str:
         y = svg.axis("", [highest], zero=True, form=_percent, ticks=3)
         pairs = zip(members, shares, strict=True)
         text += html.grid((_ratios(row, share, report["ratio_edges"], y, what) for row, share in pairs), "small")
-    of = (
+    ratio = (
         "their mean refined value to that of the encoder" if what == "latents" else "the refined value to the encoder’s"
     )
     note = (
-        f"Share of the {what} by the ratio of {of}. Pale ones fall, full ones rise. The bars at the ends hold all "
-        "that lies beyond; the height of one that is cut off is written beside it."
+        f"Share of the {what} by the ratio of {ratio}. Pale bars fall, full ones rise. Bars at the ends include all "
+        "values beyond; the height of a bar that is cut off is written beside it."
     )
     return html.note(note) + text if text else ""
 
@@ -315,13 +315,13 @@ def _all_firing(report: dict[str, Any]) -> str:
 
 def _firing_note(rows: int) -> str:
     return html.note(
-        f"Share of the latents by the number of {form(rows, ',d')} rows, those held out and others, on which they are "
-        "active: 0, 1, 2 or 3, 4 to 7, and so on. The grey bar, if there is one, is of the dead: active on none."
+        f"Share of the latents by the number of {form(rows, ',d')} rows, held out and others, on which they are "
+        "active: 0, 1, 2 or 3, 4 to 7, and so on. The grey bar, if any, shows the dead latents, active on none."
     )
 
 
 def _firing(counts: list[int], family: str, name: str = "") -> str:
-    """Bar `n` is of the latents that fire on `2ⁿ⁻¹` rows or more, but less than `2ⁿ`; bar 0, of the dead."""
+    """A chart whose bar `n` shows the latents that fire on `2ⁿ⁻¹` to `2ⁿ − 1` rows; bar 0, the dead ones."""
     shares = [count / sum(counts) for count in counts]
     drawn = [
         svg.Bar(n + 0.08, n + 0.92, share, html.colour(family) if n else "c-other", f"{count:,}: {form(share, '.1%')}")
@@ -337,7 +337,7 @@ def _firing(counts: list[int], family: str, name: str = "") -> str:
 
 
 def _short(count: int) -> str:
-    """A power of two, or 0, in few letters."""
+    """A power of two, or 0, in short form."""
     thousands = max(count.bit_length() - 1, 0) // 10
     return f"{count >> 10 * thousands}{' kMGT'[thousands].strip()}"
 
@@ -420,7 +420,7 @@ def _run_curves(curves: dict[str, dict[int, float]], family: str) -> str:
 
 
 def _thinned(curve: dict[int, float]) -> tuple[list[int], list[float]]:
-    """Of a long curve, the least and the greatest value of each bin, in order: a spike stays."""
+    """The least and the greatest value in each bin of a long curve, in order, so that spikes are kept."""
     points = [(step, value) for step, value in curve.items() if math.isfinite(value)]
     size = math.ceil(len(points) / _BINS)
     if size > 2:
@@ -436,7 +436,7 @@ def _curve(name: str, series: list[svg.Line], box: svg.Box) -> str:
         return ""
     log = name in ("nmse", "loss") and min(values) > 0
     x = svg.axis("step", [step for line in series for step in line.x], zero=True)
-    least = [0.01] if name == "dead" else []  # an axis for none at all
+    least = [0.01] if name == "dead" else []  # for an axis if all are 0
     y = svg.axis(label, values + least, log=log, zero=not log, form=_percent if name == "dead" else _plain)
     ends = "; ".join(f"{line.name} ends at {form(line.y[-1], '.4g')}".strip() for line in series if line.y)
     return html.figure(svg.lines(series, x, y, f"{label}, by training step. {ends}.", box))
@@ -451,12 +451,12 @@ def _progressive(heldout: dict[str, Any], family: str) -> str:
     cells = [[f"{n:,}", form(value, ".4f")] for n, value in found.items()]
     titles = [f"{n} kept: NMSE {value}" for n, value in cells]
     line = svg.Line(list(found), list(found.values()), html.colour(family), titles=titles)
-    note = "The error with the largest latents of each row alone, as a sparser code of the same autoencoder has it."
+    note = "The error with only the largest latents of each row, as for a sparser code of the same autoencoder."
     drawn = html.figure(svg.lines([line], x, y, f"NMSE by latents kept. {'; '.join(titles)}."))
     return html.note(note) + html.grid([drawn, html.table("The same numbers", ["latents kept", "NMSE"], cells)])
 
 
 def _hint(path: Path) -> str:
-    note = "Training does not refine codes. How far this encoder shrinks its values, a study measures:"
+    note = "Training does not refine codes. A study measures how far this encoder shrinks its values:"
     command = escape(f"jaxsae study --sae {shlex.quote(str(path))} --data DATA.npy --out DIRECTORY")
     return f'{html.note(note)}<pre tabindex="0"><code>{command}</code></pre>'

@@ -1,8 +1,7 @@
-"""A training run: from a file of activations to a saved autoencoder, its measurements, and a log of the way there.
+"""A training run: from a file of activations to a saved autoencoder, its measurements, and a log of the training.
 
 A run is a directory: `sae/`, the autoencoder in the units of the data; `report.json`, options and measurements;
-`checkpoints/`, from which it resumes if something ended it; TensorBoard event files, and if asked for those of Weights
-& Biases.
+`checkpoints/`, from which it resumes if interrupted; and files of TensorBoard and, optionally, Weights & Biases.
 """
 
 import contextlib
@@ -35,7 +34,7 @@ from jaxsae.train.objectives import AuxK, MultiTopK, Objective
 
 _SAMPLE = 10_000  # rows from which centre and scale are estimated
 _REPORT_EVERY = 10  # steps
-_MAX_SEARCHED = 1000  # batches looked through for what is wrong with them
+_MAX_SEARCHED = 1000  # skipped batches that are searched for NaN and Inf
 Progress = Callable[[str, int], None]
 
 
@@ -54,25 +53,25 @@ def run(
     log: contextlib.AbstractContextManager[Log] | None = None,
     resumed: Callable[[int], None] = lambda step: None,
 ) -> dict[str, Any]:
-    """Train on activations, but the last rows; measure on those; save. What was begun in `out` is resumed.
+    """Train on activations, measure on the last rows, which are held out, and save; resume the run in `out` if any.
 
-    With the same options and data the result is bitwise identical to that of a run that nothing ended. With more steps
-    the run is made longer: from there on the learning rate, its warm-up and decay, and whatever else depends on the
-    number of steps, are those of the longer run; the report has it as `lengthened`.
+    With the same options and data, the result is bitwise identical to that of an uninterrupted run. With more steps the
+    run is extended: the learning rate, its warm-up and decay, and whatever else depends on the number of steps, are
+    then those of the longer run; the report records it as `lengthened`.
 
     Args:
       out: directory, made if missing.
-      data: file or directory of activations, or several; or rows, each with a name that says where they come from.
-      options: what to train, and how.
-      weights: in which proportions to mix the data, whatever their lengths; by default in those of the lengths.
-      window: as of `data.batches`; all rows are shuffled among themselves by default.
+      data: file or directory of activations, or several; or rows, by names that say where they come from.
+      options: of the training.
+      weights: proportions in which to mix the data; by default those of their lengths.
+      window: as of `data.batches`; all rows are shuffled together by default.
       mesh: of `sharding.make_mesh`, to spread rows and latents over; one device by default.
-      save_every: seconds from one save of the whole state to the next.
+      save_every: seconds between saves of the whole state.
       resume: refuse to start a new run.
-      progress: called with what is going on and how many steps that took; `options.steps` in all.
+      progress: called with a description and the number of steps just taken; `options.steps` in all.
       warn: called with warnings.
-      log: opened when all is well, for example `logs(out, options)`; then called with the step and its numbers.
-      resumed: called with the number of steps taken before, if there are any; `progress` then counts from there.
+      log: entered when training begins, for example `logs(out, options)`; then called with the step and its metrics.
+      resumed: called with the number of steps taken before, if any; `progress` then counts from there.
 
     Returns:
       The report.
@@ -80,7 +79,7 @@ def run(
     Raises:
       InputError: if an option or the data cannot be used, if `out` holds another run or another process writes there,
         or if training diverged; the last good autoencoder is saved.
-      job.Preempted: on SIGTERM or SIGINT, with all saved.
+      job.Preempted: on SIGTERM or SIGINT, after the state is saved.
 
     Example:
       >>> import tempfile
@@ -145,7 +144,7 @@ class _Data(NamedTuple):
       names: of the sources.
       sources: the rows to train on.
       heldout: those to measure on, `[n d]`.
-      config: the options, and what else must be equal for a run to be resumed.
+      config: the options, and whatever else must be equal for a run to be resumed.
       read: makes the batches.
     """
 
@@ -157,12 +156,12 @@ class _Data(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of all sources."""
+        """The names of all sources."""
         return ", ".join(self.names)
 
     @property
     def total(self) -> int:
-        """How many rows there are to train on."""
+        """The number of rows to train on."""
         return sum(map(len, self.sources))
 
 
@@ -186,7 +185,7 @@ class _Monitor:
         self._resumed, self._warn, self._shown = resumed, warn, 0
 
     def resume(self, step: int, reached: job.LoopState) -> None:
-        """`step` steps were taken before."""
+        """Report that `step` steps were taken before."""
         self._shown = step
         self._resumed(step)
         if reached.lengthened and reached.lengthened[-1][0] == step:
@@ -205,12 +204,12 @@ class _Monitor:
 
 
 def _finished(state: train.TrainState, scale: float, options: Options, rows: _Data) -> SAE:
-    """The autoencoder for rows as they are, with `k` latents a row where it has thresholds."""
+    """The autoencoder for unscaled rows, with thresholds calibrated to `k` latents per row if it has any."""
     sae = rescale(jax.tree.map(jnp.asarray, sharding.gathered(state.sae)), scale)
     if options.k is None or sae.activation.slots is not None:
         return sae
-    # On rows never trained on: those seen several times have fewer active latents at the same thresholds, by 12 %
-    # after fourteen passes over activations of SmolLM2.
+    # On held-out rows: at the same thresholds, rows seen several times have fewer active latents, by 12 % after
+    # fourteen passes over activations of SmolLM2.
     return calibration.calibrate(sae, (x for _, x in stream.chunks(sae, rows.heldout)), float(options.k))
 
 
@@ -244,12 +243,12 @@ def _write_report(report: dict[str, Any], out: Path) -> None:
 def recipe(
     options: Options, centre: jax.Array, scale: float
 ) -> tuple[Objective, optax.GradientTransformation, Callable[[], train.TrainState]]:
-    """The objective and optimizer of `run`, and a function that makes its initial state.
+    """The objective and optimizer of `run`, and a function that returns its initial state.
 
     Args:
       options: of the run.
       centre: of the rows, `[d]`.
-      scale: from rows to those of unit mean square.
+      scale: that gives the rows unit mean square.
 
     Raises:
       InputError: if an option cannot be used.
@@ -274,7 +273,7 @@ def recipe(
 
 
 def _lengthened(options: Options, step: int, before: int, steps: int) -> str:
-    """One sentence on what changes for a run that was made longer."""
+    """One sentence on what changes in a run that is lengthened."""
     rates = (resolved(options._replace(steps=count)).learning_rate for count in (before, steps))
     schedules = (_schedule(rate or 0.0, count) for rate, count in zip(rates, (before, steps), strict=True))
     old, new = (np.asarray(schedule(step)).item() for schedule in schedules)
@@ -287,14 +286,14 @@ def _lengthened(options: Options, step: int, before: int, steps: int) -> str:
 def evaluate(sae: SAE, rows: data_module.Rows, more: metrics.Activity | None = None) -> dict[str, Any]:
     """Measure an autoencoder on rows: `nmse`, `explained_variance`, `l0`, `dead`, `nmse_at` and `firing`.
 
-    `nmse_at` is the NMSE with the 1, 2, 4 … largest latents of each row alone, the progressive code. `dead` is the
-    share of the latents that never fire, and `firing` counts those that fire on no row, on 1, on 2 or 3, on 4 to 7 …:
-    both of `dead_rows` rows, these and those of `more`.
+    `nmse_at` is the NMSE with only the 1, 2, 4 … largest latents of each row, the progressive code. `dead` is the share
+    of the latents that never fire, and `firing` counts those that fire on no row, on 1, on 2 or 3, on 4 to 7 …: both
+    over `dead_rows` rows, these and those of `more`.
 
     Args:
       sae: the autoencoder.
       rows: `[n d]`, may be memory-mapped; rows with NaN or Inf are left out, and counted as `nonfinite`.
-      more: what latents do on other rows, where these are few: a latent may well rest on some thousand.
+      more: activity on other rows, if these are few: a latent may be inactive on thousands of rows without being dead.
 
     Raises:
       InputError: if the rows are not of the autoencoder's width.
@@ -342,7 +341,7 @@ def _measure(sae: SAE, x, capacity: int, keep: tuple[int, ...]):
 
 
 def _nonfinite_rows(sources, names, batches: data_module.Batches, bad: Sequence[int]) -> dict[str, list[int]]:
-    """Which rows of the batches that were skipped hold NaN or Inf, by file."""
+    """The rows with NaN or Inf in the skipped batches, by file."""
     found: dict[str, set[int]] = {}
     for number in bad[-_MAX_SEARCHED:]:
         for source, rows in batches.rows(number):
@@ -352,7 +351,7 @@ def _nonfinite_rows(sources, names, batches: data_module.Batches, bad: Sequence[
 
 
 def summary(report: dict[str, Any]) -> str:
-    """One line on how a run was trained: what follows from its length, where no option says otherwise.
+    """One line on how a run was trained: its passes, and the values that by default depend on its length.
 
     Args:
       report: of `run`.
@@ -395,7 +394,7 @@ def _open(data) -> tuple[list[str], list[data_module.Rows]]:
 
 
 def _split(names, everything, options: Options, weights) -> tuple[list[data_module.Rows], np.ndarray]:
-    """The rows to train on, source by source, and the last ones of each, in all as many as asked for."""
+    """The rows to train on, by source, and the last rows of each, `heldout` in all."""
     if weights is not None and len(weights) != len(names):
         raise InputError(f"got {len(weights)} weights for {len(names)} files; pass one for each.")
     total, needed = sum(map(len, everything)), options.batch + options.heldout
@@ -421,7 +420,7 @@ def _split(names, everything, options: Options, weights) -> tuple[list[data_modu
 
 
 def _sample(batches: data_module.Batches, rows: int) -> np.ndarray:
-    """Rows of the first batches, as a sample of all."""
+    """A sample of the rows: those of the first batches."""
     first = batches.source[0]
     more = range(1, -(-min(_SAMPLE, rows) // len(first)))
     return np.concatenate([first, *(batches.source[number] for number in more)])[:_SAMPLE]
@@ -459,11 +458,11 @@ def _schedule(rate: float | jax.Array, steps: int) -> optax.Schedule:
     return lambda step: rate * factor(step)
 
 
-_optimiser = functools.cache(optimiser)  # training steps that share one object share their compilation
+_optimiser = functools.cache(optimiser)  # training steps that share an optimizer share their compilation
 
 
 def _in_order(source, size: int, count: int) -> Iterator[np.ndarray]:
-    """The first rows that were trained on, in batches; NaN fills up the last one."""
+    """The first training rows, in batches; the last one is padded with NaN."""
     for start in range(0, count, size):
         x = np.array(source[start // size], np.float32)
         x[count - start :] = np.nan

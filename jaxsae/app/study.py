@@ -1,4 +1,4 @@
-"""The main experiment, Section 5.1 of Gao et al. (2024): whether refinement raises activations, and of which SAEs.
+"""The main experiment, Section 5.1 of Gao et al. (2024): whether refinement raises activations, and for which SAEs.
 
 Train ReLU autoencoders at several L1 weights and TopK ones at the L0s that these reached; refine the codes of held-out
 rows with a certificate for each row; compare. In a language model, the rows are its residual stream, and the comparison
@@ -31,11 +31,11 @@ from jaxsae.least_squares import certify, solvers
 from jaxsae.train.checkpoint import versions
 
 CERTIFIED = 1e-5  # the KKT residual that certifies a row
-_TOL = 1e-6  # of the solver: tighter, so that the certificate does not hang on rounding
+_TOL = 1e-6  # of the solver: tighter, so that the certificate does not depend on rounding
 _REPORT_EVERY = 25  # steps
-_WORST = 10  # rows of the largest KKT residuals in the report
-_CONTEXT = 256  # tokens in a context, of which the first gives no row
-_MEAN_ROWS = 10_000  # rows from which the mean is taken, where nothing is trained
+_WORST = 10  # rows with the largest KKT residuals in the report
+_CONTEXT = 256  # tokens in a context; the first gives no row
+_MEAN_ROWS = 10_000  # rows from which the mean is taken if nothing is trained
 _TOGETHER = 4  # contexts whose logits are in memory together
 
 
@@ -46,10 +46,10 @@ class Plan(NamedTuple):
       latents: of each autoencoder.
       steps: of each training.
       batch: rows of a step.
-      heldout: rows that are measured.
+      heldout: rows to measure on.
       l1: weights of ReLU's penalty, for rows scaled to unit mean square.
       learning_rate: of all trainings, after a warm-up; `train.learning_rate(latents, steps)` if None.
-      train_rows: at most.
+      train_rows: maximum number of rows to train on.
 
     Example:
       >>> QUICK._replace(steps=50).latents
@@ -80,7 +80,7 @@ class HookPoint(NamedTuple):
     Attributes:
       model: as for `language_model.load`.
       layer: block after which, from 0.
-      text: files; Python's standard library, if None.
+      text: files; Python's standard library if None.
 
     Example:
       >>> HookPoint("smollm2").layer
@@ -108,12 +108,12 @@ def run(
       out: directory, made if missing.
       data: file or directory of activations; or a `HookPoint`, harvested to `out/activations`; by default patches of
         photographs.
-      plan: sizes; `FULL` or `QUICK`, and `FULL_MODEL` or `QUICK_MODEL` of a `HookPoint`.
+      plan: sizes; `FULL` or `QUICK`, or for a `HookPoint`, `FULL_MODEL` or `QUICK_MODEL`.
       seed: of initialisation, shuffles and patches.
       saes: published or saved autoencoders of these activations, as `pretrained.load` takes them, to measure instead of
         training any.
-      progress: called with what is going on and how many steps that took; `total_steps(plan, data, saes)` in all.
-      warn: called with what may spoil the result.
+      progress: called with a description and the number of steps just taken; `total_steps(plan, data, saes)` in all.
+      warn: called with warnings.
 
     Returns:
       The report: `rows`, one for each SAE, with the data, the configuration and versions.
@@ -170,7 +170,7 @@ def run(
 
 
 class _Rows(NamedTuple):
-    """Training rows scaled to unit mean square about their mean, held-out rows as they are, the scale, a name."""
+    """Training rows scaled to unit mean square about their mean, unscaled held-out rows, the scale, and a name."""
 
     train: np.ndarray
     heldout: np.ndarray
@@ -183,7 +183,7 @@ class _Rows(NamedTuple):
 
 
 def _begun(plan: Plan, options: Options, rows: _Rows, probe: "_Probe | None", passed: float | None) -> dict[str, Any]:
-    """The report before its first row; `passed` is how often the training sees each row, None if there is none."""
+    """The report before its first row; `passed` is the number of passes over the rows, None without training."""
     trained = {} if passed is None else {"learning_rate": options.learning_rate, "idle_after": options.idle_after}
     trained |= {"seed": options.seed, "solver_tol": _TOL, "certified_at": CERTIFIED}
     return {
@@ -224,7 +224,7 @@ class _Study:
         self.measure(sae, {"family": family, "k_or_l1": value, "curve": curve}, name)
 
     def measure(self, sae: SAE, row: dict[str, Any], name: str) -> None:
-        """Refine the codes of the held-out rows, and add what that does to the row of the report."""
+        """Refine the codes of the held-out rows, and add the measurements to the report as a row."""
         rows, number = self.rows, len(self.report["rows"])
         keep = {} if self.probe is None else {f"{when} {number}": when for when in ("before", "after")}
         self.reconstructed.update({name: np.empty_like(rows.heldout) for name in keep})
@@ -241,7 +241,7 @@ class _Study:
         runs._write_report(self.report, self.out)
 
     def measure_losses(self) -> None:
-        """Add what each code does to the next-token loss of the language model, if there is one."""
+        """Add the next-token loss of the language model with each code, if there is a model."""
         if self.probe is None:
             return
         heldout = self.rows.heldout
@@ -259,7 +259,7 @@ class _Study:
 
 
 def total_steps(plan: Plan, data: Any = None, saes: Sequence[str] = ()) -> int:
-    """How many steps a study reports as progress in all.
+    """The total number of steps that a study reports as progress.
 
     Args:
       plan: as for `run`.
@@ -299,11 +299,11 @@ def _harvest(site: HookPoint, folder: Path, plan: Plan, progress: Progress) -> _
     wanted = _contexts(plan.train_rows + plan.heldout)
     files = harvest.standard_library() if site.text is None else site.text
     text = harvest.pack(files, tokenizer, context=_CONTEXT, tokens=wanted * _CONTEXT)
-    of = "the sources of Python's standard library" if site.text is None else ", ".join(text.files)
-    source = {"model": str(site.model), "text": of}
+    texts = "the sources of Python's standard library" if site.text is None else ", ".join(text.files)
+    source = {"model": str(site.model), "text": texts}
     show = functools.partial(progress, f"{site.model}  harvesting")
     harvest.run(folder, model, text.contexts, layer=site.layer, source=source, progress=show)
-    name = f"residual of {site.model} after block {site.layer}, on {of}"
+    name = f"residual of {site.model} after block {site.layer}, on {texts}"
     name += f" ({text.replaced} characters of it not UTF-8)" if text.replaced else ""
     return _Probe(model, site.layer, text.contexts[-_contexts(plan.heldout) :], name)
 
@@ -330,13 +330,13 @@ def _load(path, plan: Plan, seed: int) -> _Rows:
 
 
 def _options(plan: Plan, seed: int) -> Options:
-    """Options of all trainings, but for their sparsity."""
+    """Options of all trainings, except their sparsity."""
     options = Options("topk", plan.latents, learning_rate=plan.learning_rate, heldout=plan.heldout, seed=seed)
     return resolved(options._replace(batch=plan.batch, steps=plan.steps))
 
 
 def _train(rows, options: Options, progress: Progress) -> tuple[SAE, dict[str, list]]:
-    """An autoencoder, and the curves of its training: that of `jaxsae train`, on rows scaled already."""
+    """Train an autoencoder as `jaxsae train` does, on scaled rows; return it with its training curves."""
     curve: dict[str, list] = {"step": [], "nmse": [], "l0": []}
     objective, tx, init_fn = runs.recipe(options, jnp.asarray(rows[:10_000].mean(axis=0)), 1.0)
 
@@ -365,16 +365,16 @@ def measure(
 ) -> dict[str, Any]:
     """Refine the codes of rows and measure the shrinkage: one row of the report, without its name.
 
-    Beside the numbers: `change` and `latent_change`, histograms over `metrics.RATIO_EDGES` of refined/original, of
-    active values and of latents' means; `firing`, how many latents fire on no row, on 1, on 2 or 3, on 4 to 7 …, and
-    `dead`, the share of the first, of `dead_rows` rows, these and `more`; `worst_rows`, those of the largest KKT
-    residuals.
+    Besides the numbers: `change` and `latent_change`, histograms over `metrics.RATIO_EDGES` of refined/original, for
+    active values and for latents' means; `firing`, how many latents fire on no row, on 1, on 2 or 3, on 4 to 7 …, and
+    `dead`, the share of those on none, both over `dead_rows` rows, these and `more`; `worst_rows`, those with the
+    largest KKT residuals.
 
     Args:
       sae: the autoencoder.
       rows: `[n d]`, finite.
-      more: other rows `[n d]` on which latents may fire, where these are few.
-      see: called with each block of them, refined.
+      more: other rows `[n d]` on which to count firing latents, if these are few.
+      see: called with each refined block of rows.
     """
 
     def measure_block(block):
@@ -405,7 +405,7 @@ def measure(
 
 @functools.partial(jax.jit, static_argnames="nonnegative")
 def _certified_kkt(dictionary, y, code, *, nonnegative: bool = True):
-    return certify(dictionary, y, code, nonnegative=nonnegative).kkt  # the gap, not asked for, is not computed
+    return certify(dictionary, y, code, nonnegative=nonnegative).kkt  # the gap is not used, so not computed
 
 
 def _losses(probe: _Probe, replaced: dict[str, np.ndarray], progress: Progress) -> dict[str, language_model.NextToken]:
@@ -417,8 +417,8 @@ def _losses(probe: _Probe, replaced: dict[str, np.ndarray], progress: Progress) 
     found = []
     for start in range(0, len(probe.contexts), _TOGETHER):
         contexts = probe.contexts[start : start + _TOGETHER]
-        of = slice(start * (_CONTEXT - 1), (start + len(contexts)) * (_CONTEXT - 1))
-        splices = {name: functools.partial(replace, rows[of]) for name, rows in replaced.items()}
+        span = slice(start * (_CONTEXT - 1), (start + len(contexts)) * (_CONTEXT - 1))
+        splices = {name: functools.partial(replace, rows[span]) for name, rows in replaced.items()}
         found.append(language_model.cross_entropy(probe.model, [jnp.asarray(contexts)], probe.layer, splices))
         progress("next-token loss", len(contexts) * len(replaced))
     return {name: functools.reduce(operator.add, (part[name] for part in found)) for name in found[0]}

@@ -1,7 +1,7 @@
-"""Charts as SVG text for a page that has the colours: lines and bars over two axes, in a few small functions.
+"""Charts as SVG text: lines and bars over two axes, in a few small functions.
 
-Nothing here has a colour. What is drawn has a CSS class instead, so that a page decides between light and dark. Sizes
-are in units of about a pixel; a chart grows and shrinks with its column.
+Shapes have CSS classes instead of colours, so that the page decides between light and dark. Sizes are in units of about
+a pixel; a chart scales with its column.
 """
 
 import math
@@ -24,12 +24,12 @@ class Box(NamedTuple):
 
 
 LARGE = Box(460, 300, left=48, right=14, top=30, bottom=42)
-NAMED = LARGE._replace(right=96)  # has place for names at the ends of lines
+NAMED = LARGE._replace(right=96)  # with space for names at the ends of lines
 SMALL = Box(200, 134, left=32, right=8, top=12, bottom=34)
 
 
 class Axis(NamedTuple):
-    """From values to shares of a side; `ticks` are values, and what is written at them."""
+    """A map from values to shares of a side; `ticks` are values and their labels."""
 
     label: str
     low: Real
@@ -38,7 +38,7 @@ class Axis(NamedTuple):
     ticks: tuple[tuple[Real, str], ...]
 
     def __call__(self, value: Real) -> Real:
-        """Where a value is: 0 at the low end, 1 at the high one."""
+        """The position of a value: 0 at the low end, 1 at the high one."""
         scale = math.log if self.log else float
         low, high = scale(self.low), scale(self.high)
         return (scale(value) - low) / (high - low)
@@ -49,7 +49,7 @@ class Line(NamedTuple):
 
     Attributes:
       x, y: the points.
-      css: classes: what colour, and `dashed`, `open` or whatever else the page knows.
+      css: classes: the colour, and `dashed`, `open` or others that the page defines.
       name: written at its end.
       titles: one for each point, which then has a mark; shown when the mouse is over it.
     """
@@ -81,15 +81,15 @@ def axis(
     form: Callable[[Real], str] = "{:,g}".format,
     ticks: int = 5,
 ) -> Axis:
-    """An axis that holds some values with a margin, and has about so many round ticks.
+    """An axis that covers some values with a margin, with round ticks.
 
     Args:
       label: what it shows, with the unit.
-      values: what it is to hold; of those that are not finite, and on a logarithmic axis not positive, nothing is seen.
+      values: to cover; those that are not finite, or on a logarithmic axis not positive, are ignored.
       log: logarithmic.
       zero: start at 0.
       form: how a tick is written.
-      ticks: about how many.
+      ticks: about how many ticks.
 
     Example:
       >>> axis("L0", [8.0, 60.0], log=True).ticks
@@ -175,7 +175,7 @@ def _down(y: Axis, value: Real, box: Box) -> Real:
 
 
 def _frame(x: Axis, y: Axis, box: Box) -> str:
-    """Grid, ticks and labels; that of y is above it, where it can be read without turning the head."""
+    """Grid, ticks and labels; that of y is above its axis, and horizontal."""
     right, bottom = box.width - box.right, box.height - box.bottom
     parts = []
     for value, text in y.ticks:
@@ -212,7 +212,7 @@ def _line(line: Line, x: Axis, y: Axis, box: Box) -> str:
 
 
 def _names(series: Sequence[Line], x: Axis, y: Axis, box: Box) -> str:
-    """Names at the ends of lines, moved apart where they would meet."""
+    """Names at the ends of lines, moved apart where they would overlap."""
     ends = []
     for line in series:
         points = [(a, b) for a, b in zip(line.x, line.y, strict=True) if _shown(a, x.log) and _shown(b, y.log)]

@@ -1,4 +1,4 @@
-"""What formats share: where their files are, checks of what is in them, and folds from one convention to another."""
+"""Shared by the formats: finding files, checking their contents, and converting between conventions."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ class Tensors(dict[str, np.ndarray]):
     """Arrays by name that record which of them were used: unused ones are unknown to the format."""
 
     def __init__(self, arrays: Arrays):
-        """None is used yet.
+        """Start with no array marked as used.
 
         Args:
           arrays: by name.
@@ -38,11 +38,11 @@ class Tensors(dict[str, np.ndarray]):
 
     @property
     def unused(self) -> list[str]:
-        """The names of those that nobody asked for."""
+        """Names of the arrays that were not used."""
         return sorted(self.keys() - self._used)
 
     def ignore(self, *names: str) -> None:
-        """Some that change nothing of what is computed, such as statistics."""
+        """Mark arrays as used that do not affect the result, such as statistics."""
         self._used |= set(names)
 
 
@@ -53,7 +53,7 @@ class Raw(NamedTuple):
       path: the file of its arrays.
       config: its configuration, or {}.
       arrays: its arrays, by the names that its library gave them.
-      dtype: of the weights to be made; the files' own if None.
+      dtype: of the loaded weights; that of the files if None.
     """
 
     path: Path
@@ -62,14 +62,14 @@ class Raw(NamedTuple):
     dtype: Any = None
 
     def error(self, what: str, do: str = "download it again") -> InputError:
-        """What is wrong with the file, and what the user can do."""
+        """The error that states what is wrong with the file, and what to do."""
         return InputError(f"{self.path}: {what}; {do}.")
 
     def take(self, name: str, said: str = "") -> np.ndarray:
-        """An array of numbers, which must be there, perhaps because an entry of the configuration says so."""
+        """A floating-point array that must be there; `said` is the configuration entry that requires it."""
         if name not in self.arrays:
             there = ", ".join(sorted(self.arrays)) or "nothing"
-            said = f", of which {said} speaks" if said else self._kind()
+            said = f", as {said} requires" if said else self._kind()
             raise self.error(f"holds {there}, expected {name} too{said}")
         array = self.arrays[name]
         if array.dtype.kind != "f" and array.dtype != ml_dtypes.bfloat16:
@@ -77,48 +77,48 @@ class Raw(NamedTuple):
         return array
 
     def _kind(self) -> str:
-        """What the configuration says that it is, as far as it does."""
-        said = {name: self.config.get(name) for name in ("architecture", "activation", "act_fn", "dict_class")}
-        shown = ", ".join(f"{name} {value!r}" for name, value in said.items() if isinstance(value, str))
+        """The architecture that the configuration names, in brackets, or ""."""
+        named = {name: self.config.get(name) for name in ("architecture", "activation", "act_fn", "dict_class")}
+        shown = ", ".join(f"{name} {value!r}" for name, value in named.items() if isinstance(value, str))
         return f" ({shown})" if shown else ""
 
     def take_one(self, name: str) -> np.ndarray:
-        """An array of one number, which must be there, without axes."""
+        """An array of one element that must be there, as a scalar."""
         array = self.take(name)
         if array.size != 1:
             raise self.error(f"{name} has shape {array.shape}, expected one number")
         return array.reshape(())
 
     def number(self, value: Any, name: str) -> float:
-        """A finite number of a configuration, or of an array of one."""
+        """A finite number of a configuration, or of an array of one element."""
         value = value.item() if isinstance(value, np.ndarray) and value.size == 1 else value
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 2**62:
-            raise self.error(f"{name} is {_shown(value)}, expected a number", "mend its configuration")
+            raise self.error(f"{name} is {_shown(value)}, expected a number", "fix its configuration")
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
-        """A yes or no of a configuration, where it has it: text and numbers are neither."""
+        """A boolean of the configuration, or the default; text and numbers are refused."""
         value = self.config.get(name, default)
         if not isinstance(value, bool):
-            raise self.error(f"{name} is {_shown(value)}, expected true or false", "mend its configuration")
+            raise self.error(f"{name} is {_shown(value)}, expected true or false", "fix its configuration")
         return value
 
     def positive(self, value: Any, name: str) -> float:
         """A number above 0."""
         found = self.number(value, name)
         if found <= 0:
-            raise self.error(f"{name} is {found}, expected more than 0", "mend its configuration")
+            raise self.error(f"{name} is {found}, expected more than 0", "fix its configuration")
         return found
 
     def integer(self, value: Any, name: str) -> int:
-        """A whole number from 1."""
+        """A positive integer."""
         found = self.number(value, name)
         if found != int(found) or not 1 <= found < 2**31:
-            raise self.error(f"{name} is {found:g}, expected a whole number from 1", "mend its configuration")
+            raise self.error(f"{name} is {found:g}, expected a whole number from 1", "fix its configuration")
         return int(found)
 
     def choice(self, what: str, value: Any, known: Iterable[Any]) -> Any:
-        """A value, which must be among those known."""
+        """The value, which must be one of those known."""
         known = list(known)
         if isinstance(value, dict | list) or value not in known or type(value) not in map(type, known):
             names = ", ".join(map(str, known))
@@ -132,44 +132,44 @@ class Raw(NamedTuple):
           sizes: of the weights, by the names in the configuration.
         """
         for name, size in sizes.items():
-            said = self.config.get(name)
-            if said is not None and self.integer(said, name) != size:
-                what = f"its configuration says {name} {said}, but its weights {size}"
-                raise self.error(what, "mend the one that is wrong")
+            declared = self.config.get(name)
+            if declared is not None and self.integer(declared, name) != size:
+                what = f"its configuration says {name} {declared}, but its weights {size}"
+                raise self.error(what, "fix the one that is wrong")
 
     def require_used(self, format: str, activation: Activation) -> None:
-        """Every array must have been used: one that was not would change what the autoencoder computes."""
+        """Raise if an array was not used: it would change what the autoencoder computes."""
         if unused := self.arrays.unused:
             raise self.error(
-                f"holds {', '.join(unused)}, which {type(activation).__name__} of {format} has not{self._kind()}",
-                "say what it is in its configuration, or remove what is not used",
+                f"holds {', '.join(unused)}, which {type(activation).__name__} of {format} does not have{self._kind()}",
+                "name the architecture in its configuration, or remove the unused arrays",
             )
 
     def is_elsewhere(self, into: str, out: str) -> bool:
-        """Whether what is reconstructed is another site than the one that is read, by the names of both."""
+        """Whether the output site differs from the input site, by their names in the configuration."""
         there = self.config.get(out)
         if there is not None and self.config.get(into) is None:
-            raise self.error(f"says {out} {_shown(there)} and no {into}", "expected both: mend its configuration")
+            raise self.error(f"says {out} {_shown(there)} and no {into}", "expected both: fix its configuration")
         return there not in (None, self.config.get(into))
 
     def place_threshold(self, array: np.ndarray) -> jax.Array:
-        """Thresholds in float32 or better, whatever the weights; an infinite one silences a latent."""
+        """Place thresholds in float32 or better, whatever the weights; an infinite one silences a latent."""
         dtype = np.promote_types(self.dtype or array.dtype, np.float32)
         return place(array, dtype, name=f"{self.path}: threshold", infinite=True)
 
     def gated(self, r_mag: str, b_gate: str, b_mag: str) -> Gated:
-        """`Gated` of arrays of these names."""
+        """`Gated` with the arrays of these names."""
         names = (r_mag, b_gate, b_mag)
         return Gated(
             *(place(self.take(name), self.dtype, name=f"{self.path}: {name}", infinite=True) for name in names)
         )
 
     def zeros(self, size: int) -> np.ndarray:
-        """For a bias that the format has not."""
+        """Zeros, for a bias that the format lacks."""
         return np.zeros(size, self.dtype or np.float32)
 
     def mean_k(self, k: Any) -> int:
-        """`k` of BatchTopK, which may be a fraction: it matters in training alone."""
+        """`k` of BatchTopK, rounded if it is a fraction: it matters only in training."""
         return max(1, round(min(self.number(k, "k"), math.exp2(31))))
 
 
@@ -177,7 +177,7 @@ class Raw(NamedTuple):
 
 
 def find_file(path: Path, names: tuple[str, ...], suffix: str) -> Path | None:
-    """The file at a path: itself, the first of some names in a folder, or the only one of a suffix there."""
+    """The file at a path; in a folder, the first of the given names, or the only file with the suffix."""
     if not path.is_dir():
         return path if path.is_file() else None
     named = [path / name for name in names if (path / name).is_file()]
@@ -186,7 +186,7 @@ def find_file(path: Path, names: tuple[str, ...], suffix: str) -> Path | None:
 
 
 def find_config(file: Path, *names: str) -> dict[str, Any]:
-    """The first of some configurations beside a file, or {}."""
+    """The first configuration of the given names beside a file, or {}."""
     return next((read_json(file.with_name(name)) for name in names if file.with_name(name).is_file()), {})
 
 
@@ -198,7 +198,7 @@ def require_config(file: Path, name: str) -> dict[str, Any]:
 
 
 def find_weights(path: Path, *names: str) -> Path | None:
-    """A safetensors file, or the index of several: at a path, or of some names in its folder, or the only one there."""
+    """A safetensors file, or the index of its shards, at a path; in a folder, as `find_file` chooses."""
     if path.is_dir():
         found = [file for name in names if (file := safetensors_file(path / name))]
         return found[0] if found else find_file(path, (), ".safetensors")
@@ -209,30 +209,30 @@ def find_weights(path: Path, *names: str) -> Path | None:
 
 
 def find_npz(path: Path, *names: str) -> Path | None:
-    """A file of `numpy.savez`: at a path, or of some names in its folder, or the only one there."""
+    """A file of `numpy.savez` at a path; in a folder, as `find_file` chooses."""
     file = find_file(path, names, ".npz")
     return file if file is not None and is_zip(file) and not is_torch(file) else None
 
 
 def find_torch(path: Path, *names: str) -> Path | None:
-    """A file of `torch.save`: at a path, or of some names in its folder, or the only one there."""
+    """A file of `torch.save` at a path; in a folder, as `find_file` chooses."""
     file = find_file(path, names, ".pt")
     return file if file is not None and is_torch(file) else None
 
 
 def is_torch(file: Path) -> bool:
-    """Whether a file is a zip of torch's, or begins as a pickle does."""
+    """Whether a file is a zip that torch wrote, or begins like a pickle."""
     start = first_bytes(file, 512)
     return start.startswith(b"\x80\x02") or (is_zip(file) and b"/data.pkl" in start)
 
 
 def is_zip(file: Path) -> bool:
-    """Whether a file begins as a zip does."""
+    """Whether a file begins like a zip."""
     return first_bytes(file, 4) == b"PK\x03\x04"
 
 
 def first_bytes(file: Path, count: int) -> bytes:
-    """How a file begins."""
+    """The first bytes of a file."""
     with open(file, "rb") as opened:
         return opened.read(count)
 
@@ -243,7 +243,7 @@ def array_names(file: Path | None) -> set[str]:
 
 
 def read_state(file: Path, *, check: bool) -> tuple[Arrays, dict[str, Any]]:
-    """The arrays of a state dict in a torch pickle, and what else is in it."""
+    """The arrays of a state dict in a torch pickle, and its other entries."""
     found = torch_pickle.read(file, check=check)
     if not isinstance(found, dict):
         raise InputError(f"{file}: holds a {type(found).__name__}, expected a state dict; save model.state_dict().")
@@ -252,7 +252,7 @@ def read_state(file: Path, *, check: bool) -> tuple[Arrays, dict[str, Any]]:
 
 
 def require(path: Path, file: Path | None, what: str) -> Path:
-    """The file, which must have been found."""
+    """The file; raise if none was found."""
     if file is None:
         raise InputError(f"{path}: not an SAE of this format; expected {what}.")
     return file
@@ -269,7 +269,7 @@ def _shown(value: Any) -> str:
 
 
 class Weights(NamedTuple):
-    """`[d m]`, `[m]`, `[m d_out]`, `[d_out]` and `[d d_out]`, still in the file."""
+    """Arrays `[d m]`, `[m]`, `[m d_out]`, `[d_out]` and `[d d_out]`, not yet copied."""
 
     W_enc: np.ndarray
     b_enc: np.ndarray
@@ -287,7 +287,7 @@ def assemble(
     transcoder: bool = False,
     normalisation: Normalisation | None = None,
 ) -> SAE:
-    """Check that arrays fit together, and make the SAE of them."""
+    """Check that arrays fit together, and build the SAE."""
     W_enc, W_dec = weights.W_enc, weights.W_dec
     if W_enc.ndim != 2 or W_dec.ndim != 2:
         raise InputError(f"{raw.path}: weights of shapes {W_enc.shape} and {W_dec.shape}, expected two axes each.")
@@ -320,14 +320,14 @@ def assemble(
 
 
 def require_k(where: str, activation: Activation, m: int) -> None:
-    """There must be latents for what the activation keeps."""
+    """Raise if `k` exceeds the number of latents or, for GroupMax, does not divide it."""
     k = activation.slots or 1
     if k > m or (isinstance(activation, GroupMax) and m % k):
-        raise InputError(f"{where}k is {k}, which does not fit {m} latents; mend its configuration.")
+        raise InputError(f"{where}k is {k}, which does not fit {m} latents; fix its configuration.")
 
 
 def fold_norms(weights: Weights) -> Weights:
-    """The autoencoder that chooses by `pre`, of one that chooses by `pre · ‖atom‖`: with atoms of norm 1."""
+    """Scale atoms to norm 1, so that selection by `pre` is the original selection by `pre · ‖atom‖`."""
     wide = np.promote_types(weights.W_dec.dtype, np.float32)
     norms = np.linalg.norm(weights.W_dec.astype(wide), axis=1)
     safe = np.where(norms > 0, norms, 1)
@@ -340,12 +340,12 @@ def fold_norms(weights: Weights) -> Weights:
 
 
 def refuse(format: str, what: str) -> InputError:
-    """Why an SAE cannot be saved so."""
+    """The error for an SAE that a format cannot represent."""
     return InputError(f"{format} has no {what}; save it in another format, such as jaxsae.")
 
 
 def refuse_unless(format: str, sae: SAE, *, transcoder: bool = False, normalised: tuple[type, ...] = ()) -> None:
-    """Refuse a transcoder, a skip connection, or a normalisation that a format has not."""
+    """Refuse transcoders, skip connections and normalisations that a format does not support."""
     if sae.transcoder and not transcoder:
         raise refuse(format, "transcoders")
     if sae.W_skip is not None and not transcoder:
@@ -355,7 +355,7 @@ def refuse_unless(format: str, sae: SAE, *, transcoder: bool = False, normalised
 
 
 def fixed_k(format: str, activation: Any) -> int:
-    """How many latents a row keeps, of an activation that may keep fewer than it could."""
+    """The number of latents kept per row; `TopK.keep` may lower it."""
     keep = getattr(activation, "keep", None) if isinstance(activation, TopK) else None
     if keep is None:
         return activation.slots
@@ -365,7 +365,7 @@ def fixed_k(format: str, activation: Any) -> int:
 
 
 def centre(sae: SAE, apply_b_dec_to_input: bool) -> SAE:
-    """The same function with `b_dec` subtracted from `x`, or not, as a format has it: the encoder's biases differ."""
+    """The same function with or without `b_dec` subtracted from `x`; the encoder's biases compensate."""
     if sae.apply_b_dec_to_input == apply_b_dec_to_input:
         return sae
     if sae.activation.encoder_free or (sae.normalisation is not None and sae.normalisation.per_row and sae.transcoder):
@@ -379,16 +379,16 @@ def centre(sae: SAE, apply_b_dec_to_input: bool) -> SAE:
 
 
 def _narrow(total: np.ndarray, *biases: np.ndarray) -> np.ndarray:
-    """A bias made of others, in their type; where they are finite, it must be so."""
+    """Cast a sum of biases to their dtype; raise if finite ones overflow."""
     with np.errstate(over="ignore"):
         found = total.astype(np.result_type(*biases))
     if (np.isfinite(biases).all(axis=0) & ~np.isfinite(found)).any():
-        raise InputError(f"this SAE's biases overflow {found.dtype} as this format has them; convert it to float32.")
+        raise InputError(f"this SAE's biases overflow {found.dtype} in this format; convert it to float32.")
     return found
 
 
 def gate_biases(sae: SAE) -> tuple[np.ndarray, np.ndarray]:
-    """The biases of `Gated`, of the gate and of the values, with `b_enc` in them."""
+    """The gate and magnitude biases of `Gated`, with `b_enc` added to them."""
     gate: Any = sae.activation
     b_enc, b_gate, b_mag = (np.asarray(bias) for bias in (sae.b_enc, gate.b_gate, gate.b_mag))
     added, scale = b_enc.astype(np.float64), np.exp(np.asarray(gate.r_mag, np.float64))
@@ -396,12 +396,12 @@ def gate_biases(sae: SAE) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_safetensors(file: Path, arrays: Mapping[str, Any]) -> None:
-    """Arrays, without metadata."""
+    """Write arrays, without metadata."""
     safetensors.numpy.save_file({name: writable(array, name) for name, array in arrays.items()}, file)
 
 
 def write_json(file: Path, config: Mapping[str, Any]) -> None:
-    """A configuration."""
+    """Write a configuration."""
     try:
         file.write_text(json.dumps(config, indent=2, allow_nan=False) + "\n")
     except ValueError as error:

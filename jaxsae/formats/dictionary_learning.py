@@ -29,7 +29,7 @@ def _find(path: Path) -> Path | None:
 
 
 def _state(file: Path, *, check: bool) -> tuple[Arrays, dict[str, Any]]:
-    """Arrays, those of a back-up from within, and what else there is."""
+    """The arrays, those of the autoencoder in a back-up, and the other entries."""
     if not common.is_torch(file):
         return read_npz(file, check=check), {}
     arrays, rest = common.read_state(file, check=check)
@@ -40,7 +40,7 @@ def _state(file: Path, *, check: bool) -> tuple[Arrays, dict[str, Any]]:
 
 
 def detect(path: Path) -> bool:
-    """A torch pickle, or an `.npz`, with the names of one of its classes."""
+    """A torch pickle or `.npz` with the array names of one of the library's classes."""
     file = _find(path)
     if file is None:
         return False
@@ -58,26 +58,26 @@ def read(path: Path) -> Raw:
     config = dict(trainer) if isinstance(trainer, dict) else {}
     backup = isinstance(rest.get("ae"), dict)
     if unknown := rest.keys() - (_BACKUP if backup else set()):
-        raise InputError(f"{file}: holds {', '.join(sorted(unknown))}, expected arrays alone; save its state dict.")
+        raise InputError(f"{file}: holds {', '.join(sorted(unknown))}, expected only arrays; save its state dict.")
     if backup and isinstance(rest.get("config"), dict):
         config |= rest["config"]
-    # In training, rows are divided by this; what is saved in the end takes them as they are.
+    # Rows are divided by this in training; the autoencoder saved at the end takes them unscaled.
     config["norm_factor"] = rest.get("norm_factor")
     return Raw(file, config, Tensors(arrays))
 
 
 def convert(raw: Raw) -> SAE:
-    """One of its classes, by the names of its arrays; of the two that share theirs, by the configuration."""
+    """A class of the library, by its array names or, where two share them, by the configuration."""
     return _convert(raw, raw.config.get("dict_class"))
 
 
 def convert_topk(raw: Raw) -> SAE:
-    """An `AutoEncoderTopK`, of which the files do not say so."""
+    """An `AutoEncoderTopK` whose files do not name the class."""
     return _convert(raw, "AutoEncoderTopK")
 
 
 def convert_batch_topk(raw: Raw) -> SAE:
-    """A `BatchTopKSAE`, of which the files do not say so."""
+    """A `BatchTopKSAE` whose files do not name the class."""
     return _convert(raw, "BatchTopKSAE")
 
 
@@ -100,7 +100,7 @@ def _convert(raw: Raw, named: str | None) -> SAE:
 
 
 def _class(raw: Raw, named: str | None) -> str:
-    """Which of its classes: there may be several whose arrays have these names."""
+    """The class, by the names of the arrays; two classes share theirs."""
     names = raw.arrays.keys()
     if "W_enc" in names:
         classes = ["MatryoshkaBatchTopKSAE" if "group_sizes" in names else "JumpReluAutoEncoder"]
@@ -115,7 +115,7 @@ def _class(raw: Raw, named: str | None) -> str:
             f"may be an {classes[0]} or a {classes[1]}, whose arrays are the same, and no {_CONFIG} has the dict_class",
             "put its own beside it, or pass format='dictionary_learning_topk' or 'dictionary_learning_batch_topk'",
         )
-    # Of those that train either, one trainer writes the name of the other.
+    # One of the trainers of AutoEncoderNew writes the name AutoEncoder.
     alike = ["AutoEncoder"] if classes == ["AutoEncoderNew"] else []
     found = raw.choice("dict_class", classes[0] if named is None else named, classes + alike)
     return found if found in classes else classes[0]

@@ -1,4 +1,4 @@
-"""Gemma Scope, `params.npz`, and Gemma Scope 2, `config.json` and `params.safetensors`: JumpReLU without a centre."""
+"""Gemma Scope (`params.npz`) and Gemma Scope 2 (`config.json` and `params.safetensors`): JumpReLU, `x` not centred."""
 
 import dataclasses
 import re
@@ -27,13 +27,13 @@ def detect(path: Path) -> bool:
 
 
 def detect_embedding(path: Path) -> bool:
-    """The same, where Gemma Scope has those of the embedding: their files do not say so."""
+    """The same, at a path of Gemma Scope's SAEs of the embedding, whose files do not say so."""
     layout = re.search(r"(^|/)embedding/width_[^/]+/average_l0_[^/]+(/[^/]*\.npz)?$", path.absolute().as_posix())
     return layout is not None and detect(path)
 
 
 def detect_transcoder(path: Path) -> bool:
-    """The same, in a repository of Gemma Scope's transcoders: their files do not say so."""
+    """The same, in a repository of Gemma Scope's transcoders, whose files do not say so."""
     return re.search(r"gemma-scope[^/]*transcoder", path.absolute().as_posix()) is not None and detect(path)
 
 
@@ -54,7 +54,7 @@ def convert(raw: Raw) -> SAE:
 
 
 def convert_embedding(raw: Raw) -> SAE:
-    """Trained on embeddings that the model had yet to multiply by `√d`."""
+    """An autoencoder of embeddings before the model multiplies them by `√d`."""
     sae = convert(raw)
     return dataclasses.replace(fold_scale(sae, float(1 / np.sqrt(sae.d))), b_dec=sae.b_dec)
 
@@ -69,7 +69,7 @@ def _activation(raw: Raw) -> Activation:
 
 
 def write(sae: SAE, path: Path) -> None:
-    """`params.npz`, in float32, or better where the SAE is."""
+    """`params.npz`, in float32 or better."""
     if sae.W_skip is not None:
         raise common.refuse("gemma_scope", "skip connections")
     if sae.transcoder and sae.b_dec.size == sae.d:
@@ -82,7 +82,7 @@ def write(sae: SAE, path: Path) -> None:
 
 
 def _written(sae: SAE, format: str) -> tuple[SAE, np.ndarray]:
-    """The SAE without a centre, and a threshold for each latent."""
+    """The SAE converted not to subtract `b_dec`, and a threshold for each latent."""
     common.refuse_unless(format, sae, transcoder=True)
     sae = common.centre(sae, False)
     match sae.activation:

@@ -1,4 +1,4 @@
-"""SAEs on the Hugging Face hub, by address or by the names that SAELens has for them, through the hub's own cache."""
+"""SAEs on the Hugging Face hub, by address or by SAELens' names, through the hub's own cache."""
 
 import importlib.util
 import os
@@ -13,12 +13,12 @@ _INNER = "checkpoints"  # where Llama Scope has the arrays
 
 
 class Found(NamedTuple):
-    """Files, now local, and what a list of releases knows of them that they do not say.
+    """Local files, and what SAELens' list of releases adds to them.
 
     Attributes:
       path: directory or file.
-      scale: from rows as they are to those that it was trained on, to be folded in; None if not known.
-      config: entries of its configuration that are to be others.
+      scale: from raw rows to those that the SAE was trained on, to be folded in; None if unknown.
+      config: entries that override its configuration.
     """
 
     path: Path
@@ -30,12 +30,12 @@ def find(path: str | os.PathLike, *, revision: str | None = None) -> Found:
     """Make files local: those at a path, at an address on the hub, or under a release and id of SAELens.
 
     Args:
-      path: a local path; `"hf://org/repository/path"`; or `"release/id"`, of the list of releases that sae-lens has,
-        if it is installed. (It is read, not imported: torch is not needed.)
+      path: a local path; `"hf://org/repository/path"`; or `"release/id"` from the list of releases of sae-lens, if it
+        is installed. (The list is read without importing sae-lens or torch.)
       revision: branch, tag or commit, on the hub; its main branch by default.
 
     Raises:
-      InputError: if there is nothing, or the hub cannot be reached and its cache has nothing, or the extra is missing.
+      InputError: if the hub has no such files, or cannot be reached and they are not cached; if the extra is missing.
 
     Example:
       >>> find("run/sae").path.name
@@ -56,7 +56,7 @@ def find(path: str | os.PathLike, *, revision: str | None = None) -> Found:
 
 
 def _release(name: str) -> tuple[str, dict[str, Any], dict[str, Any]] | None:
-    """The address of a release and id, and what the list says of them; None if it is not in the list."""
+    """The address of a release and id, and their entries in the list; None if they are not listed."""
     release, _, sae_id = name.partition("/")
     package = importlib.util.find_spec("sae_lens")
     if not sae_id or package is None or package.origin is None:
@@ -76,7 +76,7 @@ def _release(name: str) -> tuple[str, dict[str, Any], dict[str, Any]] | None:
 
 
 def _download(address: str, revision: str | None) -> Path:
-    """Files at `org/repository/path`, in the cache."""
+    """Download files at `org/repository/path` to the cache."""
     try:
         import huggingface_hub
         from huggingface_hub import errors
@@ -84,10 +84,10 @@ def _download(address: str, revision: str | None) -> Path:
         raise InputError(f"{SCHEME}{address}: the hub needs the extra 'hub'; pip install 'jaxsae[hub]'.") from error
     parts = PurePosixPath(address).parts
     if len(parts) < 2 or ".." in parts or address.startswith("/"):
-        raise InputError(f"got {SCHEME}{address}, expected {SCHEME}organisation/repository/path; mend it.")
+        raise InputError(f"got {SCHEME}{address}, expected {SCHEME}organisation/repository/path; fix it.")
     repository, inner = "/".join(parts[:2]), "/".join(parts[2:])
     absent = (errors.EntryNotFoundError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError)
-    # The base of all that the hub's client for HTTP raises; which client that is changes with the version.
+    # The base class of the HTTP client's errors; which client that is depends on the version of the hub's package.
     transport: Any = errors.HfHubHTTPError.__mro__[1]
     try:
         return _fetch(huggingface_hub, repository, inner, revision) / inner
@@ -97,18 +97,18 @@ def _download(address: str, revision: str | None) -> Path:
         if isinstance(error, absent) and not isinstance(error, errors.LocalEntryNotFoundError):
             at = f" at revision {revision}" if revision else ""
             what = f"not on the hub{at} ({first_line(error)})"
-            raise InputError(f"{SCHEME}{address}: {what}; mend the address, or log in.") from error
+            raise InputError(f"{SCHEME}{address}: {what}; fix the address, or log in.") from error
         if isinstance(error, ValueError):  # a name that the hub's client does not take
-            raise InputError(f"{SCHEME}{address}: {first_line(error)}; mend the address.") from error
+            raise InputError(f"{SCHEME}{address}: {first_line(error)}; fix the address.") from error
         folder = _cached(huggingface_hub, repository, revision)
         if folder is None or not (folder / inner).exists():
-            what = f"the hub cannot be reached ({first_line(error)}), and its cache has nothing"
-            raise InputError(f"{SCHEME}{address}: {what}; try again, or download them by other means.") from error
+            what = f"the hub cannot be reached ({first_line(error)}), and its cache has no such files"
+            raise InputError(f"{SCHEME}{address}: {what}; try again, or download the files by other means.") from error
         return folder / inner
 
 
 def _fetch(huggingface_hub: Any, repository: str, inner: str, revision: str | None) -> Path:
-    """Download configurations and weights of one SAE, and no more; the folder of the repository in the cache."""
+    """Download only the configurations and weights of one SAE; return the repository's folder in the cache."""
     endpoint = os.environ.get("HF_ENDPOINT")
     api = huggingface_hub.HfApi(endpoint=endpoint)
     is_file = inner.endswith(_SUFFIXES)
@@ -129,7 +129,7 @@ def _fetch(huggingface_hub: Any, repository: str, inner: str, revision: str | No
 
 
 def _list(api: Any, repository: str, within: PurePosixPath, revision: str | None) -> list[str]:
-    """What lies directly in a folder of a repository; folders end with a slash."""
+    """The paths directly in a folder of a repository; folders end with a slash."""
     folder = None if within == PurePosixPath() else str(within)
     entries = api.list_repo_tree(repository, folder, revision=revision)
     inside = [each for each in entries if PurePosixPath(each.path).parent == within and ".." not in each.path]

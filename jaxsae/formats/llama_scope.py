@@ -40,9 +40,9 @@ def read(path: Path) -> Raw:
 
 
 def convert(raw: Raw) -> SAE:
-    """Rows are scaled by `s = √d / mean ‖x‖`, which is folded in, and a transcoder's output by another.
+    """Fold in the scale of the rows, `s = √d / mean ‖x‖`, and that of a transcoder's output.
 
-    The threshold in the file is for rows as they are, that is for pre-activations divided by `s`.
+    The threshold in the file is for unscaled rows, that is, for pre-activations divided by `s`.
     """
     config = raw.config
     W_enc, W_dec = raw.take("encoder.weight").T, raw.take("decoder.weight").T
@@ -61,7 +61,7 @@ def convert(raw: Raw) -> SAE:
     scale, scale_out = (width / raw.positive(norm, "dataset_average_activation_norm") for norm in (into, out))
     apply_b_dec_to_input = raw.flag("apply_decoder_bias_to_pre_encoder", False)
     if apply_b_dec_to_input and (transcoder or scale != scale_out):
-        raise raw.error("apply_decoder_bias_to_pre_encoder is true of a transcoder", "jaxsae cannot compute it")
+        raise raw.error("apply_decoder_bias_to_pre_encoder is true for a transcoder", "jaxsae cannot compute it")
     sae = common.assemble(
         raw,
         _activation(raw, W_dec, None if kind == "dataset-wise" and not known else scale),
@@ -79,20 +79,20 @@ def convert(raw: Raw) -> SAE:
 
 
 def _activation(raw: Raw, W_dec: np.ndarray, scale: float | None) -> Activation:
-    """Thresholds are for pre-activations of scaled rows; the scale is None where nobody knows it."""
+    """The activation, with thresholds for pre-activations of scaled rows; `scale` is None if unknown."""
     config = raw.config
     kind = raw.choice("act_fn", config.get("act_fn", "jumprelu"), ("jumprelu", "topk", "relu"))
     wide = np.promote_types(W_dec.dtype, np.float32)
     norms = np.ones(len(W_dec), wide)
-    if raw.flag("sparsity_include_decoder_norm", False):  # what decides is `pre · ‖atom‖`
+    if raw.flag("sparsity_include_decoder_norm", False):  # latents are selected by `pre · ‖atom‖`
         norms = np.linalg.norm(W_dec.astype(wide), axis=1)
     if kind == "relu":
         return ReLU()
     if kind == "topk":
         if not np.allclose(norms, 1, rtol=1e-3):
             raise raw.error(
-                "sparsity_include_decoder_norm is true of topk, and atoms have other norms than 1",
-                "jaxsae cannot compute it: make them of norm 1 there",
+                "sparsity_include_decoder_norm is true for topk, and its atoms are not of norm 1",
+                "jaxsae cannot compute it: scale the atoms to norm 1 first",
             )
         return TopK(raw.integer(config.get("top_k"), "top_k"))
     if "log_jumprelu_threshold" in raw.arrays:
@@ -101,7 +101,7 @@ def _activation(raw: Raw, W_dec: np.ndarray, scale: float | None) -> Activation:
         threshold = raw.number(config.get("jump_relu_threshold"), "jump_relu_threshold")
         if threshold and scale is None:
             what = "has no dataset_average_activation_norm, on which its threshold depends"
-            raise raw.error(what, "mend its configuration")
+            raise raw.error(what, "fix its configuration")
         threshold = np.full(len(W_dec), threshold * (scale or 1), wide)
     if threshold.shape != norms.shape:
         raise raw.error(f"has {threshold.shape} thresholds for {len(norms)} latents")
@@ -109,7 +109,7 @@ def _activation(raw: Raw, W_dec: np.ndarray, scale: float | None) -> Activation:
 
 
 def write(sae: SAE, path: Path) -> None:
-    """For rows as they are: scaled by 1. One threshold for all latents is all that the format has."""
+    """Both files, for unscaled rows; the format has a single threshold for all latents."""
     common.refuse_unless("llama_scope", sae)
     sae, activation = common.centre(sae, False), sae.activation
     thresholds = np.zeros(1) if isinstance(activation, ReLU) else np.asarray(getattr(activation, "threshold", []))

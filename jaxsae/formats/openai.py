@@ -1,4 +1,4 @@
-"""OpenAI's: one `.pt`, a torch pickle of a state dict and of the activation's name and options."""
+"""OpenAI: one `.pt`, a torch pickle of a state dict and of the activation's name and options."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def read(path: Path) -> Raw:
 
 
 def convert(raw: Raw) -> SAE:
-    """Rows are layer-normalised exactly where the activation is TopK."""
+    """Rows are layer-normalised if and only if the activation is TopK."""
     named = (raw.take("encoder.weight").T, raw.take("latent_bias"), raw.take("decoder.weight").T)
     weights = Weights(*named, raw.take("pre_bias"))
     raw.arrays.ignore(*_STATISTICS)
@@ -38,7 +38,7 @@ def convert(raw: Raw) -> SAE:
     options = options if isinstance(options, dict) else {"activation_state_dict": options}
     there = {*map(str, options), *raw.config} - {"activation", "activation_state_dict"}
     if unused := sorted(there - _OPTIONS[kind]):
-        raise raw.error(f"holds {', '.join(unused)}, which {kind} of openai has not", "name its activation")
+        raise raw.error(f"holds {', '.join(unused)}, which {kind} of openai does not have", "name its activation")
     if kind == "ReLU":
         return common.assemble(raw, ReLU(), weights, apply_b_dec_to_input=True)
     raw.choice("postact_fn", options.get("postact_fn", "ReLU"), ["ReLU"])
@@ -47,7 +47,7 @@ def convert(raw: Raw) -> SAE:
 
 
 def write(sae: SAE, path: Path) -> None:
-    """One `.pt`; statistics of its latents, which are not known, as zeros."""
+    """One `.pt`; the statistics of its latents, which are unknown, are zeros."""
     activation = sae.activation
     common.refuse_unless("openai", sae, normalised=(LayerNorm,))
     if not isinstance(activation, ReLU | TopK) or isinstance(activation, TopK) != (sae.normalisation is not None):

@@ -1,6 +1,6 @@
 """SAEs on disk and on the hub: our own format, and those of other libraries, in one table.
 
-Our own is a directory: `sae.json` says what it is, `sae.safetensors` holds the arrays.
+Our own is a directory: `sae.json` describes the SAE, `sae.safetensors` holds its arrays.
 """
 
 import dataclasses
@@ -46,22 +46,22 @@ class _Format(NamedTuple):
 
 
 def load(path: str | os.PathLike, *, format: str | None = None, dtype: Any = None, revision: str | None = None) -> SAE:
-    """Load an SAE from disk, or from the Hugging Face hub: one that computes what its origin computes.
+    """Load an SAE from disk or the Hugging Face hub; it computes the same function as the original.
 
-    Large arrays are mapped and copied piece by piece, so that hardly more than the SAE itself is in memory. Torch
-    pickles are read without torch, and without running what is in them.
+    Large arrays are mapped and copied piece by piece, so that memory holds little more than the SAE itself. Torch
+    pickles are read without torch, and without executing them.
 
     Args:
       path: what `save` wrote, a training run, or a directory or file of another library; on the hub,
         `"hf://org/repository/path"`, or a release and id of SAELens', `"gpt2-small-res-jb/blocks.8.hook_resid_pre"`, if
         sae-lens is installed.
-      format: a name from `FORMATS`; found out from the contents by default.
+      format: a name from `FORMATS`; detected from the contents by default.
       dtype: of the weights, such as `"float32"`; that of the files by default. Thresholds stay in float32 or better.
       revision: branch, tag or commit, on the hub.
 
     Raises:
-      InputError: if nothing is there, or it is of no known format or of several, of a newer version, truncated, or
-        wants to run code; if arrays and configuration disagree, an array is unused, or holds NaN.
+      InputError: if the path is missing, of an unknown or ambiguous format, of a newer version, truncated, or would
+        run code; if arrays and configuration disagree, or an array is unused or holds NaN.
 
     Example:
       >>> import tempfile, jax, jaxsae
@@ -75,7 +75,7 @@ def load(path: str | os.PathLike, *, format: str | None = None, dtype: Any = Non
 
 
 def describe(path: str | os.PathLike, *, revision: str | None = None) -> dict[str, str]:
-    """What is at a path, in words: its format, what it computes, and the site that it is for, where that is written.
+    """Describe the SAE at a path: its format, what it computes, and its site in the model if recorded.
 
     Args:
       path: as for `load`.
@@ -114,14 +114,14 @@ def _load(
         raw = row.read(local)
         config = raw.config | (found.config if name == "saelens" else {})
         wanted = None if dtype is None else _dtype(dtype)
-        with np.errstate(all="ignore"):  # numbers that overflow are what is in the file
+        with np.errstate(all="ignore"):  # values in the file may overflow
             raw = raw._replace(config=config, dtype=wanted)
             sae = row.convert(raw)
         raw.require_used(name, sae.activation)
     except OSError as error:
         raise InputError(f"{local}: {error.strerror or error}; expected files of format {name}.") from error
-    ema_params = isinstance(sae.normalisation, normalisation.AverageNorm)
-    return (fold_scale(sae, found.scale) if ema_params and found.scale is not None else sae), name, config
+    averaged = isinstance(sae.normalisation, normalisation.AverageNorm)
+    return (fold_scale(sae, found.scale) if averaged and found.scale is not None else sae), name, config
 
 
 def _dtype(dtype: Any) -> np.dtype:
@@ -133,18 +133,18 @@ def _dtype(dtype: Any) -> np.dtype:
     if found is None or found.name not in known:
         raise InputError(f"got dtype {dtype!r}, expected one of: {', '.join(known)}.")
     if jax.dtypes.canonicalize_dtype(found) != found:
-        raise InputError(f"got dtype {found.name!r}, which jax computes with jax_enable_x64 alone; set it first.")
+        raise InputError(f"got dtype {found.name!r}, which needs jax_enable_x64; set it first.")
     return found
 
 
 def detect(path: str | os.PathLike) -> str:
-    """The name of the format that files are in, found out from their contents.
+    """Detect the format of files from their contents.
 
     Args:
       path: a directory or file.
 
     Raises:
-      InputError: if there is nothing, or nothing known.
+      InputError: if the path is missing, or of no known format or of several.
 
     Example:
       >>> import tempfile, jax, jaxsae
@@ -158,7 +158,7 @@ def detect(path: str | os.PathLike) -> str:
     if not path.exists():
         raise InputError(f"{path}: no such file or directory; expected a saved SAE ({', '.join(FORMATS)}).")
     damaged: InputError | None = None
-    found: dict[Callable[[Path], Raw], str] = {}  # by how they are read: some formats are others with one convention
+    found: dict[Callable[[Path], Raw], str] = {}  # by reader: some formats are variants of another
     for name, row in FORMATS.items():
         try:
             if row.detect(path):
@@ -176,16 +176,16 @@ def detect(path: str | os.PathLike) -> str:
 
 
 def save(sae: SAE, path: str | os.PathLike, *, format: str = "jaxsae") -> None:
-    """Save an SAE, whole or not at all; what was at `path` is replaced, if it is an SAE of the same format.
+    """Save an SAE atomically, replacing an SAE of the same format at `path`.
 
     Args:
       sae: the autoencoder; its arrays may be numpy's, of any memory order.
-      path: where to; a directory, but a file for `"openai"`.
-      format: a name from `FORMATS` that is written.
+      path: to write; a directory, or a file for `"openai"`.
+      format: a name from `FORMATS` that can be written.
 
     Raises:
-      InputError: if the format is unknown or cannot say what this SAE computes, as that of an activation of one's own;
-        if its arrays do not fit together, or are several SAEs stacked; or if the place cannot be written.
+      InputError: if the format is unknown or cannot represent this SAE, for example a custom activation; if its arrays
+        do not fit together or hold several stacked SAEs; or if the path cannot be written.
 
     Example:
       >>> import tempfile, jax, jaxsae
@@ -206,7 +206,7 @@ def save(sae: SAE, path: str | os.PathLike, *, format: str = "jaxsae") -> None:
 
 
 def _on_host(sae: SAE) -> SAE:
-    """The SAE with its arrays as they may be written, if a file can say what it computes."""
+    """The SAE with its arrays in host memory, ready to be written; raise if it cannot be saved."""
     if not isinstance(sae, SAE):
         raise InputError(f"got a {type(sae).__name__} to save, expected an SAE; pass one.")
     _require_known("activation", sae.activation, _ACTIVATIONS)
@@ -223,8 +223,8 @@ def _on_host(sae: SAE) -> SAE:
     for name, array in (arrays | parameters).items():
         if array.shape != shapes[name] or arrays["W_dec"].ndim != 2:
             raise InputError(
-                f"got {name} of shape {array.shape} for {m[0] if m else 1} latents; pass one SAE: of several that are "
-                "stacked, jax.tree.map(lambda leaf: leaf[i], sae)."
+                f"got {name} of shape {array.shape} for {m[0] if m else 1} latents; pass one SAE: from a stack, take "
+                "jax.tree.map(lambda leaf: leaf[i], sae)."
             )
         if array.dtype == bool or (name in arrays and not jnp.issubdtype(array.dtype, jnp.floating)):
             raise InputError(f"got {name} of {array.dtype}, expected floating point; convert it.")
@@ -238,16 +238,16 @@ def _on_host(sae: SAE) -> SAE:
 
 
 def _require_known(what: str, part: Any, known: dict[str, type]) -> None:
-    # By class, not by name: one of the user's may have the name of ours, or be made from it.
+    # By class, not by name: a user's class may share the name of ours, or derive from it.
     if part is not None and known.get(type(part).__name__) is not type(part):
         raise InputError(
-            f"got the {what} {type(part).__name__} to save, of which a file can say nothing; expected one of: "
-            f"{', '.join(known)}: save the SAE with one of these, or its arrays by yourself."
+            f"got the {what} {type(part).__name__} to save, which no file format describes; expected one of: "
+            f"{', '.join(known)}: save the SAE with one of these, or save its arrays yourself."
         )
 
 
 def _parameters(activation: Any) -> dict[str, Any]:
-    """The arrays of an activation, and the numbers in their place, by name."""
+    """The arrays of an activation, or numbers given in their place, by name."""
     values, static = _options(activation)
     return {name: value for name, value in values.items() if name not in static and value is not None}
 
@@ -323,10 +323,10 @@ def _read_own(path: Path) -> Raw:
         raise InputError(
             f"{path}: not a whole SAE ({str(error).split('; ')[0]}); expected {_CONFIG} and {_WEIGHTS}: save it again."
         ) from error
-    said = config.get("format"), config.get("version")
-    if said != ("jaxsae", _VERSION) or type(said[1]) is not int:
+    found = config.get("format"), config.get("version")
+    if found != ("jaxsae", _VERSION) or type(found[1]) is not int:
         raise InputError(
-            f"{path / _CONFIG}: says {said[0]!r} version {said[1]!r}, expected 'jaxsae' "
+            f"{path / _CONFIG}: says {found[0]!r} version {found[1]!r}, expected 'jaxsae' "
             f"version {_VERSION} (format, version); load it with the version of jaxsae that wrote it."
         )
     if unknown := config.keys() - _KEYS:
@@ -335,7 +335,7 @@ def _read_own(path: Path) -> Raw:
 
 
 def _convert_own(raw: Raw) -> SAE:
-    # As those of 0.1 before transcoders, and before autoencoders that subtract nothing.
+    # Defaults for files of 0.1 from before transcoders, and from before autoencoders that do not subtract `b_dec`.
     apply_b_dec_to_input = raw.flag("apply_b_dec_to_input", True)
     config = {
         "d_out": raw.config.get("d"),
@@ -349,7 +349,7 @@ def _convert_own(raw: Raw) -> SAE:
     if found != shapes:
         sizes = ", ".join(f"{name} {config.get(name)!r}" for name in ("d", "m", "d_out"))
         raise raw.error(f"holds shapes {found}, but {_CONFIG} says {sizes}", "save it again")
-    listed = config.get("arrays", sorted(raw.arrays))  # those of 0.1 have no list
+    listed = config.get("arrays", sorted(raw.arrays))  # files of 0.1 have no list
     if listed != sorted(raw.arrays):
         raise raw.error(f"holds {sorted(raw.arrays)}, but the arrays of {_CONFIG} are {listed}", "save it again")
     weights = Weights(*(raw.take(name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")))
@@ -403,7 +403,7 @@ def _named(raw: Raw, what: str, options: Any, known: dict[str, Any]) -> tuple[st
 
 
 def _is_of(value: Any, kind: Any) -> bool:
-    """Whether a value of JSON is of the type of a field: no text for a number, no 1 for true."""
+    """Whether a JSON value has the type of a field: text is not a number, and 1 is not true."""
     kinds = typing.get_args(kind) or (kind,)
     return type(value) in kinds or (type(value) is int and float in kinds)
 

@@ -1,4 +1,4 @@
-"""SAELens: `cfg.json` and `sae_weights.safetensors`, of version 6 and of those before."""
+"""SAELens: `cfg.json` and `sae_weights.safetensors`, of version 6 and earlier."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ from jaxsae.formats.common import Raw, Tensors, Weights
 from jaxsae.formats.tensors import read_safetensors
 
 _CONFIG, _WEIGHTS = "cfg.json", "sae_weights.safetensors"
-_VERSION = "6.54.12"  # whose files these are
+_VERSION = "6.54.12"  # whose format is written
 _NORMALISATIONS: dict[Any, Normalisation | None] = {
     "none": None,
     "expected_average_only_in": AverageNorm(),
@@ -28,14 +28,14 @@ _DTYPES = {"float32": np.float32, "float64": np.float64, "float16": np.float16, 
 
 
 def detect(path: Path) -> bool:
-    """A `cfg.json` with `d_in`, and `W_dec` beside it, but no layer of torch's."""
+    """A `cfg.json` with `d_in` beside arrays that include `W_dec`, but not `encoder.weight`."""
     file = common.find_weights(path, _WEIGHTS)
     known = {"W_dec", "encoder.weight"} & common.array_names(file) == {"W_dec"}
     return file is not None and known and "d_in" in common.find_config(file, _CONFIG)
 
 
 def read(path: Path) -> Raw:
-    """Both files; configurations before version 6 get the names of later ones."""
+    """Both files; entries of configurations before version 6 are renamed to those of later ones."""
     file = common.require(path, common.find_weights(path, _WEIGHTS), f"{_CONFIG} and {_WEIGHTS}")
     renamed = {"hook_point": "hook_name", "activation_fn_str": "activation_fn"}
     config = {renamed.get(name, name): value for name, value in common.require_config(file, _CONFIG).items()}
@@ -46,7 +46,7 @@ def read(path: Path) -> Raw:
 
 
 def _activation_fn(raw: Raw) -> dict[str, Any]:
-    """What configurations before version 6 say of an architecture by an activation function."""
+    """The architecture, which configurations before version 6 give as an activation function."""
     config, options = raw.config, raw.config.get("activation_fn_kwargs") or {}
     name = raw.choice("activation_fn", config.get("activation_fn") or "relu", ("relu", "topk"))
     known = {"k", "signed"} if name == "topk" else set()
@@ -72,11 +72,11 @@ def convert(raw: Raw) -> SAE:
     transcoder = kind.endswith("transcoder")
     apply_b_dec_to_input = raw.flag("apply_b_dec_to_input", not transcoder)
     if apply_b_dec_to_input and transcoder:
-        raise raw.error("apply_b_dec_to_input is true of a transcoder, which has no such", "say false")
+        raise raw.error("apply_b_dec_to_input is true for a transcoder", "set it to false")
     weights = _weights(raw, kind)
     if raw.flag("rescale_acts_by_decoder_norm", False):
         weights = common.fold_norms(weights)
-    if kind == "matching_pursuit" and not apply_b_dec_to_input:  # what was not subtracted is not added
+    if kind == "matching_pursuit" and not apply_b_dec_to_input:  # b_dec is added only if it was subtracted
         weights = weights._replace(b_dec=np.zeros_like(weights.b_dec))
     conventions = {"apply_b_dec_to_input": apply_b_dec_to_input, "transcoder": transcoder}
     sae = common.assemble(raw, _ACTIVATIONS[kind](raw), weights, **conventions, normalisation=_NORMALISATIONS[norm])
@@ -85,12 +85,12 @@ def convert(raw: Raw) -> SAE:
 
 
 def _require_known_options(raw: Raw, kind: str) -> None:
-    """An option of other architectures would be dropped, and its autoencoder be another."""
+    """Refuse options of other architectures: dropping them would change the result."""
     known = next((options for name, options in _OPTIONS.items() if name in kind), ())
     for name in {each for options in _OPTIONS.values() for each in options}.difference(known):
         if raw.config.get(name) not in (None, False):
-            do = f"say which architecture it is, or remove {name}"
-            raise raw.error(f"has {name}, which the architecture {kind!r} has not", do)
+            do = f"name its architecture, or remove {name}"
+            raise raw.error(f"has {name}, which the architecture {kind!r} does not have", do)
 
 
 def _weights(raw: Raw, kind: str) -> Weights:
@@ -101,7 +101,7 @@ def _weights(raw: Raw, kind: str) -> Weights:
     b_enc = raw.zeros(len(W_dec)) if kind in ("gated", "matching_pursuit") else raw.take("b_enc")
     W_skip = raw.take("W_skip").T if "skip" in kind else None
     finetuned = raw.flag("finetuning_scaling_factor", False)
-    if "scaling_factor" in raw.arrays:  # ones where it was added anyway
+    if "scaling_factor" in raw.arrays:  # ones if it was added without finetuning
         factor = raw.take("scaling_factor")
         if factor.shape != (len(W_dec),) or not (finetuned or np.all(factor == 1)):
             do = "set finetuning_scaling_factor, or remove it"
@@ -113,8 +113,8 @@ def _weights(raw: Raw, kind: str) -> Weights:
 
 
 def _jumprelu(raw: Raw) -> Activation:
-    """A threshold for each latent; what was trained as BatchTopK says so, and has one for all."""
-    log = "threshold" not in raw.arrays and "log_threshold" in raw.arrays  # as in the midst of training
+    """JumpReLU, or BatchTopK if it was trained as such and has the same threshold for all latents."""
+    log = "threshold" not in raw.arrays and "log_threshold" in raw.arrays  # as during training
     threshold = np.exp(raw.take("log_threshold")) if log else raw.take("threshold")
     metadata = raw.config.get("metadata")
     metadata = metadata if isinstance(metadata, dict) else {}
@@ -156,22 +156,22 @@ _ACTIVATIONS: dict[str, Callable[[Raw], Activation]] = {
 }
 
 
-# What only some architectures have, by a part of their names; the first that fits counts.
+# Options of some architectures only, by a part of their names; the first match counts.
 _OPTIONS = {
     "abstopk": ("k", "rescale_acts_by_decoder_norm"),
     "batchtopk": ("k", "rescale_acts_by_decoder_norm"),
     "topk": ("k", "rescale_acts_by_decoder_norm"),
-    "jumprelu": ("k",),  # of what was trained as BatchTopK
+    "jumprelu": ("k",),  # of one trained as BatchTopK
     "matching_pursuit": ("residual_threshold", "max_iterations", "stop_on_duplicate_support"),
 }
 
 
 def write(sae: SAE, path: Path) -> None:
-    """As its library saves for inference: BatchTopK as a JumpReLU that says what it was trained as."""
+    """As SAELens saves for inference: BatchTopK is a JumpReLU whose metadata name its training architecture."""
     if isinstance(sae.normalisation, LayerNorm) and sae.normalisation.eps != 1e-5:
         raise common.refuse("saelens", f"layer norm with eps {sae.normalisation.eps}")
     if sae.W_skip is not None and not sae.transcoder:
-        raise common.refuse("saelens", "skip connection but in transcoders")
+        raise common.refuse("saelens", "skip connection outside transcoders")
     sae = common.centre(sae, False) if sae.transcoder else sae
     kind, options, arrays = _written_activation(sae)
     metadata = options.pop("metadata", {}) | {"sae_lens_version": _VERSION, "sae_lens_training_version": None}

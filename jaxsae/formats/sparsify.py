@@ -40,14 +40,14 @@ def convert(raw: Raw) -> SAE:
     d = raw.integer(config.get("d_in", weights.W_enc.shape[0]), "d_in")
     m = config.get("num_latents") or d * raw.integer(config.get("expansion_factor", 32), "expansion_factor")
     if weights.W_enc.shape != (d, raw.integer(m, "num_latents")):
-        said = f"{m!r} latents of width {d} (num_latents or expansion_factor, and d_in)"
-        raise raw.error(f"its encoder has shape {weights.W_enc.shape[::-1]}, but {_CONFIG} says {said}")
+        declared = f"{m!r} latents of width {d} (num_latents or expansion_factor, and d_in)"
+        raise raw.error(f"its encoder has shape {weights.W_enc.shape[::-1]}, but {_CONFIG} says {declared}")
     activation = make(raw.integer(config.get("k"), "k"))
     return common.assemble(raw, activation, weights, apply_b_dec_to_input=not transcoder, transcoder=transcoder)
 
 
 def write(sae: SAE, path: Path) -> None:
-    """Both files; an autoencoder gets the biases of one that subtracts `b_dec`."""
+    """Both files; an autoencoder is converted to subtract `b_dec`."""
     common.refuse_unless("sparsify", sae, transcoder=True)
     kind = next((name for name, made in _ACTIVATIONS.items() if type(sae.activation) is made), None)
     if kind is None or sae.b_dec.size != sae.d:

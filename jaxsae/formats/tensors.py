@@ -1,7 +1,7 @@
-"""Arrays in files that others wrote: mapped into memory where they lie, checked before anything is believed.
+"""Arrays in untrusted files: mapped into memory, and checked before use.
 
-Whatever a file claims, sizes are compared with its own before memory is taken, nothing outside its folder is opened,
-and what is wrong is said in one `InputError`.
+The sizes that a file declares are compared with its own before memory is allocated, nothing outside its folder is
+opened, and whatever is wrong raises one `InputError`.
 """
 
 import io
@@ -39,18 +39,18 @@ _SAFETENSORS = {
     "BOOL": np.bool_,
 }
 _WRITTEN = {np.dtype(dtype) for dtype in _SAFETENSORS.values()}
-_CHUNK = 8 << 20  # bytes copied between two looks at how much memory is mapped
-_ALIGNMENT = 64  # bytes, at which jax takes numpy's memory for its own
+_CHUNK = 8 << 20  # bytes copied before mapped pages are released
+_ALIGNMENT = 64  # bytes, at which jax uses numpy's memory without a copy
 _MAX_JSON = 64 << 20  # bytes
-_MAX_EXPANSION = 20  # times: weights do not compress, what expands more is a trap
-_FREE_EXPANSION = 1 << 20  # bytes for which nobody cares
+_MAX_EXPANSION = 20  # times: weights do not compress, so what expands more is malicious
+_FREE_EXPANSION = 1 << 20  # bytes that may always be unpacked
 
 
 def map_file(path: Path) -> memoryview:
-    """The bytes of a file, mapped and not read.
+    """The bytes of a file, memory-mapped.
 
     Raises:
-      InputError: if it is empty, missing or no file.
+      InputError: if it is empty, missing or not a file.
     """
     try:
         with open(path, "rb") as file:
@@ -64,7 +64,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
-      InputError: if it is missing, damaged or no object.
+      InputError: if it is missing, damaged or not an object.
     """
     with in_one_line(f"{path}: not a JSON configuration", "download it again"):
         if path.stat().st_size > _MAX_JSON:
@@ -76,7 +76,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _once(members: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The members of a JSON object, each of a name of its own: of two, one would be dropped."""
+    """The members of a JSON object; raise if two have the same name."""
     found = dict(members)
     if len(found) < len(members):
         names = [name for name, _ in members]
@@ -88,7 +88,7 @@ def safetensors_file(path: Path) -> Path | None:
     """The file of that name, or its index if it is sharded, or None."""
     index = path.with_name(f"{path.name}.index.json")
     if path.is_file() and index.is_file():
-        raise InputError(f"{path}: is there in one piece and in those of {index.name}; remove the one that is old.")
+        raise InputError(f"{path}: exists beside {index.name}, the index of its shards; remove the outdated one.")
     return path if path.is_file() else index if index.is_file() else None
 
 
@@ -118,7 +118,7 @@ def read_safetensors(path: Path) -> Arrays:
 
 def _read_one_safetensors(path: Path) -> Arrays:
     data = map_file(path)
-    with in_one_line(f"{path}: is damaged or no safetensors file", "download it again"):
+    with in_one_line(f"{path}: is damaged or not a safetensors file", "download it again"):
         with safe_open(path, framework="numpy"):  # validates the header
             pass
         length = int.from_bytes(data[:8], "little")
@@ -135,17 +135,17 @@ def _read_one_safetensors(path: Path) -> Arrays:
 
 
 def read_zip(path: Path, *, check: bool = True) -> dict[str, memoryview]:
-    """The members of a zip file by name: mapped where they are stored as they are, else unpacked.
+    """The members of a zip file by name: mapped if they are stored uncompressed, else unpacked.
 
     Args:
       path: the file.
       check: compare contents with their checksums.
 
     Raises:
-      InputError: if it is damaged, or a trap: members that expand absurdly, or whose names lead elsewhere.
+      InputError: if it is damaged, or if members expand excessively or their names point outside the archive.
     """
     data = map_file(path)
-    with in_one_line(f"{path}: is damaged or no zip file", "download it again"), zipfile.ZipFile(path) as archive:
+    with in_one_line(f"{path}: is damaged or not a zip file", "download it again"), zipfile.ZipFile(path) as archive:
         infos = archive.infolist()
         _refuse_traps(path, infos, len(data))
         return {info.filename: _member(data, archive, info, check) for info in infos if not info.is_dir()}
@@ -155,7 +155,7 @@ def _refuse_traps(path: Path, infos: list[zipfile.ZipInfo], size: int) -> None:
     for info in infos:
         parts = info.filename.replace("\\", "/").split("/")
         if ".." in parts or parts[0] == "" or ":" in parts[0]:
-            raise InputError(f"{path}: its member {info.filename!r} leads out of it; do not trust this file.")
+            raise InputError(f"{path}: its member {info.filename!r} points outside it; do not trust this file.")
     unpacked = sum(info.file_size for info in infos)
     if unpacked > max(_MAX_EXPANSION * size, _FREE_EXPANSION):
         raise InputError(
@@ -163,7 +163,7 @@ def _refuse_traps(path: Path, infos: list[zipfile.ZipInfo], size: int) -> None:
         )
     names = [info.filename for info in infos]
     if len(set(names)) < len(names):
-        raise InputError(f"{path}: has two members of one name; do not trust this file.")
+        raise InputError(f"{path}: has two members of the same name; do not trust this file.")
 
 
 def _member(data: memoryview, archive: zipfile.ZipFile, info: zipfile.ZipInfo, check: bool) -> memoryview:
@@ -173,17 +173,17 @@ def _member(data: memoryview, archive: zipfile.ZipFile, info: zipfile.ZipInfo, c
         with archive.open(info) as file:
             content = file.read(info.file_size + 1)
         if len(content) != info.file_size:
-            raise ValueError(f"{info.filename} has another size than it says")
+            raise ValueError(f"{info.filename} does not have the size that it declares")
         return memoryview(content)
     header = info.header_offset
     if header < 0 or bytes(data[header : header + 4]) != b"PK\x03\x04":
-        raise ValueError(f"{info.filename} is not where it should be")
+        raise ValueError(f"{info.filename} is not at its declared offset")
     start = header + 30 + sum(struct.unpack("<HH", data[header + 26 : header + 30]))
     content = data[start : start + info.file_size]
     if len(content) != info.file_size:
         raise ValueError(f"{info.filename} is truncated")
     if check and _checksum(content) != info.CRC:
-        raise ValueError(f"{info.filename} has another checksum")
+        raise ValueError(f"{info.filename} does not match its checksum")
     return content
 
 
@@ -199,13 +199,13 @@ def read_npz(path: Path, *, check: bool = True) -> Arrays:
     """The arrays of an `.npz` file, memory-mapped if it is not compressed.
 
     Raises:
-      InputError: if it is damaged, or holds other things than numbers.
+      InputError: if it is damaged, or holds anything other than numbers.
     """
     arrays = {}
     for name, content in read_zip(path, check=check).items():
         if not name.endswith(".npy"):
-            raise InputError(f"{path}: holds {name}, expected arrays alone; download it again.")
-        with in_one_line(f"{path}: {name} is no plain array", "download it again"):
+            raise InputError(f"{path}: holds {name}, expected only arrays; download it again.")
+        with in_one_line(f"{path}: {name} is not a plain array", "download it again"):
             arrays[name.removesuffix(".npy")] = _npy(content)
     return arrays
 
@@ -226,19 +226,19 @@ def _npy(content: memoryview) -> np.ndarray:
 
 
 def place(array: np.ndarray, dtype: Any = None, *, name: str = "an array", infinite: bool = False) -> jax.Array:
-    """Copy an array, perhaps memory-mapped and transposed, to where jax computes, in another dtype if given.
+    """Copy an array, perhaps memory-mapped and transposed, to jax's device, in another dtype if given.
 
-    It is copied piece by piece, and pages that were read are given back: of a large file no more than the arrays
-    themselves is in memory.
+    It is copied piece by piece, and pages that were read are released, so that memory holds no more of a large file
+    than the arrays themselves.
 
     Args:
       array: of numbers.
       dtype: of the copy; that of the array by default.
       name: what it is called in errors.
-      infinite: whether infinite numbers mean something, as thresholds that nothing exceeds.
+      infinite: whether infinite numbers are valid, such as thresholds that nothing exceeds.
 
     Raises:
-      InputError: if it holds NaN or, unless they mean something, infinite numbers.
+      InputError: if it holds NaN or, unless they are valid, infinite numbers.
     """
     dtype = jax.dtypes.canonicalize_dtype(array.dtype if dtype is None else dtype)
     size = array.size * dtype.itemsize
@@ -262,24 +262,23 @@ def place(array: np.ndarray, dtype: Any = None, *, name: str = "an array", infin
 
 
 def writable(value: Any, name: str = "an array") -> np.ndarray:
-    """An array as it may be written: in host memory, row by row, in the byte order of files.
+    """Convert to an array that can be written: in host memory, row-major and little-endian.
 
-    Writers copy buffers as they lie, whatever strides and byte orders say: every array that is written comes through
-    here.
+    Writers copy buffers and ignore strides and byte order, so every array that is written must pass through here.
 
     Args:
-      value: of numpy or jax, or what numpy makes an array of; plain numbers get the dtype that jax gives them.
+      value: of numpy or jax, or anything that numpy converts to an array; plain numbers get jax's dtype.
       name: what it is called in errors.
 
     Raises:
-      InputError: if it holds no numbers that can be written, or its numbers cannot be had.
+      InputError: if its dtype cannot be written, or its values are not available.
 
     Example:
       >>> writable(np.arange(6, dtype=">f4").reshape(2, 3).T).flags.c_contiguous
       True
     """
     if isinstance(value, Tracer | jax.ShapeDtypeStruct | np.ma.MaskedArray):
-        what = "masked" if isinstance(value, np.ma.MaskedArray) else "no numbers yet, being traced"
+        what = "masked" if isinstance(value, np.ma.MaskedArray) else "abstract, without values"
         raise InputError(f"{name} is {what} ({type(value).__name__}); pass an array of numbers, outside of jit.")
     with in_one_line(f"{name} is a {type(value).__name__} that numpy cannot read", "convert it"):
         array = np.asarray(value)
@@ -299,7 +298,7 @@ def writable(value: Any, name: str = "an array") -> np.ndarray:
 
 
 def _pieces(array: np.ndarray) -> Iterator[tuple[slice, ...]]:
-    """Slices that follow the order of the file."""
+    """Slices in the order of the file."""
     if array.nbytes <= _CHUNK:
         yield (slice(None),) * array.ndim
         return
@@ -310,7 +309,7 @@ def _pieces(array: np.ndarray) -> Iterator[tuple[slice, ...]]:
 
 
 def _forget(content: Any) -> None:
-    """Give back the pages of a mapped file that were read; they stay in the cache of the system."""
+    """Release the pages of a mapped file that were read; they stay in the system's page cache."""
     while content is not None and not isinstance(content, mmap.mmap):
         content = content.obj if isinstance(content, memoryview) else getattr(content, "base", None)
     if content is not None and hasattr(mmap, "MADV_DONTNEED") and len(content) > _CHUNK:

@@ -1,8 +1,8 @@
-"""Files of `torch.save`, read and written without torch, and without running anything that is in them.
+"""Files of `torch.save`, read and written without torch, and without executing them.
 
-A pickle is a program. This is an interpreter for the few instructions that plain containers and tensors need; the
-things that a pickle may name are looked up in one table, never imported, and nothing else is ever called. Storages are
-mapped where they lie in the file, and a tensor is a view of one whose bounds were checked.
+A pickle is a program. This is an interpreter for the few instructions that plain containers and tensors need; names in
+a pickle are compared with those of a few known functions, never imported or called. Storages are mapped into memory,
+and a tensor is a view of one whose bounds were checked.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ _KEYS = (str, int, float, bool, type(None))
 
 @dataclasses.dataclass(frozen=True)
 class _Name:
-    """Something that a pickle names: inert."""
+    """A name in a pickle, never imported."""
 
     name: str
 
@@ -56,14 +56,14 @@ class _Mark:
 
 
 def read(path: Path, *, check: bool = True) -> Any:
-    """Read what `torch.save` wrote: containers, with numpy arrays in the place of tensors, mapped into memory.
+    """Read what `torch.save` wrote: containers, with memory-mapped numpy arrays in place of tensors.
 
     Args:
       path: the file, in the zip layout of torch 1.6 or the one before.
       check: compare storages with their checksums, where the layout has them.
 
     Raises:
-      InputError: if it is damaged, or holds anything but tensors, numbers, strings and plain containers: it is named.
+      InputError: if it is damaged, or holds anything other than tensors, numbers, strings and plain containers.
 
     Example:
       >>> import tempfile
@@ -73,15 +73,15 @@ def read(path: Path, *, check: bool = True) -> Any:
       {'k': (), 'W': (2, 2)}
     """
     data = map_file(path)
-    with in_one_line(f"{path}: is damaged or no file of torch.save", "download it again"):
+    with in_one_line(f"{path}: is damaged or not a file of torch.save", "download it again"):
         try:
             return _read_zip(path, check) if data[:2] == b"PK" else _read_legacy(path, data)
         except _Refused as error:
-            raise InputError(f"{path}: {error}; do not trust this file, or save its tensors alone.") from error
+            raise InputError(f"{path}: {error}; do not trust this file, or save only its tensors.") from error
 
 
 class _Refused(Exception):
-    """A pickle asks for something else than data."""
+    """A pickle asks for something other than data."""
 
 
 def _missing(key: str) -> _Refused:
@@ -110,7 +110,7 @@ def _read_legacy(path: Path, data: memoryview) -> Any:
         raise InputError(f"{path}: is of torch before 0.4, expected a later one; load and save it with a later one.")
     magic, protocol, system = (_Interpreter().run(file) for _ in range(3))
     if (magic, protocol) != (_LEGACY_MAGIC, 1001) or not isinstance(system, dict):
-        raise ValueError("it does not begin as one")
+        raise ValueError("it does not begin like one")
     if system.get("little_endian") is not True:
         raise InputError(f"{path}: is big-endian, expected little-endian; save it on another machine.")
     # Storages come after the program that names them: tensors are made once these are known.
@@ -129,7 +129,7 @@ def _read_legacy(path: Path, data: memoryview) -> Any:
 
 
 class _Bytes:
-    """A file over mapped memory, which never gives more than there is, as pickletools reads one."""
+    """A file over mapped memory, for pickletools; reads stop at its end."""
 
     def __init__(self, data: memoryview):
         self.data, self.at = data, 0
@@ -163,14 +163,14 @@ class _Bytes:
 
 
 class _Interpreter:
-    """Interprets one pickle; without storages, tensors are None, but the width of the elements of each is known."""
+    """Interpreter of one pickle; without storages, tensors are None, and only the widths of elements are found."""
 
     def __init__(self, storages: Mapping[str, memoryview] | None = None):
         self.storages = storages
         self.widths: dict[str, int] = {}
 
     def run(self, file: _Bytes) -> Any:
-        """The object that a pickle makes; the file is left where it ends."""
+        """Return the object of a pickle; the file is left at the end of the pickle."""
         stack: list[Any] = []
         memo: dict[int, Any] = {}
         argument: Any
@@ -207,12 +207,12 @@ class _Interpreter:
 
     def _persistent(self, identity: Any) -> _Storage:
         if not isinstance(identity, tuple) or len(identity) not in (5, 6):
-            raise _Refused(f"refers to {_short(identity)}, which is no storage")
+            raise _Refused(f"refers to {_short(identity)}, which is not a storage")
         kind, storage_type, key, _, size, *view = identity
         name = storage_type.name if isinstance(storage_type, _Name) else ""
         module, _, storage_name = name.rpartition(".")
         if kind != "storage" or module != "torch" or storage_name not in _DTYPES:
-            raise _Refused(f"refers to {_short(storage_type)}, which is no storage of numbers")
+            raise _Refused(f"refers to {_short(storage_type)}, which is not a storage of numbers")
         offset = 0
         if view and view[0] is not None:
             _, offset, size = view[0]
@@ -231,7 +231,7 @@ class _Interpreter:
         if name == "collections.OrderedDict" and not arguments:
             return {}
         if name in ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"):
-            if len(arguments) > 6 and arguments[6]:  # that its values stand for their negatives, say
+            if len(arguments) > 6 and arguments[6]:  # for example, that its values are negated
                 raise _Refused("makes a tensor whose values are not those in its storage")
             return self._tensor(*arguments[:4])
         if name == "torch._utils._rebuild_parameter" and isinstance(arguments[0], np.ndarray | type(None)):
@@ -257,7 +257,7 @@ class _Interpreter:
         content = content[storage.offset * width : (storage.offset + storage.size) * width]
         if len(content) != storage.size * width:
             raise ValueError(
-                f"storage {storage.key} is to have {storage.size:,} elements, and has {len(content):,} bytes"
+                f"storage {storage.key} should have {storage.size:,} elements, but has {len(content):,} bytes"
             )
         count = math.prod(shape)
         last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) if count else 0
@@ -271,16 +271,16 @@ class _Interpreter:
 
 
 def _short(thing: Any) -> str:
-    """A thing in a pickle in a few words."""
+    """A short description of an object in a pickle."""
     if isinstance(thing, _Name):
         return thing.name
-    # Containers may hold one another: to spell them out could take for ever.
+    # Containers may hold one another: their repr could take forever.
     text = repr(thing) if isinstance(thing, _KEYS) else f"a {type(thing).__name__}"
     return text if len(text) < 60 else f"{text[:57]}..."
 
 
 def _items(stack: list[Any]) -> list[Any]:
-    """Take what is above the last mark off the stack."""
+    """Pop everything above the last mark."""
     at = len(stack) - 1
     while not isinstance(stack[at], _Mark):
         at -= 1
@@ -296,11 +296,11 @@ def _pop(stack: list[Any], count: int) -> list[Any]:
 
 
 def _update(stack: list[Any], items: list[Any]) -> None:
-    """Set items, given as keys and values in turn."""
+    """Set items, given as alternating keys and values."""
     if not isinstance(stack[-1], dict):
         raise _Refused(f"sets items of {_short(stack[-1])}")
     for key, value in zip(items[::2], items[1::2], strict=True):
-        if not isinstance(key, _KEYS):  # nested tuples can take for ever to hash
+        if not isinstance(key, _KEYS):  # nested tuples can take forever to hash
             raise _Refused(f"has {_short(key)} as a key")
         stack[-1][key] = value
 
@@ -312,7 +312,7 @@ def _extend(stack: list[Any], items: list[Any]) -> None:
 
 
 def _build(stack: list[Any]) -> None:
-    """The attributes of an object: those that a state dict has, versions of its modules, are not used."""
+    """Discard the attributes of an object: those of a state dict are versions of its modules, and are not used."""
     stack.pop()
     if not isinstance(stack[-1], dict):
         raise _Refused(f"sets attributes of {_short(stack[-1])}")
@@ -351,7 +351,7 @@ _ACTIONS: dict[str, Callable[[list[Any]], None]] = {
 
 
 def write(path: Path, thing: Any) -> None:
-    """Write containers, numbers, strings and numpy arrays such that `torch.load` reads arrays as tensors.
+    """Write containers, numbers, strings and numpy arrays so that `torch.load` reads arrays as tensors.
 
     Args:
       path: the file, in the zip layout.
@@ -378,7 +378,7 @@ def write(path: Path, thing: Any) -> None:
 
 
 def _emit(thing: Any, storages: list[np.ndarray]) -> bytes:
-    """The instructions that make a thing."""
+    """The instructions that build an object."""
     if thing is None or isinstance(thing, bool):
         return {None: b"N", True: b"\x88", False: b"\x89"}[thing]
     if isinstance(thing, int):

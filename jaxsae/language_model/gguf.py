@@ -26,7 +26,7 @@ _GGUF_NAMES = {
 }
 
 
-_GGUF_READ = {  # or without effect
+_GGUF_READ = {  # fields that are read, or without effect
     *("attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.layer_norm_rms_epsilon"),
     *("embedding_length", "feed_forward_length", "block_count", "context_length", "vocab_size", "tensor_data_layout"),
     *("rope.freq_base", "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length"),
@@ -43,7 +43,7 @@ def _open_gguf(path: Path):
         raise InputError(f"{path}: is not a GGUF file; {_EXPECTED}.")
 
     class Reader(gguf.GGUFReader):
-        """Stops where the file ends; gguf's own would read on for as long as a damaged length says."""
+        """Stops at the end of the file; gguf's own reader would follow a damaged length beyond it."""
 
         def _get(self, offset, dtype, count=1, *args, **options):
             found = super()._get(offset, dtype, count, *args, **options)
@@ -76,7 +76,7 @@ def _read_gguf(path: Path, dtype) -> tuple[Config, Arrays]:
         try:
             array = dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError as error:
-            kind = f"quantised as {tensor.tensor_type.name}, which gguf does not undo"
+            kind = f"quantised as {tensor.tensor_type.name}, which gguf cannot dequantise"
             raise InputError(f"{path}: {name} is {kind}; pass another.") from error
         if parameter in ("blocks.q.kernel", "blocks.k.kernel"):
             array = _halves(array, config.head_width)
@@ -84,7 +84,7 @@ def _read_gguf(path: Path, dtype) -> tuple[Config, Arrays]:
 
     names = {parameter: name for parameter, name in _GGUF_NAMES.items() if name != "output.weight" or not config.tied}
     arrays = _stack(names, config.layers, get, dtype)
-    if unused := tensors.keys() - {"rope_freqs.weight"}:  # biases, experts: without them it would be another model
+    if unused := tensors.keys() - {"rope_freqs.weight"}:  # biases or experts, without which it would be another model
         raise InputError(f"{path}: has tensors that a llama does not use: {min(unused)}; pass another model.")
     return config, arrays
 
@@ -101,7 +101,7 @@ def _gguf_config(path: Path) -> tuple[Config, dict[str, Any]]:
     heads, width = number("attention.head_count"), number("embedding_length")
     head_width = number("attention.key_length", width // heads)
     _refuse_unknown(reader, head_width, path)
-    scaling = number("rope.scaling.type", "linear")  # as llama.cpp has it, where there is a factor alone
+    scaling = number("rope.scaling.type", "linear")  # llama.cpp's default if only a factor is given
     rope = {"rope_theta": number("rope.freq_base", 10000.0), "factor": number("rope.scaling.factor", 1.0)}
     rope = np.array(_rope(rope | {"rope_type": "default" if scaling == "none" else scaling}, head_width, path))
     if "rope_freqs.weight" in tensors:  # Llama 3's stretched context
@@ -124,8 +124,8 @@ def _gguf_config(path: Path) -> tuple[Config, dict[str, Any]]:
 
 def _refuse_unknown(reader, head_width: int, path: Path) -> None:
     """Refuse fields that a llama does not have, or whose values it cannot have."""
-    said = {name.removeprefix("llama."): field for name, field in reader.fields.items() if name.startswith("llama.")}
-    others = {name: field.contents() for name, field in said.items() if name not in _GGUF_READ}
+    found = {name.removeprefix("llama."): field for name, field in reader.fields.items() if name.startswith("llama.")}
+    others = {name: field.contents() for name, field in found.items() if name not in _GGUF_READ}
     heads = dict.fromkeys(("rope.dimension_count", "attention.value_length"), head_width)
     neutral = heads | {"attention.causal": True} | dict.fromkeys(_GGUF_SCALES, 1.0)
     unknown = [name for name, value in others.items() if value and name not in neutral]
@@ -133,9 +133,7 @@ def _refuse_unknown(reader, head_width: int, path: Path) -> None:
 
 
 def _halves(rows: np.ndarray, head_width: int) -> np.ndarray:
-    """Rows of queries or keys as the model wants them: GGUF has the two of a rotated pair side by side, not half a
-    head apart.
-    """
+    """Reorder rows of queries or keys: GGUF has rotated pairs side by side, the model half a head apart."""
     return rows.reshape(-1, head_width // 2, 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
 
 
@@ -156,14 +154,16 @@ def _gguf_tokenizer(path: Path, reader):
     tokens = _field(reader, "tokenizer.ggml.tokens", path)
     merges = [tuple(merge.split(" ")) for merge in _field(reader, "tokenizer.ggml.merges", path)]
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    for merge in merges:  # of which tokenizers would panic, past any `except`
+    for merge in merges:  # on a bad one, tokenizers would panic, past any `except`
         if len(merge) != 2 or not vocabulary.keys() >= {*merge, "".join(merge)}:
-            raise InputError(f"{path}: has a merge that makes no token: {' '.join(merge)!r}; get the file again.")
+            raise InputError(
+                f"{path}: has a merge that does not make a token: {' '.join(merge)!r}; get the file again."
+            )
     tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
     tokenizer.pre_tokenizer, tokenizer.decoder = known[kind], decoders.ByteLevel()
     kinds = dict(zip(tokens, _field(reader, "tokenizer.ggml.token_type", path), strict=True))
-    tokenizer.add_special_tokens([token for token, of in kinds.items() if of == 3])  # control
-    tokenizer.add_tokens([token for token, of in kinds.items() if of == 4])  # of a user: never split
+    tokenizer.add_special_tokens([token for token, code in kinds.items() if code == 3])  # control
+    tokenizer.add_tokens([token for token, code in kinds.items() if code == 4])  # user-defined: never split
     if reader.get_field("tokenizer.ggml.add_bos_token") and _field(reader, "tokenizer.ggml.add_bos_token", path):
         number = _field(reader, "tokenizer.ggml.bos_token_id", path)
         bos = tokens[number]

@@ -1,8 +1,8 @@
 """From text to activations: tokenise, pack into contexts, run a language model, write or stream its residuals.
 
 A context holds `context` tokens, and gives `context − 1` rows: its first position, whose activation is massive in most
-models, is left out. A shard holds the rows of the same contexts however often a harvest was interrupted, so that one
-that resumes neither repeats a row nor loses one.
+models, is left out. Each shard holds the rows of whole contexts, so that an interrupted harvest resumes without
+repeating or losing a row.
 """
 
 import codecs
@@ -36,7 +36,7 @@ _MAX_STEPS = 32  # in a shard
 _PIECE = 1 << 20  # characters tokenised at a time: a tokenizer takes some hundred bytes for each
 _OVERLAP = 1 << 14  # characters that two pieces share, at first
 _AGREE = 32  # tokens that must be the same in both
-_ENCODINGS = {  # by the mark that a file begins with, those of four bytes first
+_ENCODINGS = {  # by byte-order mark, those of four bytes first
     codecs.BOM_UTF32_LE: "utf-32-le",
     codecs.BOM_UTF32_BE: "utf-32-be",
     codecs.BOM_UTF16_LE: "utf-16-le",
@@ -46,14 +46,14 @@ _ENCODINGS = {  # by the mark that a file begins with, those of four bytes first
 
 
 class Text(NamedTuple):
-    """Tokens of some files, packed.
+    """Tokens of files, packed into contexts.
 
     Attributes:
       contexts: `[n s]` int32.
-      files: that were read; those after `tokens` was reached were not.
-      replaced: characters that were not UTF-8.
-      empty: files with nothing in them.
-      replaced_at: the file, and the byte, of the first that was not; "" if all were.
+      files: those that were read, until `tokens` was reached.
+      replaced: number of characters that were not UTF-8.
+      empty: number of empty files.
+      replaced_at: file and byte of the first character that was not UTF-8; "" if there is none.
     """
 
     contexts: np.ndarray
@@ -64,7 +64,7 @@ class Text(NamedTuple):
 
 
 def standard_library() -> list[Path]:
-    """The sources of Python's standard library, without its tests, shuffled: a text that is on every machine.
+    """The sources of Python's standard library, without its tests, shuffled: a text available on every machine.
 
     Example:
       >>> standard_library()[0].suffix
@@ -78,21 +78,21 @@ def standard_library() -> list[Path]:
 
 
 def pack(files: Sequence[Path], tokenizer: Any, *, context: int, tokens: int | None = None) -> Text:
-    """Tokenise files, one after the other, and cut them into contexts; a rest that fills none is left out.
+    """Tokenise files in order, and cut them into contexts; tokens that do not fill a context are left out.
 
-    Files are separated by `<|endoftext|>` where the vocabulary has it, and contexts begin with whatever the tokenizer
-    puts before a text. What is written in a file is text: `<|endoftext|>` in it becomes the tokens of its letters.
+    Files are separated by `<|endoftext|>` if the vocabulary has it, and contexts begin with the special tokens that the
+    tokenizer prepends to a text. Special tokens written in a file, such as `<|endoftext|>`, are plain text.
 
     Args:
-      files: text, in this order: UTF-8, or UTF-16 or UTF-32 where a byte-order mark says so, which becomes no token.
+      files: text, in this order: UTF-8, or UTF-16 or UTF-32 if a byte-order mark, which is dropped, says so.
         Bytes that are not UTF-8 become U+FFFD and are counted.
       tokenizer: a `tokenizers.Tokenizer`.
       context: tokens in a context, at least 2.
-      tokens: read so many, rounded up to whole contexts; all by default.
+      tokens: number of tokens to read, rounded up to whole contexts; all by default.
 
     Raises:
-      InputError: if a file cannot be read, holds NULs or what the tokenizer makes a control token of, or all of them do
-        not fill a context.
+      InputError: if a file cannot be read, holds NULs or text that the tokenizer turns into a control token, or if the
+        files do not fill a context.
 
     Example:
       >>> import tempfile, tokenizers
@@ -156,7 +156,7 @@ def _read(file: Path) -> tuple[str, int, str]:
     except UnicodeDecodeError as error:
         at = f"{file}, byte {len(mark) + error.start}"
         if encoding != "utf-8":
-            raise InputError(f"{at}: is not {encoding}, as the file begins; convert it to UTF-8.") from error
+            raise InputError(f"{at}: is not {encoding}, as its byte-order mark says; convert it to UTF-8.") from error
         text = content.decode(errors="replace")
         bad = text.count("\ufffd") - content.count("\ufffd".encode())
     if "\0" in text:
@@ -170,9 +170,9 @@ def _read(file: Path) -> tuple[str, int, str]:
 
 @contextlib.contextmanager
 def _as_text(tokenizer) -> Iterator[None]:
-    """Make text of all that a tokenizer reads, and read all: the control tokens of its vocabulary are letters to it.
+    """Make a tokenizer read special tokens as plain text, without truncation or padding.
 
-    It is not a copy that is changed: a copy goes through JSON, which rounds the scores of Unigram.
+    The tokenizer itself is changed: copying goes through JSON, which rounds the scores of Unigram.
     """
     before = tokenizer.encode_special_tokens, tokenizer.truncation, tokenizer.padding
     tokenizer.encode_special_tokens = True
@@ -212,11 +212,11 @@ def _tokenise(tokenizer, text: str, max_tokens: int) -> Iterator[_Piece]:
     """The tokens of a text as if tokenised whole, or at least the first `max_tokens`; a long text is read in pieces.
 
     Pieces overlap, and are joined where a word begins in both, among tokens that are the same and far from the ends of
-    either. What a piece is at its ends and the text is not, half a word or the "▁" that SentencePiece puts before, has
-    then had no effect: a tokenizer splits words off from left to right, and the tokens of a word depend on nothing
-    else. A byte-pair encoding may have one word for the whole text, and its merges are as local. (Unigram's path is
-    not: equal ones differ by the rounding of sums over the word.) If pieces do not agree they overlap by more; if they
-    never do, the text is tokenised whole.
+    either. Artefacts at the ends of a piece, such as half a word or the "▁" that SentencePiece prepends, then have no
+    effect: a tokenizer splits off words from left to right, and the tokens of a word depend on that word only. For
+    byte-pair encoding the whole text may be one word, but its merges are as local. (Unigram's paths are not: equal
+    ones differ by the rounding of sums over the word.) If pieces disagree they overlap by more; if they never agree,
+    the text is tokenised whole.
     """
     from tokenizers import models
 
@@ -239,16 +239,16 @@ def _tokenise(tokenizer, text: str, max_tokens: int) -> Iterator[_Piece]:
 
 
 def _joint(piece: _Piece, following: _Piece, first: int, last: int, *, in_words: bool) -> tuple[int, int] | None:
-    """The index of one token in both of two pieces that share characters from `first` to `last`, if they agree there.
+    """Indices of one token in two pieces that share the characters from `first` to `last`; None if they disagree.
 
-    It begins a word, or is any if it may be in one.
+    The token begins a word; with `in_words` it may be inside one if none begins there.
     """
     margin = (last - first) // 4
 
-    def shared(of):
-        inside = (of.places[:, 0] >= first + margin) & (of.places[:, 1] <= last - margin)
+    def shared(tokens):
+        inside = (tokens.places[:, 0] >= first + margin) & (tokens.places[:, 1] <= last - margin)
         begin, count = int(np.argmax(inside)), int(np.count_nonzero(inside))
-        return begin, of.part(begin, begin + count)
+        return begin, tokens.part(begin, begin + count)
 
     (begin, ours), (other, theirs) = shared(piece), shared(following)
     places = np.flatnonzero(ours.first) if ours.first.any() or not in_words else np.arange(len(ours.ids))
@@ -260,12 +260,12 @@ def _joint(piece: _Piece, following: _Piece, first: int, last: int, *, in_words:
 
 
 def _require_text(piece: _Piece, text: str, control: dict[int, str], file: Path) -> None:
-    """Refuse control tokens that a text spells out; the unknown token may be in any."""
+    """Refuse control tokens that are written in a text; unknown tokens are allowed."""
     for n in np.flatnonzero(np.isin(piece.ids, list(control))):
         (first, last), name = piece.places[n], control[int(piece.ids[n])]
         if name in text[first:last]:
-            what = f"holds {name!r} after {first} characters, which the tokenizer makes a control token of"
-            raise InputError(f"{file}: {what}; leave it out, or write it in another way.")
+            what = f"holds {name!r} after {first} characters, which the tokenizer turns into a control token"
+            raise InputError(f"{file}: {what}; remove it, or write it in another way.")
 
 
 # --- Rows
@@ -284,8 +284,8 @@ def run(
 ) -> shards.Rows:
     """Write the residual stream of a language model over contexts, as shards, with the tokens beside them.
 
-    Row `r` of a shard belongs to position `1 + r mod (s − 1)` of context `r // (s − 1)` in its column `tokens`. What an
-    interrupted harvest of the same contexts left in `out` is kept, and resumed.
+    Row `r` of a shard belongs to position `1 + r mod (s − 1)` of context `r // (s − 1)` in its column `tokens`. An
+    interrupted harvest of the same contexts in `out` is resumed.
 
     Args:
       out: directory.
@@ -322,7 +322,7 @@ def run(
         progress(first)
     if not writer.manifest.complete:
         mesh, batch = _data_mesh(jax.devices(), batch, n)
-        # No more than is held in memory, and lost if the harvest is killed.
+        # Bounded, since a shard is held in memory, and lost if the harvest is killed.
         steps = max(1, min(_MAX_STEPS, _SHARD // (4 * batch * (length - 1) * model.config.width)))
         residuals = _residuals(model, contexts[first:], layer, batch, mesh, progress)
         for start in range(first, n, steps * batch):
@@ -335,18 +335,18 @@ def run(
 def live(
     model: LanguageModel, contexts: np.ndarray, *, layer: Index, batch: Count = 8, window: Count = 1 << 16
 ) -> shards.Rows:
-    """The residual stream of a language model over contexts, computed when it is asked for: nothing is written.
+    """The residual stream of a language model over contexts, computed on demand and never written.
 
     Row `r` belongs to position `1 + r mod (s − 1)` of context `r // (s − 1)`. Contexts are computed a step at a time,
-    and kept as long as a reader needs them that takes rows in windows, `data.batches(rows, …, window=window)`: each is
-    computed once a pass. The position is all there is to save of such a reader; the window it is in is computed again.
+    and kept as long as a reader of windows, `data.batches(rows, …, window=window)`, needs them, so that each is
+    computed once per pass. Such a reader saves only its position; when resumed, it computes the current window again.
 
     Args:
       model: the language model.
       contexts: tokens `[n s]`.
       layer: block after which the residual is taken, from 0.
       batch: contexts in a step, rounded up to a multiple of this process' devices, over which they are spread.
-      window: rows that are shuffled among themselves; two windows are kept in memory, in float32.
+      window: rows that are shuffled together; two windows are kept in memory, in float32.
 
     Returns:
       `[n·(s − 1) d]`, float32.
@@ -363,7 +363,7 @@ def live(
     require_fit(model, contexts, layer)
     mesh, batch = _data_mesh(jax.local_devices(), batch, len(contexts))
     model = jax.device_put(model, NamedSharding(mesh, PartitionSpec()))
-    (n, length), alone = contexts.shape, threading.Lock()
+    (n, length), lock = contexts.shape, threading.Lock()
     step = batch * (length - 1)
 
     @functools.lru_cache(2 * (-(-window // step) + 1))
@@ -372,7 +372,7 @@ def live(
         return np.asarray(_step(model, some, layer, batch, mesh)).reshape(-1, model.config.width)
 
     def load(number):
-        with alone:  # readers that want the same one
+        with lock:  # of concurrent readers, only one computes a step
             return compute(number)
 
     edges = np.minimum(np.arange(-(-n // batch) + 1) * step, n * (length - 1))
@@ -380,16 +380,16 @@ def live(
 
 
 def check(model: str | os.PathLike, *, layer: int, context: int, out: str | os.PathLike | None = None) -> None:
-    """Raise what a harvest would, before text is tokenised and weights are read.
+    """Raise the errors of a harvest before text is tokenised and weights are read.
 
     Args:
-      model: as for `language_model.load`; its configuration alone is read.
+      model: as for `language_model.load`; only its configuration is read.
       layer: block after which the residual is to be taken, from 0.
       context: tokens in a context.
       out: directory to write, or None.
 
     Raises:
-      InputError: what it is, and what the model has.
+      InputError: if the model cannot be read, `layer` or `context` does not fit it, or `out` holds something else.
 
     Example:
       >>> check("no-such-place", layer=1, context=64)
@@ -404,7 +404,7 @@ def check(model: str | os.PathLike, *, layer: int, context: int, out: str | os.P
 
 
 def require_fit(model: LanguageModel, contexts: np.ndarray, layer: int) -> None:
-    """Raise if a model has no such layer, or cannot read such contexts.
+    """Raise if a model does not have a layer, or cannot read the contexts.
 
     Args:
       model: the language model.
@@ -412,7 +412,7 @@ def require_fit(model: LanguageModel, contexts: np.ndarray, layer: int) -> None:
       layer: block after which the residual is to be taken, from 0.
 
     Raises:
-      InputError: what it is, and what the model has.
+      InputError: with the value, and the range that fits the model.
 
     Example:
       >>> from jaxsae.language_model import tiny
@@ -435,13 +435,13 @@ def _require_site(c: config.Config, layer: int, context: int) -> None:
     if not 0 <= layer < c.layers:
         raise InputError(f"got layer {layer}, the model has {c.layers}; pass one from 0 to {c.layers - 1}.")
     if context < 2:
-        raise InputError(f"got contexts of {context} tokens, of which the first gives no row; pass at least 2.")
+        raise InputError(f"got contexts of {context} tokens, and the first gives no row; pass at least 2.")
     if context > c.context:
         raise InputError(f"got contexts of {context} tokens, the model takes {c.context}; pass that or less.")
 
 
 def _data_mesh(devices, batch: int, contexts: int) -> tuple[Mesh, int]:
-    """A mesh of devices, and a number of contexts, no more than there are, that can be split evenly over them."""
+    """A mesh of devices, and the number of contexts in a step, rounded up to be split evenly over them."""
     mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
     return mesh, -(-min(batch, contexts) // len(devices)) * len(devices)
 

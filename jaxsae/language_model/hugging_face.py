@@ -13,7 +13,7 @@ from jaxsae._core.files import InputError
 from jaxsae.language_model.config import Arrays, Config, _stack
 from jaxsae.language_model.download import _EXPECTED
 
-# What others of their kin have, and these compute without.
+# Options of related models that must be at their neutral value.
 _NEUTRAL = {
     **dict.fromkeys(("sliding_window", "no_rope_layers", "no_rope_layer_interval")),
     **dict.fromkeys(("final_logit_softcapping", "attn_logit_softcapping", "query_pre_attn_scalar", "clip_qkv")),
@@ -22,7 +22,7 @@ _NEUTRAL = {
     **dict.fromkeys(("partial_rotary_factor", "logit_scale", "logits_scaling"), 1),
     **dict.fromkeys(("embedding_multiplier", "residual_multiplier"), 1),
 }
-# Masks and frequencies that are computed; a head where it is the embedding.
+# Masks and frequencies, which are computed instead; the head, where it is the embedding.
 _WITHOUT_EFFECT = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.(masked_)?bias)|lm_head\.weight")
 _LLAMA_NAMES = {
     "embedding.embedding": "model.embed_tokens.weight",
@@ -73,7 +73,7 @@ def _read_directory(path: Path, dtype) -> tuple[Config, Arrays]:
         return array.T if parameter.endswith(".kernel") and family.transposed else array
 
     arrays = _stack(names, config.layers, get, dtype)
-    if unused := {name for name in unused if not _WITHOUT_EFFECT.fullmatch(name)}:  # of more blocks, say
+    if unused := {name for name in unused if not _WITHOUT_EFFECT.fullmatch(name)}:  # of further blocks, for example
         what = f"has tensors that a {kind} of its config.json does not use: {min(unused)}"
         raise InputError(f"{path}: {what}; save it again.")
     return config, arrays
@@ -86,7 +86,7 @@ def _open_shards(path: Path) -> dict[str, Any]:
     index = path / "model.safetensors.index.json"
     if index.is_file():
         if (path / "model.safetensors").is_file():
-            raise InputError(f"{path}: has model.safetensors and {index.name}; remove the one that is old.")
+            raise InputError(f"{path}: has model.safetensors and {index.name}; remove the outdated one.")
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     else:
         names = ["model.safetensors"]
@@ -94,7 +94,7 @@ def _open_shards(path: Path) -> dict[str, Any]:
     for name in names:
         if Path(name).name != name or not (path / name).is_file():
             raise InputError(f"{path / name}: no such file; a model has model.safetensors, or the shards of its index.")
-        file = safe_open(path / name, framework="flax")  # which knows bfloat16
+        file = safe_open(path / name, framework="flax")  # which supports bfloat16
         if twice := opened.keys() & set(file.keys()):
             raise InputError(f"{path}: has {min(twice)} in two of its files; get the files again.")
         opened |= dict.fromkeys(file.keys(), file)
@@ -112,7 +112,7 @@ def _llama_config(o: dict[str, Any], path: Path) -> Config:
     _refuse(o, {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False} | _NEUTRAL, path)
     heads, width = o["num_attention_heads"], o["hidden_size"]
     head_width = o.get("head_dim") or width // heads
-    # One dictionary from transformers 5 on, two fields before.
+    # One dictionary since transformers 5, two fields before.
     rope: dict[str, Any] = {}
     for part in ({"rope_theta": o.get("rope_theta")}, o.get("rope_scaling") or {}, o.get("rope_parameters") or {}):
         for name, value in part.items():
@@ -136,7 +136,7 @@ def _llama_config(o: dict[str, Any], path: Path) -> Config:
 
 
 def _rope(o: dict[str, Any], head_width: int, path: Path) -> tuple[float, ...]:
-    """Rotary frequencies in radians a position, for each pair of a head."""
+    """Rotary frequencies in radians per position, for each pair of a head."""
     _refuse(o, {"partial_rotary_factor": 1.0}, path)
     if type(head_width) is not int or head_width % 2 or not 0 < head_width <= 1 << 16:
         raise InputError(f"{path}: has heads of width {head_width!r}, expected an even number; get the file again.")
@@ -144,7 +144,7 @@ def _rope(o: dict[str, Any], head_width: int, path: Path) -> tuple[float, ...]:
     kind = o.get("rope_type", o.get("type", "default"))
     if kind == "linear":
         turns /= o["factor"]
-    elif kind == "llama3":  # slow pairs are stretched, fast ones are not, and between them a blend
+    elif kind == "llama3":  # slow pairs are stretched, fast ones are not, those in between are blended
         trained = o["original_max_position_embeddings"]
         low, high = o["low_freq_factor"], o["high_freq_factor"]
         blend = np.clip((trained * turns / (2 * math.pi) - low) / (high - low), 0, 1)

@@ -1,10 +1,10 @@
-"""A language model around the activations: take residuals out of it, put other ones in, and see what that costs.
+"""The language model of the activations: extract its residual stream, replace it, and measure the loss.
 
     ids ──embed──▶ blocks[:layer] ──residual──▶ fn ──splice──▶ blocks[layer:] ──▶ logits ──▶ cross-entropy
 
 The llama family and GPT-2, in Flax NNX. A model is a pytree, so it may be an argument of `jit`; where `ids [b s]` are
-sharded over their batch, so is all that is computed of them. `layer` counts blocks: the residual of layer 0 is what
-comes out of the first block.
+sharded over their batch, so is everything computed from them. `layer` counts blocks: the residual of layer 0 is the
+output of the first block.
 """
 
 import functools
@@ -111,8 +111,8 @@ class LanguageModel(nnx.Module):
 
     Attributes:
       config: sizes, static.
-      embedding: of tokens, `[v d]`; the head too, where there is no other.
-      positions: learned, `[context d]`; None where blocks rotate by position.
+      embedding: of tokens, `[v d]`; also the head, if `head` is None.
+      positions: learned, `[context d]`; None if blocks rotate by position.
       blocks: `LlamaBlock` or `GPT2Block`.
       norm: before the head.
       head: `[d v]`, or None.
@@ -143,7 +143,7 @@ def load(path: str | os.PathLike, *, dtype: Any = jnp.float32) -> LanguageModel:
     Args:
       path: a GGUF file of a llama, a Hugging Face directory (`config.json`, `model.safetensors` or its shards), or the
         name of a fetched model, `"smollm2"`.
-      dtype: of the weights and of what is computed, float32 or bfloat16; norms, softmax and logits are float32.
+      dtype: of the weights and the computation, float32 or bfloat16; norms, softmax and logits are float32.
 
     Raises:
       InputError: if it is missing, damaged, or of another architecture or quantisation, or for another dtype.
@@ -178,11 +178,11 @@ def residual(model: LanguageModel, ids: Int[Array, "b s"], layer: int) -> Float[
 
     Args:
       model: the language model.
-      ids: tokens `[b s]`, no more than its context in a row.
+      ids: tokens `[b s]`, with `s` at most its context.
       layer: from 0 to the number of blocks less 1; static.
 
     Returns:
-      `[b s d]`; NaN in a row with a token that the vocabulary has not, where `jit` hides it from the check.
+      `[b s d]`; under `jit`, where tokens cannot be checked, NaN in a row with one outside the vocabulary.
 
     Raises:
       TypeError, ValueError: at trace time, if `ids` or `layer` does not fit the model; outside of `jit`, if a token is
@@ -194,7 +194,7 @@ def residual(model: LanguageModel, ids: Int[Array, "b s"], layer: int) -> Float[
       (1, 3, 8)
     """
     _validate(model, ids, layer)
-    # Of -1 `take` would make the last row, of what is beyond the end NaN.
+    # `take` would map -1 to the last row, but maps an index beyond the end to NaN.
     h = model.embedding(jnp.where(ids < 0, jnp.iinfo(jnp.int32).max, ids.astype(jnp.int32)))
     if model.positions is not None:
         h = h + model.positions(jnp.arange(ids.shape[1]))
@@ -232,8 +232,8 @@ def splice(
 ) -> Float[Array, "b s v"]:
     """The logits of a model whose residual after block `layer` is replaced by `fn` of it.
 
-    The first position is left alone by default: its activation is massive in most models, and no autoencoder is made
-    for it.
+    The first position keeps its residual by default: its activation is massive in most models, and autoencoders are not
+    trained on it.
 
     Args:
       model: the language model.
@@ -261,7 +261,7 @@ def _replace(h, new, skip_first):
     if not isinstance(new, jax.Array | np.ndarray):
         raise TypeError(f"`splice` got {type(new).__name__} from fn; return residuals {h.shape}.")
     if not 0 <= skip_first < h.shape[1]:
-        raise ValueError(f"`splice` got skip_first {skip_first} for {h.shape[1]} positions; pass 0 or more, and fewer.")
+        raise ValueError(f"`splice` got skip_first {skip_first} for {h.shape[1]} positions; pass 0 or more, but fewer.")
     if not jnp.issubdtype(new.dtype, jnp.floating):
         raise TypeError(f"`splice` got {new.dtype} from fn for residuals of {h.dtype}; return floating-point numbers.")
     if new.shape != h.shape:
@@ -276,7 +276,7 @@ class NextToken:
     Attributes:
       tokens: how many.
       surprise: `Σ −log p(token)`, in nats.
-      divergence: `Σ KL(clean ‖ this)`, in nats, from the predictions of the model left alone.
+      divergence: `Σ KL(clean ‖ this)`, in nats, from the predictions of the unmodified model.
     """
 
     tokens: Float[Array, ""] | float
@@ -305,10 +305,10 @@ def cross_entropy(
     *,
     skip_first: int = 1,
 ) -> dict[str, NextToken]:
-    """What splices do to next-token prediction, by name, and `"clean"`, the model left alone.
+    """Measure next-token prediction under splices, by name, and `"clean"`, of the unmodified model.
 
     Batches are streamed, and their means are weighted by tokens, so that batches may differ in shape. Blocks up to
-    `layer` run once for all splices. A splice runs outside of `jit`: one that is slow should be jitted by itself.
+    `layer` run once for all splices. A splice runs outside of `jit`: one that is slow should be jitted.
 
     Args:
       model: the language model.
@@ -335,7 +335,7 @@ def cross_entropy(
     for ids in batches:
         _validate(model, ids, layer)
         if ids.shape[1] < 2 + skip_first:
-            got = f"{ids.shape[1]} tokens in a row with skip_first {skip_first}, of which no prediction sees the splice"
+            got = f"{ids.shape[1]} tokens in a row with skip_first {skip_first}, so that no prediction sees the splice"
             raise ValueError(f"`cross_entropy` got {got}; pass at least {2 + skip_first}.")
         h, clean = _clean(model, ids, layer)
         part = {"clean": _score(clean, ids, clean)}
@@ -351,12 +351,12 @@ def cross_entropy(
 def loss_recovered(clean: NextToken, spliced: NextToken, ablated: NextToken) -> Float[Array, ""] | float:
     """The share of an ablation's loss that a splice recovers: 1 is as good as the model itself, 0 as the ablation.
 
-    NaN where the ablation loses nothing, and there is nothing to win.
+    NaN where the ablation loses nothing.
 
     Args:
-      clean: the model left alone.
+      clean: the unmodified model.
       spliced: the model with a reconstruction.
-      ablated: the model with zeros, or with the mean, in its place.
+      ablated: the model with zeros, or the mean, in place of the reconstruction.
 
     Example:
       >>> clean, spliced, ablated = (NextToken(1.0, nats, 0.0) for nats in (2.0, 3.0, 6.0))
@@ -386,7 +386,7 @@ def _score_splice(model, h, ids, clean, layer):
 
 @jax.jit
 def _score(predicted, ids, clean):
-    """Sums over the tokens after the first. Reductions alone: nothing as large as the logits is made."""
+    """Sums over the tokens after the first, by reductions only: no array as large as the logits is made."""
     predicted, clean = predicted[:, :-1], clean[:, :-1]
     normaliser, clean_normaliser = (jax.nn.logsumexp(x, axis=-1, keepdims=True) for x in (predicted, clean))
     surprise = normaliser - jnp.take_along_axis(predicted, ids[:, 1:, None], axis=-1)

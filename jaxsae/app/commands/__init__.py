@@ -1,1 +1,5 @@
-"""The commands, a file for each group of them: a new one is a function there, and a line in `cli.COMMANDS`."""
+"""The commands, in a file for each group; to add one, write a function there and add a line to `cli.COMMANDS`.
+
+`autoencoders` has eval, refine, convert and info; `pictures` denoise and inpaint; `plans` plan; `studies` study and
+report; `texts` fetch and harvest; `training` train.
+"""

@@ -1,4 +1,4 @@
-"""The commands on autoencoders: measured, their codes refined, converted, described."""
+"""The commands on autoencoders: eval, refine, convert and info."""
 
 import functools
 from pathlib import Path
@@ -20,7 +20,7 @@ def evaluate(*, sae: arguments.Autoencoder, data: arguments.InputPath, json: boo
 
     Args:
         sae: a training run, or an SAE of any format, on disk or on the hub (hf://organisation/repository/path).
-        data: .npy or .npz file of activations (rows, width).
+        data: file or directory of activations (rows, width).
         json: print the measurements as one JSON object.
     """
     from jaxsae.app import runs
@@ -32,7 +32,7 @@ def evaluate(*, sae: arguments.Autoencoder, data: arguments.InputPath, json: boo
     lines = [f"{name:18}  {console.number(value)}" for name, value in shown.items()]
     lines[-1] += f" of {measured['dead_rows']:,} rows"
     largest = ", ".join(f"{n}: {console.number(value)}" for n, value in measured["nmse_at"].items())
-    console.show(measured, "\n".join([*lines, f"NMSE with the largest latents alone: {largest}"]), as_json=json)
+    console.show(measured, "\n".join([*lines, f"NMSE with only the largest latents: {largest}"]), as_json=json)
     if measured["nonfinite"]:
         console.warn(f"{measured['nonfinite']} of {measured['rows']} rows hold NaN or Inf and are left out.")
     return 0
@@ -51,19 +51,19 @@ def refine(
 ) -> int:
     """Refine the codes of activations, and write them to a file.
 
-    Of files of any size. Writes indices, values, kkt, status and num_dropped, a row each for a row of the data.
+    Files may be of any size. Writes indices, values, kkt, status and num_dropped, with one row for each row of data.
 
     Example: jaxsae refine --sae run --data x.npy --out codes.npz
 
     Args:
         sae: a training run, or an SAE of any format, on disk or on the hub (hf://organisation/repository/path).
-        data: .npy or .npz file of activations (rows, width).
+        data: file or directory of activations (rows, width).
         out: the .npz file to write.
-        capacity: slots a row; by default what the densest row needs.
-        tol: KKT residual at which a row is done; 1e-5 by default.
-        max_steps: most solver steps a row; as many as are worth it by default.
-        strict: exit with 1 if there was any warning.
-        json: print the shrinkage, and how the rows ended, as one JSON object.
+        capacity: slots per row; by default what the densest row needs.
+        tol: KKT residual at which a row has converged; 1e-5 by default.
+        max_steps: maximum number of solver steps per row; by default the solver's own limit.
+        strict: exit with code 1 after any warning.
+        json: print the shrinkage and the status of the rows as one JSON object.
     """
     from jaxsae.autoencoder import stream
     from jaxsae.data import open_rows
@@ -74,7 +74,7 @@ def refine(
     if capacity is not None and (model.activation.slots or capacity) != capacity:
         name, slots = type(model.activation).__name__, model.activation.slots
         raise InputError(f"got --capacity {capacity} for {name}({f'k={slots}' if slots else ''}); leave it out.")
-    solver = None  # the default one, in whose place a kernel may do
+    solver = None  # the default one, which a kernel may replace
     if tol is not None or max_steps is not None:
         solver = lambda k, d: solvers.within(solvers.default(k, d), tol=tol, max_steps=max_steps)  # noqa: E731
     for what, path in {"the data": data, "the SAE": Path(sae)}.items():
@@ -113,11 +113,11 @@ def convert(
 
     Args:
         src: a training run, or an SAE of any format, on disk or on the hub (hf://organisation/repository/path).
-        dst: where to write; a directory, but a file for openai.
+        dst: path to write; a directory, or a file for openai.
         to: jaxsae, saelens, gemma_scope, gemma_scope_2, sparsify, dictionary_learning, openai or llama_scope.
-        dtype: of the weights, float32, bfloat16 or float16; as they are if left out.
-        revision: branch, tag or commit, on the hub.
-        json: print what was written as one JSON object.
+        dtype: of the weights, float32, bfloat16, float16 or float64; that of the files by default.
+        revision: branch, tag or commit on the hub.
+        json: print the path and the format as one JSON object.
     """
     from jaxsae.formats import pretrained
 
@@ -129,17 +129,17 @@ def convert(
 def info(path: arguments.Autoencoder, /, *, revision: arguments.Revision | None = None, json: bool = False) -> int:
     """Describe an SAE of any format.
 
-    Its format, its sizes, and every convention that decides what it computes.
+    Prints its format, its sizes, and every convention that affects what it computes.
 
     Example: jaxsae info run
 
     Args:
         path: a training run, or an SAE of any format, on disk or on the hub (hf://organisation/repository/path).
-        revision: branch, tag or commit, on the hub.
-        json: print it as one JSON object.
+        revision: branch, tag or commit on the hub.
+        json: print the description as one JSON object.
     """
     from jaxsae.formats import pretrained
 
-    said = pretrained.describe(path, revision=revision)
-    console.show(said, "\n".join(f"{name:14}{value}" for name, value in said.items()), as_json=json)
+    described = pretrained.describe(path, revision=revision)
+    console.show(described, "\n".join(f"{name:14}{value}" for name, value in described.items()), as_json=json)
     return 0

@@ -1,4 +1,4 @@
-"""The commands of pictures."""
+"""The commands on pictures: denoise and inpaint."""
 
 from pathlib import Path
 from typing import Annotated
@@ -23,12 +23,12 @@ def denoise(
     Example: jaxsae denoise noisy.png --sigma 25 --out clean.png
 
     Args:
-        image: PNG, JPEG or the like.
+        image: the picture to denoise, a PNG, JPEG or similar file.
         sigma: standard deviation of the noise, in levels from 0 to 255.
-        out: the picture to write; its suffix names the format.
-        dictionary: write the atoms as a picture too.
-        seed: of the patches that are learnt from.
-        json: print what was written as one JSON object.
+        out: the picture to write; its suffix determines the format.
+        dictionary: also write the atoms, as a picture.
+        seed: of the choice of training patches.
+        json: print the paths as one JSON object.
     """
     from jaxsae.ksvd import image_files, images
 
@@ -37,8 +37,8 @@ def denoise(
     noisy, profile = image_files.read(image), image_files.profile(image)
     image_files.check_suffix(out, shape=noisy.shape, profile=profile)
     with console.progress(noisy.size // noisy.shape[1]) as update:
-        quiet, atoms = images.denoise(noisy, sigma, seed=seed, progress=update)
-    return _write_picture(out, quiet, profile, dictionary, atoms, json)
+        denoised, atoms = images.denoise(noisy, sigma, seed=seed, progress=update)
+    return _write_picture(out, denoised, profile, dictionary, atoms, json)
 
 
 def inpaint(
@@ -56,12 +56,12 @@ def inpaint(
     Example: jaxsae inpaint scratched.png --missing scratches.png --out whole.png
 
     Args:
-        image: PNG, JPEG or the like.
-        missing: a picture as large as that, white where its pixels are missing.
-        out: the picture to write; its suffix names the format.
-        dictionary: write the atoms as a picture too.
-        seed: of the patches that are learnt from.
-        json: print what was written as one JSON object.
+        image: the picture to fill in, a PNG, JPEG or similar file.
+        missing: a picture of the same size, white where pixels are missing.
+        out: the picture to write; its suffix determines the format.
+        dictionary: also write the atoms, as a picture.
+        seed: of the choice of training patches.
+        json: print the paths as one JSON object.
     """
     from jaxsae.ksvd import image_files, images
 
@@ -84,7 +84,9 @@ def _require_two(out: Path, dictionary: Path | None) -> None:
 def _write_picture(out: Path, picture, profile: bytes | None, dictionary: Path | None, atoms, json: bool) -> int:
     from jaxsae.ksvd import image_files, images
 
-    image_files.write(out, picture.round(), profile=profile)  # whole levels: those of a dark picture are not in [0, 1]
+    image_files.write(
+        out, picture.round(), profile=profile
+    )  # whole levels, so that a dark picture is not taken to be in [0, 1]
     if dictionary is not None:
         image_files.write(dictionary, images.mosaic(atoms))
     text = f"Written: {out}{'' if dictionary is None else f', {dictionary}'}"

@@ -1,4 +1,4 @@
-"""The command that plans a training."""
+"""The command that plans a training: plan."""
 
 import os
 from typing import Annotated, Any
@@ -21,21 +21,21 @@ def plan(
 ) -> int:
     """Estimate what a training needs on TPUs, without a TPU.
 
-    Memory, FLOPs, bytes and collectives are read from the programs compiled for a slice. Times are the least that each
-    of arithmetic, memory and network need at their peak; a step takes longer. Needs the extra tpu-aot.
+    Memory, FLOPs, bytes and collectives are read from the programs compiled for a slice. Times are lower bounds for
+    arithmetic, memory and network at their peak rates; a step takes longer. Needs the extra tpu-aot.
 
     Example: jaxsae plan --latents 1048576 --d 4096 --k 128 --topology v5e:4x4 --batch 8192
 
     Args:
-        latents: how many.
+        latents: number of latents.
         d: width of the activations.
-        k: active latents a row.
-        batch: rows a step, of all chips together.
-        topology: kind and shape of the slice: v4, v5e, v5p or v6e, like v5e:4x4.
-        mesh: how many ways to split the rows of a batch, and the latents; all chips share the latents by default.
-        activation: as of jaxsae train.
-        price: US dollars that a chip costs an hour; by default, what it did on demand in 2025.
-        json: print it as one JSON object.
+        k: active latents per row.
+        batch: rows per step, over all chips.
+        topology: kind (v4, v5e, v5p or v6e) and shape of the slice, for example v5e:4x4.
+        mesh: how many ways to split the rows of a batch, and the latents; by default only the latents are split.
+        activation: as for jaxsae train.
+        price: US dollars per chip and hour; by default the on-demand price of 2025.
+        json: print the plan as one JSON object.
     """
     import jax
 

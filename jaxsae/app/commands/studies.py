@@ -1,4 +1,4 @@
-"""The commands that measure shrinkage and report it."""
+"""The commands that measure shrinkage and report it: study and report."""
 
 from pathlib import Path
 
@@ -21,8 +21,9 @@ def study(
 ) -> int:
     """Train autoencoders, refine their codes, measure the shrinkage.
 
-    ReLU and TopK ones are trained, or others taken. Writes report.json, shrinkage.png and the trained SAEs; with a
-    language model, its activations too, and what the codes do to its next-token loss.
+    Trains ReLU and TopK autoencoders, or measures those of --sae. Writes report.json, shrinkage.png and the trained
+    SAEs; with --model also its activations, and reports how the codes change its next-token loss. The last 2,048 rows
+    of --data are held out (512 with --quick), and the first of the others, at most 100,000, are trained on.
 
     Example: jaxsae study --quick --out study
 
@@ -30,14 +31,12 @@ def study(
 
     Args:
         out: directory for the results.
-        data: .npy or .npz file, or directory, of activations (rows, width), the first 100,000 to train on and the last
-            held out; patches of two photographs if left out.
-        model: study the residual stream of this language model instead: smollm2, a GGUF file or a Hugging Face
-            directory.
+        data: file or directory of activations (rows, width); by default patches of two photographs.
+        model: instead of --data, a language model: smollm2, a GGUF file or a Hugging Face directory.
         layer: block of the model after which the residual is taken, from 0.
         text: UTF-8 files for the model to read; by default Python's standard library.
-        sae: SAEs of these activations, of any format or on the hub, to measure instead of training any.
-        quick: small autoencoders, under a minute (with a model, a few).
+        sae: SAEs of these activations, on disk or on the hub, to measure instead of training.
+        quick: train small autoencoders, in under a minute (with --model, in a few minutes).
         seed: of initialisation, shuffles and patches.
         json: print the report as one JSON object.
     """
@@ -67,15 +66,15 @@ def study(
 def report(run: arguments.InputPath, /, *, out: arguments.OutputFile | None = None, json: bool = False) -> int:
     """Make an HTML page of a run or a study.
 
-    Figures, tables, configuration and versions. It needs no network and no other file, and follows the reader's choice
-    of light or dark. Of a run that is not finished, it shows the curves so far.
+    It shows figures, tables, configuration and versions, needs no network and no other file, and follows the reader's
+    choice of light or dark. For an unfinished run, it shows the curves so far.
 
     Example: jaxsae report jaxsae-study --out study.html
 
     Args:
         run: directory that jaxsae train or jaxsae study wrote.
-        out: the page to write; report.html in that directory if left out.
-        json: print what was written as one JSON object.
+        out: the page to write; by default report.html in that directory.
+        json: print the path as a JSON object.
     """
     from jaxsae.app import report as job
 

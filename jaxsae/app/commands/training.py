@@ -1,4 +1,4 @@
-"""The command that trains."""
+"""The command that trains: train."""
 
 import logging
 import os
@@ -46,48 +46,47 @@ def train(
 ) -> int:
     """Train an autoencoder on activations, and measure it.
 
-    By the recipe of Gao et al. (2024). Writes sae/, report.json, checkpoints/ and TensorBoard event files. Rows are
-    centred and scaled to unit mean square for training; the saved autoencoder takes them as they are. Ended by
-    anything, the same command resumes, bitwise identically; SIGTERM saves first, and exits with 0.
+    Follows the recipe of Gao et al. (2024). Writes sae/, report.json, checkpoints/ and TensorBoard event files. Rows
+    are centred and scaled to unit mean square for training; the saved autoencoder takes unscaled rows. If interrupted,
+    the same command resumes with bitwise identical results; on SIGTERM it saves and exits with 0. To extend a run,
+    rerun it with more --steps; the schedule is then that of the longer run.
 
-    With --model instead of --data, activations are harvested while it trains, and never written.
+    With --model instead of --data, activations are computed during training and never written to disk. They are
+    shuffled in windows of 65,536 rows unless --window is given.
 
     Example: jaxsae train --data x.npy --activation topk --k 32 --latents 4096 --out run
 
     Args:
         activation: relu, topk, abstopk, groupmax, batchtopk, jumprelu or gated.
-        latents: how many.
+        latents: number of latents.
         out: directory for the results.
         data: files or directories of activations (rows, width).
-        model: instead of them, a language model: smollm2, a GGUF file or a Hugging Face directory.
-        layer: block of it after which the residual is taken, from 0.
-        text: UTF-8 files it reads; by default Python's standard library, four million tokens.
-        tokens: read so many, rounded up to whole contexts; all by default.
-        context: tokens it sees at a time.
-        window: rows that are shuffled among themselves, one window after another; by default all --data, or 65536 of
-            a --model.
-        k: active latents a row: of each, or on average over the rows held out (batchtopk, jumprelu).
+        model: instead of --data, a language model: smollm2, a GGUF file or a Hugging Face directory.
+        layer: block of the model after which the residual is taken, from 0.
+        text: UTF-8 files for the model to read; by default Python's standard library, four million tokens.
+        tokens: number of tokens to read, rounded up to whole contexts; all by default.
+        context: number of tokens in a context.
+        window: rows that are shuffled together, one window after another; by default all --data.
+        k: active latents per row; for batchtopk and jumprelu, on average over held-out rows.
         l1: weight of the L1 penalty (relu, gated).
-        batch: rows a step.
-        steps: how many; more than ten passes over the data are warned of. With more of them than it has, a run is made
-            longer: from there on the learning rate, and all else that depends on their number, is that of the longer
-            run.
+        batch: rows per step.
+        steps: number of steps; warns if they are more than ten passes over the data.
         learning_rate: by default from --latents and --steps, see jaxsae.train.learning_rate.
-        no_auxk: leave idle latents idle.
+        no_auxk: train without AuxK, which revives idle latents.
         multi_topk: also reconstruct with 4k latents (topk).
-        idle_after: rows without firing after which a latent learns by AuxK; by default a fiftieth of the run's.
-        heldout: last rows of the data, to measure on.
+        idle_after: rows without firing after which AuxK trains a latent; by default a fiftieth of all rows seen.
+        heldout: number of last rows of the data to hold out for measurement.
         seed: of initialisation and shuffles.
-        weights: in which proportions to mix several --data, whatever their lengths; by default in those.
-        save_every: seconds from one save to the next.
-        resume: the run in --out, and fail if there is none.
-        mesh: how many ways to split the rows of a batch, and the latents; one device takes all by default.
-        distributed: this is one of several processes; on Cloud TPU, and under SLURM or Open MPI, they find each other.
-        coordinator: elsewhere, HOST:PORT of the first one.
-        processes: how many there are.
-        process: which of them this is, from 0.
-        wandb: log to Weights & Biases too; with WANDB_MODE=offline, to files.
-        json: print the report as one JSON object; of a training that was stopped, after how many steps.
+        weights: proportions in which to mix several --data; by default those of their lengths.
+        save_every: seconds between saves.
+        resume: resume the run in --out; fail if there is none.
+        mesh: how many ways to split the rows of a batch, and the latents; by default one device.
+        distributed: run as one of several processes, found automatically on Cloud TPU, SLURM and Open MPI.
+        coordinator: elsewhere, HOST:PORT of the first process.
+        processes: elsewhere, the number of processes.
+        process: elsewhere, the index of this process, from 0.
+        wandb: also log to Weights & Biases (with WANDB_MODE=offline, to files).
+        json: print the report as one JSON object, or the number of steps if training was stopped.
     """
     import jax
 
@@ -104,7 +103,7 @@ def train(
         raise InputError("got --text or --tokens without --model; pass the model that is to read it.")
     if len({coordinator is None, processes is None, process is None}) > 1 or (process or 0) >= (processes or 1):
         raise InputError("pass --coordinator, --processes N and --process, from 0 to N - 1, or none of them.")
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # what orbax has to say of errors is said below
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax's errors are reported below
     if distributed or coordinator is not None:
         _join(coordinator, processes, process)
     how: dict[str, Any] = {"mesh": mesh and _mesh(*mesh), "weights": weights or None, "window": window}
@@ -127,7 +126,7 @@ def _run(out, options, log, how: dict[str, Any], json: bool) -> int:
             report = runs.run(out, options=options, progress=update, warn=console.warn, log=log, **how)
     except job.Preempted as stopped:
         if log is not None:
-            text = f"Stopped after {stopped.step} steps; all is saved: the same command resumes."
+            text = f"Stopped after {stopped.step} steps; the run is saved: the same command resumes."
             console.show({"stopped_after": stopped.step}, text, as_json=json)
         return 0 if stopped.signum == signal.SIGTERM else 130
     if log is None:
@@ -146,7 +145,7 @@ def _run(out, options, log, how: dict[str, Any], json: bool) -> int:
 def _mesh(data: int, latent: int):
     from jaxsae import sharding
 
-    # Devices made of one CPU share threads; if collectives wait in all of them, jaxlib 0.10 waits for ever.
+    # Devices made of one CPU share threads; if collectives wait in all of them, jaxlib 0.10 deadlocks.
     os.environ.setdefault("PJRT_NPROC", str(max(os.cpu_count() or 1, min(8 * data * latent, 1 << 12))))
     try:
         return sharding.make_mesh(data, latent)
