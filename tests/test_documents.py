@@ -46,7 +46,7 @@ def examples():
 
 
 HUB = "hf://organisation/repository/path"
-GROUPS = ["codes", "conversion", "pictures", "plans", "studies", "texts", "training"]  # of commands
+GROUPS = ["autoencoders", "pictures", "plans", "studies", "texts", "training"]  # of commands
 
 
 # As the package is installed: a checkout beside it would be another `jaxsae`.
@@ -267,7 +267,7 @@ def formatted(row: dict) -> str:
 def test_readme_has_the_least_rows_of_a_study():
     full, quick = (plan.batch + plan.heldout for plan in (study.FULL, study.QUICK))
     words = " ".join((ROOT / "README.md").read_text().split())
-    assert f"with {full:,} rows at the least ({quick:,} with `--quick`)" in words
+    assert f"with at least {full:,} rows ({quick:,} with `--quick`)" in words
 
 
 def load_report(name: str) -> dict:
