@@ -13,7 +13,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def insert(page: str) -> str:
-    """A page with the tables between their markers, `<!-- guide: name -->`, in place of what stands there."""
+    """A page with the tables between their markers, `<!-- guide: name -->`, replaced."""
     for name, (file, make) in _TABLES.items():
         begin = f"<!-- guide: {name} -->"
         before, found, rest = page.partition(begin)
@@ -32,7 +32,7 @@ def _markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _best(values: Sequence[float | None], form: str, *, most: bool) -> list[str]:
-    """Numbers as text, the best one bold; what has none is left blank."""
+    """Numbers as text, the best one bold; missing ones are blank."""
     shown = ["" if value is None else form.format(value) for value in values]
     best = form.format((max if most else min)(value for value in values if value is not None))
     return [f"**{text}**" if text == best else text for text in shown]

@@ -11,7 +11,7 @@ _HEAD += ("roofline", "time / encoder", "")
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """One run as GitHub markdown: what it ran on, then its tables."""
+    """One run as GitHub markdown: its machine, then its tables."""
     commit, *dirty = report["commit"].split("-")
     commit = "-".join([commit[:10], *dirty])
     machine = f"{report['device']}, {report['cores']} cores, jax {report['jax']}, commit `{commit}`"
@@ -61,7 +61,7 @@ def _sizes(case: dict[str, int]) -> str:
 
 
 def _families(report: dict[str, Any], machine: str) -> list[str]:
-    """A table for each file of activations, a row for each training, and what it was before where that is known."""
+    """A table for each file of activations, a row for each training, with results of an earlier version where known."""
     kept = ("8", "32", "64")
     head = ("family", "L0", "NMSE", "dead", "L0 before", "NMSE", "dead", *(f"NMSE at {n}" for n in kept))
     said = [f"{machine}."]
@@ -90,7 +90,7 @@ def _reached(measured: dict[str, Any] | None) -> list[str]:
 
 
 def _rates(report: dict[str, Any], machine: str) -> list[str]:
-    """What each rate reaches, the best one bold: NMSE, or for an L1 penalty the loss that it is part of."""
+    """The result of each rate, the best one bold: NMSE, or the loss with its L1 penalty."""
     rates = list(dict.fromkeys(row["rate"] for row in report["rows"]))
     head = ("data", "family", "steps", *(f"{rate:g}" for rate in rates), "default")
     lines = ["| " + " | ".join(head) + " |", "|---|---|" + "--:|" * (len(head) - 2)]
@@ -171,7 +171,7 @@ def _transitions(report: dict[str, Any], machine: str) -> list[str]:
 
 
 def _ksvd(report: dict[str, Any], machine: str) -> list[str]:
-    """Atoms found again, by learner and noise."""
+    """Recovered atoms, by learner and noise."""
     lines = ["| learner | SNR (dB) | recovered | least | runs | s a run |", "|---|--:|--:|--:|--:|--:|"]
     for row in report["rows"]:
         if row["mean"] is None:
@@ -184,7 +184,7 @@ def _ksvd(report: dict[str, Any], machine: str) -> list[str]:
 
 
 def _pictures(report: dict[str, Any], machine: str) -> list[str]:
-    """Photographs denoised and filled in, by method."""
+    """Photographs denoised and inpainted, by method."""
     parts = [f"{machine}."]
     if report["denoising"]:
         lines = ["| picture | method | PSNR (dB) | s | first, s |", "|---|---|--:|--:|--:|"]
@@ -204,7 +204,7 @@ def _pictures(report: dict[str, Any], machine: str) -> list[str]:
 
 
 def _jobs(report: dict[str, Any], machine: str) -> list[str]:
-    """What saving and loading cost; then what a job that was killed came to."""
+    """The cost of saving and loading; then the result of a job that was killed."""
     c = report["costs"]
     parts = [
         f"{machine}; {_sizes(c['case'])}.",
@@ -244,7 +244,7 @@ _TABLES = {
 
 
 def insert(readme: str, reports: list[dict[str, Any]]) -> str:
-    """A README with each run's tables between its markers, in place of what stands there."""
+    """A README with the tables between the markers of each run replaced."""
     for report in reports:
         begin = f"<!-- benchmark: {report['benchmark']} -->"
         before, found, rest = readme.partition(begin)
@@ -293,5 +293,5 @@ def _shown(value: float | None, form: str) -> str:
 
 
 def _three(value: float) -> str:
-    """Three digits are as many as a timing is good for."""
+    """Three digits, as accurate as a timing is."""
     return f"{float(f'{value:.3g}'):,.0f}"
