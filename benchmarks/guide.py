@@ -77,7 +77,7 @@ def _recovery(report: dict[str, Any]) -> str:
 
 def _lasso(report: dict[str, Any]) -> str:
     rows = [row for row in report["regressions"] if "scikit" not in row["method"]]
-    head = ["tuned by cross-validation", "noise variables chosen", "strong ones, of 5", "test error"]
+    head = ["tuned by cross-validation", "noise variables chosen", "relevant ones, of 5", "test error"]
     cells = [
         [row["method"], f"{row['noise_variables']:.1f}", f"{row['strong_variables']:.1f}", f"{row['test_error']:.3f}"]
         for row in rows
@@ -121,7 +121,7 @@ def _shrinkage(report: dict[str, Any]) -> str:
 
 def _loading(report: dict[str, Any]) -> str:
     return _markdown(
-        ["encoder stored as in", "time, of reading the file", "peak memory, of its size"],
+        ["encoder stored as in", "load time / read time", "peak memory / file size"],
         [
             [row["format"], f"{row['load_s'] / row['read_s']:.2f}", f"{row['peak'] / row['bytes']:.2f}"]
             for row in report["rows"]

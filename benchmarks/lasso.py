@@ -301,7 +301,10 @@ def markdown(report: dict[str, Any], machine: str) -> Iterator[str]:
         f"n {case.samples}, p {case.variables:,}, {STRONG} variables of coefficient ±1 under noise of variance 1, "
         f"{case.repeats} draws, {FOLDS} folds; means with standard errors."
     )
-    lines = ["| tuned by cross-validation | noise variables | strong ones | test error | s |", "|---|--:|--:|--:|--:|"]
+    lines = [
+        "| tuned by cross-validation | noise variables | relevant ones | test error | s |",
+        "|---|--:|--:|--:|--:|",
+    ]
     for row in report["regressions"]:
         if "test_error" not in row:
             lines.append(f"| {row['method']} | {row['note']} | | | |")

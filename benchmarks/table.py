@@ -34,7 +34,7 @@ def _train(report: dict[str, Any], machine: str) -> list[str]:
     """Steps, the fastest first, with ratios to our own; then the sweep."""
     rows = sorted(report["rows"], key=lambda row: row["seconds"] or float("inf"))
     (ours,) = (row["seconds"] for row in rows if row["step"] == "jaxsae")
-    lines = ["| step | ms | quartiles | times ours | NMSE | MiB |", "|---|--:|--:|--:|--:|--:|"]
+    lines = ["| step | ms | quartiles | time / ours | NMSE | MiB |", "|---|--:|--:|--:|--:|--:|"]
     for row in rows:
         if row["seconds"] is None:
             lines.append(f"| {row['step']} | {row['note']} | | | | |")
@@ -75,7 +75,7 @@ def _families(report: dict[str, Any], machine: str) -> list[str]:
             )
         data, o = rows[0]["data"], rows[0]["options"]
         said.append(
-            f"{path}, {data['rows']:,} rows of width {data['width']}, {data['passes']:.1f} times; {o['latents']:,} "
+            f"{path}, {data['rows']:,} rows of width {data['width']}, {data['passes']:.1f} passes; {o['latents']:,} "
             f"latents, {o['steps']:,} steps of {o['batch']} rows, learning rate {o['learning_rate']:.2g}; *dead* of "
             f"{rows[0]['heldout']['dead_rows']:,} rows:"
         )
@@ -118,7 +118,7 @@ def _load(report: dict[str, Any], machine: str) -> list[str]:
     """A row for each layout of the file, in units of the file."""
     first = report["rows"][0]
     size = f"{first['m']:,} × {first['d']:,} in float32, {first['bytes'] / 1e9:.2g} GB"
-    lines = ["| encoder stored as in | time, of reading the file | peak memory, of its size |", "|---|--:|--:|"]
+    lines = ["| encoder stored as in | load time / read time | peak memory / file size |", "|---|--:|--:|"]
     lines += [
         f"| {row['format']} | {row['load_s'] / row['read_s']:.2f} | {row['peak'] / row['bytes']:.2f} |"
         for row in report["rows"]
@@ -130,7 +130,7 @@ def _pursuit(report: dict[str, Any], machine: str) -> list[str]:
     """A row for each library, by case."""
     parts = [f"{machine}."]
     for d, m, k in dict.fromkeys((row["d"], row["m"], row["k"]) for row in report["rows"]):
-        lines = ["| OMP | rows | ms a row | objective | supports as ours |", "|---|--:|--:|--:|--:|"]
+        lines = ["| OMP | rows | ms a row | objective | same supports as ours |", "|---|--:|--:|--:|--:|"]
         for row in report["rows"]:
             if (row["d"], row["m"], row["k"]) != (d, m, k):
                 continue
@@ -162,7 +162,7 @@ def _transitions(report: dict[str, Any], machine: str) -> list[str]:
     """A row for each method: the `ρ` at which half of the trials are recovered."""
     points = report["points"]
     deltas, rhos = (sorted({point[name] for point in points}) for name in ("delta", "rho"))
-    lines = ["| ρ of half at δ = | " + " | ".join(map(str, deltas)) + " |", "|---|" + "--:|" * len(deltas)]
+    lines = ["| ρ at 50% recovery, δ = | " + " | ".join(map(str, deltas)) + " |", "|---|" + "--:|" * len(deltas)]
     for method in dict.fromkeys(point["method"] for point in points):
         rates = {(p["delta"], p["rho"]): p["recovered"] for p in points if p["method"] == method}
         half = [half_point(rhos, [rates[delta, rho] for rho in rhos]) for delta in deltas]
@@ -220,7 +220,7 @@ def _jobs(report: dict[str, Any], machine: str) -> list[str]:
         middle = sum(moment["in_mid_save"] for moment in s["moments"])
         parts.append(
             f"A job of {s['steps']} steps, killed at {len(s['moments'])} random moments, {middle} of them in the "
-            f"middle of a save: {len(s['differ'])} of {s['leaves']} arrays differ from those of one left alone."
+            f"middle of a save: {len(s['differ'])} of {s['leaves']} arrays differ from those of an uninterrupted job."
         )
     return parts
 
