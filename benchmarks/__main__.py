@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from benchmarks import (
+    accelerator,
     cases,
     clock,
     families,
@@ -110,6 +111,12 @@ def main() -> None:
         "--tune", action="store_true", help="first fill jaxsae/least_squares/kernels/blocks.json for this device"
     )
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
+    command = commands.add_parser("accelerator", help="what can be measured in a few minutes on an accelerator")
+    command.add_argument("--size", choices=accelerator.SIZES, default="full")
+    command.add_argument(
+        "--minutes", type=float, default=8.0, help="time limit; the most valuable measurements come first"
+    )
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="for accelerator.json and blocks.json")
     command = commands.add_parser("table", help="measurements as markdown")
     command.add_argument("files", type=Path, nargs="+", metavar="FILE")
     command.add_argument("--readme", action="store_true", help="insert them into benchmarks/README.md")
@@ -148,6 +155,8 @@ def main() -> None:
         _tell(args, size=args.size, costs=jobs.costs(args.size), **survived)
     elif args.command == "kernels":
         _kernels(args)
+    elif args.command == "accelerator":
+        _accelerator(args)
     elif args.command == "guide":
         page = ROOT / "docs/which.md"
         page.write_text(guide.insert(page.read_text()))
@@ -232,6 +241,16 @@ def _kernels(args: argparse.Namespace) -> None:
         report["rows"].append(row)
         _write(args.json, report)  # after each: an interruption keeps finished ones
     print(table.markdown(report))
+
+
+def _accelerator(args: argparse.Namespace) -> None:
+    report: dict[str, Any] = {**_environment("accelerator"), "size": args.size, "minutes": args.minutes, "rows": []}
+    for row in accelerator.run(args.size, args.minutes, args.out):
+        report["rows"].append(row)
+        _write(args.out / "accelerator.json", report)  # after each: one that is cut off leaves what is finished
+    print(table.markdown(report))
+    if accelerator.wrong(report["rows"]):
+        raise SystemExit(1)
 
 
 def _write(out: Path | None, report: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -70,13 +71,17 @@ class Data(NamedTuple):
 
 def data(case: Case, seed: int = 0) -> Data:
     """Random atoms and supports; targets that the supports explain, with noise."""
-    keys = jax.random.split(jax.random.key(seed), 4)
-    D = jax.random.normal(keys[0], (case.m, case.d)) / case.d**0.5
-    indices = jax.random.randint(keys[1], (case.B, case.k), 0, case.m)
-    z = jax.random.exponential(keys[2], (case.B, case.k))
+    D = jax.random.normal(jax.random.key(seed), (case.m, case.d)) / case.d**0.5
+    return rows(case, D.astype(case.dtype), seed)
+
+
+def rows(case: Case, D: jax.Array, seed: int) -> Data:
+    """Other supports and targets for the same atoms."""
+    keys = jax.random.split(jax.random.key(seed), 3)
+    indices = jax.random.randint(keys[0], (case.B, case.k), 0, case.m)
+    z = jax.random.exponential(keys[1], (case.B, case.k))
     y = codes.decode(D, SparseCode(z, indices, case.m), implementation="xla")
-    y = y + 0.1 * jax.random.normal(keys[3], y.shape)
-    return Data(D.astype(case.dtype), indices, y, 0.8 * z)
+    return Data(D, indices, y + 0.1 * jax.random.normal(keys[2], y.shape), 0.8 * z)
 
 
 def operation(op: str, case: Case, implementation: str) -> Callable[..., Any]:
@@ -184,17 +189,31 @@ def tune(size: str) -> list[dict[str, Any]]:
     platform, device = choice.default_device()
     kept = [row for row in tuning.table() if row["device"] not in (None, device)]
     if platform is None:
-        rows = [_entry(target, None, op, case) for (target, op) in CANDIDATES for case in SIZES[size]]
+        rows = [entry(target, None, op, case) for (target, op) in CANDIDATES for case in SIZES[size]]
     else:
         kept += [row for row in tuning.table() if row["device"] is None and row["platform"] != platform]
         rows = [_tuned(platform, device, op, case) for case in SIZES[size] for op in OPS]
-    rows = sorted(kept + rows, key=lambda row: json.dumps(row, sort_keys=True))
-    tuning.TABLE.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    write_table(tuning.TABLE, kept + rows)
+    return tuning.table()
+
+
+def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write a table of block sizes, a line a row in a fixed order, and read it anew when it is next asked for."""
+    rows = sorted(rows, key=lambda row: json.dumps(row, sort_keys=True))
+    path.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
     tuning.table.cache_clear()
-    return rows
 
 
-def _entry(platform: str, device: str | None, op: str, case: Case, **found: Any) -> dict[str, Any]:
+def one_at_a_time(platform: str, op: str) -> Iterator[dict[str, int]]:
+    """The untuned block sizes, and all that differ from them in one: a coarse search."""
+    names = CANDIDATES[platform, op]
+    first = {name: values[0] for name, values in names.items()}
+    yield first
+    yield from (first | {name: value} for name, values in names.items() for value in values[1:])
+
+
+def entry(platform: str, device: str | None, op: str, case: Case, **found: Any) -> dict[str, Any]:
+    """A row of the table of block sizes."""
     first = {name: values[0] for name, values in CANDIDATES[platform, op].items()}
     shape = {"d": case.d, "k": case.k, "dtype": case.dtype}
     return {"op": op, "platform": platform, "device": device, **shape, "options": first, "speedup": None} | found
@@ -215,11 +234,11 @@ def _tuned(platform: str, device: str, op: str, case: Case) -> dict[str, Any]:
             continue
         chosen.append(options)
     if not chosen:
-        return _entry(platform, device, op, case)
+        return entry(platform, device, op, case)
     reference, *seconds = map(statistics.median, timings(calls))
     best = min(range(len(chosen)), key=seconds.__getitem__)
     say(f"{op} {case}: {chosen[best]}, {reference / seconds[best]:.2f} times the reference")
-    return _entry(platform, device, op, case, options=chosen[best], speedup=reference / seconds[best])
+    return entry(platform, device, op, case, options=chosen[best], speedup=reference / seconds[best])
 
 
 def markdown(report: dict[str, Any], machine: str) -> list[str]:

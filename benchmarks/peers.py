@@ -33,9 +33,12 @@ class Peer(NamedTuple):
 
 
 def to_arrays(library: str, arrays: tuple[np.ndarray, ...]) -> tuple:
-    """Arrays in the form that a library takes."""
-    make = {"jax": jnp.asarray, "numpy": np.asarray}.get(library) or importlib.import_module(library).tensor
-    return tuple(map(make, arrays))
+    """Arrays in the form that a library takes, on a GPU if it has one."""
+    if library == "torch":
+        torch = importlib.import_module("torch")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return tuple(torch.tensor(array, device=device) for array in arrays)
+    return tuple(map({"jax": jnp.asarray, "numpy": np.asarray}[library], arrays))
 
 
 # --- Shared by peers
@@ -75,7 +78,7 @@ def _torch_map(solve_part: Callable, chunk: int, *arrays: Any) -> Any:
     torch = importlib.import_module("torch")
     with torch.inference_mode():
         parts = zip(*(array.split(chunk) for array in arrays), strict=True)
-        return torch.cat([solve_part(*part) for part in parts])
+        return torch.cat([solve_part(*part) for part in parts]).cpu()  # which waits until it is done
 
 
 # --- Published solvers

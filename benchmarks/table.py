@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from benchmarks import kernels, lasso
+from benchmarks import accelerator, kernels, lasso
 from benchmarks.pursuit import half_point
 
 END = "<!-- end -->"
@@ -226,6 +226,7 @@ def _jobs(report: dict[str, Any], machine: str) -> list[str]:
 
 
 _TABLES = {
+    "accelerator": accelerator.markdown,
     "jobs": _jobs,
     "refine": _refine,
     "train": _train,

@@ -1,12 +1,12 @@
-"""Sparse autoencoders in JAX, and the refinement of their codes with a certificate per row.
+"""Sparse autoencoders in JAX, and refinement of their codes with a certificate per row.
 
     x ──▶ encoder ──▶ SparseCode ──refine──▶ SparseCode ──decode──▶ x̂
                            └──── shrinkage ────┘
 
-An `SAE` is a pytree of parameters, a `SparseCode` says which latents are active and their values, and
-everything else is a pure function of the two. Packages, from the bottom up: `least_squares` (the refit and its
-solvers), `pursuit` and `lasso` (which atoms, without an encoder), `autoencoder`, `ksvd`, `formats` (files of other
-libraries), `train`; beside them `data` and `language_model`.
+An `SAE` is a pytree of parameters, a `SparseCode` holds the active latents and their values, and everything else is a
+pure function of the two. Packages, from the bottom up: `least_squares` (the refit and its solvers), `pursuit` and
+`lasso` (selection of atoms without an encoder), `autoencoder`, `ksvd`, `formats` (files of other libraries), `train`;
+beside them `data` and `language_model`.
 """
 
 from jaxsae import (
@@ -61,7 +61,7 @@ from jaxsae.least_squares import (
     solvers as solvers,
 )
 
-_LAZY = ("app", "language_model")  # with the modules of Flax, and what the command needs
+_LAZY = ("app", "language_model")  # they import Flax modules and the dependencies of the command
 __getattr__ = _lazy.submodules(__name__, *_LAZY)
 
 

@@ -1,4 +1,4 @@
-"""`python -m jaxsae`, the same as the command `jaxsae`."""
+"""`python -m jaxsae`, the same as the `jaxsae` command."""
 
 import sys
 

@@ -17,17 +17,17 @@ __all__ = ["SparseCode", "decode", "from_dense", "scatter_add", "sum_by_latent",
 
 @pytrees.dataclass
 class SparseCode:
-    """The active latents of a batch of rows, in `k` slots a row.
+    """The active latents of a batch of rows, in `k` slots per row.
 
-    An index outside `[0, num_latents)` is an unused slot, whatever its value: −1 is, and `num_latents`, which the
-    library writes itself, with value 0. A latent on the support may have value 0 (a refit can put it there).
-    An index that stands twice in a row counts twice: its values add up.
+    An index outside `[0, num_latents)` marks an unused slot, whatever its value: −1, for example, or `num_latents`,
+    which the library writes, with value 0. A latent on the support may have value 0 (after a refit, for example).
+    If an index occurs twice in a row, its values add up.
 
     Attributes:
       values: `[*b k]`, in the units of the activations.
       indices: `[*b k]`, int32.
       num_latents: number of latents `m`; static.
-      num_dropped: `[*b]` int32, how many active latents of the row did not fit into `k` slots.
+      num_dropped: `[*b]` int32, number of active latents that did not fit into the `k` slots of the row.
 
     Example:
       >>> import jax.numpy as jnp, jaxsae
@@ -44,7 +44,7 @@ class SparseCode:
     num_dropped: Int[Array, "*b"] = None  # pyright: ignore[reportAssignmentType]
 
     def __post_init__(self):
-        # JAX rebuilds pytrees around things that are not arrays (axes, specs, None): leave those alone.
+        # JAX also builds pytrees whose leaves are not arrays (axes, specs, None).
         if self.num_dropped is None and hasattr(self.indices, "shape"):
             object.__setattr__(self, "num_dropped", jnp.zeros(self.indices.shape[:-1], jnp.int32))
 
@@ -55,7 +55,7 @@ class SparseCode:
 
     @property
     def l0(self) -> Int[Array, "*b"]:
-        """`‖z‖₀` of each row: how many values are not zero."""
+        """`‖z‖₀` of each row, the number of non-zero values."""
         return jnp.sum(self.mask & (self.values != 0), axis=-1, dtype=jnp.int32)
 
     def dense(self) -> Float[Array, "*b m"]:
@@ -72,8 +72,8 @@ def from_dense(z: Float[Array, "*b m"], capacity: int) -> SparseCode:
 
     Args:
       z: dense code `[*b m]`.
-      capacity: number of slots `k` a row, at most `m`. A row with more non-zeros loses its smallest, and
-        `num_dropped` says how many.
+      capacity: number of slots `k` per row, at most `m`. A row with more non-zeros loses its smallest, and
+        `num_dropped` counts them.
 
     Raises:
       TypeError: if `z` is not floating point.
@@ -91,7 +91,7 @@ def from_dense(z: Float[Array, "*b m"], capacity: int) -> SparseCode:
     m = z.shape[-1]
     if not 1 <= capacity <= m:
         raise ValueError(f"got capacity {capacity} for {m} latents; pass a capacity from 1 to {m}.")
-    # All the values are used: taking fewer would turn XLA's CPU top-k into a full sort.
+    # All `k` magnitudes are used: otherwise XLA's CPU top-k would become a full sort.
     magnitude, indices = top_k(jax.lax.stop_gradient(jnp.abs(z)), capacity)
     kept = magnitude != 0
     values = jnp.where(kept, jnp.take_along_axis(z, indices, axis=-1), 0)
@@ -101,16 +101,16 @@ def from_dense(z: Float[Array, "*b m"], capacity: int) -> SparseCode:
 
 
 def top_k(x: Float[Array, "*b m"], k: int) -> tuple[Float[Array, "*b k"], Int[Array, "*b k"]]:
-    """The `k` largest of each row and where they are, as `jax.lax.top_k` has them, faster where `k` is far below `m`.
+    """The `k` largest of each row and their indices, like `jax.lax.top_k`, but faster where `k` is far below `m`.
 
     The `k` largest lie in the `k` groups with the largest maxima, so only these are sorted.
 
     Args:
       x: `[*b m]`; NaN counts as largest.
-      k: how many, at most `m`.
+      k: number of entries, at most `m`.
 
     Returns:
-      Values in descending order and indices, equal values in ascending order of index.
+      Values in descending order, and their indices; equal values are in ascending order of index.
 
     Example:
       >>> import jax.numpy as jnp, jaxsae
@@ -123,15 +123,15 @@ def top_k(x: Float[Array, "*b m"], k: int) -> tuple[Float[Array, "*b k"], Int[Ar
     m, size = x.shape[-1], 1
     while m % (2 * size) == 0 and k * (2 * size) ** 2 <= m:  # balances the number of groups and their size
         size *= 2
-    if size < 8:  # measured: fewer gain nothing
+    if size < 8:  # measured: smaller groups are not faster
         values, indices = jax.lax.top_k(x, k)
         return values, indices
     groups = x.reshape(*x.shape[:-1], m // size, size)
-    # `jnp.max` on XLA's CPU backend passes over NaN.
+    # `jnp.max` on XLA's CPU backend ignores NaN.
     lowest = jnp.array(-jnp.inf, x.dtype)
     greatest = jax.lax.reduce(jax.lax.stop_gradient(groups), lowest, _max_or_nan, (groups.ndim - 1,))
-    # The barrier keeps the maxima in use, without which XLA's CPU backend sorts all of them instead. (A barrier for the
-    # pair alone becomes one for the result of the top-k, at which XLA ends the process: seen in jaxlib 0.10.2.)
+    # The barrier keeps the maxima in use; otherwise XLA's CPU backend sorts all of them. (A barrier for the pair alone
+    # becomes one for the result of the top-k, at which XLA crashes: seen in jaxlib 0.10.2.)
     _, chosen, _ = jax.lax.optimization_barrier((*jax.lax.top_k(greatest, k), jnp.zeros(())))
     chosen = jnp.sort(chosen, axis=-1)
     candidates = jnp.take_along_axis(groups, chosen[..., None], axis=-2).reshape(*x.shape[:-1], k * size)
@@ -140,13 +140,13 @@ def top_k(x: Float[Array, "*b m"], k: int) -> tuple[Float[Array, "*b k"], Int[Ar
 
 
 def _top_k_of_all(x, k: int):
-    """`top_k` where each device has some of the latents: of its own, then of all candidates."""
+    """`top_k` where the latents are split over devices: among each device's own, then among all candidates."""
     row, devices = sharding.rows_spec(x), sharding.axis_size("latent")
 
     def here(x):
         values, indices = top_k(x, min(k, x.shape[-1]))
         found = values, indices + x.shape[-1] * jax.lax.axis_index("latent")
-        shared = x.ndim > 1 and len(x) % devices == 0  # then each device judges some of the rows
+        shared = x.ndim > 1 and len(x) % devices == 0  # then each device selects for some of the rows
         if shared:
             trade = functools.partial(jax.lax.all_to_all, split_axis=0, concat_axis=x.ndim - 1)
         else:
@@ -169,19 +169,19 @@ def decode(
 ) -> Float[Array, "*b d"]:
     """Sum the atoms of each row: `Σᵢ valuesᵢ · dictionary[indicesᵢ]`, accumulated in float32 or better.
 
-    Its derivative touches no other rows of the dictionary either: `D̄ = Zᵀx̄` (`scatter_add`), `z̄ᵢ = ⟨D[indicesᵢ], x̄⟩`.
+    Its derivative reads no other rows of the dictionary either: `D̄ = Zᵀx̄` (`scatter_add`), `z̄ᵢ = ⟨D[indicesᵢ], x̄⟩`.
 
     Args:
-      dictionary: `[m d]`, one atom a row.
+      dictionary: `[m d]`, one atom per row.
       code: `[*b k]`.
-      implementation: "xla" or "pallas", or None for what was measured to be best on this kind of device.
+      implementation: "xla", "pallas", or None for the one that was measured to be faster on this kind of device.
 
     Returns:
       `[*b d]`, in the dtype that the values and the dictionary promote to.
 
     Raises:
       TypeError, ValueError: at trace time, if the dictionary and the code do not fit together.
-      NotImplementedError: likewise, if `implementation="pallas"` and no kernel applies.
+      NotImplementedError: at trace time, if `implementation="pallas"` and no kernel applies.
 
     Example:
       >>> import jax.numpy as jnp, jaxsae
@@ -194,7 +194,7 @@ def decode(
     if dictionary.shape[:-1] != (m,):
         raise ValueError(
             f"`decode` got a dictionary of shape {dictionary.shape} for a code of {m} latents; pass one of shape "
-            f"({m}, d), one atom a row."
+            f"({m}, d), one atom per row."
         )
     return form("rows", dictionary, values, indices, m=m, implementation=implementation)
 
@@ -213,19 +213,19 @@ def _checked(name: str, *arrays):
 def scatter_add(code: SparseCode, x: Float[Array, "*b d"], *, implementation: str | None = None) -> Float[Array, "m d"]:
     """Sum the rows in which each latent is active, weighted by its values: `Zᵀx`, accumulated in float32 or better.
 
-    The cost is that of the rows of each latent, not of all latents; the order of the sums is fixed.
+    The cost is proportional to the slots in use, not to all latents; the order of summation is fixed.
 
     Args:
       code: `[*b k]`.
       x: `[*b d]`.
-      implementation: as of `decode`.
+      implementation: as for `decode`.
 
     Returns:
       `[m d]`, in the dtype that the values and `x` promote to, float32 or better.
 
     Raises:
       TypeError, ValueError: at trace time, if the rows and the code do not fit together.
-      NotImplementedError: as `decode`.
+      NotImplementedError: as for `decode`.
 
     Example:
       >>> import jax.numpy as jnp, jaxsae

@@ -1,13 +1,13 @@
-"""One mesh for all: rows of a batch over its axis `data`, latents over its axis `latent`.
+"""Sharding over a mesh: rows of a batch over its axis `data`, latents over its axis `latent`.
 
     mesh = sharding.make_mesh(data=2, latent=4)
     with jax.set_mesh(mesh):
         state = sharding.create(lambda: train.init_state(jaxsae.init(...), tx))    # each device makes its part
         state, metrics = step(state, jax.device_put(x, sharding.rows_sharding(x, mesh)))
 
-Under a mesh the library computes what it computes without one. XLA splits most of it by itself. What must not be
-gathered (pre-activations, atoms) is split by hand in `codes` and `refit`: each device works on its own latents, and
-candidates or sums are exchanged. On a mesh without both of these axes XLA splits all of it.
+Results are the same with and without a mesh. XLA splits most of the work automatically. Arrays that must not be
+gathered (pre-activations, atoms) are split by hand in `codes` and `refit`: each device works on its own latents, and
+devices exchange candidates or sums. On a mesh without both axes XLA splits everything.
 """
 
 import dataclasses
@@ -38,15 +38,15 @@ BOTH = PartitionSpec(("data", "latent"))  # rows over all devices
 
 
 def make_mesh(data: int = 1, latent: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh: rows over `data`, latents over `latent` devices.
+    """Make a mesh that splits rows over `data` and latents over `latent` devices.
 
     Args:
-      data: how many parts the rows of a batch are in; each has all latents.
-      latent: how many parts the latents are in.
-      devices: `data · latent` of them; the first ones by default.
+      data: number of parts that the rows of a batch are split into.
+      latent: number of parts that the latents are split into.
+      devices: at least `data · latent` devices, of which the first are used; by default `jax.devices()`.
 
     Raises:
-      ValueError: if there are not so many devices.
+      ValueError: if there are fewer devices.
 
     Example:
       >>> dict(make_mesh(1, 1).shape)
@@ -54,21 +54,21 @@ def make_mesh(data: int = 1, latent: int = 1, *, devices: Sequence[Any] | None =
     """
     devices = jax.devices() if devices is None else list(devices)
     if data < 1 or latent < 1 or data * latent > len(devices):
-        raise ValueError(f"got a mesh of {data} × {latent} for {len(devices)} devices; pass one of at most as many.")
+        raise ValueError(f"got a mesh of {data} × {latent} for {len(devices)} devices; pass one of at most that many.")
     if data * latent == len(devices):
         return jax.make_mesh((data, latent), ("data", "latent"), axis_types=(AxisType.Auto,) * 2, devices=devices)
     return Mesh(np.array(devices[: data * latent]).reshape(data, latent), ("data", "latent"))
 
 
 def specs(tree: Any) -> Any:
-    """How the arrays of a tree are split: a `PartitionSpec` for each.
+    """The `PartitionSpec` of each array of a tree.
 
-    A dataclass declares it where it is defined, by `pytrees.sharded`; what is not declared is on every device. Stacked
-    autoencoders are split as one is, behind the axes that they are stacked along. Gradients and moments are split as
-    their parameters are; what an optimiser keeps in other shapes (Adafactor's factored moments) is on every device.
+    Dataclasses declare it by `pytrees.sharded`; undeclared fields are replicated. Stacked autoencoders are split like
+    single ones, after the axes that they are stacked along. Gradients and moments are split like their parameters;
+    optimiser states of other shapes (Adafactor's factored moments) are replicated.
 
     Args:
-      tree: pytree of arrays, or of their shapes and dtypes, such as an `SAE` or a `TrainState`.
+      tree: pytree of arrays or `jax.ShapeDtypeStruct`s, such as an `SAE` or a `TrainState`.
 
     Example:
       >>> import jaxsae
@@ -82,7 +82,7 @@ def specs(tree: Any) -> Any:
 
 
 def _specs(node: Any, known: tuple[int, int] | None) -> Any:
-    """`specs` below a dataclass that made known how many axes are stacked, and how many latents there are."""
+    """`specs` below a dataclass that determined the number of stacked axes and of latents."""
     if jax.tree_util.all_leaves([node]):
         return REPLICATED
     fields = dataclasses.fields(node) if dataclasses.is_dataclass(node) else ()
@@ -90,7 +90,7 @@ def _specs(node: Any, known: tuple[int, int] | None) -> Any:
     found = {name: _latents(x, axes[name]) for name in axes if hasattr(x := getattr(node, name), "ndim")}  # not masked
     if known is None and found:
         first, *others = set(found.values())
-        known = (-1, 0) if others else first  # of arrays that do not fit together none is split
+        known = (-1, 0) if others else first  # if shapes are inconsistent, no array is split
 
     def spec(path, child):
         name = getattr(path[0], "name", None)
@@ -105,17 +105,17 @@ def _specs(node: Any, known: tuple[int, int] | None) -> Any:
 
 
 def _latents(x: Any, axes: tuple[str | None, ...]) -> tuple[int, int]:
-    """How many axes an array has before the declared ones, and its number of latents."""
+    """The number of axes before the declared ones, and the number of latents."""
     stacked = x.ndim - len(axes)
     return stacked, x.shape[stacked + axes.index("latent")] if stacked >= 0 else 0
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
-    """The same as shardings; over the axes that the mesh has.
+    """`specs(tree)` as `NamedSharding`s on a mesh.
 
     Args:
       tree: as for `specs`.
-      mesh: of `make_mesh`, or another.
+      mesh: of `make_mesh`, or another; axes that it does not have are left unsplit.
 
     Raises:
       ValueError: if the latents cannot be split evenly.
@@ -140,10 +140,10 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def create(make: Callable[[], Any]) -> Any:
-    """What `make()` returns, each device making its own part under the mesh in force: none ever holds the whole.
+    """Call `make()` sharded over the current mesh: each device makes its own part, and none holds the whole.
 
     Args:
-      make: a function that `jit` can trace, to a pytree of arrays.
+      make: function that `jit` can trace and that returns a pytree of arrays.
 
     Example:
       >>> import jaxsae
@@ -176,10 +176,10 @@ def abstract(make: Callable[[], Any]) -> Any:
 
 
 def rows_sharding(x: Any, mesh: Mesh) -> NamedSharding:
-    """How rows are split, if they can be evenly; else they are replicated.
+    """The sharding of rows over the axis `data`; replicated where they cannot be split evenly.
 
     Args:
-      x: `[n …]`, or its shape and dtype.
+      x: `[n …]`, an array or a `jax.ShapeDtypeStruct`.
       mesh: of `make_mesh`, or another.
 
     Example:
@@ -191,12 +191,12 @@ def rows_sharding(x: Any, mesh: Mesh) -> NamedSharding:
 
 
 def make_global_batch(x: np.ndarray, size: int, first: int) -> jax.Array:
-    """Rows of a batch, those that this process has, put on its devices.
+    """Make a global array of a batch from the rows that this process has.
 
     Args:
       x: `[n …]`, on the host.
-      size: rows of the whole batch.
-      first: which of these `x` begins with.
+      size: number of rows of the whole batch.
+      first: index in the batch of the first row of `x`.
 
     Example:
       >>> make_global_batch(np.zeros((6, 4)), size=6, first=0).shape
@@ -216,10 +216,10 @@ def make_global_batch(x: np.ndarray, size: int, first: int) -> jax.Array:
 
 
 def rows_needed(size: int) -> slice:
-    """Which rows of a batch this process needs for its devices.
+    """The rows of a batch that this process needs for its devices.
 
     Args:
-      size: rows of the whole batch.
+      size: number of rows of the whole batch.
 
     Example:
       >>> rows_needed(6)
@@ -234,7 +234,7 @@ def rows_needed(size: int) -> slice:
 
 
 def gathered(tree: Any) -> Any:
-    """The arrays of a tree in the memory of the host, whole, wherever their parts are; of all processes, on each.
+    """Fetch whole arrays to the host, wherever their parts are; in every process.
 
     Args:
       tree: pytree of arrays.
@@ -247,31 +247,31 @@ def gathered(tree: Any) -> Any:
 
 
 def on_cpu() -> bool:
-    """Whether what is being traced is for CPUs: those of the mesh in force, or the default."""
+    """Whether tracing targets CPUs: those of the current mesh, or else the default backend."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return (jax.default_backend() if device is None else device.platform) == "cpu"
 
 
 def axis_size(axis: str) -> int:
-    """How many ways the mesh in force splits an axis; 1 without one, and where each device is already on its own."""
+    """The number of devices along an axis of the current mesh; 1 without a mesh, and for manual axes."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty or axis in mesh.manual_axes else mesh.shape.get(axis, 1)
 
 
 def is_sharded(latents: int) -> bool:
-    """Whether the mesh in force is one of several devices on which work on so many latents is split by hand."""
+    """Whether the current mesh splits work on so many latents by hand, over several devices."""
     mesh = jax.sharding.get_abstract_mesh()
     ours = not mesh.empty and {"data", "latent"} <= set(mesh.axis_names)
     return ours and axis_size("data") * axis_size("latent") > 1 and latents % axis_size("latent") == 0
 
 
 def vary_alike(tree: Any, *others: Any) -> Any:
-    """A tree whose arrays vary over all axes of a `shard_map` that any of them, or of the others, varies over.
+    """Make the arrays of a tree vary over all axes of a `shard_map` that any of them, or of `others`, varies over.
 
     In a user's own `jax.shard_map(..., check_vma=True)`, the default in jax 0.10 to 0.12, the axes over which an array
-    varies are part of its type. A constant varies over none: a loop whose carry starts as one and ends as another type
-    is refused ("carry input and carry output must have equal types"), and so is a rule of a derivative whose result
-    does not vary as its argument does. JAX's own remedy is this `pcast` of what the loop starts with:
+    varies are part of its type. A constant varies over none: a loop whose carry changes its type is rejected ("carry
+    input and carry output must have equal types"), and so is a derivative rule whose result does not vary as its
+    argument does. JAX's documentation recommends this `pcast` of the initial carry:
     https://docs.jax.dev/en/latest/notebooks/shard_map.html#scan-vma
     """
     axes = _varies((tree, others))
@@ -294,7 +294,7 @@ def varying_as(inputs: Any, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStru
 
 
 def automatic(f: Callable, rows: Any = None) -> Callable:
-    """`f`, split by XLA on a mesh whose axes are Explicit too; what it returns is split as `rows [*b k]`, or whole."""
+    """`f`, split by XLA also on a mesh with Explicit axes; the result is split like `rows [*b k]`, or replicated."""
     if not jax.sharding.get_abstract_mesh().explicit_axes:
         return f
     spec = REPLICATED if rows is None else PartitionSpec(*jax.typeof(rows).sharding.spec[:-1])
@@ -302,27 +302,27 @@ def automatic(f: Callable, rows: Any = None) -> Callable:
 
 
 def rows_spec(x: Any) -> PartitionSpec:
-    """How the rows of `x [*b k]` are split under the mesh in force."""
+    """The `PartitionSpec` of the rows of `x [*b k]` on the current mesh."""
     parts = axis_size("data")
     return PartitionSpec("data") if x.ndim > 1 and parts > 1 and x.shape[0] % parts == 0 else PartitionSpec()
 
 
 def sum_rows(total: jax.Array, row: PartitionSpec) -> jax.Array:
-    """A sum over the rows of this device, made one over all rows, if they are split. In `shard_map`."""
+    """Sum a per-device total over the devices, if rows are split. In `shard_map`."""
     return jax.lax.psum(total, "data") if len(row) else total
 
 
 def local_indices(indices: jax.Array, m: int) -> jax.Array:
-    """Indices among the `m` latents of this device, from its first on; `m` for those of others. In `shard_map`."""
+    """Indices relative to the first of this device's `m` latents; `m` for latents of others. In `shard_map`."""
     at = indices - m * jax.lax.axis_index("latent")
     return jnp.where((at >= 0) & (at < m), at, m)
 
 
 def gather_atoms(dictionary: jax.Array, indices: jax.Array) -> jax.Array:
-    """Atoms `[n k d]` of this device's own rows, from the devices that have them; 0 for unused slots. In `shard_map`.
+    """Gather the atoms `[n k d]` of this device's rows from all devices; 0 for unused slots. In `shard_map`.
 
-    Of two exchanges the one of fewer bytes: every device sums up what it has of the rows of all, `(devices · n) k d`
-    numbers each; or latents for all are traded for parts of the width, `m d + n k d` with the device's own `m`.
+    It takes the cheaper of two exchanges: a reduce-scatter of the atoms of all rows, `(devices · n) k d` numbers per
+    device; or an all-to-all that trades latents for parts of the width, and back: `m d + n k d`, with the device's `m`.
 
     Args:
       dictionary: `[m d]`, the atoms of this device.
@@ -339,5 +339,5 @@ def gather_atoms(dictionary: jax.Array, indices: jax.Array) -> jax.Array:
 
 
 def shard_map(f: Callable, in_specs: Any, out_specs: Any) -> Callable:
-    """`f` of each device's own part."""
+    """`jax.shard_map` without the check of varying axes."""
     return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, check_vma=False)

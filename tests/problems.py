@@ -98,6 +98,21 @@ def activations(seed=0, *, batch=(8,), d=16, dtype=np.float32) -> jax.Array:
     return jnp.asarray(np.random.default_rng(1000 + seed).normal(size=(*batch, d)), dtype)
 
 
+def every_activation(m=32, k=4, dtype=np.float32) -> dict[str, jaxsae.autoencoder.activations.Activation]:
+    """One of each, by name, with parameters that matter. A new one has its row here, and so all laws and losses."""
+    each = [0.1 * activations(seed, batch=(), d=m, dtype=dtype) for seed in range(4)]
+    return {
+        "ReLU": jaxsae.ReLU(),
+        "TopK": jaxsae.TopK(k),
+        "AbsTopK": jaxsae.AbsTopK(k),
+        "GroupMax": jaxsae.GroupMax(4),  # has to divide m
+        "BatchTopK": jaxsae.BatchTopK(k, jnp.asarray(0.1, dtype)),
+        "JumpReLU": jaxsae.JumpReLU(0.1 + jnp.abs(each[0]), bandwidth=0.5),
+        "Gated": jaxsae.Gated(*each[1:]),
+        "MatchingPursuit": jaxsae.MatchingPursuit(max_steps=k),
+    }
+
+
 def sae(seed=0, *, d=16, m=32, activation=None, dtype=np.float32) -> jaxsae.SAE:
     """An SAE with biases that matter, and an encoder that is not quite the decoder's transpose."""
     atoms = activations(seed + 1, batch=(m,), d=d, dtype=dtype)

@@ -2,16 +2,31 @@
 
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import cases, families, judge, peers, pursuit, rates, refine, selectors, table, train
+from benchmarks import (
+    accelerator,
+    cases,
+    families,
+    judge,
+    kernels,
+    peers,
+    pursuit,
+    rates,
+    refine,
+    selectors,
+    table,
+    train,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -312,3 +327,48 @@ def test_selectors_are_compared_and_tabulated(monkeypatch):
     assert 0 < omp["nmse"] < once["nmse"] < 1
     report = {"benchmark": "selectors", "device": "d", "cores": 2, "jax": "j", "commit": "c", "rows": [once, omp]}
     assert table.markdown(report).splitlines()[-2].startswith("| omp |")
+
+
+# --- A few minutes on an accelerator
+
+
+def test_the_checks_of_an_accelerator_pass_and_find_what_is_wrong(monkeypatch):
+    case = accelerator.SIZES["tiny"][0]
+    rows = {row["what"]: row for row in accelerator.checks(case)}
+    judged = {name: row for name, row in rows.items() if "ok" in row}
+    assert len(judged) == len(kernels.OPS) + 5 and all(row["ok"] for row in judged.values())
+    assert "cpu" in rows["decode, pallas"]["note"]
+
+    right = kernels.operation
+
+    def wrong(op, case, implementation):
+        """The first number is not written, or is off by a thousandth."""
+
+        def call(x):
+            first, *others = jax.tree.leaves(right(op, case, implementation)(x))
+            spoiled = first.at[(0,) * first.ndim].set(jnp.nan) if op == "decode" else first * 1.001
+            return (spoiled, *others) if others else spoiled
+
+        return call
+
+    monkeypatch.setattr(kernels, "operation", wrong)
+    found = {row["what"]: row for row in accelerator.checks(case) if row["what"].endswith("xla") and "error" in row}
+    assert len(found) == len(kernels.OPS) and not any(row["ok"] for row in found.values())
+
+
+def test_a_part_that_fails_or_is_late_is_named_and_the_next_begins(monkeypatch, tmp_path):
+    def broken():
+        yield {"what": "first", "error": math.nan}
+        raise RuntimeError("RESOURCE_EXHAUSTED: no memory\nand more")
+
+    each = [accelerator.Part("broken", 1, broken), accelerator.Part("long", 999, broken)]
+    each += [accelerator.Part("last", 1, lambda: iter([{"what": "done", "seconds": 0.5}]))]
+    monkeypatch.setattr(accelerator, "parts", lambda *_: each)
+    rows = list(accelerator.run("full", 1, tmp_path))
+    assert [row["part"] for row in rows] == ["broken", "broken", "long", "last"]
+    assert rows[0]["error"] is None and rows[0]["ok"] is False
+    assert rows[1]["failed"] and rows[1]["note"] == "RuntimeError: RESOURCE_EXHAUSTED: no memory"
+    assert "skipped" in rows[2]["note"]
+    machine = {"benchmark": "accelerator", "device": "abacus", "cores": 1, "jax": "0", "commit": "0123456789abcdef"}
+    text = table.markdown({**machine, "rows": rows})
+    assert "2 of 4 lines failed" in text and "| last | done | 500.000 |" in text

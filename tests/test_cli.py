@@ -482,7 +482,7 @@ def test_what_a_stdout_of_ascii_cannot_print_is_escaped(folder):
 
 
 BAD_TRAIN = {
-    "too many parts": (["--mesh", 3, 3], "got a mesh of 3 × 3 for 8 devices; pass one of at most as many."),
+    "too many parts": (["--mesh", 3, 3], "got a mesh of 3 × 3 for 8 devices; pass one of at most that many."),
     "parts that do not divide": (["--mesh", 2, 3], f"got {M} latents for a mesh that splits them 3 ways"),
     "a weight that is none": (["--weights", "1e-300"], "got --weights 1e-300; pass a number from 1e-06 to 1000000."),
     "no parts": (["--mesh", 0, 1], "got --mesh 0; pass"),

@@ -314,7 +314,7 @@ def test_an_address_is_refused_wherever_a_path_is_taken_and_nothing_is_made(kind
     monkeypatch.chdir(tmp_path)
     for address in ADDRESSES:
         for call in entry_points().values():
-            refused("is an address, expected a local path; copy it here", call, kind(address))
+            refused("is a URL, expected a local path; copy it here", call, kind(address))
     assert os.listdir(tmp_path) == []
 
 

@@ -44,7 +44,7 @@ def test_psnr():
     for wrong in (0.0, -1.0, np.nan, np.inf):
         with pytest.raises(ValueError, match="data_range"):
             images.psnr(clean, clean, data_range=wrong)
-    with pytest.raises(ValueError, match="pass pictures of one shape"):
+    with pytest.raises(ValueError, match="pass equal shapes"):
         images.psnr(clean, clean[:1])
 
 
@@ -227,7 +227,7 @@ BAD = [
     (lambda: images.denoise(chequered(), float("nan")), "above 0"),
     (lambda: images.inpaint(chequered(), np.zeros((3, 3), bool)), "height and width"),
     (lambda: images.inpaint(chequered(), np.ones((32, 40), bool)), "every pixel is missing"),
-    (lambda: images.inpaint(chequered(), np.zeros((32, 40), bool)), "got a mask of which no pixel is True"),
+    (lambda: images.inpaint(chequered(), np.zeros((32, 40), bool)), "got a mask in which no pixel is missing"),
     (lambda: images.inpaint(chequered(), np.full((32, 40), 255, np.uint8)), "other than 0 and 1"),
     (lambda: images.inpaint(chequered(), np.full((32, 40), np.nan)), "other than 0 and 1"),
     (lambda: images.inpaint(chequered(), chequered() > 99, sigma=-1.0), "0 or more"),
@@ -264,7 +264,7 @@ def test_transparency_is_dropped_and_deep_pictures_are_refused(tmp_path):
     Image.new("LA", (9, 8), (100, 10)).save(tmp_path / "grey.png")
     assert image_files.read(tmp_path / "grey.png").shape == (8, 9)
     Image.new("I;16", (9, 8)).save(tmp_path / "deep.png")
-    with pytest.raises(InputError, match="8 bits a channel"):
+    with pytest.raises(InputError, match="8 bits per channel"):
         image_files.read(tmp_path / "deep.png")
 
 
@@ -292,7 +292,7 @@ def test_a_picture_is_read_and_written_as_it_is_seen(orientation, suffix, tmp_pa
 
 
 def png(depth, kind, channels):
-    """A PNG of `depth` bits a channel, of any kind, which Pillow does not write."""
+    """A PNG of `depth` bits per channel, of any kind, which Pillow does not write."""
     import zlib
 
     def chunk(name, content):
@@ -328,16 +328,16 @@ def saved(kind, mode, **options):
 
 
 UNREAD = {
-    "16-bit colours": (png(16, 2, 3), "8 bits a channel"),
-    "16-bit grey": (png(16, 0, 1), "8 bits a channel"),
-    "16-bit grey and transparency": (png(16, 4, 2), "8 bits a channel"),
-    "16-bit colours and transparency": (png(16, 6, 4), "8 bits a channel"),
-    "16-bit TIFF": (tiff(16, 3), "8 bits a channel"),
-    "16-bit grey TIFF": (tiff(16, 1), "8 bits a channel"),
-    "floats": (tiff(32, 1, sample=3), "8 bits a channel"),
-    "16-bit PPM": (b"P6 8 8 65535\n" + bytes(8 * 8 * 6), "8 bits a channel"),
-    "10-bit PPM": (b"P6 8 8 1023\n" + bytes(8 * 8 * 6), "8 bits a channel"),
-    "10-bit PGM": (b"P5 8 8 1023\n" + bytes(8 * 8 * 2), "8 bits a channel"),
+    "16-bit colours": (png(16, 2, 3), "8 bits per channel"),
+    "16-bit grey": (png(16, 0, 1), "8 bits per channel"),
+    "16-bit grey and transparency": (png(16, 4, 2), "8 bits per channel"),
+    "16-bit colours and transparency": (png(16, 6, 4), "8 bits per channel"),
+    "16-bit TIFF": (tiff(16, 3), "8 bits per channel"),
+    "16-bit grey TIFF": (tiff(16, 1), "8 bits per channel"),
+    "floats": (tiff(32, 1, sample=3), "8 bits per channel"),
+    "16-bit PPM": (b"P6 8 8 65535\n" + bytes(8 * 8 * 6), "8 bits per channel"),
+    "10-bit PPM": (b"P6 8 8 1023\n" + bytes(8 * 8 * 6), "8 bits per channel"),
+    "10-bit PGM": (b"P5 8 8 1023\n" + bytes(8 * 8 * 2), "8 bits per channel"),
     "CMYK": (saved("JPEG", "CMYK"), "mode CMYK; expected grey or RGB"),
     "Lab": (saved("TIFF", "LAB"), "mode LAB; expected grey or RGB"),
     "pages": (saved("TIFF", "L", save_all=True, append_images=[Image.new("L", (9, 8))]), "holds 2 pictures"),
@@ -411,7 +411,7 @@ def test_a_format_that_is_not_written_is_refused_before_the_work(suffix, tmp_pat
         options = [str(part) for pair in files.items() for part in pair]
         assert main(["denoise", str(tmp_path / "in.png"), "--sigma", "25", *options]) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert "a suffix that Pillow does not know" in line
+        assert "Pillow cannot write this suffix" in line
 
 
 def test_what_a_format_cannot_hold_is_refused_before_the_work(tmp_path):
@@ -448,7 +448,7 @@ def small(folder):
         (not_a_picture, ["--sigma", "25", "--out", "out.png"], "cannot be read as a picture"),
         (truncated, ["--sigma", "25", "--out", "out.png"], "cannot be read as a picture"),
         (small, ["--sigma", "25", "--out", "out.png"], "at least 8 × 8"),
-        (small, ["--sigma", "25", "--out", "out.txt"], "a suffix that Pillow does not know"),
+        (small, ["--sigma", "25", "--out", "out.txt"], "Pillow cannot write this suffix"),
     ],
 )
 def test_the_command_says_in_one_line_what_is_wrong(prepare, options, message, tmp_path, capsys, monkeypatch):
@@ -537,5 +537,5 @@ def test_16_bits_in_a_plane_for_each_channel_are_refused(tmp_path):
     places = [start + number * size for number in range(3)]
     content += struct.pack("<I3H6I", 0, 16, 16, 16, *places, size, size, size) + planes
     (tmp_path / "a.tif").write_bytes(content)
-    with pytest.raises(InputError, match=r"a\.tif: has more than 8 bits a channel; expected 8"):
+    with pytest.raises(InputError, match=r"a\.tif: has more than 8 bits per channel; expected 8"):
         image_files.read(tmp_path / "a.tif")

@@ -241,7 +241,7 @@ def test_a_state_that_is_never_finite_is_given_up_and_the_last_good_one_is_kept(
     assert np.isfinite(caught.value.state.sae.W_dec).all()
 
 
-def test_an_infinite_threshold_is_a_number(loop):
+def test_an_infinite_threshold_is_a_number(mixed, loop):
     loop.model = sae(activation=jaxsae.JumpReLU(jnp.full(32, 0.1).at[3].set(jnp.inf)))
     state = training.init_state(loop.model, optax.adam(1.0))
     assert not job._infinite(state).any()

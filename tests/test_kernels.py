@@ -494,6 +494,30 @@ def test_the_benchmark_runs_where_there_is_no_kernel():
     assert "| scatter_add | xla |" in text
 
 
+@pytest.mark.slow
+def test_an_accelerator_checks_and_tunes_its_kernels_in_one_go(on, monkeypatch, tmp_path):
+    from benchmarks import accelerator, kernels as benchmark
+
+    monkeypatch.setattr(tuning, "TABLE", tuning.TABLE)  # is put back
+    monkeypatch.setattr(choice, "_divided", lambda: False)
+    on("gpu")
+    case, device = accelerator.Case(32, 64, 4, 8), choice.default_device()[1]
+    checked = [row for row in accelerator.checks(case) if "pallas" in row["what"]]
+    assert len(checked) == len(benchmark.OPS) and all(row["ok"] for row in checked)
+    try:
+        rows = list(accelerator.operations(case, tmp_path, accelerator.Ceilings(1e9, 1e9)))
+        tuned = [row for row in rows if row["what"].endswith("pallas") and "over_xla" in row]
+        assert [row["what"] for row in tuned] == [f"{op}, pallas" for op in benchmark.OPS]
+        for row, op in zip(tuned, benchmark.OPS, strict=True):
+            assert row["tried"] == len(list(benchmark.one_at_a_time("gpu", op)))
+            entry = tuning.nearest(op, "gpu", device, d=case.d, k=case.k, dtype="float32")
+            assert entry is not None and (entry["options"], entry["speedup"]) == (row["options"], row["over_xla"])
+        assert len(tuning.table()) == len(json.loads((tmp_path / "blocks.json").read_text()))
+    finally:
+        monkeypatch.undo()
+        tuning.table.cache_clear()
+
+
 # --- Lowered and compiled, without a device
 
 ISSUE = [(768, 16384, 32), (2304, 131072, 64), (4096, 1048576, 128)]

@@ -249,7 +249,7 @@ def test_shrinkage_with_a_mean_far_from_zero():
     np.testing.assert_allclose(found.nmse_after, expected["nmse_after"], rtol=1e-3)
 
 
-def test_bfloat16_counts_beyond_256(mixed):
+def test_bfloat16_counts_beyond_256():
     # bfloat16 has 8 digits: counted in it, 256 + 1 is 256.
     rows = 301
     model = sae(m=M, dtype=jnp.bfloat16)
@@ -398,7 +398,7 @@ def test_of_no_rows_and_of_no_active_values_every_ratio_is_nan_or_0():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-def test_thousands_of_equal_batches_have_the_ratios_of_one(dtype, mixed):
+def test_thousands_of_equal_batches_have_the_ratios_of_one(dtype):
     model, *rows = jax.tree.map(np.asarray, case())
     x, code, refined = jax.tree.map(lambda leaf: leaf[: ROWS // 2], rows)
     model, x, code, refined = jax.tree.map(

@@ -348,7 +348,7 @@ def here(world, monkeypatch, tmp_path):
 
     monkeypatch.setattr(hub, "_fetch", offline)
     monkeypatch.setattr(language_model, "fetch", lambda name: Path(name))
-    monkeypatch.setattr(plan, "topology_mesh", lambda topology, data: training._mesh(data, 8 // data))
+    monkeypatch.setattr(plan, "topology_mesh", lambda topology, data=1, latent=8: training._mesh(data, latent))
     for name in ("FULL", "QUICK", "FULL_MODEL", "QUICK_MODEL"):
         heldout = 15 if "MODEL" in name else 16
         monkeypatch.setattr(study, name, study.Plan(M, 2, 8, heldout, l1=(0.1,), train_rows=64))

@@ -12,11 +12,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from problems import every_activation
 
 import jaxsae
 from benchmarks import guide
 from jaxsae._core.files import InputError
-from jaxsae.autoencoder.activations import MatchingPursuit
 from jaxsae.autoencoder.normalisation import LayerNorm
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -52,7 +52,7 @@ def public() -> dict[str, object]:
     """
     found, seen, modules = {}, set(), [("jaxsae", jaxsae)]
     for path, module in modules:  # which grows
-        for name in getattr(module, "__all__", None) or index(module):
+        for name in getattr(module, "__all__", None) or [*index(module), *getattr(module, "_LAZY", ())]:
             thing = getattr(module, name)
             if inspect.ismodule(thing):
                 modules.append((f"{path}.{name}", thing))
@@ -190,14 +190,7 @@ def test_the_guide_has_the_numbers_of_the_committed_benchmarks():
 def test_the_guide_says_what_each_format_can_write(tmp_path):
     m, one = 8, jnp.full(8, 0.1)
     activations = {
-        "ReLU": jaxsae.ReLU(),
-        "TopK": jaxsae.TopK(2),
-        "AbsTopK": jaxsae.AbsTopK(2),
-        "BatchTopK": jaxsae.BatchTopK(2, threshold=0.1),
-        "JumpReLU": jaxsae.JumpReLU(jnp.linspace(0.1, 0.2, m)),
-        "GroupMax": jaxsae.GroupMax(2),
-        "Gated": jaxsae.Gated(0 * one, 0 * one, one),
-        "MatchingPursuit": MatchingPursuit(),
+        **every_activation(m, 2),
         "JumpReLU of one threshold": jaxsae.JumpReLU(one),
         "TopK on `LayerNorm` rows": jaxsae.TopK(2),
     }
@@ -217,7 +210,7 @@ def test_the_guide_says_what_each_format_can_write(tmp_path):
         can = {name for name in activations if writes(format, name)}
         plain = can & {name for name in activations if " " not in name}
         said = set(re.split("[,;] ", told[format]))
-        assert said == ({"everything"} if len(plain) == 8 else plain) | (said & can)
+        assert said == ({"everything"} if len(plain) == len(every_activation()) else plain) | (said & can)
 
 
 def test_the_example_of_contributing_is_what_the_files_have():

@@ -666,7 +666,7 @@ def test_check_passes_a_refit_that_converged():
 @pytest.mark.parametrize(
     ("info", "message"),
     [
-        (info_of([0, 2, 0], [0.0, np.nan, 0.0]), r"1 of 3 rows hold NaN or Inf \(rows 1\); mend them\.$"),
+        (info_of([0, 2, 0], [0.0, np.nan, 0.0]), r"1 of 3 rows hold NaN or Inf \(rows 1\); fix them\.$"),
         (
             info_of([1, 0, 1, 1], [1e-3, 0.0, 2e-2, 1e-4]),
             r"3 of 4 rows stopped at max_steps \(rows 2, 0, 3\), the worst at KKT 2\.0e-02; raise max_steps or tol",

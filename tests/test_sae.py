@@ -2,10 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import activations, assert_same_bits, f64, sae
+from problems import activations, assert_same_bits, every_activation, f64, sae
 
 import jaxsae
-from jaxsae import SparseCode
+from jaxsae import SparseCode, pytrees
 from jaxsae.autoencoder import normalisation
 
 # Compiled, since op by op every shape costs dozens of small compilations.
@@ -368,3 +368,15 @@ def test_equal_numbers_have_no_spread(value):
     found, slope = jax.value_and_grad(lambda x: jnp.sum(normalisation.LayerNorm()(x).inputs ** 2))(row)
     assert found == 0
     assert not np.any(slope)
+
+
+@pytest.mark.parametrize("name", ["AbsTopK", "Gated", "MatchingPursuit", "SquareOfTopK"])
+def test_rethreshold_refuses_what_no_threshold_can_replace(name):
+    @pytrees.dataclass
+    class SquareOfTopK(jaxsae.TopK):
+        def __call__(self, pre):
+            return super().__call__(pre) ** 2
+
+    activation = {**every_activation(), "SquareOfTopK": SquareOfTopK(4)}[name]
+    with pytest.raises(ValueError, match=f"`rethreshold` got {name}, whose values are not the largest"):
+        jaxsae.autoencoder.rethreshold(sae(activation=activation), activations(), 2.0)

@@ -43,12 +43,12 @@ def command(capsys, *options):
 
 
 def test_the_command_tells_what_a_slice_is_used_for(capsys):
-    code, out, err = command(capsys, "--latents", 4096, "--topology", "v5e:2x2", "--data", 2)
+    code, out, err = command(capsys, "--latents", 4096, "--topology", "v5e:2x2", "--mesh", 2, 2)
     assert (code, err) == (0, "")
     assert out.startswith("4 chips v5e:2x2: rows 2 ways, latents 2 ways; a chip has 16.00 GiB\n")
     assert out.count("a billion rows") == 2
     assert " all-reduce " in out
-    code, again, _ = command(capsys, "--latents", 4096, "--topology", "v5e:2x2", "--data", 2, "--json")
+    code, again, _ = command(capsys, "--latents", 4096, "--topology", "v5e:2x2", "--mesh", 2, 2, "--json")
     told = json.loads(again)
     assert (told["chips"], told["latent"], told["fits"]) == (4, 2, True)
     for program in told["programs"].values():
@@ -63,7 +63,7 @@ def test_the_command_tells_what_a_slice_is_used_for(capsys):
         (["--latents", 1000, "--topology", "v5e:4x4"], "got 1000 latents for a mesh that splits them 16 ways"),
         (["--latents", 1024, "--topology", "v5e:3x3"], "cannot compile for v5e:3x3 ("),
         (["--latents", 1024, "--topology", "v9:1"], "got topology 'v9:1'; pass a kind of v4, v5e, v5p, v6e"),
-        (["--latents", 1024, "--topology", "v5e:2x2", "--data", 3], "got 3 parts of the rows for 4 chips"),
+        (["--latents", 1024, "--topology", "v5e:2x2", "--mesh", 3, 1], "got a mesh of 3 × 1 for 4 chips"),
     ],
 )
 def test_what_cannot_be_planned_is_one_clear_line(options, message, capsys):

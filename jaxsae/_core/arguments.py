@@ -1,9 +1,9 @@
-"""What an option may be: declared on its type, and checked in one place, before any work.
+"""Validation of options: allowed values are declared in type annotations and checked before any work.
 
     def train(*, batch: Count = 1024, out: OutputDirectory, ...): ...
 
-`check(train, {"batch": 0})` raises "got batch 0; pass a whole number from 1 to 2147483647.": for commands, jobs and
-their options alike, so that whoever adds one cannot forget to.
+`check(train, {"batch": 0})` raises "got batch 0; pass a whole number from 1 to 2147483647." Commands, jobs and their
+options are all checked this way.
 """
 
 import functools
@@ -19,16 +19,16 @@ from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_
 
 from jaxsae._core.files import InputError, local_path
 
-_LARGEST = 2.0**127  # about what float32 holds
+_LARGEST = 2.0**127  # about the largest float32
 
 
 class Range(NamedTuple):
-    """Finite numbers from `low` to `high`; whole ones, if the type is int.
+    """Finite numbers from `low` to `high`; whole numbers if the type is int.
 
     Attributes:
-      low: the least.
+      low: the smallest.
       high: the largest.
-      above: whether `low` itself is left out.
+      above: whether `low` itself is excluded.
     """
 
     low: float
@@ -36,9 +36,9 @@ class Range(NamedTuple):
     above: bool = False
 
     def require(self, kind: Any, name: str, value: Any) -> None:
-        """Raise unless it is such a number."""
-        right = isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
-        number: Any = value if right else math.nan
+        """Raise unless the value is such a number."""
+        valid = isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
+        number: Any = value if valid else math.nan
         if not self.low <= number <= self.high or (self.above and number == self.low):
             what = "whole number" if kind is int else "number"
             start = f"above {self.low:g} and up to" if self.above else f"from {self.low:g} to"
@@ -46,50 +46,50 @@ class Range(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """One of some names.
+    """One of several names.
 
     Attributes:
-      names: all of them.
+      names: the names allowed.
     """
 
     names: tuple[str, ...]
 
     def require(self, kind: Any, name: str, value: Any) -> None:
-        """Raise unless it is one of them."""
+        """Raise unless the value is one of them."""
         if value not in self.names:
             raise InputError(f"got {name} {_shown(value)}, expected one of: {', '.join(self.names)}.")
 
 
 class Text(NamedTuple):
-    """A string of some form.
+    """A string that matches a pattern.
 
     Attributes:
-      form: regular expression of the whole of it.
-      what: it is, in words.
+      form: regular expression that the whole string must match.
+      what: description of the string, for the message.
     """
 
     form: str
     what: str
 
     def require(self, kind: Any, name: str, value: Any) -> None:
-        """Raise unless it has that form."""
+        """Raise unless the value matches."""
         if not isinstance(value, str) or not re.fullmatch(self.form, value):
             raise InputError(f"got {name} {_shown(value)}; pass {self.what}.")
 
 
 class Input(NamedTuple):
-    """A file or directory to be read, or a name that stands for one.
+    """A file or directory to read, or a name for one.
 
     Attributes:
-      must_exist: whether it must exist; not where whatever reads it has a better message.
-      scheme: of addresses that the reader takes too, such as `"hf"`.
+      must_exist: whether to check that it exists; False if its reader has a better error message.
+      scheme: URL scheme that is accepted too, such as `"hf"`.
     """
 
     must_exist: bool = False
     scheme: str | None = None
 
     def require(self, kind: Any, name: str, value: Any) -> None:
-        """Raise unless it can be read, as far as one can tell from outside."""
+        """Raise unless the path is valid and, if required, exists."""
         if self.scheme is not None and str(value).startswith(f"{self.scheme}://"):
             return
         path = _local(name, value)
@@ -103,16 +103,16 @@ class Input(NamedTuple):
 
 
 class Output(NamedTuple):
-    """Where a file or a directory can be written.
+    """A path to which a file or a directory can be written.
 
     Attributes:
-      over: what may be there already: `Path.is_file`, `Path.is_dir`, or both.
+      over: what may exist there already: `Path.is_file`, `Path.is_dir`, or both.
     """
 
     over: tuple[Callable[[Path], bool], ...]
 
     def require(self, kind: Any, name: str, value: Any) -> None:
-        """Raise unless something can be; nothing is left there."""
+        """Raise unless the path is writable; leaves no file behind."""
         path = _local(name, value)
         try:
             if path.exists() and not any(test(path) for test in self.over):
@@ -125,12 +125,13 @@ class Output(NamedTuple):
 
 Count = Annotated[int, Range(1, 2**31 - 1)]
 Index = Annotated[int, Range(0, 2**31 - 1)]
+Parts = Annotated[int, Range(1, 2**16)]  # of a mesh
 Seed = Annotated[int, Range(0, 2**32 - 1)]
 Positive = Annotated[float, Range(0, above=True)]
 Weight = Annotated[float, Range(0)]
 Proportion = Annotated[float, Range(1e-6, 1e6)]
 InputPath = Annotated[Path, Input()]
-InputFiles = tuple[Annotated[Path, Input(must_exist=True)], ...]  # read one after the other
+InputFiles = tuple[Annotated[Path, Input(must_exist=True)], ...]  # read in order
 DIRECTORY = Output((Path.is_dir,))
 OutputFile = Annotated[Path, Output((Path.is_file,))]
 OutputDirectory = Annotated[Path, DIRECTORY]
@@ -143,15 +144,15 @@ ROWS_DTYPE = Choice(("float16", "float32"))
 
 
 def check(declaration: Callable, values: Mapping[str, Any], name: Callable[[str], str] = str) -> None:
-    """Raise unless each value is one that its declared type allows.
+    """Raise unless each value is allowed by its declared type.
 
     Args:
-      declaration: a function or a `NamedTuple`, whose annotations are looked at.
-      values: of some of its parameters or fields.
-      name: what a parameter is called in the message.
+      declaration: a function or a `NamedTuple`, whose annotations declare the types.
+      values: values of some of its parameters or fields.
+      name: maps a parameter to its name in the message.
 
     Raises:
-      InputError: what was got, and what to pass, of the first that is not.
+      InputError: for the first value that is not, with what was got and what to pass.
 
     Example:
       >>> class Options(NamedTuple):

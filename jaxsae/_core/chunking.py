@@ -1,4 +1,4 @@
-"""Run a function of rows over any leading batch, a chunk of rows at a time, in bounded memory."""
+"""Map functions over batches of rows, a chunk at a time, in bounded memory."""
 
 import functools
 import math
@@ -11,14 +11,14 @@ from jaxtyping import Array, Bool
 
 from jaxsae import sharding
 
-WORKSPACE_BYTES = 256 << 20  # the default bound of what a chunk may need
-# Rows of a chunk on a CPU, whatever the batch, so that a row goes through the same arithmetic, bitwise, alone or
-# among thousands. It is also as many as keep what they gather in the cache.
+WORKSPACE_BYTES = 256 << 20  # default bound on the memory of a chunk
+# Rows of a chunk on a CPU, whatever the batch, so that the result of a row is bitwise identical alone or among
+# thousands. What so many rows gather also stays in the cache.
 _CPU_ROWS = 16
 
 
 def _chunk_size(total: int, row_bytes: int, workspace_bytes: int, cpu_rows: int) -> tuple[int, int]:
-    """Rows of a chunk, and how many chunks."""
+    """The number of rows of a chunk, and the number of chunks."""
     most = max(1, workspace_bytes // max(row_bytes, 1))
     if sharding.on_cpu():
         most = min(most, cpu_rows)
@@ -39,20 +39,20 @@ def scan_chunks(
 ) -> tuple[Any, Any]:
     """Fold `f(carry, *chunk) -> (carry, outputs)` over chunks of rows.
 
-    Rows are dealt to the chunks in strides, so that a batch sharded over devices stays where it is.
+    Chunks take rows in strides, so that a batch sharded over devices is not moved.
 
     Args:
-      f: function of arrays `[n ...]` whose outputs are arrays `[n ...]`; rows of zeros must be harmless
-        to it and to `carry`, since the last rows may be such padding.
-      carry: state handed from chunk to chunk.
+      f: function of arrays `[n ...]` whose outputs are arrays `[n ...]`; rows of zeros must not
+        change `carry`, since the last rows may be such padding.
+      carry: state passed from chunk to chunk.
       *arrays: pytrees of arrays `[*b ...]`.
       batch: the leading shape `*b`.
-      row_bytes: memory that `f` needs for one row, in bytes.
-      workspace_bytes: most bytes that a chunk may need; a single row is one, whatever it needs.
-      cpu_rows: most rows of a chunk on a CPU, a multiple of 16 if more.
+      row_bytes: memory that `f` needs per row, in bytes.
+      workspace_bytes: most bytes that a chunk may need; a chunk has at least one row.
+      cpu_rows: most rows of a chunk on a CPU; if more than 16, a multiple of 16.
 
     Returns:
-      The last carry, and the outputs as `[*b ...]`.
+      The final carry, and the outputs as `[*b ...]`.
     """
     total = math.prod(batch)
     size, chunks = _chunk_size(total, row_bytes, workspace_bytes, cpu_rows)
@@ -79,7 +79,7 @@ def scan_chunks(
 
 
 def map_chunks(f: Callable, *arrays: Any, **options: Any) -> Any:
-    """Apply `f(*chunk) -> outputs` to chunks of rows; arguments as of `scan_chunks`."""
+    """Apply `f(*chunk) -> outputs` to chunks of rows; arguments as for `scan_chunks`."""
     return scan_chunks(lambda _, *chunk: (None, f(*chunk)), None, *arrays, **options)[1]
 
 
@@ -91,18 +91,18 @@ def revise_rows(
     row_bytes: int,
     workspace_bytes: int = WORKSPACE_BYTES,
 ) -> Any:
-    """Replace `outputs` by `f(*chunk)` in the rows that a mask names, as many chunks of them as there are.
+    """Replace `outputs` by `f(*chunk)` in the rows where a mask is true, a chunk at a time.
 
     Args:
-      f: as of `scan_chunks`.
-      where: `[n]`, the rows to visit; the others cost nothing.
-      outputs: pytree of arrays `[n ...]`, of the shapes and dtypes that `f` returns.
+      f: function of arrays `[n ...]` whose outputs are arrays `[n ...]`.
+      where: `[n]`, the rows to compute; the others cost nothing.
+      outputs: pytree of arrays `[n ...]`, with the dtypes that `f` returns.
       *arrays: pytrees of arrays `[n ...]`.
-      row_bytes: memory that `f` needs for one row, in bytes.
-      workspace_bytes: most bytes that a chunk may need; a single row is one, whatever it needs.
+      row_bytes: memory that `f` needs per row, in bytes.
+      workspace_bytes: most bytes that a chunk may need; a chunk has at least one row.
 
     Returns:
-      The outputs, revised.
+      The outputs, with those rows replaced.
     """
     total = where.shape[0]
     if total == 0:
@@ -120,27 +120,27 @@ def revise_rows(
 
 
 def pad_rows(x: jax.Array, n: int, value: int) -> jax.Array:
-    """`n` rows: those there are, and behind them rows of a value."""
+    """`x` padded to `n` rows with a constant value."""
     return x if len(x) == n else jnp.pad(x, [(0, n - len(x)), *[(0, 0)] * (x.ndim - 1)], constant_values=value)
 
 
 def each_row(f: Callable[[jax.Array], jax.Array], x: jax.Array, *, flops: int) -> jax.Array:
     """Apply `f` to each row of a chunk.
 
-    On a CPU the loop is unrolled if a row costs enough `flops`: XLA runs products that do not wait for each other on
-    several cores, and a batch of them on one.
+    On a CPU the loop is unrolled if a row costs enough `flops`: XLA runs independent products on several cores, but a
+    batched product on one.
     """
     if not sharding.on_cpu() or flops < 1 << 18:
         return jax.vmap(f)(x)
-    # Without the barrier XLA computes each row wherever a result is read, and takes minutes to compile that.
+    # Without the barrier XLA recomputes each row wherever a result is read, which takes minutes to compile.
     return jnp.stack(jax.lax.optimization_barrier([f(x[row]) for row in range(x.shape[0])]))
 
 
 def fold_vmap(f: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """Give `f(shared, per_row)` a vmap that widens the leading batch instead of batching every operation inside.
+    """Give `f(shared, per_row)` a vmap that extends the leading batch instead of batching every operation inside.
 
-    Then `vmap(f)` over rows has the memory bound, the speed and, bitwise, the result of one call on the whole batch. If
-    something shared is mapped too (one dictionary each), the entries of the batch run one after another.
+    `vmap(f)` over rows then has the memory bound and the speed of one call on the whole batch, and its bitwise
+    identical result. If `shared` is mapped too (one dictionary each), the entries run one after another.
     """
     folded = jax.custom_batching.custom_vmap(f)
 
@@ -161,7 +161,7 @@ def fold_vmap(f: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
 
 
 def over_rows(f: Callable[[Any, Any, Any], Any]) -> Callable[[Any, Any, Any], Any]:
-    """Compile `f(static, shared, per_row)` for each `static`, with the vmap of `fold_vmap`."""
+    """Compile `f(static, shared, per_row)` for each `static`, with the `vmap` of `fold_vmap`."""
 
     @functools.cache
     def folded(static):

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, and what is wrong with one is said in one sentence."""
+"""Atomic writes, paths and locks, with errors that are one sentence."""
 
 import contextlib
 import ctypes
@@ -15,16 +15,16 @@ from typing import IO, Any
 
 
 class InputError(ValueError):
-    """A file, or a choice, that the user can mend; the message says what was got, what was expected and what to do."""
+    """Invalid input that the user can correct; the message states what was got, what was expected and what to do."""
 
     __module__ = "jaxsae"  # where it is public
 
 
 def cache() -> Path:
-    """Where things are kept that can be had again: `$JAXSAE_CACHE`, or else the user's cache directory.
+    """The cache directory: `$JAXSAE_CACHE`, or else the user's cache directory.
 
     Raises:
-      InputError: if neither is known.
+      InputError: if `JAXSAE_CACHE` is not set and platformdirs is not installed.
 
     Example:
       >>> isinstance(cache(), Path)
@@ -40,10 +40,10 @@ def cache() -> Path:
 
 
 def json_number(value: Any) -> float | None:
-    """A number as JSON can hold it, which has no NaN, the mean of nothing for example: that is null.
+    """A number for JSON, with None (null) in place of NaN and infinity.
 
     Args:
-      value: a number, or an array of one.
+      value: a number, or an array with one element.
 
     Example:
       >>> json_number(0.5), json_number(float("nan"))
@@ -53,34 +53,34 @@ def json_number(value: Any) -> float | None:
 
 
 def local_path(path: str | os.PathLike) -> Path:
-    """A path of this machine's file systems; whatever takes a path of the user's asks here.
+    """A path on a local file system, or an error if it is a URL.
 
     Args:
       path: any path.
 
     Raises:
-      InputError: if it is an address, `gs://bucket/run`, that would make a local directory `gs:`.
+      InputError: if it is a URL, such as `gs://bucket/run`, which would create a local directory `gs:`.
 
     Example:
       >>> local_path("run/sae").name
       'sae'
       >>> local_path(Path("gs://bucket/run"))
       Traceback (most recent call last):
-      jaxsae.InputError: gs:/bucket/run: is an address, expected a local path; copy it here, or mount the bucket.
+      jaxsae.InputError: gs:/bucket/run: is a URL, expected a local path; copy it here, or mount the bucket.
     """
     scheme = re.match(r"([a-z][a-z0-9+.-]+):/", os.fspath(path), re.IGNORECASE)  # `Path` makes one slash of two
     if scheme is None:
         return Path(path)
-    do = {"hf": "hf:// is for an SAE to read, as a string", "file": "leave out file://"}
+    do = {"hf": "hf:// is only for reading an SAE, as a string", "file": "leave out file://"}
     do = do.get(scheme[1].lower(), "copy it here, or mount the bucket")
-    raise InputError(f"{os.fspath(path)}: is an address, expected a local path; {do}.")
+    raise InputError(f"{os.fspath(path)}: is a URL, expected a local path; {do}.")
 
 
 def settled(path: str | os.PathLike) -> Path:
-    """Where a directory is that `atomic_directory` wrote: a crash may have left its old content beside its place.
+    """The path of a directory that `atomic_directory` wrote, or of the old version that a crash left beside it.
 
     Args:
-      path: of the directory, there or not.
+      path: of the directory, which need not exist.
 
     Example:
       >>> settled("run/sae").name
@@ -91,35 +91,35 @@ def settled(path: str | os.PathLike) -> Path:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line; its type, if it says nothing.
+    """The first line of an error's message; its type, if the message is empty.
 
     Args:
-      error: of any library.
+      error: any exception.
 
     Example:
       >>> first_line(KeyError("dtype")), first_line(EOFError())
       ("no 'dtype'", 'EOFError')
     """
-    said = f"no {error}" if isinstance(error, KeyError) else str(error).strip()
-    return (said or type(error).__name__).splitlines()[0]
+    message = f"no {error}" if isinstance(error, KeyError) else str(error).strip()
+    return (message or type(error).__name__).splitlines()[0]
 
 
 @contextlib.contextmanager
 def in_one_line(what: str, do: str) -> Iterator[None]:
-    """Turn whatever a damaged file makes its reader raise into an `InputError`, "{what} ({reason}); {do}".
+    """Turn any exception that reading a damaged file raises into an `InputError`, "{what} ({reason}); {do}".
 
     Args:
-      what: is wrong, and with which file.
+      what: which file is wrong, and how.
       do: what the user can do.
 
     Raises:
-      InputError: for any error in the block but an `InputError`, or the `ImportError` of a package, which pass.
+      InputError: for any exception in the block except `InputError` and `ImportError`, which pass through.
 
     Example:
-      >>> with in_one_line("x.json: is no JSON", "download it again"):
+      >>> with in_one_line("x.json: not JSON", "download it again"):
       ...     int("x")
       Traceback (most recent call last):
-      jaxsae.InputError: x.json: is no JSON (invalid literal for int() with base 10: 'x'); download it again.
+      jaxsae.InputError: x.json: not JSON (invalid literal for int() with base 10: 'x'); download it again.
     """
     try:
         yield
@@ -135,12 +135,12 @@ def _aside(path: Path) -> Path:
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it takes its name, on the disk, when the block ends well.
+    """Yield a temporary path beside `path`, which is flushed and renamed to `path` when the block succeeds.
 
-    Any crash leaves the old file or the new one, whole; after one, `.NAME.….partial` may be left beside it.
+    After a crash the old file or the new one is there, whole; `.NAME.….partial` may be left beside it.
 
     Args:
-      path: of the file; directories that are missing are made.
+      path: of the file; missing directories are created.
 
     Raises:
       InputError: if nothing can be written there.
@@ -163,13 +163,13 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary directory beside `path`; it takes its name, and its place, when the block ends well.
+    """Yield a temporary directory beside `path`, which replaces `path` when the block succeeds.
 
-    Any crash leaves the old directory or the new one, whole. Where the file system cannot exchange two directories, the
-    old one may then be beside its place: `settled` finds it.
+    After a crash the old directory or the new one is there, whole. Where the file system cannot exchange two
+    directories, the old one may have another name: `settled` finds it.
 
     Args:
-      path: of the directory; those above it that are missing are made.
+      path: of the directory; missing parents are created.
 
     Raises:
       InputError: if nothing can be written there.
@@ -197,7 +197,7 @@ def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def _put(new: Path, path: Path) -> None:
-    """Give a directory its place; what was there is then in the temporary folder, or set aside."""
+    """Move a directory to `path`; the previous one is then in the temporary folder, or set aside."""
     if not os.path.lexists(path):
         os.rename(new, path)
         return
@@ -205,7 +205,7 @@ def _put(new: Path, path: Path) -> None:
         _exchange(new, path)
         return
     except OSError:
-        pass  # two renames, then: if they fail as well, they say why
+        pass  # fall back to two renames, which raise if they fail too
     remove(_aside(path))
     os.rename(path, _aside(path))
     flush_folder(path.parent)
@@ -217,7 +217,7 @@ def _put(new: Path, path: Path) -> None:
 
 
 def _exchange(a: Path, b: Path) -> None:
-    """Exchange what two names stand for, in one step; an OSError where that cannot be done."""
+    """Exchange two paths atomically; raise OSError where that is not supported."""
     libc, names = ctypes.CDLL(None, use_errno=True), (os.fsencode(a), os.fsencode(b))
     if hasattr(libc, "renameat2"):  # Linux
         here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
@@ -231,10 +231,10 @@ def _exchange(a: Path, b: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a directory and all that is in it, if it is there.
+    """Remove a file, or a directory and its contents, if it exists.
 
     Args:
-      path: of it.
+      path: of the file or directory.
 
     Example:
       >>> remove(Path("no-such-place"))
@@ -246,7 +246,7 @@ def remove(path: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Put the content of a file on the disk."""
+    """Flush a file to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -255,7 +255,7 @@ def _flush(path: Path) -> None:
 
 
 def flush_folder(path: str | os.PathLike) -> None:
-    """Put the names in a folder on the disk; a file system that cannot may lose the last ones with the power.
+    """Flush a folder's entries to disk. Where that is not supported, recent entries may be lost on power failure.
 
     Args:
       path: of the folder.
@@ -269,14 +269,14 @@ def flush_folder(path: str | os.PathLike) -> None:
 
 @contextlib.contextmanager
 def owned(folder: str | os.PathLike, *, warn: Callable[[str], None] = lambda text: None) -> Iterator[None]:
-    """Be the one process that writes to a folder; a lock on a file in it, which ends with the process however it ends.
+    """Hold the lock of a folder, so that one process writes to it; the lock is released however the process ends.
 
     Args:
-      folder: made if missing; the file is `.lock`.
-      warn: called if the file system has no locks.
+      folder: created if missing; the lock file is `.lock` in it.
+      warn: called if the file system does not support locks.
 
     Raises:
-      InputError: if another process writes there, or nothing can be written.
+      InputError: if another process holds the lock, or the folder is not writable.
 
     Example:
       >>> import tempfile
@@ -295,11 +295,11 @@ def owned(folder: str | os.PathLike, *, warn: Callable[[str], None] = lambda tex
         finally:
             (folder / ".lock").unlink(missing_ok=True)
             with contextlib.suppress(OSError):
-                folder.rmdir()  # if there is nothing else in it
+                folder.rmdir()  # if it is empty
 
 
 def _locked(folder: Path, warn: Callable[[str], None]) -> IO[str]:
-    """The file of a folder's lock, which is held until it is closed."""
+    """The lock file of a folder; the lock is held until it is closed."""
     import fcntl
 
     while True:
@@ -307,7 +307,7 @@ def _locked(folder: Path, warn: Callable[[str], None]) -> IO[str]:
             folder.mkdir(parents=True, exist_ok=True)
             file = open(folder / ".lock", "a+")  # noqa: SIM115
         except FileNotFoundError:
-            continue  # another owner has just removed its folder
+            continue  # another process has just removed the folder
         except OSError as error:
             raise InputError(f"cannot write {folder}: {error.strerror}; choose another place.") from error
         try:
@@ -315,7 +315,7 @@ def _locked(folder: Path, warn: Callable[[str], None]) -> IO[str]:
         except BlockingIOError as error:
             with file:
                 file.seek(0)
-                owner = file.read() or "which has just started"
+                owner = file.read() or "just started"
             what = f"{folder}: another process writes there ({owner}); stop it, or choose another --out."
             raise InputError(what) from error
         except OSError as error:
@@ -325,7 +325,7 @@ def _locked(folder: Path, warn: Callable[[str], None]) -> IO[str]:
                 return file
         except FileNotFoundError:
             pass
-        file.close()  # the lock of a file that its last owner has removed since
+        file.close()  # its previous owner has removed the file since
 
 
 @contextlib.contextmanager

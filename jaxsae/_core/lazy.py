@@ -1,4 +1,4 @@
-"""Submodules that are imported when they are first asked for (PEP 562)."""
+"""Lazy import of submodules (PEP 562)."""
 
 import importlib
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def submodules(package: str, *names: str) -> Callable[[str], Any]:
-    """A package's `__getattr__`: submodules of these names are imported on first use."""
+    """A package's `__getattr__` that imports the named submodules on first use."""
 
     def __getattr__(name: str) -> Any:
         if name in names:

@@ -19,18 +19,24 @@ def divide(x, by):
 
 
 def ratio(x, by):
-    """`x / by`, and NaN where `by` is 0: a ratio that is not defined is not a number."""
+    """`x / by`, and NaN where `by` is 0."""
     return jnp.where(by == 0, jnp.nan, x / jnp.where(by == 0, 1, by))
 
 
 def promoted(*arrays) -> jnp.dtype:
-    """The dtype of arrays, or dtypes, that a caller may mix, also where `jax_numpy_dtype_promotion` is strict."""
+    """The dtype that arrays or dtypes promote to, also where `jax_numpy_dtype_promotion` is strict."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(*arrays)
 
 
+def together(*arrays) -> list[Array]:
+    """Arrays in the dtype that they have together."""
+    dtype = promoted(*arrays)
+    return [jnp.asarray(array, dtype) for array in arrays]
+
+
 def widen(tree):
-    """The arrays of a tree, those of floating point in float32 or better, in which to add them up."""
+    """A tree with its floating-point arrays in float32 or better, for sums."""
 
     def wide(x):
         x = jnp.asarray(x)
@@ -40,7 +46,7 @@ def widen(tree):
 
 
 def norms(x: Float[Array, "*b d"]) -> Float[Array, "*b 1"]:
-    """`‖x‖` of each row in float32 or better; its derivative is 0, not NaN, where it is 0."""
+    """`‖x‖` of each row in float32 or better; its derivative is 0, not NaN, at 0."""
     squares = jnp.sum(widen(x) ** 2, axis=-1, keepdims=True)
     return jnp.where(squares == 0, 0, jnp.sqrt(jnp.where(squares == 0, 1, squares)))
 
@@ -51,28 +57,28 @@ def sq_norm(x: Float[Array, "*b d"]) -> Float[Array, "*b"]:
 
 
 def power_of_two(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
-    """The power of two below each `x`, by which division changes no digit; 0 for 0, and `x` if not finite."""
+    """The largest power of two up to each `x`, by which division is exact; 0 for 0, and `x` if not finite."""
     return jnp.where(jnp.isfinite(x), jnp.ldexp(jnp.sign(x), jnp.frexp(x)[1] - 1), x)
 
 
 def power_of_two_or_one(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
-    """The power of two below each `x > 0`, as far as its inverse is a number too; 1 for 0, Inf and NaN."""
+    """The largest power of two up to each `x > 0`, clipped so that its inverse is finite; 1 for 0, Inf and NaN."""
     exponent = jnp.finfo(x.dtype).minexp
     return jnp.where((x > 0) & jnp.isfinite(x), jnp.clip(power_of_two(x), 2.0**exponent, 2.0**-exponent), 1)
 
 
 def max_or_nan(x: Array, axis: int | tuple[int, ...] | None = None, *, keepdims: bool = False) -> Array:
-    """The largest of `x`, at least 0; NaN if any is, which in many shapes XLA's maximum on a CPU passes over."""
+    """The largest of `x`, at least 0, or NaN if any is NaN: XLA's maximum on a CPU ignores NaN in many shapes."""
     most = jnp.max(x, axis=axis, keepdims=keepdims, initial=0)
     return jnp.where(jnp.isnan(jnp.sum(x, axis=axis, keepdims=keepdims)), jnp.nan, most)
 
 
 def residual(y: Float[Array, " d"], z: Float[Array, " k"], atoms: Float[Array, "k d"]) -> Float[Array, " d"]:
-    """`y − zA` to the last digit or so, whatever cancels: summed in twice the precision, in one order everywhere.
+    """`y − zA` to about machine precision despite cancellation: summed in twice the precision, in a fixed order.
 
-    Where atoms nearly cancel, a plain sum is wrong by `eps ‖z‖₁ max‖a‖`, which may be more than what is left of `y`.
-    Here each product is a sum of exact ones, which no fused multiply-add rounds otherwise, and what an addition loses
-    is found without error and added up beside it.
+    Where atoms nearly cancel, the error of a plain sum is about `eps ‖z‖₁ max‖a‖`, which may exceed the residual. Here
+    each product is split into exact ones, so that fused multiply-adds round nothing differently, and the error of each
+    addition is computed exactly and summed separately.
 
     Source: Ogita, Rump & Oishi (2005), "Accurate sum and dot product"; Knuth (1969) for the error of an addition.
     """
@@ -94,7 +100,7 @@ def residual(y: Float[Array, " d"], z: Float[Array, " k"], atoms: Float[Array, "
 
 
 def _halves(x):
-    """Two numbers of half the digits whose sum is `x`: products of such are exact."""
+    """Two numbers with half the digits each whose sum is `x`: their products are exact."""
     kind, bits = (jnp.uint32, 12) if x.dtype == jnp.float32 else (jnp.uint64, 27)
     whole = jax.lax.bitcast_convert_type(x, kind)
     first = jax.lax.bitcast_convert_type(whole >> bits << bits, x.dtype)
@@ -102,12 +108,12 @@ def _halves(x):
 
 
 def power_iteration(product: Callable, v: Array, steps: int, total: Callable = jnp.sum) -> Array:
-    """The largest eigenvalue of a positive semi-definite matrix, from below.
+    """Estimate the largest eigenvalue of a positive semi-definite matrix, from below.
 
     Args:
-      product: `v -> Gv`, of one vector or of several side by side.
-      v: where to start.
-      steps: how many.
+      product: `v -> Gv`, for one vector or several side by side.
+      v: starting vector.
+      steps: number of iterations.
       total: sum over the entries of a vector.
     """
 
@@ -142,10 +148,11 @@ _solve_semidefinite_in_turn = jax.custom_batching.sequential_vmap(_solve_semidef
 def solve_semidefinite(gram: Float[Array, "k k"], rhs: Float[Array, "k n"]) -> Float[Array, "k n"]:
     """Solve `GX = B` for one `G` of unit diagonal, singular or not, when the columns of `B` are in its range.
 
-    A few ulps on the diagonal let repeated atoms be factorised; two steps of refinement take their effect out.
+    A few ulps on the diagonal make the factorisation succeed for repeated atoms; two steps of refinement correct for
+    them.
     """
-    # jaxlib's batched LAPACK on a CPU waits, inside the thread pool, for work it queued in that same pool: two of
-    # them at once stop a two-core machine for ever (seen with jaxlib 0.10.2). One matrix at a time never queues.
+    # jaxlib's batched LAPACK on a CPU waits, inside the thread pool, for work it queued in that same pool: two calls
+    # at once deadlock a two-core machine (seen with jaxlib 0.10.2). One matrix at a time never queues.
     if sharding.on_cpu():
         return _solve_semidefinite_in_turn(gram, rhs)
     return _solve_semidefinite(gram, rhs)

@@ -1,10 +1,10 @@
-"""Frozen dataclasses that are pytrees, like those of `flax.struct`, and whose class is a part of their structure.
+"""Frozen dataclasses that are pytrees, like those of `flax.struct`, with the class as part of their structure.
 
-Their fields also say what training may change: floating-point numbers, unless the field is made by `fixed`.
+Training changes floating-point leaves, except in fields declared with `fixed`.
 
-JAX compares two of `jax.tree_util.register_dataclass`, which `flax.struct` calls, by their static fields alone and not
-by their classes (0.10 and 0.12 do so). `jit` was seen to run for a `GroupMax(4)` what it had compiled for an
-`AbsTopK(4)`: seldom, since it looks by a hash first. Of what is registered otherwise it compares the class.
+JAX 0.10 and 0.12 compare classes registered by `jax.tree_util.register_dataclass`, which `flax.struct` calls, by their
+static fields alone. `jit` was seen to run for a `GroupMax(4)` what it had compiled for an `AbsTopK(4)`: rarely, since
+it compares hashes first. For classes registered as here, it compares the class too.
 """
 
 import dataclasses
@@ -20,10 +20,10 @@ _T = TypeVar("_T")
 
 
 def fixed(**options: Any) -> Any:
-    """A field whose numbers are no parameters: leaves of the pytree, which may be traced, and which training leaves be.
+    """A traced but non-trainable field.
 
     Args:
-      options: of `dataclasses.field`, `default` for example.
+      options: of `dataclasses.field`, such as `default`.
 
     Example:
       >>> @dataclass
@@ -37,10 +37,10 @@ def fixed(**options: Any) -> Any:
 
 
 def sharded(*axes: str | None) -> Any:
-    """A field whose array is split over a mesh, as a `jax.sharding.PartitionSpec` says, but of all its axes.
+    """A field whose array is split over a mesh, given one entry per axis as in a `jax.sharding.PartitionSpec`.
 
     Args:
-      axes: `"latent"` for the one of the latents, None for each other.
+      axes: `"latent"` for the axis of the latents, None for the others.
 
     Example:
       >>> from jaxsae import sharding
@@ -54,12 +54,12 @@ def sharded(*axes: str | None) -> Any:
 
 
 def partition(tree: _T) -> tuple[_T, _T]:
-    """Split a tree into what training changes and what it does not, each with None in the place of the other.
+    """Split a tree into trainable and other leaves; each part has None where the other has a leaf.
 
-    Changed are numbers of floating point that no field marked `fixed` holds, at any depth.
+    Trainable leaves are floating-point numbers outside fields declared with `fixed`, at any depth.
 
     Args:
-      tree: dataclasses that are pytrees, in any containers.
+      tree: pytree, in which dataclasses may stand at any depth.
 
     Example:
       >>> import jaxsae
@@ -76,7 +76,7 @@ def partition(tree: _T) -> tuple[_T, _T]:
 
 
 def _trained(node: Any, marked: bool) -> list[bool]:
-    """Whether each leaf of a node is trained, in their order."""
+    """Whether each leaf of a node is trained, in order."""
     if jax.tree_util.all_leaves([node]):
         return [marked and jnp.issubdtype(getattr(node, "dtype", type(node)), jnp.inexact)]
     fields = dataclasses.fields(node) if dataclasses.is_dataclass(node) else ()
@@ -90,11 +90,11 @@ def _trained(node: Any, marked: bool) -> list[bool]:
 
 
 def merge(trained: _T, rest: _T) -> _T:
-    """The tree that `partition` split.
+    """Merge the two parts that `partition` returned.
 
     Args:
-      trained: the first of the two.
-      rest: the second.
+      trained: the trainable part.
+      rest: the other part.
 
     Example:
       >>> merge({"a": 1.0, "b": None}, {"a": None, "b": 2})
@@ -105,13 +105,13 @@ def merge(trained: _T, rest: _T) -> _T:
 
 @dataclass_transform(field_specifiers=(struct.field, fixed, sharded), frozen_default=True)
 def dataclass(cls: type[_T]) -> type[_T]:
-    """Make a class a frozen dataclass and a pytree, with `replace`.
+    """Make a class a frozen dataclass that is a pytree, with `replace`.
 
-    Fields are leaves or pytrees, but for those of `flax.struct.field(pytree_node=False)`, which are static. Ours can be
-    arguments of functions that `jax.export` writes to disk.
+    Fields are leaves or pytrees, except those made by `flax.struct.field(pytree_node=False)`, which are static. The
+    library's own classes are registered with `jax.export`, so that exported functions can take them.
 
     Args:
-      cls: with annotated fields.
+      cls: class with annotated fields.
 
     Example:
       >>> from flax import struct
@@ -136,7 +136,7 @@ def dataclass(cls: type[_T]) -> type[_T]:
         return list(zip(keys, found, strict=True)), fixed
 
     def unflatten(fixed, found):
-        # Not by `__init__`, which may refuse what JAX also rebuilds a tree around: axes, names, None.
+        # Not by `__init__`, which may reject other leaves that JAX puts into a tree: axes, names, None.
         self = object.__new__(made)
         vars(self).update(zip(leaves, found, strict=True), **dict(zip(static, fixed, strict=True)))
         return self
@@ -151,7 +151,7 @@ def dataclass(cls: type[_T]) -> type[_T]:
         return dataclasses.replace(self, **parts)
 
     serialization.register_serialization_state(made, to_state, from_state)
-    if made.__module__.startswith("jaxsae."):  # others name theirs themselves
+    if made.__module__.startswith("jaxsae."):  # classes of others register themselves
         export.register_pytree_node_serialization(
             made,
             serialized_name=f"jaxsae.{made.__qualname__}",

@@ -1,4 +1,4 @@
-"""One trilinear form of atoms, values and rows: sparse decoding and its derivatives, on one device and on a mesh."""
+"""Sparse decoding and its derivatives as one trilinear form of atoms, values and rows, on one device and on a mesh."""
 
 import functools
 from collections.abc import Callable
@@ -14,16 +14,16 @@ from jaxsae import sharding
 from jaxsae._core import chunking
 from jaxsae._core.linalg import promoted
 
-_CACHE = 2**25  # bytes: sums larger than this are made in the order of their latents on a CPU
+_CACHE = 2**25  # bytes: on a CPU, larger sums are accumulated in the order of their latents
 
 
 def take(x: Array, indices: Int[Array, "*b k"]) -> Array:
-    """Entries `[*b k …]` of `x [m …]`, and 0 for unused slots; a negative index does not count from the end."""
+    """Entries `[*b k …]` of `x [m …]`, and 0 for unused slots; negative indices are unused too."""
     return x.at[indices].get(mode="fill", fill_value=0, wrap_negative_indices=False)
 
 
 def add_at(total: Array, indices: Int[Array, "*b k"], x: Array) -> Array:
-    """`total [m …]` with `x [*b k …]` added at its indices, but for unused slots."""
+    """`total [m …]` with `x [*b k …]` added at its indices, except for unused slots."""
     return total.at[indices].add(x, mode="drop", wrap_negative_indices=False)
 
 
@@ -31,9 +31,9 @@ def add_at(total: Array, indices: Int[Array, "*b k"], x: Array) -> Array:
 #
 #     T(D, v, x) = Σₙ Σᵢ vₙᵢ ⟨D[indicesₙᵢ], xₙ⟩
 #
-# `decode` is ∂T/∂x, `scatter_add` is ∂T/∂D, and the third, ∂T/∂v, is what each atom has in common with the row. Each is
-# linear in two arguments, and its transpose in either of them is another of the three: one primitive with these rules
-# is differentiated forwards, backwards and as often as one likes, and touches no other rows of the dictionary.
+# `decode` is ∂T/∂x, `scatter_add` is ∂T/∂D, and ∂T/∂v is the inner product of each atom with the row. Each is linear in
+# two arguments, and its transpose in either of them is another of the three: one primitive with these rules can be
+# differentiated forwards, backwards and to any order, and reads no other rows of the dictionary.
 
 _form = Primitive("jaxsae_sparse_form")
 
@@ -55,7 +55,7 @@ _OTHERS = {"atoms": ("values", "rows"), "values": ("atoms", "rows"), "rows": ("a
 
 
 def _evaluate(left, right, indices, *, wrt: str, m: int, batch_dims: int, implementation: str | None, mesh):
-    with jax.sharding.use_abstract_mesh(mesh):  # that it was traced under, when it is lowered
+    with jax.sharding.use_abstract_mesh(mesh):  # the mesh that it was traced under
         f = _on_each_device if sharding.is_sharded(m) else _on_one_device
         f = functools.partial(f, wrt, m=m, implementation=implementation)
         for _ in range(batch_dims):
@@ -75,7 +75,7 @@ def _shape(left, right, indices, *, wrt: str, m: int, batch_dims: int, implement
 
 
 def _transpose(bar, left, right, indices, *, wrt: str, mesh, **params):
-    if type(bar) is ad.Zero:  # of what nothing depends on, both may be unknown
+    if type(bar) is ad.Zero:  # nothing depends on the result: both may be unknown
         return [ad.Zero(x.aval) if ad.is_undefined_primal(x) else None for x in (left, right, indices)]
     known = dict(zip(_OTHERS[wrt], (left, right), strict=True)) | {wrt: bar}
     (wanted,) = (name for name, x in known.items() if ad.is_undefined_primal(x))
@@ -85,7 +85,7 @@ def _transpose(bar, left, right, indices, *, wrt: str, mesh, **params):
 
 
 def _batch(arguments, axes, *, wrt: str, batch_dims: int, **params):
-    """More rows if the atoms are none of what is mapped; else one more batch axis, each entry with its own."""
+    """More rows if the atoms are not mapped; else one more batch axis, each entry with its own atoms."""
     (size,) = {x.shape[axis] for x, axis in zip(arguments, axes, strict=True) if axis is not None}
     shared = wrt != "atoms" and axes[0] is None
     front = batch_dims if shared else 0
@@ -117,8 +117,8 @@ batching.primitive_batchers[_form] = _batch
 ad.defjvp(_form, _linear_in(0), _linear_in(1), None)
 
 
-# Of "rows" and "atoms": `f(by_xla, left, right, indices, m=, implementation=)`, which calls a kernel or `by_xla()`.
-# `least_squares.kernels` puts them here: with what they share with the solvers they stand above the codes.
+# For "rows" and "atoms": `f(by_xla, left, right, indices, m=, implementation=)`, which calls a kernel or `by_xla()`.
+# `least_squares.kernels`, which imports `codes`, registers them here.
 KERNELS: dict[str, Callable[..., Array]] = {}
 
 
@@ -135,7 +135,7 @@ def _decode(dictionary, values, indices, *, m: int):
     accumulator = promoted(dtype, jnp.float32)
 
     def chunk(values, indices):
-        values = jnp.where(used(indices, m), values, 0)  # else NaN in an unused slot counted
+        values = jnp.where(used(indices, m), values, 0)  # NaN in an unused slot times 0 would be NaN
         return jnp.einsum("nk,nkd->nd", values, take(dictionary, indices), preferred_element_type=accumulator)
 
     return _by_chunks(chunk, dictionary, values, indices).astype(dtype)
@@ -162,7 +162,7 @@ def _scatter_add(values, x, indices, *, m: int):
     if not indices.size:
         return jnp.zeros((m, d), dtype)
     values, indices, x = values.reshape(-1, k).astype(dtype), indices.reshape(-1, k), x.reshape(-1, d)
-    # A zero that XLA cannot know: it would make constant ones early, share them with other sums, and copy them.
+    # A zero that XLA cannot fold into a constant, which it would share with other sums, and copy.
     zero = 0 * jnp.sum(values[:1, :1])
     total = jnp.full((m, d), jnp.where(zero == 0, zero, 0))
     if not sharding.on_cpu():
@@ -178,20 +178,20 @@ def _scatter_add(values, x, indices, *, m: int):
     def add(i, total):
         row, slot = order[i] // k, order[i] % k
         at = jnp.clip(indices[row, slot], 0, m - 1)
-        more = jnp.where(used(indices[row, slot], m), values[row, slot] * x[row], 0)  # NaN times 0 would be NaN
+        more = jnp.where(used(indices[row, slot], m), values[row, slot] * x[row].astype(dtype), 0)  # NaN times 0 is NaN
         atom = jax.lax.dynamic_slice_in_dim(total, at, 1) + more
         return jax.lax.dynamic_update_slice_in_dim(total, atom, at, 0)
 
     return jax.lax.fori_loop(0, indices.size, add, total)
 
 
-# --- where each device has some of the latents: each works on the slots that are its own
+# --- Where the latents are split over devices, each works on the slots of its own latents
 
-_SLOTS = 8  # looked at together
+_SLOTS = 8  # processed together
 
 
 def _own_slots(indices, m: int):
-    """Each row's slots, those of this device's `m` latents first: their order, indices, and most in a row."""
+    """Each row's slots, with this device's `m` latents first: their order, indices, and the most in any row."""
     at = sharding.local_indices(indices, m)
     at = jnp.pad(at, [(0, 0)] * (at.ndim - 1) + [(0, -at.shape[-1] % _SLOTS)], constant_values=m)
     order = jnp.argsort(at == m, axis=-1, stable=True)
@@ -199,7 +199,7 @@ def _own_slots(indices, m: int):
 
 
 def _for_slots(f, start, count, *arrays):
-    """Fold `f(carry, first, *parts) -> carry` over some slots at a time, as many as are used."""
+    """Fold `f(carry, first, *parts) -> carry` over the slots in use, `_SLOTS` at a time."""
 
     def step(number, carry):
         parts = (jax.lax.dynamic_slice_in_dim(x, number * _SLOTS, _SLOTS, axis=-1) for x in arrays)
@@ -214,7 +214,7 @@ def _in_order(x, order):
 
 
 def _on_each_device(wrt: str, left, right, indices, *, m: int, implementation: str | None):
-    """`_on_one_device` of each device's own latents; sums over all latents are then added up."""
+    """`_on_one_device` on each device's own latents, then summed over devices."""
     row = sharding.rows_spec(indices)
 
     def here(left, right, indices):
@@ -244,17 +244,17 @@ def _on_each_device(wrt: str, left, right, indices, *, m: int, implementation: s
 
 
 def by_latent(indices: Int[Array, "b k"], m: int) -> Int[Array, " bk"]:
-    """Positions in the order of the latents they hold, so that what is written next is near what was written last."""
+    """Positions sorted by the latents they hold, so that consecutive writes are near each other."""
     size, indices = indices.size, jnp.where(used(indices, m), indices, m)
     if size * (m + 1) >= 2**32:
         return jnp.argsort(indices.ravel())
-    # One integer for latent and position sorts five times as fast as a pair.
+    # One integer that holds latent and position sorts five times as fast as a pair.
     keys = jnp.sort(indices.ravel().astype(jnp.uint32) * size + jnp.arange(size, dtype=jnp.uint32))
     return (keys % size).astype(jnp.int32)
 
 
 def finite_rows(values: Array, indices: Int[Array, "*b k"], num_latents: int) -> Bool[Array, "*b"]:
-    """Which rows have finite values in all slots that hold a latent."""
+    """Which rows have finite values in all slots in use."""
     return (jnp.isfinite(values) | ~used(indices, num_latents)).all(-1)
 
 
@@ -271,5 +271,5 @@ def used(indices: Int[Array, "..."], num_latents: int) -> Bool[Array, "..."]:
       Array([ True,  True, False, False], dtype=bool)
     """
     indices = jnp.asarray(indices)
-    indices = indices.astype(promoted(indices.dtype, jnp.int32))  # int8 has no number for 300 latents
+    indices = indices.astype(promoted(indices.dtype, jnp.int32))  # int8 cannot represent 300 latents
     return (indices >= 0) & (indices < num_latents)

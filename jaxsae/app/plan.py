@@ -89,7 +89,7 @@ class Program:
 LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-16", "TPU_WORKER_HOSTNAMES": "localhost"}
 
 
-def topology_mesh(topology: str, data: int = 1) -> Mesh:
+def topology_mesh(topology: str, data: int = 1, latent: int | None = None) -> Mesh:
     """The mesh of a TPU slice that need not exist.
 
     libtpu asks the machine that it is on which TPU it has, unless the environment answers: set `LIBTPU` in
@@ -97,7 +97,8 @@ def topology_mesh(topology: str, data: int = 1) -> Mesh:
 
     Args:
       topology: for example `"v5e:4x4"`; the shape of one chip is `"v5e:1x1"`.
-      data: how many parts the rows are in; latents are over the rest.
+      data: how many ways to split the rows.
+      latent: and the latents; over the rest of the chips by default.
 
     Raises:
       InputError: if libtpu is not there, or knows no such slice.
@@ -121,9 +122,12 @@ def topology_mesh(topology: str, data: int = 1) -> Mesh:
         what = f"cannot compile for {topology} ({first_line(error)[:200]})"
         raise InputError(f"{what}; pass a slice that exists, and pip install 'jaxsae[tpu-aot]'.") from error
     devices = np.array(slice_.devices)
-    if data < 1 or devices.size % data:
-        raise InputError(f"got {data} parts of the rows for {devices.size} chips; pass a number that divides them.")
-    return Mesh(devices.reshape(data, -1), ("data", "latent"), axis_types=(AxisType.Auto,) * 2)
+    latent = devices.size // data if latent is None else latent
+    if data * latent != devices.size:
+        raise InputError(
+            f"got a mesh of {data} × {latent} for {devices.size} chips; pass numbers whose product that is."
+        )
+    return Mesh(devices.reshape(data, latent), ("data", "latent"), axis_types=(AxisType.Auto,) * 2)
 
 
 def training_step(options: Options, d: int, mesh: Mesh) -> Program:

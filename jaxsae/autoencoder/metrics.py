@@ -442,7 +442,7 @@ def _shrinkage(W_dec, fit: Fit, x, code: SparseCode, refined: SparseCode) -> Shr
     bins = len(RATIO_EDGES) - 1
     changes = jnp.where(active, after, 1) / jnp.where(active, before, 1)
     # `floor` keeps the edge at 1 exact: a fall, however small, is left of it.
-    slot = jnp.floor(8 * jnp.log2(jnp.maximum(changes, RATIO_EDGES[0]))) + 32
+    slot = jnp.floor(8 * jnp.log2(jnp.maximum(changes, float(RATIO_EDGES[0])))) + 32
     slot = jnp.where(active, jnp.clip(slot, 0, bins - 1), bins).astype(jnp.int32)
     counts = {
         "count": _by_latent(code, active, jnp.ones_like(before)),

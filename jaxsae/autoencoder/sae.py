@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxsae import codes, sharding
 from jaxsae._core import pytrees
-from jaxsae._core.linalg import promoted
+from jaxsae._core.linalg import promoted, together
 from jaxsae.autoencoder.activations import Activation, base
 from jaxsae.autoencoder.normalisation import Normalisation
 from jaxsae.autoencoder.selected import _selected
@@ -209,14 +209,18 @@ def pre_activations(sae: SAE, x: Float[Array, "*b d"]) -> Float[Array, "*b m"]:
       >>> jaxsae.autoencoder.pre_activations(sae, jnp.ones((3, 4))).shape
       (3, 8)
     """
-    return _inputs(sae, x) @ sae.W_enc + sae.b_enc
+    x, W_enc, b_enc = together(_inputs(sae, x), sae.W_enc, sae.b_enc)
+    return x @ W_enc + b_enc
 
 
 def _inputs(sae: SAE, x):
     """What the encoder multiplies: rows normalised and centred, as the conventions have it."""
     x = _validate(sae, x, "encode")
     x = x if sae.normalisation is None else sae.normalisation(x).inputs
-    return x - sae.b_dec if sae.apply_b_dec_to_input else x
+    if not sae.apply_b_dec_to_input:
+        return x
+    x, b_dec = together(x, sae.b_dec)
+    return x - b_dec
 
 
 def encode(sae: SAE, x: Float[Array, "*b d"], *, capacity: int | None = None) -> SparseCode:
@@ -328,7 +332,9 @@ def _decode(sae: SAE, code, name: str):
     m = z.num_latents if isinstance(z, SparseCode) else z.shape[-1] if z.ndim else 0
     if m != sae.m:
         raise ValueError(f"`{name}` got a code of {m} latents for an SAE of {sae.m}; pass a code that this SAE made.")
-    return (codes.decode(sae.W_dec, z) if isinstance(z, SparseCode) else z @ sae.W_dec) + sae.b_dec
+    x_hat = codes.decode(sae.W_dec, z) if isinstance(z, SparseCode) else jnp.matmul(*together(z, sae.W_dec))
+    x_hat, b_dec = together(x_hat, sae.b_dec)
+    return x_hat + b_dec
 
 
 def reconstruct(
@@ -366,7 +372,10 @@ def reconstruct(
         _, scale, shift = sae.normalisation(x)
         x_hat = x_hat if scale is None else x_hat * scale
         x_hat = x_hat if shift is None else x_hat + shift
-    return x_hat if sae.W_skip is None else x_hat + x @ sae.W_skip
+    if sae.W_skip is None:
+        return x_hat
+    x_hat, x, W_skip = together(x_hat, x, sae.W_skip)
+    return x_hat + x @ W_skip
 
 
 class Fit(NamedTuple):
@@ -413,7 +422,8 @@ def to_fit(sae: SAE, x: Float[Array, "*b d"], target: Float[Array, "*b d_out"] |
         target = target if shift is None else target - shift
         # A row without spread is its own mean, whatever the code.
         target = target if scale is None else jnp.where(scale == 0, 0, target / jnp.where(scale == 0, 1, scale))
-    return Fit(target - sae.b_dec, scale)
+    target, b_dec = together(target, sae.b_dec)
+    return Fit(target - b_dec, scale)
 
 
 def refine(

@@ -9,7 +9,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from jaxsae._core.linalg import promoted
-from jaxsae.autoencoder.activations import BatchTopK, GroupMax, JumpReLU, ReLU, TopK
+from jaxsae.autoencoder.activations import JumpReLU
 from jaxsae.autoencoder.sae import SAE, pre_activations
 
 
@@ -119,10 +119,10 @@ def rethreshold(sae: SAE, x: Float[Array, "n d"], l0: float) -> SAE:
     """
     if not 0 < l0 <= sae.m:
         raise ValueError(f"`rethreshold` got l0 = {l0} for {sae.m} latents; pass more than 0, and at most that.")
-    if type(sae.activation) not in _POSITIVE_PARTS:
+    if not sae.activation.takes_largest:
         raise ValueError(
             f"`rethreshold` got {type(sae.activation).__name__}, whose values are not the largest pre-activations; "
-            f"pass an SAE with one of {', '.join(kind.__name__ for kind in _POSITIVE_PARTS)}."
+            "pass an SAE with ReLU, TopK or another that `takes_largest`."
         )
     pre = pre_activations(sae, x)
     finite = jnp.isfinite(pre).all(-1, keepdims=True)
@@ -132,6 +132,3 @@ def rethreshold(sae: SAE, x: Float[Array, "n d"], l0: float) -> SAE:
     least = largest[max(round(l0 * rows), 1) - 1].astype(promoted(pre.dtype, jnp.float32))
     below = jnp.maximum(jnp.nextafter(least, -jnp.inf), 0)
     return dataclasses.replace(sae, activation=JumpReLU(jnp.full(sae.m, below)))
-
-
-_POSITIVE_PARTS = ReLU, TopK, BatchTopK, JumpReLU, GroupMax

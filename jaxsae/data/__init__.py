@@ -3,9 +3,12 @@
 `rows` opens files, `shards` is the directory format that a harvest writes, `batching` draws from them.
 """
 
-from jaxsae.data import shards
-from jaxsae.data.batching import Batches, batches
-from jaxsae.data.photographs import image_patches
-from jaxsae.data.rows import Rows, fingerprint, open_rows, require_finite
-
-__all__ = ["Batches", "Rows", "batches", "fingerprint", "image_patches", "open_rows", "require_finite", "shards"]
+from jaxsae.data import shards as shards
+from jaxsae.data.batching import Batches as Batches, batches as batches
+from jaxsae.data.photographs import image_patches as image_patches
+from jaxsae.data.rows import (
+    Rows as Rows,
+    fingerprint as fingerprint,
+    open_rows as open_rows,
+    require_finite as require_finite,
+)

@@ -6,6 +6,4 @@ A format is recognised by what is in its files, not by names alone. `convert` kn
 and `write` refuses what its format cannot say. `pretrained.py` has the table of them.
 """
 
-from jaxsae.formats import hub, pretrained, torch_pickle
-
-__all__ = ["hub", "pretrained", "torch_pickle"]
+from jaxsae.formats import hub as hub, pretrained as pretrained, torch_pickle as torch_pickle

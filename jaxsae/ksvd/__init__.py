@@ -1,9 +1,9 @@
-"""Dictionary learning by k-SVD: code with the dictionary fixed, update the atoms one after another, and repeat.
+"""Dictionary learning by k-SVD: code with the dictionary fixed, update one atom at a time, and repeat.
 
-    minimise ‖Y − Z D‖²   over D [m d] with rows of norm 1, and Z [n m] with at most k entries a row
+    minimise ‖Y − Z D‖²   over D [m d] with rows of norm 1, and Z [n m] with at most k entries per row
 
-`learning` has the loop, `rank_one` an atom's update, `images` denoising and inpainting,
-`image_files` pictures on disk.
+`learning` defines the loop, `rank_one` the update of an atom, `images` denoising and inpainting, and `image_files`
+reads and writes pictures.
 """
 
 from jaxsae.ksvd import image_files as image_files, images as images

@@ -1,4 +1,4 @@
-"""Pictures on disk: read as levels from 0 to 255, upright, and written as they were asked for, or refused."""
+"""Read and write pictures as levels from 0 to 255; files that cannot be read or written exactly are rejected."""
 
 import io
 import os
@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxsae._core.files import InputError, atomic_file, local_path
 
-_WRITTEN = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "PPM")  # formats of which it is known how many bits a channel has
+_WRITTEN = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "PPM")  # formats whose bits per channel are known
 _READ = (*_WRITTEN, "GIF")
 _GREY, _COLOUR = ("1", "L", "LA"), ("P", "PA", "RGB", "RGBA", "RGBX")  # modes
 _UNREADABLE = (OSError, ValueError, SyntaxError, LookupError, TypeError, struct.error)  # what Pillow raises
@@ -18,16 +18,16 @@ _NO_PROFILE = ("BMP", "PPM")  # formats that hold no colour profile
 
 
 def read(path: str | os.PathLike) -> np.ndarray:
-    """Read a picture of 8 bits a channel as it is seen, turned as its EXIF orientation says.
+    """Read a picture of 8 bits per channel, rotated by its EXIF orientation.
 
     Args:
       path: a PNG, JPEG, TIFF, WebP, BMP, PPM or GIF.
 
     Returns:
-      `[h w]` if it is grey, `[h w 3]` if not, float32 from 0 to 255; transparency is dropped.
+      `[h w]` if it is grey, otherwise `[h w 3]`; float32 from 0 to 255. Transparency is dropped.
 
     Raises:
-      InputError: if it is missing or no picture, several, neither grey nor RGB, or has more than 8 bits a channel; or
+      InputError: if the file is missing, is not a single grey or RGB picture, or has more than 8 bits per channel; or
         if Pillow is not installed.
 
     Example:
@@ -41,7 +41,7 @@ def read(path: str | os.PathLike) -> np.ndarray:
 
 
 def profile(path: str | os.PathLike) -> bytes | None:
-    """The ICC profile of a picture, which says what its colours look like; `write` takes it.
+    """Read the ICC colour profile of a picture, for `write`.
 
     Args:
       path: as for `read`.
@@ -50,7 +50,7 @@ def profile(path: str | os.PathLike) -> bytes | None:
       The profile, or None if it has none.
 
     Raises:
-      InputError: as `read`.
+      InputError: as for `read`.
 
     Example:
       >>> import tempfile, numpy as np
@@ -70,7 +70,7 @@ def _open(path) -> tuple[np.ndarray, bytes | None]:
     if not local_path(path).is_file():
         raise InputError(f"{path}: no such file; expected a picture, such as a PNG or a JPEG.")
     try:
-        # From memory: of a file Pillow maps uncompressed pixels, and those of a picture that lies on its side wrongly.
+        # From memory: Pillow maps the pixels of an uncompressed file, incorrectly if its orientation is sideways.
         content = io.BytesIO(local_path(path).read_bytes())
         with warnings.catch_warnings(action="ignore"), pillow.open(content, formats=_READ) as picture:
             _require_plain(path, picture)
@@ -84,38 +84,38 @@ def _open(path) -> tuple[np.ndarray, bytes | None]:
 
 
 def _require_plain(path, picture) -> None:
-    """Refuse what Pillow would make levels of that are not the picture's."""
+    """Reject pictures that Pillow would convert to other levels."""
     if picture.mode[0] in "IF" or _is_deep(picture):
-        raise InputError(f"{path}: has more than 8 bits a channel; expected 8: convert it first.")
+        raise InputError(f"{path}: has more than 8 bits per channel; expected 8: convert it first.")
     if picture.mode not in _GREY + _COLOUR:
         raise InputError(f"{path}: has pixels of mode {picture.mode}; expected grey or RGB: convert it first.")
     frames = getattr(picture, "n_frames", 1)
     if frames > 1 and picture.format != "MPO":  # a JPEG with previews behind it
-        raise InputError(f"{path}: holds {frames} pictures; expected one: save it by itself.")
+        raise InputError(f"{path}: holds {frames} pictures; expected one: save it alone.")
 
 
 def _is_deep(picture) -> bool:
-    """Whether Pillow would cut colours to 8 bits, which it does silently."""
+    """Whether Pillow would silently reduce colours to 8 bits."""
     from PIL import TiffImagePlugin
 
     if picture.format == "PPM":
         return any(isinstance(tile.args, tuple) and tile.args[-1] > 255 for tile in picture.tile)
-    if picture.format == "TIFF":  # whose tiles do not say so where each channel is a plane of its own
+    if picture.format == "TIFF":  # whose tiles do not tell where each channel is a separate plane
         return max(picture.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (8,))) > 8
     return picture.format == "PNG" and any(";16" in str(tile.args) for tile in picture.tile)
 
 
 def write(path: str | os.PathLike, picture: np.ndarray, *, profile: bytes | None = None) -> None:
-    """Write a picture, whole or not at all, in the format that its suffix names.
+    """Write a picture atomically, in the format of its suffix.
 
     Args:
-      path: the file.
+      path: file to write.
       picture: `[h w]` or `[h w 3]` in levels; rounded, and clipped to 0 to 255.
-      profile: ICC profile of its colours, as `profile` reads it.
+      profile: its ICC colour profile, from `profile`.
 
     Raises:
-      InputError: if it cannot be written, if it is no picture in levels, as one in [0, 1] is not, if the format cannot
-        be written or cannot hold it, or if Pillow is not installed.
+      InputError: if the file cannot be written, if the picture is not in levels (but in [0, 1], for example), if the
+        format is not supported or cannot hold it, or if Pillow is not installed.
 
     Example:
       >>> import tempfile, numpy as np
@@ -130,28 +130,28 @@ def write(path: str | os.PathLike, picture: np.ndarray, *, profile: bytes | None
 def check_suffix(
     *paths: str | os.PathLike | None, shape: tuple[int, ...] = (1, 1), profile: bytes | None = None
 ) -> None:
-    """Raise if `write` could not write a picture to one of these paths, before there is something to write.
+    """Raise if `write` could not write a picture to one of these paths, before there is a picture.
 
     Args:
-      *paths: files to be written; None is passed over.
+      *paths: files to write; None is ignored.
       shape: of the picture.
       profile: its ICC profile.
 
     Raises:
-      InputError: naming the first one with a suffix whose format is not written, or cannot hold such a picture, that is
-        a directory, or that comes twice.
+      InputError: for the first path whose format is not supported or cannot hold such a picture, that is a directory,
+        or that is given twice.
 
     Example:
       >>> check_suffix("clean.png")
       >>> check_suffix("clean.psd")
       Traceback (most recent call last):
-      jaxsae.InputError: clean.psd: a suffix that Pillow does not know how to write, or not ...
+      jaxsae.InputError: clean.psd: Pillow cannot write this suffix, or not ...
     """
     wanted = [local_path(path) for path in paths if path is not None]
     for n, path in enumerate(wanted):
         _encoded(path, np.zeros(shape, np.uint8), profile)
         if path in wanted[:n]:
-            raise InputError(f"{path}: got it for two pictures; pass a name for each.")
+            raise InputError(f"{path}: is given for two pictures; pass a name for each.")
 
 
 def _encoded(path, levels: np.ndarray, profile: bytes | None) -> bytes:
@@ -159,7 +159,7 @@ def _encoded(path, levels: np.ndarray, profile: bytes | None) -> bytes:
     pillow = _pillow()
     kind = pillow.registered_extensions().get(local_path(path).suffix.lower())
     if kind not in _WRITTEN or kind not in pillow.SAVE:
-        raise InputError(f"{path}: a suffix that Pillow does not know how to write, or not exactly; use .png or .jpg.")
+        raise InputError(f"{path}: Pillow cannot write this suffix, or not exactly; use .png or .jpg.")
     if local_path(path).is_dir():
         raise InputError(f"{path}: is a directory; choose another name.")
     if profile and kind in _NO_PROFILE:
@@ -175,7 +175,7 @@ def _encoded(path, levels: np.ndarray, profile: bytes | None) -> bytes:
 
 
 def _levels(picture: np.ndarray) -> np.ndarray:
-    """A picture as it is written, `uint8`."""
+    """A picture as `uint8` levels."""
     picture = np.asarray(picture)
     if picture.ndim < 2 or picture.shape[2:] not in ((), (3,)) or not picture.size or picture.dtype.kind not in "uif":
         raise InputError(

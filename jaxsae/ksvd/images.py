@@ -1,9 +1,9 @@
-"""Pictures: denoising and inpainting by dictionaries that are learnt from the picture itself.
+"""Denoising and inpainting of pictures by dictionaries learnt from the picture itself.
 
-Every patch of `side × side` pixels is a signal. A dictionary is learnt from some of them by `ksvd`, all are coded
-with as few atoms as come within what the noise explains, and each pixel becomes the mean of what its patches say.
-Pictures are arrays `[h w]` or `[h w c]` in units of any size, in which `sigma` is too: scaled and shifted pictures give
-scaled and shifted results. Files hold levels from 0 to 255.
+Every patch of `side × side` pixels is a signal. A dictionary is learnt from some of them by `ksvd`; all are coded with
+as few atoms as reach the noise level, and each pixel becomes the mean over the patches that contain it. Pictures are
+arrays `[h w]` or `[h w c]` in any units, which `sigma` shares: scaled and shifted pictures give scaled and shifted
+results. Files hold levels from 0 to 255.
 """
 
 import functools
@@ -21,7 +21,7 @@ from jaxsae._core.linalg import divide
 from jaxsae.codes import SparseCode
 from jaxsae.ksvd import learning
 
-_GAIN = 1.15  # a patch is explained when its residual is at most this times the noise's expected norm
+_GAIN = 1.15  # target norm of a patch's residual, relative to the expected norm of the noise
 _STRIP = 1 << 14  # patches coded at a time
 
 
@@ -29,9 +29,9 @@ def psnr(picture: np.ndarray, clean: np.ndarray, *, data_range: float = 255.0) -
     """Peak signal-to-noise ratio, in dB: `10 log₁₀(R² / mean (picture − clean)²)`.
 
     Args:
-      picture: of any shape; clipped to 0 to `R`, as `write` does with levels.
-      clean: what it should be, of the same shape.
-      data_range: `R`, from black to white: 255 for levels.
+      picture: of any shape; clipped to [0, `R`], as `write` does with levels.
+      clean: reference picture, of the same shape.
+      data_range: `R`, white less black: 255 for levels.
 
     Returns:
       The ratio; infinite for equal pictures.
@@ -44,7 +44,7 @@ def psnr(picture: np.ndarray, clean: np.ndarray, *, data_range: float = 255.0) -
       28.13
     """
     if np.shape(picture) != np.shape(clean):
-        raise ValueError(f"`psnr` got shapes {np.shape(picture)} and {np.shape(clean)}; pass pictures of one shape.")
+        raise ValueError(f"`psnr` got shapes {np.shape(picture)} and {np.shape(clean)}; pass equal shapes.")
     if not 0 < data_range < np.inf:
         raise ValueError(f"`psnr` got data_range {data_range}; pass white less black, 255 for levels.")
     error = np.mean((np.clip(np.float64(picture) / data_range, 0, 1) - np.float64(clean) / data_range) ** 2)
@@ -54,14 +54,14 @@ def psnr(picture: np.ndarray, clean: np.ndarray, *, data_range: float = 255.0) -
 def dct(m: int, side: int) -> np.ndarray:
     """The overcomplete discrete cosine transform: products of cosines of `⌈√m⌉` frequencies in each direction.
 
-    All but the first have mean 0.
+    All atoms except the first have mean 0.
 
     Args:
-      m: atoms.
-      side: pixels along a side.
+      m: number of atoms.
+      side: pixels along a side of a patch.
 
     Returns:
-      `[m side²]` float32, of norm 1.
+      Atoms `[m side²]` of norm 1, float32.
 
     Example:
       >>> dct(256, 8).shape
@@ -77,11 +77,11 @@ def dct(m: int, side: int) -> np.ndarray:
 
 
 def mosaic(D: np.ndarray, *, scale: int = 3) -> np.ndarray:
-    """The atoms of a dictionary as one picture, each with its own contrast.
+    """Tile the atoms of a dictionary into one picture, with contrast scaled per atom.
 
     Args:
       D: dictionary `[m side²]`.
-      scale: pixels of the picture for each of an atom's.
+      scale: pixels of the picture per pixel of an atom.
 
     Returns:
       `[h w]` in levels.
@@ -111,31 +111,31 @@ def denoise(
     seed: int = 0,
     progress: Callable[[str, int], None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Remove white noise, by k-SVD on the noisy picture itself.
+    """Remove white noise by k-SVD on the noisy picture itself.
 
-    Patches without their means are coded by orthogonal matching pursuit up to a residual of `1.15 σ · side`; the
-    picture is the mean of them all, with the noisy one in it at a weight of `s/2σ` patches, where `s` is the standard
-    deviation of the picture without its noise: about the `30/σ` of the source for photographs in levels. Colours are
-    rotated into brightness and two differences, which keeps the noise white; all have one dictionary. In any units,
-    `denoise(a·x + b, a·σ) = a·denoise(x, σ) + b`.
+    Patches, less their means, are coded by orthogonal matching pursuit up to a residual of `1.15 σ · side`; the result
+    is the mean of all patches and of the noisy picture, which has the weight of `s/2σ` patches, where `s` is the
+    standard deviation of the picture without its noise: about the `30/σ` of the source for photographs in levels.
+    Colours are rotated into brightness and two differences, which keeps the noise white; all share one dictionary.
+    In any units, `denoise(a·x + b, a·σ) = a·denoise(x, σ) + b`.
 
     Args:
-      picture: `[h w]` or `[h w c]`, in units of any size.
+      picture: `[h w]` or `[h w c]`, in any units.
       sigma: standard deviation of the noise, in the units of the picture: 25 in levels is 25/255 in [0, 1].
-      m: atoms.
-      k: most atoms of a patch.
-      side: pixels along the side of a patch.
-      steps: of `ksvd.fit`, from the overcomplete cosine transform.
-      patches: how many to learn from.
-      seed: of their places.
-      progress: called with what is going on and how many rows of pixels, times channels, are done.
+      m: number of atoms.
+      k: most atoms per patch.
+      side: pixels along a side of a patch.
+      steps: steps of `ksvd.fit`, which starts from the overcomplete cosine transform.
+      patches: number of patches to learn from.
+      seed: seed of their positions.
+      progress: called with the name of the stage and the number of pixel rows, times channels, just done.
 
     Returns:
       The picture, float32, and the dictionary `[m side²]`.
 
     Raises:
-      InputError: if the picture is smaller than a patch, or not a picture, or `sigma` not positive.
-      ValueError: if a size is out of its range.
+      InputError: if the picture is smaller than a patch or not a picture, or `sigma` is not positive.
+      ValueError: if a size is out of range.
 
     Example:
       >>> clean = np.kron(np.array([[50.0, 200.0], [200.0, 50.0]]), np.ones((16, 16)))
@@ -179,35 +179,35 @@ def inpaint(
     patches: int = 1 << 15,
     seed: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Fill in missing pixels, by k-SVD on what is known.
+    """Fill in missing pixels by k-SVD on the known ones.
 
         code:     minimise ‖M(y − Dᵀz)‖ in each patch, by orthogonal matching pursuit among the masked atoms `M d`
-        learn:    one sweep of k-SVD over the patches with what is missing filled in by their codes
+        learn:    one sweep of k-SVD over the patches, with missing pixels filled in by their codes
 
-    What a code fills in, it fits without error; and the error of all pixels is never less than that of the known ones.
-    So a sweep over the filled patches, which lowers the one, lowers the other. Patches of which nothing is known have
-    no say; a pixel that is in no other patch becomes the mean of the picture. In any units,
+    A code fits the pixels that it fills in without error, and the error over all pixels bounds that over the known
+    ones. So a sweep over the filled patches, which lowers the former, lowers the latter. Patches without known pixels
+    are ignored; a pixel that is in no other patch becomes the mean of the picture. In any units,
     `inpaint(a·x + b) = a·inpaint(x) + b`.
 
     Args:
-      picture: `[h w]` or `[h w c]`, in units of any size; missing pixels may hold anything.
-      missing: `[h w]`, True, or 1, where they are.
+      picture: `[h w]` or `[h w c]`, in any units; the values of missing pixels are ignored.
+      missing: `[h w]`, True or 1 where pixels are missing.
       sigma: noise that the codes leave unexplained, in the units of the picture; by default 2/255 of the range of the
         known pixels.
-      m: as for `denoise`, and so the rest.
-      k: most atoms of a patch.
-      side: pixels along the side of a patch.
-      steps: codings, each with its sweep.
-      patches: how many to learn from.
-      seed: of their places.
+      m: number of atoms.
+      k: most atoms per patch.
+      side: pixels along a side of a patch.
+      steps: number of codings, each followed by a sweep.
+      patches: number of patches to learn from.
+      seed: seed of their positions.
 
     Returns:
-      The picture, float32, known pixels as they were, and the dictionary `[m side²]`.
+      The picture, float32, with known pixels unchanged, and the dictionary `[m side²]`.
 
     Raises:
       InputError: if the picture is smaller than a patch or not a picture, if the mask does not fit it, if no pixel is
         known or none is missing, or if `sigma` is negative.
-      ValueError: if a size is out of its range.
+      ValueError: if a size is out of range.
 
     Example:
       >>> clean = np.kron(np.array([[50.0, 200.0], [200.0, 50.0]]), np.ones((16, 16)))
@@ -224,17 +224,19 @@ def inpaint(
             f"height and width."
         )
     if not np.isin(missing, (0, 1)).all():
-        raise InputError("got a mask with values other than 0 and 1; pass which pixels are missing, as `mask > 127.5`.")
+        raise InputError(
+            "got a mask with values other than 0 and 1; pass True where pixels are missing, as `mask > 127.5`."
+        )
     missing = np.asarray(missing, bool)
     if missing.all():
-        raise InputError("got a picture of which every pixel is missing; pass one of which some are known.")
+        raise InputError("got a mask in which every pixel is missing; pass False where pixels are known.")
     if sigma is not None and not 0 <= sigma < np.inf:
         raise InputError(f"got sigma {sigma}; pass the noise to leave unexplained, in the picture's units, 0 or more.")
     _require_sizes(m, k, side, steps, patches, seed)
     holes = missing.reshape(missing.shape + (1,) * (np.ndim(picture) - 2))
     picture = _require_picture(np.where(holes, np.asarray(picture)[~missing].flat[0], picture), side)
     if not missing.any():
-        raise InputError("got a mask of which no pixel is True; pass True where pixels are missing.")
+        raise InputError("got a mask in which no pixel is missing; pass True where pixels are missing.")
     units = _units(picture)
     planes = _planes(np.where(holes, 0, units.scaled(picture)))
     known = np.broadcast_to(~missing, planes.shape).astype(np.float32)
@@ -257,12 +259,12 @@ def _require_sizes(m: int, k: int, side: int, steps: int, patches: int, seed: in
     if not (1 <= k <= min(m, side**2) and steps >= 0 and patches >= 1 and seed >= 0):
         raise ValueError(
             f"got m={m}, k={k}, side={side}, steps={steps}, patches={patches}, seed={seed}; pass k from 1 to m and "
-            f"side², at least one patch, and neither steps nor a seed below 0."
+            f"side², at least one patch, and steps and a seed of 0 or more."
         )
 
 
 def _require_picture(picture, side: int) -> np.ndarray:
-    """A picture in float64, in which units of any size can be distinguished."""
+    """A picture as float64, which is precise enough for any units."""
     picture = np.asarray(picture)
     if picture.ndim not in (2, 3) or min(picture.shape) < 1 or min(picture.shape[:2]) < side:
         raise InputError(
@@ -272,12 +274,12 @@ def _require_picture(picture, side: int) -> np.ndarray:
         raise InputError(f"got a picture of {picture.dtype}; pass real numbers.")
     picture = picture.astype(np.float64)
     if not np.isfinite(picture).all():
-        raise InputError("got a picture with NaN or Inf; pass them as missing to `inpaint`.")
+        raise InputError("got a picture with NaN or Inf; mark those pixels as missing for `inpaint`.")
     return picture
 
 
 class _Units(NamedTuple):
-    """Units in which a picture is within ±1, and most of it near 0: float32 holds it, and sums of squares are safe."""
+    """Units in which a picture is within ±1 and has median 0, so that float32 arithmetic is safe."""
 
     middle: float
     size: float
@@ -314,13 +316,13 @@ def _from_planes(planes, like) -> np.ndarray:
 
 
 def _rotation(channels: int) -> np.ndarray:
-    """`[c c]` orthonormal, the first column their mean: the noise stays white, the colours are decorrelated."""
+    """`[c c]`, orthonormal, whose first column is the mean: noise stays white, and colours are decorrelated."""
     waves = np.cos(np.pi * np.outer(np.arange(channels) + 0.5, np.arange(channels)) / channels)
     return (waves / np.linalg.norm(waves, axis=0)).astype(np.float32)
 
 
 def _some_patches(side: int, count: int, seed: int, *stacks: np.ndarray) -> list[np.ndarray]:
-    """Patches `[n side²]` at the same random places, each at most once, of each stack of planes."""
+    """Patches `[n side²]` of each stack of planes, at the same random positions without replacement."""
     windows = [np.lib.stride_tricks.sliding_window_view(stack, (side, side), axis=(1, 2)) for stack in stacks]
     shape = windows[0].shape[:3]
     total = int(np.prod(shape))
@@ -330,7 +332,7 @@ def _some_patches(side: int, count: int, seed: int, *stacks: np.ndarray) -> list
 
 
 def _assemble(estimate: Callable, k: int, side: int, D, tol, *stacks: np.ndarray, progress=None) -> tuple:
-    """Sum of the estimates of all patches, and of their weights, at each pixel `[c h w]`, a strip at a time.
+    """Sums of the weighted estimates of all patches, and of their weights, at each pixel `[c h w]`, a strip at a time.
 
     Patches `[n d]` are estimated by `estimate(k, D, tol, *patches) -> (estimates [n d], weights [n])`.
     """
@@ -353,7 +355,7 @@ def _assemble(estimate: Callable, k: int, side: int, D, tol, *stacks: np.ndarray
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _strip(estimate: Callable, k: int, side: int, D, tol, valid, *strips):
-    """Sums at each pixel of a strip; rows of patches from `valid` on are padding."""
+    """Sums at each pixel of a strip; rows of patches at `valid` and beyond are padding."""
     height, width = (size - side + 1 for size in strips[0].shape)
 
     def patches(strip):
@@ -361,14 +363,14 @@ def _strip(estimate: Callable, k: int, side: int, D, tol, valid, *strips):
         return jnp.stack([across[i : i + height] for i in range(side)], axis=-2).reshape(height * width, side * side)
 
     def sums(parts):
-        """The sum at each pixel of patches' parts `[h w side side]`, along one axis and then the other."""
+        """The sum at each pixel of patch values `[h w side side]`, over one axis and then the other."""
         across = [jnp.pad(parts[:, :, :, j], ((0, 0), (j, side - 1 - j), (0, 0))) for j in range(side)]
         across = functools.reduce(jnp.add, across)
         down = [jnp.pad(across[:, :, i], ((i, side - 1 - i), (0, 0))) for i in range(side)]
         return functools.reduce(jnp.add, down)
 
     estimates, weights = estimate(k, D, tol, *map(patches, strips))
-    weights = weights.reshape(height, width) * (jnp.arange(height) < valid)[:, None]
+    weights = jnp.where((jnp.arange(height) < valid)[:, None], weights.reshape(height, width), 0)
     weights = jnp.broadcast_to(weights[:, :, None, None], (height, width, side, side))
     return sums(estimates.reshape(weights.shape) * weights), sums(weights)
 
@@ -379,7 +381,7 @@ def _denoised(k: int, D, tol, y):
     return codes.decode(D, code) + mean, jnp.ones(len(y), y.dtype)
 
 
-# --- Patches of which not every pixel is known
+# --- Patches with missing pixels
 
 
 def _inpainted(k: int, D, tol, y, known):
@@ -388,7 +390,7 @@ def _inpainted(k: int, D, tol, y, known):
 
 
 def _code_masked(D, tol, y, known, *, k: int) -> tuple[SparseCode, Array]:
-    """Codes of what is known of each patch less its mean, and that mean."""
+    """Codes of the known pixels of each patch, less their mean, and that mean."""
     count = jnp.sum(known, axis=1, keepdims=True)
     mean = divide(jnp.sum(known * y, axis=1, keepdims=True), count)
     code, _ = pursuit.omp(D, y - mean, k=k, tol=tol * jnp.sqrt(count[:, 0]), mask=known > 0)

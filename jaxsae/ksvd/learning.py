@@ -1,10 +1,10 @@
-"""The loop of k-SVD, and the updates of its atoms.
+"""The loop of k-SVD, and its updates of atoms.
 
-Coding is `pursuit.omp`; an update keeps the supports. Without atom j, the rows that use it are left with
+Coding is by `pursuit.omp`; an update keeps the supports. Without atom j, the rows that use it have the residual
 `E = R + v dᵀ`, and the best rank-one fit `E ≈ v dᵀ` gives both the atom and its values, at the cost of those rows
-alone. Each atom sees the updates of those before it, so the objective never rises.
+alone. Each update uses the results of those before it, so the objective never increases.
 
-With the dictionary fixed too, what remains is least squares on the supports: `jaxsae.refit`.
+With the dictionary fixed as well, the problem is least squares on the supports: `jaxsae.refit`.
 """
 
 import dataclasses
@@ -23,16 +23,16 @@ from jaxsae.codes import SparseCode
 from jaxsae.ksvd import rank_one
 from jaxsae.least_squares import problems
 
-_ALIKE = 0.99  # the cosine from which on two atoms count as one, as in the authors' own code
+_ALIKE = 0.99  # the cosine above which two atoms count as one, as in the authors' code
 
 
 class History(NamedTuple):
-    """What each of `t` steps of `fit` left: `‖Y − ZD‖² / ‖Y‖²`, over the finite rows; NaN if those are subnormal.
+    """The errors of `t` steps of `fit`: `‖Y − ZD‖² / ‖Y‖²`, over the finite rows; NaN if those are subnormal.
 
     Attributes:
       coded: `[t]` after coding.
-      updated: `[t]` after the update of the dictionary; never more.
-      replaced: `[t]` int32, atoms that were replaced then.
+      updated: `[t]` after the update of the dictionary; never larger.
+      replaced: `[t]` int32, number of atoms replaced after the update.
     """
 
     coded: Float[Array, " t"]
@@ -53,22 +53,22 @@ def fit(
     nonnegative: bool = False,
     nonnegative_atoms: bool = False,
 ) -> tuple[Float[Array, "m d"], History]:
-    """Learn a dictionary of `m` atoms in which each signal is a sum of `k` of them.
+    """Learn a dictionary of `m` atoms in which each signal is a combination of at most `k` of them.
 
-    Each step codes the signals by orthogonal matching pursuit, updates atoms and values, then replaces atoms that are
-    unused or repeated (`replace`). Signals with NaN or Inf are left out.
+    Each step codes the signals by orthogonal matching pursuit, updates atoms and values, then replaces unused and
+    repeated atoms (`replace`). Signals with NaN or Inf are ignored.
 
     Args:
-      key: chooses the signals to start from.
+      key: PRNG key, which chooses the signals to start from.
       y: signals `[n d]`.
-      m: atoms.
-      k: most atoms of a signal.
-      steps: codings, each with its update.
-      tol: residual norm at which a signal needs no further atom, in the units of `y`.
-      start: dictionary to start from, of any norm; by default `m` of the signals.
-      update: `exact` (the default), `approximate` or `mod`, or another function of their signature.
-      nonnegative: constrain the values, `z ≥ 0`.
-      nonnegative_atoms: constrain the atoms, for signals that are non-negative themselves.
+      m: number of atoms.
+      k: most atoms per signal.
+      steps: number of codings, each followed by an update.
+      tol: stop adding atoms to a signal when its residual norm is at most this, in the units of `y`.
+      start: initial dictionary, with atoms of any norm; by default `m` of the signals.
+      update: `exact` (the default), `approximate`, `mod`, or another function with their signature.
+      nonnegative: constrain the values to `z ≥ 0`.
+      nonnegative_atoms: constrain the atoms to be non-negative, for non-negative signals.
 
     Returns:
       Atoms `[m d]` of norm 1, and `History`.
@@ -100,7 +100,7 @@ def fit(
             f"`fit` got {n} signals to start m = {m} atoms from; pass more signals, fewer atoms or `start`."
         )
     if start is not None and start.shape != (m, d):
-        raise ValueError(f"`fit` got a start of shape {start.shape}; pass one of shape ({m}, {d}), one atom a row.")
+        raise ValueError(f"`fit` got a start of shape {start.shape}; pass one of shape ({m}, {d}), one atom per row.")
     start = _signals(key, y, m) if start is None else start
     start = rank_one.unit(jax.nn.relu(start) if nonnegative_atoms else start)
     return _fit(k, steps, update or exact, nonnegative, nonnegative_atoms, start, y, jnp.full(n, tol, y.dtype))
@@ -129,7 +129,7 @@ def _fit(k: int, steps: int, update: Callable, nonnegative: bool, nonnegative_at
 
 
 def _without_units(y):
-    """Signals divided by a power of two, so that none of their squares is out of range, and the power."""
+    """Signals divided by a power of two, so that their squares are in range, and that power."""
     wide = y.astype(promoted(y.dtype, jnp.float32))
     finite = jnp.isfinite(wide).all(axis=1, keepdims=True)
     scale = power_of_two(problems.largest(jnp.where(finite, wide, 0), (0, 1)))[0, 0]
@@ -137,21 +137,21 @@ def _without_units(y):
 
 
 def _signals(key, y, m: int):
-    """Signals drawn without replacement, of norm 1; those that are 0 or not finite only if there are no others."""
+    """Signals drawn without replacement; those that are 0 or not finite are drawn last, and become 0 if not finite."""
     valid = jnp.isfinite(y).all(axis=1) & (y != 0).any(axis=1)
     _, chosen = jax.lax.top_k(jax.random.uniform(key, (len(y),)) + jnp.where(valid, 1.0, 0.0), m)
     return jnp.where(valid[chosen, None], y[chosen], 0)
 
 
 def _on(code: SparseCode, rows: Array) -> SparseCode:
-    """The code with the other rows empty."""
+    """The code, with all other rows empty."""
     on = code.mask & rows[:, None]
     return dataclasses.replace(
         code, values=jnp.where(on, code.values, 0), indices=jnp.where(on, code.indices, code.num_latents)
     )
 
 
-# --- Updates of a dictionary and the values of a code, the supports given
+# --- Updates of a dictionary and of the values of a code, with the supports fixed
 
 
 def exact(
@@ -162,18 +162,18 @@ def exact(
     nonnegative: bool = False,
     nonnegative_atoms: bool = False,
 ) -> tuple[Float[Array, "m d"], SparseCode]:
-    """Update atoms and their values in turn, each by the best rank-one fit of what the others leave: exact k-SVD.
+    """Update atoms and their values in turn, each by the best rank-one fit to the residual of the others: exact k-SVD.
 
         E = R + v dᵀ,   (d, v) = argmin ‖E − v dᵀ‖²,   R ← E − v dᵀ        (rows that use the atom)
 
-    `d` is the leading eigenvector of `EᵀE [d d]`, meant for widths up to a few hundred. Under constraints `d` and `v`
-    are found in turn, each the best given the other, from whichever start is best: the atom, or the singular vector
-    of either sign (non-negative k-SVD, Aharon et al. 2005). The objective never rises.
+    `d` is the leading eigenvector of `EᵀE [d d]`, which suits widths up to a few hundred. Under constraints `d` and `v`
+    alternate, each the best given the other, from the best start: the atom, or the singular vector of either sign
+    (non-negative k-SVD, Aharon et al. 2005). The objective never increases.
 
     Args:
       D: dictionary `[m d]`, atoms of any norm.
-      y: signals `[n d]`; rows with NaN or Inf, in `y` or in their values, are left out.
-      code: supports and values `[n k]`. An index that stands twice in a row is put into its first slot.
+      y: signals `[n d]`; rows with NaN or Inf, in `y` or in their values, are ignored.
+      code: supports and values `[n k]`. An index repeated in a row is merged into its first slot.
       nonnegative: constrain `z ≥ 0`.
       nonnegative_atoms: constrain the atoms.
 
@@ -211,8 +211,8 @@ def approximate(
 
         d = Eᵀv / ‖Eᵀv‖,   v = E d        (projected, under constraints)
 
-    Each half is the best given the other, so the objective never rises. It costs a few passes over the rows of an atom,
-    whatever the width.
+    Each half is the best given the other, so the objective never increases. It costs a few passes over the rows of an
+    atom, whatever the width.
 
     Args:
       D: as for `exact`.
@@ -222,10 +222,10 @@ def approximate(
       nonnegative_atoms: as for `exact`.
 
     Returns:
-      As `exact`.
+      As for `exact`.
 
     Raises:
-      ValueError, TypeError: as `exact`.
+      ValueError, TypeError: as for `exact`.
 
     Example:
       >>> import jax.numpy as jnp, jaxsae
@@ -249,24 +249,24 @@ def mod(
     nonnegative: bool = False,
     nonnegative_atoms: bool = False,
 ) -> tuple[Float[Array, "m d"], SparseCode]:
-    """Update all atoms at once, the values fixed: the method of optimal directions.
+    """Update all atoms at once, with the values fixed: the method of optimal directions.
 
-        D = (ZᵀZ)⁻¹ ZᵀY,   then atoms of norm 1, and values to match
+        D = (ZᵀZ)⁻¹ ZᵀY,   then atoms scaled to norm 1, and values to match
 
-    It takes memory and time of `[m m]`. Where rounding would make the error rise, the dictionary is kept.
+    It forms and factorises the `[m m]` matrix `ZᵀZ`. Where rounding would increase the error, the dictionary is kept.
 
     Args:
       D: as for `exact`.
       y: as for `exact`.
       code: as for `exact`.
-      nonnegative: makes no difference: values keep their signs.
+      nonnegative: ignored, since values keep their signs.
       nonnegative_atoms: must be False.
 
     Returns:
-      As `exact`.
+      As for `exact`.
 
     Raises:
-      ValueError, TypeError: as `exact`, and for `nonnegative_atoms`.
+      ValueError, TypeError: as for `exact`, or if `nonnegative_atoms` is True.
 
     Example:
       >>> import jax.numpy as jnp, jaxsae
@@ -278,7 +278,7 @@ def mod(
     Source: Engan, Aase & Husøy (1999), "Method of optimal directions for frame design".
     """
     if nonnegative_atoms:
-        raise ValueError("`mod` got nonnegative_atoms, which it has no way to keep; use `exact` or `approximate`.")
+        raise ValueError("`mod` got nonnegative_atoms, which it does not support; use `exact` or `approximate`.")
     D, y, code = problems.validate(D, y, code, "mod")
     return _mod(D, y, code)
 
@@ -313,19 +313,19 @@ def _mod(D, y, code: SparseCode):
 def replace(
     D: Float[Array, "m d"], y: Float[Array, "n d"], code: SparseCode, *, nonnegative_atoms: bool = False
 ) -> tuple[Float[Array, "m d"], Int[Array, ""]]:
-    """Replace atoms that are unused or repeated by the signals that are represented worst.
+    """Replace unused and repeated atoms by the signals with the largest errors.
 
-    Repeated is an atom whose cosine with an earlier one is above 0.99 in absolute value. Each takes a signal of its
-    own, as long as there are signals with an error.
+    An atom is repeated if the absolute value of its cosine with an earlier one is above 0.99. Each takes a different
+    signal, while there are signals with an error.
 
     Args:
       D: dictionary `[m d]`.
       y: signals `[n d]`.
-      code: what represents them, `[n k]`.
+      code: codes of the signals, `[n k]`.
       nonnegative_atoms: take the positive part of the signals.
 
     Returns:
-      The dictionary, new atoms of norm 1, and how many were replaced.
+      The dictionary, with atoms of norm 1, and the number of atoms replaced.
 
     Raises:
       ValueError, TypeError: at trace time, if shapes or dtypes do not fit together.

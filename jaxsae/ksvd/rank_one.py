@@ -1,7 +1,7 @@
-"""One sweep of k-SVD: each atom and its values in turn, by a rank-one fit of what the other atoms leave.
+"""One sweep of k-SVD: update each atom and its values in turn, by a rank-one fit to the residual of the others.
 
-A fit is `fit_atom(fold, signs, atom) -> atom`: `leading` is the best of all, `power_step` one step towards it, and
-`alternating` the best that alternation finds under constraints of sign.
+A fit is `fit_atom(fold, signs, atom) -> atom`: `leading` is the best fit, `power_step` one step towards it, and
+`alternating` the best that alternation finds under sign constraints.
 """
 
 import dataclasses
@@ -19,11 +19,11 @@ from jaxsae._core.linalg import divide, matmul, max_or_nan, power_of_two
 from jaxsae.codes import SparseCode
 from jaxsae.least_squares import problems
 
-_ROUNDS = 10  # of a rank-one fit under constraints
+_ROUNDS = 10  # of alternation, in a constrained rank-one fit
 
 
 def unit(atoms):
-    """Atoms of norm 1, whatever their size; those that are 0 stay."""
+    """Atoms scaled to norm 1, whatever their size; zero atoms stay 0."""
     atoms = divide(atoms, power_of_two(max_or_nan(jnp.abs(atoms), -1, keepdims=True)))
     return divide(atoms, jnp.linalg.norm(atoms, axis=-1, keepdims=True))
 
@@ -35,35 +35,35 @@ class Signs(NamedTuple):
     atoms: bool
 
     def project_values(self, v):
-        """The nearest values that are allowed."""
+        """The nearest feasible values."""
         return jax.nn.relu(v) if self.values else v
 
     def project_atom(self, d):
-        """The nearest atom that is allowed."""
+        """The nearest feasible atom."""
         return jax.nn.relu(d) if self.atoms else d
 
 
 class Learnable(NamedTuple):
-    """What a dictionary can be learnt from, in float32 or better and free of units.
+    """Unit-free data to learn a dictionary from, in float32 or better.
 
-    Atoms, each, and all signals are divided by powers of two, and values to match, so that no square leaves the range.
+    Each atom, and the signals as a whole, are scaled by powers of two, and values to match, so that squares fit.
     """
 
     atoms: Array  # [m d]
     signals: Array  # [n d]  0 where a row is not finite
-    code: SparseCode  # without those rows, and later slots of an index that stands twice
+    code: SparseCode  # without those rows, and with repeated indices merged into their first slot
     finite: Array  # [n]
     scale: Array  # of the signals
 
     def put(self, code: SparseCode, learnt: SparseCode) -> SparseCode:
-        """What was learnt for atoms of norm 1, with units, in the rows that are finite."""
+        """The learnt code for atoms of norm 1, scaled back, in the finite rows."""
         rows, values = self.finite[:, None], (learnt.values * self.scale).astype(code.values.dtype)
         values, indices = jnp.where(rows, values, code.values), jnp.where(rows, learnt.indices, code.indices)
         return dataclasses.replace(code, values=values, indices=indices)
 
 
 def learnable(D, y, code: SparseCode) -> Learnable:
-    """The part of signals, and of their code, that a dictionary can be learnt from."""
+    """The `Learnable` part of signals and of their code."""
     dtype, m = problems.accumulator(D, y), code.num_latents
     D, y = D.astype(dtype), y.astype(dtype)
     finite = jnp.isfinite(y).all(axis=1) & sparse.finite_rows(code.values, code.indices, m)
@@ -72,7 +72,7 @@ def learnable(D, y, code: SparseCode) -> Learnable:
     size = power_of_two(max_or_nan(jnp.abs(D), 1))
     on = code.mask & finite[:, None]
     values, indices = jnp.where(on, code.values, 0).astype(dtype), jnp.where(on, code.indices, m)
-    # The values of a zero atom change nothing, and say in what direction it is to go.
+    # The values of a zero atom do not affect the residual, but determine the direction of its update.
     values = divide(values * jnp.where(size == 0, 1, size).at[indices].get(mode="fill", fill_value=0), scale)
     same = (indices[:, :, None] == indices[:, None, :]) & on[:, None, :]
     first = on & (jnp.argmax(same, axis=2) == jnp.arange(indices.shape[1]))
@@ -85,8 +85,8 @@ def learnable(D, y, code: SparseCode) -> Learnable:
 def sweep(fit_atom: Callable, signs: Signs, D, y, code: SparseCode):
     """Fit each atom and its values in turn to the residual of the rows that use it.
 
-    A fit sees these rows through `fold(f, total)`, `total ← f(total, E, v)` over blocks of them, the last one padded
-    with zeros; it takes the atom before, of norm 1, and returns the one after.
+    A fit reads these rows through `fold(f, total)`, `total ← f(total, E, v)` over blocks of them, the last one padded
+    with zeros; it takes the current atom, of norm 1, and returns the new one.
     """
     m, (n, k) = len(D), code.indices.shape
     given = learnable(D, y, code)
@@ -102,7 +102,7 @@ def sweep(fit_atom: Callable, signs: Signs, D, y, code: SparseCode):
         atom = D[j]
 
         def block(number, values, residual):
-            """Slots and rows of a block, past the end where it is padding, and the rows without the atom."""
+            """The slots of a block (out of range for padding), the residuals without the atom, and its values."""
             at = start + number * size
             slots = jax.lax.dynamic_slice_in_dim(order, at, size)
             slots = jnp.where(at + jnp.arange(size) < end, slots, n * k)
@@ -138,7 +138,7 @@ def sweep(fit_atom: Callable, signs: Signs, D, y, code: SparseCode):
 
 
 def _block_size(uses: float) -> int:
-    """Rows of a block: many enough for few blocks an atom, few enough for little padding; 256 is best, measured."""
+    """Rows of a block: large for few blocks per atom, small for little padding; at most 256, the fastest measured."""
     size = 32
     while size < min(uses / 2, 256):
         size *= 2
@@ -146,7 +146,7 @@ def _block_size(uses: float) -> int:
 
 
 def leading(fold, signs: Signs, atom):
-    """The leading right singular vector of `E`, of the atom's sign; the atom itself where rounding leaves it better."""
+    """The leading right singular vector of `E`, signed like the atom; the atom itself if rounding makes it better."""
     covariance = fold(lambda total, E, _: total + matmul(E.T, E), jnp.zeros((atom.size, atom.size), atom.dtype))
     new = eigenvector(covariance)
     new = jnp.where(jnp.sum(new * atom) < 0, -new, new)
@@ -157,7 +157,7 @@ def leading(fold, signs: Signs, atom):
 def eigenvector(covariance: Float[Array, "d d"]) -> Float[Array, " d"]:
     """The leading eigenvector of a positive semi-definite matrix, by squaring it until it has rank one.
 
-    After `p` squarings what is lost of the eigenvalue is at most `d/(2e 2ᵖ)` of it, whatever the gap to the next one.
+    After `p` squarings the relative error of the eigenvalue is at most `d/(2e 2ᵖ)`, whatever the gap to the next one.
     """
 
     def square(carry):
@@ -165,25 +165,25 @@ def eigenvector(covariance: Float[Array, "d d"]) -> Float[Array, " d"]:
         power = matmul(power, power)
         return divide(power, jnp.trace(power)), jnp.sum(jnp.diagonal(power)), count + 1
 
-    # For a trace of 1, the trace of the square is 1 at rank one alone.
+    # For a trace of 1, the trace of the square is 1 only at rank one.
     carry = (divide(covariance, jnp.trace(covariance)), jnp.zeros((), covariance.dtype), 0)
     power, _, _ = jax.lax.while_loop(lambda carry: (carry[1] < 1 - 1e-6) & (carry[2] < 24), square, carry)
     return unit(matmul(covariance, power[jnp.argmax(jnp.diagonal(power))]))
 
 
 def power_step(fold, signs: Signs, atom):
-    """`Eᵀv`, of norm 1."""
+    """`Eᵀv`, scaled to norm 1."""
     return _step_to(fold(lambda total, E, v: total + matmul(v, E), jnp.zeros_like(atom)), signs, atom)
 
 
 def _step_to(direction, signs: Signs, atom):
-    """A direction as an atom; the atom before where that is 0, or out of range."""
+    """A direction as an atom; the previous atom where the direction is 0 or not finite."""
     new = unit(signs.project_atom(direction))
     return jnp.where(jnp.isfinite(new).all() & (new != 0).any(), new, atom)
 
 
 def alternating(fold, signs: Signs, atom):
-    """Under constraints: `v` and `d` in turn, from the atom or the leading singular vector, whichever fits better."""
+    """Alternate `v` and `d` under constraints, from the atom or the leading singular vector, whichever is better."""
     singular = leading(fold, signs, atom)
     starts = jnp.stack([atom, *(_step_to(sign * singular, signs, atom) for sign in (1, -1))])
     gain = fold(

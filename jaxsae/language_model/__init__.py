@@ -3,20 +3,17 @@
 `models` computes, `files` reads GGUF files and Hugging Face directories, `harvest` goes from text to activations.
 """
 
-from jaxsae.language_model import harvest
-from jaxsae.language_model.download import cached, fetch
-from jaxsae.language_model.files import read_tokenizer
+from jaxsae.language_model import harvest as harvest
+from jaxsae.language_model.download import cached as cached, fetch as fetch
+from jaxsae.language_model.files import read_tokenizer as read_tokenizer
 from jaxsae.language_model.models import (
-    LanguageModel,
-    NextToken,
-    cross_entropy,
-    load,
-    logits,
-    loss_recovered,
-    residual,
-    splice,
-    tiny,
+    LanguageModel as LanguageModel,
+    NextToken as NextToken,
+    cross_entropy as cross_entropy,
+    load as load,
+    logits as logits,
+    loss_recovered as loss_recovered,
+    residual as residual,
+    splice as splice,
+    tiny as tiny,
 )
-
-__all__ = ["LanguageModel", "cached", "fetch", "harvest", "load", "logits", "read_tokenizer", "residual", "tiny"]
-__all__ += ["NextToken", "cross_entropy", "loss_recovered", "splice"]

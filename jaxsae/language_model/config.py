@@ -23,6 +23,7 @@ class Config(NamedTuple):
     tied: bool  # the head is the embedding
     rope: tuple[float, ...] | None  # radians a position, for each pair of a head; None where positions are learned
     dtype: np.dtype = np.dtype("float32")  # of the weights
+    family: str = "llama"  # in `models.BLOCKS`
 
 
 Arrays = dict[str, np.ndarray]  # by the names of `LanguageModel`'s parameters; those of blocks are stacked

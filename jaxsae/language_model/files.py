@@ -142,7 +142,8 @@ def _damage_in_one_line(path: Path) -> contextlib.AbstractContextManager[None]:
 
 def _require_sizes(c: Config, path: Path) -> None:
     """Refuse sizes that fit the weights and would fail when the model is called."""
-    sizes = {name: value for name, value in c._asdict().items() if name not in ("eps", "tied", "rope", "dtype")}
+    others = ("eps", "tied", "rope", "dtype", "family")
+    sizes = {name: value for name, value in c._asdict().items() if name not in others}
     whole = all(type(size) is int and size > 0 for size in sizes.values()) and isinstance(c.eps, int | float)
     if not whole or c.heads % c.kv_heads or (c.rope is None and c.heads * c.head_width != c.width):
         raise InputError(f"{path}: has sizes that no model has: {sizes | {'eps': c.eps}}; get the file again.")

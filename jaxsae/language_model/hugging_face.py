@@ -3,8 +3,9 @@
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -45,10 +46,12 @@ def _directory_config(path: Path) -> tuple[Config, str]:
         raise InputError(f"{path}: has no config.json; {_EXPECTED}.")
     options = json.loads((path / "config.json").read_text())
     kind = options.get("model_type")
-    if kind not in ("llama", "gpt2"):
-        raise InputError(f"{path}: is of model type {kind!r}, expected 'llama' or 'gpt2'; pass one of those.")
+    if kind not in FAMILIES:
+        raise InputError(
+            f"{path}: is of model type {kind!r}, expected {' or '.join(map(repr, FAMILIES))}; pass one of those."
+        )
     try:
-        config = _llama_config(options, path) if kind == "llama" else _gpt2_config(options, path)
+        config = FAMILIES[kind].config(options, path)
     except KeyError as error:
         raise InputError(f"{path}: its config.json has no {error}; save the model again.") from error
     return config, kind
@@ -56,12 +59,9 @@ def _directory_config(path: Path) -> tuple[Config, str]:
 
 def _read_directory(path: Path, dtype) -> tuple[Config, Arrays]:
     config, kind = _directory_config(path)
-    files = _open_shards(path)
-    if kind == "gpt2":  # saved with a language-modelling head, or without
-        files = {name.removeprefix("transformer."): file for name, file in files.items()}
-        names, prefix = _GPT2_NAMES, "transformer."
-    else:
-        names, prefix = {k: v for k, v in _LLAMA_NAMES.items() if k != "head.kernel" or not config.tied}, ""
+    family = FAMILIES[kind]
+    files = {name.removeprefix(family.prefix): file for name, file in _open_shards(path).items()}
+    names = {ours: name for ours, name in family.names.items() if ours != "head.kernel" or not config.tied}
     unused = set(files)
 
     def get(parameter: str, name: str) -> np.ndarray:
@@ -69,9 +69,8 @@ def _read_directory(path: Path, dtype) -> tuple[Config, Arrays]:
             raise InputError(f"{path}: has no tensor {name}; save the model again.")
         file = files[name]
         unused.discard(name)
-        array = np.asarray(file.get_tensor(name if name in file.keys() else prefix + name))  # noqa: SIM118
-        # GPT-2's weights are stored [in out] already.
-        return array.T if parameter.endswith(".kernel") and kind == "llama" else array
+        array = np.asarray(file.get_tensor(name if name in file.keys() else family.prefix + name))  # noqa: SIM118
+        return array.T if parameter.endswith(".kernel") and family.transposed else array
 
     arrays = _stack(names, config.layers, get, dtype)
     if unused := {name for name in unused if not _WITHOUT_EFFECT.fullmatch(name)}:  # of more blocks, say
@@ -171,6 +170,7 @@ def _gpt2_config(o: dict[str, Any], path: Path) -> Config:
         eps=o["layer_norm_epsilon"],
         tied=True,
         rope=None,
+        family="gpt2",
     )
 
 
@@ -191,4 +191,19 @@ _GPT2_NAMES = {
     "blocks.up.bias": "h.{}.mlp.c_fc.bias",
     "blocks.down.kernel": "h.{}.mlp.c_proj.weight",
     "blocks.down.bias": "h.{}.mlp.c_proj.bias",
+}
+
+
+class Family(NamedTuple):
+    """How directories of a `model_type` are read."""
+
+    config: Callable[[dict[str, Any], Path], Config]  # from config.json; refuses what our block does not compute
+    names: dict[str, str]  # of our parameters in the files, `{}` the number of the block
+    prefix: str = ""  # of every tensor, where the model was saved with a language-modelling head
+    transposed: bool = True  # kernels are stored [out in]
+
+
+FAMILIES = {
+    "llama": Family(_llama_config, _LLAMA_NAMES),
+    "gpt2": Family(_gpt2_config, _GPT2_NAMES, prefix="transformer.", transposed=False),
 }

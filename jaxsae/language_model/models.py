@@ -103,6 +103,9 @@ def _rotate(x, angles):
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
+BLOCKS = {"llama": (LlamaBlock, _rms_norm), "gpt2": (GPT2Block, _layer_norm)}  # by family, with the last norm
+
+
 class LanguageModel(nnx.Module):
     """A decoder-only transformer; parameters of all blocks are stacked along a leading axis.
 
@@ -123,7 +126,7 @@ class LanguageModel(nnx.Module):
           rngs: of flax.
         """
         c = config
-        block, norm = (GPT2Block, _layer_norm) if c.rope is None else (LlamaBlock, _rms_norm)
+        block, norm = BLOCKS[c.family]
         embed = functools.partial(nnx.Embed, features=c.width, param_dtype=c.dtype, rngs=rngs)
         self.config = c
         self.embedding = embed(c.vocab)

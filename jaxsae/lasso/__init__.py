@@ -1,8 +1,8 @@
-"""The lasso: a code chosen by an L1 penalty, its path, and what takes its shrinkage out again.
+"""The lasso: codes selected by an L1 penalty, its path, and relaxations that undo its shrinkage.
 
     minimise ½‖y − Σᵢ zᵢ D[i]‖² + λ‖z‖₁   over z free, or z ≥ 0
 
-`penalised` has the functions, `homotopy` follows the path.
+`penalised` defines the functions; `homotopy` follows the path.
 """
 
 from jaxsae.lasso.penalised import (

@@ -1,14 +1,14 @@
-"""The lasso's path, followed from one change of the support to the next.
+"""Homotopy for the lasso: its path, followed from one change of the support to the next.
 
 The minimiser of `½‖y − Dᵀz‖² + λ‖z‖₁` is piecewise linear in `λ`: while its support `S` and signs `s` stay,
 
     z_S(λ) = G_SS⁻¹(c_S − λ s),   G = DDᵀ,  c = Dy.
 
-It starts at `λ_max`, where the first atom comes in, and goes down to the next penalty at which an atom joins or leaves
-(Osborne et al. 2000; LARS with the lasso's modification). The steps are as many as the changes, each at the cost of two
-products with `D` and of a rank-one change of `G_SS⁻¹`. Correlations are computed from the residual at each step, and
-what they miss is put right by the next: errors do not add up. A duality gap certifies the end; rows in which ties or
-nearly dependent atoms leave it too large continue by FISTA.
+The path starts at `λ_max`, where the first atom joins, and descends to the next penalty at which an atom joins or
+leaves (Osborne et al. 2000; LARS with the lasso's modification). There is one step per change, which costs two products
+with `D` and a rank-one update of `G_SS⁻¹`. Each step computes correlations from the residual and corrects the values,
+so that errors do not accumulate. A duality gap certifies the result; rows in which ties or nearly dependent atoms leave
+it too large continue with FISTA.
 """
 
 import functools
@@ -26,36 +26,36 @@ from jaxsae.codes import SparseCode
 from jaxsae.least_squares import problems
 from jaxsae.least_squares.solvers import POWER_STEPS, FISTAState, fista_start, fista_step
 
-_STARTS = 4  # of a row that continues by FISTA, each from the end of the one before
+_STARTS = 4  # runs of FISTA on a row, each from the result of the one before
 
 
 class Static(NamedTuple):
-    """What fixes the program: the sign constraint and the slots of a row."""
+    """Static arguments: the sign constraint and the number of slots per row."""
 
     nonnegative: bool
     capacity: int
 
 
 class Solution(NamedTuple):
-    """The solution of rows, or of one, at a penalty."""
+    """The solution of one row or several, at one penalty."""
 
     values: Array  # [k]
     indices: Array  # [k]  m where a slot is free
-    num_dropped: Array  # atoms that the slots had no room for
+    num_dropped: Array  # number of atoms that did not fit into the slots
     steps: Array
-    kkt: Array  # relative, as of `certify`; NaN where the row is not finite
+    kkt: Array  # relative, as in `certify`; NaN where the row is not finite
     gap: Array  # relative to ½‖y‖²
 
 
 @chunking.over_rows
 def solve(static: Static, shared, per_row) -> Solution:
-    """Solve rows at penalties, each of its own, on all atoms or on a support: `[*b L]`.
+    """Solve each row at its own penalties, on all atoms or on a support: `[*b L]`.
 
     Args:
       static: `Static`.
-      shared: `D [m d]`, the gap to be reached, and the most steps.
-      per_row: `y [*b d]`, penalties `[*b L]` in descending order, and supports `[*b s]`, or None. Then the indices
-        found are positions in the support.
+      shared: `D [m d]`, the tolerance of the gap, and the most steps.
+      per_row: `y [*b d]`, penalties `[*b L]` in descending order, and supports `[*b s]` or None. With supports, the
+        indices returned are positions in the support.
     """
     D, tol, max_steps = shared
     y, lams, support = per_row
@@ -73,7 +73,7 @@ def solve(static: Static, shared, per_row) -> Solution:
     support = None if support is None else support.reshape(n, m)
 
     def of_rows(f, support):
-        """`f(dictionary, ...)` of a chunk of rows, which share the dictionary or have atoms of their own."""
+        """`f(dictionary, ...)` over a chunk of rows, which share the dictionary or have their own atoms."""
         if support is None:
             return jax.vmap(functools.partial(f, D))
         return functools.partial(jax.vmap(f), _take(D, support))
@@ -112,12 +112,12 @@ def solve(static: Static, shared, per_row) -> Solution:
 
 
 def _take(D, indices):
-    """Atoms, zeros where a slot is free."""
+    """Atoms, with zeros where a slot is free."""
     return D.at[indices].get(mode="fill", fill_value=0)
 
 
 class _Row(NamedTuple):
-    """One row's problem, free of units."""
+    """The unit-free problem of one row."""
 
     D: Array  # [m d]
     y: Array  # [d]
@@ -143,12 +143,12 @@ class _PathState(NamedTuple):
     signs: Array  # [k]  0 where a slot is free
     inverse: Array  # [k k]  of the Gram matrix of the support; 0 elsewhere
     status: Array  # [m]  int8: whether an atom may join
-    full: Array  # an atom would join, and no slot is free
-    breakdown: Array  # rounding has taken the state off the path
+    full: Array  # whether an atom is to join but no slot is free
+    breakdown: Array  # whether rounding has moved the state off the path
     steps: Array
 
 
-# How an atom stands. A dependent one is in the span of the support, until an atom leaves it.
+# Status of an atom. A dependent one is in the span of the support, until an atom leaves it.
 _FREE, _ACTIVE, _DEPENDENT = range(3)
 
 
@@ -183,17 +183,17 @@ def _start(row: _Row) -> _PathState:
 
 
 def _step(row: _Row, state: _PathState, target) -> _PathState:
-    """Go down to the penalty at which an atom joins the support or leaves it, or to `target`."""
+    """Descend to the next penalty at which an atom joins the support or leaves it, or to `target`."""
     m, tiny = len(row.D), 64 * jnp.finfo(row.D.dtype).eps
     A = _take(row.D, state.indices)
     r = row.y - matmul(state.values, A)
     g_on = matmul(A, r)
     slope = matmul(state.inverse, state.signs)  # of the values, as λ falls
-    g, fall = matmul(jnp.stack([r, matmul(slope, A)]), row.D.T)  # correlations, and how fast they go down
+    g, fall = matmul(jnp.stack([r, matmul(slope, A)]), row.D.T)  # correlations, and how fast they fall
     z = _corrected(state, g_on)
 
     def until_joining(sign):
-        gain = 1 - sign * fall  # at which λ comes down on the correlation; a repeated atom's falls as fast as λ
+        gain = 1 - sign * fall  # rate at which λ approaches the correlation; 0 for a repeated atom
         able = (state.status == _FREE) & (gain > tiny)
         return jnp.where(able, jnp.maximum(state.lam - sign * g, 0) / jnp.where(able, gain, 1), jnp.inf)
 
@@ -214,7 +214,7 @@ def _step(row: _Row, state: _PathState, target) -> _PathState:
     room = state.indices[slot] == m
     entering = (joins & independent & room) & (jnp.arange(z.size) == slot)
     out = leaves & (jnp.arange(z.size) == i)
-    # The inverse of a matrix with one row and column more, or less, differs by one of rank one.
+    # Adding or removing a row and column changes the inverse by a matrix of rank one.
     edge = jnp.where(leaves, state.inverse[i], projection - entering.astype(z.dtype))
     weight = jnp.where(leaves, -divide(1, state.inverse[i, i]), jnp.where(entering.any(), divide(1, distance), 0))
     inverse = state.inverse + weight * edge[:, None] * edge
@@ -242,9 +242,9 @@ def _corrected(state: _PathState, g_on):
 
 
 def _project(state: _PathState, A, atom):
-    """Coordinates `[k]` of an atom's projection on the span of the support, and its squared distance from there."""
+    """Coordinates `[k]` of an atom's projection onto the span of the support, and its squared distance from it."""
     x = matmul(state.inverse, matmul(A, atom))
-    x = x + matmul(state.inverse, matmul(A, atom - matmul(x, A)))  # without which nearby atoms spoil the inverse
+    x = x + matmul(state.inverse, matmul(A, atom - matmul(x, A)))  # otherwise nearby atoms corrupt the inverse
     return x, jnp.sum((atom - matmul(x, A)) ** 2)
 
 
@@ -265,16 +265,16 @@ def _judge(row: _Row, A, z, lam, r):
 
         P(z) − D(u) = ½(1 − α)²‖r‖² + Σᵢ |zᵢ| (λ − α gᵢ sign zᵢ),
 
-    whose terms are not negative: no two nearly equal objectives are subtracted. What the gap falls short by is the
-    rounding of `g`, and so `r` must be right to the last digit: where atoms nearly cancel, one from plain sums is not,
-    by many times the rounding of `g`.
+    whose terms are non-negative, so that no nearly equal objectives are subtracted. The gap is too small only by the
+    rounding of `g`, so `r` must be accurate to about machine precision: where atoms nearly cancel, the error of plain
+    sums is many times the rounding of `g`.
     """
     g, g_on = matmul(row.D, r), matmul(A, r)
     g = g if row.static.nonnegative else jnp.abs(g)
     top = max_or_nan(g)
     shrunk = jnp.where(top > lam, divide(lam, top), 1)
     alpha = jnp.where(top > lam + row.rounding, shrunk, 1)
-    # The first term is small enough to count what the second is spared: where `λ` is small, it may be all there is.
+    # `shrunk`, not `alpha`, in the first term: it is small, and where `λ` is small it may be the whole gap.
     gap = 0.5 * (1 - shrunk) ** 2 * jnp.sum(r * r) + jnp.sum(jnp.abs(z) * (lam - alpha * g_on * jnp.sign(z)))
     off = max_or_nan(jnp.where(z != 0, jnp.abs(g_on - lam * jnp.sign(z)), 0))
     kkt = divide(jnp.maximum(off, top - lam), row.scale)
@@ -282,7 +282,7 @@ def _judge(row: _Row, A, z, lam, r):
     return jnp.maximum(kkt, 0), jnp.maximum(gap, 0), jnp.sum(g > lam + row.rounding, dtype=jnp.int32)
 
 
-# --- What answers where following the path does not
+# --- FISTA, for rows that the path does not solve
 
 
 class _Descent(NamedTuple):
@@ -296,10 +296,10 @@ class _Descent(NamedTuple):
 
 
 def _descend(static: Static, tol, max_steps, D, y, lam, solution: Solution) -> Solution:
-    """Continue one row by FISTA with gradient restart, on all atoms, from where its path ended or from 0.
+    """Continue one row with FISTA with gradient restart, on all atoms, from the end of its path or from 0.
 
-    Residuals are the start's, less what the change makes of it: right to the last digit near the start alone. So a row
-    that is done by them, and not by its own, starts again from there.
+    Residuals are updated from that of the start, and so are accurate to machine precision only near it. A row whose
+    updated residual meets the tolerance, but whose recomputed one does not, starts again from there.
     """
     row = _row(static, D, y)
     return jax.lax.fori_loop(
@@ -309,7 +309,7 @@ def _descend(static: Static, tol, max_steps, D, y, lam, solution: Solution) -> S
 
 def _descend_from(row: _Row, tol, max_steps, lam, solution: Solution) -> Solution:
     static, D, y = row.static, row.D, row.y
-    warm_start = solution.gap <= 1  # as 0 has it, whose residuals are no larger either
+    warm_start = solution.gap <= 1  # at 0 the gap and the KKT residual are at most 1
     kkt, gap = (jnp.where(warm_start, x, 1) for x in (solution.kkt, solution.gap))
     given = jnp.where(warm_start, solution.values, 0)
     start, r_start = SparseCode(given, solution.indices, len(D)).dense(), residual(y, given, _take(D, solution.indices))
@@ -335,11 +335,11 @@ def _descend_from(row: _Row, tol, max_steps, lam, solution: Solution) -> Solutio
     begin = _Descent(fista_start(start, gradient(start), curvature), start, kkt, gap, solution.steps)
     end = jax.lax.while_loop(lambda s: (s.gap > tol) & (s.steps < max_steps), step, begin)
     code = codes.from_dense(end.best, static.capacity)
-    # Judged again: the slots may have had no room for all of it, and far from the start its residual was rounded.
+    # Recompute the gap: some atoms may not have fitted into the slots, and the updated residual was rounded.
     A = _take(D, code.indices)
     kkt, gap, _ = _judge(row, A, code.values, lam, residual(y, code.values, A))
     found = Solution(code.values, code.indices, code.num_dropped, end.steps, kkt, gap)
-    # What did not fit may have been what cancelled the rest: an empty code is better than that.
+    # Without the atoms that did not fit, the code may be worse than an empty one.
     empty = jnp.zeros_like(code.values), jnp.full_like(code.indices, len(D)), code.num_dropped, end.steps
     found = _choose(gap <= 1, found, Solution(*empty, jnp.ones_like(kkt), jnp.ones_like(gap)))
     return _choose(warm_start & ~(found.gap < solution.gap), solution._replace(steps=end.steps), found)

@@ -1,7 +1,7 @@
-"""The lasso at one penalty and along its path; what relaxes it; cross-validation.
+"""The lasso at one penalty and along its path, its relaxations, and cross-validation.
 
-The penalty chooses the support, and shrinks the values on it: with `S` the support and `s` the signs, the refit is
-`z_S + λ (D_S D_Sᵀ)⁻¹ s`. `relaxed` and `blend` choose how much of that shrinkage to take back.
+The penalty selects the support and shrinks the values on it: with `S` the support and `s` the signs, the refit is
+`z_S + λ (D_S D_Sᵀ)⁻¹ s`. `relaxed` and `blend` undo part of that shrinkage.
 """
 
 import dataclasses
@@ -29,17 +29,17 @@ Number = int | float | Array | np.ndarray
 
 @pytrees.dataclass
 class LassoInfo(RefitInfo):
-    """How a lasso ended, row by row.
+    """The outcome of a lasso, per row.
 
     Attributes:
       kkt: `[*b]` relative KKT residual, `max_i v_i / (max_i‖a_i‖ ‖y‖)`, with `g = D(y − Dᵀz)` and `v_i = |g_i − λ sign
         z_i|` where `z_i` is not 0, `max(|g_i| − λ, 0)` elsewhere (`g_i − λ` if non-negative); NaN where not finite.
-      steps: `[*b]` int32, changes of the support from `λ_max` down to `lam`, and steps of FISTA where needed.
+      steps: `[*b]` int32, changes of the support from `λ_max` down to `lam`, plus steps of FISTA where needed.
       status: `[*b]` int32, a `Status`: 0 the gap is within `tol`; 1 stopped at `max_steps`, or at `capacity` atoms with
-        more to come; 2 not finite, or out of range; 3 `lam` negative or not finite (an empty code, like that of 2).
-      gap: `[*b]` duality gap relative to `½‖y‖²`: the excess of the objective over the least is at most this. The dual
+        more to join; 2 not finite, or out of range; 3 `lam` is negative or not finite. Codes of 2 and 3 are empty.
+      gap: `[*b]` duality gap relative to `½‖y‖²`, a bound on the excess of the objective over its minimum. The dual
         point, the residual scaled down to `|g| ≤ λ`, is feasible to `8 eps max‖a‖ ‖y‖` and the rounding of a product
-        with an atom: whatever the order of sums, the gap falls short by at most `(2d + 18) eps max‖a‖ ‖z‖₁ / ‖y‖`, to
+        with an atom: for any order of summation, the gap is too small by at most `(2d + 18) eps max‖a‖ ‖z‖₁ / ‖y‖`, to
         first order in `d eps max‖a‖ ‖y‖ / λ`.
       lam: `[*b]` the penalty.
     """
@@ -58,18 +58,18 @@ def lasso(
     tol: Number = 1e-6,
     max_steps: int | Array = 5000,
 ) -> tuple[SparseCode, LassoInfo]:
-    """Minimise `½‖y − Dᵀz‖² + λ‖z‖₁`, over `z ≥ 0` if asked.
+    """Minimise `½‖y − Dᵀz‖² + λ‖z‖₁`, optionally over `z ≥ 0`.
 
-    Scikit-learn's `alpha` is `λ / d`, its design matrix `X [n p]` is `D.T`: `d` samples, `m` variables. A row does not
-    depend on its batch. There is no derivative: it is that of `refit` on the support, where wanted.
+    Scikit-learn's `alpha` is `λ / d`, and its design matrix `X [n p]` is `D.T`: `d` samples, `m` variables. The result
+    of a row does not depend on its batch. There is no derivative; `refit` on the support has one.
 
     Args:
-      D: `[m d]`, one atom a row, of any norm. An atom of zeros is never chosen.
+      D: `[m d]`, one atom per row, of any norm. An atom of zeros is never chosen.
       y: targets `[*b d]`.
-      lam: the penalty, one number or one a row `[*b]`, in the units of `Dy`.
+      lam: the penalty, a number or one per row `[*b]`, in the units of `Dy`.
       nonnegative: constrain `z ≥ 0`.
-      capacity: slots a row; `min(m, d)`, which suffices, if None. A row that needs more stops at the penalty where its
-        slots were full, and `num_dropped` says that atoms are missing.
+      capacity: slots per row; `min(m, d)`, which suffices, if None. A row that needs more stops at the penalty where
+        its slots are full, and its `num_dropped` is positive.
       tol: count a row as converged when its duality gap, relative to `½‖y‖²`, is at most this.
       max_steps: stop a row after this many steps.
 
@@ -105,24 +105,24 @@ def path(
     tol: Number = 1e-6,
     max_steps: int | Array = 5000,
 ) -> tuple[SparseCode, LassoInfo]:
-    """The lasso at a grid of penalties, each from the one before: as much work as the last alone.
+    """The lasso at a grid of penalties, each from the one before, at the cost of the last alone.
 
     Args:
-      D: `[m d]`, one atom a row.
+      D: `[m d]`, one atom per row.
       y: targets `[*b d]`.
-      lams: penalties `[L]`, or `[*b L]`; from each row's `λ_max` to `eps λ_max`, evenly in the logarithm, if None.
-      n_lambdas: `L`, where `lams` is None.
-      eps: the last penalty relative to the first, where `lams` is None.
+      lams: penalties `[L]` or `[*b L]`; if None, from each row's `λ_max` to `eps λ_max`, evenly spaced on a log scale.
+      n_lambdas: `L`, if `lams` is None.
+      eps: ratio of the last penalty to the first, if `lams` is None.
       nonnegative: constrain `z ≥ 0`.
-      capacity: slots a row, as of `lasso`.
-      tol: gap of a converged row, as of `lasso`.
-      max_steps: most steps of a row.
+      capacity: slots per row; see `lasso`.
+      tol: duality gap at convergence; see `lasso`.
+      max_steps: stop a row after this many steps.
 
     Returns:
       The codes `[*b L k]` and `LassoInfo [*b L]`, whose `lam` holds the penalties in descending order.
 
     Raises:
-      ValueError, TypeError: as `lasso`, or if there is no penalty, or `eps` is not in (0, 1].
+      ValueError, TypeError: as for `lasso`, or if there is no penalty, or `eps` is not in (0, 1].
 
     Example:
       >>> import jax.numpy as jnp, jaxsae.lasso
@@ -155,29 +155,29 @@ def relaxed(
     tol: Number = 1e-6,
     max_steps: int | Array = 5000,
 ) -> tuple[SparseCode, LassoInfo]:
-    """The relaxed lasso of Meinshausen (2007): the penalty `φλ` on the atoms that the lasso chose at `λ`.
+    """The relaxed lasso of Meinshausen (2007): the penalty `φλ` on the atoms that the lasso selects at `λ`.
 
         S = support of the lasso at λ;   minimise ½‖y − Dᵀz‖² + φλ‖z‖₁   over z on S
 
-    `φ = 1` is the lasso, `φ = 0` its refit; the residual does not grow in between as `φ` falls. Glmnet's `relax` is
-    another thing: `blend`.
+    `φ = 1` is the lasso and `φ = 0` its refit; the residual does not grow as `φ` decreases. Glmnet's `relax` is
+    `blend`.
 
     Args:
-      D: `[m d]`, one atom a row.
+      D: `[m d]`, one atom per row.
       y: targets `[*b d]`.
-      lam: the penalty that chooses, one number or `[*b]`.
-      phi: from 0 to 1, one number or `[*b]`.
+      lam: the penalty of the selection, a number or `[*b]`.
+      phi: from 0 to 1, a number or `[*b]`.
       nonnegative: constrain `z ≥ 0`.
-      capacity: slots a row, as of `lasso`.
-      tol: gap of a converged row, as of `lasso`.
-      max_steps: most steps of a row.
+      capacity: slots per row; see `lasso`.
+      tol: duality gap at convergence; see `lasso`.
+      max_steps: stop a row after this many steps.
 
     Returns:
-      The code, on the support of the lasso, and `LassoInfo` of the second problem (`lam` is `φλ`); a row whose choice
-      or refit did not converge has its status from there.
+      The code, on the support of the lasso, and `LassoInfo` of the second problem (`lam` is `φλ`); a row whose
+      selection or refit did not converge has the status of that step.
 
     Raises:
-      ValueError, TypeError: as `lasso`, or if a known `phi` is not in [0, 1].
+      ValueError, TypeError: as for `lasso`, or if a known `phi` is not in [0, 1].
 
     Example:
       >>> import jax.numpy as jnp, jaxsae.lasso
@@ -217,24 +217,24 @@ def blend(
 ) -> tuple[SparseCode, LassoInfo]:
     """Blend the lasso with its refit, `γ · lasso + (1 − γ) · refit`, which glmnet calls the relaxed lasso.
 
-    It equals `relaxed` with `φ = γ` where no value changes sign between the lasso and the refit.
+    It equals `relaxed` with `φ = γ` if no value changes sign between the lasso and the refit.
 
     Args:
-      D: `[m d]`, one atom a row.
+      D: `[m d]`, one atom per row.
       y: targets `[*b d]`.
-      lam: the penalty that chooses, one number or `[*b]`.
-      gamma: from 0 to 1, one number or `[*b]`.
+      lam: the penalty of the selection, a number or `[*b]`.
+      gamma: from 0 to 1, a number or `[*b]`.
       nonnegative: constrain `z ≥ 0`.
-      capacity: slots a row, as of `lasso`.
-      tol: gap of a converged row, as of `lasso`.
-      max_steps: most steps of a row.
+      capacity: slots per row; see `lasso`.
+      tol: duality gap at convergence; see `lasso`.
+      max_steps: stop a row after this many steps.
 
     Returns:
-      The code, on the support of the lasso, and the lasso's `LassoInfo`; a row whose refit did not converge has its
-      status from there.
+      The code, on the support of the lasso, and the lasso's `LassoInfo`; a row whose refit did not converge has the
+      status of the refit.
 
     Raises:
-      ValueError, TypeError: as `lasso`, or if a known `gamma` is not in [0, 1].
+      ValueError, TypeError: as for `lasso`, or if a known `gamma` is not in [0, 1].
 
     Example:
       >>> import jax.numpy as jnp, jaxsae.lasso
@@ -254,15 +254,15 @@ def blend(
 
 @pytrees.dataclass
 class CrossValidation:
-    """What cross-validation saw.
+    """The results of cross-validation.
 
     Attributes:
-      lams: `[L]` penalties, on all samples, in descending order.
-      phis: `[P]`, in descending order.
-      error: `[L P]` mean squared error of the samples held out.
-      deviation: `[L P]` its standard error, from the spread over the folds.
-      lam: the penalty of least error.
-      phi: the `φ` of least error.
+      lams: `[L]` penalties for all samples, in descending order.
+      phis: `[P]` relaxations, in descending order.
+      error: `[L P]` mean squared error of the held-out samples.
+      deviation: `[L P]` standard error of `error`, from the spread over the folds.
+      lam: the penalty with the least error.
+      phi: the relaxation with the least error.
     """
 
     lams: Float[Array, " L"]
@@ -289,27 +289,27 @@ def cross_validate(
 ) -> tuple[SparseCode, CrossValidation]:
     """Choose the penalty and the relaxation of a regression by cross-validation, and fit all samples with them.
 
-    Samples are the `d` columns: `D = X.T` of a design matrix `X [n p]`, centred, as `y` is. A fold leaves its samples
-    out of both, and its penalties are smaller in proportion. `phis=(1.0,)` tunes the plain lasso.
+    Samples are the `d` columns: `D = X.T` for a design matrix `X [n p]`, which is centred, as is `y`. A fold leaves its
+    samples out of both, and its penalties are scaled in proportion. `phis=(1.0,)` tunes the plain lasso.
 
     Args:
-      key: PRNG key, which deals the samples to the folds.
+      key: PRNG key, which assigns the samples to the folds.
       D: `[m d]`, `m` variables of `d` samples.
       y: `[d]`.
       phis: relaxations to try, in [0, 1].
-      folds: how many, from 2 to `d`.
-      n_lambdas: how many penalties, as of `path`.
-      eps: the last penalty relative to the first.
+      folds: number of folds, from 2 to `d`.
+      n_lambdas: number of penalties; see `path`.
+      eps: ratio of the last penalty to the first.
       nonnegative: constrain `z ≥ 0`.
-      capacity: slots a row, as of `lasso`.
-      tol: gap of a converged row, as of `lasso`.
-      max_steps: most steps of a row.
+      capacity: slots per row; see `lasso`.
+      tol: duality gap at convergence; see `lasso`.
+      max_steps: stop a row after this many steps.
 
     Returns:
-      The relaxed lasso of all samples at the best pair, and `CrossValidation`.
+      The relaxed lasso of all samples with the best penalty and relaxation, and `CrossValidation`.
 
     Raises:
-      ValueError, TypeError: as `relaxed`, or if the folds do not fit the samples.
+      ValueError, TypeError: as for `relaxed`, or if the number of folds does not fit the samples.
 
     Example:
       >>> import jax, jaxsae.lasso
@@ -320,7 +320,7 @@ def cross_validate(
       >>> sorted(code.indices[code.mask].tolist()), float(seen.phi)
       ([0, 1], 0.0)
 
-    Source: Meinshausen (2007), "Relaxed lasso", which tunes `λ` and `φ` so.
+    Source: Meinshausen (2007), "Relaxed lasso", which tunes `λ` and `φ` in this way.
     """
     static, D, y = _prepare("cross_validate", D, y, nonnegative, capacity, tol, max_steps)
     phis = jnp.asarray(_share("cross_validate", "phis", phis), problems.accumulator(D, y))
@@ -333,7 +333,7 @@ def cross_validate(
     dealt = jax.random.permutation(key, jnp.arange(y.size) % folds)
     lams = _grid("cross_validate", lambda_max(D, y, nonnegative=nonnegative), n_lambdas, eps)
 
-    # Each fold is a row with a dictionary of its own, one after another in a large one; the last leaves no sample out.
+    # Each fold is a row with its own dictionary, all concatenated into one; the last fold leaves no sample out.
     kept = dealt != jnp.arange(folds + 1)[:, None]
     inside = jnp.where(kept[:, None, :], D, 0).reshape(-1, y.size)
     targets, scaled = jnp.where(kept, y, 0), jnp.mean(kept, axis=1, keepdims=True, dtype=phis.dtype) * lams
@@ -358,15 +358,15 @@ def cross_validate(
 
 
 def lambda_max(D: Float[Array, "m d"], y: Float[Array, "*b d"], *, nonnegative: bool = False) -> Float[Array, "*b"]:
-    """The least penalty at which the lasso of each row is 0: `max_i |⟨D[i], y⟩|`, or the largest positive one.
+    """The smallest penalty at which the lasso of each row is 0: `max_i |⟨D[i], y⟩|`, or `max_i ⟨D[i], y⟩₊` if `z ≥ 0`.
 
     Args:
-      D: `[m d]`, one atom a row.
+      D: `[m d]`, one atom per row.
       y: targets `[*b d]`.
-      nonnegative: of the lasso with `z ≥ 0`.
+      nonnegative: whether the lasso is constrained to `z ≥ 0`.
 
     Returns:
-      `[*b]`; NaN where a row is not finite, or the penalty too small for the dtype.
+      `[*b]`; NaN where a row is not finite, or the penalty is too small for the dtype.
 
     Raises:
       ValueError, TypeError: at trace time, if shapes or dtypes do not fit together.
@@ -395,16 +395,16 @@ def _lambda_max(nonnegative: bool, D, y):
     return chunking.map_chunks(chunk, y, batch=y.shape[:-1], row_bytes=len(D) * y.dtype.itemsize)
 
 
-# --- What is asked
+# --- Arguments
 
 
 def _prepare(name: str, D, y, nonnegative: bool, capacity: int | None, tol, max_steps) -> tuple[Static, Array, Array]:
-    """Raise if what is asked makes no sense; else what fixes the program, the dictionary and the targets as arrays."""
+    """Validate arguments; return the static arguments, and the dictionary and targets as arrays."""
     D, y = jnp.asarray(D), jnp.asarray(y)
     problems.check_numbers(name, "tol", tol, do="a finite gap of at least 0")
     problems.check_numbers(name, "max_steps", max_steps, do="0 or more, finite")
     if D.ndim != 2 or len(D) == 0:
-        raise ValueError(f"`{name}` got a dictionary of shape {D.shape}; pass one of shape (m, d), one atom a row.")
+        raise ValueError(f"`{name}` got a dictionary of shape {D.shape}; pass one of shape (m, d), one atom per row.")
     m = len(D)
     capacity = min(D.shape) if capacity is None else capacity
     if not 1 <= capacity <= m:
@@ -433,7 +433,7 @@ def _share(name: str, what: str, x: Any) -> Any:
 
 
 def _grid(name: str, top: Array, n_lambdas: int, eps: Any) -> Array:
-    """Penalties `[*b L]` from `top [*b]` to `eps · top`, evenly in the logarithm."""
+    """Penalties `[*b L]` from `top [*b]` to `eps · top`, evenly spaced on a log scale."""
     smallest = float(jnp.finfo(jnp.float32).tiny)
     problems.check_numbers(name, "eps", eps, least=smallest, most=1, do="a positive ratio up to 1")
     if n_lambdas < 1:
@@ -442,7 +442,7 @@ def _grid(name: str, top: Array, n_lambdas: int, eps: Any) -> Array:
 
 
 def _pick(rows_and_one, axis: int):
-    """What was found at the only penalty of a grid."""
+    """The results at the only penalty of a grid."""
     return jax.tree.map(lambda x: jnp.squeeze(x, axis), rows_and_one)
 
 

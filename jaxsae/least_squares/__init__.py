@@ -1,10 +1,10 @@
-"""The values of the atoms that are active in each row: masked least squares, its solvers and its certificate.
+"""Masked least squares: the values of each row's active atoms, solvers, and certificates.
 
     minimise ½‖y − Aᵀz‖² + ½ ridge ‖z‖²   over z ≥ 0 (or z free),   A = dictionary[indices]
 
-`problems` makes each row's problem free of units, `solvers` step on it, `refit` drives them and hands on the rows that
-they leave, `certificate` judges the result by independent arithmetic, `implicit` differentiates it, and `kernels` does
-it all in one fused kernel where that was measured to be faster.
+`problems` makes each row's problem unit-free, `solvers` defines the steps, `refit` runs them and passes unsolved rows
+to the fallback, `certificate` checks the result by independent arithmetic, `implicit` differentiates it, and `kernels`
+fuses the computation into one kernel where that was measured to be faster.
 """
 
 from jaxsae.least_squares import kernels as kernels, solvers as solvers

@@ -1,4 +1,4 @@
-"""Certificates: how far a code is from optimal on its support, from the residual and whatever computed the code."""
+"""Certificates: bounds on how far a code is from optimal on its support, computed from its residual alone."""
 
 import functools
 
@@ -20,9 +20,9 @@ class Certificate:
     Attributes:
       kkt: `[*b]` relative KKT residual, `max_i v_i / (max_i‖a_i‖ ‖y‖)`; 0 is optimal.
       gap: `[*b]` duality gap relative to `½‖y‖²`: the excess of the row's error over the best possible one, relative
-        to `‖y‖²`, is at most this. The dual point is feasible to rounding alone: whatever the order of sums, the gap
-        falls short by at most `2 (32 + d) eps Σᵢ ‖a_i‖ max(|z_i|, |z*_i|) / ‖y‖`, `z*` the best values. That is nothing
-        to speak of unless atoms nearly cancel (condition numbers of 3e4 and more in float32).
+        to `‖y‖²`, is at most this. The dual point is feasible only to rounding: for any order of summation, the gap is
+        too small by at most `2 (32 + d) eps Σᵢ ‖a_i‖ max(|z_i|, |z*_i|) / ‖y‖`, `z*` the best values. That is
+        negligible unless atoms nearly cancel (condition numbers of 3e4 and more in float32).
 
     Example:
       >>> import jax.numpy as jnp, jaxsae
@@ -44,7 +44,7 @@ def certify(
     nonnegative: bool = True,
     ridge: float | Float[Array, ""] = 0.0,
 ) -> Certificate:
-    """Certify a code's values on its support, from the residual itself and whatever computed them.
+    """Certify a code's values on its support, computed from the residual and independent of the solver.
 
     With `r = y − Aᵀz` and `g = −Ar`:
 
@@ -52,19 +52,19 @@ def certify(
         kkt = max_i v_i / (max_i‖a_i‖ ‖y‖)
         gap = (½‖r‖² − (uᵀy − ½‖u‖²)) / ½‖y‖²,   u = r − Aᵀδ,  δ = G⁺(Ar)₊
 
-    The residual is summed in twice the precision. A ridge is `k` more coordinates, where `y` is 0 and atom `i` is
-    `√ridge` at its own: both are then of `½‖y − Aᵀz‖² + ½ ridge ‖z‖²`, the problem of `refit` with that ridge.
+    The residual is summed in twice the precision. A ridge adds `k` coordinates, in which `y` is 0 and atom `i` is
+    `√ridge` at coordinate `i`, so that the problem is that of `refit` with the same ridge.
 
     `u` is feasible for the dual (`Au ≤ 0`), so the gap bounds the excess error; where rounding or a singular `G`
-    makes it infeasible, another feasible `u` stands in. A negative value under the constraint counts as its own
-    violation. Of `y = 0` a code that decodes to 0 has 0 for both, and any other infinity.
+    makes it infeasible, another feasible `u` is used. A negative value under the constraint counts as a violation of
+    its size. For `y = 0`, both are 0 if the code decodes to 0, and infinite otherwise.
 
     Args:
       dictionary: `[m d]`, or any pytree with `take`, as for `refit`.
       y: targets `[*b d]`.
       code: `[*b k]`.
-      nonnegative: certify against `z ≥ 0`, or against free signs.
-      ridge: weight of `½‖z‖²` in the problem that the code is to solve, as for `refit`.
+      nonnegative: whether the constraint is `z ≥ 0`; free signs otherwise.
+      ridge: weight of `½‖z‖²`, as for `refit`.
 
     Returns:
       `Certificate`, `[*b]` in float32 or better; NaN where a row is not finite.
@@ -110,26 +110,27 @@ def _certify(static: tuple[bool, int], shared, per_row):
 def _certify_row(nonnegative: bool, atoms, ridge, weight, some, r, z, finite):
     """KKT residual and duality gap of one row, for atoms that are of norm 1 (or 0) together with their ridge.
 
-    They had norms in proportion to `weight`; `r` is the residual of a target of norm 1, or of 0 if not `some`.
+    Before scaling, their norms were proportional to `weight`; `r` is the residual for a target of norm 1, or for 0 if
+    `some` is false.
     """
     project = jax.nn.relu if nonnegative else lambda g: g
 
     def relative(x):
-        return jnp.where((x == 0) | some, x, jnp.inf)  # of y = 0: 0 is optimal, and what is not is infinitely far off
+        return jnp.where((x == 0) | some, x, jnp.inf)  # for y = 0, anything but 0 is infinitely far from optimal
 
     slope = matmul(atoms, r) - ridge * z
     kkt = relative(max_or_nan(weight * solvers.violation(z, -slope, nonnegative)))
     G = matmul(atoms, atoms.T) + jnp.diag(ridge)
 
     def gap(on, wanted):
-        """The gap of the dual point `u = r − Aᵀδ`, with `δ` on a set of coordinates and `Au` as wanted there."""
+        """The gap of the dual point `u = r − Aᵀδ`, with `δ` on a set of coordinates, where `Au` is as wanted."""
 
         def move(delta):
             moved = matmul(delta, atoms)
             return moved, slope - matmul(atoms, moved) - ridge * delta
 
         delta = solve_on(G, on, wanted(slope))
-        delta = delta + solve_on(G, on, wanted(move(delta)[1]))  # once more for what the rounding of G has left
+        delta = delta + solve_on(G, on, wanted(move(delta)[1]))  # refine once, against the rounding of G
         moved, dual = move(delta)
         infeasible = max_or_nan(project(dual) if nonnegative else jnp.abs(dual))
         # P − D = ½‖r − u‖² − zᵀAu, free of the cancellation between two nearly equal objectives.

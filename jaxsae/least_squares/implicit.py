@@ -1,4 +1,4 @@
-"""The derivative of a refit: implicit, on the active set, without unrolling a solver."""
+"""Implicit differentiation of a refit, on the active set, without unrolling a solver."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def backward(
     num_latents: int,
     workspace_bytes: int,
 ) -> tuple[Any, Array, Array]:
-    """The implicit derivative on the active set `F`, the coordinates that the constraint leaves free.
+    """Implicit differentiation on the active set `F`, the coordinates that the constraint leaves free.
 
     From `G_FF z_F = c_F`, with `u = G_FF⁻¹ z̄_F` and `r = y − Aᵀz`:  `ȳ = Aᵀu`, `Ā = u rᵀ − z (Aᵀu)ᵀ`, `ridge‾ = −uᵀz`.
 
@@ -32,13 +32,13 @@ def backward(
       dictionary: `[m d]`, or any pytree with `take`.
       y: targets `[*b d]`.
       indices: `[*b k]`.
-      values: what the refit returned, `[*b k]`.
+      values: values that the refit returned, `[*b k]`.
       values_bar: their cotangent, `[*b k]`.
       ridge: weight of `½‖z‖²`, in the dtype of the arithmetic.
       finite: `[*b]`, the rows that have a derivative.
-      nonnegative: whether `z ≥ 0` was asked for.
+      nonnegative: whether the constraint was `z ≥ 0`.
       num_latents: `m`.
-      workspace_bytes: most bytes that the rows in work may need.
+      workspace_bytes: most bytes that a chunk of rows may need.
 
     Returns:
       The cotangents of the dictionary, of `y` and of `ridge`.

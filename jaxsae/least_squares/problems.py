@@ -1,4 +1,4 @@
-"""Rows' atoms from a dictionary, and the least-squares problem that they make: `G = AAᵀ`, `c = Ay`, free of units.
+"""Gathering of atoms, and the unit-free least-squares problem of each row: `G = AAᵀ`, `c = Ay`.
 
 A dictionary is an array `[m d]`, or any pytree with `take(indices [*b k]) -> atoms [*b k d]`.
 """
@@ -25,7 +25,7 @@ __all__ = ["Dictionary"]
 
 @runtime_checkable
 class Dictionary(Protocol):
-    """A dictionary that need not be an array: sharded, quantised, factored.
+    """Protocol of a dictionary that is not an array: sharded, quantised or factored, for example.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -36,12 +36,12 @@ class Dictionary(Protocol):
       ...
       ...     def take(self, indices):
       ...         return 0.5 * self.atoms[indices]
-      >>> isinstance(Halves(jnp.eye(2)), Dictionary)  # and so `jaxsae.refit` and `jaxsae.certify` take it
+      >>> isinstance(Halves(jnp.eye(2)), Dictionary)  # so that `jaxsae.refit` and `jaxsae.certify` accept it
       True
     """
 
     def take(self, indices: Int[Array, "*b k"]) -> Float[Array, "*b k d"]:
-        """The atoms of these indices, all in range."""
+        """The atoms at these indices, which are all in range."""
         ...
 
 
@@ -51,7 +51,7 @@ def is_array(dictionary: Any) -> bool:
 
 
 def take(dictionary: Any, indices: Array, num_latents: int, dtype) -> Array:
-    """Atoms `[*b k d]`; those of unused slots are some atom or other, to be masked."""
+    """Atoms `[*b k d]`; those of unused slots are arbitrary, and must be masked."""
     indices = jnp.clip(indices, 0, num_latents - 1)
     if is_array(dictionary):
         return dictionary.at[indices].get(mode="clip").astype(dtype)
@@ -63,15 +63,15 @@ class Problem(NamedTuple):
 
     gram: Array  # [n k k]
     c: Array  # [n k]
-    unit: Array  # [n k]  ‖a_i‖ / ‖y‖; 0 for padding, zero atoms and y = 0, where the answer is 0
+    unit: Array  # [n k]  ‖a_i‖ / ‖y‖; 0 for padding, zero atoms and y = 0, where the solution is 0
     weight: Array  # [n k]  ‖a_i‖ / max‖a‖: from the gradient in x to the KKT residual
-    finite: Array  # [n]  and within range: neither overflow nor underflow in the answer
+    finite: Array  # [n]  finite, without overflow or underflow in the solution
 
 
 def largest(x: Array, axis: int | tuple[int, ...] = -1) -> Array:
-    """`max |x|`, axes kept; NaN where that cannot be relied upon: where an entry is not finite, or subnormal.
+    """`max |x|`, axes kept; NaN where an entry is not finite, or subnormal among entries of similar size.
 
-    XLA takes a subnormal number for 0 on most devices, which is more than rounding among others of about its size.
+    XLA flushes subnormal numbers to 0 on most devices, which among entries of similar size is more than rounding.
     """
     most = max_or_nan(jnp.abs(x), axis, keepdims=True)
     limits = jnp.finfo(x.dtype)
@@ -82,9 +82,9 @@ def largest(x: Array, axis: int | tuple[int, ...] = -1) -> Array:
 
 
 def scaled(y: Array) -> tuple[Array, Array, Array]:
-    """Targets of a size that can be squared, the powers of two `[n 1]` that they were divided by, and their norms.
+    """Targets scaled so that they can be squared, the powers of two `[n 1]` that divide them, and their norms.
 
-    The power is NaN where a target is not finite, or too small.
+    The power is NaN where a target is not finite, or is too small.
     """
     scale = power_of_two(largest(y))
     y = divide(y, scale)
@@ -106,7 +106,7 @@ def problems(dictionary: Any, y: Array, indices: Array, *, num_latents: int, rid
 
 
 def lengths(square: Array, on: Array, ridge: Array, largest: Callable) -> tuple[Array, Array]:
-    """The norms of atoms together with their ridge, and relative to the longest atom; in kernels too."""
+    """The norms of atoms with their ridge, and those norms relative to the longest atom; also used in kernels."""
     norm = jnp.sqrt(square + jnp.where(on, ridge, 0))  # the ridge joins the diagonal before it is made 1
     return norm, norm / jnp.sqrt(jnp.maximum(largest(square), 2.0**-60))
 
@@ -114,7 +114,7 @@ def lengths(square: Array, on: Array, ridge: Array, largest: Callable) -> tuple[
 def measure(square: Array, on: Array, y_scale: Array, y_norm: Array, ridge: Array) -> tuple[Array, ...]:
     """The norms `[n k]` of atoms with their ridge, and `unit`, `weight` and `finite` of their `Problem`.
 
-    It takes the atoms' squares and what `scaled` returned.
+    Arguments are the atoms' squared norms and the outputs of `scaled`.
     """
     norm, weight = lengths(square, on, ridge, functools.partial(jnp.max, axis=1, keepdims=True, initial=0))
     unit = divide(divide(norm, y_norm), y_scale)
@@ -124,17 +124,17 @@ def measure(square: Array, on: Array, y_scale: Array, y_norm: Array, ridge: Arra
 
 
 def representable(unit: Array) -> Array:
-    """Whether values `x / unit` are written to rounding, rather than as 0, for `x` of about 1."""
+    """Whether values `x / unit` are representable to rounding, rather than flushed to 0, for `x` of about 1."""
     limits = jnp.finfo(unit.dtype)
     return unit < limits.eps / limits.tiny
 
 
 class Solved(NamedTuple):
-    """What a solver made of the problems of `n` rows."""
+    """A solver's results for `n` rows."""
 
-    x: Array  # [n k]  values without units
-    unit: Array  # [n k]  as of `Problem`
-    finite: Array  # [n]  as of `Problem`
+    x: Array  # [n k]  unit-free values
+    unit: Array  # [n k]  as in `Problem`
+    finite: Array  # [n]  as in `Problem`
     warm_started: Array  # [n]  whether it started at the given values, rather than at 0
     kkt: Array  # [n]
     steps: Array  # [n]
@@ -147,7 +147,7 @@ def drive_rows(solver: solvers.Solver, problem: Problem, z, max_steps, nonnegati
 
 
 def drive_chain(solver: solvers.Solver, problem: Problem, z, max_steps, nonnegative: bool):
-    """Run a solver on `n` rows, then its fallback on those that it left."""
+    """Run a solver on `n` rows, then its fallback on those that it did not solve."""
     fallback = solver.fallback
     best, kkt, steps = drive_rows(solver, problem, z, max_steps, nonnegative)
     if fallback is None:
@@ -162,12 +162,12 @@ def drive_chain(solver: solvers.Solver, problem: Problem, z, max_steps, nonnegat
 
 
 def left(solver: solvers.Solver, kkt, steps, max_steps):
-    """Whether a solver leaves a row to its fallback."""
+    """Whether a row is passed to the solver's fallback."""
     return (steps >= max_steps) & (kkt > solver.tol)
 
 
 def last_tol(solver: solvers.Solver):
-    """The tolerance that a row is judged by: that of the last solver of the chain."""
+    """The tolerance for convergence of a row: that of the last solver in the chain."""
     return solver.tol if solver.fallback is None else last_tol(solver.fallback)
 
 
@@ -175,7 +175,7 @@ def solved(solver: solvers.Solver, problem: Problem, values: Array, nonnegative:
     """Run a solver on `n` rows, from starting values `[n k]` with units."""
     start = values * problem.unit
     start = jnp.maximum(start, 0) if nonnegative else start
-    # From far away (‖y‖² is 1 here) rounding follows the solver; NaN, and what is too large to square, are far too.
+    # A start far away (‖y‖² is 1 here) loses precision to rounding; NaN and overflow count as far away.
     warm_started = jax.vmap(objective_gap)(problem.gram, problem.c, start, jnp.zeros_like(start)) < 10
     start = jnp.where(warm_started[:, None], start, 0)
     max_steps = jnp.full(values.shape[:1], solver.max_steps, jnp.int32)
@@ -194,13 +194,13 @@ class UnitRows(NamedTuple):
     atoms: Array  # [n k d]  together with the ridge of norm 1
     y: Array  # [n d]  of norm 1
     ridge: Array  # [n k]
-    unit: Array  # [n k]  as of `Problem`, but y = 0 counts as of norm 1
-    weight: Array  # [n k]  as of `Problem`
-    finite: Array  # [n]  as of `Problem`
+    unit: Array  # [n k]  as in `Problem`, but y = 0 counts as of norm 1
+    weight: Array  # [n k]  as in `Problem`
+    finite: Array  # [n]  as in `Problem`
 
 
 def unit_rows(dictionary: Any, y: Array, indices: Array, *, num_latents: int, ridge: Array) -> UnitRows:
-    """The atoms and targets of `n` rows, free of units, whatever their size; 0 stays 0."""
+    """The unit-free atoms and targets of `n` rows, whatever their size; 0 stays 0."""
     on = sparse.used(indices, num_latents)
     atoms = jnp.where(on[:, :, None], take(dictionary, indices, num_latents, y.dtype), 0)
     root = jnp.sqrt(ridge)
@@ -232,9 +232,9 @@ def products(rows: UnitRows) -> Problem:
 
 
 def residuals(dictionary: Any, y: Array, code: SparseCode) -> Array:
-    """`(y − Aᵀz) / ‖y‖` `[n d]`, to the last digit; of y = 0, as of norm 1.
+    """`(y − Aᵀz) / ‖y‖` `[n d]` to about machine precision; y = 0 counts as of norm 1.
 
-    Atoms, values and targets are divided by powers of two alone, so that nothing is rounded before it cancels.
+    Atoms, values and targets are divided only by powers of two, so that nothing is rounded before it cancels.
     """
     on = sparse.used(code.indices, code.num_latents)
     atoms = jnp.where(on[:, :, None], take(dictionary, code.indices, code.num_latents, y.dtype), 0)
@@ -251,12 +251,12 @@ def row_bytes(k: int, d: int, itemsize: int) -> int:
 
 
 def zero_cotangent(dictionary: Any, dtype) -> Any:
-    """Where `accumulate` starts: a zero for every number of the dictionary that can move."""
+    """The initial carry of `accumulate`: zeros for every floating-point leaf of the dictionary."""
     return [jnp.zeros(leaf.shape, dtype) if _moves(leaf) else None for leaf in jax.tree.leaves(dictionary)]
 
 
 def accumulate(carry: Any, dictionary: Any, indices, num_latents: int, on, atoms_bar) -> Any:
-    """Add the cotangent of the rows' atoms `[n k d]`, where `on [n k]`, to that of the dictionary."""
+    """Add the cotangent of the rows' atoms `[n k d]`, where `on [n k]` is true, to that of the dictionary."""
     if is_array(dictionary):
         return [carry[0].at[jnp.where(on, indices, num_latents)].add(atoms_bar, mode="drop")]
     _, pull_back = jax.vjp(lambda dictionary: take(dictionary, indices, num_latents, atoms_bar.dtype), dictionary)
@@ -265,7 +265,7 @@ def accumulate(carry: Any, dictionary: Any, indices, num_latents: int, on, atoms
 
 
 def cotangent(carry: Any, dictionary: Any) -> Any:
-    """What was accumulated, in the dictionary's own structure and dtypes."""
+    """The accumulated cotangent, in the structure and dtypes of the dictionary."""
     leaves, structure = jax.tree.flatten(dictionary)
     bars = [
         np.zeros(leaf.shape, jax.dtypes.float0) if total is None else total.astype(leaf.dtype)
@@ -291,7 +291,7 @@ def _one_atom(dictionary: Any):
 def check_numbers(
     name: str, what: str, x: Any, *, least: int | float = 0, most: int | float = math.inf, do: str
 ) -> None:
-    """Raise if an option that is known, one number or an array, is NaN, infinite or out of `[least, most]`."""
+    """Raise if a concrete number or array has entries that are NaN, infinite or outside `[least, most]`."""
     if isinstance(x, Tracer) or not getattr(x, "is_fully_addressable", True):
         return
     x = np.asarray(x)
@@ -301,7 +301,7 @@ def check_numbers(
 
 
 def validate(dictionary: Any, y: Any, code: SparseCode, name: str) -> tuple[Any, Array, SparseCode]:
-    """Raise if a dictionary, targets and a code do not fit together; else what they are as arrays of JAX."""
+    """Return a dictionary, targets and a code as JAX arrays; raise if they do not fit together."""
     y, code = jnp.asarray(y), jax.tree.map(jnp.asarray, code)
     if not is_array(dictionary):
         if not isinstance(dictionary, Dictionary):
@@ -329,7 +329,7 @@ def validate(dictionary: Any, y: Any, code: SparseCode, name: str) -> tuple[Any,
     if len(shape) != 2 or shape[0] != code.num_latents:
         raise ValueError(
             f"`{name}` got a dictionary of shape {shape} for a code of {code.num_latents} latents; pass "
-            f"one of shape ({code.num_latents}, d), one atom a row."
+            f"one of shape ({code.num_latents}, d), one atom per row."
         )
     if y.shape[-1:] != shape[1:]:
         raise ValueError(
@@ -340,6 +340,6 @@ def validate(dictionary: Any, y: Any, code: SparseCode, name: str) -> tuple[Any,
             f"`{name}` got values {code.values.shape} and indices {code.indices.shape} for y of shape {y.shape}; "
             f"pass both with shape {(*y.shape[:-1], 'k')}."
         )
-    if code.indices.dtype.itemsize < 4:  # in which the index of an unused slot may not be a number of their type
+    if code.indices.dtype.itemsize < 4:  # narrow types may not hold the index of an unused slot
         code = dataclasses.replace(code, indices=code.indices.astype(jnp.int32))
     return dictionary, y, code

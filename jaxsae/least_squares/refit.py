@@ -1,6 +1,4 @@
-"""Masked least squares: the values of the atoms that are active in each row.
-
-Given which atoms are active, what should their values be?
+"""Masked least squares: the best values of each row's active atoms.
 
 For one row with dictionary rows `A = D[indices] [k d]` the refit solves
 
@@ -8,12 +6,12 @@ For one row with dictionary rows `A = D[indices] [k d]` the refit solves
 
 in Gram space, `G = AAᵀ`, `c = Ay`. Every selector in the library (encoder, pursuit, lasso) ends here.
 
-Inside, each problem is made free of units: atoms have unit norm and so has `y`. Then one tolerance fits all
-data, norms that spread over many orders cost nothing, and neither tiny nor huge data leave float32's range.
+Internally each problem is unit-free: atoms and `y` have norm 1. One tolerance then suits all data, norms that differ by
+orders of magnitude do no harm, and neither tiny nor huge data leave float32's range.
 
-A refit goes over its rows twice: all of them, by the solver itself; then, packed together, those that it left, those
-whose atoms are too large or too small to square and those in which rounding shows, by its fallback and from the
-residual. What a row goes through depends on nothing but the row.
+A refit makes two passes. The first runs the solver on all rows. The second packs together the rows that it did not
+solve, those whose atoms are too large or too small to square, and those with visible rounding; it runs the fallback on
+them and works from the residual. The result of a row does not depend on the other rows.
 """
 
 import dataclasses
@@ -36,7 +34,7 @@ from jaxsae.least_squares.kernels import ops
 
 
 class Status(enum.IntEnum):
-    """How the refit of a row ended.
+    """The outcome of a row's refit.
 
     Example:
       >>> import jaxsae
@@ -52,15 +50,15 @@ class Status(enum.IntEnum):
 
 @pytrees.dataclass
 class RefitInfo:
-    """How a refit ended, row by row.
+    """The outcome of a refit, per row.
 
     Attributes:
-      kkt: `[*b]` relative KKT residual of the values returned (see `certify`), as the solver saw it; NaN where the
-        row is not finite.
+      kkt: `[*b]` relative KKT residual of the values returned (see `certify`), as computed by the solver; NaN where
+        the row is not finite.
       steps: `[*b]` int32, solver steps taken.
       status: `[*b]` int32, a `Status`: 0 converged, to the tolerance of the solver or of its last fallback; 1 stopped
-        at `max_steps`; 2 not finite, or out of the dtype's range, and so are subnormal numbers; 3 invalid, a ridge or a
-        penalty that is negative or not finite. Rows of 2 and 3 are returned unchanged.
+        at `max_steps`; 2 not finite, or outside the dtype's normal range; 3 invalid: a ridge or penalty is negative or
+        not finite. Rows with status 2 or 3 are returned unchanged.
 
     Example:
       >>> import jax.numpy as jnp, jaxsae
@@ -85,32 +83,32 @@ def refit(
     ridge: float | Float[Array, ""] = 0.0,
     workspace_bytes: int | None = None,
 ) -> tuple[SparseCode, RefitInfo]:
-    """Optimise the values of a code on its support, the dictionary fixed.
+    """Optimise the values of a code on its support, with the dictionary fixed.
 
         minimise_z ½‖y − Σᵢ zᵢ D[indices_i]‖² + ½ ridge ‖z‖²,   z ≥ 0
 
-    A row never ends worse than it began (starting values are projected first, and 0 stands in for those that are far
-    worse); a row with NaN or Inf comes back unchanged with status `NONFINITE` and touches no other. The derivative in
-    `dictionary`, `y` and `ridge` is the implicit one on the active set; the support, and the starting values, have
-    none.
+    A row never ends worse than it began (starting values are projected first, and replaced by 0 if far worse than
+    that). A row with NaN or Inf is returned unchanged with status `NONFINITE`, and does not affect others. Derivatives
+    with respect to `dictionary`, `y` and `ridge` are implicit, on the active set; the support and the starting values
+    have none.
 
     Args:
-      dictionary: `[m d]`, one atom a row, any norm, or any pytree with `take(indices [*b k]) -> atoms [*b k d]`;
+      dictionary: `[m d]`, one atom per row, any norm, or any pytree with `take(indices [*b k]) -> atoms [*b k d]`;
         atoms in bfloat16 and float16 are accumulated in float32.
       y: targets `[*b d]`.
       code: support and starting values, `[*b k]`.
-      solver: any pytree of `solvers.py`, with the fallback that it names; `solvers.default(k, d)` if None.
+      solver: a `Solver`, such as those of `solvers`, with its fallback; `solvers.default(k, d)` if None.
       nonnegative: constrain `z ≥ 0`.
       ridge: weight of `½‖z‖²`, in the units of the atoms' squared norm.
-      workspace_bytes: most bytes that the rows in work may need, beside arguments and results; by default
-        `chunking.WORKSPACE_BYTES`, or what one row needs.
+      workspace_bytes: most bytes that a chunk of rows may need, beside arguments and results; by default
+        `chunking.WORKSPACE_BYTES`, or more if one row needs more.
 
     Returns:
-      The code with its values refitted, in the dtype they had, and `RefitInfo`.
+      The code with refitted values, in their original dtype, and `RefitInfo`.
 
     Raises:
       ValueError, TypeError: at trace time, if shapes or dtypes do not fit together, or a known `tol` or `max_steps` of
-        the solver is negative or not finite. Of a ridge, rows say so in their status.
+        the solver is negative or not finite. For such a ridge, rows have status `INVALID` instead.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsae
@@ -120,7 +118,7 @@ def refit(
       >>> jnp.round(refitted.values, 3), int(info.status)
       (Array([1., 2.], dtype=float32), 0)
 
-      Train a dictionary through the refit: rows of two atoms, learnt from a perturbed start with the supports given.
+      Train a dictionary through the refit: rows have two atoms, the supports are known, and the start is perturbed.
 
       >>> keys = jax.random.split(jax.random.key(0), 4)
       >>> true = jax.random.normal(keys[0], (8, 6))
@@ -173,7 +171,7 @@ def _check_solver(solver: solvers.Solver | None) -> None:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _refit_by_devices(static: "_Static", solver, dictionary, y, indices, values, ridge):
-    """Each device refits some of the rows by itself, once it has their atoms from the devices that keep them."""
+    """Refit on a mesh: each device gathers the atoms of its rows from all devices, then refits them alone."""
     batch, n = y.shape[:-1], math.prod(y.shape[:-1])
     spare = -n % (sharding.axis_size("data") * sharding.axis_size("latent"))
     empty = (0, static.num_latents, 0)
@@ -196,13 +194,13 @@ def _refit_by_devices(static: "_Static", solver, dictionary, y, indices, values,
 
 
 def check(info_or_code: RefitInfo | SparseCode) -> None:
-    """Raise if any row of a refit failed, or if a code has dropped latents; on the host, outside jit.
+    """Raise if any row of a refit failed, or if a code has dropped latents. Call it outside `jit`.
 
     Args:
-      info_or_code: what `refit` or `refine` returned beside the code, or a code.
+      info_or_code: the info that `refit` or `refine` returned, or a code.
 
     Raises:
-      RuntimeError: naming how many rows, the worst of them, and what to do.
+      RuntimeError: with the number of rows, the worst of them, and what to do.
 
     Example:
       >>> import jax.numpy as jnp, jaxsae
@@ -223,7 +221,7 @@ def check(info_or_code: RefitInfo | SparseCode) -> None:
     status, kkt = np.asarray(info_or_code.status).ravel(), np.asarray(info_or_code.kkt).ravel()
     failures = []
     for kind, what, do in (
-        (Status.NONFINITE, "hold NaN or Inf", "mend them"),
+        (Status.NONFINITE, "hold NaN or Inf", "fix them"),
         (Status.INVALID, "have a ridge or penalty that is negative or not finite", "pass 0 or more"),
         (Status.MAX_STEPS, "stopped at max_steps", "raise max_steps or tol"),
     ):
@@ -242,11 +240,11 @@ class _Static(NamedTuple):
     nonnegative: bool
     num_latents: int
     workspace_bytes: int
-    kernel: bool  # whether a kernel solves the rows, before those that it left are gone over
+    kernel: bool  # whether a kernel runs the first pass
 
 
 def _unsolved(solver: solvers.Solver, info: RefitInfo):
-    """Whether a row was left by the solver, or out of range for it."""
+    """Whether a row was not solved, or was out of range, in the first pass."""
     unsolved = info.status == Status.NONFINITE
     if solver.fallback is None:
         return unsolved
@@ -259,20 +257,20 @@ def _solver_bytes(k: int, d: int, itemsize: int) -> int:
 
 
 def _row_bytes(k: int, d: int, itemsize: int) -> int:
-    """Memory of one row, whatever it goes through; half of it while its problem is formed."""
+    """Memory of one row through both passes; half of it while its problem is formed."""
     return 2 * (problems.row_bytes(k, d, itemsize) + _solver_bytes(k, d, itemsize))
 
 
 class _Outcome(NamedTuple):
-    """What came of `n` rows."""
+    """The results for `n` rows."""
 
     values: Array  # [n k]
-    x: Array  # [n k]  the same without units, as the solver left it
+    x: Array  # [n k]  unit-free values, as the solver left them
     info: RefitInfo
 
 
 def _solve_rows(static: _Static, shared, y, indices, values) -> _Outcome:
-    """Refit `n` rows by the solver alone; those whose atoms are out of range come back as if not finite."""
+    """Refit `n` rows by the solver alone; rows whose atoms are out of range are returned as not finite."""
     solver, dictionary, ridge = shared
     nonnegative, num_latents, workspace_bytes, kernel = static
     y = y.astype(ridge.dtype)
@@ -291,7 +289,7 @@ def _solve_rows(static: _Static, shared, y, indices, values) -> _Outcome:
     finite = solved.finite & sparse.finite_rows(values, indices, num_latents)
     feasible = jax.nn.relu(values) if nonnegative else values
     refitted = divide(solved.x, solved.unit).astype(values.dtype)
-    moved = (solved.steps > 0) | ~solved.warm_started  # else the start is optimal already, and comes back as it is
+    moved = (solved.steps > 0) | ~solved.warm_started  # else the start is already optimal, and is returned as it is
     # Rounded to fewer bits, the best iterate can be worse than the start.
     if problem is not None and values.dtype != ridge.dtype:
         rounded = refitted.astype(ridge.dtype) * solved.unit
@@ -304,7 +302,7 @@ def _solve_rows(static: _Static, shared, y, indices, values) -> _Outcome:
 
 
 def _info(solver: solvers.Solver, kkt, steps, finite) -> RefitInfo:
-    """How rows ended, judged by the last solver of the chain."""
+    """The outcome of rows, by the tolerance of the last solver in the chain."""
     status = jnp.where(kkt <= problems.last_tol(solver), Status.CONVERGED, Status.MAX_STEPS)
     return RefitInfo(
         kkt=jnp.where(finite, kkt, jnp.nan),
@@ -314,7 +312,7 @@ def _info(solver: solvers.Solver, kkt, steps, finite) -> RefitInfo:
 
 
 class _Point(NamedTuple):
-    """Feasible values without units, and the gradient there, from the residual itself."""
+    """Unit-free feasible values, and the gradient there, computed from the residual."""
 
     x: Array  # [n k]
     gradient: Array  # [n k]
@@ -327,7 +325,7 @@ def _at(rows: problems.UnitRows, x, nonnegative: bool) -> _Point:
 
 
 def _lower(point: _Point, other: _Point):
-    """Whether the objective is lower at a point than at another, `[n 1]`; of NaN it is not."""
+    """Whether the objective is lower at one point than at another, `[n 1]`; false for NaN."""
     return jnp.sum((point.x - other.x) * (point.gradient + other.gradient), axis=1, keepdims=True) < 0
 
 
@@ -336,10 +334,10 @@ def _choose(where, point: _Point, other: _Point) -> _Point:
 
 
 def _revise(static: _Static, shared, y, indices, values, x, info: RefitInfo) -> _Outcome:
-    """Refit `n` rows for which the solver alone was not enough, and judge them by their residuals.
+    """Refit `n` rows for which the solver alone was not enough, and compute their KKT residuals from `y − Aᵀz`.
 
-    Atoms of any size are scaled; rows that are not solved yet go on to the fallback; then one Newton step on the active
-    set is taken if it helps, and the start, or 0, returned if that is better.
+    Atoms are scaled whatever their size; unsolved rows continue with the fallback; then one Newton step on the active
+    set is taken if it helps, and the start, or 0, is returned if that is better.
     """
     (solver, dictionary, ridge), nonnegative = shared, static.nonnegative
     y = y.astype(ridge.dtype)
@@ -355,8 +353,8 @@ def _revise(static: _Static, shared, y, indices, values, x, info: RefitInfo) -> 
     x = jnp.where(info.steps[:, None] > 0, x, start.x)
     x, _, steps = problems.drive_chain(fallback, problem, x, max_steps, nonnegative)
     here, steps = at(x), info.steps + steps
-    # The rounding of `Gx` is magnified by the condition of `G`, which it may even leave indefinite; that of the
-    # residual, by the square root of it.
+    # The condition number of `G` magnifies the rounding of `Gx`, which may even make `G` indefinite; only its square
+    # root magnifies that of the residual.
     free = (x > 0) if nonnegative else rows.unit > 0
     newton = at(here.x - jax.vmap(solve_on)(problem.gram, free, here.gradient))
     best = _choose((steps[:, None] > 0) & _lower(newton, here), newton, here)
@@ -372,15 +370,15 @@ def _revise(static: _Static, shared, y, indices, values, x, info: RefitInfo) -> 
 
 
 def _widths(k: int) -> list[int]:
-    """Numbers of slots to solve at, so that a row of few atoms among many slots need not pay for all of them.
+    """Numbers of slots to solve at, so that a row with few atoms in many slots does not pay for all of them.
 
-    Each width costs more than a second of compilation. On an accelerator its rows would have to fill the device.
+    Each width takes more than a second to compile. On an accelerator the rows of a width would have to fill the device.
     """
     return [k // 4, k // 2, k] if k >= 192 and sharding.on_cpu() else [k]
 
 
 def _narrow(solve, num_latents: int, width: int, y, indices, values) -> _Outcome:
-    """Solve rows of at most `width` atoms in that many slots."""
+    """Solve rows of at most `width` atoms in `width` slots."""
     on = sparse.used(indices, num_latents)
     slots = jnp.argsort(~on, axis=1, stable=True)[:, :width]
     outcome = solve(y, *(jnp.take_along_axis(array, slots, axis=1) for array in (indices, values)))
@@ -390,11 +388,11 @@ def _narrow(solve, num_latents: int, width: int, y, indices, values) -> _Outcome
 
 
 def _solve_all(static: _Static, shared, y, indices, values) -> _Outcome:
-    """Refit rows by the solver alone, a chunk of them at a time."""
+    """Refit rows by the solver alone, a chunk at a time."""
     (n, k), d, itemsize = indices.shape, y.shape[1], shared[2].dtype.itemsize
     solve, half = functools.partial(_solve_rows, static, shared), static.workspace_bytes // 2
     if static.kernel:
-        return solve(y, indices, values)  # it needs no memory of its own
+        return solve(y, indices, values)  # which needs no workspace
     if len(_widths(k)) == 1:
         in_cache = (4 << 20) // max(k * k * itemsize, 1)  # rows whose Gram matrices the cache holds
         return chunking.map_chunks(
@@ -420,13 +418,13 @@ def _solve_all(static: _Static, shared, y, indices, values) -> _Outcome:
 
 
 def _cancels(x, steps):
-    """Whether large terms of `Gx` cancel, so that the rounding of `G` shows."""
+    """Whether large terms of `Gx` cancel, so that the rounding of `G` matters."""
     return (steps > 0) & (jnp.finfo(x.dtype).eps * jnp.sum(x * x, axis=1) > 2.0**-18)
 
 
 @chunking.over_rows
 def _solve(static: _Static, shared, per_row):
-    """Solve all rows; hand on those that are left, and judge them by their residuals."""
+    """Solve all rows, then revise those that need a second pass."""
     solver, _, ridge = shared
     batch = per_row[0].shape[:-1]
     y, indices, values = (x.reshape(math.prod(batch), x.shape[-1]) for x in per_row)

@@ -1,11 +1,11 @@
-"""Solvers of one small quadratic programme, as pytrees of numbers with a pure `init` and `step`.
+"""Solvers of a small quadratic programme, as pytrees of numbers with pure `init` and `step` functions.
 
 Each minimises `½ zᵀGz − cᵀz` over `z ≥ lower` for one row: `G [k k]` positive semi-definite with ones (or
 zeros) on its diagonal, `c [k]` in its range, `lower` 0, or −∞ where the sign is free. A state has fields `z`,
-the iterate, and `gradient`, `Gz − c` at it; `refit.py` drives the steps, judges the iterates and decides when to
-stop, so that a solver holds nothing but its own mathematics. A solver may name a `fallback`, with a tolerance of
-its own (None: that of the solver before it), which continues from the best iterate of the rows that it left; a row is
-judged by the last one's tolerance.
+the iterate, and `gradient`, `Gz − c` at it; `refit.py` runs the steps, chooses the best iterate and decides when to
+stop, so that a solver holds only its mathematics. A solver may have a `fallback`, with its own tolerance (None: that
+of the solver before it), which continues from the best iterate of the unsolved rows; a row converges to the tolerance
+of the last one.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ __all__ = ["FISTA", "BlockPivoting", "ConjugateGradient", "ProjectedGradient", "
 
 @runtime_checkable
 class State(Protocol):
-    """What a solver carries from step to step: at least its iterate, and the gradient `Gz − c` there."""
+    """State of a solver: at least its iterate, and the gradient `Gz − c` there."""
 
     @property
     def z(self) -> Array: ...
@@ -38,13 +38,13 @@ class Solver(Protocol):
     """A solver of `minimise ½ zᵀGz − cᵀz` over `z ≥ lower` for one row, as a dataclass that is a pytree.
 
     Attributes:
-      tol: stop a row when its KKT residual is at most this; of a fallback, None is that of the solver before it.
-      max_steps: leave a row after this many steps.
-      fallback: solver of the rows that are left, or None.
+      tol: stop a row when its KKT residual is at most this; None, in a fallback, is that of the solver before it.
+      max_steps: stop a row after this many steps.
+      fallback: solver for the unsolved rows, or None.
 
     Example:
       >>> import jaxsae
-      >>> isinstance(jaxsae.FISTA(), Solver)  # and so `jaxsae.refit` takes it
+      >>> isinstance(jaxsae.FISTA(), Solver)  # so that `jaxsae.refit` accepts it
       True
     """
 
@@ -66,13 +66,13 @@ class Solver(Protocol):
         ...
 
 
-POWER_STEPS = 8  # for an estimate of the curvature, which the steps taken correct
+POWER_STEPS = 8  # for an estimate of the curvature, corrected as steps are taken
 
 
 def spectral_norm(gram: Float[Array, "k k"]) -> Float[Array, ""]:
     """Estimate `‖G‖₂` of a positive semi-definite matrix by power iteration, from below.
 
-    It starts at the longest column: never zero unless `G` is, and the same whatever the order of the atoms.
+    It starts at the longest column, which is zero only if `G` is, and does not depend on the order of the atoms.
     """
     if gram.shape[-1] == 0:
         return jnp.zeros((), gram.dtype)
@@ -102,13 +102,13 @@ def fista_step(state: FISTAState, prox: Callable, gradient: Callable, total: Cal
     Args:
       state: of one row, or of several, each with one `curvature`.
       prox: `(v, L) -> argmin_z h(z) + ½L‖z − v‖²`.
-      gradient: that of the quadratic `f`. It is affine, so that the extrapolation's is free.
+      gradient: gradient of the quadratic `f`. It is affine, so that the one at the extrapolation is free.
       total: sum over the entries of a row.
     """
     safe = jnp.where(state.curvature > 0, state.curvature, 1)
     z = prox(state.w - state.gradient_w / safe, safe)
     at_z = gradient(z)
-    # Power iteration estimates the curvature from below; each step taken is evidence that can only raise it.
+    # Power iteration estimates the curvature from below; each step gives a lower bound that may raise it.
     dz = z - state.w
     curvature = jnp.maximum(state.curvature, divide(total(dz * (at_z - state.gradient_w)), total(dz * dz)))
     restart = total((state.w - z) * (z - state.z)) > 0
@@ -122,10 +122,10 @@ def fista_step(state: FISTAState, prox: Callable, gradient: Callable, total: Cal
 class ProjectedGradient:
     """Projected gradient with a spectral step: `z ← P(z − (Gz − c)/L)`, `L = ‖G‖₂` by power iteration.
 
-    Each step lowers the objective; on ill-conditioned supports there are many: prefer `ConjugateGradient`.
+    Each step lowers the objective, but ill-conditioned supports take many: prefer `ConjugateGradient`.
 
     Attributes:
-      tol: stop a row when its KKT residual, relative and without unit, is at most this.
+      tol: stop a row when its relative KKT residual is at most this.
       max_steps: stop a row after this many steps.
 
     Example:
@@ -148,7 +148,7 @@ class ProjectedGradient:
         return fista_start(z, matmul(gram, z) - c, spectral_norm(gram))
 
     def step(self, gram: Array, c: Array, state: FISTAState, lower: float) -> FISTAState:
-        """One step of `FISTA`, whose momentum is dropped, at the cost of one product with `G`."""
+        """One step of `FISTA` without momentum, at the cost of one product with `G`."""
         state = FISTA().step(gram, c, state, lower)
         return fista_start(state.z, state.gradient, state.curvature)
 
@@ -162,9 +162,9 @@ class FISTA:
     with the momentum dropped (`t⁺ = 1`, `w⁺ = z⁺`) whenever it points uphill, `(w − z⁺)ᵀ(z⁺ − z) > 0`.
 
     Attributes:
-      tol: stop a row when its KKT residual, relative and without unit, is at most this.
+      tol: stop a row when its relative KKT residual is at most this.
       max_steps: stop a row after this many steps.
-      fallback: solver of the rows that are left, or None.
+      fallback: solver for the unsolved rows, or None.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsae
@@ -192,13 +192,13 @@ class FISTA:
 
 
 class BlockPivotingState(NamedTuple):
-    """Iterate `z [k]` with its gradient, the free set `[k]`, and the back-up rule's memory."""
+    """Iterate `z [k]` with its gradient, the free set `[k]`, and the state of the back-up rule."""
 
     z: Array
     gradient: Array
     free: Array
-    fewest: Array  # wrong coordinates of the best exchange so far
-    patience: Array  # whole exchanges still allowed without improvement
+    fewest: Array  # smallest number of wrong coordinates so far
+    patience: Array  # full exchanges still allowed without improvement
 
 
 @pytrees.dataclass
@@ -207,15 +207,16 @@ class BlockPivoting:
 
         G_FF x_F = c_F,   wrong = {i ∈ F: x_i < 0} ∪ {i ∉ F: (Gx − c)_i < 0}
 
-    All wrong coordinates change sides at once; after three exchanges that leave no fewer of them, only the last one
-    does (Murty's rule), until there are fewer. Each step is one masked Cholesky factorisation, with a few ulps on the
-    diagonal that two steps of refinement take out again; it ends at the optimum to rounding, whatever the condition.
-    Where atoms depend on each other exchanges may cycle, and the fallback takes over from the best `max(x, 0)` seen.
+    All wrong coordinates are exchanged at once; after three exchanges without fewer of them, only the last one is
+    (Murty's rule), until there are fewer. Each step is one masked Cholesky factorisation, with a few ulps on the
+    diagonal for which two steps of refinement correct. It ends at the optimum to rounding, whatever the condition
+    number. Where atoms are linearly dependent exchanges may cycle; the fallback then continues from the best
+    `max(x, 0)` so far.
 
     Attributes:
-      tol: stop a row when its KKT residual, relative and without unit, is at most this.
-      max_steps: leave a row after this many factorisations.
-      fallback: solver of the rows that are left, or None.
+      tol: stop a row when its relative KKT residual is at most this.
+      max_steps: stop a row after this many factorisations.
+      fallback: solver for the unsolved rows, or None.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsae
@@ -233,7 +234,7 @@ class BlockPivoting:
     fallback: Solver | None = FISTA()
 
     def init(self, gram: Array, c: Array, z: Array, lower: float) -> BlockPivotingState:
-        """The state at a feasible start `z`, its positive coordinates free."""
+        """The state at a feasible start `z`, with its positive coordinates free."""
         size = jnp.int32(z.size)
         return BlockPivotingState(z, matmul(gram, z) - c, z > lower, size + 1, jnp.int32(3))
 
@@ -254,12 +255,12 @@ class BlockPivoting:
 
 
 class ConjugateGradientState(NamedTuple):
-    """Iterate `z [k]` with its gradient, direction `p [k]` (the step is `−p`) and the curvature `L` met so far."""
+    """Iterate `z [k]` with its gradient, direction `p [k]` (the step is `−p`) and the largest curvature `L` so far."""
 
     z: Array
     gradient: Array
     p: Array
-    projected: Array  # p was cut off at the bounds: take it as far as it lowers the objective, then restart
+    projected: Array  # p was cut off at the bounds: follow it as far as it lowers the objective, then restart
     curvature: Array
 
 
@@ -271,16 +272,16 @@ class ConjugateGradient:
 
         a = gᵀp / pᵀGp,   z⁺ = z − ap,   p⁺ = φ⁺ − (φ⁺ᵀGp / pᵀGp) p.
 
-    A step that would leave the set is replaced by `p = z − max(z − ap, 0)`, taken as far as it lowers the objective:
-    many coordinates reach their bound at once. When `‖β‖` outweighs what the face still promises, `φ + β` lets
-    coordinates go. On a face it ends like all conjugate gradients do: fast where the eigenvalues cluster, as those of
-    Gram matrices with a few common directions do.
+    A step that would leave the feasible set is replaced by `p = z − max(z − ap, 0)`, followed as far as it lowers the
+    objective, so that many coordinates reach their bound at once. When `‖β‖` exceeds the decrease expected on the face,
+    the direction `φ + β` frees coordinates. On a face it converges as conjugate gradient does: fast where eigenvalues
+    cluster, as they do in Gram matrices with a few common directions.
 
     Attributes:
-      tol: stop a row when its KKT residual, relative and without unit, is at most this.
-      max_steps: leave a row after this many steps.
-      fallback: solver of the rows that are left, or None. By default `BlockPivoting`, at this solver's tolerance: on
-        nearly parallel atoms (a mean cosine of 0.99) conjugate gradient has not ended after thousands of steps.
+      tol: stop a row when its relative KKT residual is at most this.
+      max_steps: stop a row after this many steps.
+      fallback: solver for the unsolved rows, or None. By default `BlockPivoting`, at this solver's tolerance: on nearly
+        parallel atoms (a mean cosine of 0.99) conjugate gradient does not converge in thousands of steps.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsae
@@ -299,13 +300,13 @@ class ConjugateGradient:
     fallback: Solver | None = BlockPivoting(tol=None, fallback=FISTA(tol=None))
 
     def init(self, gram: Array, c: Array, z: Array, lower: float) -> ConjugateGradientState:
-        """The state at a feasible start `z`, headed down the projected gradient."""
+        """The state at a feasible start `z`, with the projected gradient as direction."""
         gradient = matmul(gram, z) - c
         p = jnp.where(z > lower, gradient, jnp.minimum(gradient, 0))
         return ConjugateGradientState(z, gradient, p, jnp.zeros((), bool), jnp.ones((), gram.dtype))
 
     def step(self, gram: Array, c: Array, state: ConjugateGradientState, lower: float) -> ConjugateGradientState:
-        """One step along `−p`, or the choice of a projected one, at the cost of one product with `G`."""
+        """One step along `−p`, or the choice of a projected direction, at the cost of one product with `G`."""
         z, gradient, p, projected, curvature = state
         gram_p = matmul(gram, p)
         p_gram_p = jnp.sum(p * gram_p)
@@ -323,7 +324,7 @@ class ConjugateGradient:
         promise = jnp.sum(phi * jnp.minimum(phi, (ahead - lower) * curvature))
         conjugate = phi - jnp.where(projected | ~free, 0, divide(jnp.sum(phi * gram_p), p_gram_p) * p)
         direction = jnp.where(jnp.sum(beta * beta) > promise, phi + beta, conjugate)
-        # Where the projected direction led uphill, a projected gradient step never does.
+        # If the projected direction leads uphill, take a projected gradient step, which never does.
         uphill = projected & (a <= 0)
         cut = jnp.where(leaves, a * p, (phi + beta) / curvature)
         p = jnp.where(leaves | uphill, ahead - jnp.maximum(ahead - cut, lower), direction)
@@ -331,7 +332,7 @@ class ConjugateGradient:
 
 
 def resolve(solver: Solver) -> Solver:
-    """A solver whose fallbacks all have a tolerance: None is that of the solver before."""
+    """Replace each fallback's tolerance of None by that of the solver before it."""
     fallback = solver.fallback
     if fallback is None:
         return solver
@@ -341,12 +342,12 @@ def resolve(solver: Solver) -> Solver:
 
 
 def within(solver: Solver, *, tol: float | None = None, max_steps: int | Array | None = None) -> Solver:
-    """A solver with another tolerance, or with fewer steps; its fallbacks likewise.
+    """Change the tolerance, or limit the steps, of a solver and its fallbacks.
 
     Args:
-      solver: of this module.
-      tol: of all of them; each has its own by default.
-      max_steps: of all of them together; a fallback that none is left for is dropped.
+      solver: solver to change.
+      tol: tolerance of all of them; unchanged by default.
+      max_steps: most steps of all of them together; fallbacks with no steps left are dropped.
 
     Example:
       >>> import jaxsae
@@ -364,7 +365,7 @@ def within(solver: Solver, *, tol: float | None = None, max_steps: int | Array |
 
 
 def violation(z, gradient, nonnegative: bool):
-    """How far each coordinate is from optimal, `z` in units where the Gram matrix has ones on its diagonal."""
+    """KKT violation of each coordinate, with `z` in units in which the Gram matrix has ones on its diagonal."""
     if not nonnegative:
         return jnp.abs(gradient)
     return jnp.where(z > 0, jnp.abs(gradient), jnp.maximum(jnp.maximum(-gradient, -z), 0))
@@ -394,21 +395,21 @@ def iterate(
 ):
     """Repeat `step(state) -> state` until the KKT residual is within `tol`, and return the best iterate.
 
-    It stops on a residual that is at least the one it returns: as if every atom were as long as the longest, so that
-    short atoms are solved as well as long ones.
+    It stops on a residual that counts every atom as at least as long as the longest, so that short atoms are solved as
+    well as long ones; the residual returned is at most that.
 
-    The objective's change between two points of a quadratic is `½(z − z')ᵀ(g + g')`, exactly; so "better" is decided
-    without subtracting two nearly equal objectives.
+    The change of a quadratic between two points is exactly `½(z − z')ᵀ(g + g')`; so iterates are compared without
+    subtracting two nearly equal objectives.
 
     Args:
-      step: of a solver.
+      step: step of a solver.
       start: its state at a feasible start.
-      weight: as of `problems.Problem`.
+      weight: as in `problems.Problem`.
       tol: tolerance of the KKT residual.
-      max_steps: when to stop at the latest.
+      max_steps: most steps.
       nonnegative: constrain `z ≥ 0`.
       total: sum over the slots of a row.
-      largest: the same for the maximum.
+      largest: maximum over the slots of a row.
       repeat: `(step, carry, running) -> carry`, a loop while the row, or any of several, is `running`.
 
     Returns:
@@ -440,20 +441,20 @@ def iterate(
 
 
 def default(k: int, d: int, *, kernel: bool = False) -> Solver:
-    """The solver of rows with `k` active atoms of width `d`, by measurement (`python -m benchmarks refine`).
+    """The default solver for `k` slots and width `d`, by measurement (`python -m benchmarks refine`).
 
-    On two CPU cores `ConjugateGradient` is the fastest of these solvers, or level with it, on every case measured but
-    nearly parallel atoms (a mean cosine of 0.99), which it has not finished after a thousand steps; there
-    `BlockPivoting` is the fastest, and takes the rows that are left after 256 steps. What `k > d` makes singular may
-    set pivoting cycling: there `FISTA` answers. Conjugate gradient continues to a tenth of the usual tolerance, so that
-    ill-conditioned rows too end within 1e-6 of their least error (tests/test_hard_set.py); a row counts as converged
-    at 1e-5. Where a kernel answers (`jaxsae.kernels`) it is FISTA that it has in fast memory, a step of which reads
-    nothing; no accelerator has been measured yet, so everywhere else the backend makes no difference.
+    On two CPU cores `ConjugateGradient` is the fastest of these solvers, or close to it, in every case measured except
+    nearly parallel atoms (a mean cosine of 0.99), on which it does not converge in a thousand steps; there
+    `BlockPivoting` is the fastest, and takes the rows unsolved after 256 steps. With `k > d` the Gram matrix is
+    singular and pivoting may cycle, so the default is `FISTA`. Conjugate gradient continues to a tenth of the usual
+    tolerance, so that ill-conditioned rows too end within 1e-6 of their least error (tests/test_hard_set.py). Kernels
+    (`jaxsae.kernels`) run FISTA in fast memory. No accelerator has been measured yet, so elsewhere the default does not
+    depend on the backend.
 
     Args:
-      k: slots a row.
+      k: slots per row.
       d: width.
-      kernel: whether a kernel has been measured to be worth it.
+      kernel: whether a kernel will solve the rows.
 
     Returns:
       A solver, with its fallbacks.

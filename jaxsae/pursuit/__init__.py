@@ -1,12 +1,12 @@
-"""Pursuits: they choose the atoms that represent a row when no encoder does.
+"""Pursuits: selection of the atoms that represent a row, without an encoder.
 
-Each function chooses at most `k` atoms a row and ends in the shared `refit`:
+Each function selects at most `k` atoms per row and ends with the shared `refit`:
 
     y ──▶ correlations D r ──▶ support ──refit──▶ SparseCode
               ▲                   │
               └──── residual ◀────┘
 
-`greedy` adds one atom after another, `thresholding` revises a whole support at a time; `selection` is what they share.
+`greedy` adds one atom at a time, `thresholding` revises the whole support at each step; `selection` is shared by both.
 """
 
 from jaxsae.pursuit.greedy import gradient_pursuit as gradient_pursuit, matching_pursuit as matching_pursuit, omp as omp

@@ -1,8 +1,8 @@
-"""Greedy pursuits: one atom after another, each chosen by what the others leave unexplained.
+"""Greedy pursuits: one atom at a time, each chosen by its correlation with the residual of the others.
 
-Atoms may have any norm: choices are made between atoms scaled to norm 1, and zero atoms are never chosen. Choices have
-no derivative; the values have that of the refit on the support chosen. A row ends when its own rule says so, and
-touches no other; one with NaN or Inf gets an empty code and the status `NONFINITE`, and so do all if an atom has them.
+Atoms may have any norm: the selection scales them to norm 1, and never chooses zero atoms. The selection has no
+derivative; the values have that of the refit on the selected support. Rows stop independently. A row with NaN or Inf
+gets an empty code and the status `NONFINITE`, as do all rows if an atom has them.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from jaxsae.least_squares.refit import RefitInfo
 from jaxsae.pursuit import selection
 from jaxsae.pursuit.selection import Chosen, Method, Problem, pursue
 
-_GRAM_BYTES = 4 << 20  # of a Gram matrix that is worth forming: more would not stay in a cache
+_GRAM_BYTES = 4 << 20  # largest Gram matrix to form: larger ones do not stay in the cache
 
 
 def omp(
@@ -36,33 +36,33 @@ def omp(
 
         j = argmax |⟨a_j, r⟩| / ‖a_j‖,   S ← S ∪ {j},   z_S = argmin ‖y − A_Sᵀ z‖,   r = y − A_Sᵀ z_S
 
-    With free signs the refits are updates of a Cholesky factorisation, `A_S A_Sᵀ = LLᵀ`: with `Q = L⁻¹A_S`, the
-    orthonormal atoms so far, a new atom `a` adds the row `(w, ρ)` to `L`, the row `q` to `Q`, and lowers the residual:
+    With free signs the refits update a Cholesky factorisation, `A_S A_Sᵀ = LLᵀ`: with `Q = L⁻¹A_S`, the orthonormalised
+    atoms so far, a new atom `a` adds the row `(w, ρ)` to `L` and the row `q` to `Q`, and reduces the residual:
 
         w = Qa,   q = (a − Qᵀw) / ρ,   ρ = ‖a − Qᵀw‖,   r ← r − ⟨q, r⟩ q
 
-    The same elimination, applied to `Da` and to coordinates, keeps `Dr` and the values. So with the Gram matrix `DDᵀ`
-    no step costs a product with `D`; it is formed if it has 4 MiB at most and `4k ≤ d`, and else the rows of a chunk
-    share one product `D r` a step. The rule asks nothing about the batch: a row's answer does not depend on it.
-    Non-negative values are refitted after each choice, and an atom whose value fell to 0 keeps its slot.
+    The same elimination, applied to `Da` and to coordinates, updates `Dr` and the values. With the Gram matrix `DDᵀ`,
+    then, no step needs a product with `D`; it is formed if it takes at most 4 MiB and `4k ≤ d`. Otherwise the rows of a
+    chunk share one product `D r` per step. The rule does not depend on the batch, nor does the result of a row.
+    Non-negative values are refitted after each selection, and an atom whose value becomes 0 keeps its slot.
 
     Args:
-      D: dictionary `[m d]`, one atom a row, any norm.
+      D: dictionary `[m d]`, one atom per row, any norm.
       y: targets `[*b d]`.
-      k: most atoms a row, at most `m`.
-      tol: end a row when `‖r‖` is at most this, in units of `y`; a number, or `[*b]`, one for each row.
+      k: most atoms per row, at most `m`.
+      tol: stop a row when `‖r‖` is at most this, in the units of `y`; a number, or one per row `[*b]`.
       max_atoms: most atoms of each row, `[*b]`, at most `k`; `k` if None.
-      nonnegative: values `z ≥ 0`, and choices by `⟨a_j, r⟩` itself (Bruckstein et al. 2008).
-      mask: which entries of `y` are known, if not all are: atoms are compared with these, and fitted to these, alone
-        (Mairal, Elad & Sapiro 2008); with free signs.
+      nonnegative: constrain `z ≥ 0`, and select by `⟨a_j, r⟩` itself (Bruckstein et al. 2008).
+      mask: the known entries of `y`; all of them if None. Atoms are selected and fitted by the known entries alone
+        (Mairal, Elad & Sapiro 2008). With free signs only.
 
     Returns:
-      The code `[*b k]`, atoms in the order in which they were chosen, and `RefitInfo`, with `steps` the number of
-      atoms chosen. A row ends with fewer than `k` also if no atom correlates with what is left, to rounding.
+      The code `[*b k]`, with atoms in the order of selection, and `RefitInfo`, whose `steps` is the number of atoms
+      selected. A row also stops before `k` atoms if none correlates with the residual beyond rounding.
 
     Raises:
-      ValueError, TypeError: at trace time, if shapes or dtypes do not fit together, `k` is not in `[1, m]`, or there is
-        a mask where values are to be non-negative.
+      ValueError, TypeError: at trace time, if shapes or dtypes do not fit together, `k` is not in `[1, m]`, or both
+        `mask` and `nonnegative` are given.
 
     Example:
       >>> import jax.numpy as jnp, jaxsae
@@ -87,10 +87,10 @@ def omp(
 
 
 def _omp(problem: Problem) -> Chosen:
-    """Choose with free signs, by updates of a Cholesky factorisation.
+    """Select with free signs, by updates of a Cholesky factorisation.
 
-    A row `q` of the basis is followed by `Dq`, if there is a Gram matrix, and the residual `r` by `Dr`. Coordinates in
-    the atoms chosen are kept apart, in arrays of their own: in one with the basis they make it too wide for vectors.
+    With a Gram matrix, a row `q` of the basis is followed by `Dq`, and the residual `r` by `Dr`. Coordinates in the
+    selected atoms are in separate arrays: joined with the basis, the arrays would be too wide to vectorise.
     """
     (m, d), k = problem.D.shape, problem.k
     precomputed = problem.mask is None and 4 * k <= d and m * m * problem.D.dtype.itemsize <= _GRAM_BYTES
@@ -102,7 +102,7 @@ def _omp(problem: Problem) -> Chosen:
 
     def chunk(part: Problem) -> Chosen:
         y, n = part.y, len(part.y)
-        norm = 1.0 if part.mask is None else jnp.sqrt(matmul(part.mask, problem.D.T**2))  # of atoms as rows see them
+        norm = 1.0 if part.mask is None else jnp.sqrt(matmul(part.mask, problem.D.T**2))  # of the masked atoms
         products = matmul(y, problem.D.T) if precomputed else y[:, :0]
 
         def step(carry: _Greedy) -> _Greedy:
@@ -115,18 +115,18 @@ def _omp(problem: Problem) -> Chosen:
                 rest, x = pair
                 return rest - w[i][:, None] * basis[i], x - w[i][:, None] * coordinates[i]
 
-            itself = jnp.broadcast_to(jnp.arange(k) == number, (n, k)).astype(y.dtype)
+            itself = jnp.broadcast_to(jnp.arange(k, dtype=jnp.int32) == number, (n, k)).astype(y.dtype)
             rest, x = jax.lax.fori_loop(0, number, without, (atom, itself))
             pivot = sq_norm(rest[:, :d])
             running &= selection.takes_another(part, number, state[:, :d], score)
-            # Else it depends on the others, to rounding.
+            # Otherwise the atom depends on the others, to rounding.
             running &= pivot > jnp.finfo(y.dtype).eps * sq_norm(atom[:, :d])
             size = jnp.sqrt(jnp.where(running, pivot, 1))[:, None]
             q, x = (jnp.where(running[:, None], v / size, 0) for v in (rest, x))
             explained = jnp.sum(q[:, :d] * state[:, :d], axis=1, keepdims=True)
             state, values = state - explained * q, values + explained * x
             basis, coordinates = basis.at[number].set(q), coordinates.at[number].set(x)
-            here = running[:, None] & (jnp.arange(m) == at[:, None])
+            here = running[:, None] & (jnp.arange(m, dtype=jnp.int32) == at[:, None])
             indices = indices.at[:, number].set(jnp.where(running, at, m))
             return _Greedy(number + 1, state, basis, coordinates, values, free & ~here, indices, running)
 
@@ -144,16 +144,16 @@ def _omp(problem: Problem) -> Chosen:
         steps = jnp.sum(end.indices < m, axis=1, dtype=jnp.int32)
         return Chosen(end.values, end.indices, steps, jnp.ones(n, bool))
 
-    # With a Gram matrix a step is arithmetic on rows, which XLA spreads over the cores if there are enough of them.
+    # With a Gram matrix a step is arithmetic on rows, which XLA runs on several cores if there are enough rows.
     row_bytes, cpu_rows = 4 * (k * (width + k) + 2 * m), 512 if precomputed else 256
     return selection.by_chunks(chunk, problem, row_bytes=row_bytes, cpu_rows=cpu_rows)
 
 
 class _Greedy(NamedTuple):
-    """What greedy selections carry from step to step."""
+    """State of `_omp`."""
 
     number: Array  # of the step
-    state: Array  # [n width]  the residual and what is kept beside it
+    state: Array  # [n width]  the residual r, then Dr with a Gram matrix
     basis: Array  # [k n width]
     coordinates: Array  # [k n k]  of the basis, in the atoms chosen
     values: Array  # [n k]
@@ -163,7 +163,7 @@ class _Greedy(NamedTuple):
 
 
 def _omp_nonnegative(problem: Problem) -> Chosen:
-    """Choose by positive correlations, with a refit after each choice."""
+    """Select by positive correlations, with a refit after each selection."""
     return _greedy(problem, lambda part, r, code, slot, score: selection.invert(part, code)[0])
 
 
@@ -176,24 +176,24 @@ def matching_pursuit(
     max_atoms: Int[Array, "*b"] | None = None,
     nonnegative: bool = False,
 ) -> tuple[SparseCode, RefitInfo]:
-    """Matching pursuit: take the atom that correlates most with the residual, and what it explains, `k` times.
+    """Matching pursuit: subtract from the residual its projection onto the most correlated atom, `k` times.
 
         j = argmax |⟨a_j, r⟩| / ‖a_j‖,   z_j ← z_j + ⟨a_j, r⟩ / ‖a_j‖²,   r = y − Aᵀz
 
-    Not to refit is its point: `jaxsae.refit` of its code does. An atom may be taken again, and with non-negative values
-    only while it explains more than nothing.
+    The values are not refitted; use `jaxsae.refit` for that. An atom may be selected repeatedly; with non-negative
+    values, only while its correlation with the residual is positive.
 
     Args:
-      D: dictionary `[m d]`, one atom a row, any norm.
+      D: dictionary `[m d]`, one atom per row, any norm.
       y: targets `[*b d]`.
-      k: steps, and so most atoms, a row; at most `m`.
-      tol: end a row when `‖r‖` is at most this, in units of `y`; a number, or `[*b]`, one for each row.
+      k: steps per row, and so most atoms; at most `m`.
+      tol: stop a row when `‖r‖` is at most this, in the units of `y`; a number, or one per row `[*b]`.
       max_atoms: most atoms of each row, `[*b]`, at most `k`; `k` if None.
-      nonnegative: values `z ≥ 0`, and choices by `⟨a_j, r⟩` itself.
+      nonnegative: constrain `z ≥ 0`, and select by `⟨a_j, r⟩` itself.
 
     Returns:
-      The code `[*b k]`, and `RefitInfo` with the steps taken and the KKT residual that is left on the support; of a row
-      that is not optimal there to 1e-5 the status is `MAX_STEPS`. Values have no derivative.
+      The code `[*b k]`, and `RefitInfo` with the steps taken and the KKT residual on the support; the status is
+      `MAX_STEPS` for rows that are not optimal there to 1e-5. Values have no derivative.
 
     Raises:
       ValueError, TypeError: at trace time, if shapes or dtypes do not fit together, or `k` is not in `[1, m]`.
@@ -228,25 +228,25 @@ def gradient_pursuit(
     max_atoms: Int[Array, "*b"] | None = None,
     nonnegative: bool = False,
 ) -> tuple[SparseCode, RefitInfo]:
-    """Gradient pursuit: add the atom that correlates most with the residual, then one gradient step on all chosen.
+    """Gradient pursuit: add the atom that correlates most with the residual, then take a gradient step on all selected.
 
         S ← S ∪ {argmax |⟨a_j, r⟩| / ‖a_j‖},   g = A_S r,   z_S ← z_S + (‖g‖² / ‖A_Sᵀg‖²) g,   r = y − A_Sᵀ z_S
 
-    Atoms are taken as of norm 1. With non-negative values the step is projected, and then taken as far as it lowers the
-    residual. It is the inference-time optimisation that sparse autoencoders' encoders are compared with. Not to invert
-    is its point: `jaxsae.refit` of its code does.
+    Atoms are scaled to norm 1. With non-negative values the step is projected, then followed as far as it lowers the
+    residual. It is the inference-time optimisation that encoders of sparse autoencoders are compared with. The values
+    are not refitted; use `jaxsae.refit` for that.
 
     Args:
-      D: dictionary `[m d]`, one atom a row, any norm.
+      D: dictionary `[m d]`, one atom per row, any norm.
       y: targets `[*b d]`.
-      k: steps, and so most atoms, a row; at most `m`.
-      tol: end a row when `‖r‖` is at most this, in units of `y`; a number, or `[*b]`, one for each row.
+      k: steps per row, and so most atoms; at most `m`.
+      tol: stop a row when `‖r‖` is at most this, in the units of `y`; a number, or one per row `[*b]`.
       max_atoms: most atoms of each row, `[*b]`, at most `k`; `k` if None.
-      nonnegative: values `z ≥ 0`, and choices by `⟨a_j, r⟩` itself.
+      nonnegative: constrain `z ≥ 0`, and select by `⟨a_j, r⟩` itself.
 
     Returns:
-      The code `[*b k]`, and `RefitInfo` with the steps taken and the KKT residual that is left on the support; of a row
-      that is not optimal there to 1e-5 the status is `MAX_STEPS`. Values have no derivative.
+      The code `[*b k]`, and `RefitInfo` with the steps taken and the KKT residual on the support; the status is
+      `MAX_STEPS` for rows that are not optimal there to 1e-5. Values have no derivative.
 
     Raises:
       ValueError, TypeError: at trace time, if shapes or dtypes do not fit together, or `k` is not in `[1, m]`.
@@ -281,7 +281,7 @@ def _gradient_pursuit(problem: Problem) -> Chosen:
 
 
 def _greedy(problem: Problem, revise: Callable) -> Chosen:
-    """Choose by correlations, an atom a step that may have been chosen before, and revise the values each time."""
+    """Select by correlations one atom per step, possibly again, and revise the values each time."""
     (m, d), k = problem.D.shape, problem.k
 
     def chunk(part: Problem) -> Chosen:

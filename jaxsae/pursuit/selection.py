@@ -1,7 +1,7 @@
-"""What selections of atoms share: rows free of units, chunks of them, and the refit at the end.
+"""Shared parts of the pursuits: unit-free rows, chunks of them, and the final refit.
 
-A selection chooses, for each row, the slots of a code and values to start from; `pursue` does what is the same for
-all of them. It sees atoms and targets of norm 1, and rows of zeros in place of what is zero or not finite.
+A selection chooses, for each row, the slots of a code and starting values; `pursue` does the rest. A selection gets
+atoms and targets of norm 1, with rows of zeros in place of those that are zero or not finite.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ _SOLVER = ConjugateGradient(tol=1e-6, max_steps=256, fallback=None)
 
 
 class Method(NamedTuple):
-    """How to select: all that fixes a program."""
+    """A selection, with its static arguments."""
 
     name: str
     select: Callable[["Problem"], "Chosen"]
@@ -35,7 +35,7 @@ class Method(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """Rows to represent, free of units: atoms and targets of norm 1, or 0 where they are zero or not finite."""
+    """Unit-free rows to represent: atoms and targets have norm 1, or are 0 where they are zero or not finite."""
 
     D: Array  # [m d]
     y: Array  # [n d]
@@ -44,12 +44,12 @@ class Problem(NamedTuple):
     k: int
     nonnegative: bool
     options: dict[str, Any]
-    mask: Array | None  # [n d]  1 where a target is known; None if all of it is
+    mask: Array | None  # [n d]  1 where a target is known; None if all are known
 
 
 @pytrees.dataclass
 class Masked:
-    """The atoms as each row sees them: number `row · m + atom` is `mask[row] * D[atom]`."""
+    """The masked atoms of each row: index `row · m + atom` is `mask[row] * D[atom]`."""
 
     D: Float[Array, "m d"]
     mask: Float[Array, "n d"]
@@ -60,18 +60,18 @@ class Masked:
 
 
 class Chosen(NamedTuple):
-    """What a selection ends with, for `n` rows."""
+    """The result of a selection, for `n` rows."""
 
     values: Array  # [n k]  for atoms of norm 1; the refit starts there
     indices: Array  # [n k]
     steps: Array  # [n]
-    ended: Array  # [n]  by the method's own rule, and not at the most steps allowed
+    ended: Array  # [n]  whether the row converged, rather than stopping at `max_steps`
 
 
 def pursue(
     method: Method, D: Array, y: Array, tol: Any, max_atoms: Any, options: Any = None, mask: Array | None = None
 ) -> tuple[SparseCode, RefitInfo]:
-    """Select, then refit, or judge the values that are there."""
+    """Select atoms, then refit their values, or only compute their KKT residual if the method does not refit."""
     D, y, code = _validated(D, y, method)
     if mask is not None:
         y, mask = jnp.where(mask, y, 0), mask.astype(D.dtype)
@@ -82,7 +82,7 @@ def pursue(
     options = jax.tree.map(lambda x: _number(x, tol.dtype), options or {})
     chosen, finite = _select(method, *jax.lax.stop_gradient(((D, options), (y, tol, max_atoms, mask))))
     code = dataclasses.replace(code, values=chosen.values.astype(code.values.dtype), indices=chosen.indices)
-    solver = None if method.refits else FISTA(max_steps=0)  # which judges the values, and leaves them
+    solver = None if method.refits else FISTA(max_steps=0)  # computes the KKT residual, without changing the values
     dictionary, support = (D, code) if mask is None else _masked(D, code, mask)
     y = jnp.where(finite[..., None], y, 0)
     refitted, info = refit(dictionary, y, support, solver, nonnegative=method.nonnegative)
@@ -96,7 +96,7 @@ def pursue(
 
 
 def _masked(D: Array, code: SparseCode, mask: Array) -> tuple[Masked, SparseCode]:
-    """Each row's own atoms, and the code by their numbers."""
+    """The masked atoms of each row, and the code with their indices."""
     mask, m = mask.reshape(-1, mask.shape[-1]), code.num_latents
     first = m * jnp.arange(len(mask), dtype=jnp.int32).reshape(*code.indices.shape[:-1], 1)
     indices = jnp.where(code.mask, first + code.indices, m * len(mask))
@@ -115,7 +115,7 @@ def _check_options(method: Method, tol: Any, max_atoms: Any, options: dict[str, 
 
 
 def _number(x: Any, dtype) -> Array:
-    """A number of the arithmetic's own dtype, or an integer."""
+    """A floating-point number in `dtype`; integers are unchanged."""
     x = jnp.asarray(x)
     return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.inexact) else x
 
@@ -136,10 +136,10 @@ def _validated(D: Any, y: Any, method: Method) -> tuple[Array, Array, SparseCode
 
 @chunking.over_rows
 def _select(method: Method, shared, per_row):
-    """Run a method on rows free of units, and give its values theirs."""
+    """Run a method on unit-free rows, and scale its values back."""
     (D, options), (y, tol, max_atoms, mask) = shared, per_row
     batch, D, y = y.shape[:-1], D.astype(tol.dtype), y.reshape(-1, y.shape[-1]).astype(tol.dtype)
-    # Every row is compared with every atom. As in `refit`, what XLA takes for 0 is as bad as NaN.
+    # Every row is compared with every atom. As in `refit`, subnormal numbers count as NaN.
     finite = jnp.isfinite(problems.largest(y)[:, 0]) & jnp.isfinite(problems.largest(D)).all()
     D, length, largest = _unit(D)
     y, y_length, y_largest = _unit(jnp.where(finite[:, None], y, 0))
@@ -153,7 +153,7 @@ def _select(method: Method, shared, per_row):
 
 
 def _unit(x: Array) -> tuple[Array, Array, Array]:
-    """Rows of norm 1 and the two numbers `[n]` they were divided by; those that are zero or not finite become 0."""
+    """Rows scaled to norm 1, and the two factors `[n]` that divided them; rows that are zero or not finite become 0."""
     x = jnp.where(jnp.isfinite(x).all(1, keepdims=True), x, 0)
     largest = jnp.max(jnp.abs(x), axis=1, initial=0)
     x = divide(x, largest[:, None])
@@ -162,7 +162,7 @@ def _unit(x: Array) -> tuple[Array, Array, Array]:
 
 
 def by_chunks(select: Callable, problem: Problem, *, row_bytes: int, cpu_rows: int = 256) -> Any:
-    """Select for a chunk of rows at a time."""
+    """Select a chunk of rows at a time."""
 
     def chunk(y, tol, max_atoms, mask):
         return select(problem._replace(y=y, tol=tol, max_atoms=max_atoms, mask=mask))
@@ -172,8 +172,8 @@ def by_chunks(select: Callable, problem: Problem, *, row_bytes: int, cpu_rows: i
 
 
 def invert(problem: Problem, code: SparseCode) -> tuple[SparseCode, Array]:
-    """The best values on a support, and the residual that they leave."""
-    # Rows that conjugate gradient does not finish go on as they are: only the last refit needs every digit of theirs.
+    """The best values on a support, and their residual."""
+    # Rows on which conjugate gradient does not converge are used as they are: only the final refit must be accurate.
     code, _ = refit(problem.D, problem.y, code, _SOLVER, nonnegative=problem.nonnegative)
     return code, residual(problem, code)
 
@@ -184,49 +184,49 @@ def residual(problem: Problem, code: SparseCode) -> Array:
 
 
 def empty(problem: Problem) -> SparseCode:
-    """A code with nothing in it."""
+    """An empty code."""
     shape, m = (len(problem.y), problem.k), len(problem.D)
     return SparseCode(jnp.zeros(shape, problem.y.dtype), jnp.full(shape, m, jnp.int32), m)
 
 
 def keep(problem: Problem, z: Array, threshold: Any = 0.0, *, times: int = 1) -> SparseCode:
-    """The largest of each row `[n m]`, at most `times` its `max_atoms`, of those above a threshold `[n 1]`."""
+    """The largest entries of each row `[n m]` above a threshold `[n 1]`, at most `times * max_atoms` of them."""
     z = jax.nn.relu(z) if problem.nonnegative else z
     code = from_dense(jnp.where(jnp.abs(z) > threshold, z, 0), min(times * problem.k, z.shape[1]))
-    kept = jnp.arange(code.indices.shape[1]) < times * problem.max_atoms[:, None]
+    kept = jnp.arange(code.indices.shape[1], dtype=jnp.int32) < times * problem.max_atoms[:, None]
     indices, values = jnp.where(kept, code.indices, z.shape[1]), jnp.where(kept, code.values, 0)
     return SparseCode(values, indices, z.shape[1])
 
 
 def take_atoms(problem: Problem, code: SparseCode) -> Array:
-    """Atoms `[n k d]`, 0 in slots not used."""
+    """Atoms `[n k d]`, 0 in unused slots."""
     return jnp.where(code.mask[:, :, None], problems.take(problem.D, code.indices, len(problem.D), problem.D.dtype), 0)
 
 
 def line_search(atoms: Array, direction: Array, r: Array) -> Array:
-    """How far `[n 1]` to go along a direction of values `[n k]` for the least residual."""
+    """The step size `[n 1]` along a direction of values `[n k]` that minimises the residual."""
     moved = jnp.einsum("nk,nkd->nd", direction, atoms, precision=EXACT)
     return divide(jnp.sum(moved * r, axis=1), sq_norm(moved))[:, None]
 
 
 def choose(where: Array, a: Any, b: Any) -> Any:
-    """Row by row, of two pytrees of arrays `[n ...]`."""
+    """`jnp.where` per row, on two pytrees of arrays `[n ...]`."""
     return jax.tree.map(lambda a, b: jnp.where(where.reshape(-1, *[1] * (a.ndim - 1)), a, b), a, b)
 
 
 def largest(x: Array) -> tuple[Array, Array]:
-    """The largest of each row, and the first place where it is."""
-    # `argmax` takes four times as long on XLA's CPU backend.
+    """The largest entry of each row, and its first index."""
+    # `argmax` is four times slower on XLA's CPU backend.
     most = jnp.max(x, axis=1)
     m = x.shape[1]
     return most, jnp.min(jnp.where(x == most[:, None], jnp.arange(m), m - 1), axis=1).astype(jnp.int32)
 
 
 def takes_another(problem: Problem, number: Array, r: Array, score: Array) -> Array:
-    """Which rows take another atom, by their residual, its largest correlation, and the number that they may have."""
+    """Which rows take another atom, by their residual, its largest correlation, and their `max_atoms`."""
     return (score > rounding(r)) & (sq_norm(r) > problem.tol**2) & (number < problem.max_atoms)
 
 
 def rounding(y: Array) -> float:
-    """Correlations, of atoms and targets of norm 1, that may be nothing but rounding."""
+    """The size of correlations that may be pure rounding, for atoms and targets of norm 1."""
     return 32 * float(jnp.finfo(y.dtype).eps)

@@ -1,6 +1,6 @@
-"""Iterative thresholding: pursuits that revise a whole support at a time; `pursuit` has them all.
+"""Iterative thresholding: pursuits that revise the whole support at each step.
 
-Each repeats `step(part, r, code) -> (code, r)` until a row no longer moves; the code of the least residual is refitted.
+Each repeats `step(part, r, code) -> (code, r)` until a row converges; the code of the smallest residual is refitted.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from jaxsae.least_squares.refit import RefitInfo
 from jaxsae.pursuit import selection
 from jaxsae.pursuit.selection import Chosen, Method, Problem, pursue
 
-_SETTLED = 1e-5  # a row that moves less than this, relative to `‖y‖`, has ended
+_SETTLED = 1e-5  # a row has converged when its residual changes by less than this, relative to `‖y‖`
 
 
 def iti(
@@ -36,24 +36,24 @@ def iti(
 
         S = {j: |z + κ D(y − Dᵀz)|_j is among the k largest, and above the threshold},   z_S = argmin ‖y − A_Sᵀ z‖
 
-    With a rate of false alarms `α` the threshold is `κ σ Φ⁻¹(1 − α/2)`, `σ = ‖y − Dᵀz‖ / √d`: correlations of random
-    atoms with the residual exceed it with probability `α` (`Φ⁻¹(1 − α)` of one sign). A row ends when its support
+    With a false-alarm rate `α` the threshold is `κ σ Φ⁻¹(1 − α/2)`, `σ = ‖y − Dᵀz‖ / √d`: correlations of random atoms
+    with the residual exceed it with probability `α` (for one sign, `Φ⁻¹(1 − α)`). A row stops when its support
     repeats.
 
     Args:
-      D: dictionary `[m d]`, one atom a row, any norm; `z` and the correlations are of atoms scaled to norm 1.
+      D: dictionary `[m d]`, one atom per row, any norm; `z` and the correlations are for atoms scaled to norm 1.
       y: targets `[*b d]`.
-      k: most atoms a row, at most `m`.
-      tol: end a row when `‖r‖` is at most this, in units of `y`; a number, or `[*b]`, one for each row.
+      k: most atoms per row, at most `m`.
+      tol: stop a row when `‖r‖` is at most this, in the units of `y`; a number, or one per row `[*b]`.
       max_atoms: most atoms of each row, `[*b]`, at most `k`; `k` if None.
-      nonnegative: values `z ≥ 0`, and thresholds of one sign.
-      false_alarm: rate `α` of the threshold rule; None keeps the `k` largest.
-      relaxation: `κ`, relative to the values: smaller ones change the support more carefully.
-      max_steps: leave a row after this many steps.
+      nonnegative: constrain `z ≥ 0`, with a one-sided threshold.
+      false_alarm: rate `α` of the threshold; None keeps the `k` largest.
+      relaxation: step size `κ`; smaller ones change the support more slowly.
+      max_steps: stop a row after this many steps.
 
     Returns:
-      The code `[*b k]` of the least residual met, and `RefitInfo` with the steps taken; status `MAX_STEPS` where the
-      support still changed.
+      The code `[*b k]` of the smallest residual, and `RefitInfo` with the steps taken; the status is `MAX_STEPS` for
+      rows whose support still changed.
 
     Raises:
       ValueError, TypeError: at trace time, if shapes or dtypes do not fit together, or `k` is not in `[1, m]`.
@@ -103,21 +103,21 @@ def iht(
 ) -> tuple[SparseCode, RefitInfo]:
     """Iterative hard thresholding: `z ← H_k(z + κ D(y − Dᵀz))`, where `H_k` keeps the `k` largest; then a refit.
 
-    With `κ ≤ 1/‖D‖₂²` the residual never rises. A row ends when it no longer moves.
+    With `κ ≤ 1/‖D‖₂²` the residual never increases. A row stops when it converges.
 
     Args:
-      D: dictionary `[m d]`, one atom a row, any norm; `z`, the correlations and `‖D‖₂` are of atoms scaled to norm 1.
+      D: dictionary `[m d]`, one atom per row, any norm; `z`, correlations and `‖D‖₂` are for atoms scaled to norm 1.
       y: targets `[*b d]`.
-      k: most atoms a row, at most `m`.
-      tol: end a row when `‖r‖` is at most this, in units of `y`; a number, or `[*b]`, one for each row.
+      k: most atoms per row, at most `m`.
+      tol: stop a row when `‖r‖` is at most this, in the units of `y`; a number, or one per row `[*b]`.
       max_atoms: most atoms of each row, `[*b]`, at most `k`; `k` if None.
-      nonnegative: values `z ≥ 0`.
-      relaxation: `κ`; `1/‖D‖₂²` if None. On random atoms 0.65 recovers more (Maleki & Donoho).
-      max_steps: leave a row after this many steps.
+      nonnegative: constrain `z ≥ 0`.
+      relaxation: step size `κ`; `1/‖D‖₂²` if None. On random atoms 0.65 recovers more (Maleki & Donoho).
+      max_steps: stop a row after this many steps.
 
     Returns:
-      The code `[*b k]` of the least residual met, refitted, and `RefitInfo` with the steps taken; status `MAX_STEPS`
-      where they had not settled.
+      The refitted code `[*b k]` of the smallest residual, and `RefitInfo` with the steps taken; the status is
+      `MAX_STEPS` for rows that did not converge.
 
     Raises:
       ValueError, TypeError: at trace time, if shapes or dtypes do not fit together, or `k` is not in `[1, m]`.
@@ -139,7 +139,7 @@ def iht(
 def _iht(problem: Problem) -> Chosen:
     relaxation = problem.options["relaxation"]
     if relaxation is None:
-        # Power iteration sees the norm from below: a little more of it is on the safe side.
+        # Power iteration estimates the norm from below, hence the margin of 5%.
         start = jnp.ones(problem.D.shape[1], problem.D.dtype)
         relaxation = divide(1.0, 1.05 * sq_spectral_norm(problem.D, start, 50))
 
@@ -160,25 +160,25 @@ def niht(
     nonnegative: bool = False,
     max_steps: int | Array = 300,
 ) -> tuple[SparseCode, RefitInfo]:
-    """Normalised iterative hard thresholding: `iht` with a step of each row's own; then a refit.
+    """Normalised iterative hard thresholding: `iht` with an adaptive step size per row; then a refit.
 
         κ = ‖g_S‖² / ‖A_Sᵀ g_S‖²,   g = D(y − Dᵀz),   z⁺ = H_k(z + κ g),
 
     and while the support changes and `κ > 0.99 ‖z⁺ − z‖² / ‖Dᵀ(z⁺ − z)‖²`, `κ` is divided by 1.98: the residual never
-    rises, whatever the norm of `D`.
+    increases, whatever the norm of `D`.
 
     Args:
-      D: dictionary `[m d]`, one atom a row, any norm; `z` and the correlations are of atoms scaled to norm 1.
+      D: dictionary `[m d]`, one atom per row, any norm; `z` and the correlations are for atoms scaled to norm 1.
       y: targets `[*b d]`.
-      k: most atoms a row, at most `m`.
-      tol: end a row when `‖r‖` is at most this, in units of `y`; a number, or `[*b]`, one for each row.
+      k: most atoms per row, at most `m`.
+      tol: stop a row when `‖r‖` is at most this, in the units of `y`; a number, or one per row `[*b]`.
       max_atoms: most atoms of each row, `[*b]`, at most `k`; `k` if None.
-      nonnegative: values `z ≥ 0`.
-      max_steps: leave a row after this many steps.
+      nonnegative: constrain `z ≥ 0`.
+      max_steps: stop a row after this many steps.
 
     Returns:
-      The code `[*b k]` of the least residual met, refitted, and `RefitInfo` with the steps taken; status `MAX_STEPS`
-      where they had not settled.
+      The refitted code `[*b k]` of the smallest residual, and `RefitInfo` with the steps taken; the status is
+      `MAX_STEPS` for rows that did not converge.
 
     Raises:
       ValueError, TypeError: at trace time, if shapes or dtypes do not fit together, or `k` is not in `[1, m]`.
@@ -237,24 +237,24 @@ def cosamp(
     nonnegative: bool = False,
     max_steps: int | Array = 50,
 ) -> tuple[SparseCode, RefitInfo]:
-    """Compressive sampling matching pursuit: join the `2k` atoms that correlate most, refit, keep the `k` largest.
+    """Compressive sampling matching pursuit: add the `2k` atoms that correlate most, refit, keep the `k` largest.
 
         T = supp(z) ∪ {the 2k largest of |D(y − Dᵀz)|},   b_T = argmin ‖y − A_Tᵀ b‖,   z⁺ = H_k(b)
 
-    A row ends when it no longer moves; its values are then refitted.
+    A row stops when it converges; its values are then refitted.
 
     Args:
-      D: dictionary `[m d]`, one atom a row, any norm; `z` and the correlations are of atoms scaled to norm 1.
+      D: dictionary `[m d]`, one atom per row, any norm; `z` and the correlations are for atoms scaled to norm 1.
       y: targets `[*b d]`.
-      k: most atoms a row, at most `m`; the theory asks for `3k ≤ d`.
-      tol: end a row when `‖r‖` is at most this, in units of `y`; a number, or `[*b]`, one for each row.
+      k: most atoms per row, at most `m`; the theory requires `3k ≤ d`.
+      tol: stop a row when `‖r‖` is at most this, in the units of `y`; a number, or one per row `[*b]`.
       max_atoms: most atoms of each row, `[*b]`, at most `k`; `k` if None.
-      nonnegative: values `z ≥ 0`.
-      max_steps: leave a row after this many steps.
+      nonnegative: constrain `z ≥ 0`.
+      max_steps: stop a row after this many steps.
 
     Returns:
-      The code `[*b k]` of the least residual met, refitted, and `RefitInfo` with the steps taken; status `MAX_STEPS`
-      where they had not settled.
+      The refitted code `[*b k]` of the smallest residual, and `RefitInfo` with the steps taken; the status is
+      `MAX_STEPS` for rows that did not converge.
 
     Raises:
       ValueError, TypeError: at trace time, if shapes or dtypes do not fit together, or `k` is not in `[1, m]`.
@@ -288,7 +288,7 @@ def _cosamp(problem: Problem) -> Chosen:
 
 
 def _iterate(problem: Problem, step: Callable) -> Chosen:
-    """Repeat `step(part, r, code) -> (code, r)` until a row no longer moves, and keep the least residual met."""
+    """Repeat `step(part, r, code) -> (code, r)` until rows converge, and keep the code of the smallest residual."""
     (m, d), k = problem.D.shape, problem.k
 
     def chunk(part: Problem) -> Chosen:
@@ -315,7 +315,7 @@ def _iterate(problem: Problem, step: Callable) -> Chosen:
 
 
 class _Iteration(NamedTuple):
-    """What thresholding methods carry from step to step."""
+    """State of `_iterate`."""
 
     code: SparseCode
     r: Array  # [n d]
@@ -323,4 +323,4 @@ class _Iteration(NamedTuple):
     best_r: Array  # [n d]
     steps: Array  # [n]
     running: Array  # [n]
-    ended: Array  # [n]  settled
+    ended: Array  # [n]  converged

@@ -129,7 +129,8 @@ def matryoshka(
     Source: Bussmann et al. (2025), "Learning multi-level features with matryoshka sparse autoencoders".
     """
     atoms = dataclasses.replace(sae, W_skip=None)  # of which the target is free
-    return sum((mse(target, decode(atoms, _first(code, p))) for p in prefixes), jnp.zeros(()))
+    zero = jnp.zeros((), promoted(target, jnp.float32))
+    return sum((mse(target, decode(atoms, _first(code, p))) for p in prefixes), zero)
 
 
 def _first(code, latents: int):

@@ -147,4 +147,5 @@ def _draw(key: PRNGKeyArray, weight: Float[Array, " n"], count: int) -> Int[Arra
     total = jnp.cumsum(weight)
     chosen = jnp.searchsorted(total, total[-1] * jax.random.uniform(key, (count,), total.dtype), side="right")
     chosen = jnp.minimum(chosen, len(weight) - 1)
-    return jnp.where(weight[chosen] > 0, chosen, jnp.argmax(weight))  # rounding may end at one that weighs nothing
+    most = jnp.argmax(weight).astype(chosen.dtype)
+    return jnp.where(weight[chosen] > 0, chosen, most)  # rounding may end at one that weighs nothing

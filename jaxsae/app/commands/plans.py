@@ -14,7 +14,7 @@ def plan(
     k: arguments.Count,
     batch: arguments.Count,
     topology: Annotated[str, arguments.Text(r"\w+:\d+(x\d+)*", "a kind of chip and a shape, like v5e:4x4")],
-    data: arguments.Count = 1,
+    mesh: tuple[arguments.Parts, arguments.Parts] | None = None,
     activation: Annotated[str, arguments.ACTIVATION] = "topk",
     price: arguments.Weight | None = None,
     json: bool = False,
@@ -32,7 +32,7 @@ def plan(
         k: active latents a row.
         batch: rows a step, of all chips together.
         topology: kind and shape of the slice: v4, v5e, v5p or v6e, like v5e:4x4.
-        data: how many ways to split the rows; the latents are split over the other chips.
+        mesh: how many ways to split the rows of a batch, and the latents; all chips share the latents by default.
         activation: as of jaxsae train.
         price: US dollars that a chip costs an hour; by default, what it did on demand in 2025.
         json: print it as one JSON object.
@@ -46,17 +46,17 @@ def plan(
     options = Options(activation, latents, k, batch=batch)
     for name, value in job.LIBTPU.items():
         os.environ.setdefault(name, value)
-    mesh = job.topology_mesh(topology, data)
-    chips, chip = mesh.size, job.CHIPS[topology.partition(":")[0]]
+    slice_ = job.topology_mesh(topology, *(mesh or ()))
+    chips, chip = slice_.size, job.CHIPS[topology.partition(":")[0]]
     price = chip.price if price is None else price
-    latent = chips // data
+    data, latent = slice_.shape.values()
     lines = [
         f"{chips} chips {topology}: rows {data} ways, latents {latent} ways; a chip has {console.gib(chip.memory)}"
     ]
     summary: dict[str, Any] = {"chips": chips, "topology": topology, "data": data, "latent": latent}
     summary |= {"chip_memory": chip.memory, "fits": True, "programs": {}}
     for name, compile_it in (("training step", job.training_step), ("encode and refit", job.refit_step)):
-        program = compile_it(options, d, mesh)
+        program = compile_it(options, d, slice_)
         seconds = program.seconds(chip)
         slowest = max(seconds.values())
         speed, cost = batch / slowest, slowest * chips * price / 3600 / batch * 1e9

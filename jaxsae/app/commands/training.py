@@ -10,8 +10,6 @@ from jaxsae._core.files import InputError, first_line
 from jaxsae.app import console
 from jaxsae.app.commands.texts import live
 
-_Parts = Annotated[int, arguments.Range(1, 2**16)]
-
 
 def train(
     *,
@@ -38,7 +36,7 @@ def train(
     weights: tuple[arguments.Proportion, ...] = (),
     save_every: arguments.Weight = 60.0,
     resume: bool = False,
-    mesh: tuple[_Parts, _Parts] | None = None,
+    mesh: tuple[arguments.Parts, arguments.Parts] | None = None,
     distributed: bool = False,
     coordinator: Annotated[str, arguments.Text(r"\S+:\d{1,5}", "HOST:PORT")] | None = None,
     processes: arguments.Count | None = None,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxsae import codes
-from jaxsae._core.linalg import promoted
+from jaxsae._core.linalg import together
 from jaxsae.codes import SparseCode
 
 __all__ = ["Activation"]
@@ -28,6 +28,8 @@ class Activation:
       signed: whether values may be negative, so that refining leaves their sign free.
       selects: whether its values are the pre-activations that it selects, as they are, in slots that it fixes: `encode`
         then differentiates these alone. Others are differentiated as they are written.
+      takes_largest: whether its values are the pre-activations that are large enough, unchanged: a threshold can then
+        replace it (`autoencoder.rethreshold`).
       encoder_free: whether it chooses by the dictionary itself, with no encoder: `pursue` then makes the code.
 
     Example:
@@ -43,12 +45,14 @@ class Activation:
 
     signed: bool = False
     selects: bool = False
+    takes_largest: bool = False
     encoder_free: bool = False
 
     def __init_subclass__(cls) -> None:
-        # A class that redefines the dense code may have other units than its base class.
-        if "__call__" in vars(cls) and "rescale" not in vars(cls):
-            cls.rescale = Activation.rescale
+        # A class that redefines the dense code may have other units than its base class, and other values.
+        if "__call__" in vars(cls):
+            for name in {"rescale", "takes_largest"} - vars(cls).keys():
+                setattr(cls, name, vars(Activation)[name])
 
     @property
     def slots(self) -> int | None:
@@ -137,14 +141,8 @@ def _of_any_units(self: Activation, scale: float | Array) -> Any:
     return self
 
 
-def _as_fine(pre, threshold):
-    """Both in the finer of their dtypes: that of thresholds is not that of the weights."""
-    dtype = promoted(pre, threshold)
-    return jnp.asarray(pre, dtype), jnp.asarray(threshold, dtype)
-
-
 def _past(threshold, pre, value):
     """The positive part of a value where `pre > threshold`; NaN in any of them is no reason to leave a latent out."""
-    pre, threshold = _as_fine(pre, threshold)
+    pre, threshold = together(pre, threshold)
     value = jnp.where(jnp.isnan(pre - threshold), jnp.nan, value)
     return jnp.where((pre > threshold) | jnp.isnan(value), jax.nn.relu(value), 0)

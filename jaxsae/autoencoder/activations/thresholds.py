@@ -9,7 +9,8 @@ from flax import struct
 from jaxtyping import Array, Float
 
 from jaxsae._core import pytrees
-from jaxsae.autoencoder.activations.base import Activation, _as_fine, _of_any_units, _past
+from jaxsae._core.linalg import together
+from jaxsae.autoencoder.activations.base import Activation, _of_any_units, _past
 
 
 @pytrees.dataclass
@@ -24,6 +25,7 @@ class ReLU(Activation):
       Array([0., 2.], dtype=float32)
     """
 
+    takes_largest = True
     rescale = _of_any_units
 
     def __call__(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
@@ -57,6 +59,7 @@ class JumpReLU(Activation):
 
     threshold: Float[Array, " m"] = pytrees.sharded("latent")
     bandwidth: float = struct.field(pytree_node=False, default=0.001)
+    takes_largest = True
 
     def __post_init__(self):
         if not 0 <= self.bandwidth < math.inf:
@@ -89,7 +92,7 @@ class JumpReLU(Activation):
 
     def margin(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
         """How far past its threshold each latent is, if it is positive: `t` in `at_margin(t)` where it turns off."""
-        pre, threshold = _as_fine(pre, self.threshold)
+        pre, threshold = together(pre, self.threshold)  # which may be finer than the weights
         return pre - threshold
 
     def at_margin(self, t: float | Array) -> "JumpReLU":

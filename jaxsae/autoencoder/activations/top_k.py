@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxsae import codes
 from jaxsae._core import pytrees
-from jaxsae._core.linalg import promoted
+from jaxsae._core.linalg import promoted, together
 from jaxsae.autoencoder.activations.base import Activation, _of_any_units, _past, check_number
 from jaxsae.codes import SparseCode
 
@@ -109,6 +109,7 @@ class TopK(_Selection):
 
     k: int = struct.field(pytree_node=False)
     keep: float | Array | None = pytrees.fixed(default=None)
+    takes_largest = True
     rescale = _of_any_units
 
     def __post_init__(self):
@@ -183,6 +184,7 @@ class GroupMax(_Selection):
     """
 
     k: int = struct.field(pytree_node=False)
+    takes_largest = True
     rescale = _of_any_units
 
     def _validate(self, m: int) -> None:
@@ -235,6 +237,7 @@ class BatchTopK(Activation):
 
     k: int = struct.field(pytree_node=False)
     threshold: float | Float[Array, ""] = pytrees.fixed(default=-1.0)
+    takes_largest = True
 
     def __post_init__(self):
         _validate_k(self)
@@ -252,8 +255,9 @@ class BatchTopK(Activation):
         flat = z.reshape(-1)
         z = jnp.where(dropped(flat, count), 0, flat).reshape(pre.shape)
         least = jnp.min(jax.lax.stop_gradient(z), where=z > 0, initial=jnp.inf).astype(jnp.float32)
-        threshold = jnp.where(self.threshold < 0, least, 0.99 * self.threshold + 0.01 * least)
-        return z, dataclasses.replace(self, threshold=jnp.where(jnp.isfinite(least), threshold, self.threshold))
+        least, before = together(least, self.threshold)
+        threshold = jnp.where(before < 0, least, 0.99 * before + 0.01 * least)
+        return z, dataclasses.replace(self, threshold=jnp.where(jnp.isfinite(least), threshold, before))
 
     def margin(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
         """How far past a threshold of 0 each latent is, if it is positive: `t` in `at_margin(t)` where it turns off."""

@@ -1,4 +1,4 @@
-"""Which implementation answers: the kernel where it was measured to be faster, plain XLA elsewhere."""
+"""Choice of implementation: the kernel where it was measured to be faster, plain XLA elsewhere."""
 
 import importlib
 from typing import Any
@@ -9,17 +9,17 @@ from jax.sharding import get_abstract_mesh
 
 from jaxsae.least_squares.kernels import tuning
 
-PLATFORMS = {"tpu": "tpu", "gpu": "gpu", "cuda": "gpu"}  # to the module with its kernels
+PLATFORMS = {"tpu": "tpu", "gpu": "gpu", "cuda": "gpu"}  # platform to module of kernels
 
 
 def check_implementation(name: str, implementation) -> None:
-    """Raise unless there is such an implementation."""
+    """Raise unless the implementation exists."""
     if implementation not in (None, "xla", "pallas"):
         raise ValueError(f"`{name}` got implementation {implementation!r}; pass 'xla', 'pallas' or None.")
 
 
 def device() -> tuple[str, str]:
-    """Platform and kind of the device that is traced for, as Pallas sees it: the abstract mesh's, or the default."""
+    """Platform and kind of the device that tracing targets, as in Pallas: the abstract mesh's, or the default."""
     abstract = get_abstract_mesh().abstract_device
     if abstract is not None:
         return abstract.platform, abstract.device_kind
@@ -27,19 +27,19 @@ def device() -> tuple[str, str]:
 
 
 def default_device() -> tuple[str | None, str]:
-    """The platform whose kernels would be used, or None, and the kind of its device."""
+    """The module of kernels for the current device, or None, and the kind of the device."""
     platform, kind = device()
     return PLATFORMS.get(platform), kind
 
 
 def _divided() -> bool:
-    """Whether the compiler may have to divide a batch over devices, which it cannot do with a kernel."""
+    """Whether the compiler may have to split a batch over devices, which it cannot do for a kernel."""
     mesh = get_abstract_mesh()
     return jax.device_count() > 1 and not (mesh.axis_names and set(mesh.manual_axes) == set(mesh.axis_names))
 
 
 def kernel(op: str, implementation: str | None, d: int, k: int, dtype) -> tuple[Any, dict[str, Any]] | None:
-    """The module of kernels to use and the block sizes, or None for the reference."""
+    """The module of kernels to use and its block sizes, or None for the reference."""
     if implementation == "xla":
         return None
     platform, kind = device()
@@ -55,12 +55,12 @@ def kernel(op: str, implementation: str | None, d: int, k: int, dtype) -> tuple[
 
 
 def _module(name: str) -> Any:
-    """Kernels of a platform; Pallas is imported only where they are to be used."""
+    """The kernels of a platform; Pallas is imported only when they are used."""
     return importlib.import_module(f"jaxsae.least_squares.kernels.{name}")
 
 
 def choose(op: str, implementation: str | None, d: int, k: int, dtype, by_kernel, by_xla, n: int):
-    """What the kernel returns, or the reference where none applies."""
+    """The result of the kernel, or of the reference where no kernel applies."""
     chosen = kernel(op, implementation, d, k, dtype)
     if chosen is None or n == 0 or k == 0:
         return by_xla()

@@ -1,7 +1,7 @@
 """FISTA on one small problem in fast memory: `solvers.fista_step` under `solvers.iterate`, for kernels.
 
-A kernel says how a product with `G` is made and along which axis a row's `k` slots lie; so the same lines run 128
-rows in the lanes of a TPU, `[k 128]` with one number a row `[1 128]`, and one row in a program of a GPU, `[k]`.
+A kernel defines the product with `G` and the axis of a row's `k` slots; so the same code runs 128 rows in the lanes of
+a TPU, `[k 128]` with one number per row `[1 128]`, and one row per program of a GPU, `[k]`.
 """
 
 from collections.abc import Callable
@@ -15,14 +15,14 @@ from jaxsae.least_squares import solvers
 
 
 class Space(NamedTuple):
-    """Where a kernel keeps a vector of `k` slots.
+    """The vector operations of a kernel, on vectors of `k` slots.
 
     Attributes:
       matvec: `v -> Gv`.
       total: sum over the slots, in a shape that broadcasts against a vector.
-      largest: the same for the maximum.
-      any: from a row's mask (1 or 0 in float32, in the shape of `total`) to one scalar.
-      slot: the number of each slot, in float32.
+      largest: likewise, the maximum.
+      any: reduces a mask of rows (1 or 0 in float32, in the shape of `total`) to one scalar.
+      slot: the index of each slot, in float32.
     """
 
     matvec: Callable[[Any], Any]
@@ -44,18 +44,18 @@ def solve(space: Space, columns, c, weight, start, *, tol, max_steps, nonnegativ
     """Minimise `½ zᵀGz − cᵀz`, until the KKT residual is within `tol`, for at most `max_steps` steps.
 
     Args:
-      space: where vectors live.
+      space: the vector operations.
       columns: squared norms of the columns of `G`.
       c: the linear term.
-      weight: as of `problems.Problem`.
-      start: where to start, unless that is far worse than 0, as of `problems.solved`.
+      weight: as in `problems.Problem`.
+      start: starting values; replaced by 0 if far worse than that, as in `problems.solved`.
       tol: tolerance of the KKT residual.
-      max_steps: when to stop at the latest.
+      max_steps: most steps.
       nonnegative: constrain `z ≥ 0`.
 
     Returns:
-      The best iterate, its KKT residual and the number of steps (int32), as `solvers.drive` has them; and whether it
-      started where it was to.
+      The best iterate, its KKT residual and the number of steps (int32), as from `solvers.drive`; and whether the
+      given start was used.
     """
     lower = 0.0 if nonnegative else -jnp.inf
     start = jnp.maximum(start, lower)

@@ -1,10 +1,10 @@
-"""Pallas kernels for GPUs (Triton): one program a row, its atoms gathered by pointer, its Gram matrix in registers.
+"""Pallas kernels for GPUs (Triton): one program per row, atoms gathered by pointer, Gram matrix in registers.
 
 Sizes are padded to powers of two and masked: an unused slot reads nothing and is a row of zeros. Products of float32
-are three of TF32, whose error is near that of float32; those of bfloat16 are exact, and summed in float32.
+are three products of TF32, with an error close to that of float32; those of bfloat16 are exact, and summed in float32.
 
-From 0.11 on jax warns that Triton will leave Pallas, in favour of Mosaic GPU. That one needs warp groups and barriers
-laid out by hand, which nobody should write without a GPU to run them on.
+Since 0.11, jax warns that Pallas will drop Triton in favour of Mosaic GPU, which needs warp groups and barriers laid
+out by hand, and so a GPU to test them on.
 """
 
 import functools
@@ -20,7 +20,7 @@ from jaxsae.least_squares import problems
 from jaxsae.least_squares.kernels import fista
 from jaxsae.sharding import varying_as
 
-_TILE = 128  # most rows and columns of a Gram matrix that one program holds
+_TILE = 128  # most rows and columns of the Gram matrix in one program
 
 
 def _power_of_two(n: int, least: int) -> int:
@@ -40,7 +40,7 @@ def _precision(dtype, interpret: Any):
 
 
 def _slots(indices_ref, row, first, K: int, k: int, m: int):
-    """Indices of the slots `first … first + K`, and which of them are in use."""
+    """Indices of the slots `first … first + K − 1`, and which of them are in use."""
     slot = first + jnp.arange(K)
     index = plgpu.load(indices_ref.at[row, slot], mask=slot < k, other=m)
     used = (index >= 0) & (index < m)
@@ -48,7 +48,7 @@ def _slots(indices_ref, row, first, K: int, k: int, m: int):
 
 
 def _atoms(D_ref, slots, columns):
-    """Atoms `[K bd]`, zeros for slots that are not in use and columns beyond the last."""
+    """Atoms `[K bd]`, with zeros for unused slots and columns beyond the last."""
     index, used = slots
     mask = used[:, None] & (columns < D_ref.shape[1])[None, :]
     return plgpu.load(D_ref.at[index[:, None], columns[None, :]], mask=mask, other=0.0)
@@ -64,7 +64,7 @@ def _dot(a, b, precision):
 
 
 def _products(D_ref, y_ref, row, slots, others, *, block: int, precision: Any, scale: Any = 1.0):
-    """A row's atoms times others `[K K]`, None for themselves, and times its target multiplied by `scale` `[K]`."""
+    """Products of a row's atoms with `others` `[K K]` (None: with themselves) and with its scaled target `[K]`."""
 
     def add(step, carry):
         G, c = carry
@@ -80,7 +80,7 @@ def _products(D_ref, y_ref, row, slots, others, *, block: int, precision: Any, s
 
 
 def _call(name: str, kernel, grid, inputs, outputs, *, warps: int, stages: int, interpret: Any, **options):
-    """Run a kernel whose outputs are given as pairs of shape and dtype."""
+    """Run a kernel; `outputs` are pairs of shape and dtype."""
     return pl.pallas_call(
         kernel,
         grid=grid,
@@ -93,7 +93,7 @@ def _call(name: str, kernel, grid, inputs, outputs, *, warps: int, stages: int, 
 
 
 def gather_gram(D, indices, y, *, block: int = 32, warps: int = 4, stages: int = 3, interpret: Any = False):
-    """`G [n k k]` and `c [n k]` of `n` rows, a tile of `G` a program."""
+    """`G [n k k]` and `c [n k]` of `n` rows, with one program per tile of `G`."""
     (n, k), m = indices.shape, len(D)
     _check(D, y)
     if D.dtype != jnp.float32:
@@ -119,7 +119,7 @@ def gather_gram(D, indices, y, *, block: int = 32, warps: int = 4, stages: int =
 def gather_decode(
     D, indices, values, *, block: int = 128, slots: int = 32, warps: int = 4, stages: int = 3, interpret: Any = False
 ):
-    """`Σᵢ valuesᵢ D[indicesᵢ]` `[n d]` in float32, some of the columns a program."""
+    """`Σᵢ valuesᵢ D[indicesᵢ]` `[n d]` in float32, with one program per row and block of columns."""
     (n, k), (m, d) = indices.shape, D.shape
     _check(D, values)
     K = min(_power_of_two(k, 1), slots)
@@ -179,16 +179,15 @@ def solve(
     D, indices, y, y_scale, y_norm, z0, ridge, tol, max_steps,
     *, nonnegative: bool, block: int = 32, warps: int | None = None, stages: int = 3, interpret: Any = False,
 ):  # fmt: skip
-    """Gather, Gram and FISTA of `n` rows, a row a program; `y_scale` and `y_norm` are those of `problems.scaled`.
+    """Gather, Gram matrix and FISTA for `n` rows, one program per row; `problems.scaled` gives `y_scale` and `y_norm`.
 
-    It returns the values without units, the squared norms of the atoms, which rows started at `z0`, KKT residuals and
-    steps.
+    Returns unit-free values, squared norms of the atoms, which rows started at `z0`, KKT residuals and steps.
     """
     n, k = indices.shape
     _check(D, y)
     K = _power_of_two(k, 16)
     if K > _TILE:
-        raise NotImplementedError(f"the Gram matrix of {k} atoms does not fit into registers; that of {_TILE} does")
+        raise NotImplementedError(f"the Gram matrix of {k} atoms does not fit into registers; at most {_TILE} do")
     start = divide(divide(z0.astype(jnp.float32), y_norm), y_scale)
     target = jnp.concatenate([divide(1.0, y_scale), y_norm], axis=1)
     numbers = jnp.stack([jnp.asarray(x, jnp.float32) for x in (ridge, tol)])
@@ -204,7 +203,8 @@ def solve(
 def scatter_sorted(latents, rows, left, right, *, m: int, block: int = 256, warps: int = 4, interpret: Any = False):
     """`[m d]`, the sum of `left · right[row]` over the places of each latent.
 
-    The program at the first place of a latent sums all of them and writes one row: no atomics, one order.
+    The program at the first place of a latent sums over all its places and writes one row, without atomics and in a
+    fixed order.
     """
     (N, r), (_, _, d) = left.shape, right.shape
     _check(left, right)

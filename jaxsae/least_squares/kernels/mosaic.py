@@ -1,4 +1,4 @@
-"""What the kernels for TPUs share: rows fetched from HBM while others are worked on, and the memory that takes."""
+"""Shared parts of the TPU kernels: fetching rows from HBM during computation, and the memory that takes."""
 
 import math
 from typing import Any
@@ -21,7 +21,7 @@ def round_up(n: int, to: int) -> int:
 
 
 class Fetch:
-    """Rows of an array `[n d]` in HBM, into buffers of two slots in VMEM."""
+    """Copies of rows of an array `[n d]` in HBM into double buffers in VMEM."""
 
     def __init__(self, source, buffers, semaphores):  # noqa: D107
         self.packed = source.dtype in (jnp.bfloat16, jnp.int32)
@@ -30,12 +30,12 @@ class Fetch:
         self.buffers, self.semaphores = buffers, semaphores
 
     def copy(self, row, at, slot):
-        """The copy of one row to one place of a slot, to be started or waited for."""
+        """The copy of one row to one place of a slot, to start or to wait for."""
         source = self.source.at[pl.ds(row // 2 if self.packed else row, 1)]
         return pltpu.make_async_copy(source, self.buffers.at[slot, pl.ds(at, 1)], self.semaphores.at[slot])
 
     def read(self, row, at, slot):
-        """One row in float32 `[1 d]`, once it is there."""
+        """One row in float32 `[1 d]`, after its copy has finished."""
         raw = self.buffers[slot, pl.ds(at, 1), :]
         if not self.packed:
             return raw
@@ -44,7 +44,7 @@ class Fetch:
 
 
 def viewed(x, interpret: Any):
-    """An array as the kernel gets it: the interpreter cannot look at a reference as of another dtype."""
+    """An array as passed to the kernel: the interpreter cannot bitcast a reference."""
     if not interpret or x.dtype != jnp.bfloat16:
         return x
     pairs = jnp.swapaxes(x.reshape(-1, 2, x.shape[1]), 1, 2)
@@ -52,7 +52,7 @@ def viewed(x, interpret: Any):
 
 
 def buffer_dtype(dtype) -> Any:
-    """The dtype in which rows arrive."""
+    """The dtype of buffered rows."""
     return jnp.int32 if dtype == jnp.bfloat16 else dtype
 
 
@@ -70,7 +70,7 @@ def pipeline(groups: int, each, work) -> None:
     """Start the copies of the next group, wait for this one's, and work on it, for each group in turn.
 
     Args:
-      groups: how many.
+      groups: number of groups.
       each: `each(group, slot, act)` calls `act(copy)` for every copy of a group.
       work: `work(group, slot)`.
     """
@@ -90,7 +90,7 @@ def pipeline(groups: int, each, work) -> None:
 
 
 def params(vmem: int):
-    """The compiler's parameters for a kernel that needs so many bytes of VMEM."""
+    """The compiler's parameters for a kernel that needs `vmem` bytes of VMEM."""
     return pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=max(16 << 20, vmem + (8 << 20)))
 
 
@@ -106,9 +106,9 @@ def check(D, vmem: int, smem: int, *, y: Any = None) -> None:
 
 
 class Group:
-    """Samples whose atoms lie one below the other in a buffer, so that one product fills the MXU.
+    """Samples whose atoms are stacked in a buffer, so that one product fills the MXU.
 
-    `P` samples of `kp` rows each; then `P` targets, in `8` rows.
+    The buffer holds `P` samples of `kp` rows each, then `P` targets in 8 rows.
     """
 
     def __init__(self, k: int, most: int = 8):  # noqa: D107
@@ -117,7 +117,7 @@ class Group:
         self.R = self.P * self.kp
 
     def vmem(self, d: int) -> int:
-        """Bytes of `scratch_shapes`, and of the values that a product keeps beside it."""
+        """Bytes of `scratch_shapes`, and of the other values of a product."""
         return (4 * self.R + 40) * round_up(d, LANES) * 4 + 4 * (self.R + 8) * round_up(self.R, LANES) * 4
 
     def scratch_shapes(self, D, y):
@@ -137,13 +137,13 @@ class Group:
         Args:
           D_ref: the dictionary, in HBM.
           y_ref: targets, in HBM.
-          buffers: as of `scratch_shapes`.
-          sample: `(group, p) -> ` the number of a sample in the block.
+          buffers: as in `scratch_shapes`.
+          sample: `(group, p) -> ` the index of a sample in the block.
           first_row: the block's first row of `y`.
           index: `(sample, i) -> ` the index of its slot `i`.
-          groups: how many.
-          emit: what to do with the products.
-          scale: `sample -> ` what to multiply its target by.
+          groups: number of groups.
+          emit: called with the products.
+          scale: `sample -> ` factor of its target.
         """
         atoms_buffer, y_buffer, work, atoms_sem, y_sem = buffers
         atoms, targets = Fetch(D_ref, atoms_buffer, atoms_sem), Fetch(y_ref, y_buffer, y_sem)

@@ -1,16 +1,16 @@
-"""Operations on the `k` active rows of a dictionary, each by one read of them where there is a kernel for it.
+"""Operations on the `k` active atoms of each row, each of which reads them once where a kernel exists.
 
     gather_gram    G = AAᵀ, c = Ay of each row, with A = D[indices]
     gather_decode  Aᵀz
     refit_fused    argmin ½‖y − Aᵀz‖² + ½ ridge ‖z‖² over z ≥ 0, by FISTA
     scatter_rows   Σ left · right, in the row of each latent: the gradient of a dictionary
 
-Each has a reference that XLA compiles everywhere, and kernels for TPUs (`tpu`) and GPUs (`gpu`). By
-default the kernel answers where it was measured on this very kind of device to be worth it (`tuning`), and the
-reference wherever the kernel does not apply to a shape or dtype. `implementation="pallas"` and `"xla"` insist.
+Each has a reference that XLA compiles everywhere, and kernels for TPUs (`tpu`) and GPUs (`gpu`). By default the kernel
+is used where it was measured to be faster on this kind of device (`tuning`), and the reference elsewhere, as well as
+for shapes and dtypes that the kernel does not support. `implementation="pallas"` and `"xla"` force one of them.
 
-All take any leading batch; `vmap` over rows widens the batch; derivatives are our own, and made of the same operations.
-On a mesh, call them inside `jax.shard_map`: a compiler cannot divide a kernel by itself.
+All take any leading batch; `vmap` over rows extends the batch; custom derivatives are made of the same operations.
+On a mesh, call them inside `jax.shard_map`: the compiler cannot split a kernel over devices.
 """
 
 import functools
@@ -33,7 +33,7 @@ __all__ = ["gather_decode", "gather_gram", "refit_fused", "scatter_rows"]
 
 
 class _Static(NamedTuple):
-    """What a call is compiled for."""
+    """Static arguments of a call."""
 
     implementation: str | None
     nonnegative: bool = True
@@ -49,10 +49,10 @@ def gather_gram(
     """Gram matrix and correlations of each row's atoms: `G = AAᵀ`, `c = Ay`, with `A = D[indices]`.
 
     Args:
-      dictionary: `[m d]`, one atom a row.
-      indices: `[*b k]`; a slot out of range, such as `m` or −1, is not in use, and has zeros in `G` and `c`.
+      dictionary: `[m d]`, one atom per row.
+      indices: `[*b k]`; a slot out of range, such as `m` or −1, is unused, and has zeros in `G` and `c`.
       y: targets `[*b d]`.
-      implementation: "xla" or "pallas", or None for what was measured to be best.
+      implementation: "xla", "pallas", or None for the one that was measured to be faster.
 
     Returns:
       `G [*b k k]` and `c [*b k]`, in float32 or better.
@@ -88,26 +88,26 @@ def refit_fused(
 
         minimise ½‖y − Σᵢ zᵢ D[indicesᵢ]‖² + ½ ridge ‖z‖²,   z ≥ 0
 
-    The arithmetic is that of `refit` with `FISTA`, without what `refit` does for rows in which rounding shows, or whose
-    atoms are too large or too small to square. A row that is not finite comes back as it was, with a residual of NaN.
-    The derivative in `dictionary`, `y` and `ridge` is the implicit one on the active set.
+    The arithmetic is that of `refit` with `FISTA`, without the second pass of `refit` for rows with visible rounding or
+    with atoms too large or too small to square. A row that is not finite is returned unchanged, with a residual of NaN.
+    Derivatives with respect to `dictionary`, `y` and `ridge` are implicit, on the active set.
 
     Args:
-      dictionary: `[m d]`, one atom a row.
-      indices: `[*b k]`; a slot out of range, such as `m` or −1, is not in use.
+      dictionary: `[m d]`, one atom per row.
+      indices: `[*b k]`; a slot out of range, such as `m` or −1, is unused.
       y: targets `[*b d]`.
       z0: starting values `[*b k]`.
       nonnegative: constrain `z ≥ 0`.
       ridge: weight of `½‖z‖²`, in the units of the atoms' squared norm.
       tol: stop a row when its KKT residual is at most this.
       max_steps: stop a row after this many steps.
-      implementation: "xla" or "pallas", or None for what was measured to be best.
+      implementation: "xla", "pallas", or None for the one that was measured to be faster.
 
     Returns:
       Values `[*b k]` in the dtype of `z0`, relative KKT residuals `[*b]`, and steps `[*b]` int32.
 
     Raises:
-      ValueError, NotImplementedError: as `gather_gram`.
+      ValueError, NotImplementedError: as for `gather_gram`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -137,16 +137,16 @@ def gather_decode(
     `codes.decode` is the same for a `SparseCode`.
 
     Args:
-      dictionary: `[m d]`, one atom a row.
-      indices: `[*b k]`; a slot out of range, such as `m` or −1, is not in use.
+      dictionary: `[m d]`, one atom per row.
+      indices: `[*b k]`; a slot out of range, such as `m` or −1, is unused.
       values: `[*b k]`.
-      implementation: "xla" or "pallas", or None for what was measured to be best.
+      implementation: "xla", "pallas", or None for the one that was measured to be faster.
 
     Returns:
       `[*b d]`, in the dtype that the values and the dictionary promote to.
 
     Raises:
-      ValueError, NotImplementedError: as `gather_gram`.
+      ValueError, NotImplementedError: as for `gather_gram`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -166,24 +166,25 @@ def scatter_rows(
     num_latents: int,
     implementation: str | None = None,
 ) -> Float[Array, "m d"]:
-    """Sum outer products into the rows of the latents that they belong to: the gradient of a dictionary.
+    """Sum outer products into the rows of their latents: the gradient of a dictionary.
 
         out[j] = Σ left[n, i] · right[n]   over the rows n and slots i with indices[n, i] = j
 
-    That of `gather_decode` has rank `r = 1`, `z x̄ᵀ` (`codes.scatter_add`); that of a refit rank 2, `u rᵀ − z (Aᵀu)ᵀ`.
+    The gradient of `gather_decode` has rank `r = 1`, `z x̄ᵀ` (`codes.scatter_add`); that of a refit has rank 2,
+    `u rᵀ − z (Aᵀu)ᵀ`.
 
     Args:
-      indices: `[*b k]`; a slot out of range, such as `m` or −1, is not in use.
+      indices: `[*b k]`; a slot out of range, such as `m` or −1, is unused.
       left: `[*b k r]`.
       right: `[*b r d]`.
       num_latents: `m`.
-      implementation: "xla" or "pallas", or None for what was measured to be best.
+      implementation: "xla", "pallas", or None for the one that was measured to be faster.
 
     Returns:
       `[m d]`, in the dtype that `left` and `right` promote to, float32 or better.
 
     Raises:
-      ValueError, NotImplementedError: as `gather_gram`.
+      ValueError, NotImplementedError: as for `gather_gram`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -199,7 +200,7 @@ def scatter_rows(
             f"`scatter_rows` got left {left.shape} and right {right.shape} for indices {indices.shape}; pass "
             f"left of shape {(*indices.shape, 'r')} and right of shape {(*indices.shape[:-1], 'r', 'd')}."
         )
-    values = jnp.moveaxis(left, -1, -2)  # each term of the rank is one more row, on the same support
+    values = jnp.moveaxis(left, -1, -2)  # each rank-one term is another row with the same support
     repeated = jnp.broadcast_to(indices[..., None, :], values.shape)
     return sparse.form("atoms", values, right, repeated, m=num_latents, implementation=implementation)
 
@@ -208,7 +209,7 @@ def solve(
     dictionary: Array, indices: Array, y: Array, z0: Array, ridge: Array, tol, max_steps, nonnegative: bool,
     implementation: str | None = None,
 ) -> problems.Solved:  # fmt: skip
-    """FISTA on the problems of `n` rows, free of units: what `refit_fused` and `refit` are made of."""
+    """FISTA on the unit-free problems of `n` rows, for `refit_fused` and `refit`."""
     indices = _slots(indices, len(dictionary))
 
     def by_kernel(kernel, options):
@@ -231,14 +232,16 @@ def solve(
     return choice.choose("refit_fused", implementation, *shape, dictionary.dtype, by_kernel, by_xla, len(indices))
 
 
-# --- Which implementation answers
+# --- Choice of implementation
 
 
 def _validate(name: str, dictionary, indices, implementation, **rows_of) -> None:
     choice.check_implementation(name, implementation)
     if not problems.is_array(dictionary) or dictionary.ndim != 2:
         shape = getattr(dictionary, "shape", type(dictionary).__name__)
-        raise ValueError(f"`{name}` got a dictionary of shape {shape}; pass an array of shape (m, d), one atom a row.")
+        raise ValueError(
+            f"`{name}` got a dictionary of shape {shape}; pass an array of shape (m, d), one atom per row."
+        )
     for what, (x, last) in rows_of.items():
         if x.shape != (*indices.shape[:-1], *last):
             raise ValueError(
@@ -248,12 +251,12 @@ def _validate(name: str, dictionary, indices, implementation, **rows_of) -> None
 
 
 def _slots(indices: Array, m: int) -> Array:
-    """Indices in `[0, m]`, as kernels take them: `m` for whatever is out of range."""
+    """Indices in `[0, m]`, as kernels take them: `m` for indices out of range."""
     return jnp.where(sparse.used(indices, m), indices, m)
 
 
 def _bucket(n: int) -> int:
-    """Rows to compile for: so that a batch that is a little larger or smaller meets a program that is there."""
+    """Number of rows to compile for, rounded up so that batches of similar size share a program."""
     step = max(128, 1 << max((n - 1).bit_length() - 3, 0))
     return math.ceil(n / step) * step
 
@@ -264,9 +267,9 @@ def _flat(batch: tuple[int, ...], *arrays: Array) -> tuple[int, list[Array]]:
 
 
 def _over_rows(f) -> Callable[..., Any]:
-    """A function of a static, of what rows share and of `n` rows, over any leading batch and `vmap`.
+    """Extend a function of static arguments, shared arguments and `n` rows to any leading batch and `vmap`.
 
-    Where a kernel is to be used rows are padded to a bucket before anything is compiled; padding rows have no support.
+    Where a kernel may be used, rows are padded to a bucket before compilation; padding rows have no support.
     """
     jitted = jax.jit(f, static_argnums=0)
 
@@ -383,7 +386,7 @@ _refit_fused = jax.custom_vjp[Any](_refit_rows, nondiff_argnums=(0,))
 _refit_fused.defvjp(_refit_fused_forward, _refit_fused_backward)
 
 
-# --- What `codes.decode` and `codes.scatter_add` run where it was measured to be worth it
+# --- The kernels of `codes.decode` and `codes.scatter_add`, used where they were measured to be faster
 
 
 def _decode(by_xla, dictionary, values, indices, *, m: int, implementation: str | None):
@@ -415,7 +418,7 @@ sparse.KERNELS.update(rows=_decode, atoms=_scatter_add)
 
 
 def applies(dictionary: Any, indices: Array, y: Array, values: Array) -> bool:
-    """Whether `refit_fused` would run a kernel by default, and so a refit had better be made of it."""
+    """Whether `refit_fused` runs a kernel by default, so that `refit` should use it."""
     if not problems.is_array(dictionary) or any(x.dtype != jnp.float32 for x in (y, values)):
         return False
     d, slots = dictionary.shape[1], indices.shape[-1]

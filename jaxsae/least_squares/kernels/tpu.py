@@ -1,11 +1,11 @@
-"""Pallas kernels for TPUs (Mosaic): one DMA a row from HBM, two groups in flight, Gram matrices on the MXU.
+"""Pallas kernels for TPUs (Mosaic): one DMA per atom from HBM, two groups in flight, Gram matrices on the MXU.
 
-Indices wait in scalar memory; each slot in use starts one DMA of its atom, and while a group of rows is worked on the
-next one's atoms are on their way. Unused slots start none. What a buffer held before, NaN included, is masked after
-the product, in which a row of `A` meets only its own row and column of `AAᵀ`.
+Indices are in scalar memory; each slot in use starts one DMA of its atom, and the atoms of the next group of rows are
+fetched while the current one is processed. Unused slots start none. Old contents of a buffer, including NaN, are masked
+after the product, since a row of `A` affects only its own row and column of `AAᵀ`.
 
-Rows of 16 bits lie in pairs in a TPU's memory, so that the least a DMA can read is a pair; the half is chosen in VMEM.
-A bfloat16 dictionary therefore costs the bytes of a float32 one here, and needs an even number of atoms.
+A TPU stores 16-bit rows in pairs, so that a DMA reads at least a pair; the half is selected in VMEM. A bfloat16
+dictionary therefore costs as many bytes as a float32 one, and needs an even number of atoms.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from jaxsae.sharding import varying_as
 
 _HBM = pl.BlockSpec(memory_space=pl.ANY)
 _total, _largest = (functools.partial(f, axis=0, keepdims=True) for f in (jnp.sum, jnp.max))  # over slots
-_RING = 4  # sums of `scatter_sorted`: one being made, the others being written
+_RING = 4  # sums of `scatter_sorted`: one in progress, the others being written
 
 
 def _scalars(samples: int, k: int) -> pl.BlockSpec:
@@ -35,7 +35,7 @@ def _scalars(samples: int, k: int) -> pl.BlockSpec:
 
 
 def gather_gram(D, indices, y, *, samples: int = 32, interpret: Any = False):
-    """`G [n k k]` and `c [n k]` of `n` rows; slots that are not in use hold what is to be masked."""
+    """`G [n k k]` and `c [n k]` of `n` rows; unused slots hold arbitrary values, to be masked."""
     (n, k), (m, d), y = indices.shape, D.shape, _even(y)
     group = mosaic.Group(k)
     least = math.lcm(8, group.P)
@@ -80,7 +80,7 @@ def gather_gram(D, indices, y, *, samples: int = 32, interpret: Any = False):
 
 
 def gather_decode(D, indices, values, *, samples: int = 128, interpret: Any = False):
-    """`Σᵢ valuesᵢ D[indicesᵢ]` `[n d]` in float32; slots that are not in use count nothing, whatever their value."""
+    """`Σᵢ valuesᵢ D[indicesᵢ]` `[n d]` in float32; unused slots are ignored, whatever their value."""
     (n, k), (m, d) = indices.shape, D.shape
     kp, wide, width = round_up(k, 8), round_up(d, LANES), round_up(k, LANES)
     samples = min(round_up(n, 8), samples)
@@ -143,18 +143,18 @@ def gather_decode(D, indices, values, *, samples: int = 128, interpret: Any = Fa
 
 
 class _Block(NamedTuple):
-    """The buffers of `solve` for 128 groups of rows, which lie in lanes."""
+    """The buffers of `solve` for 128 groups of rows, one per lane."""
 
     products: Any  # [128 · height, 128]  of a group: its Gram matrices, and below them its targets' products
     gram: Any  # [P kp kp 128]
     vector: Any  # [P kp 128]
 
     def row(self, r, R: int):
-        """Row `r` of all groups' products, turned: `[R 128]`."""
+        """Row `r` of all groups' products, transposed: `[R 128]`."""
         return self.products[pl.ds(r, LANES, stride=R + 8), :].T[:R]
 
     def turn(self, group: mosaic.Group) -> None:
-        """Turn the Gram matrices so that rows lie in lanes, and their diagonals into `vector`."""
+        """Transpose the Gram matrices so that rows are in lanes, and write their diagonals to `vector`."""
         kp = group.kp
         self.vector[...] = jnp.zeros_like(self.vector)
         slot = jax.lax.broadcasted_iota(jnp.int32, (kp, LANES), 0)
@@ -168,7 +168,7 @@ class _Block(NamedTuple):
             for_each(kp, one)
 
     def normalise(self, p: int, on, norm, ridge):
-        """Give the Gram matrices with their ridge ones on the diagonal; return the squared norms of their columns."""
+        """Scale the Gram matrices with their ridge to a unit diagonal; return the squared norms of their columns."""
         slot = jax.lax.broadcasted_iota(jnp.int32, norm.shape, 0)
         self.vector[p] = norm
 
@@ -182,10 +182,10 @@ class _Block(NamedTuple):
         return jax.lax.fori_loop(0, norm.shape[0], one, jnp.zeros_like(norm))
 
     def space(self, p: int, kp: int) -> fista.Space:
-        """Where FISTA runs: vectors are `[kp 128]`, numbers of a row `[1 128]`."""
+        """The vector operations of FISTA: vectors are `[kp 128]`, scalars of each row `[1 128]`."""
 
         def matvec(v):
-            # Row by row of `v`, from memory: a value has no row at a place that is not known yet.
+            # Row by row of `v`, from memory: a value cannot be indexed at a place known only at run time.
             self.vector[p] = v
 
             def add(i, total):
@@ -246,10 +246,10 @@ def _solve_block(
 
 
 def solve(D, indices, y, y_scale, y_norm, z0, ridge, tol, max_steps, *, nonnegative: bool, interpret: Any = False):
-    """Gather, Gram and FISTA of `n` rows in one pass; arguments and results as of `gpu.solve`.
+    """Gather, Gram matrix and FISTA for `n` rows in one pass; arguments and results as for `gpu.solve`.
 
-    128 groups of rows fill a block: their Gram matrices are turned so that rows lie in lanes, where a product with `G`
-    is `k²` multiplications for 128 rows at once.
+    128 groups of rows fill a block: their Gram matrices are transposed so that rows are in lanes, where a product with
+    `G` is `k²` multiplications for 128 rows at once.
     """
     (n, k), (m, d), y = indices.shape, D.shape, _even(y)
     group = mosaic.Group(k, most=4)
@@ -304,7 +304,7 @@ def solve(D, indices, y, y_scale, y_norm, z0, ridge, tol, max_steps, *, nonnegat
 
 
 def _turn(ref, p: int, k: int, kp: int):
-    """Rows `p` of a block `[samples k]`, in lanes: `[kp 128]`, zeros for slots beyond `k`."""
+    """Rows `p` of a block `[samples k]`, in lanes: `[kp 128]`, with zeros for slots beyond `k`."""
     rows = ref[pl.ds(p * LANES, LANES), :]
     if k < LANES:
         rows = jnp.concatenate([rows, jnp.zeros((LANES, LANES - k), rows.dtype)], axis=1)
@@ -329,7 +329,7 @@ def _scatter_block(
 ):
     r, entries = left_ref.shape
     m, d = out_ref.shape
-    current, started = 0, 1  # of the state: the latent being summed, and how many writes were started
+    current, started = 0, 1  # of the state: the latent being summed, and the number of writes started
 
     @pl.when(pl.program_id(0) == 0)
     def _():
@@ -356,7 +356,7 @@ def _scatter_block(
 
             @pl.when(state[started] >= _RING)
             def _():
-                write(state[started]).wait()  # of that place's last write
+                write(state[started]).wait()  # the previous write from that place
 
     def add(group, slot):
         for e in range(8):
@@ -387,8 +387,8 @@ def _scatter_block(
 def scatter_sorted(latents, rows, left, right, *, m: int, entries: int = 256, interpret: Any = False):
     """`[m d]`, the sum of `left · right[row]` over the places of each latent.
 
-    Places come in the order of their latents: a sum stays in VMEM until the latent changes, and is written once, while
-    the next one is made. Blocks follow each other on one core, since a latent may span two of them.
+    Places are sorted by latent: a sum stays in VMEM until the latent changes, and is written once, during the next sum.
+    Blocks run in order on one core, since a latent may span two of them.
     """
     (N, r), d = left.shape, right.shape[-1]
     if right.dtype not in (jnp.float32, jnp.bfloat16):

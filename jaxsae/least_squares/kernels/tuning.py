@@ -1,8 +1,8 @@
-"""Block sizes by platform and shape, and which kernels have been measured to be worth it: a table, from a script.
+"""A table of block sizes and measured speedups by platform and shape.
 
-`blocks.json` is written by `python -m benchmarks kernels --tune`. A row of it holds for one operation, platform and
-device, `d`, `k` and dtype; a call takes that of the nearest shape. `speedup` is the kernel's over the reference, on
-that device; where it is null nobody has measured it, and the reference stays the default.
+`blocks.json` is written by `python -m benchmarks kernels --tune`. Each row is for one operation, platform, device, `d`,
+`k` and dtype; a call uses the row of the nearest shape. `speedup` is that of the kernel over the reference on that
+device; where it is null it has not been measured, and the reference is the default.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from typing import Any
 
 TABLE = Path(__file__).with_name("blocks.json")
 _forced: ContextVar[dict[str, Any] | None] = ContextVar("block sizes", default=None)
-WORTH = 2.0  # times the reference's speed, for a kernel to be the default
+WORTH = 2.0  # least speedup for a kernel to be the default
 
 
 @functools.cache
@@ -26,7 +26,7 @@ def table() -> list[dict[str, Any]]:
 
 
 def nearest(op: str, platform: str, device: str, *, d: int, k: int, dtype: str) -> dict[str, Any] | None:
-    """The row nearest in shape, of this device if it has any, or None."""
+    """The row nearest in shape, from this device if the table has any, or None."""
     rows = [row for row in table() if (row["op"], row["platform"], row["dtype"]) == (op, platform, dtype)]
     rows = [row for row in rows if row["device"] == device] or rows
     if not rows:
@@ -36,7 +36,7 @@ def nearest(op: str, platform: str, device: str, *, d: int, k: int, dtype: str) 
 
 @contextlib.contextmanager
 def forced(options: dict[str, Any]) -> Iterator[None]:
-    """Use these block sizes for what is traced in this context, not the table's: for the script that fills it."""
+    """Override the table's block sizes for whatever is traced in this context; used to fill the table."""
     before = _forced.set(options)
     try:
         yield
@@ -45,7 +45,7 @@ def forced(options: dict[str, Any]) -> Iterator[None]:
 
 
 def options(row: dict[str, Any] | None) -> dict[str, Any]:
-    """Block sizes by a row of the table."""
+    """The block sizes of a row of the table."""
     chosen = _forced.get()
     if chosen is not None:
         return chosen
@@ -53,5 +53,5 @@ def options(row: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def worth_it(row: dict[str, Any] | None, device: str) -> bool:
-    """Whether the kernel was measured on this device and is enough faster than the reference."""
+    """Whether the kernel was measured on this device, with a speedup of at least `WORTH`."""
     return row is not None and row["device"] == device and (row["speedup"] or 0) >= WORTH
