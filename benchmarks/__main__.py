@@ -44,21 +44,23 @@ def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("refine", help="refits: rows a second, accuracy, and time beside the encoder's")
+    command = commands.add_parser("refine", help="refits: rows a second, accuracy, and time relative to the encoder")
     command.add_argument("--size", choices=cases.SIZES, default="tiny")
     command.add_argument("--peers", action="store_true", help="other libraries' solvers too; pip install '.[peers]'")
     command.add_argument("--real", action="store_true", help="a trained autoencoder too")
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here, case by case")
-    command = commands.add_parser("train", help="training steps of a TopK autoencoder: seconds, and bytes")
+    command = commands.add_parser("train", help="training steps of a TopK autoencoder: time and memory")
     command.add_argument("--size", choices=train.SIZES, default="tiny")
     command.add_argument("--peers", action="store_true", help="other libraries' steps too; pip install '.[peers]'")
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
-    command = commands.add_parser("families", help="what each family of autoencoders reaches at the defaults")
+    command = commands.add_parser("families", help="compare the families of autoencoders at the defaults")
     command.add_argument("--data", type=Path, metavar="FILE", help="activations, beside patches of photographs")
     command.add_argument("--steps", type=int, default=400)
     command.add_argument("--latents", type=int, default=2048)
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="for the trained autoencoders")
-    command.add_argument("--before", type=Path, metavar="DIR", help="that of another version, to be measured beside")
+    command.add_argument(
+        "--before", type=Path, metavar="DIR", help="directory of another version, measured for comparison"
+    )
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
     command = commands.add_parser("rates", help="learning rates by the length of a training")
     command.add_argument("--data", type=Path, metavar="FILE", help="activations, beside patches of photographs")
@@ -66,27 +68,29 @@ def main() -> None:
     command.add_argument("--latents", type=int, default=1024)
     command.add_argument("--batch", type=int, default=256)
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
-    command = commands.add_parser("harvest", help="a harvest beside the forward pass alone; pip install '.[lm]'")
+    command = commands.add_parser("harvest", help="a harvest and the forward pass alone; pip install '.[lm]'")
     command.add_argument("--model", default="smollm2")
     command.add_argument("--layer", type=int, default=8)
     command.add_argument("--context", type=int, default=256)
     command.add_argument("--batch", type=int, default=8)
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
-    command = commands.add_parser("pursuit", help="OMP: milliseconds a row, and what it reaches")
+    command = commands.add_parser("pursuit", help="OMP: milliseconds a row, and its objective")
     command.add_argument("--size", choices=pursuit.SIZES, default="tiny")
     command.add_argument("--peers", action="store_true", help="other libraries' OMP too; pip install '.[peers]'")
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
-    command = commands.add_parser("selectors", help="every selector with as many atoms: error, and milliseconds a row")
+    command = commands.add_parser(
+        "selectors", help="all selectors with equal numbers of atoms: error, and milliseconds a row"
+    )
     command.add_argument("--size", choices=selectors.SIZES, default="tiny")
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
     command = commands.add_parser("transitions", help="where each pursuit recovers codes exactly")
-    command.add_argument("--png", type=Path, metavar="OUT", help="draw them here; needs matplotlib")
+    command.add_argument("--png", type=Path, metavar="OUT", help="write a figure here; needs matplotlib")
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
-    command = commands.add_parser("pictures", help="photographs denoised and filled in; pip install '.[peers]'")
+    command = commands.add_parser("pictures", help="photographs denoised and inpainted; pip install '.[peers]'")
     command.add_argument("--peers", action="store_true", help="scikit-learn's pipeline too, minutes a photograph")
     command.add_argument("--out", type=Path, metavar="DIR", help="write the pictures, before and after")
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
-    command = commands.add_parser("ksvd", help="dictionaries found again from signals with noise")
+    command = commands.add_parser("ksvd", help="recovery of dictionaries from noisy signals")
     command.add_argument("--size", choices=ksvd.SIZES, default="tiny")
     command.add_argument("--peers", action="store_true", help="other libraries too; pip install '.[peers]'")
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
@@ -94,27 +98,29 @@ def main() -> None:
     command.add_argument("--size", choices=lasso.SIZES, default="tiny")
     command.add_argument("--peers", action="store_true", help="other libraries too; pip install '.[peers]'")
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
-    command = commands.add_parser("load", help="loading a large SAE: time and memory beside its file")
+    command = commands.add_parser("load", help="loading a large SAE: time and memory relative to its file")
     command.add_argument("--size", choices=load.SIZES, default="tiny")
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
-    command = commands.add_parser("jobs", help="training jobs: what saving and loading cost, and whether they survive")
+    command = commands.add_parser("jobs", help="training jobs: the cost of saving and loading, and recovery from kills")
     command.add_argument("--size", choices=jobs.SIZES, default="tiny")
-    command.add_argument("--kills", type=int, default=0, metavar="N", help="kill one N times; pip install '.[study]'")
+    command.add_argument("--kills", type=int, default=0, metavar="N", help="kill a job N times; pip install '.[study]'")
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
-    command = commands.add_parser("kernels", help="gathers, Gram matrices, refits and top-k: kernels beside XLA")
+    command = commands.add_parser("kernels", help="gathers, Gram matrices, refits and top-k: kernels and XLA")
     command.add_argument("--size", choices=kernels.SIZES, default="tiny")
     command.add_argument(
         "--tune", action="store_true", help="first fill jaxsae/least_squares/kernels/blocks.json for this device"
     )
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
-    command = commands.add_parser("accelerator", help="all that a few minutes on an accelerator can tell")
+    command = commands.add_parser("accelerator", help="what can be measured in a few minutes on an accelerator")
     command.add_argument("--size", choices=accelerator.SIZES, default="full")
-    command.add_argument("--minutes", type=float, default=8.0, help="to end after; what comes first is worth most")
+    command.add_argument(
+        "--minutes", type=float, default=8.0, help="time limit; the most valuable measurements come first"
+    )
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="for accelerator.json and blocks.json")
-    command = commands.add_parser("table", help="what was measured, as markdown")
+    command = commands.add_parser("table", help="measurements as markdown")
     command.add_argument("files", type=Path, nargs="+", metavar="FILE")
-    command.add_argument("--readme", action="store_true", help="put it into benchmarks/README.md")
-    commands.add_parser("guide", help="make the tables of docs/which.md anew")
+    command.add_argument("--readme", action="store_true", help="insert them into benchmarks/README.md")
+    commands.add_parser("guide", help="update the tables of docs/which.md")
     command = commands.add_parser("plot", help="speed against accuracy; needs matplotlib")
     command.add_argument("file", type=Path, metavar="FILE")
     command.add_argument("out", type=Path, metavar="PNG")
@@ -178,12 +184,12 @@ def _refine(args: argparse.Namespace) -> None:
     for case, rows in refine.run(args.size, with_peers=args.peers, real=args.real, bandwidth=bandwidth):
         report["cases"].append(case)
         report["rows"] += rows
-        _write(args.json, report)  # after each case: an interruption leaves what is finished
+        _write(args.json, report)  # after each case: an interruption keeps finished ones
     print(table.markdown(report))
 
 
 def _tell(args: argparse.Namespace, **measured: Any) -> None:
-    """Write and print what was measured at once."""
+    """Write and print a report."""
     report = {**_environment(args.command), **measured}
     _write(args.json, report)
     print(table.markdown(report))
@@ -198,7 +204,7 @@ def _one_by_one(args: argparse.Namespace) -> None:
             rows = rates.run(data, latents=args.latents, batch=args.batch, steps=tuple(args.steps))
         for row in rows:
             report["rows"].append(row)
-            _write(args.json, report)  # after each: an interruption leaves what is finished
+            _write(args.json, report)  # after each: an interruption keeps finished ones
     print(table.markdown(report))
 
 
@@ -206,7 +212,7 @@ def _transitions(args: argparse.Namespace) -> None:
     report: dict[str, Any] = {**_environment("transitions"), "trials": pursuit.TRIALS, "m": pursuit.ATOMS, "points": []}
     for point in pursuit.transitions():
         report["points"].append(point)
-        _write(args.json, report)  # after each: an interruption leaves what is finished
+        _write(args.json, report)  # after each: an interruption keeps finished ones
     if args.png:
         pursuit.plot_transitions(report["points"], args.png)
     print(table.markdown(report))
@@ -216,7 +222,7 @@ def _pictures(args: argparse.Namespace) -> None:
     report = _environment("pictures")
     for part in pictures.run(with_peers=args.peers, out=args.out):
         report |= part
-        _write(args.json, report)  # after each part: an interruption leaves what is finished
+        _write(args.json, report)  # after each part: an interruption keeps finished ones
     print(table.markdown(report))
 
 
@@ -233,7 +239,7 @@ def _kernels(args: argparse.Namespace) -> None:
     }
     for row in kernels.run(args.size, bandwidth=bandwidth, peak=peak):
         report["rows"].append(row)
-        _write(args.json, report)  # after each: an interruption leaves what is finished
+        _write(args.json, report)  # after each: an interruption keeps finished ones
     print(table.markdown(report))
 
 
@@ -268,7 +274,7 @@ def _environment(benchmark: str) -> dict[str, Any]:
 def _device() -> str:
     kind = jax.devices()[0].device_kind
     information = Path("/proc/cpuinfo")
-    if kind == "cpu" and information.exists():  # what jax calls a CPU says nothing about it
+    if kind == "cpu" and information.exists():  # JAX does not name the CPU's model
         models = re.findall(r"model name\s*: (.*)", information.read_text())
         kind = models[0] if models else kind
     return kind if jax.device_count() == 1 else f"{kind} x {jax.device_count()}"
@@ -282,7 +288,7 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> str:
-    """The commit that is checked out, `-dirty` if files differ from it; a bare machine may have no git."""
+    """The commit that is checked out, `-dirty` if files differ from it; git may be missing."""
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()

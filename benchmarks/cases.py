@@ -1,4 +1,4 @@
-"""The problems that refits are timed on: one table, from random dictionaries to a trained autoencoder."""
+"""The problems that refits are timed on, from random dictionaries to a trained autoencoder."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ import jaxsae
 from jaxsae import stream, train
 from jaxsae.train import objectives
 
-_MOST = 256  # slots: on patches a few rows use half of all latents, and would make the case theirs alone
+_MOST = 256  # slots: on patches a few rows use half of all latents, and would dominate the case
 DATA = Path(__file__).parents[2] / "shared/data/smollm2_layer8_shakespeare.npy"
 
 
@@ -55,13 +55,13 @@ REAL = {
 
 
 class Problem(NamedTuple):
-    """Rows to refit, each with `‖y‖ = 1`, so that a solver's absolute tolerance means the same in all of them."""
+    """Rows to refit, each with `‖y‖ = 1`, so that a solver's absolute tolerance means the same for each."""
 
     name: str
     source: str
-    sae: jaxsae.SAE  # its encoder is what a refit's time is compared with
-    x: jax.Array  # [B d] what the encoder reads
-    y: jax.Array  # [B d] what the refit fits
+    sae: jaxsae.SAE  # a refit's time is compared with its encoder's
+    x: jax.Array  # [B d] the encoder's input
+    y: jax.Array  # [B d] targets of the refit
     code: jaxsae.SparseCode  # [B k] supports and starting values
 
     def describe(self) -> dict:
@@ -86,19 +86,19 @@ def evenly(n: int, most: int) -> np.ndarray:
 def condition(dictionary: np.ndarray, indices: np.ndarray) -> np.ndarray:
     """The condition number of each row's Gram matrix, over its support alone, in float64."""
     supports = [dictionary[row[row < len(dictionary)]].astype(np.float64) for row in indices]
-    # Of a singular one float64 says no more than that.
+    # For a singular matrix float64 cannot resolve more than that.
     return np.array([min(np.linalg.cond(atoms), 1e16) ** 2 for atoms in supports if len(atoms)])
 
 
 def problems(size: str, *, real: bool) -> Iterator[Callable[[], Problem]]:
-    """What makes each problem of a size, one at a time: the large ones need not be in memory together."""
+    """A function that makes each problem of a size, so that large ones are not in memory together."""
     yield from (lambda case=case: random_problem(case) for case in SIZES[size])
     if real:
         yield lambda: real_problem(REAL[size], DATA)
 
 
 def random_problem(case: Case, seed: int = 0) -> Problem:
-    """Rows that are noisy non-negative combinations of atoms; they start from shrunken values, as a lasso's are."""
+    """Rows that are noisy non-negative combinations of atoms; they start from shrunken values, like a lasso's."""
     keys = jax.random.split(jax.random.key(seed), 4)
     sae = jaxsae.init(keys[0], d=case.d, m=case.m, activation=jaxsae.TopK(case.k))
     common = jnp.ones(case.d) / jnp.sqrt(case.d)
@@ -113,7 +113,7 @@ def random_problem(case: Case, seed: int = 0) -> Problem:
 
 
 def real_problem(real: Real, path: Path, seed: int = 0) -> Problem:
-    """Held-out rows of a ReLU autoencoder: of a language model's activations where there are any, else of patches."""
+    """Held-out rows of a ReLU autoencoder: of a language model's activations if available, else of patches."""
     rows, heldout, source = _activations(path, real.B, seed)
     # Unit mean square about the mean: one L1 weight then fits any data.
     scale = 1 / np.sqrt(np.var(rows, axis=0, dtype=np.float64).sum())

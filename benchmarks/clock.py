@@ -1,4 +1,4 @@
-"""What every benchmark needs: a clock that is fair to all, and a line that says what is going on."""
+"""Shared by all benchmarks: fair timings, and lines of progress."""
 
 import sys
 import time
@@ -9,32 +9,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_FAST = 15.0  # seconds of a round of all calls, up to which there are more rounds
+_FAST = 15.0  # seconds of a round of all calls, below which there are more rounds
 
 
 def name_missing(error: ImportError) -> str:
-    """What is not installed, for a note in a table."""
+    """A note for a table that a package is missing."""
     if isinstance(error, ModuleNotFoundError) and error.name:
         return f"{error.name.split('.')[0]}: not installed"
     return f"cannot be imported: {error}"
 
 
 def say(text: str) -> None:
-    """Tell the time and what is going on."""
+    """Print the time and a line of progress to stderr."""
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
 def clock(call: Callable[[], Any]) -> float:
-    """Seconds until a call is done, and what it returned is there."""
+    """Seconds until a call has returned and its result is ready."""
     start = time.perf_counter()
     jax.block_until_ready(call())
     return time.perf_counter() - start
 
 
 def timings(calls: list[Callable[[], Any]]) -> list[list[float]]:
-    """Seconds of each, warm, in rounds over all of them: the machine's drift then meets all alike.
+    """Seconds of each call, warm, in rounds over all of them, so that drift of the machine affects all equally.
 
-    Each round has an order of its own, so that nobody always follows the same other.
+    Each round has a random order, so that no call always follows the same other.
     """
     warm_up = sum(map(clock, calls))
     order = np.random.default_rng(0)
@@ -46,8 +46,8 @@ def timings(calls: list[Callable[[], Any]]) -> list[list[float]]:
 
 
 def copy_bandwidth(size: int = 256 << 20) -> float:
-    """Bytes a second, read and written ones both counted, at which a large array is copied over another."""
-    # A negation, since XLA's copy runs on one core; into a buffer that exists, since new pages cost more than a copy.
+    """Bytes a second, read and written, at which a large array is copied over another."""
+    # A negation, since XLA's copy runs on one core; into an existing buffer, since new pages cost more than a copy.
     copy = jax.jit(lambda source, target: -source, donate_argnums=1, keep_unused=True)
     source, target = jnp.ones(size // 4, jnp.float32), jnp.zeros(size // 4, jnp.float32)
     seconds = []

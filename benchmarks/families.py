@@ -31,9 +31,9 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
 
 
 def run(data: Path | None, out: Path, *, latents: int, steps: int, before: Path | None = None) -> Iterator[dict]:
-    """Train every setting with the same steps and batches; a row each. What is in `out` already is not made again.
+    """Train every setting with the same steps and batches; a row each. Results already in `out` are reused.
 
-    `before` is the `out` of another version: its autoencoders are measured beside, on the same rows in the same way.
+    `before` is the `out` of another version: its autoencoders are measured in the same way on the same rows.
     """
     data = photographs(out / "photographs.npy") if data is None else data
     for name, changes in SETTINGS:
@@ -52,7 +52,7 @@ def run(data: Path | None, out: Path, *, latents: int, steps: int, before: Path 
 
 
 def photographs(path: Path) -> Path:
-    """Patches of two photographs in a file: the last rows are of their right quarters, and the others are not."""
+    """Patches of two photographs in a file; the last rows, and only these, come from their right quarters."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         np.save(path, np.concatenate(image_patches(100_000, HELDOUT, side=8, seed=0)))
@@ -66,7 +66,7 @@ def _measure(place: Path, data: Path) -> dict[str, Any]:
 
 
 def _progressive(place: Path, data: Path, report: dict[str, Any]) -> dict[str, float]:
-    """NMSE of the largest latents alone, of TopK's up to four times as many as it was trained with."""
+    """NMSE of the largest latents alone; for TopK up to four times as many as it was trained with."""
     sae = pretrained.load(place)
     if not isinstance(sae.activation, TopK):
         return report["heldout"]["nmse_at"]

@@ -13,7 +13,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def insert(page: str) -> str:
-    """A page with the tables between their markers, `<!-- guide: name -->`, in place of what stands there."""
+    """A page with the tables between their markers, `<!-- guide: name -->`, replaced."""
     for name, (file, make) in _TABLES.items():
         begin = f"<!-- guide: {name} -->"
         before, found, rest = page.partition(begin)
@@ -32,7 +32,7 @@ def _markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _best(values: Sequence[float | None], form: str, *, most: bool) -> list[str]:
-    """Numbers as text, the best one bold; what has none is left blank."""
+    """Numbers as text, the best one bold; missing ones are blank."""
     shown = ["" if value is None else form.format(value) for value in values]
     best = form.format((max if most else min)(value for value in values if value is not None))
     return [f"**{text}**" if text == best else text for text in shown]
@@ -77,7 +77,7 @@ def _recovery(report: dict[str, Any]) -> str:
 
 def _lasso(report: dict[str, Any]) -> str:
     rows = [row for row in report["regressions"] if "scikit" not in row["method"]]
-    head = ["tuned by cross-validation", "noise variables chosen", "strong ones, of 5", "test error"]
+    head = ["tuned by cross-validation", "noise variables chosen", "relevant ones, of 5", "test error"]
     cells = [
         [row["method"], f"{row['noise_variables']:.1f}", f"{row['strong_variables']:.1f}", f"{row['test_error']:.3f}"]
         for row in rows
@@ -121,7 +121,7 @@ def _shrinkage(report: dict[str, Any]) -> str:
 
 def _loading(report: dict[str, Any]) -> str:
     return _markdown(
-        ["encoder stored as in", "time, of reading the file", "peak memory, of its size"],
+        ["encoder stored as in", "load time / read time", "peak memory / file size"],
         [
             [row["format"], f"{row['load_s'] / row['read_s']:.2f}", f"{row['peak'] / row['bytes']:.2f}"]
             for row in report["rows"]

@@ -1,4 +1,4 @@
-"""Training jobs: killed at random moments and resumed, bitwise identically; and what saving and loading cost."""
+"""Training jobs: killed at random moments and resumed bitwise identically; and the cost of saving and loading."""
 
 import contextlib
 import os
@@ -28,11 +28,11 @@ SIZES = {
     "tiny": {"d": 16, "m": 64, "k": 4, "batch": 64, "rows": 4096, "steps": 30},
     "paper": {"d": 768, "m": 16384, "k": 32, "batch": 1024, "rows": 1 << 19, "steps": 12},
 }
-_LIMIT = 120  # seconds that one life of a job may take
+_LIMIT = 120  # time limit of one process of a job, in seconds
 
 
 class Job:
-    """A training by the command line, in processes of its own that can be killed; it saves after every step."""
+    """A training by the command line, in separate processes that can be killed; it saves after every step."""
 
     def __init__(self, folder: Path, *, steps: int, options: Sequence[str] = ()):
         """`folder` is for its data, made here, and its runs."""
@@ -47,14 +47,14 @@ class Job:
         self._options = ["--steps", steps, "--batch", 64, "--latents", 64, "--k", 4, "--heldout", 100, *options]
 
     def start(self, out: str, *before: str) -> subprocess.Popen:
-        """A process that starts the run `out`, or resumes it; `before` stands before its command."""
+        """A process that starts the run `out`, or resumes it; `before` is put before its command."""
         command = [sys.executable, "-m", "jaxsae", "train", "--activation", "batchtopk", "--idle-after", 500]
         command += ["--data", self._data, "--out", self.folder / out, "--save-every", 0, *self._options]
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
         return subprocess.Popen([*before, *map(str, command)], env=environment, stdout=-1, stderr=-1, text=True)
 
     def finish(self, out: str) -> str:
-        """Let it run to its end; what it said."""
+        """Run it to its end and return its output."""
         process = self.start(out)
         said, errors = process.communicate(timeout=_LIMIT)
         if process.returncode:
@@ -62,7 +62,7 @@ class Job:
         return said + errors
 
     def end(self, out: str, signum: int, *, after: int, delay: float) -> tuple[int, int, str]:
-        """Start it, and send a signal some seconds after so many more steps; exit code, steps saved, and words."""
+        """Start it, and send a signal some seconds after `after` more steps; exit code, steps saved, and output."""
         before, process, began = self.saved(out), self.start(out), time.monotonic()
         while self.saved(out) < min(before + after, self.steps) and process.poll() is None:
             if time.monotonic() - began > _LIMIT:
@@ -80,11 +80,11 @@ class Job:
         return next(iter(checkpoint.steps(self.folder / out / "checkpoints")), 0)
 
     def unfinished(self, out: str) -> set[str]:
-        """What saves are there that were not finished."""
+        """The unfinished saves."""
         return {path.name for path in (self.folder / out / "checkpoints").glob("*tmp*")}
 
     def outcome(self, out: str) -> dict[str, bytes]:
-        """All numbers that it ended with, as bits, by name: those of the autoencoder and of its last checkpoint."""
+        """All final numbers as bits, by name: those of the autoencoder and of its last checkpoint."""
         import orbax.checkpoint as ocp
 
         path = self.folder / out / "checkpoints" / str(self.saved(out)) / "state"
@@ -97,7 +97,7 @@ class Job:
 
 
 def survive(kills: int, seed: int = 0, *, steps: int = 400) -> dict[str, Any]:
-    """Kill a job at random moments; compare how it ends with one that was left alone."""
+    """Kill a job at random moments, and compare its result with that of an uninterrupted one."""
     generator = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
         job = Job(Path(folder), steps=steps)
@@ -124,7 +124,7 @@ def survive(kills: int, seed: int = 0, *, steps: int = 400) -> dict[str, Any]:
 
 
 def costs(size: str) -> dict[str, Any]:
-    """What saving adds to a step at one save a minute, how fast rows are loaded, and how long a resume takes."""
+    """The cost of one save a minute, the speed of loading rows, and the time to resume."""
     c = SIZES[size]
     with tempfile.TemporaryDirectory() as folder:
         rows = _rows(Path(folder, "data"), c["rows"], c["d"])
@@ -135,7 +135,7 @@ def costs(size: str) -> dict[str, Any]:
 
 
 def _rows(folder: Path, n: int, d: int) -> shards.Rows:
-    """Activations in float16 on the disk, out of the page cache where that can be had."""
+    """Activations in float16 on disk, evicted from the page cache where possible."""
     writer = shards.Writer(folder, width=d, dtype="float16", source="random")
     generator = np.random.default_rng(0)
     for start in range(0, n, 1 << 16):
@@ -151,7 +151,7 @@ def _rows(folder: Path, n: int, d: int) -> shards.Rows:
 def _loader(rows: shards.Rows, batch: int) -> dict[str, float]:
     began = time.perf_counter()
     stream = data.batches(rows, batch, seed=0)
-    next(stream)  # checks every shard that it touches
+    next(stream)  # verifies every shard that it reads
     first = time.perf_counter() - began
     began = time.perf_counter()
     for _ in range(100):
@@ -160,7 +160,7 @@ def _loader(rows: shards.Rows, batch: int) -> dict[str, float]:
 
 
 def _saving(folder: Path, rows: shards.Rows, c: dict[str, int]) -> dict[str, float]:
-    """Seconds of a step with nothing else to do; how much longer those after a save take, all together; of a resume."""
+    """Seconds of an undisturbed step; extra seconds of all steps after a save; seconds of a resume."""
     options = Options("topk", c["m"], c["k"], batch=c["batch"], steps=1000)
     objective, tx, init_fn = runs.recipe(options, jnp.zeros(c["d"]), 1.0)
     step, stream = train.make_step(objective, tx), data.batches(rows, c["batch"], seed=0)
@@ -185,7 +185,7 @@ def _saving(folder: Path, rows: shards.Rows, c: dict[str, int]) -> dict[str, flo
             began = time.perf_counter()
             checkpoints.save(number, state, progress=None)
             count, settled = 0, 0
-            while settled < 3:  # until its writing is over
+            while settled < 3:  # until it is written
                 (last,) = steps(1)
                 count, settled = count + 1, settled + 1 if last < 1.2 * alone[-1] else 0
             added.append(time.perf_counter() - began - count * alone[-1])

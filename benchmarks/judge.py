@@ -1,4 +1,4 @@
-"""What every solver is judged by alike: float64 numpy, from the residual in the space of the data."""
+"""Accuracy of solvers, in float64 numpy, from the residual in the space of the data."""
 
 import math
 from typing import NamedTuple
@@ -14,7 +14,7 @@ _REFERENCE_ROWS = 1024
 
 
 class Verdict(NamedTuple):
-    """How good a solver's values are; `added_nmse` is None where there is no scipy to say what is best."""
+    """How good a solver's values are; `added_nmse` is None without scipy, which computes the optimum."""
 
     worst_kkt: float
     kkt_999: float
@@ -23,7 +23,7 @@ class Verdict(NamedTuple):
 
     @property
     def objective_gap(self) -> float:
-        """How many times over the gate the worst row is: at most 1 is through, and a row that is not finite is not."""
+        """The worst row relative to the gate: at most 1 if the gate is met, infinite if a row is not finite."""
         over = [self.worst_kkt / KKT, (self.added_nmse or 0) / ADDED_NMSE]
         return max(over) if all(map(math.isfinite, over)) else math.inf
 
@@ -41,9 +41,9 @@ class Judge:
         self.dictionary = padded(np.asarray(problem.sae.W_dec, np.float64))
         self.y = np.asarray(problem.y, np.float64)
         self.indices = np.asarray(problem.code.indices)
-        self.rows = evenly(len(self.y), _REFERENCE_ROWS)  # of these the optimum is known
+        self.rows = evenly(len(self.y), _REFERENCE_ROWS)  # the optimum of these is known
         self.best = np.full(len(self.y), np.nan)
-        self.missing = None  # what the optimum could not be had for want of
+        self.missing = None  # the package that is missing to compute the optimum
         try:
             from scipy.optimize import nnls
         except ImportError:
@@ -53,7 +53,7 @@ class Judge:
             atoms = self.dictionary[self.indices[row]]
             self.best[row] = nnls(atoms.T, self.y[row], maxiter=30 * len(atoms))[1] ** 2
 
-    @np.errstate(invalid="ignore", over="ignore")  # values of a solver that diverged
+    @np.errstate(invalid="ignore", over="ignore")  # a solver may have diverged
     def measure(self, values: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The relative KKT residual and the squared error of each of some rows.
 
@@ -86,5 +86,5 @@ class Judge:
 
 
 def padded(dictionary: np.ndarray) -> np.ndarray:
-    """The dictionary with a row of zeros at its end, where the index of an unused slot points."""
+    """The dictionary with a final row of zeros, the atom of unused slots."""
     return np.concatenate([dictionary, np.zeros_like(dictionary[:1])])

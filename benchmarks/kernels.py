@@ -1,7 +1,7 @@
-"""The kernels beside their reference, against one read of the atoms; the encoder and top-k at the same shapes.
+"""The kernels and their reference, relative to one read of the atoms; the encoder and top-k at the same shapes.
 
 `tune` times the block sizes of each kernel and keeps the fastest in `kernels/blocks.json`, with its speed over
-the reference's. On a machine without an accelerator it writes the block sizes to begin with, and no speed.
+the reference's. On a machine without an accelerator it writes the default block sizes, and no speed.
 """
 
 import functools
@@ -43,7 +43,7 @@ SIZES = {
     ],
 }
 OPS = ("gather_gram", "decode", "refit_fused", "scatter_add")
-# What may be chosen, the untuned choice first.
+# Candidates, the default first.
 CANDIDATES: dict[tuple[str, str], dict[str, list[int]]] = {
     ("tpu", "gather_gram"): {"samples": [32, 8, 16, 64]},
     ("tpu", "decode"): {"samples": [128, 32, 64, 256]},
@@ -115,7 +115,7 @@ def matmul_peak(size: int = 2048) -> float:
 
 
 def run(size: str, *, bandwidth: float, peak: float) -> Iterator[dict[str, Any]]:
-    """Rows of the table, a case at a time."""
+    """Rows of the table, case by case."""
     for case in SIZES[size]:
         x = data(case)
         for op in OPS:
@@ -159,8 +159,8 @@ def _compare(op: str, case: Case, x: Data, bandwidth: float, peak: float) -> Ite
 
 
 def _selection(case: Case, x: Data) -> Iterator[dict[str, Any]]:
-    """The encoder's product, and ways to its `k` largest: what stands before every refit."""
-    rows = min(case.B, 1024)  # the pre-activations of more may not fit
+    """The encoder's product, and ways to select its `k` largest, which precede every refit."""
+    rows = min(case.B, 1024)  # pre-activations of more rows may not fit
     case = case._replace(B=rows)
     y, D = x.y[:rows].astype(case.dtype), x.D
     pre = jax.jit(lambda y, D: jnp.matmul(y, D.T, preferred_element_type=jnp.float32))(y, D)
@@ -185,7 +185,7 @@ def _selection(case: Case, x: Data) -> Iterator[dict[str, Any]]:
 
 
 def tune(size: str) -> list[dict[str, Any]]:
-    """Write the table of block sizes: measured ones for this machine's accelerator, or those to begin with."""
+    """Write the table of block sizes: measured ones for this machine's accelerator, or the defaults."""
     platform, device = choice.default_device()
     kept = [row for row in tuning.table() if row["device"] not in (None, device)]
     if platform is None:
@@ -220,7 +220,7 @@ def entry(platform: str, device: str | None, op: str, case: Case, **found: Any) 
 
 
 def _tuned(platform: str, device: str, op: str, case: Case) -> dict[str, Any]:
-    """The fastest block sizes; one that does not compile is passed over, and named."""
+    """The fastest block sizes; those that do not compile are skipped and logged."""
     x, names = data(case), CANDIDATES[platform, op]
     calls, chosen = [_compiled(operation(op, case, "xla"), x)[0]], []
     for values in itertools.product(*names.values()):
@@ -242,7 +242,7 @@ def _tuned(platform: str, device: str, op: str, case: Case) -> dict[str, Any]:
 
 
 def markdown(report: dict[str, Any], machine: str) -> list[str]:
-    """A table of everything, in the order in which it was measured."""
+    """A table of all rows, in the order of measurement."""
     head = ("", "by", "shape", "rows/s", "GB/s of one gather", "of copies", "of matmul", "worst KKT", "recall", "")
     lines = ["| " + " | ".join(head) + " |", "|---|---|---|" + "--:|" * (len(head) - 4) + "---|"]
     for row in report["rows"]:

@@ -1,4 +1,4 @@
-"""k-SVD at its authors' experiment: dictionaries found again from signals with noise, by us and others."""
+"""k-SVD on its authors' experiment: recovery of dictionaries from noisy signals, by us and others."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -15,11 +15,11 @@ N, D, M, K = 1500, 20, 50, 3  # of the synthetic experiment of Aharon, Elad & Br
 
 
 class Size(NamedTuple):
-    """How much of it to run."""
+    """Sizes of the experiment."""
 
     runs: int
     steps: int
-    snrs: tuple[float | None, ...]  # dB; None is without noise
+    snrs: tuple[float | None, ...]  # dB; None means no noise
     peer_runs: int
 
 
@@ -43,7 +43,7 @@ def synthetic(seed: int, snr: float | None) -> tuple[np.ndarray, np.ndarray]:
 
 
 def recovered(true: np.ndarray, found: np.ndarray) -> float:
-    """The share of atoms that have one of theirs within `1 − |dᵀd̂| < 0.01`."""
+    """The share of atoms for which a learnt one is within `1 − |dᵀd̂| < 0.01`."""
     found = found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
     return float(np.mean(np.min(1 - np.abs(true @ found.T), axis=1) < 0.01))
 

@@ -1,4 +1,4 @@
-"""Time paths of the lasso, ours and others', at one duality gap; and what relaxing selects where few variables matter.
+"""Time lasso paths, ours and others', at equal duality gap; and selections of the relaxed lasso in sparse regressions.
 
 The gap is taken from the coefficients alone, in float64, by its definition: primal less dual objective at the residual
 scaled down until it is feasible, relative to `½‖y‖²`.
@@ -29,11 +29,11 @@ class Case(NamedTuple):
     samples: int
     variables: int
     repeats: int
-    most_rows: int  # for peers, which take a row at a time
+    most_rows: int  # for peers, which solve row by row
 
 
 SIZES = {"tiny": Case(16, 32, 32, 10, 40, 60, 2, 4), "paper": Case(64, 256, 1000, 100, 100, 1000, 50, 50)}
-EPS, GATE = 1e-3, 1e-6  # the last penalty relative to the first; the gap that all reach
+EPS, GATE = 1e-3, 1e-6  # the last penalty relative to the first; the gap required of all
 STRONG, FOLDS = 5, 10  # variables with a coefficient of 1 or −1, under noise of variance 1
 PHIS = (1.0, 0.75, 0.5, 0.25, 0.0)
 TEST = 1000  # samples
@@ -177,7 +177,7 @@ def _tune(path: Path, D, y, lams) -> tuple[float, float]:
 
 
 class Draw(NamedTuple):
-    """Samples to learn from and to be tested on, `X [n p]`, and the coefficients behind them."""
+    """Training and test samples `X [n p]`, and their true coefficients."""
 
     X: np.ndarray
     y: np.ndarray
@@ -188,7 +188,7 @@ class Draw(NamedTuple):
 
 
 def draw(case: Case, seed: int) -> Draw:
-    """Independent normal variables, a few of which matter."""
+    """Independent normal variables, a few of which are relevant."""
     rng = np.random.default_rng(seed)
     truth = np.zeros(case.variables)
     truth[rng.permutation(case.variables)[:STRONG]] = rng.choice([-1, 1], STRONG)
@@ -301,7 +301,10 @@ def markdown(report: dict[str, Any], machine: str) -> Iterator[str]:
         f"n {case.samples}, p {case.variables:,}, {STRONG} variables of coefficient ±1 under noise of variance 1, "
         f"{case.repeats} draws, {FOLDS} folds; means with standard errors."
     )
-    lines = ["| tuned by cross-validation | noise variables | strong ones | test error | s |", "|---|--:|--:|--:|--:|"]
+    lines = [
+        "| tuned by cross-validation | noise variables | relevant ones | test error | s |",
+        "|---|--:|--:|--:|--:|",
+    ]
     for row in report["regressions"]:
         if "test_error" not in row:
             lines.append(f"| {row['method']} | {row['note']} | | | |")

@@ -1,4 +1,4 @@
-"""Loading a large SAE: time beside that of reading its file, and the most memory that it takes."""
+"""Loading a large SAE: time relative to reading its file, and peak memory."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ SIZES = {"tiny": (256, 1024), "small": (1024, 16_384), "paper": (2304, 65_536)} 
 FORMATS = ("saelens", "sparsify")
 _REPEATS = 5
 
-# In a process of its own, so that the peak is its own; what jax itself takes is measured first and taken off.
+# In a separate process, to measure its peak alone; the memory of jax itself is measured first and subtracted.
 _CHILD = """
 import json, resource, sys, time
 import jax, jax.numpy as jnp
@@ -40,14 +40,14 @@ print(json.dumps({"load_s": seconds, "read_s": time.perf_counter() - start, "pea
 
 
 def run(size: str) -> list[dict[str, Any]]:
-    """Measure both layouts, as they are computed with and transposed."""
+    """Measure both layouts: as used for computation, and transposed."""
     d, m = SIZES[size]
     with tempfile.TemporaryDirectory() as folder:
         return [{"format": format, **measure(Path(folder), d=d, m=m, format=format)} for format in FORMATS]
 
 
 def measure(folder: Path, *, d: int, m: int, format: str = "saelens") -> dict[str, Any]:
-    """Load an SAE of `m` latents and width `d` from a cached file: quickest of several, and the peak of memory.
+    """Load an SAE of `m` latents and width `d` from a cached file: the fastest of several runs, and peak memory.
 
     Returns:
       `load_s`, `read_s`, to read the file into memory; `peak`, bytes above what the process had; `bytes` of the file.

@@ -1,8 +1,8 @@
-"""Other ways to the same answer, each as a competent user would run it: jitted, in chunks of rows, from a warm start.
+"""Other solvers, each as a competent user would run it: jitted, in chunks of rows, from a warm start.
 
 A peer is loaded by a function that imports what it needs and returns `solve(dictionary, y, indices, start, *, effort,
 **variant) -> values`: the dictionary `[m + 1 d]` ends in a row of zeros for unused slots, `y [n d]` has rows of norm 1,
-and indices, starting values and values are `[n k]`. An effort is what its accuracy is bought with: a number of
+and indices, starting values and values are `[n k]`. An effort sets its accuracy: a number of
 iterations, or a tolerance.
 """
 
@@ -25,15 +25,15 @@ class Peer(NamedTuple):
 
     name: str
     kind: str  # published, or a baseline of our own
-    library: str  # whose arrays it takes: jax, torch or numpy
+    library: str  # type of its arrays: jax, torch or numpy
     load: Callable[[], Solve]
-    efforts: tuple  # from cheap to dear
-    variants: tuple[dict[str, Any], ...]  # ways to run it, among which the fastest counts
+    efforts: tuple  # from cheap to expensive
+    variants: tuple[dict[str, Any], ...]  # ways to run it; the fastest counts
     most_rows: int | None = None  # a slow peer is timed on fewer
 
 
 def to_arrays(library: str, arrays: tuple[np.ndarray, ...]) -> tuple:
-    """Arrays as a library wants them, on a GPU where it sees one."""
+    """Arrays in the form that a library takes, on a GPU if it has one."""
     if library == "torch":
         torch = importlib.import_module("torch")
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -41,7 +41,7 @@ def to_arrays(library: str, arrays: tuple[np.ndarray, ...]) -> tuple:
     return tuple(map({"jax": jnp.asarray, "numpy": np.asarray}[library], arrays))
 
 
-# --- What peers share
+# --- Shared by peers
 
 
 def _map_rows(solve_row: Callable, chunk: int | None, *arrays: jax.Array) -> Any:
@@ -56,7 +56,7 @@ def _gram_problems(dictionary, y, indices, chunk: int) -> tuple[jax.Array, jax.A
         atoms = dictionary[indices]
         return atoms @ atoms.T + jnp.diag((indices == len(dictionary) - 1).astype(y.dtype)), atoms @ y
 
-    # On a CPU one row at a time is four times as fast as a batch; an accelerator wants the batch.
+    # On a CPU one row at a time is four times as fast as a batch; accelerators need the batch.
     return _map_rows(row, None if jax.default_backend() == "cpu" else chunk, y, indices)
 
 
@@ -108,7 +108,7 @@ def jaxnnls() -> Solve:
     def solve(dictionary, y, indices, start, *, effort, chunk):
         def row(gram, c):
             z, _, dual, _, _ = pdip.solve_nnls(gram, effort * c)
-            return jnp.where(z > dual, z, 0) / effort  # its iterates are interior: put inactive values on the bound
+            return jnp.where(z > dual, z, 0) / effort  # its iterates are interior: set inactive values to the bound
 
         return _map_rows(row, chunk, *_gram_problems(dictionary, y, indices, chunk))
 
@@ -116,7 +116,7 @@ def jaxnnls() -> Solve:
 
 
 def jaxopt_projected_gradient(on_gram: bool) -> Solve:
-    """`jaxopt.ProjectedGradient`, accelerated: on `½zᵀGz − cᵀz`, or on `½‖y − Aᵀz‖²` as it is written."""
+    """`jaxopt.ProjectedGradient`, accelerated: on `½zᵀGz − cᵀz`, or directly on `½‖y − Aᵀz‖²`."""
     jaxopt = importlib.import_module("jaxopt")
 
     def minimise(value_and_gradient, product, start, tolerance):
@@ -194,7 +194,7 @@ def overcomplete_nnls() -> Solve:
 
 
 def torch_projected_gradient() -> Solve:
-    """Batched Nesterov steps in Gram space with a step of each row's own and gradient restart, in torch."""
+    """Batched Nesterov steps in Gram space with a step per row and gradient restart, in torch."""
     torch = importlib.import_module("torch")
 
     def solve(dictionary, y, indices, start, *, effort, chunk):
@@ -222,7 +222,7 @@ def torch_projected_gradient() -> Solve:
 
 
 def dense_projected_gradient() -> Solve:
-    """Projected gradient on dense codes `[n m]` under a mask of the support: the method as it is usually written."""
+    """Projected gradient on dense codes `[n m]` under a mask of the support, as the method is usually written."""
 
     def solve(dictionary, y, indices, start, *, effort):
         atoms, rows = dictionary[:-1], jnp.arange(len(y))[:, None]

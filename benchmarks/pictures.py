@@ -1,4 +1,4 @@
-"""Photographs denoised by k-SVD, by us and by scikit-learn's pipeline, and filled in."""
+"""Photographs denoised by k-SVD, ours and scikit-learn's pipeline, and inpainted."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ import numpy as np
 from benchmarks.clock import name_missing, say
 from jaxsae.ksvd import image_files, images
 
-SIGMA, SIDE, ATOMS, MOST = 25.0, 8, 256, 16  # at most so many atoms a patch
+SIGMA, SIDE, ATOMS, MOST = 25.0, 8, 256, 16  # atoms per patch, at most
 PATCHES, STEPS = 1 << 15, 10
 MISSING = 0.5
 PICTURES = ("camera", "astronaut", "chelsea", "coffee")
@@ -45,7 +45,7 @@ def photograph(name: str) -> np.ndarray:
 def sklearn_denoise(noisy: np.ndarray) -> np.ndarray:
     """scikit-learn's pipeline: `MiniBatchDictionaryLearning` on as many patches and passes, OMP, averaged overlaps.
 
-    As its example "Image denoising using dictionary learning" has it, but with our rule to end the pursuit, which
+    As in its example "Image denoising using dictionary learning", but with our stopping rule for the pursuit, which
     denoises better than its two atoms a patch.
     """
     from sklearn.decomposition import MiniBatchDictionaryLearning
@@ -72,7 +72,7 @@ def _denoise(noisy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def denoising(clean: np.ndarray, name: str, *, with_peers: bool, out: Path | None) -> Iterator[dict[str, Any]]:
-    """PSNR and seconds for one picture; ours with its compilation, and again without."""
+    """PSNR and seconds for one picture; ours with and without compilation."""
     noisy = clean + np.random.default_rng(0).normal(0, SIGMA, clean.shape).astype(np.float32)
     row = {"picture": name, "height": clean.shape[0], "width": clean.shape[1], "noisy": images.psnr(noisy, clean)}
     say(f"{name}: denoising")
@@ -90,7 +90,7 @@ def denoising(clean: np.ndarray, name: str, *, with_peers: bool, out: Path | Non
 
 
 def inpainting(clean: np.ndarray, name: str, *, out: Path | None) -> Iterator[dict[str, Any]]:
-    """PSNR of a picture of which half the pixels were missing, with the cosines alone and with what is learnt."""
+    """PSNR of a picture with half its pixels missing, with cosines and with learnt atoms."""
     missing = np.random.default_rng(1).random(clean.shape) < MISSING
     holes = np.where(missing, 0, clean)
     for method, steps in (("cosines", 0), ("learnt", STEPS)):

@@ -1,11 +1,11 @@
-"""Speed against accuracy, one panel a case."""
+"""Speed against accuracy, one panel per case."""
 
 import os
 from typing import Any
 
 from benchmarks.judge import ADDED_NMSE
 
-_FLOOR = 1e-16  # float64 sees no smaller excess, and a logarithmic axis has no 0
+_FLOOR = 1e-16  # float64 resolves no smaller excess, and a logarithmic axis has no 0
 
 
 def speed_against_accuracy(report: dict[str, Any], path: str | os.PathLike) -> None:

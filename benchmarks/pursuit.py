@@ -1,4 +1,4 @@
-"""Pursuits: the speed of OMP beside other libraries', and where each method recovers sparse codes exactly."""
+"""Pursuits: the speed of OMP compared with other libraries, and where each method recovers sparse codes exactly."""
 
 import functools
 import importlib
@@ -16,7 +16,7 @@ from jaxsae import pursuit
 
 SIZES = {
     "tiny": ({"d": 16, "m": 64, "k": 4, "rows": 64, "few": 8},),
-    # scikit-learn takes few rows: it takes each alone, and copies a large Gram matrix for each.
+    # Few rows for scikit-learn: it solves each alone, and copies a large Gram matrix for each.
     "paper": (
         {"d": 64, "m": 256, "k": 8, "rows": 10_000, "few": 2000},
         {"d": 768, "m": 16384, "k": 32, "rows": 500, "few": 2},
@@ -52,7 +52,7 @@ def scikit_learn(D: np.ndarray, y: np.ndarray, k: int) -> Callable[[], np.ndarra
 
 
 def spams(D: np.ndarray, y: np.ndarray, k: int) -> Callable[[], np.ndarray]:
-    """`spams.omp` on all cores, which is the optimised OMP: it may choose other atoms."""
+    """`spams.omp` on all cores; it is optimised OMP, and may select other atoms."""
     solve = importlib.import_module("spams").omp
     atoms, targets = np.asfortranarray(D.T), np.asfortranarray(y.T)
     return lambda: solve(targets, atoms, L=k, eps=0.0, numThreads=os.cpu_count()).T
@@ -122,9 +122,9 @@ METHODS: dict[str, Callable] = {
 
 
 def transitions() -> Iterator[dict[str, Any]]:
-    """The share of exact recoveries of each method at each `(δ, ρ) = (d/m, k/d)`, up to where it recovers none.
+    """The share of exact recoveries of each method at each `(δ, ρ) = (d/m, k/d)`, up to where none is recovered.
 
-    Each point has a Gaussian matrix of its own and `TRIALS` codes of `k` random signs. Narrower matrices are filled up
+    Each point has a Gaussian matrix of its own and `TRIALS` codes of `k` random signs. Narrower matrices are padded
     with columns of zeros, which change no product: one program then serves all points. OMP takes `k` steps, so that one
     wrong atom is a failure, and signs are its hardest codes: it ends at about the same `ρ` for every `δ`.
     """
@@ -145,7 +145,7 @@ def transitions() -> Iterator[dict[str, Any]]:
 
 
 def _recovered(programs: dict, name: str, delta: float, rho: float) -> float:
-    """The share of trials whose code comes back."""
+    """The share of trials whose code is recovered."""
     d = round(delta * ATOMS)
     k = max(1, round(rho * d))
     rng = np.random.default_rng([round(100 * delta), round(100 * rho)])
@@ -161,7 +161,7 @@ def _recovered(programs: dict, name: str, delta: float, rho: float) -> float:
 
 
 def plot_transitions(points: list[dict[str, Any]], path: str | os.PathLike) -> None:
-    """Draw how often each method recovers, a panel each, and at which `ρ` every second trial does, all in one."""
+    """Plot the rate of recovery, a panel per method, and in the last panel the `ρ` at which it is one half."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -187,7 +187,7 @@ def plot_transitions(points: list[dict[str, Any]], path: str | os.PathLike) -> N
 
 
 def half_point(rhos: list[float], rates: list[float]) -> float:
-    """The `ρ` at which a falling rate of recovery passes ½, by interpolation; the first or last if it never does."""
+    """The `ρ` at which a falling rate of recovery passes ½, by interpolation; the first or last if it never passes."""
     for number, rate in enumerate(rates):
         if rate < 0.5:
             if number == 0:

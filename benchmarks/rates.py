@@ -1,4 +1,4 @@
-"""Learning rates by the length of a training: which one reaches the least error, of each family, on rows held out."""
+"""Learning rates by the length of a training: the error on held-out rows that each one reaches, by family."""
 
 import functools
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ _HELDOUT = 2048
 
 
 def run(path: Path | None, *, latents: int, batch: int, steps: tuple[int, ...]) -> Iterator[dict[str, Any]]:
-    """A row for each family, number of steps and rate: photographs where there is no file."""
+    """A row for each family, number of steps and rate; on photographs if no file is given."""
     rows, heldout, source = _rows(path)
     for family, sparsity in FAMILIES.items():
         for number in steps:
@@ -37,7 +37,7 @@ def run(path: Path | None, *, latents: int, batch: int, steps: tuple[int, ...]) 
 
 
 def _rows(path: Path | None) -> tuple[np.ndarray, np.ndarray, str]:
-    """Rows of unit mean square about their mean, those held out, and where they come from."""
+    """Rows of unit mean square about their mean, held-out rows, and the name of their source."""
     if path is None:
         return *data.image_patches(100_000, _HELDOUT, side=8, seed=0), "photographs"
     everything = np.asarray(data.open_rows(path), np.float32)
@@ -46,7 +46,7 @@ def _rows(path: Path | None) -> tuple[np.ndarray, np.ndarray, str]:
 
 
 def _train(rows: np.ndarray, options: Options) -> train.TrainState:
-    """One autoencoder a rate, from the same start, on the same batches."""
+    """One autoencoder per rate, from the same initialisation, on the same batches."""
     objective, _, init_fn = runs.recipe(options, train.geometric_median(jnp.asarray(rows[:10_000])), 1.0)
     saes = train.stack([init_fn().sae] * len(RATES))
     batches = data.batches(rows, options.batch, seed=options.seed)
@@ -55,7 +55,7 @@ def _train(rows: np.ndarray, options: Options) -> train.TrainState:
 
 
 def _measure(sae: SAE, heldout: np.ndarray, options: Options) -> dict[str, float]:
-    """NMSE, at the L0 asked for; where a penalty sets that, `loss`, the penalty included, says which rate is better."""
+    """NMSE at the requested L0; where a penalty sets the L0, `loss`, with the penalty, is what compares rates."""
     if options.k is not None and sae.activation.slots is None:
         sae = calibration.calibrate(sae, [heldout], float(options.k))
     error, penalty, l0, silent = map(float, _sums(sae, jnp.asarray(heldout)))

@@ -1,4 +1,4 @@
-"""Time refits, ours and others', tuned to one gate: the gather counts for all, compilation for none."""
+"""Time refits, ours and others', tuned to one gate, with the gather and without compilation."""
 
 import functools
 import math
@@ -28,7 +28,7 @@ COLUMNS = (
     *("worst_kkt", "kkt_999", "added_nmse", "added_nmse_rows", "gate_met"),
     *("scratch_bytes", "roofline", "time_over_encode", "note", "tried"),
 )
-_TUNING = 60.0  # seconds to find a peer's settings in
+_TUNING = 60.0  # seconds for the search of a peer's settings
 _LONG = 3.0  # seconds of a run, beyond which it gets fewer rows
 _FEWEST = 64
 
@@ -48,7 +48,7 @@ class Run(NamedTuple):
     tried: list[dict[str, Any]]
 
     def rank(self) -> tuple:
-        """The fastest of those that meet the gate comes first, and else the one that comes nearest to it."""
+        """Runs that meet the gate first, the fastest of them; the others by distance from it."""
         return (not self.verdict.met, self.seconds / len(self.rows) if self.verdict.met else self.verdict.objective_gap)
 
 
@@ -110,7 +110,7 @@ def measure(problem: cases.Problem, *, with_peers: bool, bandwidth: float) -> tu
 
 
 def _row(**known: Any) -> dict[str, Any]:
-    # JSON has no NaN and no infinity: a solver that diverged has null.
+    # JSON has no NaN or infinity: null for a solver that diverged.
     finite = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in known.items()}
     return dict.fromkeys(COLUMNS) | finite
 
@@ -135,10 +135,10 @@ def _compile(f: Any, *args: Any) -> tuple[Callable[[], Any], float, int | None]:
 
 
 def tune(peer: peers.Peer, problem: cases.Problem, judge: Judge) -> Run:
-    """Find the settings of a peer that meet the gate fastest; if none does, those that come nearest to it.
+    """Find the settings of a peer that meet the gate fastest; if none does, those that come closest.
 
-    The first variant climbs the ladder of efforts to the gate, the others go on from there, and the fastest then tries
-    to do with half a rung less. If a run takes long, the next ones have fewer rows.
+    The first variant climbs the ladder of efforts to the gate, the others continue from there, and the fastest then
+    tries half a rung less. If a run takes long, the next ones have fewer rows.
     """
     solve = peer.load()
     deadline = time.perf_counter() + _TUNING
@@ -148,7 +148,7 @@ def tune(peer: peers.Peer, problem: cases.Problem, judge: Judge) -> Run:
 
     def attempt(variant: dict[str, Any], effort: int | float) -> bool:
         nonlocal rows, arrays
-        # Chunks of one size: a rest would be a second program.
+        # Chunks of one size: a remainder would need a second program.
         chunk = {"chunk": math.gcd(variant["chunk"], len(rows))} if "chunk" in variant else {}
         setting = {**variant, **chunk, "effort": effort}
         for each in tried:
@@ -186,7 +186,7 @@ def _attempt(peer: peers.Peer, solve: peers.Solve, arrays: tuple, rows, judge: J
     solve = functools.partial(solve, **setting)
     call, compile_s, scratch = functools.partial(solve, *arrays), None, None
     if peer.library == "jax":
-        with jax.default_matmul_precision("highest"):  # else TF32 or bfloat16 on accelerators, far from the gate
+        with jax.default_matmul_precision("highest"):  # otherwise TF32 or bfloat16 on accelerators, far from the gate
             call, compile_s, scratch = _compile(jax.jit(solve), *arrays)
     start = time.perf_counter()
     values = jax.block_until_ready(call())

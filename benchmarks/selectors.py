@@ -1,4 +1,4 @@
-"""Selectors side by side: the same number of atoms of the same dictionary, each set refitted; error and time a row."""
+"""Selectors compared: the same number of atoms of the same dictionary, refitted; error and time per row."""
 
 import functools
 import statistics
@@ -22,7 +22,7 @@ SIZES = {
 
 
 class Case(NamedTuple):
-    """A dictionary `[m d]`, rows `[n d]`, how many atoms each may have, and what it all is."""
+    """A dictionary `[m d]`, rows `[n d]`, the number of atoms per row, and a description."""
 
     D: np.ndarray
     y: np.ndarray
@@ -42,7 +42,7 @@ def cases(size: str) -> Iterator[Case]:
 
 
 def _largest(D: Array, y: Array, k: int) -> SparseCode:
-    """The largest correlations, once: what an encoder tied to the dictionary chooses."""
+    """The largest correlations, once: the selection of an encoder tied to the dictionary."""
     return codes.from_dense(y @ D.T, k)
 
 

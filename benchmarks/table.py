@@ -11,7 +11,7 @@ _HEAD += ("roofline", "time / encoder", "")
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """One run as GitHub markdown: what it ran on, then its tables."""
+    """One run as GitHub markdown: its machine, then its tables."""
     commit, *dirty = report["commit"].split("-")
     commit = "-".join([commit[:10], *dirty])
     machine = f"{report['device']}, {report['cores']} cores, jax {report['jax']}, commit `{commit}`"
@@ -34,7 +34,7 @@ def _train(report: dict[str, Any], machine: str) -> list[str]:
     """Steps, the fastest first, with ratios to our own; then the sweep."""
     rows = sorted(report["rows"], key=lambda row: row["seconds"] or float("inf"))
     (ours,) = (row["seconds"] for row in rows if row["step"] == "jaxsae")
-    lines = ["| step | ms | quartiles | times ours | NMSE | MiB |", "|---|--:|--:|--:|--:|--:|"]
+    lines = ["| step | ms | quartiles | time / ours | NMSE | MiB |", "|---|--:|--:|--:|--:|--:|"]
     for row in rows:
         if row["seconds"] is None:
             lines.append(f"| {row['step']} | {row['note']} | | | | |")
@@ -61,7 +61,7 @@ def _sizes(case: dict[str, int]) -> str:
 
 
 def _families(report: dict[str, Any], machine: str) -> list[str]:
-    """A table for each file of activations, a row for each training, and what it was before where that is known."""
+    """A table for each file of activations, a row for each training, with results of an earlier version where known."""
     kept = ("8", "32", "64")
     head = ("family", "L0", "NMSE", "dead", "L0 before", "NMSE", "dead", *(f"NMSE at {n}" for n in kept))
     said = [f"{machine}."]
@@ -75,7 +75,7 @@ def _families(report: dict[str, Any], machine: str) -> list[str]:
             )
         data, o = rows[0]["data"], rows[0]["options"]
         said.append(
-            f"{path}, {data['rows']:,} rows of width {data['width']}, {data['passes']:.1f} times; {o['latents']:,} "
+            f"{path}, {data['rows']:,} rows of width {data['width']}, {data['passes']:.1f} passes; {o['latents']:,} "
             f"latents, {o['steps']:,} steps of {o['batch']} rows, learning rate {o['learning_rate']:.2g}; *dead* of "
             f"{rows[0]['heldout']['dead_rows']:,} rows:"
         )
@@ -90,7 +90,7 @@ def _reached(measured: dict[str, Any] | None) -> list[str]:
 
 
 def _rates(report: dict[str, Any], machine: str) -> list[str]:
-    """What each rate reaches, the best one bold: NMSE, or for an L1 penalty the loss that it is part of."""
+    """The result of each rate, the best one bold: NMSE, or the loss with its L1 penalty."""
     rates = list(dict.fromkeys(row["rate"] for row in report["rows"]))
     head = ("data", "family", "steps", *(f"{rate:g}" for rate in rates), "default")
     lines = ["| " + " | ".join(head) + " |", "|---|---|" + "--:|" * (len(head) - 2)]
@@ -118,7 +118,7 @@ def _load(report: dict[str, Any], machine: str) -> list[str]:
     """A row for each layout of the file, in units of the file."""
     first = report["rows"][0]
     size = f"{first['m']:,} × {first['d']:,} in float32, {first['bytes'] / 1e9:.2g} GB"
-    lines = ["| encoder stored as in | time, of reading the file | peak memory, of its size |", "|---|--:|--:|"]
+    lines = ["| encoder stored as in | load time / read time | peak memory / file size |", "|---|--:|--:|"]
     lines += [
         f"| {row['format']} | {row['load_s'] / row['read_s']:.2f} | {row['peak'] / row['bytes']:.2f} |"
         for row in report["rows"]
@@ -130,7 +130,7 @@ def _pursuit(report: dict[str, Any], machine: str) -> list[str]:
     """A row for each library, by case."""
     parts = [f"{machine}."]
     for d, m, k in dict.fromkeys((row["d"], row["m"], row["k"]) for row in report["rows"]):
-        lines = ["| OMP | rows | ms a row | objective | supports as ours |", "|---|--:|--:|--:|--:|"]
+        lines = ["| OMP | rows | ms a row | objective | same supports as ours |", "|---|--:|--:|--:|--:|"]
         for row in report["rows"]:
             if (row["d"], row["m"], row["k"]) != (d, m, k):
                 continue
@@ -162,7 +162,7 @@ def _transitions(report: dict[str, Any], machine: str) -> list[str]:
     """A row for each method: the `ρ` at which half of the trials are recovered."""
     points = report["points"]
     deltas, rhos = (sorted({point[name] for point in points}) for name in ("delta", "rho"))
-    lines = ["| ρ of half at δ = | " + " | ".join(map(str, deltas)) + " |", "|---|" + "--:|" * len(deltas)]
+    lines = ["| ρ at 50% recovery, δ = | " + " | ".join(map(str, deltas)) + " |", "|---|" + "--:|" * len(deltas)]
     for method in dict.fromkeys(point["method"] for point in points):
         rates = {(p["delta"], p["rho"]): p["recovered"] for p in points if p["method"] == method}
         half = [half_point(rhos, [rates[delta, rho] for rho in rhos]) for delta in deltas]
@@ -171,7 +171,7 @@ def _transitions(report: dict[str, Any], machine: str) -> list[str]:
 
 
 def _ksvd(report: dict[str, Any], machine: str) -> list[str]:
-    """Atoms found again, by learner and noise."""
+    """Recovered atoms, by learner and noise."""
     lines = ["| learner | SNR (dB) | recovered | least | runs | s a run |", "|---|--:|--:|--:|--:|--:|"]
     for row in report["rows"]:
         if row["mean"] is None:
@@ -184,7 +184,7 @@ def _ksvd(report: dict[str, Any], machine: str) -> list[str]:
 
 
 def _pictures(report: dict[str, Any], machine: str) -> list[str]:
-    """Photographs denoised and filled in, by method."""
+    """Photographs denoised and inpainted, by method."""
     parts = [f"{machine}."]
     if report["denoising"]:
         lines = ["| picture | method | PSNR (dB) | s | first, s |", "|---|---|--:|--:|--:|"]
@@ -204,7 +204,7 @@ def _pictures(report: dict[str, Any], machine: str) -> list[str]:
 
 
 def _jobs(report: dict[str, Any], machine: str) -> list[str]:
-    """What saving and loading cost; then what a job that was killed came to."""
+    """The cost of saving and loading; then the result of a job that was killed."""
     c = report["costs"]
     parts = [
         f"{machine}; {_sizes(c['case'])}.",
@@ -220,7 +220,7 @@ def _jobs(report: dict[str, Any], machine: str) -> list[str]:
         middle = sum(moment["in_mid_save"] for moment in s["moments"])
         parts.append(
             f"A job of {s['steps']} steps, killed at {len(s['moments'])} random moments, {middle} of them in the "
-            f"middle of a save: {len(s['differ'])} of {s['leaves']} arrays differ from those of one left alone."
+            f"middle of a save: {len(s['differ'])} of {s['leaves']} arrays differ from those of an uninterrupted job."
         )
     return parts
 
@@ -245,7 +245,7 @@ _TABLES = {
 
 
 def insert(readme: str, reports: list[dict[str, Any]]) -> str:
-    """A README with each run's tables between its markers, in place of what stands there."""
+    """A README with the tables between the markers of each run replaced."""
     for report in reports:
         begin = f"<!-- benchmark: {report['benchmark']} -->"
         before, found, rest = readme.partition(begin)
@@ -294,5 +294,5 @@ def _shown(value: float | None, form: str) -> str:
 
 
 def _three(value: float) -> str:
-    """Three digits are as many as a timing is good for."""
+    """Three digits, as accurate as a timing is."""
     return f"{float(f'{value:.3g}'):,.0f}"

@@ -1,6 +1,6 @@
 """Time training steps of a TopK autoencoder, ours and others', from the same weights on the same batches.
 
-A step is forward, backward, Adam, and what keeps the decoder's norm; each contestant does it its own way.
+A step is forward, backward, Adam and the normalisation of the decoder, as each library does them.
 """
 
 import itertools
@@ -42,7 +42,7 @@ Step = Callable[[], Any]  # takes one step and waits for it; returns NMSE
 
 
 class Contestant(NamedTuple):
-    """A library's training step, and the memory that it needs where that is known."""
+    """A library's training step, and its memory where known."""
 
     step: Step
     bytes: int | None = None
@@ -164,7 +164,7 @@ def run(size: str, *, with_peers: bool) -> Iterator[dict[str, Any]]:
 
 
 def sweep(size: str) -> dict[str, Any]:
-    """Measure a sweep over L1 weights against as many trainings in turn: seconds a step of all, and agreement."""
+    """Compare a sweep over L1 weights with as many separate trainings: seconds a step of all, and agreement."""
     case, rng = SWEEPS[size], np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(case["B"], case["d"])), jnp.float32)
     weights, rates = np.geomspace(0.001, 0.1, MEMBERS), np.geomspace(1e-4, 1e-3, MEMBERS)

@@ -1,4 +1,4 @@
-"""Chromium without a window, told what to do through a pair of pipes: no driver, no port, no other package."""
+"""Headless Chromium, controlled through a pair of pipes: no driver, no port, no other package."""
 
 import base64
 import contextlib
@@ -22,7 +22,7 @@ _FLAGS = [
 
 
 class Browser:
-    """One page, driven by the DevTools protocol; `events` are all it told, as `(method, params)`."""
+    """One page, driven by the DevTools protocol; `events` are all that it reported, as `(method, params)`."""
 
     def __init__(self, commands: int, answers: int):
         self.events: list[tuple[str, dict[str, Any]]] = []
@@ -82,9 +82,9 @@ class Browser:
 
 @contextlib.contextmanager
 def browser(profile: Path) -> Iterator[Browser]:
-    """Start Chromium with a directory of its own, and end it."""
+    """Start Chromium with a temporary directory, and end it."""
     (ours_in, their_out), (their_in, ours_out) = os.pipe(), os.pipe()
-    # It reads what to do from descriptor 3, and answers on 4.
+    # It reads commands from descriptor 3, and writes replies to 4.
     shell = f'exec "$@" 3<&{their_in} 4>&{their_out}'
     process = subprocess.Popen(
         ["bash", "-c", shell, "bash", str(FOUND), *_FLAGS, f"--user-data-dir={profile}"],

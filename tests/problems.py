@@ -62,7 +62,7 @@ def objective(dictionary, y, code: SparseCode, ridge=0.0) -> np.ndarray:
 
 
 def nmse(dictionary, y, code: SparseCode) -> np.ndarray:
-    """Squared error relative to that of the answer 0, row by row."""
+    """Squared error relative to that of a code of zeros, per row."""
     return (residual(dictionary, y, code) ** 2).sum(-1) / (f64(y) ** 2).sum(-1)
 
 
@@ -131,7 +131,7 @@ def rows(n, d=16) -> np.ndarray:
 
 
 def sparse_rows(n=4096, *, d=32, atoms=32, k=3, seed=0):
-    """Rows that are sums of `k` of the atoms, and the atoms: a problem with a known answer."""
+    """Rows that are sums of `k` of the atoms, and the atoms: a problem with a known solution."""
     rng = np.random.default_rng(seed)
     dictionary = rng.normal(size=(atoms, d))
     dictionary /= np.linalg.norm(dictionary, axis=1, keepdims=True)

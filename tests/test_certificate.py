@@ -34,7 +34,7 @@ def kkt_by_definition(dictionary, y, code: SparseCode, nonnegative: bool) -> np.
     violation = np.abs(gradient)
     if nonnegative:
         violation = np.where(z > 0, violation, np.maximum(-gradient, 0))
-        # A negative value is infeasible by itself, in the units of a gradient.
+        # A negative value is itself infeasible, in the units of a gradient.
         violation = np.maximum(violation, np.where(z < 0, -z * norms**2, 0))
     return violation.max(-1) / (norms.max(-1) * np.linalg.norm(f64(y), axis=-1))
 

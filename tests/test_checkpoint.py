@@ -103,7 +103,7 @@ def test_leaves_may_lie_in_memory_in_any_order(dtype, tmp_path):
     x = (np.arange(12).reshape(3, 4) + (0.1 if dtype.startswith("float") else 0)).astype(dtype)
     state = {name: order(x) for name, order in ORDERS.items()}
     wanted = jax.tree.map(np.array, state)
-    wanted["a number"] = np.asarray(jnp.asarray(state["a number"]))  # has no type of its own
+    wanted["a number"] = np.asarray(jnp.asarray(state["a number"]))  # has no type in files
     with Checkpoints(tmp_path, config=None) as checkpoints:
         checkpoints.save(1, state, progress=None)
         for leaf in state.values():  # what is saved is the state of that moment

@@ -46,10 +46,10 @@ def examples():
 
 
 HUB = "hf://organisation/repository/path"
-GROUPS = ["codes", "conversion", "pictures", "plans", "studies", "texts", "training"]  # of commands
+GROUPS = ["autoencoders", "pictures", "plans", "studies", "texts", "training"]  # of commands
 
 
-# As the package is installed: a checkout beside it would be another `jaxsae`.
+# From the installed package: a checkout beside it would be another `jaxsae`.
 @pytest.mark.parametrize("example", list(examples()), ids=lambda test: test.name)
 def test_docstring_example_runs(example, unchecked):
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS, verbose=False)
@@ -73,7 +73,7 @@ def test_code_of_a_page_runs(page):
 
 @pytest.mark.slow
 def test_code_of_a_published_autoencoder_runs(tmp_path, monkeypatch, capsys):
-    """On one from disk: the hub is elsewhere."""
+    """On one from disk, without the hub."""
     monkeypatch.chdir(tmp_path)
     np.save("x.npy", np.random.default_rng(0).standard_normal((64, 16)).astype(np.float32))
     jaxsae.pretrained.save(
@@ -126,7 +126,7 @@ def test_commands_of_a_page_are_understood(page, monkeypatch):
 
 @pytest.mark.slow
 def test_commands_of_the_pages_run(tmp_path, monkeypatch):
-    """On small files, a training shorter; but for other machines, the network, and studies, which `.ci/run` runs."""
+    """On small files, with shorter trainings; except other machines, the network, and studies, which `.ci/run` runs."""
     monkeypatch.chdir(tmp_path)
     generator = np.random.default_rng(0)
     for name, rows in (("x", 4000), ("y", 300)):
@@ -185,7 +185,7 @@ def test_every_name_of_a_snippet_is_imported(path):
 
 
 def test_a_name_that_is_not_imported_is_seen():
-    # The test above would pass if nothing were.
+    # Otherwise the test above could pass without finding anything.
     assert missing("import jaxsae\njaxsae.cli.main(argv)\nfor a in [b]:\n    a = jaxsae.init(a)") == {
         "jaxsae.cli",
         "argv",
@@ -224,12 +224,12 @@ def test_page_runs_on_a_language_model(smollm2, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.lm
 def test_page_harvests(smollm2, tmp_path, monkeypatch):
-    """Fewer tokens than there."""
+    """With fewer tokens than on the page."""
     monkeypatch.chdir(tmp_path)
     (argv,) = (argv for argv in commands(LANGUAGE_MODELS.read_text()) if argv[0] == "harvest")
     argv[argv.index("--tokens") + 1] = "2000"
     assert cli.main(argv) == 0
-    assert len(data.open_rows("activations")) == 8 * 255  # contexts, each but for its first position
+    assert len(data.open_rows("activations")) == 8 * 255  # contexts, each without its first position
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
@@ -267,7 +267,7 @@ def formatted(row: dict) -> str:
 def test_readme_has_the_least_rows_of_a_study():
     full, quick = (plan.batch + plan.heldout for plan in (study.FULL, study.QUICK))
     words = " ".join((ROOT / "README.md").read_text().split())
-    assert f"with {full:,} rows at the least ({quick:,} with `--quick`)" in words
+    assert f"with at least {full:,} rows ({quick:,} with `--quick`)" in words
 
 
 def load_report(name: str) -> dict:

@@ -150,7 +150,7 @@ class Squared(jaxsae.autoencoder.activations.Activation):
 
 @pytrees.dataclass
 class Halved(jaxsae.TopK):
-    """Of one of ours, which it would be saved as."""
+    """A subclass of one of our activations, which must not be saved as that."""
 
     def __call__(self, pre):
         return super().__call__(pre) / 2

@@ -233,7 +233,7 @@ def keep(tree, rows):
 
 
 def assert_honest(p: Problem, code: SparseCode, info: jaxsae.RefitInfo, nonnegative: bool, tol: float):
-    """Of each row: its status and its residual are true, its values are finite, and it is no worse than it began."""
+    """In each row, status and residual are true, values are finite, and the result is no worse than the start."""
     finite = is_finite(p)
     np.testing.assert_array_equal(np.asarray(info.status) == Status.NONFINITE, ~finite)
     assert_same_bits(keep(code, ~finite), keep(p.code, ~finite))

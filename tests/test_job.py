@@ -1,4 +1,4 @@
-"""A training that is interrupted, in processes of its own, and one that meets rows that are not finite."""
+"""Interrupted trainings, in separate processes, and trainings on rows that are not finite."""
 
 import dataclasses
 import json
@@ -135,7 +135,7 @@ def test_several_files_are_mixed_and_their_last_rows_held_out(rows, tmp_path, ca
     assert "got 1 weights for 2 files; pass one for each." in capsys.readouterr().err
 
 
-# --- what goes on between one save and the next
+# --- between one save and the next
 
 
 @pytest.fixture

@@ -568,7 +568,7 @@ TOPOLOGIES = {"v5e": "v5e:4x4", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 
 
 def compile_for_tpu(chip: str):
-    """Compile every kernel for one chip; run by a process of its own, since libtpu wants its say before jax starts."""
+    """Compile every kernel for one chip; in a separate process, since libtpu is set up before jax starts."""
     from jax.experimental.layout import Format, Layout
     from jax.sharding import SingleDeviceSharding
 

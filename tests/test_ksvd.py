@@ -73,7 +73,7 @@ def power_step(E, v, d):
 @pytest.mark.parametrize(("update", "fit_atom"), [(ksvd.exact, svd), (ksvd.approximate, power_step)])
 @pytest.mark.parametrize("n", [N, 700])
 def test_a_sweep_is_numpys(update, fit_atom, n):
-    # Of 700 signals each atom has several blocks of rows.
+    # With 700 signals, each atom has several blocks of rows.
     atoms, y, code = signals(n=n)
     expected_atoms, expected_values = numpy_sweep(fit_atom, atoms, y, code)
     got, updated = update(atoms, y, code)
@@ -267,7 +267,7 @@ def experiment(*, n):
     return jnp.asarray(synthetic(1, None)[1][:n], jnp.float32)
 
 
-# What a program of its own costs to compile is most of the time of these.
+# Most of the time of these is the compilation of separate programs.
 @pytest.mark.parametrize(
     "update", [ksvd.exact, *(pytest.param(f, marks=pytest.mark.slow) for f in (ksvd.approximate, ksvd.mod))]
 )

@@ -280,7 +280,7 @@ def test_cross_entropy_is_a_mean_over_tokens():
         np.testing.assert_allclose(found[name].cross_entropy, surprise.mean(), rtol=1e-6)
         np.testing.assert_allclose(found[name].kl, divergence.mean(), rtol=1e-5, atol=1e-6)
         means = [part[0].mean() for part in parts]
-        assert abs(np.mean(means) - surprise.mean()) > 1e-3  # so that the two are told apart
+        assert abs(np.mean(means) - surprise.mean()) > 1e-3  # so that the two can be distinguished
     assert found["zero"].kl > 0.01
     assert found["same"] == found["clean"]
     assert abs(found["clean"].kl) < 1e-6

@@ -503,7 +503,7 @@ def test_the_tokenizer_of_a_gguf_is_the_original(pre, bos, tmp_path):
         assert found.decode(ids) == original.decode(ids)
     assert found.get_vocab_size() == len(tokens)
     digits = original.encode("123").tokens
-    assert digits == (["123"] if pre == "gpt-2" else ["1", "2", "3"])  # the two are told apart
+    assert digits == (["123"] if pre == "gpt-2" else ["1", "2", "3"])  # the two are distinguished
 
 
 def test_the_tokenizer_of_a_directory():

@@ -41,7 +41,7 @@ def support(code) -> np.ndarray:
 
 
 def assert_agrees(code, best: np.ndarray):
-    """Equal supports but for a row in a thousand, and there equal values."""
+    """Equal supports except in at most a thousandth of the rows, and equal values where supports agree."""
     equal = np.all(support(code) == (best != 0), axis=1)
     assert np.mean(equal) >= 0.999
     np.testing.assert_allclose(f64(code.dense())[equal], best[equal], atol=1e-4)
@@ -108,7 +108,7 @@ METHODS = {
 NOT_REFITTED = ("matching_pursuit", "gradient_pursuit")
 d, m, k, n = 20, 48, 5, 48
 methods = pytest.mark.parametrize("name", METHODS)
-# Each is a program of its own: some seconds of compilation.
+# Each is a separate program, with some seconds of compilation.
 variants = pytest.mark.parametrize(
     ("name", "nonnegative"),
     [
@@ -270,7 +270,7 @@ def test_exact_recovery_has_a_region(method, options):
 
 
 def test_false_alarms_are_as_rare_as_asked_for():
-    # Of a row of noise each atom passes the first threshold with the probability asked for.
+    # In a row of noise, each atom passes the first threshold with the probability asked for.
     rng = np.random.default_rng(4)
     atoms = jnp.asarray(rng.normal(size=(m, d)) / np.sqrt(d), jnp.float32)
     y = jnp.asarray(rng.normal(size=(n, d)), jnp.float32)

@@ -136,7 +136,7 @@ def test_the_rounding_of_products_does_not_show():
 
 
 def test_a_row_whose_gram_matrix_rounding_makes_indefinite_is_no_worse_than_it_began():
-    """In Gram space alone the answers' error is 1e13 times that of no answer."""
+    """In Gram space alone the error of the values is 1e13 times that of zeros."""
     dictionary, y, code = parallel_rows(0.999998, d=256, k=64)
     refitted, info = jaxsae.refit(dictionary, y, code, nonnegative=False)
     assert np.max(nmse(dictionary, y, refitted)) <= 1 + 1e-6

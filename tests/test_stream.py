@@ -75,7 +75,7 @@ def refined(request, tmp_path_factory):
     done = []
     summary = refine_file(model, x, out, SOLVER, progress=done.append)
     encoded = encode(model, x, capacity=summary.capacity)
-    # In pieces of a size that is compiled already: a row's answer does not depend on its batch.
+    # In pieces of a size that is compiled already: a row's result does not depend on its batch.
     pieces = [slice(i, i + 256) for i in range(0, ROWS, 256)]
     parts = [
         jaxsae.refine(model, jnp.asarray(x[i]), jax.tree.map(operator.itemgetter(i), encoded), SOLVER) for i in pieces
