@@ -115,7 +115,7 @@ def test_rescale_keeps_the_reconstruction_or_refuses(name):
         model = sae(d=D, m=M, activation=of_every_kind()[name]).replace(normalisation=normalise)
         per_row = normalise is not None and normalise.per_row
         if name.startswith("Square") and not per_row:  # it has units, and does not say which
-            with pytest.raises(ValueError, match=r"does not say how it changes units; define"):
+            with pytest.raises(ValueError, match=r"does not support a change of units; define"):
                 jaxsae.autoencoder.rescale(model, scale)
             continue
         rescaled = jaxsae.autoencoder.rescale(model, scale)
