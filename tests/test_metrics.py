@@ -10,7 +10,8 @@ from problems import activations, f64, sae
 
 import jaxsae
 from jaxsae import SparseCode, metrics
-from jaxsae.autoencoder.metrics import RATIO_EDGES, Activity, activity, moments, reconstruction, shrinkage
+from jaxsae.autoencoder.metrics import Activity, activity, moments, reconstruction
+from jaxsae.autoencoder.shrinkage import RATIO_EDGES, shrinkage
 from jaxsae.train import losses
 
 ROWS, D, M, K = 64, 16, 32, 6
@@ -344,7 +345,7 @@ def all_metrics(model, x, code, refined):
         "reconstruction": metrics.reconstruction(x, x_hat),
         "progressive": metrics.progressive(model, x, code, (1, 4)),
         "activity": metrics.activity(code),
-        "shrinkage": metrics.shrinkage(model, x, code, refined),
+        "shrinkage": shrinkage(model, x, code, refined),
         "nmse": losses.nmse(x, x_hat),
     }
 

@@ -14,16 +14,16 @@ import pytest
 from browser import FOUND, browser
 from problems import cli
 
-from jaxsae import metrics
 from jaxsae._core.files import InputError
 from jaxsae.app import html as pages, logs, plots, report
 from jaxsae.app.options import Options
 from jaxsae.app.plots import FAMILIES
+from jaxsae.autoencoder.shrinkage import RATIO_EDGES
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = Options("topk", 512, k=16)
 HOSTILE = """<script>alert(1)</script><img src=x onerror=alert(2)>" onload="alert(3)' & "</style>"""
-BINS = len(metrics.RATIO_EDGES) - 1
+BINS = len(RATIO_EDGES) - 1
 
 
 def a_row(family, value, l0, **more):
@@ -58,7 +58,7 @@ def a_study(**more):
         "data": {"source": "x.npy", "rows": 9000, "heldout": 2048, "width": 192},
         "config": {"latents": 256, "l1": [0.05, 0.2]},
         "versions": {"jaxsae": "0.1.0", "jax": "0.10.2"},
-        "ratio_edges": metrics.RATIO_EDGES.tolist(),
+        "ratio_edges": RATIO_EDGES.tolist(),
     } | more
 
 

@@ -14,10 +14,11 @@ import scipy.special
 from problems import f64, objective_gap
 
 import jaxsae
-from jaxsae import data, language_model, metrics, pretrained, train
+from jaxsae import data, language_model, pretrained, train
 from jaxsae._core.files import InputError, owned
 from jaxsae.app import cli, plots, study
 from jaxsae.app.options import FAMILIES
+from jaxsae.autoencoder.shrinkage import RATIO_EDGES
 from jaxsae.autoencoder.stream import refine_blocks
 from jaxsae.data import shards
 
@@ -157,7 +158,7 @@ def test_numbers_all_but_equal_are_drawn_close_together(tmp_path, monkeypatch):
     rows = [
         {"family": "topk", "l0": l0, "nmse_before": 0.26, "nmse_after": 0.25, "change": [1] * 80} for l0 in (6.8, 6.9)
     ]
-    plots.shrinkage({"rows": rows, "ratio_edges": metrics.RATIO_EDGES}, tmp_path / "a.png")
+    plots.shrinkage({"rows": rows, "ratio_edges": RATIO_EDGES}, tmp_path / "a.png")
     axes = drawn[0].axes[1]
     for low, high in (axes.get_xlim(), axes.get_ylim()):
         assert high / low == pytest.approx(2)

@@ -24,6 +24,7 @@ from jaxsae.app import plots, runs
 from jaxsae.app.options import Options, passes, resolved
 from jaxsae.autoencoder import calibration, metrics, stream
 from jaxsae.autoencoder.sae import SAE, reconstruct, to_fit
+from jaxsae.autoencoder.shrinkage import RATIO_EDGES, shrinkage
 from jaxsae.autoencoder.surgery import rescale
 from jaxsae.formats import pretrained
 from jaxsae.language_model import harvest
@@ -198,7 +199,7 @@ def _begun(plan: Plan, options: Options, rows: _Rows, probe: "_Probe | None", pa
         },
         "config": {**plan._asdict(), **trained, **({} if probe is None else {"context": _CONTEXT})},
         "versions": versions() | {"backend": jax.default_backend()},
-        "ratio_edges": metrics.RATIO_EDGES.tolist(),
+        "ratio_edges": RATIO_EDGES.tolist(),
     }
 
 
@@ -365,7 +366,7 @@ def measure(
 ) -> dict[str, Any]:
     """Refine the codes of rows and measure the shrinkage: one row of the report, without its name.
 
-    Besides the numbers: `change` and `latent_change`, histograms over `metrics.RATIO_EDGES` of refined/original, for
+    Besides the numbers: `change` and `latent_change`, histograms over `RATIO_EDGES` of refined/original, for
     active values and for latents' means; `firing`, how many latents fire on no row, on 1, on 2 or 3, on 4 to 7 …, and
     `dead`, the share of those on none, both over `dead_rows` rows, these and `more`; `worst_rows`, those with the
     largest KKT residuals.
@@ -381,7 +382,7 @@ def measure(
         see(block)
         y, _ = to_fit(sae, block.x)
         kkt = _certified_kkt(sae.W_dec, y, block.refined, nonnegative=not sae.activation.signed)
-        shrunk = metrics.shrinkage(sae, block.x, block.code, block.refined)
+        shrunk = shrinkage(sae, block.x, block.code, block.refined)
         return (shrunk, metrics.activity(block.code)), (block.rows, np.asarray(kkt), np.asarray(block.code.l0))
 
     sums, columns = zip(*map(measure_block, stream.refine_blocks(sae, rows, _solver)), strict=True)
@@ -391,12 +392,12 @@ def measure(
     number, kkt, l0 = map(np.concatenate, zip(*columns, strict=True))
     worst = np.argsort(-np.nan_to_num(kkt, nan=np.inf), kind="stable")[:_WORST]
     ratio = np.asarray(shrunk.ratio)
-    ratio = np.clip(ratio[np.isfinite(ratio)], metrics.RATIO_EDGES[0], metrics.RATIO_EDGES[-1])
+    ratio = np.clip(ratio[np.isfinite(ratio)], RATIO_EDGES[0], RATIO_EDGES[-1])
     numbers = {**shrunk.numbers(), "worst_kkt": kkt.max(), "certified": np.mean(kkt <= CERTIFIED), "dead": active.dead}
     numbers = {name: json_number(value) for name, value in numbers.items()}
     return numbers | {
         "change": np.asarray(shrunk.ratio_histogram).tolist(),
-        "latent_change": np.histogram(ratio, metrics.RATIO_EDGES)[0].tolist(),
+        "latent_change": np.histogram(ratio, RATIO_EDGES)[0].tolist(),
         "firing": active.log2_histogram,
         "dead_rows": int(active.rows),
         "worst_rows": [{"row": int(number[i]), "l0": int(l0[i]), "kkt": json_number(kkt[i])} for i in worst],

@@ -3,8 +3,8 @@
     z = activation((x − b_dec) W_enc + b_enc)        x̂ = z W_dec + b_dec
 
 An architecture is an activation (`activations`) and, in training, a loss. `sae` has the functions, `normalisation` the
-scaling of inputs, `metrics` mergeable sums, `stream` refinement of more rows than fit in memory, and `calibration`
-thresholds for a target L0.
+scaling of inputs, `metrics` and `shrinkage` mergeable sums, `stream` refinement of more rows than fit in memory, and
+`calibration` thresholds for a target L0.
 """
 
 from jaxsae.autoencoder import (
@@ -25,7 +25,6 @@ from jaxsae.autoencoder.activations import (
     ReLU as ReLU,
     TopK as TopK,
 )
-from jaxsae.autoencoder.metrics import Shrinkage as Shrinkage, shrinkage as shrinkage
 from jaxsae.autoencoder.sae import (
     SAE as SAE,
     Fit as Fit,
@@ -39,4 +38,5 @@ from jaxsae.autoencoder.sae import (
     refine as refine,
     to_fit as to_fit,
 )
+from jaxsae.autoencoder.shrinkage import Shrinkage as Shrinkage, shrinkage as shrinkage
 from jaxsae.autoencoder.surgery import fold_scale as fold_scale, rescale as rescale, rethreshold as rethreshold

@@ -16,8 +16,8 @@ from jaxtyping import Array
 
 from jaxsae._core.files import InputError, atomic_file, local_path
 from jaxsae._core.linalg import promoted
-from jaxsae.autoencoder.metrics import Shrinkage, shrinkage
 from jaxsae.autoencoder.sae import SAE, encode, encode_dense, refine
+from jaxsae.autoencoder.shrinkage import Shrinkage, shrinkage
 from jaxsae.codes import SparseCode
 from jaxsae.data import shards
 from jaxsae.data.rows import Rows
