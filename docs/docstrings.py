@@ -43,8 +43,9 @@ def _parameter(name: str, annotation: Any = None, default: Any = None) -> griffe
 
 
 def _default(field: griffe.Attribute) -> Any:
-    """Of `a: int = 1`, or of `a: int = struct.field(pytree_node=False, default=1)`."""
-    if not isinstance(field.value, griffe.ExprCall) or field.value.canonical_path != "flax.struct.field":
+    """The default of `a: int = 1`, or of `a: int = pytrees.static(default=1)`."""
+    ours = {f"jaxsae._core.pytrees.{name}" for name in ("static", "fixed", "sharded")}
+    if not isinstance(field.value, griffe.ExprCall) or field.value.canonical_path not in ours:
         return field.value
     named = {getattr(argument, "name", None): argument for argument in field.value.arguments}
     return named["default"].value if "default" in named else None

@@ -4,7 +4,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
@@ -40,7 +39,7 @@ class SparseCode:
 
     values: Float[Array, "*b k"]
     indices: Int[Array, "*b k"]
-    num_latents: int = struct.field(pytree_node=False)
+    num_latents: int = pytrees.static()
     num_dropped: Int[Array, "*b"] = None  # pyright: ignore[reportAssignmentType]
 
     def __post_init__(self):

@@ -39,7 +39,7 @@ def find(name: str):
 def index(module) -> list[str]:
     """What a package imports under its own name, `from x import y as y`, and what a module defines."""
     if hasattr(module, "__path__"):
-        imports = [node for node in ast.parse(inspect.getsource(module)).body if isinstance(node, ast.ImportFrom)]
+        imports = [node for node in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(node, ast.ImportFrom)]
         return [alias.name for node in imports for alias in node.names if alias.asname == alias.name]
     own = [name for name, thing in vars(module).items() if getattr(thing, "__module__", None) == module.__name__]
     return [name for name in own if not name.startswith("_")]
@@ -52,7 +52,7 @@ def public() -> dict[str, object]:
     """
     found, seen, modules = {}, set(), [("jaxsae", jaxsae)]
     for path, module in modules:  # which grows
-        for name in getattr(module, "__all__", None) or [*index(module), *getattr(module, "_LAZY", ())]:
+        for name in getattr(module, "__all__", None) or index(module):
             thing = getattr(module, name)
             if inspect.ismodule(thing):
                 modules.append((f"{path}.{name}", thing))

@@ -13,10 +13,28 @@ from typing import Any, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
-from flax import serialization, struct
 from jax import export
 
+from jaxsae._core import lazy
+
 _T = TypeVar("_T")
+
+
+def static(**options: Any) -> Any:
+    """A field that is part of the pytree's structure: `jit` compiles anew for each value.
+
+    Args:
+      options: of `dataclasses.field`, such as `default`.
+
+    Example:
+      >>> @dataclass
+      ... class Power:
+      ...     of: jax.Array
+      ...     exponent: int = static(default=2)
+      >>> jax.jit(lambda power: power.of**power.exponent)(Power(jnp.float32(3)))
+      Array(9., dtype=float32)
+    """
+    return dataclasses.field(metadata={"pytree_node": False}, **options)
 
 
 def fixed(**options: Any) -> Any:
@@ -33,7 +51,7 @@ def fixed(**options: Any) -> Any:
       >>> partition(Clipped(1.5))
       (Clipped(by=1.5, at_most=None), Clipped(by=None, at_most=3.0))
     """
-    return struct.field(metadata={"trained": False}, **options)
+    return dataclasses.field(metadata={"trained": False}, **options)
 
 
 def sharded(*axes: str | None) -> Any:
@@ -50,7 +68,7 @@ def sharded(*axes: str | None) -> Any:
       >>> tuple(sharding.specs(Bias(jnp.zeros(8))).by_latent)
       ('latent',)
     """
-    return struct.field(metadata={"axes": axes})
+    return dataclasses.field(metadata={"axes": axes})
 
 
 def partition(tree: _T) -> tuple[_T, _T]:
@@ -103,22 +121,21 @@ def merge(trained: _T, rest: _T) -> _T:
     return jax.tree.map(lambda a, b: b if a is None else a, trained, rest, is_leaf=lambda leaf: leaf is None)
 
 
-@dataclass_transform(field_specifiers=(struct.field, fixed, sharded), frozen_default=True)
+@dataclass_transform(field_specifiers=(static, fixed, sharded), frozen_default=True)
 def dataclass(cls: type[_T]) -> type[_T]:
     """Make a class a frozen dataclass that is a pytree, with `replace`.
 
-    Fields are leaves or pytrees, except those made by `flax.struct.field(pytree_node=False)`, which are static. The
+    Fields are leaves or pytrees, except those declared with `static`, or `flax.struct.field(pytree_node=False)`. The
     library's own classes are registered with `jax.export`, so that exported functions can take them.
 
     Args:
       cls: class with annotated fields.
 
     Example:
-      >>> from flax import struct
       >>> @dataclass
       ... class Scale:
       ...     by: float
-      ...     kind: str = struct.field(pytree_node=False, default="row")
+      ...     kind: str = static(default="row")
       >>> jax.tree.map(lambda by: 2 * by, Scale(1.5)).replace(kind="column")
       Scale(by=3.0, kind='column')
     """
@@ -143,14 +160,7 @@ def dataclass(cls: type[_T]) -> type[_T]:
 
     jax.tree_util.register_pytree_with_keys(made, flatten_with_keys, unflatten, flatten)
 
-    def to_state(self):
-        return {name: serialization.to_state_dict(getattr(self, name)) for name in leaves}
-
-    def from_state(self, state):
-        parts = {name: serialization.from_state_dict(getattr(self, name), state[name], name) for name in leaves}
-        return dataclasses.replace(self, **parts)
-
-    serialization.register_serialization_state(made, to_state, from_state)
+    lazy.when_imported("flax.serialization", lambda flax: _register_with_flax(flax, made, leaves))
     if made.__module__.startswith("jaxsae."):  # classes of others register themselves
         export.register_pytree_node_serialization(
             made,
@@ -160,3 +170,14 @@ def dataclass(cls: type[_T]) -> type[_T]:
         )
     made.replace = dataclasses.replace
     return made
+
+
+def _register_with_flax(serialization: Any, made: type, leaves: list[str]) -> None:
+    def to_state(self):
+        return {name: serialization.to_state_dict(getattr(self, name)) for name in leaves}
+
+    def from_state(self, state):
+        parts = {name: serialization.from_state_dict(getattr(self, name), state[name], name) for name in leaves}
+        return dataclasses.replace(self, **parts)
+
+    serialization.register_serialization_state(made, to_state, from_state)

@@ -6,7 +6,19 @@ study`, and `plan` estimates what a training needs on TPUs. `report` makes a pag
 `plots` draws the figure of a study.
 """
 
+from typing import TYPE_CHECKING
+
 from jaxsae._core import lazy
 
-__all__ = ["logs", "options", "plan", "plots", "report", "runs", "study"]
-__getattr__ = lazy.submodules(__name__, *__all__)
+if TYPE_CHECKING:
+    from jaxsae.app import (
+        logs as logs,
+        options as options,
+        plan as plan,
+        plots as plots,
+        report as report,
+        runs as runs,
+        study as study,
+    )
+
+__getattr__, __dir__ = lazy.attach(__name__, __file__)

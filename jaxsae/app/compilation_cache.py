@@ -7,23 +7,24 @@ home directory, each kind of CPU has its own cache there.
 
 import contextlib
 import hashlib
+import os
 import platform
 import warnings
 from pathlib import Path
-from typing import Any
-
-import jax
 
 from jaxsae._core.files import InputError, cache
 
 MAX_BYTES = 1 << 28  # the least recently used programs are evicted first
-_config: Any = jax.config  # whose options are not annotated
 
 
 def kept() -> Path | None:
-    """The directory of JAX's persistent cache, if it is enabled."""
-    folder = _config.jax_compilation_cache_dir
-    return Path(folder) if folder and _config.jax_enable_compilation_cache else None
+    """The directory of JAX's persistent cache, if the environment names one and does not disable it."""
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    return Path(folder) if folder and _enabled() else None
+
+
+def _enabled() -> bool:
+    return os.environ.get("JAX_ENABLE_COMPILATION_CACHE", "1").lower() in ("1", "true", "t", "yes", "y", "on")
 
 
 def size(folder: Path) -> int:
@@ -36,11 +37,12 @@ def size(folder: Path) -> int:
 
 
 def keep() -> None:
-    """Enable JAX's persistent cache, unless JAX is configured already or the directory cannot be used.
+    """Enable JAX's persistent cache in the environment, for a process that has not imported JAX yet.
 
-    The directory is private to the user, since its contents are executed.
+    Nothing changes if the environment configures it already, or if the directory cannot be used. The directory is
+    private to the user, since its contents are executed.
     """
-    if not _config.jax_enable_compilation_cache or _config.jax_compilation_cache_dir:
+    if not _enabled() or kept():
         return
     try:
         folder = cache() / "compiled" / _machine()
@@ -48,9 +50,9 @@ def keep() -> None:
         folder.chmod(0o700)  # fails if another user owns it
     except (OSError, InputError):
         return
-    _config.update("jax_compilation_cache_dir", str(folder))
-    _config.update("jax_compilation_cache_max_size", MAX_BYTES)
-    _config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(MAX_BYTES))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     # Entries that cannot be read are compiled again.
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
 

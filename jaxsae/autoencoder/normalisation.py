@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
@@ -90,7 +89,7 @@ class LayerNorm(Normalisation):
     Source: Gao et al. (2024), Section 2.1; SAELens' `layer_norm`.
     """
 
-    eps: float = struct.field(pytree_node=False, default=1e-5)
+    eps: float = pytrees.static(default=1e-5)
 
     def __call__(self, x: Float[Array, "*b d"]) -> Normalised:
         """Normalise rows."""

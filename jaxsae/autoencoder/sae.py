@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax.core import Tracer
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -62,8 +61,8 @@ class SAE:
     activation: Activation
     W_skip: Float[Array, "d d_out"] | None = None
     normalisation: Normalisation | None = pytrees.fixed(default=None)
-    apply_b_dec_to_input: bool = struct.field(pytree_node=False, default=True)
-    transcoder: bool = struct.field(pytree_node=False, default=False)
+    apply_b_dec_to_input: bool = pytrees.static(default=True)
+    transcoder: bool = pytrees.static(default=False)
 
     def __post_init__(self):
         # JAX rebuilds pytrees around placeholders (axes, specs, None), which are not validated.

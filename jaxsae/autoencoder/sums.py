@@ -6,7 +6,6 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float
 
 _Metric = TypeVar("_Metric")
@@ -35,7 +34,7 @@ def _plus(a, b):
 
 def _rest() -> Any:
     """A field for the rounding errors of the other fields, by name."""
-    return struct.field(default_factory=dict)
+    return dataclasses.field(default_factory=dict)
 
 
 def _added(a: Any, b: Any, names: Sequence[str], scales: tuple[Any, Any] = (1.0, 1.0)) -> dict[str, Any]:

@@ -11,15 +11,29 @@
 first access.
 """
 
+from typing import TYPE_CHECKING
+
 from jaxsae._core import lazy
-from jaxsae.train import losses, objectives
-from jaxsae.train.optim import default_optimizer, ema, ema_params, learning_rate, unit_norm_decoder
-from jaxsae.train.startup import geometric_median, resample
-from jaxsae.train.steps import Diverged, TrainState, fit, init_state, make_step, member, stack, sweep
 
-__all__ = ["Diverged", "TrainState", "fit", "init_state", "make_step", "member", "stack", "sweep"]
-__all__ += ["default_optimizer", "ema", "ema_params", "learning_rate", "unit_norm_decoder"]
-__all__ += ["checkpoint", "geometric_median", "job", "losses", "objectives", "resample"]
+if TYPE_CHECKING:
+    from jaxsae.train import checkpoint as checkpoint, job as job, losses as losses, objectives as objectives
+    from jaxsae.train.optim import (
+        default_optimizer as default_optimizer,
+        ema as ema,
+        ema_params as ema_params,
+        learning_rate as learning_rate,
+        unit_norm_decoder as unit_norm_decoder,
+    )
+    from jaxsae.train.startup import geometric_median as geometric_median, resample as resample
+    from jaxsae.train.steps import (
+        Diverged as Diverged,
+        TrainState as TrainState,
+        fit as fit,
+        init_state as init_state,
+        make_step as make_step,
+        member as member,
+        stack as stack,
+        sweep as sweep,
+    )
 
-
-__getattr__ = lazy.submodules(__name__, "checkpoint", "job")
+__getattr__, __dir__ = lazy.attach(__name__, __file__)

@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsae import codes
@@ -112,7 +111,7 @@ class Objective:
 
     terms: tuple[Any, ...] = ()
     idle_after: int | Array = 10_000_000
-    keep: optax.Schedule | None = struct.field(pytree_node=False, default=None)
+    keep: optax.Schedule | None = pytrees.static(default=None)
 
     def __post_init__(self):
         for term in self.terms if isinstance(self.terms, tuple) else ():  # JAX may put placeholders in their place
@@ -224,7 +223,7 @@ class L1(_Weighted):
     """
 
     weight: float | Array
-    schedule: optax.Schedule | None = struct.field(pytree_node=False, default=None)
+    schedule: optax.Schedule | None = pytrees.static(default=None)
 
     def __call__(self, p: ForwardPass) -> Array:
         """The term."""
@@ -253,7 +252,7 @@ class L0(_Weighted):
 
     weight: float | Array
     target: float | Array
-    schedule: optax.Schedule | None = struct.field(pytree_node=False, default=None)
+    schedule: optax.Schedule | None = pytrees.static(default=None)
 
     def __post_init__(self):
         super().__post_init__()
@@ -287,7 +286,7 @@ class Gate(_Weighted):
     """
 
     weight: float | Array
-    schedule: optax.Schedule | None = struct.field(pytree_node=False, default=None)
+    schedule: optax.Schedule | None = pytrees.static(default=None)
 
     def __call__(self, p: ForwardPass) -> Array:
         """The term."""
@@ -316,7 +315,7 @@ class AuxK(_Weighted):
     Source: Gao et al. (2024), Appendix A.2.
     """
 
-    k_aux: int = struct.field(pytree_node=False)
+    k_aux: int = pytrees.static()
     weight: float | Array = 1 / 32
 
     def __post_init__(self):
@@ -347,7 +346,7 @@ class MultiTopK(_Weighted):
     Source: Gao et al. (2024), Section 5.2 and Appendix A.
     """
 
-    factor: int = struct.field(pytree_node=False, default=4)
+    factor: int = pytrees.static(default=4)
     weight: float | Array = 1 / 8
 
     def __post_init__(self):
@@ -380,7 +379,7 @@ class Matryoshka:
     Source: Bussmann et al. (2025), "Learning multi-level features with matryoshka sparse autoencoders".
     """
 
-    prefixes: tuple[int, ...] = struct.field(pytree_node=False)
+    prefixes: tuple[int, ...] = pytrees.static()
 
     def __post_init__(self):
         for prefix in self.prefixes:

@@ -7,7 +7,6 @@ import sys
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float
 
 from jaxsae._core import pytrees
@@ -41,8 +40,8 @@ class MatchingPursuit(Activation):
     """
 
     residual_threshold: float | Float[Array, ""] = pytrees.fixed(default=0.01)
-    max_steps: int | None = struct.field(pytree_node=False, default=None)
-    stop_on_duplicate: bool = struct.field(pytree_node=False, default=True)
+    max_steps: int | None = pytrees.static(default=None)
+    stop_on_duplicate: bool = pytrees.static(default=True)
     encoder_free = True
 
     def __post_init__(self):

@@ -5,7 +5,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float
 
 from jaxsae._core import pytrees
@@ -58,7 +57,7 @@ class JumpReLU(Activation):
     """
 
     threshold: Float[Array, " m"] = pytrees.sharded("latent")
-    bandwidth: float = struct.field(pytree_node=False, default=0.001)
+    bandwidth: float = pytrees.static(default=0.001)
     takes_largest = True
 
     def __post_init__(self):

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from jaxsae import codes
@@ -107,7 +106,7 @@ class TopK(_Selection):
     Source: Gao et al. (2024), Section 2.3; Makhzani & Frey (2013).
     """
 
-    k: int = struct.field(pytree_node=False)
+    k: int = pytrees.static()
     keep: float | Array | None = pytrees.fixed(default=None)
     takes_largest = True
     rescale = _of_any_units
@@ -150,7 +149,7 @@ class AbsTopK(_Selection):
     Source: Zhu et al. (2025), "AbsTopK: rethinking sparse autoencoders for bidirectional features".
     """
 
-    k: int = struct.field(pytree_node=False)
+    k: int = pytrees.static()
     signed = True
     rescale = _of_any_units
 
@@ -183,7 +182,7 @@ class GroupMax(_Selection):
     Source: EleutherAI, sparsify.
     """
 
-    k: int = struct.field(pytree_node=False)
+    k: int = pytrees.static()
     takes_largest = True
     rescale = _of_any_units
 
@@ -235,7 +234,7 @@ class BatchTopK(Activation):
     Source: Bussmann, Leask & Nanda (2024), "BatchTopK sparse autoencoders".
     """
 
-    k: int = struct.field(pytree_node=False)
+    k: int = pytrees.static()
     threshold: float | Float[Array, ""] = pytrees.fixed(default=-1.0)
     takes_largest = True
 
