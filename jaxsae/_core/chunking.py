@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool
 
 from jaxsae import sharding
@@ -161,15 +163,58 @@ def fold_vmap(f: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
 
 
 def over_rows(f: Callable[[Any, Any, Any], Any]) -> Callable[[Any, Any, Any], Any]:
-    """Compile `f(static, shared, per_row)` for each `static`, with the `vmap` of `fold_vmap`."""
+    """Compile `f(static, shared, per_row)` for each `static`, with the `vmap` of `fold_vmap`.
+
+    Called outside of transformations on a CPU, it is compiled for a few numbers of rows only: others are padded with
+    rows of zeros, at most an eighth as many. The first array of `per_row` has one axis besides the batch.
+    """
 
     @functools.cache
     def folded(static):
         return fold_vmap(functools.partial(f, static))
 
     @functools.partial(jax.jit, static_argnums=0)
-    @functools.wraps(f)
     def compiled(static, shared, per_row):
         return folded(static)(shared, per_row)
 
-    return compiled
+    @functools.wraps(f)
+    def call(static, shared, per_row):
+        batch = jax.tree.leaves(per_row)[0].shape[:-1]
+        n = math.prod(batch)
+        if n == 0 or not _on_default_cpu((shared, per_row)) or batch == (size := bucket(n),):
+            return compiled(static, shared, per_row)
+
+        # By numpy, which compiles nothing, and here copies what is no device's.
+        def pad(x):
+            x = np.asarray(x).reshape(n, *x.shape[len(batch) :])
+            return np.concatenate([x, np.zeros((size - n, *x.shape[1:]), x.dtype)])
+
+        outputs = compiled(static, shared, jax.tree.map(pad, per_row))
+        return jax.tree.map(lambda x: jax.device_put(np.asarray(x)[:n].reshape(*batch, *x.shape[1:])), outputs)
+
+    return call
+
+
+def bucket(n: int) -> int:
+    """The least of 16, 18, … 32, 36, … (eight per factor of two) that is at least `n`.
+
+    Example:
+      >>> bucket(3), bucket(100), bucket(1025)
+      (16, 104, 1152)
+    """
+    step = max(1, 1 << max((n - 1).bit_length() - 4, 0))
+    return max(16, math.ceil(n / step) * step)
+
+
+def is_concrete(tree: Any) -> bool:
+    """Whether this process can look at all numbers of a tree, of which none is being transformed."""
+    leaves = jax.tree.leaves(tree)
+    return not any(isinstance(x, Tracer) or not getattr(x, "is_fully_addressable", True) for x in leaves)
+
+
+def _on_default_cpu(tree: Any) -> bool:
+    """Whether a program of these arrays would run at once, on the CPU that JAX takes by default."""
+    if not is_concrete(tree) or not sharding.on_cpu() or not jax.sharding.get_abstract_mesh().empty:
+        return False
+    device = jax.config.jax_default_device or jax.local_devices()[0]  # pyright: ignore[reportAttributeAccessIssue]
+    return all(x.devices() == {device} for x in jax.tree.leaves(tree) if isinstance(x, jax.Array))

@@ -422,23 +422,49 @@ def _cancels(x, steps):
     return (steps > 0) & (jnp.finfo(x.dtype).eps * jnp.sum(x * x, axis=1) > 2.0**-18)
 
 
-@chunking.over_rows
 def _solve(static: _Static, shared, per_row):
-    """Solve all rows, then revise those that need a second pass."""
-    solver, _, ridge = shared
-    batch = per_row[0].shape[:-1]
-    y, indices, values = (x.reshape(math.prod(batch), x.shape[-1]) for x in per_row)
+    """Solve all rows, then revise those that need a second pass: outside of transformations, only if there are any."""
+    outcome, left = _first_pass(static, shared, per_row)
+    if chunking.is_concrete(left) and not np.asarray(left).any():
+        return outcome.values, outcome.info
+    outcome = _second_pass(static, shared, (*per_row, outcome, left))
+    return outcome.values, outcome.info
+
+
+@chunking.over_rows
+def _first_pass(static: _Static, shared, per_row) -> tuple[_Outcome, Array]:
+    """Solve all rows by the solver alone; and which rows need a second pass."""
+    batch, (y, indices, values) = _flat(per_row)
     outcome = _solve_all(static, shared, y, indices, values)
-    refitted, _, info = chunking.revise_rows(
+    left = _unsolved(shared[0], outcome.info) | _cancels(outcome.x, outcome.info.steps)
+    return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), (_valid(shared[2], outcome), left))
+
+
+@chunking.over_rows
+def _second_pass(static: _Static, shared, per_row) -> _Outcome:
+    """Revise the rows that the first pass has left."""
+    batch, (y, indices, values, outcome, left) = _flat(per_row)
+    outcome = chunking.revise_rows(
         functools.partial(_revise, static, shared),
-        _unsolved(solver, outcome.info) | _cancels(outcome.x, outcome.info.steps),
-        *(outcome, y, indices, values, outcome.x, outcome.info),
-        row_bytes=_row_bytes(indices.shape[1], y.shape[1], ridge.dtype.itemsize),
+        *(left, outcome, y, indices, values, outcome.x, outcome.info),
+        row_bytes=_row_bytes(indices.shape[1], y.shape[1], shared[2].dtype.itemsize),
         workspace_bytes=static.workspace_bytes,
     )
+    return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), _valid(shared[2], outcome))
+
+
+def _flat(per_row):
+    """The batch of `y [*b d]`, which is first, and everything with one axis in its place."""
+    batch = per_row[0].shape[:-1]
+    n = math.prod(batch)
+    return batch, jax.tree.map(lambda x: x.reshape(n, *x.shape[len(batch) :]), per_row)
+
+
+def _valid(ridge, outcome: _Outcome) -> _Outcome:
+    """The status of every row is `INVALID` if the ridge is."""
     valid = (ridge >= 0) & jnp.isfinite(ridge)
-    info = dataclasses.replace(info, status=jnp.where(valid, info.status, Status.INVALID).astype(jnp.int32))
-    return refitted.reshape(per_row[2].shape), jax.tree.map(lambda x: x.reshape(batch), info)
+    status = jnp.where(valid, outcome.info.status, Status.INVALID).astype(jnp.int32)
+    return outcome._replace(info=dataclasses.replace(outcome.info, status=status))
 
 
 _refit = jax.custom_vjp[tuple[Array, RefitInfo]](_solve, nondiff_argnums=(0,))
