@@ -139,7 +139,7 @@ def test_the_jobs_check_their_own_options(tmp_path):
             tmp_path / "run", data={"x": rows}, options=options._replace(learning_rate=-1.0)
         ),
         "save_every": lambda: runs.run(tmp_path / "run", data={"x": rows}, options=options, save_every=np.nan),
-        "an address": lambda: runs.run("gs://bucket/run", data={"x": rows}, options=options),
+        "is a URL": lambda: runs.run("gs://bucket/run", data={"x": rows}, options=options),
         "seed": lambda: study.run(tmp_path / "run", seed=-1),
         "steps": lambda: study.run(tmp_path / "run", plan=study.QUICK._replace(steps=0)),
         "batch": lambda: harvest.run(tmp_path / "x", MODEL, CONTEXTS, layer=1, source={}, batch=0),

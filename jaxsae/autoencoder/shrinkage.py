@@ -43,7 +43,7 @@ class Shrinkage(_Sums):
       >>> sae = jaxsae.SAE(jnp.eye(2), jnp.array([-1.0, 0.0]), jnp.eye(2), jnp.zeros(2), jaxsae.ReLU())
       >>> x = jnp.array([[3.0, 1.0], [2.0, 4.0]])
       >>> code = jaxsae.encode(sae, x, capacity=2)
-      >>> refined = code.replace(values=code.values + (code.indices == 0))
+      >>> refined = code.replace(values=jnp.where(code.indices == 0, code.values + 1, code.values))
       >>> print(jaxsae.shrinkage(sae, x, code, refined))
                           before     after    change
       mean activation     2.0000    2.5000    +25.0%
