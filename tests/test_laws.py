@@ -163,7 +163,7 @@ LAWS = {
         **ALL,
     ),
     "pursuit.cosamp": Law(
-        lambda sae, rows: jaxsae.pursuit.cosamp(sae.W_dec, rows.x, k=K),
+        lambda sae, rows: jaxsae.pursuit.cosamp(sae.W_dec, rows.x, k=K)[0],  # rounding decides how often it turns
         gathers=f"{NO_SHARDED_TOP_K}; {NO_SHARDED_CHOLESKY}",
         **PURSUIT,
     ),
@@ -355,7 +355,8 @@ def test_the_dtype_is_kept(name, dtype, x64):
 def test_an_empty_batch_is_no_special_case(name):
     model, rows = data(batch=(0,))
     out = jax.jit(LAWS[name].call)(model, rows)
-    shapes = jax.tree.map(lambda leaf: leaf.shape, expected(name))
+    # A whole may return its rows too, as k-SVD does the code.
+    shapes = jax.tree.map(lambda leaf: (0, *leaf.shape[1:]) if leaf.shape[:1] == (64,) else leaf.shape, expected(name))
     if LAWS[name].whole is None:
         shapes = jax.tree.map(lambda leaf: (0, *leaf.shape[1:]), expected(name))
         nested = jax.eval_shape(LAWS[name].call, *data(batch=(3, 0)))

@@ -127,5 +127,5 @@ def test_of_two_jobs_of_two_processes_one_owns_the_directory(tmp_path):
         said = [process.communicate(timeout=120) for process in together]
     assert [process.returncode for process in together] == [2, 2], said
     assert "another process writes there" in said[0][1]
-    assert "is refused to the first process" in said[1][1]
+    assert "the first process could not lock it" in said[1][1]
     assert not any("Traceback" in err for _, err in said)

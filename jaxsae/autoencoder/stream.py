@@ -46,7 +46,7 @@ class Block(NamedTuple):
     info: RefitInfo
 
 
-def chunks(sae: SAE, rows: Rows) -> Iterator[tuple[int, Array]]:
+def chunks(sae: SAE, rows: Rows | Array) -> Iterator[tuple[int, Array]]:
     """Yield rows in chunks whose pre-activations fit in memory, each with the number of its first row.
 
     Args:
@@ -73,7 +73,7 @@ def _max_l0(sae, x):
     return jnp.max(jnp.where(jnp.isfinite(x).all(1), l0, 0))
 
 
-def max_l0(sae: SAE, rows: Rows) -> int:
+def max_l0(sae: SAE, rows: Rows | Array) -> int:
     """The largest L0 of any row, at least 1: the smallest capacity that drops nothing.
 
     Args:
@@ -90,7 +90,11 @@ def max_l0(sae: SAE, rows: Rows) -> int:
 
 
 def refine_blocks(
-    sae: SAE, rows: Rows, solver: Solver | Callable[[int, int], Solver] | None = None, *, capacity: int | None = None
+    sae: SAE,
+    rows: Rows | Array,
+    solver: Solver | Callable[[int, int], Solver] | None = None,
+    *,
+    capacity: int | None = None,
 ) -> Iterator[Block]:
     """Encode and refine rows, a block at a time.
 
@@ -133,7 +137,7 @@ def _encode(sae: SAE, x, capacity: int | None) -> SparseCode:
     return encode(sae, x, capacity=capacity)
 
 
-def _require_fit(sae: SAE, rows: Rows) -> None:
+def _require_fit(sae: SAE, rows: Rows | Array) -> None:
     if sae.transcoder:
         raise InputError("got a transcoder, whose target is not its input; call `jaxsae.refine` with that as `target`.")
     if not len(rows):
@@ -180,7 +184,7 @@ class RefineSummary(NamedTuple):
 
 def refine_file(
     sae: SAE,
-    rows: Rows,
+    rows: Rows | Array,
     out: str | os.PathLike,
     solver: Solver | Callable[[int, int], Solver] | None = None,
     *,

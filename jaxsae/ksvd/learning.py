@@ -109,7 +109,7 @@ def fit(
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _fit(k: int, steps: int, update: Callable, nonnegative: bool, nonnegative_atoms: bool, start, y, tol):
     y, scale = _without_units(y)
-    tol = divide(tol, scale)
+    tol = divide(tol.astype(scale.dtype), scale)
     finite = jnp.isfinite(y).all(axis=1)
     known = jnp.where(finite[:, None], y, 0)
 
@@ -341,6 +341,8 @@ def replace(
     Source: Aharon, Elad & Bruckstein (2006), Section IV.
     """
     D, y, code = problems.validate(D, y, code, "replace")
+    if not y.size:
+        return D, jnp.int32(0)
     return _replace(nonnegative_atoms, D, y, code)
 
 

@@ -89,11 +89,13 @@ def sweep(fit_atom: Callable, signs: Signs, D, y, code: SparseCode):
     with zeros; it takes the current atom, of norm 1, and returns the new one.
     """
     m, (n, k) = len(D), code.indices.shape
+    if n * k == 0:
+        return D, code
     given = learnable(D, y, code)
     learnt = given.code
     size = _block_size(n * k / m)
     order = sparse.by_latent(learnt.indices, m)
-    bounds = jnp.searchsorted(learnt.indices.ravel()[order], jnp.arange(m + 1))
+    bounds = jnp.searchsorted(learnt.indices.ravel()[order], jnp.arange(m + 1, dtype=learnt.indices.dtype))
     order = jnp.pad(order, (0, size))
 
     def sweep(j, carry):
@@ -105,7 +107,7 @@ def sweep(fit_atom: Callable, signs: Signs, D, y, code: SparseCode):
             """The slots of a block (out of range for padding), the residuals without the atom, and its values."""
             at = start + number * size
             slots = jax.lax.dynamic_slice_in_dim(order, at, size)
-            slots = jnp.where(at + jnp.arange(size) < end, slots, n * k)
+            slots = jnp.where(at + jnp.arange(size, dtype=at.dtype) < end, slots, n * k)
             v = values.at[slots].get(mode="fill", fill_value=0)
             E = residual.at[slots // k].get(mode="fill", fill_value=0) + v[:, None] * atom
             return slots, E, v

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from jaxsae import codes
 from jaxsae._core import chunking, pytrees
-from jaxsae._core.linalg import divide, matmul, max_or_nan, power_of_two
+from jaxsae._core.linalg import divide, matmul, max_or_nan, power_of_two, together
 from jaxsae.codes import SparseCode
 from jaxsae.lasso import homotopy
 from jaxsae.lasso.homotopy import Static
@@ -337,7 +337,7 @@ def cross_validate(
     kept = dealt != jnp.arange(folds + 1)[:, None]
     inside = jnp.where(kept[:, None, :], D, 0).reshape(-1, y.size)
     targets, scaled = jnp.where(kept, y, 0), jnp.mean(kept, axis=1, keepdims=True, dtype=phis.dtype) * lams
-    atoms = jnp.arange(len(inside)).reshape(folds + 1, -1)
+    atoms = jnp.arange(len(inside), dtype=jnp.int32).reshape(folds + 1, -1)
     selected, _ = _run(static, inside, targets, scaled, atoms, tol, max_steps)  # select
     own = jnp.where(selected.mask, selected.indices + atoms[:, :1, None], len(inside))
     targets = jnp.broadcast_to(targets[:, None], (*scaled.shape, y.size))
@@ -347,7 +347,8 @@ def cross_validate(
     eased, _ = _on_support(inside, targets, support, eased_lams, **options)  # then refit, in part
     indices = jnp.broadcast_to(selected.indices[:, :, None], eased.indices.shape)
     fits = SparseCode(eased.values, indices, len(D), eased.num_dropped)
-    missed = jnp.where(kept[:, None, None], 0, y - codes.decode(D, fits))
+    y, y_hat = together(y, codes.decode(D, fits))
+    missed = jnp.where(kept[:, None, None], 0, y - y_hat)
     totals = jnp.sum(missed**2, axis=-1)[:-1]
     sizes = jnp.bincount(dealt, length=folds).astype(phis.dtype)
     error = jnp.sum(totals, axis=0) / y.size

@@ -38,7 +38,7 @@ def harvest(
     dtype: Annotated[str, arguments.ROWS_DTYPE] = "float16",
     json: bool = False,
 ) -> int:
-    """Write the residual stream of a language model over text to disk.
+    """Write a language model's residual stream over text to disk.
 
     Writes a directory of shards. The first position of each context is left out; tokens are kept beside the rows. If
     interrupted, the same command resumes.
