@@ -130,29 +130,29 @@ def main() -> None:
         _refine(args)
     elif args.command == "train":
         rows = list(train.run(args.size, with_peers=args.peers))
-        _tell(args, size=args.size, rows=rows, sweep=train.sweep(args.size))
+        _report(args, size=args.size, rows=rows, sweep=train.sweep(args.size))
     elif args.command in ("families", "rates"):
         _one_by_one(args)
     elif args.command == "harvest":
         row = harvest.run(args.model, layer=args.layer, context=args.context, batch=args.batch)
-        _tell(args, row=row)
+        _report(args, row=row)
     elif args.command == "pursuit":
-        _tell(args, size=args.size, rows=list(pursuit.run(args.size, with_peers=args.peers)))
+        _report(args, size=args.size, rows=list(pursuit.run(args.size, with_peers=args.peers)))
     elif args.command == "selectors":
-        _tell(args, size=args.size, rows=selectors.run(args.size))
+        _report(args, size=args.size, rows=selectors.run(args.size))
     elif args.command == "transitions":
         _transitions(args)
     elif args.command == "ksvd":
-        _tell(args, size=args.size, rows=list(ksvd.run(args.size, with_peers=args.peers)))
+        _report(args, size=args.size, rows=list(ksvd.run(args.size, with_peers=args.peers)))
     elif args.command == "pictures":
         _pictures(args)
     elif args.command == "lasso":
-        _tell(args, size=args.size, **lasso.run(args.size, with_peers=args.peers))
+        _report(args, size=args.size, **lasso.run(args.size, with_peers=args.peers))
     elif args.command == "load":
-        _tell(args, size=args.size, rows=load.run(args.size))
+        _report(args, size=args.size, rows=load.run(args.size))
     elif args.command == "jobs":
         survived = {"survived": jobs.survive(args.kills)} if args.kills else {}
-        _tell(args, size=args.size, costs=jobs.costs(args.size), **survived)
+        _report(args, size=args.size, costs=jobs.costs(args.size), **survived)
     elif args.command == "kernels":
         _kernels(args)
     elif args.command == "accelerator":
@@ -188,7 +188,7 @@ def _refine(args: argparse.Namespace) -> None:
     print(table.markdown(report))
 
 
-def _tell(args: argparse.Namespace, **measured: Any) -> None:
+def _report(args: argparse.Namespace, **measured: Any) -> None:
     """Write and print a report."""
     report = {**_environment(args.command), **measured}
     _write(args.json, report)

@@ -37,7 +37,8 @@ SIZES = {
 SETS = 3  # of inputs, in turn: one alone might stay in a cache
 PEERS = ("torch PG, Nesterov", "jaxopt PG on G", "jaxnnls", "optax nnls")
 _ROWS = 64  # that are compared with float64
-_STEP_ROWS = 4096  # of a training step, at most: the dense one holds all pre-activations
+_TUNING = 20.0  # seconds to find a peer's settings in
+_ENCODED = 4096  # rows at most where all their pre-activations are in memory
 
 Row = dict[str, Any]
 
@@ -102,7 +103,7 @@ def parts(shapes: tuple[Case, ...], out: Path, ceilings: dict[str, Ceilings]) ->
         yield Part(f"refits: {name}", 30 * costly, lambda case=case: refits(case, ceilings["all"]))
         yield Part(f"training: {name}", 20 * costly, lambda case=case: steps(case))
         if case is first:
-            yield Part("peers", 60, lambda: rivals(first))
+            yield Part("peers", 100, lambda: rivals(first))
 
 
 # --- Parts
@@ -173,11 +174,11 @@ def refits(case: Case, ceilings: Ceilings) -> Iterator[Row]:
     keys = jax.random.split(jax.random.key(0), 1 + SETS)
     sae = jaxsae.init(keys[0], d=case.d, m=case.m, activation=jaxsae.TopK(case.k))
     sae = jax.tree.map(lambda leaf: leaf.astype(case.dtype), sae)
-    rows = min(case.B, _STEP_ROWS)  # pre-activations of more may not fit
+    rows = min(case.B, _ENCODED)
     xs = [(sae, jax.random.normal(key, (rows, case.d)).astype(case.dtype)) for key in keys[1:]]
     encoding = _seconds(jaxsae.encode, xs)
     yield {**_rows("encode", rows, encoding), "flops_per_s": 2 * rows * case.m * case.d / encoding}
-    refining = _seconds(lambda sae, x: jaxsae.refine(sae, x), xs)
+    refining = _seconds(jaxsae.refine, xs)
     yield {**_rows("refine: encode and refit", rows, refining), "over_encode": refining / encoding}
     del sae, xs
     sets = _sets(case)
@@ -192,7 +193,7 @@ def refits(case: Case, ceilings: Ceilings) -> Iterator[Row]:
 
 def steps(case: Case) -> Iterator[Row]:
     """A training step: ours, and the same objective by autodiff of the dense code."""
-    rows, by = min(case.B, _STEP_ROWS), {}
+    rows, by = min(case.B, _ENCODED), {}
     tx = jaxsae.train.default_optimizer(train.RATE)
     for name, loss in {"sparse": jaxsae.train.objectives.Objective(), "dense autodiff": train.dense}.items():
         sae = jaxsae.init(jax.random.key(0), d=case.d, m=case.m, activation=jaxsae.TopK(case.k))
@@ -214,20 +215,21 @@ def steps(case: Case) -> Iterator[Row]:
 
 
 def rivals(case: Case) -> Iterator[Row]:
-    """Other libraries' solvers at the headline's shape, each tuned to the gate of `benchmarks refine`."""
+    """Other libraries' solvers at the headline's shape, tuned to the gate of `refine`, with ours timed beside each."""
     problem = cases.random_problem(cases.Case("peers", case.d, case.m, case.k, min(case.B, 4096), 0.0))
     referee = judge.Judge(problem)
-    ours = _seconds(jaxsae.refit, [(problem.sae.W_dec, problem.y, problem.code)])
-    yield {**_rows("refit, default", len(problem.y), ours), "error": None}
-    for peer in peers.PEERS:
-        if peer.name in PEERS:
-            try:
-                best = refine.tune(peer, problem, referee)
-            except ImportError as error:
-                yield {"what": peer.name, "note": clock.name_missing(error)}
-                continue
-            row = _rows(peer.name, len(best.rows), best.seconds)
-            yield {**row, "error": best.verdict.worst_kkt, "setting": best.setting, "ok": best.verdict.met}
+    ours = refine.ours("refit, default", None, problem, referee)
+    for peer in (peer for peer in peers.PEERS if peer.name in PEERS):
+        try:
+            best = refine.tune(peer, problem, referee, seconds=_TUNING)
+        except ImportError as error:
+            yield {"what": peer.name, "note": clock.name_missing(error)}
+            continue
+        both = zip((best, ours), clock.timings([best.call, ours.call]), strict=True)
+        theirs, own = (_rows(each.name, len(each.rows), statistics.median(taken)) for each, taken in both)
+        gate = {} if best.verdict.met else {"note": "gate not met"}
+        yield {**theirs, "setting": best.setting, "error": best.verdict.worst_kkt, **gate}
+        yield {**own, "error": ours.verdict.worst_kkt, "ok": ours.verdict.met}
 
 
 # --- What parts share

@@ -67,7 +67,7 @@ def measure(problem: cases.Problem, *, with_peers: bool, bandwidth: float) -> tu
     """Measure every solver on one problem."""
     say(f"{problem.name}: optimum of the sample")
     judge = Judge(problem)
-    runs = [_ours(name, solver, problem, judge) for name, solver in SOLVERS.items()]
+    runs = [ours(name, solver, problem, judge) for name, solver in SOLVERS.items()]
     missing = []
     for peer in peers.PEERS if with_peers else ():
         try:
@@ -118,7 +118,8 @@ def _row(**known: Any) -> dict[str, Any]:
 # --- Making runs
 
 
-def _ours(name: str, solver: Any, problem: cases.Problem, judge: Judge) -> Run:
+def ours(name: str, solver: Any, problem: cases.Problem, judge: Judge) -> Run:
+    """A solver of this library, compiled, judged and ready to be timed."""
     rows = np.arange(len(problem.y))
     call, compile_s, scratch = _compile(jax.jit(jaxsae.refit), problem.sae.W_dec, problem.y, problem.code, solver)
     verdict = judge(np.asarray(call()[0].values), rows)
@@ -134,14 +135,14 @@ def _compile(f: Any, *args: Any) -> tuple[Callable[[], Any], float, int | None]:
     return functools.partial(compiled, *args), seconds, memory and memory.temp_size_in_bytes
 
 
-def tune(peer: peers.Peer, problem: cases.Problem, judge: Judge) -> Run:
+def tune(peer: peers.Peer, problem: cases.Problem, judge: Judge, seconds: float = _TUNING) -> Run:
     """Find the settings of a peer that meet the gate fastest; if none does, those that come closest.
 
     The first variant climbs the ladder of efforts to the gate, the others continue from there, and the fastest then
     tries half a rung less. If a run takes long, the next ones have fewer rows.
     """
     solve = peer.load()
-    deadline = time.perf_counter() + _TUNING
+    deadline = time.perf_counter() + seconds
     tried: list[Run] = []
     rows = judge.rows[cases.evenly(len(judge.rows), peer.most_rows)] if peer.most_rows else np.arange(len(judge.y))
     arrays = _arrays(peer, problem, rows)

@@ -378,3 +378,13 @@ def test_learning_is_free_of_units(update):
 def test_of_nothing_there_is_no_error(value):
     _, history = ksvd.fit(jax.random.key(0), jnp.full((16, 6), value), m=4, k=2, steps=1)
     assert np.isnan(history.updated).all()
+
+
+@pytest.mark.parametrize("update", [ksvd.exact, ksvd.approximate, ksvd.replace], ids=lambda update: update.__name__)
+def test_without_rows_atoms_are_as_those_that_no_row_uses(update):
+    D = jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)), jnp.float32)
+    y, unused = jnp.zeros((3, 4)), jaxsae.SparseCode(jnp.zeros((3, 2)), jnp.full((3, 2), 6), 6)
+    none = jax.tree.map(lambda leaf: leaf[:0], unused)
+    wanted, _ = update(D, y, unused, nonnegative_atoms=True)
+    found, _ = update(D, y[:0], none, nonnegative_atoms=True)
+    np.testing.assert_array_equal(found, wanted)

@@ -382,6 +382,7 @@ def test_what_does_not_fit_is_refused_in_a_sentence(unchecked):
         "tol inf; pass": lambda: blend(atoms, y, 1.0, 0.5, tol=jnp.inf),
         "max_steps -1; pass 0 or more": lambda: path(atoms, y, max_steps=-1),
         "eps 0.0; pass a positive ratio up to 1": lambda: path(atoms, y, eps=0.0),
+        "eps 2.0; pass a positive ratio up to 1": lambda: path(atoms, y, lams=jnp.ones(2), eps=2.0),
         "eps nan; pass": lambda: cross_validate(jax.random.key(0), atoms, y[0], eps=jnp.nan),
         "phi nan; pass numbers from 0 to 1": lambda: relaxed(atoms, y, 1.0, jnp.nan),
         "penalties of shape \\(3,\\) for y of shape \\(40, 16\\)": lambda: lasso(atoms, y, jnp.ones(3)),

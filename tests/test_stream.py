@@ -234,8 +234,9 @@ def test_what_does_not_fit_is_refused(rows, options, message, tmp_path):
 # --- Blocks
 
 
-def test_blocks_cover_every_row_once_and_take_few_slots():
-    x = some_rows()
+@pytest.mark.parametrize("array", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
+def test_blocks_cover_every_row_once_and_take_few_slots(array):
+    x = array(some_rows())
     blocks = list(refine_blocks(model_of(RELU), x, SOLVER))
     np.testing.assert_array_equal(np.sort(np.concatenate([block.rows for block in blocks])), np.arange(ROWS))
     for block in blocks:
@@ -292,7 +293,7 @@ def test_nearly_parallel_atoms_are_solved_as_by_refine(d, tmp_path):
 def test_max_l0():
     model, x = model_of(RELU), some_rows()
     expected = int((f64(jaxsae.encode_dense(model, jnp.asarray(x))) > 0).sum(1).max())
-    assert max_l0(model, x) == expected
+    assert max_l0(model, x) == max_l0(model, jnp.asarray(x)) == expected
     assert max_l0(model, np.asarray(model.b_dec)[None]) == 1  # none is active: at least 1
     assert max_l0(model_of(TOPK), x) == K
 
@@ -302,4 +303,4 @@ def test_max_l0_ignores_rows_that_are_not_finite(bad):
     model, x = model_of(RELU), some_rows()
     expected = max_l0(model, x)
     x[x.shape[0] // 2, 0] = bad
-    assert max_l0(model, x) == expected
+    assert max_l0(model, x) == max_l0(model, jnp.asarray(x)) == expected

@@ -23,15 +23,15 @@ def ratio(x, by):
     return jnp.where(by == 0, jnp.nan, x / jnp.where(by == 0, 1, by))
 
 
-def promoted(*arrays) -> jnp.dtype:
+def result_type(*arrays) -> jnp.dtype:
     """The dtype that arrays or dtypes promote to, also where `jax_numpy_dtype_promotion` is strict."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(*arrays)
 
 
-def together(*arrays) -> list[Array]:
-    """Arrays in the dtype that they have together."""
-    dtype = promoted(*arrays)
+def promote_dtypes(*arrays) -> list[Array]:
+    """The arrays, cast to the dtype that they promote to."""
+    dtype = result_type(*arrays)
     return [jnp.asarray(array, dtype) for array in arrays]
 
 
@@ -40,7 +40,7 @@ def widen(tree):
 
     def wide(x):
         x = jnp.asarray(x)
-        return x.astype(promoted(x, jnp.float32)) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+        return x.astype(result_type(x, jnp.float32)) if jnp.issubdtype(x.dtype, jnp.inexact) else x
 
     return jax.tree.map(wide, tree)
 

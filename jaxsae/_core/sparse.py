@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Int
 
 from jaxsae import sharding
 from jaxsae._core import chunking
-from jaxsae._core.linalg import promoted
+from jaxsae._core.linalg import result_type
 
 _CACHE = 2**25  # bytes: on a CPU, larger sums are accumulated in the order of their latents
 
@@ -64,11 +64,11 @@ def _evaluate(left, right, indices, *, wrt: str, m: int, batch_dims: int, implem
 
 
 def _shape(left, right, indices, *, wrt: str, m: int, batch_dims: int, implementation: str | None, mesh):
-    dtype = promoted(left.dtype, right.dtype)
+    dtype = result_type(left.dtype, right.dtype)
     if wrt == "rows":
         shape = *indices.shape[:-1], left.shape[-1]
     else:  # gradients, in float32 or better
-        dtype = promoted(dtype, jnp.float32)
+        dtype = result_type(dtype, jnp.float32)
         shape = indices.shape if wrt == "values" else (*indices.shape[:batch_dims], m, right.shape[-1])
     whole = left.sharding.update(spec=PartitionSpec())
     return left.update(shape=shape, dtype=dtype, weak_type=False, sharding=whole)
@@ -131,8 +131,8 @@ def _on_one_device(wrt: str, left, right, indices, *, m: int, implementation: st
 
 
 def _decode(dictionary, values, indices, *, m: int):
-    dtype = promoted(values, dictionary)
-    accumulator = promoted(dtype, jnp.float32)
+    dtype = result_type(values, dictionary)
+    accumulator = result_type(dtype, jnp.float32)
 
     def chunk(values, indices):
         values = jnp.where(used(indices, m), values, 0)  # NaN in an unused slot times 0 would be NaN
@@ -143,7 +143,7 @@ def _decode(dictionary, values, indices, *, m: int):
 
 def _project(dictionary, x, indices, *, m: int):
     """`⟨D[indicesᵢ], x⟩` for each slot."""
-    accumulator = promoted(x, dictionary, jnp.float32)
+    accumulator = result_type(x, dictionary, jnp.float32)
 
     def chunk(x, indices):
         return jnp.einsum("nd,nkd->nk", x, take(dictionary, indices), preferred_element_type=accumulator)
@@ -158,7 +158,7 @@ def _by_chunks(f, dictionary, x, indices):
 
 def _scatter_add(values, x, indices, *, m: int):
     k, d = indices.shape[-1], x.shape[-1]
-    dtype = promoted(values, x, jnp.float32)
+    dtype = result_type(values, x, jnp.float32)
     if not indices.size:
         return jnp.zeros((m, d), dtype)
     values, indices, x = values.reshape(-1, k).astype(dtype), indices.reshape(-1, k), x.reshape(-1, d)
@@ -221,7 +221,7 @@ def _on_each_device(wrt: str, left, right, indices, *, m: int, implementation: s
         m_here = m // jax.lax.axis_size("latent")
         order, at, count = _own_slots(indices, m_here)
         part = functools.partial(_on_one_device, wrt, m=m_here, implementation=implementation)
-        dtype = promoted(left, right, jnp.float32)
+        dtype = result_type(left, right, jnp.float32)
         if wrt == "values":
 
             def put(found, first, at):
@@ -234,7 +234,7 @@ def _on_each_device(wrt: str, left, right, indices, *, m: int, implementation: s
             total = jnp.zeros((*indices.shape[:-1], left.shape[-1]), dtype)
             values = _in_order(right, order)
             total = _for_slots(lambda total, _, z, at: total + part(left, z, at), total, count, values, at)
-            return jax.lax.psum(total, "latent").astype(promoted(left, right))
+            return jax.lax.psum(total, "latent").astype(result_type(left, right))
         total, values = jnp.zeros((m_here, right.shape[-1]), dtype), _in_order(left, order)
         total = _for_slots(lambda total, _, z, at: total + part(z, right, at), total, count, values, at)
         return sharding.sum_rows(total, row)
@@ -271,5 +271,5 @@ def used(indices: Int[Array, "..."], num_latents: int) -> Bool[Array, "..."]:
       Array([ True,  True, False, False], dtype=bool)
     """
     indices = jnp.asarray(indices)
-    indices = indices.astype(promoted(indices.dtype, jnp.int32))  # int8 cannot represent 300 latents
+    indices = indices.astype(result_type(indices.dtype, jnp.int32))  # int8 cannot represent 300 latents
     return (indices >= 0) & (indices < num_latents)

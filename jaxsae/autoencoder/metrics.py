@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxsae import codes
 from jaxsae._core import pytrees, sparse
-from jaxsae._core.linalg import promoted, ratio, widen
+from jaxsae._core.linalg import ratio, result_type, widen
 from jaxsae.autoencoder.sae import SAE, reconstruct
 from jaxsae.autoencoder.sums import _added, _exact, _rest, _Sums, _two_sum, _unit
 from jaxsae.codes import SparseCode
@@ -233,7 +233,7 @@ def activity(code: SparseCode) -> Activity:
     """
     keep = sparse.finite_rows(code.values, code.indices, code.num_latents)
     active = code.mask & (code.values != 0) & keep[..., None]
-    dtype = promoted(code.values.dtype, jnp.float32)
+    dtype = result_type(code.values.dtype, jnp.float32)
     fired = codes.sum_by_latent(dataclasses.replace(code, values=active.astype(dtype)))
     return Activity(**_exact({"rows": jnp.sum(keep, dtype=dtype), "fired": fired}))
 

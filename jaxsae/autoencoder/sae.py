@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxsae import codes, sharding
 from jaxsae._core import pytrees
-from jaxsae._core.linalg import promoted, together
+from jaxsae._core.linalg import promote_dtypes, result_type
 from jaxsae.autoencoder.activations import Activation, base
 from jaxsae.autoencoder.normalisation import Normalisation
 from jaxsae.autoencoder.selected import _selected
@@ -186,7 +186,7 @@ def init(
 
 
 def _unit_rows(key, m: int, d: int, dtype):
-    rows = jax.random.normal(key, (m, d), promoted(dtype, jnp.float32))  # in bfloat16 norms would be rounded
+    rows = jax.random.normal(key, (m, d), result_type(dtype, jnp.float32))  # in bfloat16 norms would be rounded
     return (rows / jnp.linalg.norm(rows, axis=1, keepdims=True)).astype(dtype)
 
 
@@ -208,7 +208,7 @@ def pre_activations(sae: SAE, x: Float[Array, "*b d"]) -> Float[Array, "*b m"]:
       >>> jaxsae.autoencoder.pre_activations(sae, jnp.ones((3, 4))).shape
       (3, 8)
     """
-    x, W_enc, b_enc = together(_inputs(sae, x), sae.W_enc, sae.b_enc)
+    x, W_enc, b_enc = promote_dtypes(_inputs(sae, x), sae.W_enc, sae.b_enc)
     return x @ W_enc + b_enc
 
 
@@ -218,7 +218,7 @@ def _inputs(sae: SAE, x):
     x = x if sae.normalisation is None else sae.normalisation(x).inputs
     if not sae.apply_b_dec_to_input:
         return x
-    x, b_dec = together(x, sae.b_dec)
+    x, b_dec = promote_dtypes(x, sae.b_dec)
     return x - b_dec
 
 
@@ -331,8 +331,8 @@ def _decode(sae: SAE, code, name: str):
     m = z.num_latents if isinstance(z, SparseCode) else z.shape[-1] if z.ndim else 0
     if m != sae.m:
         raise ValueError(f"`{name}` got a code of {m} latents for an SAE of {sae.m}; pass a code that this SAE made.")
-    x_hat = codes.decode(sae.W_dec, z) if isinstance(z, SparseCode) else jnp.matmul(*together(z, sae.W_dec))
-    x_hat, b_dec = together(x_hat, sae.b_dec)
+    x_hat = codes.decode(sae.W_dec, z) if isinstance(z, SparseCode) else jnp.matmul(*promote_dtypes(z, sae.W_dec))
+    x_hat, b_dec = promote_dtypes(x_hat, sae.b_dec)
     return x_hat + b_dec
 
 
@@ -373,7 +373,7 @@ def reconstruct(
         x_hat = x_hat if shift is None else x_hat + shift
     if sae.W_skip is None:
         return x_hat
-    x_hat, x, W_skip = together(x_hat, x, sae.W_skip)
+    x_hat, x, W_skip = promote_dtypes(x_hat, x, sae.W_skip)
     return x_hat + x @ W_skip
 
 
@@ -421,7 +421,7 @@ def to_fit(sae: SAE, x: Float[Array, "*b d"], target: Float[Array, "*b d_out"] |
         target = target if shift is None else target - shift
         # A row with zero spread equals its mean, whatever the code.
         target = target if scale is None else jnp.where(scale == 0, 0, target / jnp.where(scale == 0, 1, scale))
-    target, b_dec = together(target, sae.b_dec)
+    target, b_dec = promote_dtypes(target, sae.b_dec)
     return Fit(target - b_dec, scale)
 
 

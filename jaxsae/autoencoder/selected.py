@@ -6,7 +6,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from jaxsae import sharding
 from jaxsae._core import sparse
-from jaxsae._core.linalg import promoted
+from jaxsae._core.linalg import result_type
 
 
 @jax.custom_jvp
@@ -19,7 +19,7 @@ def _selected_tangent(primals, tangents):
     values, indices, x, W_enc, b_enc, b_dec = primals
     _, _, x_dot, W_dot, b_dot, b_dec_dot = tangents
     m, is_zero = b_enc.size, lambda dot: isinstance(dot, SymbolicZero)
-    total = jnp.zeros_like(values, promoted(values.dtype, jnp.float32))
+    total = jnp.zeros_like(values, result_type(values.dtype, jnp.float32))
     if not is_zero(W_dot):
         total += sparse.form("values", W_dot.T, x - b_dec, indices, m=m)
     if not is_zero(x_dot):

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxsae._core.files import InputError, atomic_file, local_path
-from jaxsae._core.linalg import promoted
+from jaxsae._core.linalg import result_type
 from jaxsae.autoencoder.sae import SAE, encode, encode_dense, refine
 from jaxsae.autoencoder.shrinkage import Shrinkage, shrinkage
 from jaxsae.codes import SparseCode
@@ -61,7 +61,7 @@ def chunks(sae: SAE, rows: Rows | Array) -> Iterator[tuple[int, Array]]:
     """
     size = max(_BLOCK, _PRE_ACTIVATIONS // (4 * sae.m) // _BLOCK * _BLOCK)
     # At least float32, whatever the SAE's dtype, so that the certified values are those written.
-    dtype = promoted(sae.W_dec.dtype, jnp.float32)
+    dtype = result_type(sae.W_dec.dtype, jnp.float32)
     for start in range(0, len(rows), size):
         block, numbers = rows[start : start + size], range(start, len(rows))
         yield start, jnp.asarray(shards.cast(block, dtype, "the rows", "scale them", numbers))

@@ -8,7 +8,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
-from jaxsae._core.linalg import promoted
+from jaxsae._core.linalg import result_type
 from jaxsae.autoencoder.activations import JumpReLU
 from jaxsae.autoencoder.sae import SAE, pre_activations
 
@@ -129,6 +129,6 @@ def rethreshold(sae: SAE, x: Float[Array, "n d"], l0: float) -> SAE:
     if not (rows := int(jnp.sum(finite))):
         raise ValueError("`rethreshold` got no finite rows; pass at least one.")
     largest = jnp.sort(jnp.where(finite, jax.nn.relu(pre), 0).ravel())[::-1]
-    least = largest[max(round(l0 * rows), 1) - 1].astype(promoted(pre.dtype, jnp.float32))
+    least = largest[max(round(l0 * rows), 1) - 1].astype(result_type(pre.dtype, jnp.float32))
     below = jnp.maximum(jnp.nextafter(least, -jnp.inf), 0)
     return dataclasses.replace(sae, activation=JumpReLU(jnp.full(sae.m, below)))

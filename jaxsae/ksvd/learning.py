@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxsae import codes, pursuit
 from jaxsae._core import chunking
-from jaxsae._core.linalg import divide, matmul, power_of_two, promoted, ratio, solve_semidefinite
+from jaxsae._core.linalg import divide, matmul, power_of_two, ratio, result_type, solve_semidefinite
 from jaxsae.codes import SparseCode
 from jaxsae.ksvd import rank_one
 from jaxsae.least_squares import problems
@@ -130,7 +130,7 @@ def _fit(k: int, steps: int, update: Callable, nonnegative: bool, nonnegative_at
 
 def _without_units(y):
     """Signals divided by a power of two, so that their squares are in range, and that power."""
-    wide = y.astype(promoted(y.dtype, jnp.float32))
+    wide = y.astype(result_type(y.dtype, jnp.float32))
     finite = jnp.isfinite(wide).all(axis=1, keepdims=True)
     scale = power_of_two(problems.largest(jnp.where(finite, wide, 0), (0, 1)))[0, 0]
     return divide(wide, scale).astype(y.dtype), scale
@@ -341,8 +341,6 @@ def replace(
     Source: Aharon, Elad & Bruckstein (2006), Section IV.
     """
     D, y, code = problems.validate(D, y, code, "replace")
-    if not y.size:
-        return D, jnp.int32(0)
     return _replace(nonnegative_atoms, D, y, code)
 
 
@@ -351,6 +349,8 @@ def _replace(nonnegative_atoms: bool, D, y, code: SparseCode):
     m = len(D)
     given = rank_one.learnable(D, y, code)
     learnt, known, atoms = given.code, given.signals, rank_one.unit(given.atoms)
+    if not len(y):
+        return atoms.astype(D.dtype), jnp.int32(0)
 
     def repeats(some, number):
         return jnp.any((jnp.abs(matmul(some, atoms.T)) > _ALIKE) & (jnp.arange(m) < number[:, None]), axis=1)

@@ -89,8 +89,6 @@ def sweep(fit_atom: Callable, signs: Signs, D, y, code: SparseCode):
     with zeros; it takes the current atom, of norm 1, and returns the new one.
     """
     m, (n, k) = len(D), code.indices.shape
-    if n * k == 0:
-        return D, code
     given = learnable(D, y, code)
     learnt = given.code
     size = _block_size(n * k / m)
@@ -132,6 +130,8 @@ def sweep(fit_atom: Callable, signs: Signs, D, y, code: SparseCode):
         return D.at[j].set(new), values, residual
 
     atoms = signs.project_atom(given.atoms)
+    if n * k == 0:
+        return unit(atoms).astype(D.dtype), code
     length = jnp.linalg.norm(atoms, axis=1)
     scale = jnp.where(length > 0, length, 1).at[learnt.indices].get(mode="fill", fill_value=0)
     carry = unit(atoms), (learnt.values * scale).ravel(), given.signals - codes.decode(atoms, learnt)

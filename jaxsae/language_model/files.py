@@ -49,7 +49,7 @@ def read_config(path: str | os.PathLike) -> Config:
     """
     path = _locate(path)
     with _damage_in_one_line(path):
-        config = _directory_config(path)[0] if path.is_dir() else _gguf_config(path)[0]
+        config = _directory_config(path) if path.is_dir() else _gguf_config(path)[0]
         _require_sizes(config, path)
         return config
 

@@ -40,8 +40,8 @@ _LLAMA_NAMES = {
 }
 
 
-def _directory_config(path: Path) -> tuple[Config, str]:
-    """Sizes, and the model's type."""
+def _directory_config(path: Path) -> Config:
+    """Sizes, and the family: the `model_type` of its config.json."""
     if not (path / "config.json").is_file():
         raise InputError(f"{path}: has no config.json; {_EXPECTED}.")
     options = json.loads((path / "config.json").read_text())
@@ -51,15 +51,15 @@ def _directory_config(path: Path) -> tuple[Config, str]:
             f"{path}: is of model type {kind!r}, expected {' or '.join(map(repr, FAMILIES))}; pass one of those."
         )
     try:
-        config = FAMILIES[kind].config(options, path)
+        config = FAMILIES[kind].config(options, path)._replace(family=kind)
     except KeyError as error:
         raise InputError(f"{path}: its config.json has no {error}; save the model again.") from error
-    return config, kind
+    return config
 
 
 def _read_directory(path: Path, dtype) -> tuple[Config, Arrays]:
-    config, kind = _directory_config(path)
-    family = FAMILIES[kind]
+    config = _directory_config(path)
+    family = FAMILIES[config.family]
     files = {name.removeprefix(family.prefix): file for name, file in _open_shards(path).items()}
     names = {ours: name for ours, name in family.names.items() if ours != "head.kernel" or not config.tied}
     unused = set(files)
@@ -74,7 +74,7 @@ def _read_directory(path: Path, dtype) -> tuple[Config, Arrays]:
 
     arrays = _stack(names, config.layers, get, dtype)
     if unused := {name for name in unused if not _WITHOUT_EFFECT.fullmatch(name)}:  # of further blocks, for example
-        what = f"has tensors that a {kind} of its config.json does not use: {min(unused)}"
+        what = f"has tensors that a {config.family} of its config.json does not use: {min(unused)}"
         raise InputError(f"{path}: {what}; save it again.")
     return config, arrays
 
@@ -170,7 +170,6 @@ def _gpt2_config(o: dict[str, Any], path: Path) -> Config:
         eps=o["layer_norm_epsilon"],
         tied=True,
         rope=None,
-        family="gpt2",
     )
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from jaxsae import codes
 from jaxsae._core import chunking, pytrees
-from jaxsae._core.linalg import divide, matmul, max_or_nan, power_of_two, together
+from jaxsae._core.linalg import divide, matmul, max_or_nan, power_of_two, promote_dtypes
 from jaxsae.codes import SparseCode
 from jaxsae.lasso import homotopy
 from jaxsae.lasso.homotopy import Static
@@ -136,6 +136,7 @@ def path(
       et al. (2004), "Least angle regression".
     """
     static, D, y = _prepare("path", D, y, nonnegative, capacity, tol, max_steps)
+    _check_ratio("path", eps)
     if lams is None:
         lams = _grid("path", lambda_max(D, y, nonnegative=nonnegative), n_lambdas, eps)
     elif np.ndim(lams) == 0 or np.shape(lams)[-1] == 0:
@@ -347,7 +348,7 @@ def cross_validate(
     eased, _ = _on_support(inside, targets, support, eased_lams, **options)  # then refit, in part
     indices = jnp.broadcast_to(selected.indices[:, :, None], eased.indices.shape)
     fits = SparseCode(eased.values, indices, len(D), eased.num_dropped)
-    y, y_hat = together(y, codes.decode(D, fits))
+    y, y_hat = promote_dtypes(y, codes.decode(D, fits))
     missed = jnp.where(kept[:, None, None], 0, y - y_hat)
     totals = jnp.sum(missed**2, axis=-1)[:-1]
     sizes = jnp.bincount(dealt, length=folds).astype(phis.dtype)
@@ -435,11 +436,15 @@ def _share(name: str, what: str, x: Any) -> Any:
 
 def _grid(name: str, top: Array, n_lambdas: int, eps: Any) -> Array:
     """Penalties `[*b L]` from `top [*b]` to `eps · top`, evenly spaced on a log scale."""
-    smallest = float(jnp.finfo(jnp.float32).tiny)
-    problems.check_numbers(name, "eps", eps, least=smallest, most=1, do="a positive ratio up to 1")
+    _check_ratio(name, eps)
     if n_lambdas < 1:
         raise ValueError(f"`{name}` got n_lambdas {n_lambdas}; pass at least 1.")
     return top[..., None] * eps ** jnp.linspace(0, 1, n_lambdas, dtype=top.dtype)
+
+
+def _check_ratio(name: str, eps: Any) -> None:
+    smallest = float(jnp.finfo(jnp.float32).tiny)
+    problems.check_numbers(name, "eps", eps, least=smallest, most=1, do="a positive ratio up to 1")
 
 
 def _pick(rows_and_one, axis: int):

@@ -16,7 +16,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from jaxsae._core import chunking, sparse
-from jaxsae._core.linalg import EXACT, divide, matmul, max_or_nan, power_of_two, promoted, residual
+from jaxsae._core.linalg import EXACT, divide, matmul, max_or_nan, power_of_two, residual, result_type
 from jaxsae.codes import SparseCode
 from jaxsae.least_squares import driver, solvers
 
@@ -281,7 +281,7 @@ def _moves(leaf) -> bool:
 def accumulator(dictionary: Any, y: Array) -> jnp.dtype:
     """The dtype of the arithmetic: float32 or better."""
     atom = dictionary if is_array(dictionary) else _one_atom(dictionary)
-    return promoted(atom.dtype, y.dtype, jnp.float32)
+    return result_type(atom.dtype, y.dtype, jnp.float32)
 
 
 def _one_atom(dictionary: Any):

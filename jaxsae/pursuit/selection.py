@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxsae._core import chunking, pytrees
-from jaxsae._core.linalg import EXACT, divide, promoted, sq_norm
+from jaxsae._core.linalg import EXACT, divide, result_type, sq_norm
 from jaxsae.codes import SparseCode, decode, from_dense
 from jaxsae.least_squares import problems
 from jaxsae.least_squares.refit import RefitInfo, Status, refit
@@ -130,7 +130,7 @@ def _validated(D: Any, y: Any, method: Method) -> tuple[Array, Array, SparseCode
     if not 1 <= k <= m:
         raise ValueError(f"`{name}` got k = {k} for {m} atoms; pass a k from 1 to {m}.")
     shape = (*y.shape[:-1], k)
-    code = SparseCode(jnp.zeros(shape, promoted(D, y)), jnp.full(shape, m, jnp.int32), m)
+    code = SparseCode(jnp.zeros(shape, result_type(D, y)), jnp.full(shape, m, jnp.int32), m)
     return problems.validate(D, y, code, name)
 
 

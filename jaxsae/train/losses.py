@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxsae._core.linalg import norms, promoted, ratio, widen
+from jaxsae._core.linalg import norms, ratio, result_type, widen
 from jaxsae.autoencoder import metrics
 from jaxsae.autoencoder.activations.top_k import dropped
 from jaxsae.autoencoder.sae import SAE, decode
@@ -129,7 +129,7 @@ def matryoshka(
     Source: Bussmann et al. (2025), "Learning multi-level features with matryoshka sparse autoencoders".
     """
     atoms = dataclasses.replace(sae, W_skip=None)  # the target already excludes the skip connection
-    zero = jnp.zeros((), promoted(target, jnp.float32))
+    zero = jnp.zeros((), result_type(target, jnp.float32))
     return sum((mse(target, decode(atoms, _first(code, p))) for p in prefixes), zero)
 
 
@@ -178,7 +178,7 @@ def auxk(
 
     # Selection costs as much as a training step: skip it if all idle latents are used, and everything if none is idle.
     branches = (
-        lambda W_enc, b_enc, W_dec: jnp.zeros((), promoted(W_dec, jnp.float32)),
+        lambda W_enc, b_enc, W_dec: jnp.zeros((), result_type(W_dec, jnp.float32)),
         term(lambda pre: ~idle),
         term(lambda pre: dropped(jnp.where(idle, pre, -jnp.inf), k_aux)),
     )

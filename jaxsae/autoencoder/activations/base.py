@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxsae import codes
-from jaxsae._core.linalg import together
+from jaxsae._core.linalg import promote_dtypes
 from jaxsae.codes import SparseCode
 
 __all__ = ["Activation"]
@@ -143,6 +143,6 @@ def _of_any_units(self: Activation, scale: float | Array) -> Any:
 
 def _past(threshold, pre, value):
     """The positive part of `value` where `pre > threshold`, else 0; NaN in any of the three gives NaN."""
-    pre, threshold = together(pre, threshold)
+    pre, threshold = promote_dtypes(pre, threshold)
     value = jnp.where(jnp.isnan(pre - threshold), jnp.nan, value)
     return jnp.where((pre > threshold) | jnp.isnan(value), jax.nn.relu(value), 0)

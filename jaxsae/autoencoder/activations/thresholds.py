@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxsae._core import pytrees
-from jaxsae._core.linalg import together
+from jaxsae._core.linalg import promote_dtypes
 from jaxsae.autoencoder.activations.base import Activation, _of_any_units, _past
 
 
@@ -91,7 +91,7 @@ class JumpReLU(Activation):
 
     def margin(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
         """`pre − θ`; latents with a margin of at most `t` are inactive in `at_margin(t)`."""
-        pre, threshold = together(pre, self.threshold)  # which may be wider than the weights
+        pre, threshold = promote_dtypes(pre, self.threshold)  # which may be wider than the weights
         return pre - threshold
 
     def at_margin(self, t: float | Array) -> "JumpReLU":

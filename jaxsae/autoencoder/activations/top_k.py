@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxsae import codes
 from jaxsae._core import pytrees
-from jaxsae._core.linalg import promoted, together
+from jaxsae._core.linalg import promote_dtypes, result_type
 from jaxsae.autoencoder.activations.base import Activation, _of_any_units, _past, check_number
 from jaxsae.codes import SparseCode
 
@@ -82,7 +82,7 @@ def dropped(pre: Float[Array, "*b m"], k: int, keep: float | Array | None = None
 
 def _kept(k: int, keep: float | Array) -> Bool[Array, " k"]:
     """Mask of the first `⌊keep⌋` of `k` slots."""
-    dtype = promoted(keep, jnp.float32)
+    dtype = result_type(keep, jnp.float32)
     return jnp.arange(k, dtype=dtype) < jnp.floor(keep).astype(dtype)
 
 
@@ -254,7 +254,7 @@ class BatchTopK(Activation):
         flat = z.reshape(-1)
         z = jnp.where(dropped(flat, count), 0, flat).reshape(pre.shape)
         least = jnp.min(jax.lax.stop_gradient(z), where=z > 0, initial=jnp.inf).astype(jnp.float32)
-        least, before = together(least, self.threshold)
+        least, before = promote_dtypes(least, self.threshold)
         threshold = jnp.where(before < 0, least, 0.99 * before + 0.01 * least)
         return z, dataclasses.replace(self, threshold=jnp.where(jnp.isfinite(least), threshold, before))
 

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxsae import codes
 from jaxsae._core import chunking, sparse
-from jaxsae._core.linalg import EXACT, divide, matmul, promoted
+from jaxsae._core.linalg import EXACT, divide, matmul, result_type
 from jaxsae.codes import SparseCode
 from jaxsae.least_squares import implicit, problems, solvers
 from jaxsae.least_squares.kernels import choice
@@ -396,7 +396,7 @@ def _decode(by_xla, dictionary, values, indices, *, m: int, implementation: str 
     def by_kernel(kernel, options):
         _, flat = _flat(tuple(batch), _slots(indices, m), values)
         decode = jax.custom_batching.sequential_vmap(functools.partial(kernel.gather_decode, **options))
-        return decode(dictionary, *flat).reshape(*batch, d).astype(promoted(values, dictionary))
+        return decode(dictionary, *flat).reshape(*batch, d).astype(result_type(values, dictionary))
 
     return choice.choose("decode", implementation, d, k, dictionary.dtype, by_kernel, by_xla, math.prod(batch))
 
