@@ -4,11 +4,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsae import sharding
 from jaxsae._core import pytrees
+from jaxsae._core.linalg import as_array
 from jaxsae._core.sparse import add_at, form, used
 
 __all__ = ["SparseCode", "decode", "from_dense", "scatter_add", "sum_by_latent", "top_k", "used"]
@@ -45,7 +48,8 @@ class SparseCode:
     def __post_init__(self):
         # JAX also builds pytrees whose leaves are not arrays (axes, specs, None).
         if self.num_dropped is None and hasattr(self.indices, "shape"):
-            object.__setattr__(self, "num_dropped", jnp.zeros(self.indices.shape[:-1], jnp.int32))
+            zeros = (jnp if isinstance(self.indices, Tracer) else np).zeros(self.indices.shape[:-1], np.int32)
+            object.__setattr__(self, "num_dropped", jnp.asarray(zeros, np.int32))  # NumPy compiles nothing
 
     @property
     def mask(self) -> Bool[Array, "*b k"]:
@@ -200,7 +204,7 @@ def decode(
 
 def _checked(name: str, *arrays):
     """The arguments as arrays, the last of them indices."""
-    *floats, indices = (jnp.asarray(x) for x in arrays)
+    *floats, indices = (as_array(x) for x in arrays)
     for x in floats:
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"`{name}` got numbers of dtype {x.dtype}, expected floating point; convert them first.")

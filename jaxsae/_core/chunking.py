@@ -212,6 +212,22 @@ def is_concrete(tree: Any) -> bool:
     return not any(isinstance(x, Tracer) or not getattr(x, "is_fully_addressable", True) for x in leaves)
 
 
+def known_false(where: Array) -> bool:
+    """Whether this process sees that no entry is true, outside of transformations."""
+    return is_concrete(where) and not np.asarray(where).any()
+
+
+def numpy_for(tree: Any) -> Any:
+    """NumPy, which compiles nothing, or `jax.numpy` for a tree that is being transformed."""
+    return np if is_concrete(tree) else jnp
+
+
+def spread(x: Any, shape: tuple[int, ...], dtype) -> Any:
+    """`x` in a dtype, broadcast to a shape."""
+    xp = numpy_for(x)
+    return xp.broadcast_to(xp.asarray(x, dtype), shape)
+
+
 def _on_default_cpu(tree: Any) -> bool:
     """Whether a program of these arrays would run at once, on the CPU that JAX takes by default."""
     if not is_concrete(tree) or not sharding.on_cpu() or not jax.sharding.get_abstract_mesh().empty:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jaxsae import sharding
@@ -21,6 +22,11 @@ def divide(x, by):
 def ratio(x, by):
     """`x / by`, and NaN where `by` is 0."""
     return jnp.where(by == 0, jnp.nan, x / jnp.where(by == 0, 1, by))
+
+
+def as_array(x) -> Array:
+    """`jnp.asarray`, which compiles a program for each shape of NumPy array if it is not given a dtype (jax 0.10)."""
+    return jnp.asarray(x, jax.dtypes.canonicalize_dtype(x.dtype) if isinstance(x, np.ndarray) else None)
 
 
 def result_type(*arrays) -> jnp.dtype:
@@ -57,8 +63,13 @@ def sq_norm(x: Float[Array, "*b d"]) -> Float[Array, "*b"]:
 
 
 def power_of_two(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
-    """The largest power of two up to each `x`, by which division is exact; 0 for 0, and `x` if not finite."""
-    return jnp.where(jnp.isfinite(x), jnp.ldexp(jnp.sign(x), jnp.frexp(x)[1] - 1), x)
+    """The largest power of two up to `|x|`, with its sign, by which division is exact; `x` if not finite.
+
+    It is 0 for 0 and for subnormal numbers, which XLA flushes to 0 on most devices.
+    """
+    limits = jnp.finfo(x.dtype)
+    bits = jax.lax.bitcast_convert_type(x, f"uint{limits.bits}")
+    return jnp.where(jnp.isfinite(x), jax.lax.bitcast_convert_type(bits >> limits.nmant << limits.nmant, x.dtype), x)
 
 
 def power_of_two_or_one(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
@@ -69,8 +80,12 @@ def power_of_two_or_one(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
 
 def max_or_nan(x: Array, axis: int | tuple[int, ...] | None = None, *, keepdims: bool = False) -> Array:
     """The largest of `x`, at least 0, or NaN if any is NaN: XLA's maximum on a CPU ignores NaN in many shapes."""
-    most = jnp.max(x, axis=axis, keepdims=keepdims, initial=0)
-    return jnp.where(jnp.isnan(jnp.sum(x, axis=axis, keepdims=keepdims)), jnp.nan, most)
+    # As integers: those of NaN without its sign exceed that of Inf, and those of negative numbers are negative.
+    kind = jnp.dtype(f"int{jnp.finfo(x.dtype).bits}")
+    bits = jax.lax.bitcast_convert_type(x, kind)
+    magnitude = bits & jnp.iinfo(kind).max
+    bits = jnp.where(magnitude > np.asarray(np.inf, x.dtype).view(kind), magnitude, bits)
+    return jax.lax.bitcast_convert_type(jnp.max(bits, axis=axis, keepdims=keepdims, initial=0), x.dtype)
 
 
 def residual(y: Float[Array, " d"], z: Float[Array, " k"], atoms: Float[Array, "k d"]) -> Float[Array, " d"]:
@@ -136,10 +151,11 @@ def sq_spectral_norm(D: Float[Array, "m d"], start: Float[Array, " d"], steps: i
 def _solve_semidefinite(gram, rhs):
     jitter = 1 * gram.shape[-1] * jnp.finfo(gram.dtype).eps
     factor = jnp.linalg.cholesky(gram + jitter * jnp.eye(gram.shape[-1], dtype=gram.dtype))
-    x = jnp.zeros_like(rhs)
-    for _ in range(3):
-        x = x + jax.scipy.linalg.cho_solve((factor, True), rhs - matmul(gram, x))
-    return x
+
+    def refine(_, x):
+        return x + jax.scipy.linalg.cho_solve((factor, True), rhs - matmul(gram, x))
+
+    return jax.lax.fori_loop(0, 3, refine, sharding.vary_alike(jnp.zeros_like(rhs), gram))  # compiled once
 
 
 _solve_semidefinite_in_turn = jax.custom_batching.sequential_vmap(_solve_semidefinite)

@@ -18,7 +18,7 @@ from jaxsae import sharding, train
 from jaxsae._core.files import InputError, first_line
 from jaxsae.app import runs
 from jaxsae.app.options import Options
-from jaxsae.autoencoder.sae import refine
+from jaxsae.autoencoder.refinement import refine
 
 
 class Chip(NamedTuple):

@@ -23,7 +23,8 @@ from jaxsae._core.files import InputError, atomic_file, json_number, local_path,
 from jaxsae.app import plots, runs
 from jaxsae.app.options import Options, passes, resolved
 from jaxsae.autoencoder import calibration, metrics, stream
-from jaxsae.autoencoder.sae import SAE, reconstruct, to_fit
+from jaxsae.autoencoder.refinement import to_fit
+from jaxsae.autoencoder.sae import SAE, reconstruct
 from jaxsae.autoencoder.shrinkage import RATIO_EDGES, shrinkage
 from jaxsae.autoencoder.surgery import rescale
 from jaxsae.formats import pretrained

@@ -2,9 +2,9 @@
 
     z = activation((x − b_dec) W_enc + b_enc)        x̂ = z W_dec + b_dec
 
-An architecture is an activation (`activations`) and, in training, a loss. `sae` has the functions, `normalisation` the
-scaling of inputs, `metrics` and `shrinkage` mergeable sums, `stream` refinement of more rows than fit in memory, and
-`calibration` thresholds for a target L0.
+An architecture is an activation (`activations`) and, in training, a loss. `sae` has the functions, `refinement` the
+best values on a code's support, `normalisation` the scaling of inputs, `metrics` and `shrinkage` mergeable sums,
+`stream` refinement of more rows than fit in memory, and `calibration` thresholds for a target L0.
 """
 
 from jaxsae.autoencoder import (
@@ -25,9 +25,13 @@ from jaxsae.autoencoder.activations import (
     ReLU as ReLU,
     TopK as TopK,
 )
+from jaxsae.autoencoder.refinement import (
+    Fit as Fit,
+    refine as refine,
+    to_fit as to_fit,
+)
 from jaxsae.autoencoder.sae import (
     SAE as SAE,
-    Fit as Fit,
     decode as decode,
     describe as describe,
     encode as encode,
@@ -35,8 +39,6 @@ from jaxsae.autoencoder.sae import (
     init as init,
     pre_activations as pre_activations,
     reconstruct as reconstruct,
-    refine as refine,
-    to_fit as to_fit,
 )
 from jaxsae.autoencoder.shrinkage import Shrinkage as Shrinkage, shrinkage as shrinkage
 from jaxsae.autoencoder.surgery import fold_scale as fold_scale, rescale as rescale, rethreshold as rethreshold

@@ -1,7 +1,8 @@
 """The sparse autoencoder: its parameters, and the pure functions that act on them."""
 
 import dataclasses
-from typing import Any, NamedTuple
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +11,11 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxsae import codes, sharding
 from jaxsae._core import pytrees
-from jaxsae._core.linalg import promote_dtypes, result_type
+from jaxsae._core.linalg import as_array, promote_dtypes, result_type
 from jaxsae.autoencoder.activations import Activation, base
 from jaxsae.autoencoder.normalisation import Normalisation
 from jaxsae.autoencoder.selected import _selected
 from jaxsae.codes import SparseCode
-from jaxsae.least_squares.refit import RefitInfo, refit
-from jaxsae.least_squares.solvers import Solver
 
 
 @pytrees.dataclass
@@ -107,7 +106,7 @@ def describe(sae: SAE) -> dict[str, str]:
         "activation": _shown(sae.activation),
         "input": "x" if sae.normalisation is None else f"{_shown(sae.normalisation)} of x",
         "encoder": f"none: {inputs} is pursued on W_dec" if sae.activation.encoder_free else f"{inputs} W_enc + b_enc",
-        "decoder": f"{decoder}, in the units of the row" if _restores(sae) else decoder,
+        "decoder": f"{decoder}, in the units of the row" if restores(sae) else decoder,
     }
 
 
@@ -169,7 +168,7 @@ def init(
         raise ValueError(f"`init` got k = {activation.slots} for m = {m} latents; pass k of at most {m}.")
     if skip and not transcoder:
         raise ValueError("`init` got skip without transcoder; an autoencoder could copy its input through it.")
-    b_dec = jnp.zeros(d) if b_dec is None else _floating(b_dec, "init", "b_dec")
+    b_dec = jnp.zeros(d) if b_dec is None else floating(b_dec, "init", "b_dec")
     if b_dec.ndim != 1 or (b_dec.shape != (d,) and not transcoder):
         raise ValueError(f"`init` got b_dec of shape {b_dec.shape}, expected ({d},); pass one value for each input.")
     atoms = _unit_rows(key, m, d, b_dec.dtype)
@@ -214,7 +213,7 @@ def pre_activations(sae: SAE, x: Float[Array, "*b d"]) -> Float[Array, "*b m"]:
 
 def _inputs(sae: SAE, x):
     """The encoder's inputs: rows normalised and centred as the SAE specifies."""
-    x = _validate(sae, x, "encode")
+    x = validated(sae, x, "encode")
     x = x if sae.normalisation is None else sae.normalisation(x).inputs
     if not sae.apply_b_dec_to_input:
         return x
@@ -254,11 +253,15 @@ def encode(sae: SAE, x: Float[Array, "*b d"], *, capacity: int | None = None) ->
         )
     if isinstance(capacity, Tracer):
         raise TypeError("`encode` got a traced capacity; make it static, jax.jit(encode, static_argnames='capacity').")
+    return _encode(capacity, sae, validated(sae, x, "encode"))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(capacity: int, sae: SAE, x) -> SparseCode:
     if sae.activation.encoder_free:
         return codes.from_dense(encode_dense(sae, x), capacity)
     if not sae.activation.selects:
         return sae.activation.code(pre_activations(sae, x), capacity)
-    x = _validate(sae, x, "encode")
     code = sae.activation.code(jax.lax.stop_gradient(pre_activations(sae, x)), capacity)
     b_dec = sae.b_dec if sae.apply_b_dec_to_input else jnp.zeros(sae.d, sae.b_dec.dtype)
     x = x if sae.normalisation is None else sae.normalisation(x).inputs
@@ -308,7 +311,7 @@ def decode(sae: SAE, code: SparseCode | Float[Array, "*b m"]) -> Float[Array, "*
       >>> jaxsae.decode(sae, jaxsae.encode(sae, jnp.ones((3, 4)))).shape
       (3, 4)
     """
-    if _restores(sae):
+    if restores(sae):
         raise ValueError(
             f"`decode` got a code alone, but this SAE normalises each row ({type(sae.normalisation).__name__}) and its "
             "output is in the row's units; call jaxsae.reconstruct(sae, x, code)."
@@ -318,16 +321,17 @@ def decode(sae: SAE, code: SparseCode | Float[Array, "*b m"]) -> Float[Array, "*
             "`decode` got a code alone, but this transcoder adds x W_skip to its output; call "
             "jaxsae.reconstruct(sae, x, code)."
         )
-    return _decode(sae, code, "decode")
+    return _decode("decode", sae, code)
 
 
-def _restores(sae: SAE) -> bool:
+def restores(sae: SAE) -> bool:
     """Whether the output is put back into the units of each row."""
     return sae.normalisation is not None and sae.normalisation.per_row and not sae.transcoder
 
 
-def _decode(sae: SAE, code, name: str):
-    z: Any = code if isinstance(code, SparseCode) else _floating(code, name, "a code")
+@functools.partial(jax.jit, static_argnums=0)
+def _decode(name: str, sae: SAE, code):
+    z: Any = code if isinstance(code, SparseCode) else floating(code, name, "a code")
     m = z.num_latents if isinstance(z, SparseCode) else z.shape[-1] if z.ndim else 0
     if m != sae.m:
         raise ValueError(f"`{name}` got a code of {m} latents for an SAE of {sae.m}; pass a code that this SAE made.")
@@ -359,15 +363,20 @@ def reconstruct(
       >>> jaxsae.reconstruct(sae, jnp.ones((3, 4))).shape
       (3, 6)
     """
-    x = _validate(sae, x, "reconstruct")
+    x = validated(sae, x, "reconstruct")
     if code is None:
         code = encode_dense(sae, x) if sae.activation.slots is None else encode(sae, x)
-    x_hat = _decode(sae, code, "reconstruct")
+    return _reconstruct(sae, x, code)
+
+
+@jax.jit
+def _reconstruct(sae: SAE, x, code):
+    x_hat = _decode("reconstruct", sae, code)
     if x_hat.shape[:-1] != x.shape[:-1]:
         raise ValueError(
             f"`reconstruct` got x of shape {x.shape} and a code of rows {x_hat.shape[:-1]}; pass the x of that code."
         )
-    if sae.normalisation is not None and _restores(sae):
+    if sae.normalisation is not None and restores(sae):
         _, scale, shift = sae.normalisation(x)
         x_hat = x_hat if scale is None else x_hat * scale
         x_hat = x_hat if shift is None else x_hat + shift
@@ -377,104 +386,9 @@ def reconstruct(
     return x_hat + x @ W_skip
 
 
-class Fit(NamedTuple):
-    """The target of `z W_dec`, per row.
-
-    Attributes:
-      y: `[*b d_out]`; the reconstruction equals the target where `z W_dec = y`.
-      scale: `[*b 1]`, factor from the units of `y` to those of the target, or None for 1.
-    """
-
-    y: Float[Array, "*b d_out"]
-    scale: Float[Array, "*b 1"] | None = None
-
-
-def to_fit(sae: SAE, x: Float[Array, "*b d"], target: Float[Array, "*b d_out"] | None = None) -> Fit:
-    """Remove bias, skip connection and normalisation from a target, which leaves what `z W_dec` should fit.
-
-        y = (target − x W_skip − shift) / scale − b_dec
-
-    Args:
-      sae: the autoencoder.
-      x: activations `[*b d]`.
-      target: `[*b d_out]`, what to reconstruct; `x` by default, required for transcoders.
-
-    Raises:
-      ValueError: if a transcoder gets no target.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, jaxsae
-      >>> sae = jaxsae.init(jax.random.key(0), d=2, m=4, activation=jaxsae.ReLU(), b_dec=jnp.ones(2))
-      >>> jaxsae.autoencoder.to_fit(sae, jnp.array([3.0, 4.0])).y
-      Array([2., 3.], dtype=float32)
-    """
-    if target is None:
-        if sae.transcoder:
-            raise ValueError("got a transcoder and no target; pass target, what it is to reconstruct from x.")
-        target = x
-    x, target = _validate(sae, x, "to_fit"), _floating(target, "to_fit", "a target")
-    scale = None
-    if sae.W_skip is not None:
-        target = target - x @ sae.W_skip
-    if sae.normalisation is not None and _restores(sae):
-        _, scale, shift = sae.normalisation(x)
-        target = target if shift is None else target - shift
-        # A row with zero spread equals its mean, whatever the code.
-        target = target if scale is None else jnp.where(scale == 0, 0, target / jnp.where(scale == 0, 1, scale))
-    target, b_dec = promote_dtypes(target, sae.b_dec)
-    return Fit(target - b_dec, scale)
-
-
-def refine(
-    sae: SAE,
-    x: Float[Array, "*b d"],
-    code: SparseCode | None = None,
-    solver: Solver | None = None,
-    *,
-    capacity: int | None = None,
-    target: Float[Array, "*b d_out"] | None = None,
-) -> tuple[SparseCode, RefitInfo]:
-    """Refine a code: keep the encoder's support, and optimise the values for reconstruction with a fixed decoder.
-
-        minimise_z ‖x − (z W_dec + b_dec)‖²   over z ≥ 0 on the support
-
-    Increases of values measure the shrinkage of the encoder's estimates. For activations with values of both signs,
-    the sign is free.
-
-    Args:
-      sae: the autoencoder.
-      x: activations `[*b d]`.
-      code: support and starting values; `encode(sae, x, capacity=capacity)` by default.
-      solver: any pytree of `solvers.py`; `solvers.default(k, d)` if None.
-      capacity: slots per row, if `code` is None and the activation does not fix it.
-      target: `[*b d_out]`, what to reconstruct; `x` by default, required for transcoders.
-
-    Returns:
-      The refined code and `RefitInfo`; `jaxsae.check` raises on the host if a row failed. See `refit` for the
-      guarantees per row, and for the derivative.
-
-    Raises:
-      TypeError, ValueError: at trace time, if the arguments do not fit together.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, jaxsae
-      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.TopK(2))
-      >>> x = jax.random.normal(jax.random.key(1), (3, 4))
-      >>> refined, info = jaxsae.refine(sae, x)
-      >>> bool((info.kkt <= 1e-5).all())
-      True
-
-    Source: Gao et al. (2024), "Scaling and evaluating sparse autoencoders", Section 5.1.
-    """
-    x = _validate(sae, x, "refine")
-    y, _ = to_fit(sae, x, target)
-    if code is None:
-        code = encode(sae, x, capacity=capacity)
-    return refit(sae.W_dec, y, code, solver, nonnegative=not sae.activation.signed)
-
-
-def _floating(x, name: str, what: str) -> Array:
-    x = jnp.asarray(x)
+def floating(x, name: str, what: str) -> Array:
+    """An array; raise if it is not floating point."""
+    x = as_array(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(
             f"`{name}` got {what} of dtype {x.dtype}, expected floating point; convert it, "
@@ -483,8 +397,9 @@ def _floating(x, name: str, what: str) -> Array:
     return x
 
 
-def _validate(sae: SAE, x, name: str) -> Array:
-    x = _floating(x, name, "x")
+def validated(sae: SAE, x, name: str) -> Array:
+    """Activations as an array; raise if they do not fit the SAE."""
+    x = floating(x, name, "x")
     if x.shape[-1:] != (sae.d,):
         raise ValueError(
             f"`{name}` got x of shape {x.shape}, but this SAE has d = {sae.d}; pass activations (*b, {sae.d}) of the "

@@ -12,7 +12,8 @@ from jaxsae import codes, sharding
 from jaxsae._core import pytrees, sparse
 from jaxsae._core.linalg import ratio, widen
 from jaxsae.autoencoder.metrics import Moments, _moments
-from jaxsae.autoencoder.sae import SAE, Fit, to_fit
+from jaxsae.autoencoder.refinement import Fit, to_fit
+from jaxsae.autoencoder.sae import SAE
 from jaxsae.autoencoder.sums import _added, _exact, _rest, _Sums, _unit
 from jaxsae.codes import SparseCode
 

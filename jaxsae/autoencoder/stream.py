@@ -16,7 +16,8 @@ from jaxtyping import Array
 
 from jaxsae._core.files import InputError, atomic_file, local_path
 from jaxsae._core.linalg import result_type
-from jaxsae.autoencoder.sae import SAE, encode, encode_dense, refine
+from jaxsae.autoencoder.refinement import refine
+from jaxsae.autoencoder.sae import SAE, encode, encode_dense
 from jaxsae.autoencoder.shrinkage import Shrinkage, shrinkage
 from jaxsae.codes import SparseCode
 from jaxsae.data import shards
@@ -119,7 +120,7 @@ def refine_blocks(
     if capacity is None and sae.activation.slots is None:
         capacity = max_l0(sae, rows)
     for start, x in chunks(sae, rows):
-        code = _encode(sae, x, capacity)
+        code = encode(sae, x, capacity=capacity)
         l0 = np.asarray(code.l0)
         order = np.argsort(l0, kind="stable")
         for at in range(0, len(order), _BLOCK):
@@ -130,11 +131,6 @@ def refine_blocks(
             block_solver = solver(slots, sae.W_dec.shape[1]) if callable(solver) else solver
             refined, info = refine(sae, x[block], part, block_solver)
             yield Block(start + block, x[block], part, refined, info)
-
-
-@functools.partial(jax.jit, static_argnames="capacity")  # traced once, not per call of `refine_blocks`
-def _encode(sae: SAE, x, capacity: int | None) -> SparseCode:
-    return encode(sae, x, capacity=capacity)
 
 
 def _require_fit(sae: SAE, rows: Rows | Array) -> None:

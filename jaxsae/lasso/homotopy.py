@@ -24,6 +24,7 @@ from jaxsae._core import chunking
 from jaxsae._core.linalg import divide, matmul, max_or_nan, power_of_two, residual, sq_spectral_norm
 from jaxsae.codes import SparseCode
 from jaxsae.least_squares import problems
+from jaxsae.least_squares.refit import Status
 from jaxsae.least_squares.solvers import POWER_STEPS, FISTAState, fista_start, fista_step
 
 _STARTS = 4  # runs of FISTA on a row, each from the result of the one before
@@ -47,68 +48,114 @@ class Solution(NamedTuple):
     gap: Array  # relative to ½‖y‖²
 
 
-@chunking.over_rows
-def solve(static: Static, shared, per_row) -> Solution:
-    """Solve each row at its own penalties, on all atoms or on a support: `[*b L]`.
+def solve(static: Static, shared, per_row) -> tuple[Solution, Array]:
+    """Solve each row at its own penalties, on all atoms or on a support; the solutions and their `Status`.
 
     Args:
       static: `Static`.
       shared: `D [m d]`, the tolerance of the gap, and the most steps.
-      per_row: `y [*b d]`, penalties `[*b L]` in descending order, and supports `[*b s]` or None. With supports, the
-        indices returned are positions in the support.
+      per_row: `y [*b d]`, penalties `[*b]`, or `[*b L]` in descending order, and supports `[*b s]` or None. With
+        supports, the indices returned are positions in the support.
     """
-    D, tol, max_steps = shared
-    y, lams, support = per_row
-    (*batch, d), count, k, itemsize = y.shape, lams.shape[-1], static.capacity, y.dtype.itemsize
-    n, m = math.prod(batch), len(D) if support is None else support.shape[-1]
+    solved, paths, left = _follow_paths(static, shared, per_row)
+    if chunking.known_false(left):
+        return solved
+    return _descend_rest(static, shared, (*per_row, paths, left))
+
+
+class _Rows(NamedTuple):
+    """The unit-free problems of `n` rows."""
+
+    D: Array  # [m d]
+    y: Array  # [n d]
+    lams: Array  # [n L]
+    support: Array | None  # [n s]
+    possible: Array  # [n L]  whether a penalty is finite and at least 0
+    valid: Array  # [n L]  and the rest too
+    unit: Array  # divides D
+    y_unit: Array  # [n 1]  divides y
+
+    def of_rows(self, f, support):
+        """`f(dictionary, ...)` over a chunk of rows, which share the dictionary or have their own atoms."""
+        if support is None:
+            return jax.vmap(functools.partial(f, self.D))
+        return functools.partial(jax.vmap(f), _take(self.D, support))
+
+    def own_bytes(self):
+        """Memory of the atoms of one row."""
+        return 0 if self.support is None else self.support.shape[1] * self.y.nbytes // max(len(self.y), 1)
+
+    def with_units(self, solution: Solution, tol, shape: tuple[int, ...]) -> tuple[Solution, Array]:
+        """The solution `[*shape]` in the units of the data, empty where a row is not valid, and its `Status`."""
+        m = len(self.D) if self.support is None else self.support.shape[1]
+        values = divide(solution.values * self.y_unit[:, :, None], self.unit)
+        finite = self.valid & jnp.isfinite(solution.kkt) & jnp.isfinite(values).all(-1)
+        solution = Solution(
+            values=jnp.where(finite[:, :, None], values, 0),
+            indices=jnp.where(finite[:, :, None], solution.indices, m),
+            num_dropped=jnp.where(finite, solution.num_dropped, 0),
+            steps=jnp.where(finite, solution.steps, 0),
+            kkt=jnp.where(finite, solution.kkt, jnp.nan),
+            gap=jnp.where(finite, solution.gap, jnp.nan),
+        )
+        status = jnp.where(solution.gap <= tol, Status.CONVERGED, Status.MAX_STEPS)
+        status = jnp.where(finite, status, jnp.where(self.possible, Status.NONFINITE, Status.INVALID))
+        status = status.astype(jnp.int32)
+        return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[2:]), (solution, status))
+
+
+def _rows(D, y, lams, support) -> _Rows:
+    n, d, y_ndim = math.prod(y.shape[:-1]), y.shape[-1], y.ndim
     valid = jnp.isfinite(D).all()
     unit = power_of_two(problems.largest(D, (0, 1)))[0, 0]
     valid &= jnp.isfinite(unit)
-    D = divide(D, unit)
     y, y_unit, y_norm = problems.scaled(y.reshape(n, d))
-    lams = lams.reshape(n, count)
-    valid &= jnp.isfinite(y_unit) & jnp.isfinite(y_norm) & (lams >= 0) & jnp.isfinite(lams)
+    lams = lams.reshape(n, lams.shape[-1] if lams.ndim == y_ndim else 1)
+    possible = (lams >= 0) & jnp.isfinite(lams)
+    valid &= jnp.isfinite(y_unit) & jnp.isfinite(y_norm) & possible
     valid &= problems.representable(divide(unit, y_unit))
     lams = jnp.minimum(divide(divide(lams, y_unit), unit), jnp.finfo(y.dtype).max)
-    support = None if support is None else support.reshape(n, m)
+    support = None if support is None else support.reshape(n, support.shape[-1])
+    return _Rows(divide(D, unit), y, lams, support, possible, valid, unit, y_unit)
 
-    def of_rows(f, support):
-        """`f(dictionary, ...)` over a chunk of rows, which share the dictionary or have their own atoms."""
-        if support is None:
-            return jax.vmap(functools.partial(f, D))
-        return functools.partial(jax.vmap(f), _take(D, support))
+
+@chunking.over_rows
+def _follow_paths(static: Static, shared, per_row) -> tuple[tuple[Solution, Array], Solution, Array]:
+    """The result of the path alone, its solutions without units, and which of them FISTA has to continue."""
+    D, tol, max_steps = shared
+    shape, rows = per_row[1].shape, _rows(D, *per_row)
+    (n, d), count, k = rows.y.shape, rows.lams.shape[1], static.capacity
+    m = len(D) if rows.support is None else rows.support.shape[1]
 
     def follow(y, lams, support):
-        return of_rows(functools.partial(_follow, static, max_steps), support)(y, lams)
+        return rows.of_rows(functools.partial(_follow, static, max_steps), support)(y, lams)
+
+    path_bytes = (6 * k * (k + d) + 12 * m + 4 * count * k) * D.dtype.itemsize + rows.own_bytes()
+    paths = chunking.map_chunks(follow, rows.y, rows.lams, rows.support, batch=(n,), row_bytes=path_bytes)
+    left = ~(paths.gap <= tol) & (paths.num_dropped == 0) & rows.valid
+    return rows.with_units(paths, tol, shape), *jax.tree.map(lambda x: x.reshape(*shape, *x.shape[2:]), (paths, left))
+
+
+@chunking.over_rows
+def _descend_rest(static: Static, shared, per_row) -> tuple[Solution, Array]:
+    """The result by the path, or by FISTA where the path has not solved a row."""
+    (D, tol, max_steps), (y, lams, support, paths, left) = shared, per_row
+    shape, rows = lams.shape, _rows(D, y, lams, support)
+    (n, d), count = rows.y.shape, rows.lams.shape[1]
+    m = len(D) if support is None else support.shape[-1]
+    paths, left = jax.tree.map(lambda x: x.reshape(n * count, *x.shape[len(shape) :]), (paths, left))
 
     def descend_rows(row, lam, solution):
-        own = None if support is None else support.at[row].get(mode="clip")
+        own = None if rows.support is None else rows.support.at[row].get(mode="clip")
         descend = functools.partial(_descend, static, tol, max_steps)
-        return of_rows(descend, own)(y.at[row].get(mode="clip"), lam, solution)
+        return rows.of_rows(descend, own)(rows.y.at[row].get(mode="clip"), lam, solution)
 
-    own_bytes = 0 if support is None else m * d
-    path_bytes = (6 * k * (k + d) + 12 * m + 4 * count * k + own_bytes) * itemsize
-    solution = chunking.map_chunks(follow, y, lams, support, batch=(n,), row_bytes=path_bytes)
-    solution = jax.tree.map(lambda x: x.reshape(n * count, *x.shape[2:]), solution)
-    unconverged = ~(solution.gap <= tol) & (solution.num_dropped == 0) & valid.ravel()
     owner = jnp.repeat(jnp.arange(n), count, total_repeat_length=n * count)
     solution = chunking.revise_rows(
-        *(descend_rows, unconverged, solution, owner, lams.ravel(), solution),
-        row_bytes=(20 * m + 4 * d + own_bytes) * itemsize,
+        *(descend_rows, left, paths, owner, rows.lams.ravel(), paths),
+        row_bytes=(20 * m + 4 * d) * D.dtype.itemsize + rows.own_bytes(),
     )
-
-    solution = jax.tree.map(lambda x: x.reshape(n, count, *x.shape[1:]), solution)
-    values = divide(solution.values * y_unit[:, :, None], unit)
-    finite = valid & jnp.isfinite(solution.kkt) & jnp.isfinite(values).all(-1)
-    solution = Solution(
-        values=jnp.where(finite[:, :, None], values, 0),
-        indices=jnp.where(finite[:, :, None], solution.indices, m),
-        num_dropped=jnp.where(finite, solution.num_dropped, 0),
-        steps=jnp.where(finite, solution.steps, 0),
-        kkt=jnp.where(finite, solution.kkt, jnp.nan),
-        gap=jnp.where(finite, solution.gap, jnp.nan),
-    )
-    return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), solution)
+    return rows.with_units(jax.tree.map(lambda x: x.reshape(n, count, *x.shape[1:]), solution), tol, shape)
 
 
 def _take(D, indices):

@@ -16,13 +16,13 @@ from jaxtyping import Array, Float
 
 from jaxsae import codes
 from jaxsae._core import chunking, pytrees
-from jaxsae._core.linalg import divide, matmul, max_or_nan, power_of_two, promote_dtypes
+from jaxsae._core.linalg import as_array, divide, matmul, max_or_nan, power_of_two, promote_dtypes
 from jaxsae.codes import SparseCode
 from jaxsae.lasso import homotopy
 from jaxsae.lasso.homotopy import Static
 from jaxsae.least_squares import problems
 from jaxsae.least_squares.certificate import certify
-from jaxsae.least_squares.refit import RefitInfo, Status, refit
+from jaxsae.least_squares.refit import RefitInfo, refit
 
 Number = int | float | Array | np.ndarray
 
@@ -89,8 +89,7 @@ def lasso(
     Source: Tibshirani (1996); Osborne, Presnell & Turlach (2000); Efron et al. (2004), "Least angle regression".
     """
     static, D, y = _prepare("lasso", D, y, nonnegative, capacity, tol, max_steps)
-    lam = _penalties("lasso", lam, D, y)[..., None]
-    return _pick(_run(static, D, y, lam, None, tol, max_steps), y.ndim - 1)
+    return _run(static, D, y, _penalties("lasso", lam, D, y), None, tol, max_steps)
 
 
 def path(
@@ -138,10 +137,12 @@ def path(
     static, D, y = _prepare("path", D, y, nonnegative, capacity, tol, max_steps)
     _check_ratio("path", eps)
     if lams is None:
-        lams = _grid("path", lambda_max(D, y, nonnegative=nonnegative), n_lambdas, eps)
+        lams = _grid("path", D, y, n_lambdas, eps, nonnegative)
     elif np.ndim(lams) == 0 or np.shape(lams)[-1] == 0:
         raise ValueError(f"`path` got penalties of shape {np.shape(lams)}; pass shape (L,) or (*b, L), L at least 1.")
-    lams = jnp.sort(_penalties("path", lams, D, y, grid=True), axis=-1, descending=True)
+    else:
+        xp = chunking.numpy_for(lams)
+        lams = _penalties("path", xp.flip(xp.sort(xp.asarray(lams), axis=-1), -1), D, y, grid=True)
     return _run(static, D, y, lams, None, tol, max_steps)
 
 
@@ -189,14 +190,22 @@ def relaxed(
     Source: Meinshausen (2007), "Relaxed lasso".
     """
     _, D, y = _prepare("relaxed", D, y, nonnegative, capacity, tol, max_steps)
-    phi = jnp.asarray(_share("relaxed", "phi", phi), problems.accumulator(D, y))
+    phi = _share("relaxed", "phi", phi)
+    phi = chunking.spread(phi, np.shape(phi), problems.accumulator(D, y))
     options = {"nonnegative": nonnegative, "tol": tol, "max_steps": max_steps}
     selected, info = lasso(D, y, lam, capacity=capacity, **options)  # select
-    lams = jnp.broadcast_to(phi * info.lam, info.lam.shape)[..., None]
-    eased, eased_info = _pick(_on_support(D, y, selected, lams, **options), y.ndim - 1)
-    refitted, refit_info = refit(D, y, selected, nonnegative=nonnegative)  # then refit
-    gap = certify(D, y, refitted, nonnegative=nonnegative).gap
+    xp = chunking.numpy_for((phi, info.lam))
+    lams = xp.broadcast_to(xp.asarray(phi) * xp.asarray(info.lam), info.lam.shape)
+    eased = _on_support(D, y, selected, lams, **options)
+    refitted = refit(D, y, selected, nonnegative=nonnegative)  # then refit
+    gap = certify(D, y, refitted[0], nonnegative=nonnegative).gap
+    return _relaxed(None, None, (selected, info, *eased, *refitted, gap))
 
+
+@chunking.over_rows
+def _relaxed(_static, _shared, per_row) -> tuple[SparseCode, LassoInfo]:
+    """The lasso on the support, or the refit where its penalty is 0."""
+    selected, info, eased, eased_info, refitted, refit_info, gap = per_row
     refits = eased_info.lam == 0
     last = LassoInfo(refit_info.kkt, refit_info.steps, refit_info.status, gap, eased_info.lam)
     last = jax.tree.map(functools.partial(jnp.where, refits), last, eased_info)
@@ -332,7 +341,7 @@ def cross_validate(
             f"d folds."
         )
     dealt = jax.random.permutation(key, jnp.arange(y.size) % folds)
-    lams = _grid("cross_validate", lambda_max(D, y, nonnegative=nonnegative), n_lambdas, eps)
+    lams = _grid("cross_validate", D, y, n_lambdas, eps, nonnegative)
 
     # Each fold is a row with its own dictionary, all concatenated into one; the last fold leaves no sample out.
     kept = dealt != jnp.arange(folds + 1)[:, None]
@@ -379,11 +388,12 @@ def lambda_max(D: Float[Array, "m d"], y: Float[Array, "*b d"], *, nonnegative: 
       Array(3., dtype=float32)
     """
     _, D, y = _prepare("lambda_max", D, y, nonnegative, None, 0, 0)
-    return _lambda_max(nonnegative, *(x.astype(problems.accumulator(D, y)) for x in (D, y)))
+    return _lambda_max(nonnegative, D, (y,))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _lambda_max(nonnegative: bool, D, y):
+@chunking.over_rows
+def _lambda_max(nonnegative: bool, D, per_row):
+    D, y = (x.astype(problems.accumulator(D, *per_row)) for x in (D, *per_row))
     unit = power_of_two(problems.largest(D, (0, 1)))
     D = divide(D, unit)
 
@@ -402,7 +412,7 @@ def _lambda_max(nonnegative: bool, D, y):
 
 def _prepare(name: str, D, y, nonnegative: bool, capacity: int | None, tol, max_steps) -> tuple[Static, Array, Array]:
     """Validate arguments; return the static arguments, and the dictionary and targets as arrays."""
-    D, y = jnp.asarray(D), jnp.asarray(y)
+    D, y = as_array(D), as_array(y)
     problems.check_numbers(name, "tol", tol, do="a finite gap of at least 0")
     problems.check_numbers(name, "max_steps", max_steps, do="0 or more, finite")
     if D.ndim != 2 or len(D) == 0:
@@ -411,7 +421,8 @@ def _prepare(name: str, D, y, nonnegative: bool, capacity: int | None, tol, max_
     capacity = min(D.shape) if capacity is None else capacity
     if not 1 <= capacity <= m:
         raise ValueError(f"`{name}` got capacity {capacity} for {m} atoms; pass a capacity from 1 to {m}.")
-    empty = SparseCode(jnp.zeros((*y.shape[:-1], 1)), jnp.full((*y.shape[:-1], 1), m), m)
+    shape = (*y.shape[:-1], 1)
+    empty = SparseCode(np.zeros(shape, np.float32), np.full(shape, m, np.int32), m)
     D, y, _ = problems.validate(D, y, empty, name)
     return Static(nonnegative, capacity), D, y
 
@@ -426,7 +437,7 @@ def _penalties(name: str, lam: Any, D, y, *, grid: bool = False) -> Array:
             f"`{name}` got penalties of shape {np.shape(lam)} for y of shape {y.shape}; pass one number, or shape "
             f"{shape}."
         )
-    return jnp.broadcast_to(jnp.asarray(lam, problems.accumulator(D, y)), shape)
+    return chunking.spread(lam, shape, problems.accumulator(D, y))
 
 
 def _share(name: str, what: str, x: Any) -> Any:
@@ -434,12 +445,19 @@ def _share(name: str, what: str, x: Any) -> Any:
     return x
 
 
-def _grid(name: str, top: Array, n_lambdas: int, eps: Any) -> Array:
-    """Penalties `[*b L]` from `top [*b]` to `eps · top`, evenly spaced on a log scale."""
+def _grid(name: str, D, y, n_lambdas: int, eps: Any, nonnegative: bool) -> Array:
+    """Penalties `[*b L]` from `λ_max` to `eps λ_max`, evenly spaced on a log scale."""
     _check_ratio(name, eps)
     if n_lambdas < 1:
         raise ValueError(f"`{name}` got n_lambdas {n_lambdas}; pass at least 1.")
-    return top[..., None] * eps ** jnp.linspace(0, 1, n_lambdas, dtype=top.dtype)
+    return _spaced((nonnegative, n_lambdas), (D, eps), (y,))
+
+
+@chunking.over_rows
+def _spaced(static: tuple[bool, int], shared, per_row) -> Array:
+    (nonnegative, n_lambdas), (D, eps) = static, shared
+    top = _lambda_max(nonnegative, D, per_row)
+    return top[..., None] * jnp.asarray(eps, top.dtype) ** jnp.linspace(0, 1, n_lambdas, dtype=top.dtype)
 
 
 def _check_ratio(name: str, eps: Any) -> None:
@@ -447,29 +465,31 @@ def _check_ratio(name: str, eps: Any) -> None:
     problems.check_numbers(name, "eps", eps, least=smallest, most=1, do="a positive ratio up to 1")
 
 
-def _pick(rows_and_one, axis: int):
-    """The results at the only penalty of a grid."""
-    return jax.tree.map(lambda x: jnp.squeeze(x, axis), rows_and_one)
-
-
 def _on_support(D, y, code: SparseCode, lams, *, nonnegative: bool, tol, max_steps) -> tuple[SparseCode, LassoInfo]:
-    """The lasso on the support of a code `[*b k]` at descending penalties `[*b L]`, in the slots of the code."""
+    """The lasso on the support of a code `[*b k]` at penalties `[*b]`, or descending `[*b L]`, in the code's slots."""
     static = Static(nonnegative, code.indices.shape[-1])
     placed, info = _run(static, D, y, lams, code.indices, tol, max_steps)
-    indices, num_dropped = (jnp.expand_dims(x, y.ndim - 1) for x in (code.indices, code.num_dropped))
+    return _in_slots(None, None, (code, placed)), info
+
+
+@chunking.over_rows
+def _in_slots(_static, _shared, per_row) -> SparseCode:
+    """The values of a second code, whose indices are slots of the first, in these slots."""
+    code, placed = per_row
+    indices, num_dropped = code.indices, code.num_dropped
+    if placed.indices.ndim > indices.ndim:
+        indices, num_dropped = indices[..., None, :], num_dropped[..., None]
     indices = jnp.broadcast_to(indices, placed.indices.shape)
-    return SparseCode(placed.dense(), indices, len(D), jnp.broadcast_to(num_dropped, lams.shape)), info
+    num_dropped = jnp.broadcast_to(num_dropped, placed.num_dropped.shape)
+    return SparseCode(placed.dense(), indices, code.num_latents, num_dropped)
 
 
 def _run(static: Static, D, y, lams, support, tol, max_steps) -> tuple[SparseCode, LassoInfo]:
-    """The lasso at descending penalties `[*b L]`, on all atoms or on supports `[*b s]`."""
+    """The lasso at penalties `[*b]`, or descending `[*b L]`, on all atoms or on supports `[*b s]`."""
     dtype = problems.accumulator(D, y)
     tol = jnp.asarray(tol, dtype)
     shared = D.astype(dtype), tol, jnp.asarray(max_steps, jnp.int32)
-    end = homotopy.solve(static, shared, (y.astype(dtype), lams, support))
-    status = jnp.where(end.gap <= tol, Status.CONVERGED, Status.MAX_STEPS)
-    status = jnp.where(jnp.isfinite(end.kkt), status, Status.NONFINITE)
-    status = jnp.where((lams >= 0) & jnp.isfinite(lams), status, Status.INVALID).astype(jnp.int32)
-    info = LassoInfo(kkt=end.kkt, steps=end.steps, status=status, gap=end.gap, lam=lams)
+    end, status = homotopy.solve(static, shared, (y.astype(dtype), lams, support))
+    info = LassoInfo(kkt=end.kkt, steps=end.steps, status=status, gap=end.gap, lam=as_array(lams))
     atoms = len(D) if support is None else support.shape[-1]
     return SparseCode(end.values, end.indices, atoms, end.num_dropped), info

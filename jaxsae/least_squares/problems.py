@@ -16,7 +16,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from jaxsae._core import chunking, sparse
-from jaxsae._core.linalg import EXACT, divide, matmul, max_or_nan, power_of_two, residual, result_type
+from jaxsae._core.linalg import EXACT, as_array, divide, matmul, max_or_nan, power_of_two, residual, result_type
 from jaxsae.codes import SparseCode
 from jaxsae.least_squares import driver, solvers
 
@@ -99,9 +99,10 @@ def problems(dictionary: Any, y: Array, indices: Array, *, num_latents: int, rid
     gram = chunking.each_row(lambda atoms: matmul(atoms, atoms.T), atoms, flops=2 * k * k * d)
     gram = jnp.where(on[:, :, None] & on[:, None, :], gram, 0)
     c = jnp.where(on, jnp.einsum("nid,nd->ni", atoms, y, precision=EXACT), 0)
-    square = jnp.diagonal(gram, axis1=1, axis2=2)
+    eye = jnp.eye(k, dtype=bool)
+    square = jnp.sum(jnp.where(eye, gram, 0), axis=2)  # the diagonal; `jnp.diagonal` gathers it
     norm, unit, weight, finite = measure(square, on, y_scale, y_norm, ridge)
-    gram = divide(gram + ridge * jnp.eye(k, dtype=gram.dtype), norm[:, :, None] * norm[:, None, :])
+    gram = divide(jnp.where(eye, gram + ridge, gram), norm[:, :, None] * norm[:, None, :])
     return Problem(gram, divide(c, norm * y_norm), unit, weight, finite)
 
 
@@ -302,7 +303,7 @@ def check_numbers(
 
 def validate(dictionary: Any, y: Any, code: SparseCode, name: str) -> tuple[Any, Array, SparseCode]:
     """Return a dictionary, targets and a code as JAX arrays; raise if they do not fit together."""
-    y, code = jnp.asarray(y), jax.tree.map(jnp.asarray, code)
+    y, code = as_array(y), jax.tree.map(as_array, code)
     if not is_array(dictionary):
         if not isinstance(dictionary, Dictionary):
             raise TypeError(
@@ -317,7 +318,7 @@ def validate(dictionary: Any, y: Any, code: SparseCode, name: str) -> tuple[Any,
             )
         shape, dtype = (code.num_latents, atom.shape[-1]), atom.dtype
     else:
-        dictionary = jnp.asarray(dictionary)
+        dictionary = as_array(dictionary)
         shape, dtype = dictionary.shape, dictionary.dtype
     for what, kind in (("a dictionary", dtype), ("y", y.dtype), ("values", code.values.dtype)):
         if not jnp.issubdtype(kind, jnp.floating):

@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jaxsae._core import chunking, pytrees
-from jaxsae._core.linalg import EXACT, divide, result_type, sq_norm
+from jaxsae._core.linalg import EXACT, as_array, divide, result_type, sq_norm
 from jaxsae.codes import SparseCode, decode, from_dense
 from jaxsae.least_squares import problems
-from jaxsae.least_squares.refit import RefitInfo, Status, refit
+from jaxsae.least_squares.refit import RefitInfo, Status, estimate, refit
 from jaxsae.least_squares.solvers import FISTA, ConjugateGradient
 
 _SOLVER = ConjugateGradient(tol=1e-6, max_steps=256, fallback=None)
@@ -77,21 +78,28 @@ def pursue(
         y, mask = jnp.where(mask, y, 0), mask.astype(D.dtype)
     max_atoms = method.k if max_atoms is None else max_atoms
     _check_options(method, tol, max_atoms, options or {})
-    tol = jnp.broadcast_to(jnp.asarray(tol, problems.accumulator(D, y)), y.shape[:-1])
-    max_atoms = jnp.broadcast_to(jnp.asarray(max_atoms, jnp.int32), y.shape[:-1])
+    tol = chunking.spread(tol, y.shape[:-1], problems.accumulator(D, y))
+    max_atoms = chunking.spread(max_atoms, y.shape[:-1], np.int32)
     options = jax.tree.map(lambda x: _number(x, tol.dtype), options or {})
-    chosen, finite = _select(method, *jax.lax.stop_gradient(((D, options), (y, tol, max_atoms, mask))))
+    chosen, broken = _select(method, *jax.lax.stop_gradient(((D, options), (y, tol, max_atoms, mask))))
     code = dataclasses.replace(code, values=chosen.values.astype(code.values.dtype), indices=chosen.indices)
     solver = None if method.refits else FISTA(max_steps=0)  # computes the KKT residual, without changing the values
     dictionary, support = (D, code) if mask is None else _masked(D, code, mask)
-    y = jnp.where(finite[..., None], y, 0)
+    y = y if chunking.known_false(broken) else jnp.where(broken[..., None], 0, y)
     refitted, info = refit(dictionary, y, support, solver, nonnegative=method.nonnegative)
-    refitted = dataclasses.replace(code, values=refitted.values)
+    info = _outcome(None, None, (*jax.lax.stop_gradient((chosen, broken)), info))
+    return dataclasses.replace(code, values=refitted.values) if method.refits else code, info
+
+
+@chunking.over_rows
+def _outcome(_static, _shared, per_row) -> RefitInfo:
+    """The outcome of rows, from that of their selection and that of their refit."""
+    chosen, broken, info = per_row
     status = jnp.where(chosen.ended, info.status, jnp.maximum(info.status, Status.MAX_STEPS))
-    return refitted if method.refits else code, RefitInfo(
-        kkt=jnp.where(finite, info.kkt, jnp.nan),
+    return RefitInfo(
+        kkt=jnp.where(broken, jnp.nan, info.kkt),
         steps=chosen.steps,
-        status=jnp.where(finite, status, Status.NONFINITE).astype(jnp.int32),
+        status=jnp.where(broken, Status.NONFINITE, status).astype(jnp.int32),
     )
 
 
@@ -123,20 +131,20 @@ def _number(x: Any, dtype) -> Array:
 def _validated(D: Any, y: Any, method: Method) -> tuple[Array, Array, SparseCode]:
     """The dictionary and the rows as arrays, and an empty code for them."""
     name, k = method.name, method.k
-    D, y = jnp.asarray(D) if problems.is_array(D) else D, jnp.asarray(y)
+    D, y = as_array(D) if problems.is_array(D) else D, as_array(y)
     if not problems.is_array(D) or D.ndim != 2:
         raise TypeError(f"`{name}` got a dictionary of type {type(D).__name__}; pass an array of shape (m, d).")
     m = len(D)
     if not 1 <= k <= m:
         raise ValueError(f"`{name}` got k = {k} for {m} atoms; pass a k from 1 to {m}.")
     shape = (*y.shape[:-1], k)
-    code = SparseCode(jnp.zeros(shape, result_type(D, y)), jnp.full(shape, m, jnp.int32), m)
+    code = SparseCode(np.zeros(shape, result_type(D, y)), np.full(shape, m, np.int32), m)
     return problems.validate(D, y, code, name)
 
 
 @chunking.over_rows
 def _select(method: Method, shared, per_row):
-    """Run a method on unit-free rows, and scale its values back."""
+    """Run a method on unit-free rows, and scale its values back; and which rows are not finite."""
     (D, options), (y, tol, max_atoms, mask) = shared, per_row
     batch, D, y = y.shape[:-1], D.astype(tol.dtype), y.reshape(-1, y.shape[-1]).astype(tol.dtype)
     # Every row is compared with every atom. As in `refit`, subnormal numbers count as NaN.
@@ -149,7 +157,7 @@ def _select(method: Method, shared, per_row):
     size, unit = (x.at[chosen.indices].get(mode="fill", fill_value=0) for x in (length, largest))
     values = divide(chosen.values * y_length[:, None], size) * divide(y_largest[:, None], unit)
     chosen = chosen._replace(values=values)
-    return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), (chosen, finite))
+    return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), (chosen, ~finite))
 
 
 def _unit(x: Array) -> tuple[Array, Array, Array]:
@@ -174,7 +182,7 @@ def by_chunks(select: Callable, problem: Problem, *, row_bytes: int, cpu_rows: i
 def invert(problem: Problem, code: SparseCode) -> tuple[SparseCode, Array]:
     """The best values on a support, and their residual."""
     # Rows on which conjugate gradient does not converge are used as they are: only the final refit must be accurate.
-    code, _ = refit(problem.D, problem.y, code, _SOLVER, nonnegative=problem.nonnegative)
+    code = estimate(problem.D, problem.y, code, _SOLVER, nonnegative=problem.nonnegative)
     return code, residual(problem, code)
 
 
