@@ -186,11 +186,11 @@ def over_rows(f: Callable[[Any, Any, Any], Any]) -> Callable[[Any, Any, Any], An
 
         # By numpy, which compiles nothing, and here copies what is no device's.
         def pad(x):
-            x = np.asarray(x).reshape(n, *x.shape[len(batch) :])
+            x = np.asarray(x).reshape((n, *x.shape[len(batch) :]))
             return np.concatenate([x, np.zeros((size - n, *x.shape[1:]), x.dtype)])
 
         outputs = compiled(static, shared, jax.tree.map(pad, per_row))
-        return jax.tree.map(lambda x: jax.device_put(np.asarray(x)[:n].reshape(*batch, *x.shape[1:])), outputs)
+        return jax.tree.map(lambda x: jax.device_put(np.asarray(x)[:n].reshape((*batch, *x.shape[1:]))), outputs)
 
     return call
 

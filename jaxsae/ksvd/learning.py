@@ -1,6 +1,6 @@
 """The loop of k-SVD, and its updates of atoms.
 
-Coding is by `pursuit.omp`; an update keeps the supports. Without atom j, the rows that use it have the residual
+Coding is by `pursuit.omp`, without its refit; an update keeps the supports. Without atom j, the rows that use it have the residual
 `E = R + v dᵀ`, and the best rank-one fit `E ≈ v dᵀ` gives both the atom and its values, at the cost of those rows
 alone. Each update uses the results of those before it, so the objective never increases.
 
@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jaxsae import codes, pursuit
+from jaxsae import codes
 from jaxsae._core import chunking
 from jaxsae._core.linalg import divide, matmul, power_of_two, ratio, result_type, solve_semidefinite
 from jaxsae.codes import SparseCode
 from jaxsae.ksvd import rank_one
 from jaxsae.least_squares import problems
+from jaxsae.pursuit import greedy
 
 _ALIKE = 0.99  # the cosine above which two atoms count as one, as in the authors' code
 
@@ -101,13 +102,13 @@ def fit(
         )
     if start is not None and start.shape != (m, d):
         raise ValueError(f"`fit` got a start of shape {start.shape}; pass one of shape ({m}, {d}), one atom per row.")
-    start = _signals(key, y, m) if start is None else start
-    start = rank_one.unit(jax.nn.relu(start) if nonnegative_atoms else start)
-    return _fit(k, steps, update or exact, nonnegative, nonnegative_atoms, start, y, jnp.full(n, tol, y.dtype))
+    start = _signals(m, key, y) if start is None else start
+    return _fit(k, steps, update or exact, nonnegative, nonnegative_atoms, start, y, chunking.spread(tol, (n,), y.dtype))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _fit(k: int, steps: int, update: Callable, nonnegative: bool, nonnegative_atoms: bool, start, y, tol):
+    start = rank_one.unit(jax.nn.relu(start) if nonnegative_atoms else start)
     y, scale = _without_units(y)
     tol = divide(tol.astype(scale.dtype), scale)
     finite = jnp.isfinite(y).all(axis=1)
@@ -118,7 +119,8 @@ def _fit(k: int, steps: int, update: Callable, nonnegative: bool, nonnegative_at
         return jnp.where(jnp.isnan(scale), jnp.nan, left)
 
     def step(D, _):
-        code, _ = pursuit.omp(D, y, k=k, nonnegative=nonnegative, tol=tol)
+        # A refit would take longer to compile than all the rest, and the update changes the values anyway.
+        code = greedy.chosen_by_omp(D, y, k=k, nonnegative=nonnegative, tol=tol)
         coded = error(D, code)
         D, code = update(D, y, code, nonnegative=nonnegative, nonnegative_atoms=nonnegative_atoms)
         updated = error(D, code)
@@ -136,7 +138,8 @@ def _without_units(y):
     return divide(wide, scale).astype(y.dtype), scale
 
 
-def _signals(key, y, m: int):
+@functools.partial(jax.jit, static_argnums=0)
+def _signals(m: int, key, y):
     """Signals drawn without replacement; those that are 0 or not finite are drawn last, and become 0 if not finite."""
     valid = jnp.isfinite(y).all(axis=1) & (y != 0).any(axis=1)
     _, chosen = jax.lax.top_k(jax.random.uniform(key, (len(y),)) + jnp.where(valid, 1.0, 0.0), m)

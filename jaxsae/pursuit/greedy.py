@@ -86,6 +86,12 @@ def omp(
     return pursue(method, D, y, tol, max_atoms, mask=mask)
 
 
+def chosen_by_omp(D: Array, y: Array, *, k: int, tol: Array, nonnegative: bool) -> SparseCode:
+    """`omp` without its refit: values that are optimal to the rounding of the selection."""
+    method = Method("omp", _omp_nonnegative if nonnegative else _omp, k, nonnegative, refits=False)
+    return pursue(method, D, y, tol, None)[0]
+
+
 def _omp(problem: Problem) -> Chosen:
     """Select with free signs, by updates of a Cholesky factorisation.
 
