@@ -1,5 +1,6 @@
 """Random problems that the tests share, and what they are judged by: plain numpy in float64."""
 
+import contextlib
 import errno
 from typing import NamedTuple
 
@@ -204,3 +205,19 @@ def dying(at, after, *functions):
 
     for where, name in functions:
         setattr(where, name, wrap(getattr(where, name)))
+
+
+@contextlib.contextmanager
+def compilations():
+    """The number of programs that XLA compiles meanwhile."""
+    seen: list[str] = []
+
+    def count(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        yield seen
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from problems import activations, f64, problem, sae, with_code
+from problems import activations, compilations, f64, problem, sae, with_code
 
 import jaxsae
 from jaxsae import SparseCode
@@ -326,6 +326,36 @@ def test_jit_is_eager_and_traces_once(name):
     assert_close(compiled(*data()), expected(name))
     jax.block_until_ready(compiled(*data(1)))
     chex.clear_trace_counter()
+
+
+@every_law
+def test_a_second_call_compiles_nothing(name):
+    expected(name)
+    model, rows = data(1)
+    with compilations() as seen:
+        jax.block_until_ready(LAWS[name].call(model, rows))
+    assert not seen
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "certify",
+        "lasso.lambda_max",
+        "lasso.lasso",
+        "lasso.path",
+        "lasso.relaxed",
+        "pursuit.iti",
+        "pursuit.omp",
+        "refit",
+    ],
+)
+def test_another_number_of_rows_compiles_nothing(name):
+    model, rows = data(batch=(62,))  # 64 with padding
+    expected(name)
+    with compilations() as seen:
+        jax.block_until_ready(LAWS[name].call(model, rows))
+    assert not seen
 
 
 @pytest.mark.parametrize(

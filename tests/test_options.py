@@ -28,7 +28,7 @@ from jaxsae.app.options import FAMILIES, Options, resolved
 from jaxsae.formats import hub
 from jaxsae.ksvd import image_files, images
 from jaxsae.language_model import download, harvest
-from jaxsae.least_squares.refit import RefitInfo
+from jaxsae.least_squares.outcome import RefitInfo
 from jaxsae.train import job
 
 ROOT = Path(__file__).parent

@@ -10,7 +10,7 @@ import orbax.checkpoint
 import pytest
 import scipy.optimize
 from flax import struct
-from problems import activations, assert_same_bits, f64, sae, sparse_rows
+from problems import activations, assert_same_bits, compilations, f64, sae, sparse_rows
 
 import jaxsae
 from jaxsae import train
@@ -575,6 +575,17 @@ def test_a_batch_of_one_row_and_a_start_with_all_latents_dead():
 
 
 # --- the recipe
+
+
+def test_a_recipe_written_in_the_call_compiles_once():
+    def fit(seed):
+        objective, tx = Objective((AuxK(8),), idle_after=50), train.ema(train.default_optimizer(1e-2, clip=1.0), 0.9)
+        train.fit(sae(seed, m=M), itertools.repeat(activations(seed)), loss=objective, tx=tx, steps=2)
+
+    fit(0)
+    with compilations() as seen:
+        fit(1)
+    assert not seen
 
 
 def test_the_recipe_is_adam_with_the_papers_constants_on_the_sphere():

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxsae._core.linalg import promote_dtypes
-from jaxsae.autoencoder.sae import SAE, encode, floating, restores, validated
+from jaxsae.autoencoder.sae import SAE, _floating, _restores, _validate, encode
 from jaxsae.codes import SparseCode
-from jaxsae.least_squares.refit import RefitInfo, refit
+from jaxsae.least_squares.outcome import RefitInfo
+from jaxsae.least_squares.refit import refit
 from jaxsae.least_squares.solvers import Solver
 
 
@@ -48,7 +49,7 @@ def to_fit(sae: SAE, x: Float[Array, "*b d"], target: Float[Array, "*b d_out"] |
         if sae.transcoder:
             raise ValueError("got a transcoder and no target; pass target, what it is to reconstruct from x.")
         target = x
-    return _to_fit(sae, validated(sae, x, "to_fit"), floating(target, "to_fit", "a target"))
+    return _to_fit(sae, _validate(sae, x, "to_fit"), _floating(target, "to_fit", "a target"))
 
 
 @jax.jit
@@ -56,7 +57,7 @@ def _to_fit(sae: SAE, x, target) -> Fit:
     scale = None
     if sae.W_skip is not None:
         target = target - x @ sae.W_skip
-    if sae.normalisation is not None and restores(sae):
+    if sae.normalisation is not None and _restores(sae):
         _, scale, shift = sae.normalisation(x)
         target = target if shift is None else target - shift
         # A row with zero spread equals its mean, whatever the code.
@@ -106,7 +107,7 @@ def refine(
 
     Source: Gao et al. (2024), "Scaling and evaluating sparse autoencoders", Section 5.1.
     """
-    x = validated(sae, x, "refine")
+    x = _validate(sae, x, "refine")
     y, _ = to_fit(sae, x, target)
     if code is None:
         code = encode(sae, x, capacity=capacity)

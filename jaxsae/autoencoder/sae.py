@@ -106,7 +106,7 @@ def describe(sae: SAE) -> dict[str, str]:
         "activation": _shown(sae.activation),
         "input": "x" if sae.normalisation is None else f"{_shown(sae.normalisation)} of x",
         "encoder": f"none: {inputs} is pursued on W_dec" if sae.activation.encoder_free else f"{inputs} W_enc + b_enc",
-        "decoder": f"{decoder}, in the units of the row" if restores(sae) else decoder,
+        "decoder": f"{decoder}, in the units of the row" if _restores(sae) else decoder,
     }
 
 
@@ -168,7 +168,7 @@ def init(
         raise ValueError(f"`init` got k = {activation.slots} for m = {m} latents; pass k of at most {m}.")
     if skip and not transcoder:
         raise ValueError("`init` got skip without transcoder; an autoencoder could copy its input through it.")
-    b_dec = jnp.zeros(d) if b_dec is None else floating(b_dec, "init", "b_dec")
+    b_dec = jnp.zeros(d) if b_dec is None else _floating(b_dec, "init", "b_dec")
     if b_dec.ndim != 1 or (b_dec.shape != (d,) and not transcoder):
         raise ValueError(f"`init` got b_dec of shape {b_dec.shape}, expected ({d},); pass one value for each input.")
     atoms = _unit_rows(key, m, d, b_dec.dtype)
@@ -213,7 +213,7 @@ def pre_activations(sae: SAE, x: Float[Array, "*b d"]) -> Float[Array, "*b m"]:
 
 def _inputs(sae: SAE, x):
     """The encoder's inputs: rows normalised and centred as the SAE specifies."""
-    x = validated(sae, x, "encode")
+    x = _validate(sae, x, "encode")
     x = x if sae.normalisation is None else sae.normalisation(x).inputs
     if not sae.apply_b_dec_to_input:
         return x
@@ -253,7 +253,7 @@ def encode(sae: SAE, x: Float[Array, "*b d"], *, capacity: int | None = None) ->
         )
     if isinstance(capacity, Tracer):
         raise TypeError("`encode` got a traced capacity; make it static, jax.jit(encode, static_argnames='capacity').")
-    return _encode(capacity, sae, validated(sae, x, "encode"))
+    return _encode(capacity, sae, _validate(sae, x, "encode"))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -311,7 +311,7 @@ def decode(sae: SAE, code: SparseCode | Float[Array, "*b m"]) -> Float[Array, "*
       >>> jaxsae.decode(sae, jaxsae.encode(sae, jnp.ones((3, 4)))).shape
       (3, 4)
     """
-    if restores(sae):
+    if _restores(sae):
         raise ValueError(
             f"`decode` got a code alone, but this SAE normalises each row ({type(sae.normalisation).__name__}) and its "
             "output is in the row's units; call jaxsae.reconstruct(sae, x, code)."
@@ -324,14 +324,14 @@ def decode(sae: SAE, code: SparseCode | Float[Array, "*b m"]) -> Float[Array, "*
     return _decode("decode", sae, code)
 
 
-def restores(sae: SAE) -> bool:
+def _restores(sae: SAE) -> bool:
     """Whether the output is put back into the units of each row."""
     return sae.normalisation is not None and sae.normalisation.per_row and not sae.transcoder
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _decode(name: str, sae: SAE, code):
-    z: Any = code if isinstance(code, SparseCode) else floating(code, name, "a code")
+    z: Any = code if isinstance(code, SparseCode) else _floating(code, name, "a code")
     m = z.num_latents if isinstance(z, SparseCode) else z.shape[-1] if z.ndim else 0
     if m != sae.m:
         raise ValueError(f"`{name}` got a code of {m} latents for an SAE of {sae.m}; pass a code that this SAE made.")
@@ -363,7 +363,7 @@ def reconstruct(
       >>> jaxsae.reconstruct(sae, jnp.ones((3, 4))).shape
       (3, 6)
     """
-    x = validated(sae, x, "reconstruct")
+    x = _validate(sae, x, "reconstruct")
     if code is None:
         code = encode_dense(sae, x) if sae.activation.slots is None else encode(sae, x)
     return _reconstruct(sae, x, code)
@@ -376,7 +376,7 @@ def _reconstruct(sae: SAE, x, code):
         raise ValueError(
             f"`reconstruct` got x of shape {x.shape} and a code of rows {x_hat.shape[:-1]}; pass the x of that code."
         )
-    if sae.normalisation is not None and restores(sae):
+    if sae.normalisation is not None and _restores(sae):
         _, scale, shift = sae.normalisation(x)
         x_hat = x_hat if scale is None else x_hat * scale
         x_hat = x_hat if shift is None else x_hat + shift
@@ -386,7 +386,7 @@ def _reconstruct(sae: SAE, x, code):
     return x_hat + x @ W_skip
 
 
-def floating(x, name: str, what: str) -> Array:
+def _floating(x, name: str, what: str) -> Array:
     """An array; raise if it is not floating point."""
     x = as_array(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -397,9 +397,9 @@ def floating(x, name: str, what: str) -> Array:
     return x
 
 
-def validated(sae: SAE, x, name: str) -> Array:
+def _validate(sae: SAE, x, name: str) -> Array:
     """Activations as an array; raise if they do not fit the SAE."""
-    x = floating(x, name, "x")
+    x = _floating(x, name, "x")
     if x.shape[-1:] != (sae.d,):
         raise ValueError(
             f"`{name}` got x of shape {x.shape}, but this SAE has d = {sae.d}; pass activations (*b, {sae.d}) of the "

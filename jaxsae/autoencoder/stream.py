@@ -22,7 +22,7 @@ from jaxsae.autoencoder.shrinkage import Shrinkage, shrinkage
 from jaxsae.codes import SparseCode
 from jaxsae.data import shards
 from jaxsae.data.rows import Rows
-from jaxsae.least_squares.refit import RefitInfo, Status
+from jaxsae.least_squares.outcome import RefitInfo, Status
 from jaxsae.least_squares.solvers import Solver
 
 _BLOCK = 256  # rows refined together

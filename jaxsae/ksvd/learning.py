@@ -1,8 +1,8 @@
 """The loop of k-SVD, and its updates of atoms.
 
-Coding is by `pursuit.omp`, without its refit; an update keeps the supports. Without atom j, the rows that use it have the residual
-`E = R + v dᵀ`, and the best rank-one fit `E ≈ v dᵀ` gives both the atom and its values, at the cost of those rows
-alone. Each update uses the results of those before it, so the objective never increases.
+Coding is by `pursuit.omp`, without its refit; an update keeps the supports. Without atom j, the rows that use it have
+the residual `E = R + v dᵀ`, and the best rank-one fit `E ≈ v dᵀ` gives both the atom and its values, at the cost of
+those rows alone. Each update uses the results of those before it, so the objective never increases.
 
 With the dictionary fixed as well, the problem is least squares on the supports: `jaxsae.refit`.
 """
@@ -103,7 +103,9 @@ def fit(
     if start is not None and start.shape != (m, d):
         raise ValueError(f"`fit` got a start of shape {start.shape}; pass one of shape ({m}, {d}), one atom per row.")
     start = _signals(m, key, y) if start is None else start
-    return _fit(k, steps, update or exact, nonnegative, nonnegative_atoms, start, y, chunking.spread(tol, (n,), y.dtype))
+    return _fit(
+        k, steps, update or exact, nonnegative, nonnegative_atoms, start, y, chunking.spread(tol, (n,), y.dtype)
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))

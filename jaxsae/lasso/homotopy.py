@@ -24,7 +24,7 @@ from jaxsae._core import chunking
 from jaxsae._core.linalg import divide, matmul, max_or_nan, power_of_two, residual, sq_spectral_norm
 from jaxsae.codes import SparseCode
 from jaxsae.least_squares import problems
-from jaxsae.least_squares.refit import Status
+from jaxsae.least_squares.outcome import Status
 from jaxsae.least_squares.solvers import POWER_STEPS, FISTAState, fista_start, fista_step
 
 _STARTS = 4  # runs of FISTA on a row, each from the result of the one before

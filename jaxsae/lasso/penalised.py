@@ -22,7 +22,8 @@ from jaxsae.lasso import homotopy
 from jaxsae.lasso.homotopy import Static
 from jaxsae.least_squares import problems
 from jaxsae.least_squares.certificate import certify
-from jaxsae.least_squares.refit import RefitInfo, refit
+from jaxsae.least_squares.outcome import RefitInfo
+from jaxsae.least_squares.refit import refit
 
 Number = int | float | Array | np.ndarray
 
@@ -427,7 +428,7 @@ def _prepare(name: str, D, y, nonnegative: bool, capacity: int | None, tol, max_
     return Static(nonnegative, capacity), D, y
 
 
-def _penalties(name: str, lam: Any, D, y, *, grid: bool = False) -> Array:
+def _penalties(name: str, lam: Any, D, y, *, grid: bool = False) -> Any:
     """Penalties `[*b]`, or `[*b L]`, in the dtype of the arithmetic."""
     problems.check_numbers(name, "a penalty of", lam, do="penalties of 0 or more, finite")
     shape = (*y.shape[:-1], *np.shape(lam)[-1:]) if grid else y.shape[:-1]

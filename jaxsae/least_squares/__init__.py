@@ -9,8 +9,9 @@ fuses the computation into one kernel where that was measured to be faster.
 
 from jaxsae.least_squares import kernels as kernels, solvers as solvers
 from jaxsae.least_squares.certificate import Certificate as Certificate, certify as certify
+from jaxsae.least_squares.outcome import RefitInfo as RefitInfo, Status as Status, check as check
 from jaxsae.least_squares.problems import Dictionary as Dictionary
-from jaxsae.least_squares.refit import RefitInfo as RefitInfo, Status as Status, check as check, refit as refit
+from jaxsae.least_squares.refit import refit as refit
 from jaxsae.least_squares.solvers import (
     FISTA as FISTA,
     BlockPivoting as BlockPivoting,

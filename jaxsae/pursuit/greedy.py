@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsae._core.linalg import EXACT, divide, matmul, sq_norm
 from jaxsae.codes import SparseCode
-from jaxsae.least_squares.refit import RefitInfo
+from jaxsae.least_squares.outcome import RefitInfo
 from jaxsae.pursuit import selection
 from jaxsae.pursuit.selection import Chosen, Method, Problem, pursue
 

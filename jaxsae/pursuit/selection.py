@@ -19,7 +19,8 @@ from jaxsae._core import chunking, pytrees
 from jaxsae._core.linalg import EXACT, as_array, divide, result_type, sq_norm
 from jaxsae.codes import SparseCode, decode, from_dense
 from jaxsae.least_squares import problems
-from jaxsae.least_squares.refit import RefitInfo, Status, estimate, refit
+from jaxsae.least_squares.outcome import RefitInfo, Status
+from jaxsae.least_squares.refit import estimate, refit
 from jaxsae.least_squares.solvers import FISTA, ConjugateGradient
 
 _SOLVER = ConjugateGradient(tol=1e-6, max_steps=256, fallback=None)
@@ -87,7 +88,7 @@ def pursue(
     dictionary, support = (D, code) if mask is None else _masked(D, code, mask)
     y = y if chunking.known_false(broken) else jnp.where(broken[..., None], 0, y)
     refitted, info = refit(dictionary, y, support, solver, nonnegative=method.nonnegative)
-    info = _outcome(None, None, (*jax.lax.stop_gradient((chosen, broken)), info))
+    info = _outcome(None, None, jax.lax.stop_gradient((chosen, broken, info)))
     return dataclasses.replace(code, values=refitted.values) if method.refits else code, info
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxsae._core.linalg import EXACT, divide, matmul, sq_norm, sq_spectral_norm
 from jaxsae.codes import SparseCode
-from jaxsae.least_squares.refit import RefitInfo
+from jaxsae.least_squares.outcome import RefitInfo
 from jaxsae.pursuit import selection
 from jaxsae.pursuit.selection import Chosen, Method, Problem, pursue
 

@@ -5,6 +5,7 @@ batch; the name or docstring of each says what it is divided by. Sums are in flo
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -139,6 +140,7 @@ def _first(code, latents: int):
     return dataclasses.replace(code, values=jnp.where(code.indices < latents, code.values, 0))
 
 
+@functools.partial(jax.jit, static_argnames="k_aux")
 def auxk(
     sae: SAE, x: Float[Array, "b d"], residual: Float[Array, "b d"], idle: Bool[Array, " m"], *, k_aux: int
 ) -> Float[Array, ""]:

@@ -1,5 +1,6 @@
 """Optax transformations for training: unit-norm atoms, the default optimiser, and averages of parameters."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,6 +12,21 @@ from jaxtyping import Array
 from jaxsae._core import pytrees
 from jaxsae._core.linalg import divide, norms, widen
 from jaxsae.autoencoder.sae import SAE
+
+
+def _remembered(f: Callable) -> Callable:
+    """Return the same transformation for equal arguments: training steps that share one share their compilation."""
+    remembered = functools.lru_cache(f)
+
+    @functools.wraps(f)
+    def call(*args, **options):
+        try:
+            hash((args, tuple(options.values())))
+        except TypeError:  # an array
+            return f(*args, **options)
+        return remembered(*args, **options)
+
+    return call
 
 
 class _Sound(optax.GradientTransformation):
@@ -25,6 +41,7 @@ def _around(tx: optax.GradientTransformation, init: Callable, update: Callable) 
     return (_Sound if isinstance(tx, _Sound) else optax.GradientTransformation)(init, update)
 
 
+@_remembered
 def unit_norm_decoder(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     """Keep the atoms on the unit sphere: pass `tx` their tangent gradient, and project its update onto the sphere.
 
@@ -90,6 +107,7 @@ def learning_rate(m: int, steps: int | None = None) -> float:
     return max(base, min(base * shorter**0.25, 4e-3))
 
 
+@_remembered
 def default_optimizer(rate: optax.ScalarOrSchedule, *, clip: float | None = None) -> optax.GradientTransformation:
     """The optimiser of Gao et al. (2024): Adam with `β = (0.9, 0.999)` and `ε = 6.25e-10`, atoms on the unit sphere.
 
@@ -117,6 +135,7 @@ class EmaState(NamedTuple):
     weight: Array
 
 
+@_remembered
 def ema(tx: optax.GradientTransformation, decay: float) -> optax.GradientTransformation:
     """Keep an exponential moving average of the parameters in the optimiser state; `ema_params` reads it.
 

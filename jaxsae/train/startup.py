@@ -1,6 +1,7 @@
 """Initialisation of the decoder's bias, and resampling of latents that never fire."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jaxsae.train.optim import EmaState, _is_ema
 from jaxsae.train.steps import TrainState
 
 
+@functools.partial(jax.jit, static_argnames="iterations")
 def geometric_median(x: Float[Array, "n d"], *, iterations: int = 100) -> Float[Array, " d"]:
     """The point of least mean distance to the rows, by Weiszfeld's iteration: a centre that outliers hardly move.
 
