@@ -358,6 +358,15 @@ def test_another_number_of_rows_compiles_nothing(name):
     assert not seen
 
 
+@pytest.mark.parametrize("name", ["decode", "pursuit.omp", "refine"])
+def test_a_program_for_any_number_of_rows_is_exported(name):
+    model, rows = data()
+    (b,) = jax.export.symbolic_shape("b")
+    symbolic = jax.tree.map(lambda x: jax.ShapeDtypeStruct((b, *x.shape[1:]), x.dtype), rows)
+    exported = jax.export.export(jax.jit(functools.partial(LAWS[name].call, model)))(symbolic)
+    assert_close(exported.call(rows), expected(name))
+
+
 @pytest.mark.parametrize(
     "name", ["certify", "refit", "lasso.lasso", "lasso.path", "lasso.lambda_max", "pursuit.omp", "pursuit.iti"]
 )

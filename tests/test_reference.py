@@ -98,7 +98,7 @@ NO_EXAMPLE = {
 }
 # What has no mathematics, or nobody's.
 NO_SOURCE = {
-    *("jaxsae.Certificate", "jaxsae.ReLU", "jaxsae.RefitInfo", "jaxsae.Status", "jaxsae.check"),
+    *("jaxsae.Certificate", "jaxsae.ReLU"),
     *("jaxsae.autoencoder.activations.Activation", "jaxsae.lasso.LassoInfo", "jaxsae.lasso.CrossValidation"),
     *("jaxsae.ksvd.History", "jaxsae.lasso.lambda_max", "jaxsae.train.losses.mse", "jaxsae.train.losses.nmse"),
     *("jaxsae.train.objectives.Aux", "jaxsae.train.objectives.Objective", "jaxsae.train.objectives.ForwardPass"),

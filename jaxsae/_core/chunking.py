@@ -19,12 +19,15 @@ WORKSPACE_BYTES = 256 << 20  # default bound on the memory of a chunk
 _CPU_ROWS = 16
 
 
-def _chunk_size(total: int, row_bytes: int, workspace_bytes: int, cpu_rows: int) -> tuple[int, int]:
+def _chunk_size(total: Any, row_bytes: int, workspace_bytes: int, cpu_rows: int) -> tuple[int, Any]:
     """The number of rows of a chunk, and the number of chunks."""
     most = max(1, workspace_bytes // max(row_bytes, 1))
     if sharding.on_cpu():
         most = min(most, cpu_rows)
     step = min(most, _CPU_ROWS)
+    if not isinstance(total, int):  # symbolic, in an export
+        size = most // step * step
+        return size, (total + size - 1) // size
     padded = max(step, math.ceil(total / step) * step)
     chunks = math.ceil(padded / (most // step * step))
     return math.ceil(padded / chunks / step) * step, chunks
@@ -34,7 +37,7 @@ def scan_chunks(
     f: Callable,
     carry: Any,
     *arrays: Any,
-    batch: tuple[int, ...],
+    batch: tuple[Any, ...],
     row_bytes: int,
     workspace_bytes: int = WORKSPACE_BYTES,
     cpu_rows: int = _CPU_ROWS,
@@ -163,19 +166,26 @@ def fold_vmap(f: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
 
 
 def over_rows(f: Callable[[Any, Any, Any], Any]) -> Callable[[Any, Any, Any], Any]:
-    """Compile `f(static, shared, per_row)` for each `static`, with the `vmap` of `fold_vmap`.
-
-    Called outside of transformations on a CPU, it is compiled for a few numbers of rows only: others are padded with
-    rows of zeros, at most an eighth as many. The first array of `per_row` has one axis besides the batch.
-    """
+    """Compile `f(static, shared, per_row)` for each `static`, with the `vmap` of `fold_vmap`, `in_buckets`."""
 
     @functools.cache
     def folded(static):
         return fold_vmap(functools.partial(f, static))
 
-    @functools.partial(jax.jit, static_argnums=0)
+    @functools.wraps(f)
     def compiled(static, shared, per_row):
         return folded(static)(shared, per_row)
+
+    return in_buckets(compiled)
+
+
+def in_buckets(f: Callable[[Any, Any, Any], Any]) -> Callable[[Any, Any, Any], Any]:
+    """Compile `f(static, shared, per_row)` for each `static` and, outside of transformations, few numbers of rows.
+
+    On a CPU, other numbers are padded with rows of zeros, at most an eighth as many. The first array of `per_row` has
+    one axis besides the batch.
+    """
+    compiled = jax.jit(f, static_argnums=0)
 
     @functools.wraps(f)
     def call(static, shared, per_row):
@@ -184,7 +194,7 @@ def over_rows(f: Callable[[Any, Any, Any], Any]) -> Callable[[Any, Any, Any], An
         if n == 0 or not _on_default_cpu((shared, per_row)) or batch == (size := bucket(n),):
             return compiled(static, shared, per_row)
 
-        # By numpy, which compiles nothing, and here copies what is no device's.
+        # By NumPy, which compiles nothing, and here copies what is no device's.
         def pad(x):
             x = np.asarray(x).reshape((n, *x.shape[len(batch) :]))
             return np.concatenate([x, np.zeros((size - n, *x.shape[1:]), x.dtype)])
@@ -222,9 +232,9 @@ def numpy_for(tree: Any) -> Any:
     return np if is_concrete(tree) else jnp
 
 
-def spread(x: Any, shape: tuple[int, ...], dtype) -> Any:
+def spread(x: Any, shape: tuple[Any, ...], dtype) -> Any:
     """`x` in a dtype, broadcast to a shape."""
-    xp = numpy_for(x)
+    xp = numpy_for(x) if all(isinstance(n, int) for n in shape) else jnp  # symbolic, in an export
     return xp.broadcast_to(xp.asarray(x, dtype), shape)
 
 

@@ -65,9 +65,9 @@ def sq_norm(x: Float[Array, "*b d"]) -> Float[Array, "*b"]:
 def power_of_two(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
     """The largest power of two up to `|x|`, with its sign, by which division is exact; `x` if not finite.
 
-    It is 0 for 0 and for subnormal numbers, which XLA flushes to 0 on most devices.
+    It is 0 for 0 and for subnormal numbers, which XLA flushes to 0 on most devices. Its derivative is 0.
     """
-    limits = jnp.finfo(x.dtype)
+    x, limits = jax.lax.stop_gradient(x), jnp.finfo(x.dtype)
     bits = jax.lax.bitcast_convert_type(x, f"uint{limits.bits}")
     return jnp.where(jnp.isfinite(x), jax.lax.bitcast_convert_type(bits >> limits.nmant << limits.nmant, x.dtype), x)
 
@@ -79,7 +79,10 @@ def power_of_two_or_one(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
 
 
 def max_or_nan(x: Array, axis: int | tuple[int, ...] | None = None, *, keepdims: bool = False) -> Array:
-    """The largest of `x`, at least 0, or NaN if any is NaN: XLA's maximum on a CPU ignores NaN in many shapes."""
+    """The largest of `x`, at least 0, or NaN if any is NaN: XLA's maximum on a CPU ignores NaN in many shapes.
+
+    It has no derivative.
+    """
     # As integers: those of NaN without its sign exceed that of Inf, and those of negative numbers are negative.
     kind = jnp.dtype(f"int{jnp.finfo(x.dtype).bits}")
     bits = jax.lax.bitcast_convert_type(x, kind)

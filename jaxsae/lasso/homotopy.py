@@ -13,7 +13,7 @@ it too large continue with FISTA.
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +85,7 @@ class _Rows(NamedTuple):
         """Memory of the atoms of one row."""
         return 0 if self.support is None else self.support.shape[1] * self.y.nbytes // max(len(self.y), 1)
 
-    def with_units(self, solution: Solution, tol, shape: tuple[int, ...]) -> tuple[Solution, Array]:
+    def with_units(self, solution: Solution, tol, shape: tuple[Any, ...]) -> tuple[Solution, Array]:
         """The solution `[*shape]` in the units of the data, empty where a row is not valid, and its `Status`."""
         m = len(self.D) if self.support is None else self.support.shape[1]
         values = divide(solution.values * self.y_unit[:, :, None], self.unit)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from jaxsae import codes
 from jaxsae._core import chunking, pytrees
-from jaxsae._core.linalg import as_array, divide, matmul, max_or_nan, power_of_two, promote_dtypes
+from jaxsae._core.linalg import as_array, divide, matmul, power_of_two, promote_dtypes
 from jaxsae.codes import SparseCode
 from jaxsae.lasso import homotopy
 from jaxsae.lasso.homotopy import Static
@@ -203,7 +203,7 @@ def relaxed(
     return _relaxed(None, None, (selected, info, *eased, *refitted, gap))
 
 
-@chunking.over_rows
+@chunking.in_buckets
 def _relaxed(_static, _shared, per_row) -> tuple[SparseCode, LassoInfo]:
     """The lasso on the support, or the refit where its penalty is 0."""
     selected, info, eased, eased_info, refitted, refit_info, gap = per_row
@@ -392,7 +392,7 @@ def lambda_max(D: Float[Array, "m d"], y: Float[Array, "*b d"], *, nonnegative: 
     return _lambda_max(nonnegative, D, (y,))
 
 
-@chunking.over_rows
+@chunking.in_buckets
 def _lambda_max(nonnegative: bool, D, per_row):
     D, y = (x.astype(problems.accumulator(D, *per_row)) for x in (D, *per_row))
     unit = power_of_two(problems.largest(D, (0, 1)))
@@ -401,7 +401,9 @@ def _lambda_max(nonnegative: bool, D, per_row):
     def chunk(y):
         y, y_unit, _ = problems.scaled(y)
         c = matmul(y, D.T)
-        most = max_or_nan(c if nonnegative else jnp.abs(c), 1, keepdims=True)
+        c = c if nonnegative else jnp.abs(c)
+        nan = jnp.isnan(c).any(axis=1, keepdims=True)
+        most = jnp.where(nan, jnp.nan, jnp.max(c, axis=1, keepdims=True, initial=0))  # which has a derivative
         found = most * y_unit * unit
         return jnp.where((most > 0) & (found < jnp.finfo(y.dtype).tiny), jnp.nan, found)[:, 0]
 
@@ -423,7 +425,7 @@ def _prepare(name: str, D, y, nonnegative: bool, capacity: int | None, tol, max_
     if not 1 <= capacity <= m:
         raise ValueError(f"`{name}` got capacity {capacity} for {m} atoms; pass a capacity from 1 to {m}.")
     shape = (*y.shape[:-1], 1)
-    empty = SparseCode(np.zeros(shape, np.float32), np.full(shape, m, np.int32), m)
+    empty = SparseCode(chunking.spread(0, shape, np.float32), chunking.spread(m, shape, np.int32), m)
     D, y, _ = problems.validate(D, y, empty, name)
     return Static(nonnegative, capacity), D, y
 
@@ -454,7 +456,7 @@ def _grid(name: str, D, y, n_lambdas: int, eps: Any, nonnegative: bool) -> Array
     return _spaced((nonnegative, n_lambdas), (D, eps), (y,))
 
 
-@chunking.over_rows
+@chunking.in_buckets
 def _spaced(static: tuple[bool, int], shared, per_row) -> Array:
     (nonnegative, n_lambdas), (D, eps) = static, shared
     top = _lambda_max(nonnegative, D, per_row)
@@ -473,7 +475,7 @@ def _on_support(D, y, code: SparseCode, lams, *, nonnegative: bool, tol, max_ste
     return _in_slots(None, None, (code, placed)), info
 
 
-@chunking.over_rows
+@chunking.in_buckets
 def _in_slots(_static, _shared, per_row) -> SparseCode:
     """The values of a second code, whose indices are slots of the first, in these slots."""
     code, placed = per_row

@@ -71,8 +71,10 @@ class Problem(NamedTuple):
 def largest(x: Array, axis: int | tuple[int, ...] = -1) -> Array:
     """`max |x|`, axes kept; NaN where an entry is not finite, or subnormal among entries of similar size.
 
-    XLA flushes subnormal numbers to 0 on most devices, which among entries of similar size is more than rounding.
+    XLA flushes subnormal numbers to 0 on most devices, which among entries of similar size is more than rounding. It is
+    for scaling, which cancels, and has no derivative.
     """
+    x = jax.lax.stop_gradient(x)
     most = max_or_nan(jnp.abs(x), axis, keepdims=True)
     limits = jnp.finfo(x.dtype)
     kind = jnp.dtype(f"uint{limits.bits}")

@@ -92,7 +92,7 @@ def pursue(
     return dataclasses.replace(code, values=refitted.values) if method.refits else code, info
 
 
-@chunking.over_rows
+@chunking.in_buckets
 def _outcome(_static, _shared, per_row) -> RefitInfo:
     """The outcome of rows, from that of their selection and that of their refit."""
     chosen, broken, info = per_row
@@ -139,7 +139,7 @@ def _validated(D: Any, y: Any, method: Method) -> tuple[Array, Array, SparseCode
     if not 1 <= k <= m:
         raise ValueError(f"`{name}` got k = {k} for {m} atoms; pass a k from 1 to {m}.")
     shape = (*y.shape[:-1], k)
-    code = SparseCode(np.zeros(shape, result_type(D, y)), np.full(shape, m, np.int32), m)
+    code = SparseCode(chunking.spread(0, shape, result_type(D, y)), chunking.spread(m, shape, np.int32), m)
     return problems.validate(D, y, code, name)
 
 

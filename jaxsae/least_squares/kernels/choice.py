@@ -59,7 +59,7 @@ def _module(name: str) -> Any:
     return importlib.import_module(f"jaxsae.least_squares.kernels.{name}")
 
 
-def choose(op: str, implementation: str | None, d: int, k: int, dtype, by_kernel, by_xla, n: int):
+def choose(op: str, implementation: str | None, d: int, k: int, dtype, by_kernel, by_xla, n: Any):
     """The result of the kernel, or of the reference where no kernel applies."""
     chosen = kernel(op, implementation, d, k, dtype)
     if chosen is None or n == 0 or k == 0:
