@@ -119,13 +119,29 @@ def top_k(x: Float[Array, "*b m"], k: int) -> tuple[Float[Array, "*b k"], Int[Ar
     """
     if sharding.is_sharded(x.shape[-1]):
         return _top_k_of_all(x, k)
+    return _top_k(x, k)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _top_k(x, k: int):
     m, size = x.shape[-1], 1
     while m % (2 * size) == 0 and k * (2 * size) ** 2 <= m:  # balances the number of groups and their size
         size *= 2
+    direct = functools.partial(_top_k_direct, k=k)
     if size < 8:  # measured: smaller groups are not faster
-        values, indices = jax.lax.top_k(x, k)
-        return values, indices
-    groups = x.reshape(*x.shape[:-1], m // size, size)
+        return direct(x)
+    # A TPU's own top-k reads a row once; groups would be copied into another layout, and sorted three times.
+    return jax.lax.platform_dependent(x, tpu=direct, default=functools.partial(_top_k_of_groups, k=k, size=size))
+
+
+def _top_k_direct(x, *, k: int):
+    values, indices = jax.lax.top_k(x, k)
+    return values, indices
+
+
+def _top_k_of_groups(x, *, k: int, size: int):
+    """`top_k` among the groups of `size` neighbours with the largest maxima."""
+    groups = x.reshape(*x.shape[:-1], x.shape[-1] // size, size)
     # `jnp.max` on XLA's CPU backend ignores NaN.
     lowest = jnp.array(-jnp.inf, x.dtype)
     greatest = jax.lax.reduce(jax.lax.stop_gradient(groups), lowest, _max_or_nan, (groups.ndim - 1,))
@@ -180,7 +196,7 @@ def decode(
 
     Raises:
       TypeError, ValueError: at trace time, if the dictionary and the code do not fit together.
-      NotImplementedError: at trace time, if `implementation="pallas"` and no kernel applies.
+      NotImplementedError: before it runs, if `implementation="pallas"` and no kernel applies.
 
     Example:
       >>> import jax.numpy as jnp, jaxsae

@@ -247,7 +247,11 @@ def gathered(tree: Any) -> Any:
 
 
 def on_cpu() -> bool:
-    """Whether tracing targets CPUs: those of the current mesh, or else the default backend."""
+    """Whether tracing targets CPUs: those of the current mesh, or else the default backend.
+
+    For sizes of chunks and other choices that must be made at tracing, before the program's devices are known: to
+    compile for a TPU that is not here, set its mesh. What lowering can choose is left to `jax.lax.platform_dependent`.
+    """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return (jax.default_backend() if device is None else device.platform) == "cpu"
 

@@ -59,7 +59,7 @@ def gather_gram(
 
     Raises:
       ValueError: at trace time, if shapes do not fit together, or there is no such implementation.
-      NotImplementedError: at trace time, if `implementation="pallas"` and no kernel applies.
+      NotImplementedError: before it runs, if `implementation="pallas"` and no kernel applies.
 
     Example:
       >>> import jax.numpy as jnp
