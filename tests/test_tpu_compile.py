@@ -46,14 +46,24 @@ def test_the_command_tells_what_a_slice_is_used_for(capsys):
     code, out, err = command(capsys, "--latents", 4096, "--topology", "v5e:2x2", "--mesh", 2, 2)
     assert (code, err) == (0, "")
     assert out.startswith("4 chips v5e:2x2: rows 2 ways, latents 2 ways; a chip has 16.00 GiB\n")
-    assert out.count("a billion rows") == 2
-    assert " all-reduce " in out
+    names = "training step without AuxK", "training step with AuxK at work", "encode", "encode and refit"
+    assert [line.partition(",")[0] for line in out.splitlines() if line.endswith("of each chip:")] == [*names]
+    assert out.count("a billion rows") == len(names)
     code, again, _ = command(capsys, "--latents", 4096, "--topology", "v5e:2x2", "--mesh", 2, 2, "--json")
     told = json.loads(again)
     assert (told["chips"], told["latent"], told["fits"]) == (4, 2, True)
-    for program in told["programs"].values():
-        assert f"{program['flops']:.3g} FLOP" in out
-        assert {each["kind"] for each in program["collectives"]} >= {"all-reduce"}
+    assert set(told["programs"]) == set(names)
+    for name, program in told["programs"].items():
+        assert f"({program['flops']:.3g} FLOP)" in out
+        assert f"({program['exchanged'] / 1e9:.2f} GB)" in out
+        collectives = program["collectives"]
+        assert program["exchanged"] == sum(each["bytes"] * each["count"] for each in collectives) > 0
+        assert ("all-reduce" in {each["kind"] for each in collectives}) == (name != "encode")
+        seconds = max(program["seconds_at_peak"].values())
+        assert program["input_bytes_per_second"] == pytest.approx(4 * 64 * 64 / seconds)
+        assert program["network_bytes_per_second"] == pytest.approx(program["exchanged"] / seconds)
+    without, at_work = (told["programs"][name] for name in names[:2])
+    assert without["flops"] < at_work["flops"]
 
 
 @pytest.mark.parametrize(
