@@ -247,7 +247,11 @@ def gathered(tree: Any) -> Any:
 
 
 def on_cpu() -> bool:
-    """Whether tracing targets CPUs: those of the current mesh, or else the default backend."""
+    """Whether tracing targets CPUs: those of the current mesh, or else the default backend.
+
+    For sizes of chunks and other choices that must be made at tracing, before the program's devices are known: to
+    compile for a TPU that is not here, set its mesh. What lowering can choose is left to `jax.lax.platform_dependent`.
+    """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return (jax.default_backend() if device is None else device.platform) == "cpu"
 
@@ -319,7 +323,7 @@ def local_indices(indices: jax.Array, m: int) -> jax.Array:
 
 
 def gather_atoms(dictionary: jax.Array, indices: jax.Array) -> jax.Array:
-    """Gather the atoms `[n k d]` of this device's rows from all devices; 0 for unused slots. In `shard_map`.
+    """Gather the atoms `[n k d]` of this device's rows from all devices; of unused slots any. In `shard_map`.
 
     It takes the cheaper of two exchanges: a reduce-scatter of the atoms of all rows, `(devices · n) k d` numbers per
     device; or an all-to-all that trades latents for parts of the width, and back: `m d + n k d`, with the device's `m`.
@@ -334,7 +338,7 @@ def gather_atoms(dictionary: jax.Array, indices: jax.Array) -> jax.Array:
         atoms = dictionary.at[local_indices(everyone, m)].get(mode="fill", fill_value=0)
         return jax.lax.psum_scatter(atoms, "latent", scatter_dimension=0, tiled=True)
     columns = jax.lax.all_to_all(dictionary, "latent", split_axis=1, concat_axis=0, tiled=True)
-    parts = columns.at[everyone].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+    parts = columns.at[everyone].get(mode="clip")  # zeros in unused slots would be another pass over all
     return jax.lax.all_to_all(parts, "latent", split_axis=0, concat_axis=2, tiled=True)
 
 

@@ -170,3 +170,13 @@ def test_check_names_the_row_that_overflowed_most():
     z = jnp.array([[1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0], [1.0, 0.0, 0.0, 0.0]])
     with pytest.raises(RuntimeError, match=r"2 of 3 rows .* row 1 lost 2\. Pass a capacity of at least 4\."):
         jaxsae.check(from_dense(z, 2))
+
+
+def test_the_program_for_a_tpu_takes_its_own_top_k():
+    def operations(platform):
+        traced = jax.jit(lambda x: jaxsae.codes.top_k(x, 8)).trace(jnp.zeros((4, 4096)))
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        return text.count("chlo.top_k"), text.count("stablehlo.sort"), "stablehlo.gather" in text
+
+    assert operations("tpu") == (1, 0, False)
+    assert operations("cpu") == operations("cuda") == (2, 1, True)

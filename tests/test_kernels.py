@@ -562,6 +562,20 @@ def test_kernels_lower_for_cuda(shape, dtype):
             assert "triton" in text, name
 
 
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")  # from jax 0.11 on
+@pytest.mark.parametrize(("platform", "call"), [("tpu", "tpu_custom_call"), ("cuda", "triton")])
+def test_the_kernel_is_that_of_the_platform_that_a_program_is_lowered_for(platform, call):
+    c = sound()
+    code, options = SparseCode(c.z0, c.indices, len(c.D)), {"implementation": "pallas"}
+    for f in (
+        lambda c: kernels.refit_fused(*c[:4], **options),
+        lambda c: jax.value_and_grad(lambda D: kernels.gather_gram(D, c.indices, c.y, **options)[1].sum())(c.D),
+        lambda c: jax.vmap(lambda z: codes.decode(c.D, SparseCode(z, c.indices, len(c.D)), **options))(c.z0[None]),
+        lambda c: codes.scatter_add(code, c.y, **options),
+    ):
+        assert call in jax.jit(f).trace(c).lower(lowering_platforms=(platform,)).as_text()
+
+
 AOT = [*ISSUE, (1000, 1002, 33)]
 HBM = {"v5e": 14 << 30, "v5p": 90 << 30, "v6e": 28 << 30}  # bytes that a dictionary may take
 TOPOLOGIES = {"v5e": "v5e:4x4", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}

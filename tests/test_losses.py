@@ -177,3 +177,10 @@ def test_auxk_under_jit_with_dead_latents_known_only_then():
     compiled = jax.jit(auxk, static_argnames="k_aux")
     np.testing.assert_allclose(compiled(model, x, residual), auxk(model, x, residual), rtol=1e-6)
     assert compiled(model, x, residual, jnp.zeros(M, bool)) == 0
+
+
+@pytest.mark.parametrize(("platform", "selects"), [("tpu", "ApproxTopK"), ("cpu", "chlo.top_k")])
+def test_auxk_selects_once_also_for_its_derivative(platform, selects):
+    traced = value_and_grad.trace(sae(m=M), *x_and_residual(), k_aux=3)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert text.count(selects) == 1

@@ -1,10 +1,15 @@
 """The real training step and refit compile for TPU slices, fit into their chips, and gather nothing large."""
 
+import functools
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from problems import cli
 
+from jaxsae import kernels
 from jaxsae.app import plan
 from jaxsae.app.options import Options
 
@@ -18,17 +23,18 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module")
-def mesh():
-    return lambda topology: plan.topology_mesh(topology)
+@functools.cache
+def compiled(program, topology, auxk=True):
+    latents, d, k, batch, _ = CASES[topology]
+    options = Options("topk", latents, k, batch=batch, auxk=auxk)
+    return getattr(plan, program)(options, d, plan.topology_mesh(topology))
 
 
 @pytest.mark.parametrize("program", ["training_step", "refit_step"])
 @pytest.mark.parametrize("topology", CASES)
-def test_it_fits_and_gathers_nothing_large(topology, program, mesh):
-    latents, d, k, batch, chips = CASES[topology]
-    options = Options("topk", latents, k, batch=batch)
-    found = getattr(plan, program)(options, d, mesh(topology))
+def test_it_fits_and_gathers_nothing_large(topology, program):
+    latents, d, _, batch, chips = CASES[topology]
+    found = compiled(program, topology)
     assert found.memory < 16 * GIB
     if program == "training_step":
         # Parameters, two moments and the batch: 6 arrays of the atoms' size, split over the chips.
@@ -36,6 +42,24 @@ def test_it_fits_and_gathers_nothing_large(topology, program, mesh):
     gathered = [size for kind, size in found.collectives if kind == "all-gather"]
     assert max(gathered, default=0) < min(4 * latents * d, 4 * batch * latents) // 16
     assert (chips == 1) == (not found.collectives)
+
+
+# The most GB that a chip may read and write, by XLA's count; sorts and copies of whole arrays would show.
+@pytest.mark.parametrize(
+    ("program", "auxk", "most"),
+    [("encode_step", False, 7), ("refit_step", True, 31), ("training_step", False, 80), ("training_step", True, 145)],
+)
+def test_a_chip_moves_few_bytes(program, auxk, most):
+    assert compiled(program, "v5e:4x4", auxk).bytes < most * 1e9
+
+
+def test_a_kernel_compiles_for_a_tpu_from_a_process_without_one():
+    whole = NamedSharding(plan.topology_mesh("v5e:1x1"), PartitionSpec())
+    f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32, sharding=whole)
+    indices = jax.ShapeDtypeStruct((64, 32), jnp.int32, sharding=whole)
+    refit = jax.jit(functools.partial(kernels.refit_fused, implementation="pallas"))
+    text = refit.lower(f32((4096, 256)), indices, f32((64, 256)), f32((64, 32))).compile().as_text()
+    assert "tpu_custom_call" in text
 
 
 def command(capsys, *options):
@@ -46,14 +70,24 @@ def test_the_command_tells_what_a_slice_is_used_for(capsys):
     code, out, err = command(capsys, "--latents", 4096, "--topology", "v5e:2x2", "--mesh", 2, 2)
     assert (code, err) == (0, "")
     assert out.startswith("4 chips v5e:2x2: rows 2 ways, latents 2 ways; a chip has 16.00 GiB\n")
-    assert out.count("a billion rows") == 2
-    assert " all-reduce " in out
+    names = "training step without AuxK", "training step with AuxK at work", "encode", "encode and refit"
+    assert [line.partition(",")[0] for line in out.splitlines() if line.endswith("of each chip:")] == [*names]
+    assert out.count("a billion rows") == len(names)
     code, again, _ = command(capsys, "--latents", 4096, "--topology", "v5e:2x2", "--mesh", 2, 2, "--json")
     told = json.loads(again)
     assert (told["chips"], told["latent"], told["fits"]) == (4, 2, True)
-    for program in told["programs"].values():
-        assert f"{program['flops']:.3g} FLOP" in out
-        assert {each["kind"] for each in program["collectives"]} >= {"all-reduce"}
+    assert set(told["programs"]) == set(names)
+    for name, program in told["programs"].items():
+        assert f"({program['flops']:.3g} FLOP)" in out
+        assert f"({program['exchanged'] / 1e9:.2f} GB)" in out
+        collectives = program["collectives"]
+        assert program["exchanged"] == sum(each["bytes"] * each["count"] for each in collectives) > 0
+        assert ("all-reduce" in {each["kind"] for each in collectives}) == (name != "encode")
+        seconds = max(program["seconds_at_peak"].values())
+        assert program["input_bytes_per_second"] == pytest.approx(4 * 64 * 64 / seconds)
+        assert program["network_bytes_per_second"] == pytest.approx(program["exchanged"] / seconds)
+    without, at_work = (told["programs"][name] for name in names[:2])
+    assert without["flops"] < at_work["flops"]
 
 
 @pytest.mark.parametrize(

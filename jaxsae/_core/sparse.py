@@ -122,12 +122,13 @@ ad.defjvp(_form, _linear_in(0), _linear_in(1), None)
 KERNELS: dict[str, Callable[..., Array]] = {}
 
 
-def _on_one_device(wrt: str, left, right, indices, *, m: int, implementation: str | None):
+def _on_one_device(wrt: str, left, right, indices, *, m: int, implementation: str | None, **added_to: Array):
+    """The form; for "atoms" added to `total`, if it is given."""
     by_xla = {"rows": _decode, "values": _project, "atoms": _scatter_add}[wrt]
-    by_xla = functools.partial(by_xla, left, right, indices, m=m)
+    by_xla = functools.partial(by_xla, left, right, indices, m=m, **added_to)
     if wrt not in KERNELS:
         return by_xla()
-    return KERNELS[wrt](by_xla, left, right, indices, m=m, implementation=implementation)
+    return KERNELS[wrt](by_xla, left, right, indices, m=m, implementation=implementation, **added_to)
 
 
 def _decode(dictionary, values, indices, *, m: int):
@@ -156,15 +157,16 @@ def _by_chunks(f, dictionary, x, indices):
     return chunking.map_chunks(f, x, indices, batch=indices.shape[:-1], row_bytes=row_bytes)
 
 
-def _scatter_add(values, x, indices, *, m: int):
+def _scatter_add(values, x, indices, *, m: int, total: Array | None = None):
     k, d = indices.shape[-1], x.shape[-1]
     dtype = result_type(values, x, jnp.float32)
     if not indices.size:
-        return jnp.zeros((m, d), dtype)
+        return jnp.zeros((m, d), dtype) if total is None else total
     values, indices, x = values.reshape(-1, k).astype(dtype), indices.reshape(-1, k), x.reshape(-1, d)
-    # A zero that XLA cannot fold into a constant, which it would share with other sums, and copy.
-    zero = 0 * jnp.sum(values[:1, :1])
-    total = jnp.full((m, d), jnp.where(zero == 0, zero, 0))
+    if total is None:
+        # A zero that XLA cannot fold into a constant, which it would share with other sums, and copy.
+        zero = 0 * jnp.sum(values[:1, :1])
+        total = jnp.full((m, d), jnp.where(zero == 0, zero, 0))
     if not sharding.on_cpu():
 
         def scatter(total, values, indices, x):
@@ -236,7 +238,7 @@ def _on_each_device(wrt: str, left, right, indices, *, m: int, implementation: s
             total = _for_slots(lambda total, _, z, at: total + part(left, z, at), total, count, values, at)
             return jax.lax.psum(total, "latent").astype(result_type(left, right))
         total, values = jnp.zeros((m_here, right.shape[-1]), dtype), _in_order(left, order)
-        total = _for_slots(lambda total, _, z, at: total + part(z, right, at), total, count, values, at)
+        total = _for_slots(lambda total, _, z, at: part(z, right, at, total=total), total, count, values, at)
         return sharding.sum_rows(total, row)
 
     specs = {"atoms": sharding.LATENTS, "values": row, "rows": row}

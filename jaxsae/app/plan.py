@@ -19,6 +19,7 @@ from jaxsae._core.files import InputError, first_line
 from jaxsae.app import runs
 from jaxsae.app.options import Options
 from jaxsae.autoencoder.refinement import refine
+from jaxsae.autoencoder.sae import encode
 
 
 class Chip(NamedTuple):
@@ -155,6 +156,24 @@ def training_step(options: Options, d: int, mesh: Mesh) -> Program:
         return _read(lambda: step.func.lower(*step.args, state, _batch(options.batch, d, mesh)))
 
 
+def encode_step(options: Options, d: int, mesh: Mesh) -> Program:
+    """Encoding a batch, compiled.
+
+    Args:
+      options: of the training.
+      d: width of the activations.
+      mesh: of devices that need not exist.
+
+    Raises:
+      InputError: as `training_step`.
+
+    Example:
+      >>> encode_step(Options("topk", latents=32, k=2, batch=16), 8, sharding.make_mesh()).collectives
+      {}
+    """
+    return _of_a_batch(lambda sae, x: encode(sae, x, capacity=options.k), options, d, mesh)
+
+
 def refit_step(options: Options, d: int, mesh: Mesh) -> Program:
     """Encoding and refining a batch, compiled.
 
@@ -171,10 +190,14 @@ def refit_step(options: Options, d: int, mesh: Mesh) -> Program:
       Traceback (most recent call last):
       jaxsae.InputError: topk is made sparse by k; pass k, and no l1.
     """
+    return _of_a_batch(lambda sae, x: refine(sae, x, capacity=options.k), options, d, mesh)
+
+
+def _of_a_batch(f, options: Options, d: int, mesh: Mesh) -> Program:
     _, _, init_fn = runs.recipe(options, jnp.zeros(d), 1.0)
     with jax.set_mesh(mesh):
         sae = _abstract(init_fn).sae
-        return _read(lambda: jax.jit(lambda sae, x: refine(sae, x)).lower(sae, _batch(options.batch, d, mesh)))
+        return _read(lambda: jax.jit(f).lower(sae, _batch(options.batch, d, mesh)))
 
 
 def _abstract(init_fn):

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from jaxsae import sharding
@@ -153,6 +154,8 @@ def _refit_by_devices(static: "_Static", solver, dictionary, y, indices, values,
     )
 
     def here(solver, dictionary, y, indices, values, ridge):
+        # Were `y` split over all devices outside, XLA would split the encoder's input likewise, and multiply in pieces.
+        y = jax.lax.dynamic_slice_in_dim(y, len(indices) * jax.lax.axis_index("latent"), len(indices))
         atoms = sharding.gather_atoms(dictionary, indices)
         slots = jnp.arange(indices.size, dtype=indices.dtype).reshape(indices.shape)
         slots = jnp.where(sparse.used(indices, static.num_latents), slots, indices.size)
@@ -160,7 +163,7 @@ def _refit_by_devices(static: "_Static", solver, dictionary, y, indices, values,
         return _refit(own, (solver, atoms.reshape(-1, atoms.shape[-1]), ridge), (y, slots, values))
 
     row, whole = sharding.BOTH, sharding.REPLICATED
-    split = sharding.shard_map(here, (whole, sharding.LATENTS, row, row, row, whole), row)
+    split = sharding.shard_map(here, (whole, sharding.LATENTS, PartitionSpec("data"), row, row, whole), row)
     values, info = split(solver, dictionary, y, indices, values, ridge)
     return values[:n].reshape(*batch, -1), jax.tree.map(lambda x: x[:n].reshape(batch), info)
 

@@ -10,11 +10,13 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
+from jaxsae import codes
 from jaxsae._core.linalg import norms, ratio, result_type, widen
 from jaxsae.autoencoder import metrics
-from jaxsae.autoencoder.activations.top_k import dropped
+from jaxsae.autoencoder.activations.top_k import below, last_of
 from jaxsae.autoencoder.sae import SAE, decode
 from jaxsae.codes import SparseCode
 
@@ -176,13 +178,19 @@ def auxk(
             error = mse(residual, jnp.where(left_out(pre), 0, pre) @ W_dec)
             return jnp.where(jnp.isfinite(error), error, 0)
 
-        return jax.checkpoint(value)  # else residuals for the derivative are written, as zeros, while none is idle
+        # Without it residuals for the derivative are written, as zeros, while none is idle; the selection is kept.
+        return jax.checkpoint(value, policy=jax.checkpoint_policies.save_only_these_names("selection"))
+
+    def unselected(pre):
+        among_idle = jnp.where(idle, pre, -jnp.inf)
+        found = codes.top_k(jax.lax.stop_gradient(among_idle), k_aux, approximate=True)
+        return below(among_idle, *checkpoint_name(last_of(found, k_aux), "selection"))
 
     # Selection costs as much as a training step: skip it if all idle latents are used, and everything if none is idle.
     branches = (
         lambda W_enc, b_enc, W_dec: jnp.zeros((), result_type(W_dec, jnp.float32)),
         term(lambda pre: ~idle),
-        term(lambda pre: dropped(jnp.where(idle, pre, -jnp.inf), k_aux)),
+        term(unselected),
     )
     finite = jnp.isfinite(residual).all() & jnp.isfinite(x).all()
     count = jnp.where(finite, jnp.sum(idle), 0)

@@ -22,7 +22,8 @@ def plan(
     """Estimate what a training needs on TPUs, without a TPU.
 
     Memory, FLOPs, bytes and collectives are read from the programs compiled for a slice. Times are lower bounds for
-    arithmetic, memory and network at their peak rates; a step takes longer. Needs the extra tpu-aot.
+    arithmetic, memory and network at their peak rates; a step takes longer. AuxK costs nothing while no latent is idle.
+    Needs the extra tpu-aot.
 
     Example: jaxsae plan --latents 1048576 --d 4096 --k 128 --topology v5e:4x4 --batch 8192
 
@@ -55,28 +56,46 @@ def plan(
     ]
     summary: dict[str, Any] = {"chips": chips, "topology": topology, "data": data, "latent": latent}
     summary |= {"chip_memory": chip.memory, "fits": True, "programs": {}}
-    for name, compile_it in (("training step", job.training_step), ("encode and refit", job.refit_step)):
-        program = compile_it(options, d, slice_)
-        seconds = program.seconds(chip)
-        slowest = max(seconds.values())
-        speed, cost = batch / slowest, slowest * chips * price / 3600 / batch * 1e9
+    for name, compile_it in (
+        ("training step without AuxK", lambda: job.training_step(options._replace(auxk=False), d, slice_)),
+        ("training step with AuxK at work", lambda: job.training_step(options, d, slice_)),
+        ("encode", lambda: job.encode_step(options, d, slice_)),
+        ("encode and refit", lambda: job.refit_step(options, d, slice_)),
+    ):
+        program = compile_it()
         summary["fits"] &= program.memory < chip.memory
-        collectives = [{"kind": kind, "bytes": size, "count": n} for (kind, size), n in program.collectives.items()]
-        summary["programs"][name] = {
-            **{"memory": program.memory, "arguments": program.arguments, "flops": program.flops},
-            **{"bytes": program.bytes, "collectives": collectives, "seconds_at_peak": seconds},
-            **{"most_rows_per_second": speed, "least_dollars_per_billion_rows": cost},
-        }
-        memory, inputs = console.gib(program.memory), console.gib(program.arguments)
-        lines += [
-            f"\n{name}, of each chip:",
-            f"  memory   {memory}, {program.memory / chip.memory:.0%}: {inputs} of arguments and state",
-            f"  work     {program.flops:.3g} FLOP, {program.bytes:.3g} bytes read and written",
-            *(f"  {each['count']:4} {each['kind']:18} of {each['bytes']:,} bytes" for each in collectives),
-            "  at peak  " + ", ".join(f"{what} {1000 * value:.1f} ms" for what, value in seconds.items()),
-            f"  that is at most {speed:,.0f} rows/s, and at least ${cost:,.2f} a billion rows",
-        ]
+        summary["programs"][name] = found = _measured(program, chip, batch, d, chips * price)
+        lines += [f"\n{name}, of each chip:", *_described(found)]
     console.show(summary, "\n".join(lines), as_json=json)
     if not summary["fits"]:
         console.warn("this is more memory than a chip has; take more chips, or a smaller batch.")
     return 0 if summary["fits"] else 1
+
+
+def _measured(program: Any, chip: Any, batch: int, d: int, price: float) -> dict[str, Any]:
+    """A program's needs on a chip, and what follows for a slice of that price an hour."""
+    seconds = program.seconds(chip)
+    slowest = max(seconds.values())
+    collectives = [{"kind": kind, "bytes": size, "count": n} for (kind, size), n in program.collectives.items()]
+    return {
+        **{"memory": program.memory, "arguments": program.arguments, "flops": program.flops, "bytes": program.bytes},
+        **{"exchanged": program.exchanged, "collectives": collectives, "seconds_at_peak": seconds},
+        **{"network_bytes_per_second": program.exchanged / slowest, "input_bytes_per_second": 4 * batch * d / slowest},
+        **{"most_rows_per_second": batch / slowest, "least_dollars_per_billion_rows": slowest * price / 3.6e-6 / batch},
+    }
+
+
+def _described(found: dict[str, Any]) -> list[str]:
+    work = f"{found['flops']:.3g} FLOP", f"{found['bytes'] / 1e9:.1f} GB", f"{found['exchanged'] / 1e9:.2f} GB"
+    times = [
+        f"{what} {1000 * value:.1f} ms ({size})"
+        for (what, value), size in zip(found["seconds_at_peak"].items(), work, strict=True)
+    ]
+    network, inputs = (f"{found[f'{what}_bytes_per_second'] / 1e9:.2f} GB/s" for what in ("network", "input"))
+    speed, cost = found["most_rows_per_second"], found["least_dollars_per_billion_rows"]
+    return [
+        f"  memory   {console.gib(found['memory'])}: {console.gib(found['arguments'])} of arguments and state",
+        f"  at peak  {', '.join(times)}",
+        f"  at most  {speed:,.0f} rows/s, for which all chips read {inputs} of input, and each exchanges {network}",
+        f"  costs    at least ${cost:,.2f} a billion rows",
+    ]

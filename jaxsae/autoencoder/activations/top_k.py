@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxsae import codes
 from jaxsae._core import pytrees
@@ -68,16 +68,26 @@ def _validate_k(activation: Any) -> None:
 
 def dropped(pre: Float[Array, "*b m"], k: int, keep: float | Array | None = None) -> Bool[Array, "*b m"]:
     """Mask of the values outside the `k` (or `keep`) largest of their row, by comparison with the last one kept."""
+    number = k if keep is None else jnp.sum(_kept(k, keep))
+    out = below(
+        pre, *last_of(codes.top_k(jax.lax.stop_gradient(pre), k), k if keep is None else jnp.maximum(number, 1))
+    )
+    return out if keep is None else out | ((number == 0) & ~jnp.isnan(pre))
+
+
+def last_of(
+    found: tuple[Float[Array, "*b k"], Int[Array, "*b k"]], number: int | Array
+) -> tuple[Float[Array, "*b 1"], Int[Array, "*b 1"]]:
+    """Value and index of the last of the first `number` entries that `codes.top_k` found."""
     # The barrier keeps both outputs of top-k in use; otherwise XLA's CPU backend sorts whole rows. (The third array, as
     # in `codes.top_k`, avoids a crash: with sharded latents, XLA ends the process at a barrier for the pair alone.)
-    found = codes.top_k(jax.lax.stop_gradient(pre), k)
     top, indices, _ = jax.lax.optimization_barrier((*found, jnp.zeros(())))
-    number = k if keep is None else jnp.sum(_kept(k, keep))
-    at = k - 1 if keep is None else jnp.maximum(number - 1, 0)
-    least, last = top[..., at, None], indices[..., at, None]
-    # Ties are broken by index, as in `top_k`; NaN is never masked.
-    out = (pre < least) | ((pre == least) & (jnp.arange(pre.shape[-1], dtype=last.dtype) > last))
-    return out if keep is None else out | ((number == 0) & ~jnp.isnan(pre))
+    return top[..., number - 1, None], indices[..., number - 1, None]
+
+
+def below(pre: Float[Array, "*b m"], least: Float[Array, "*b 1"], last: Int[Array, "*b 1"]) -> Bool[Array, "*b m"]:
+    """Mask of the values that come after one in the order of `codes.top_k`; NaN is never masked."""
+    return (pre < least) | ((pre == least) & (jnp.arange(pre.shape[-1], dtype=last.dtype) > last))
 
 
 def _kept(k: int, keep: float | Array) -> Bool[Array, " k"]:

@@ -59,7 +59,7 @@ def gather_gram(
 
     Raises:
       ValueError: at trace time, if shapes do not fit together, or there is no such implementation.
-      NotImplementedError: at trace time, if `implementation="pallas"` and no kernel applies.
+      NotImplementedError: before it runs, if `implementation="pallas"` and no kernel applies.
 
     Example:
       >>> import jax.numpy as jnp
@@ -401,7 +401,7 @@ def _decode(by_xla, dictionary, values, indices, *, m: int, implementation: str 
     return choice.choose("decode", implementation, d, k, dictionary.dtype, by_kernel, by_xla, math.prod(batch))
 
 
-def _scatter_add(by_xla, values, x, indices, *, m: int, implementation: str | None):
+def _scatter_add(by_xla, values, x, indices, *, m: int, implementation: str | None, total: Array | None = None):
     choice.check_implementation("scatter_add", implementation)
     *batch, k = indices.shape
 
@@ -409,7 +409,8 @@ def _scatter_add(by_xla, values, x, indices, *, m: int, implementation: str | No
         _, (slots, left, right) = _flat(tuple(batch), _slots(indices, m), values, x)
         order = sparse.by_latent(slots, m)
         places = slots.ravel()[order], order // k, left.reshape(-1, 1)[order], right[:, None, :]
-        return jax.custom_batching.sequential_vmap(functools.partial(kernel.scatter_sorted, m=m, **options))(*places)
+        found = jax.custom_batching.sequential_vmap(functools.partial(kernel.scatter_sorted, m=m, **options))(*places)
+        return found if total is None else total + found
 
     return choice.choose("scatter_add", implementation, x.shape[-1], k, x.dtype, by_kernel, by_xla, math.prod(batch))
 
