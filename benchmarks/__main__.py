@@ -17,6 +17,7 @@ from benchmarks import (
     cases,
     clock,
     families,
+    first_call,
     guide,
     harvest,
     jobs,
@@ -49,6 +50,9 @@ def main() -> None:
     command.add_argument("--peers", action="store_true", help="other libraries' solvers too; pip install '.[peers]'")
     command.add_argument("--real", action="store_true", help="a trained autoencoder too")
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here, case by case")
+    command = commands.add_parser("first-call", help="the first call of functions, with compilation, and the next ones")
+    command.add_argument("--size", choices=first_call.SIZES, default="tiny")
+    command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
     command = commands.add_parser("train", help="training steps of a TopK autoencoder: time and memory")
     command.add_argument("--size", choices=train.SIZES, default="tiny")
     command.add_argument("--peers", action="store_true", help="other libraries' steps too; pip install '.[peers]'")
@@ -131,6 +135,8 @@ def main() -> None:
     elif args.command == "train":
         rows = list(train.run(args.size, with_peers=args.peers))
         _report(args, size=args.size, rows=rows, sweep=train.sweep(args.size))
+    elif args.command == "first-call":
+        _report(args, size=args.size, rows=list(first_call.run(args.size)))
     elif args.command in ("families", "rates"):
         _one_by_one(args)
     elif args.command == "harvest":

@@ -30,6 +30,17 @@ def _refine(report: dict[str, Any], machine: str) -> list[str]:
     return parts
 
 
+def _first_call(report: dict[str, Any], machine: str) -> list[str]:
+    """A line for each function."""
+    head = ("function", "processor s", "wall s", "next call ms", "programs", "of the next call", "of other rows")
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "--:|" * (len(head) - 1)]
+    for row in report["rows"]:
+        seconds = f"{row['processor_s']:.1f} | {row['wall_s']:.1f} | {1000 * row['next_call_s']:.0f}"
+        counts = " | ".join(str(row[name]) for name in ("programs", "programs_next", "programs_other"))
+        lines.append(f"| `{row['function']}` | {seconds} | {counts} |")
+    return [f"{machine}.", "\n".join(lines)]
+
+
 def _train(report: dict[str, Any], machine: str) -> list[str]:
     """Steps, the fastest first, with ratios to our own; then the sweep."""
     rows = sorted(report["rows"], key=lambda row: row["seconds"] or float("inf"))
@@ -229,6 +240,7 @@ _TABLES = {
     "accelerator": accelerator.markdown,
     "jobs": _jobs,
     "refine": _refine,
+    "first-call": _first_call,
     "train": _train,
     "families": _families,
     "rates": _rates,

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Union
 
 from jaxsae._core import arguments
 from jaxsae._core.files import InputError
-from jaxsae.app import compilation_cache, console
+from jaxsae.app import allocator, compilation_cache, console
 from jaxsae.app.commands import autoencoders, pictures, plans, studies, texts, training
 
 _NEEDS = "the command line needs the extra 'study'; pip install 'jaxsae[study]'."
@@ -36,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Processes that work together must not load different programs: they would wait for each other.
         if not any(word.startswith(("--distributed", "--coordinator")) for word in argv):
             compilation_cache.keep()
+        if argv[:1] in (["train"], ["study"]):
+            allocator.keep_freed()
     asked = argv[0] if argv else ""
     try:
         return tyro.cli(
