@@ -12,6 +12,7 @@ from sklearn.linear_model import orthogonal_mp, orthogonal_mp_gram
 
 import jaxsae
 from jaxsae import Status, pursuit
+from jaxsae.pursuit import selection
 
 D, M, K = 64, 256, 8
 
@@ -218,6 +219,33 @@ def test_omp_ends_at_a_tolerance_of_each_row():
     assert np.all(steps[early] <= 1) and np.all(steps[~early] > 1)
 
 
+def nearly_equal():
+    """Atoms in pairs that rounding can hardly tell apart, and rows of both atoms of a pair, and of a third."""
+    dictionary, y, _ = planted(rows=n, d=d, m=m, k=k)
+    twins = f64(dictionary).copy()
+    twins[1::2] = twins[::2] + 1e-3 * np.random.default_rng(2).normal(size=(m // 2, d))
+    rows = np.arange(n) % (m // 2)
+    y = twins[2 * rows] - 0.98 * twins[2 * rows + 1] + 1e-2 * twins[2 * rows - 1]
+    return jnp.asarray(twins, jnp.float32), jnp.asarray(y, jnp.float32)
+
+
+@pytest.mark.parametrize("data", [lambda: planted(rows=n, d=d, m=m, k=k)[:2], hard, nearly_equal])
+def test_a_gram_matrix_changes_no_outcome(data, monkeypatch):
+    dictionary, y = data()
+    norm = np.nan_to_num(np.linalg.norm(y, axis=1))
+    options = {"tol": jnp.asarray(norm * np.linspace(0, 1.1, n), jnp.float32), "max_atoms": jnp.arange(n) % (k + 1)}
+    code, info = compiled(pursuit.omp, k=k, **options)(dictionary, y)
+    eager = pursuit.omp(dictionary, y, k=k, **options)
+    np.testing.assert_array_equal(eager[0].indices, code.indices)
+    np.testing.assert_allclose(eager[0].values, code.values, rtol=1e-4, atol=1e-6)
+    monkeypatch.setattr(selection, "_GRAM_BYTES", 0)
+    without, wanted = compiled(pursuit.omp, k=k, **options)(dictionary, y)
+    np.testing.assert_array_equal(code.indices, without.indices)
+    np.testing.assert_allclose(code.values, without.values, rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(info.steps, wanted.steps)
+    np.testing.assert_array_equal(info.status, wanted.status)
+
+
 def test_nonnegative_omp_chooses_what_nnls_anew_would():
     dictionary, y, _ = planted(rows=n, d=d, m=m, k=k, nonnegative=True)
     code, _ = program("omp", True)(dictionary, y)
@@ -242,13 +270,16 @@ def test_gradient_pursuit_lies_between_matching_pursuit_and_omp():
 def test_values_have_the_derivative_of_the_refit():
     dictionary, y, _ = planted(rows=n, d=d, m=m, k=k)
 
-    def loss(method, y):
-        return jnp.sum(method(dictionary, y).values ** 2)
+    def loss(method, D, y):
+        return jnp.sum(method(D, y).values ** 2)
 
     code, _ = program("omp")(dictionary, y)
-    slope = jax.grad(functools.partial(loss, lambda D, y: pursuit.omp(D, y, k=k)[0]))(y)
-    wanted = jax.grad(functools.partial(loss, lambda D, y: jaxsae.refit(D, y, code, nonnegative=False)[0]))(y)
-    np.testing.assert_allclose(slope, wanted, rtol=1e-4, atol=1e-5)
+    slopes = jax.grad(functools.partial(loss, lambda D, y: pursuit.omp(D, y, k=k)[0]), (0, 1))
+    refit = jax.grad(functools.partial(loss, lambda D, y: jaxsae.refit(D, y, code, nonnegative=False)[0]), (0, 1))
+    wanted = refit(dictionary, y)
+    for found in (slopes(dictionary, y), jax.jit(slopes)(dictionary, y)):
+        for got, want in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
 # --- Recovery: exact well inside the region where theory and practice have it, and none well outside

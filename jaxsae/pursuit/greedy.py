@@ -6,6 +6,7 @@ gets an empty code and the status `NONFINITE`, as do all rows if an atom has the
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,13 +14,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxsae import sharding
 from jaxsae._core.linalg import EXACT, divide, matmul, sq_norm
 from jaxsae.codes import SparseCode
+from jaxsae.least_squares import solvers
 from jaxsae.least_squares.outcome import RefitInfo
 from jaxsae.pursuit import selection
 from jaxsae.pursuit.selection import Chosen, Method, Problem, pursue
 
-_GRAM_BYTES = 4 << 20  # largest Gram matrix to form: larger ones do not stay in the cache
+_PIECE = 1 << 14  # numbers of an array of correlations that stays in the cache beside a Gram matrix
 
 
 def omp(
@@ -41,9 +44,10 @@ def omp(
 
         w = Qa,   q = (a − Qᵀw) / ρ,   ρ = ‖a − Qᵀw‖,   r ← r − ⟨q, r⟩ q
 
-    The same elimination, applied to `Da` and to coordinates, updates `Dr` and the values. With the Gram matrix `DDᵀ`,
-    then, no step needs a product with `D`; it is formed if it takes at most 4 MiB and `4k ≤ d`. Otherwise the rows of a
-    chunk share one product `D r` per step. The rule does not depend on the batch, nor does the result of a row.
+    If the Gram matrix `DDᵀ` takes at most 4 MiB and `4k ≤ d`, it replaces the atoms: `w` and `Dr = Dy − Σ z_j Da_j` are
+    combinations of its rows, `ρ² = 1 − ‖w‖²` for atoms of norm 1, and values whose measured KKT residual is within the
+    tolerance of the refit are final. Rows that rounding may have decided (`ρ² ≤ √eps`, or `‖r‖ ≈ tol`) are done anew
+    without it. The rule does not depend on the batch, nor does the result of a row.
     Non-negative values are refitted after each selection, and an atom whose value becomes 0 keeps its slot.
 
     Args:
@@ -82,40 +86,33 @@ def omp(
             f"`omp` got a mask of shape {jnp.shape(mask)} for y of shape {jnp.shape(y)} and nonnegative={nonnegative}; "
             "pass one of the same shape, and nonnegative=False."
         )
-    method = Method("omp", _omp_nonnegative if nonnegative else _omp, k, nonnegative)
-    return pursue(method, D, y, tol, max_atoms, mask=mask)
+    return pursue(_method(k, nonnegative), D, y, tol, max_atoms, mask=mask)
 
 
 def chosen_by_omp(D: Array, y: Array, *, k: int, tol: Array, nonnegative: bool) -> SparseCode:
-    """`omp` without its refit: values that are optimal to the rounding of the selection."""
-    method = Method("omp", _omp_nonnegative if nonnegative else _omp, k, nonnegative, refits=False)
-    return pursue(method, D, y, tol, None)[0]
+    """`omp` of rows `[n d]` without its refit: values that are optimal to the rounding of the selection."""
+    return selection.select_alone(_method(k, nonnegative), D, y, tol)
+
+
+def _method(k: int, nonnegative: bool) -> Method:
+    if nonnegative:
+        return Method("omp", _omp_nonnegative, k, nonnegative)
+    return Method("omp", _omp, k, nonnegative, by_gram=_omp_by_gram)
 
 
 def _omp(problem: Problem) -> Chosen:
-    """Select with free signs, by updates of a Cholesky factorisation.
-
-    With a Gram matrix, a row `q` of the basis is followed by `Dq`, and the residual `r` by `Dr`. Coordinates in the
-    selected atoms are in separate arrays: joined with the basis, the arrays would be too wide to vectorise.
-    """
+    """Select with free signs, by updates of a Cholesky factorisation; the rows of a chunk share one product `D r`."""
     (m, d), k = problem.D.shape, problem.k
-    precomputed = problem.mask is None and 4 * k <= d and m * m * problem.D.dtype.itemsize <= _GRAM_BYTES
-    table = jnp.concatenate([problem.D, matmul(problem.D, problem.D.T)], axis=1) if precomputed else problem.D
-    width = table.shape[1]
-
-    def correlations(state):
-        return state[:, d : d + m] if precomputed else matmul(state[:, :d], problem.D.T)
 
     def chunk(part: Problem) -> Chosen:
         y, n = part.y, len(part.y)
         norm = 1.0 if part.mask is None else jnp.sqrt(matmul(part.mask, problem.D.T**2))  # of the masked atoms
-        products = matmul(y, problem.D.T) if precomputed else y[:, :0]
 
         def step(carry: _Greedy) -> _Greedy:
-            number, state, basis, coordinates, values, free, indices, running = carry
-            score, at = selection.largest(jnp.where(free, divide(jnp.abs(correlations(state)), norm), 0))
-            atom = table[at] if part.mask is None else table[at] * part.mask
-            w = basis[:, jnp.arange(n), d + at] if precomputed else jnp.sum(basis[:, :, :d] * atom, axis=2)
+            number, r, basis, coordinates, values, free, indices, running = carry
+            score, at = selection.largest(jnp.where(free, divide(jnp.abs(matmul(r, problem.D.T)), norm), 0))
+            atom = problem.D[at] if part.mask is None else problem.D[at] * part.mask
+            w = jnp.sum(basis * atom, axis=2)
 
             def without(i, pair):
                 rest, x = pair
@@ -123,23 +120,22 @@ def _omp(problem: Problem) -> Chosen:
 
             itself = jnp.broadcast_to(jnp.arange(k, dtype=jnp.int32) == number, (n, k)).astype(y.dtype)
             rest, x = jax.lax.fori_loop(0, number, without, (atom, itself))
-            pivot = sq_norm(rest[:, :d])
-            running &= selection.takes_another(part, number, state[:, :d], score)
-            # Otherwise the atom depends on the others, to rounding.
-            running &= pivot > jnp.finfo(y.dtype).eps * sq_norm(atom[:, :d])
+            pivot = sq_norm(rest)
+            running &= selection.takes_another(part, number, r, score)
+            running &= pivot > jnp.finfo(y.dtype).eps * sq_norm(atom)  # else it depends on the others, to rounding
             size = jnp.sqrt(jnp.where(running, pivot, 1))[:, None]
             q, x = (jnp.where(running[:, None], v / size, 0) for v in (rest, x))
-            explained = jnp.sum(q[:, :d] * state[:, :d], axis=1, keepdims=True)
-            state, values = state - explained * q, values + explained * x
+            explained = jnp.sum(q * r, axis=1, keepdims=True)
+            r, values = r - explained * q, values + explained * x
             basis, coordinates = basis.at[number].set(q), coordinates.at[number].set(x)
             here = running[:, None] & (jnp.arange(m, dtype=jnp.int32) == at[:, None])
             indices = indices.at[:, number].set(jnp.where(running, at, m))
-            return _Greedy(number + 1, state, basis, coordinates, values, free & ~here, indices, running)
+            return _Greedy(number + 1, r, basis, coordinates, values, free & ~here, indices, running)
 
         start = _Greedy(
             jnp.int32(0),
-            jnp.concatenate([y, products], axis=1),
-            jnp.zeros((k, n, width), y.dtype),
+            y,
+            jnp.zeros((k, n, d), y.dtype),
             jnp.zeros((k, n, k), y.dtype),
             jnp.zeros((n, k), y.dtype),
             jnp.ones((n, m), bool),
@@ -150,22 +146,110 @@ def _omp(problem: Problem) -> Chosen:
         steps = jnp.sum(end.indices < m, axis=1, dtype=jnp.int32)
         return Chosen(end.values, end.indices, steps, jnp.ones(n, bool))
 
-    # With a Gram matrix a step is arithmetic on rows, which XLA runs on several cores if there are enough rows.
-    row_bytes, cpu_rows = 4 * (k * (width + k) + 2 * m), 512 if precomputed else 256
-    return selection.by_chunks(chunk, problem, row_bytes=row_bytes, cpu_rows=cpu_rows)
+    return selection.by_chunks(chunk, problem, row_bytes=4 * (k * (d + k) + 2 * m))
 
 
 class _Greedy(NamedTuple):
     """State of `_omp`."""
 
     number: Array  # of the step
-    state: Array  # [n width]  the residual r, then Dr with a Gram matrix
-    basis: Array  # [k n width]
+    r: Array  # [n d]
+    basis: Array  # [k n d]
     coordinates: Array  # [k n k]  of the basis, in the atoms chosen
     values: Array  # [n k]
     free: Array  # [n m]  which atoms are not chosen yet
     indices: Array  # [n k]
     running: Array  # [n]
+
+
+def _omp_by_gram(problem: Problem) -> Chosen:
+    """Select with free signs, from `Dy` and the Gram matrix alone.
+
+    A row has not `ended` if rounding may have decided a step, or keeps its values from being a least-squares solution.
+    """
+    (m, d), k = problem.D.shape, problem.k
+    gram = matmul(problem.D, problem.D.T)
+    # Few rows stay in the cache; XLA runs loops of independent rows on several cores.
+    rows = max(16, _PIECE // m // 16 * 16) if sharding.on_cpu() else None
+
+    def chunk(part: Problem) -> Chosen:
+        y, tol, max_atoms = part.y, part.tol, part.max_atoms
+        size = rows or max(1, len(y))
+        pieces = [tuple(x[i : i + size] for x in (y, tol, max_atoms)) for i in range(0, len(y), size)]
+        chosen = [_follow(gram, part._replace(y=y, tol=tol, max_atoms=max_atoms)) for y, tol, max_atoms in pieces]
+        return jax.tree.map(lambda *x: jnp.concatenate(x), *chosen)
+
+    return selection.by_chunks(chunk, problem, row_bytes=4 * (4 * m + 3 * k * k + d), cpu_rows=4 * (rows or 16))
+
+
+class _Followed(NamedTuple):
+    """State of `_follow`. Slots of a row are on the first axis: what is computed for each is then a vector of rows."""
+
+    number: Array  # of the step
+    indices: Array  # [k n]
+    coordinates: Array  # [k k n]  of the orthonormalised atoms, in the atoms
+    values: Array  # [k n]
+    left: Array  # [n]  ‖r‖²
+    steps: Array  # [n]
+    running: Array  # [n]
+    certain: Array  # [n]  whether rounding has decided nothing so far
+
+
+def _follow(gram: Array, problem: Problem) -> Chosen:
+    """OMP of a few rows. A step reads `k − 1` rows of the Gram matrix for each, whatever the width."""
+    (m, d), k, n = problem.D.shape, problem.k, len(problem.y)
+    products, eps = matmul(problem.y, problem.D.T), float(jnp.finfo(gram.dtype).eps)
+    get = functools.partial(lambda x, *at: x.at[at].get(mode="promise_in_bounds"))
+    row = jnp.arange(n, dtype=jnp.int32)
+
+    def step(carry: _Followed) -> _Followed:
+        number, indices, coordinates, values, left, steps, running, certain = carry
+        correlations = products
+        for value, index in zip(values[: k - 1], indices[: k - 1], strict=True):  # unused slots have the value 0
+            correlations = correlations - value[:, None] * get(gram, index)
+        score, at = selection.largest(jnp.abs(correlations))
+        running &= (score > selection.rounding(gram)) & (number < problem.max_atoms)
+        near = (problem.tol > 0) & (jnp.abs(left - problem.tol**2) <= 64 * eps)
+        certain &= ~(running & near)
+        running &= (left > problem.tol**2) & certain
+        before = coordinates[: k - 1]
+        w = jnp.sum(before[:, : k - 1] * get(gram, indices[: k - 1], at[None]), axis=1)
+        pivot = 1 - jnp.sum(w * w, axis=0)
+        certain &= ~running | (pivot > jnp.sqrt(eps))
+        running &= certain
+        size = jnp.sqrt(jnp.where(running, pivot, 1))
+        itself = (jnp.arange(k, dtype=jnp.int32) == number).astype(gram.dtype)[:, None]
+        x = jnp.where(running, (itself - jnp.sum(w[:, None] * before, axis=0)) / size, 0)
+        explained = jnp.where(running, get(correlations, row, at) / size, 0)
+        return _Followed(
+            number + 1,
+            indices.at[number].set(jnp.where(running, at, 0)),
+            coordinates.at[number].set(x),
+            values + explained * x,
+            left - explained * explained,
+            steps + jnp.int32(running),
+            running,
+            certain,
+        )
+
+    start = _Followed(
+        jnp.int32(0),
+        jnp.zeros((k, n), jnp.int32),
+        jnp.zeros((k, k, n), gram.dtype),
+        jnp.zeros((k, n), gram.dtype),
+        jnp.ones(n, gram.dtype),
+        jnp.zeros(n, jnp.int32),
+        jnp.ones(n, bool),
+        jnp.ones(n, bool),
+    )
+    end = jax.lax.while_loop(lambda carry: (carry.number < k) & jnp.any(carry.running), step, start)
+    used = jnp.arange(k, dtype=jnp.int32)[:, None] < end.steps
+    at = end.indices
+    gradient = jnp.sum(get(gram, at[:, None], at[None]) * end.values, axis=1) - get(products, row, at)
+    gradient = jnp.where(used, gradient, 0)
+    tol = jnp.asarray(solvers.default(k, d).tol, gram.dtype)  # at which a refit would change nothing
+    ended = end.certain & (jnp.max(jnp.abs(gradient), axis=0) <= tol)
+    return Chosen(end.values.T, jnp.where(used, at, m).T, end.steps, ended, gradient.T)
 
 
 def _omp_nonnegative(problem: Problem) -> Chosen:

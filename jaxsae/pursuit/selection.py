@@ -15,14 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxsae import sharding
 from jaxsae._core import chunking, pytrees
 from jaxsae._core.linalg import EXACT, as_array, divide, result_type, sq_norm
 from jaxsae.codes import SparseCode, decode, from_dense
-from jaxsae.least_squares import problems
+from jaxsae.least_squares import implicit, problems
 from jaxsae.least_squares.outcome import RefitInfo, Status
 from jaxsae.least_squares.refit import estimate, refit
 from jaxsae.least_squares.solvers import FISTA, ConjugateGradient
 
+_GRAM_BYTES = 4 << 20  # largest Gram matrix to form: larger ones do not stay in the cache
 _SOLVER = ConjugateGradient(tol=1e-6, max_steps=256, fallback=None)
 
 
@@ -34,6 +36,7 @@ class Method(NamedTuple):
     k: int
     nonnegative: bool
     refits: bool = True
+    by_gram: Callable[["Problem"], "Chosen"] | None = None  # a faster `select`, of which some rows may not end
 
 
 class Problem(NamedTuple):
@@ -68,13 +71,15 @@ class Chosen(NamedTuple):
     indices: Array  # [n k]
     steps: Array  # [n]
     ended: Array  # [n]  whether the row converged, rather than stopping at `max_steps`
+    gradient: Array | None = None  # [n k]  for atoms of norm 1; None if the values are not refitted yet
+    kkt: Array | None = None  # [n]  of the gradient, for atoms as they are
 
 
 def pursue(
     method: Method, D: Array, y: Array, tol: Any, max_atoms: Any, options: Any = None, mask: Array | None = None
 ) -> tuple[SparseCode, RefitInfo]:
     """Select atoms, then refit their values, or only compute their KKT residual if the method does not refit."""
-    D, y, code = _validated(D, y, method)
+    D, y = _validated(D, y, method)
     if mask is not None:
         y, mask = jnp.where(mask, y, 0), mask.astype(D.dtype)
     max_atoms = method.k if max_atoms is None else max_atoms
@@ -82,8 +87,14 @@ def pursue(
     tol = chunking.spread(tol, y.shape[:-1], problems.accumulator(D, y))
     max_atoms = chunking.spread(max_atoms, y.shape[:-1], np.int32)
     options = jax.tree.map(lambda x: _number(x, tol.dtype), options or {})
+    if mask is None and _gram_fits(method, D, tol.dtype):
+        return _pursue_by_gram(method, D, y, tol, max_atoms)
+    return _pursue(method, D, y, tol, max_atoms, options, mask)
+
+
+def _pursue(method: Method, D: Array, y: Array, tol: Array, max_atoms: Array, options: Any, mask: Array | None):
     chosen, broken = _select(method, *jax.lax.stop_gradient(((D, options), (y, tol, max_atoms, mask))))
-    code = dataclasses.replace(code, values=chosen.values.astype(code.values.dtype), indices=chosen.indices)
+    code = _code(D, y, chosen)
     solver = None if method.refits else FISTA(max_steps=0)  # computes the KKT residual, without changing the values
     dictionary, support = (D, code) if mask is None else _masked(D, code, mask)
     y = y if chunking.known_false(broken) else jnp.where(broken[..., None], 0, y)
@@ -97,11 +108,103 @@ def _outcome(_static, _shared, per_row) -> RefitInfo:
     """The outcome of rows, from that of their selection and that of their refit."""
     chosen, broken, info = per_row
     status = jnp.where(chosen.ended, info.status, jnp.maximum(info.status, Status.MAX_STEPS))
+    return _info(info.kkt, chosen.steps, status, broken)
+
+
+def select_alone(method: Method, D: Array, y: Array, tol: Array) -> SparseCode:
+    """The codes of rows `[n d]` as a method selects them, without a refit."""
+    D, y = _validated(D, y, method)
+    per_row = y, tol, jnp.full(tol.shape, method.k, jnp.int32)
+
+    def select(*per_row):
+        chosen, _ = _select(method, (D, {}), (*per_row, None))
+        return _code(D, y, chosen)
+
+    if not _gram_fits(method, D, tol.dtype):
+        return select(*per_row)
+    (code, _), left = _first_pass(method, D, per_row)
+    row_bytes = problems.row_bytes(method.k, y.shape[1], tol.dtype.itemsize)
+    return chunking.revise_rows(select, left, code, *per_row, row_bytes=row_bytes)
+
+
+def _code(D: Array, y: Array, chosen: Chosen) -> SparseCode:
+    return SparseCode(chosen.values.astype(result_type(D, y)), chosen.indices, len(D))
+
+
+def _info(kkt: Array, steps: Array, status: Array, broken: Array) -> RefitInfo:
     return RefitInfo(
-        kkt=jnp.where(broken, jnp.nan, info.kkt),
-        steps=chosen.steps,
+        kkt=jnp.where(broken, jnp.nan, kkt),
+        steps=steps,
         status=jnp.where(broken, Status.NONFINITE, status).astype(jnp.int32),
     )
+
+
+def _gram_fits(method: Method, D: Array, dtype) -> bool:
+    """Whether a method can use a Gram matrix, and a small one saves work."""
+    m, d = D.shape
+    here = not jax.sharding.get_abstract_mesh().explicit_axes and not sharding.is_sharded(m)
+    return method.by_gram is not None and here and 4 * method.k <= d and m * m * dtype.itemsize <= _GRAM_BYTES
+
+
+def _pursue_by_gram(method: Method, D: Array, y: Array, tol: Array, max_atoms: Array) -> tuple[SparseCode, RefitInfo]:
+    """Select by the Gram matrix; then, outside of transformations only if there are any, the rows that it leaves."""
+    shared, per_row = jax.lax.stop_gradient((D, (y, tol, max_atoms)))
+    outcome, left = _first_pass(method, shared, per_row)
+    if not chunking.known_false(left):
+        outcome = _second_pass(method, shared, (*per_row, outcome, left))
+    code, info = outcome
+    values = _differentiable(code.values, D, y, code.indices, info.status)
+    return dataclasses.replace(code, values=values), info
+
+
+@chunking.over_rows
+def _first_pass(method: Method, D, per_row):
+    """The outcome by the Gram matrix, and the rows that it leaves."""
+    chosen, broken = _select(method._replace(select=method.by_gram), (D, {}), (*per_row, None))
+    code = _code(D, per_row[0], chosen)
+    normal = jnp.isfinite(code.values) & (jnp.abs(chosen.values) >= jnp.finfo(chosen.values.dtype).tiny)
+    solved = chosen.ended & (normal | ~code.mask).all(-1)
+    info = _info(chosen.kkt, chosen.steps, jnp.full(broken.shape, Status.CONVERGED), broken)
+    return (code, info), ~(broken | solved)
+
+
+@chunking.over_rows
+def _second_pass(method: Method, D, per_row):
+    """The outcome of the rows that are left, by the method itself, with a refit."""
+    batch = per_row[0].shape[:-1]
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(batch) :]), per_row)
+    y, tol, max_atoms, outcome, left = flat
+    outcome = chunking.revise_rows(
+        lambda y, tol, max_atoms: _pursue(method, D, y, tol, max_atoms, {}, None),
+        *(left, outcome, y, tol, max_atoms),
+        row_bytes=problems.row_bytes(method.k, y.shape[1], tol.dtype.itemsize),
+    )
+    return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), outcome)
+
+
+@jax.custom_vjp
+def _differentiable(values, D, y, indices, status):
+    """Values that solve their least-squares problems, with the derivative of a refit."""
+    return values
+
+
+def _differentiable_forward(values, D, y, indices, status):
+    return values, (values, D, y, indices, status)
+
+
+@jax.jit
+def _differentiable_backward(residuals, values_bar):
+    values, D, y, indices, status = residuals
+    D_bar, y_bar, _ = implicit.backward(
+        *(D, y, indices, values, values_bar, jnp.zeros((), problems.accumulator(D, y)), status < Status.NONFINITE),
+        nonnegative=False,
+        num_latents=len(D),
+        workspace_bytes=chunking.WORKSPACE_BYTES,
+    )
+    return None, D_bar, y_bar, None, None
+
+
+_differentiable.defvjp(_differentiable_forward, _differentiable_backward)
 
 
 def _masked(D: Array, code: SparseCode, mask: Array) -> tuple[Masked, SparseCode]:
@@ -129,8 +232,8 @@ def _number(x: Any, dtype) -> Array:
     return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.inexact) else x
 
 
-def _validated(D: Any, y: Any, method: Method) -> tuple[Array, Array, SparseCode]:
-    """The dictionary and the rows as arrays, and an empty code for them."""
+def _validated(D: Any, y: Any, method: Method) -> tuple[Array, Array]:
+    """The dictionary and the rows as arrays."""
     name, k = method.name, method.k
     D, y = as_array(D) if problems.is_array(D) else D, as_array(y)
     if not problems.is_array(D) or D.ndim != 2:
@@ -140,7 +243,8 @@ def _validated(D: Any, y: Any, method: Method) -> tuple[Array, Array, SparseCode
         raise ValueError(f"`{name}` got k = {k} for {m} atoms; pass a k from 1 to {m}.")
     shape = (*y.shape[:-1], k)
     code = SparseCode(chunking.spread(0, shape, result_type(D, y)), chunking.spread(m, shape, np.int32), m)
-    return problems.validate(D, y, code, name)
+    D, y, _ = problems.validate(D, y, code, name)
+    return D, y
 
 
 @chunking.over_rows
@@ -158,6 +262,10 @@ def _select(method: Method, shared, per_row):
     size, unit = (x.at[chosen.indices].get(mode="fill", fill_value=0) for x in (length, largest))
     values = divide(chosen.values * y_length[:, None], size) * divide(y_largest[:, None], unit)
     chosen = chosen._replace(values=values)
+    if chosen.gradient is not None:
+        norm = size * divide(unit, jnp.max(unit, axis=1, keepdims=True))
+        weight = divide(norm, jnp.max(norm, axis=1, keepdims=True))
+        chosen = chosen._replace(kkt=jnp.max(weight * jnp.abs(chosen.gradient), axis=1))
     return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), (chosen, ~finite))
 
 
