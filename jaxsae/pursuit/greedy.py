@@ -8,7 +8,7 @@ gets an empty code and the status `NONFINITE`, as do all rows if an atom has the
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +89,7 @@ def omp(
     return pursue(_method(k, nonnegative), D, y, tol, max_atoms, mask=mask)
 
 
-def chosen_by_omp(D: Array, y: Array, *, k: int, tol: Array, nonnegative: bool) -> SparseCode:
+def chosen_by_omp(D: Array, y: Array, *, k: int, tol: Any, nonnegative: bool) -> SparseCode:
     """`omp` of rows `[n d]` without its refit: values that are optimal to the rounding of the selection."""
     return selection.select_alone(_method(k, nonnegative), D, y, tol)
 

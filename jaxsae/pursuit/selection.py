@@ -92,7 +92,7 @@ def pursue(
     return _pursue(method, D, y, tol, max_atoms, options, mask)
 
 
-def _pursue(method: Method, D: Array, y: Array, tol: Array, max_atoms: Array, options: Any, mask: Array | None):
+def _pursue(method: Method, D: Array, y: Array, tol: Any, max_atoms: Any, options: Any, mask: Array | None):
     chosen, broken = _select(method, *jax.lax.stop_gradient(((D, options), (y, tol, max_atoms, mask))))
     code = _code(D, y, chosen)
     solver = None if method.refits else FISTA(max_steps=0)  # computes the KKT residual, without changing the values
@@ -111,7 +111,7 @@ def _outcome(_static, _shared, per_row) -> RefitInfo:
     return _info(info.kkt, chosen.steps, status, broken)
 
 
-def select_alone(method: Method, D: Array, y: Array, tol: Array) -> SparseCode:
+def select_alone(method: Method, D: Array, y: Array, tol: Any) -> SparseCode:
     """The codes of rows `[n d]` as a method selects them, without a refit."""
     D, y = _validated(D, y, method)
     per_row = y, tol, jnp.full(tol.shape, method.k, jnp.int32)
@@ -146,7 +146,7 @@ def _gram_fits(method: Method, D: Array, dtype) -> bool:
     return method.by_gram is not None and here and 4 * method.k <= d and m * m * dtype.itemsize <= _GRAM_BYTES
 
 
-def _pursue_by_gram(method: Method, D: Array, y: Array, tol: Array, max_atoms: Array) -> tuple[SparseCode, RefitInfo]:
+def _pursue_by_gram(method: Method, D: Array, y: Array, tol: Any, max_atoms: Any) -> tuple[SparseCode, RefitInfo]:
     """Select by the Gram matrix; then, outside of transformations only if there are any, the rows that it leaves."""
     shared, per_row = jax.lax.stop_gradient((D, (y, tol, max_atoms)))
     outcome, left = _first_pass(method, shared, per_row)
