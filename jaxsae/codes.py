@@ -147,7 +147,9 @@ def _sorted(x, *, k: int, among: int | None = None):
     if among is None:
         values, indices = jax.lax.top_k(x, k)
     else:
-        values, indices = jax.lax.approx_max_k(x, k, reduction_input_size_override=among)
+        # XLA keeps some twenty candidates for each entry wanted among all; of these `m`, it must keep at least `k`.
+        size = min(among, 16 * x.shape[-1])
+        values, indices = jax.lax.approx_max_k(x, k, reduction_input_size_override=size)
     return values, indices
 
 

@@ -6,11 +6,10 @@ batch; the name or docstring of each says what it is divided by. Sums are in flo
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from jaxsae import codes
@@ -169,30 +168,50 @@ def auxk(
 
     Source: Gao et al. (2024), Appendix A.2.
     """
-    residual, x = jax.lax.stop_gradient((residual, x - sae.b_dec if sae.apply_b_dec_to_input else x))
-    k_aux = min(k_aux, sae.m)
+    x = x - sae.b_dec if sae.apply_b_dec_to_input else x
+    rows = jax.lax.stop_gradient((x, residual, idle))
+    return _auxk(min(k_aux, sae.m), rows, (sae.W_enc, sae.b_enc, sae.W_dec))
+
+
+def _of_idle(k_aux: int, rows, weights, transform: Callable):
+    """`transform` of the function from weights to AuxK's error, at these weights."""
+    x, residual, idle = rows
 
     def term(left_out):
-        def value(W_enc, b_enc, W_dec):
+        def value(weights):
+            W_enc, b_enc, W_dec = weights
             pre = x @ W_enc + b_enc
             error = mse(residual, jnp.where(left_out(pre), 0, pre) @ W_dec)
             return jnp.where(jnp.isfinite(error), error, 0)
 
-        # Without it residuals for the derivative are written, as zeros, while none is idle; the selection is kept.
-        return jax.checkpoint(value, policy=jax.checkpoint_policies.save_only_these_names("selection"))
+        return transform(value)
 
     def unselected(pre):
         among_idle = jnp.where(idle, pre, -jnp.inf)
         found = codes.top_k(jax.lax.stop_gradient(among_idle), k_aux, approximate=True)
-        return below(among_idle, *checkpoint_name(last_of(found, k_aux), "selection"))
+        return below(among_idle, *last_of(found, k_aux))
 
     # Selection costs as much as a training step: skip it if all idle latents are used, and everything if none is idle.
     branches = (
-        lambda W_enc, b_enc, W_dec: jnp.zeros((), result_type(W_dec, jnp.float32)),
+        transform(lambda weights: jnp.zeros((), result_type(weights[2], jnp.float32))),
         term(lambda pre: ~idle),
         term(unselected),
     )
     finite = jnp.isfinite(residual).all() & jnp.isfinite(x).all()
     count = jnp.where(finite, jnp.sum(idle), 0)
     chosen = jnp.int32(count > 0) + jnp.int32(count > k_aux)
-    return jax.lax.switch(chosen, branches, sae.W_enc, sae.b_enc, sae.W_dec)
+    return jax.lax.switch(chosen, branches, weights)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _auxk(k_aux: int, rows, weights):
+    return _of_idle(k_aux, rows, weights, lambda value: value)
+
+
+@_auxk.defjvp
+def _auxk_tangent(k_aux: int, primals, tangents):
+    """By the gradient, made with the value: residuals would be copied out of a branch, as zeros while none is idle."""
+    rows, weights = primals
+    value, grads = _of_idle(k_aux, rows, weights, jax.value_and_grad)
+    dots = zip(*(jax.tree.leaves(widen(tree)) for tree in (grads, tangents[1])), strict=True)
+    return value, sum((jnp.sum(grad * dot) for grad, dot in dots), jnp.zeros_like(value)).astype(value.dtype)
