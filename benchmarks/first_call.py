@@ -1,6 +1,5 @@
 """What the first eager call of a function costs, in a process of its own, and what later calls still compile."""
 
-import importlib
 import json
 import subprocess
 import sys
@@ -74,7 +73,6 @@ def measure(name: str) -> dict[str, Any]:
     first, next_, other = (_rows(rng, sae, dictionary, n) for n in (ROWS, ROWS, OTHER))
     compiled: list[str] = []
     jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: compiled.append(event))
-    importlib.import_module("jaxsae.lasso")
 
     def programs(rows: Rows) -> int:
         compiled.clear()

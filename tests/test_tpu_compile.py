@@ -57,7 +57,9 @@ def test_many_chips_keep_enough_candidates_each():
     mesh = plan.topology_mesh("v5e:8x8")
     x = jax.ShapeDtypeStruct((64, 1 << 20), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(None, "latent")))
     with jax.set_mesh(mesh):
-        jax.jit(lambda x: codes.top_k(x, 2048, approximate=True)).lower(x).compile()
+        program = jax.jit(lambda x: codes.top_k(x, 2048, approximate=True)).lower(x)
+        assert [found.shape for found in jax.tree.leaves(program.out_info)] == [(64, 2048)] * 2
+        program.compile()  # which a chip with fewer candidates than 2,048 refuses
 
 
 def test_a_kernel_compiles_for_a_tpu_from_a_process_without_one():

@@ -205,6 +205,18 @@ def in_buckets(f: Callable[[Any, Any, Any], Any]) -> Callable[[Any, Any, Any], A
     return call
 
 
+def flatten(per_row: Any) -> tuple[tuple[Any, ...], Any]:
+    """The batch of the first array `[*b d]` of a tree, and the tree with one axis in its place: `[n ...]`."""
+    batch = jax.tree.leaves(per_row)[0].shape[:-1]
+    n = math.prod(batch)
+    return batch, jax.tree.map(lambda x: x.reshape(n, *x.shape[len(batch) :]), per_row)
+
+
+def unflatten(batch: tuple[Any, ...], rows: Any) -> Any:
+    """A tree of arrays `[n ...]` as `[*b ...]`."""
+    return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), rows)
+
+
 def bucket(n: int) -> int:
     """The least of 16, 18, … 32, 36, … (eight per factor of two) that is at least `n`.
 

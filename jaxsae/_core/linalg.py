@@ -78,17 +78,22 @@ def power_of_two_or_one(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
     return jnp.where((x > 0) & jnp.isfinite(x), jnp.clip(power_of_two(x), 2.0**exponent, 2.0**-exponent), 1)
 
 
-def max_or_nan(x: Array, axis: int | tuple[int, ...] | None = None, *, keepdims: bool = False) -> Array:
-    """The largest of `x`, at least 0, or NaN if any is NaN: XLA's maximum on a CPU ignores NaN in many shapes.
-
-    It has no derivative.
-    """
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def max_or_nan(x: Array, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Array:
+    """The largest of `x`, at least 0, or NaN if any is NaN: XLA's maximum on a CPU ignores NaN in many shapes."""
     # As integers: those of NaN without its sign exceed that of Inf, and those of negative numbers are negative.
     kind = jnp.dtype(f"int{jnp.finfo(x.dtype).bits}")
     bits = jax.lax.bitcast_convert_type(x, kind)
     magnitude = bits & jnp.iinfo(kind).max
     bits = jnp.where(magnitude > np.asarray(np.inf, x.dtype).view(kind), magnitude, bits)
     return jax.lax.bitcast_convert_type(jnp.max(bits, axis=axis, keepdims=keepdims, initial=0), x.dtype)
+
+
+@max_or_nan.defjvp
+def _max_or_nan_tangent(axis, keepdims, primals, tangents):
+    """The derivative of `jnp.max`; that of the integers would be 0."""
+    _, tangent = jax.jvp(lambda x: jnp.max(x, axis=axis, keepdims=keepdims, initial=0), primals, tangents)
+    return max_or_nan(*primals, axis, keepdims), tangent
 
 
 def residual(y: Float[Array, " d"], z: Float[Array, " k"], atoms: Float[Array, "k d"]) -> Float[Array, " d"]:

@@ -178,9 +178,9 @@ def refit_step(options: Options, d: int, mesh: Mesh) -> Program:
     """Encoding and refining a batch, compiled.
 
     Args:
-      options: of the training.
-      d: width of the activations.
-      mesh: of devices that need not exist.
+      options: as for `encode_step`.
+      d: as for `encode_step`.
+      mesh: as for `encode_step`.
 
     Raises:
       InputError: as `training_step`.

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxsae import codes
 from jaxsae._core import chunking
-from jaxsae._core.linalg import divide, matmul, power_of_two, ratio, result_type, solve_semidefinite
+from jaxsae._core.linalg import as_array, divide, matmul, power_of_two, ratio, result_type, solve_semidefinite
 from jaxsae.codes import SparseCode
 from jaxsae.ksvd import rank_one
 from jaxsae.least_squares import problems
@@ -87,7 +87,7 @@ def fit(
     Source: Aharon, Elad & Bruckstein (2006), "K-SVD: An algorithm for designing overcomplete dictionaries for sparse
     representation".
     """
-    y, start = jnp.asarray(y), None if start is None else jnp.asarray(start)
+    y, start = as_array(y), None if start is None else as_array(start)
     if y.ndim != 2 or not jnp.issubdtype(y.dtype, jnp.floating):
         raise ValueError(f"`fit` got signals of dtype {y.dtype} and shape {y.shape}; pass floating point (n, d).")
     n, d = y.shape

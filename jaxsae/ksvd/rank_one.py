@@ -24,7 +24,7 @@ _ROUNDS = 10  # of alternation, in a constrained rank-one fit
 
 def unit(atoms):
     """Atoms scaled to norm 1, whatever their size; zero atoms stay 0."""
-    atoms = divide(atoms, power_of_two(max_or_nan(jnp.abs(atoms), -1, keepdims=True)))
+    atoms = divide(atoms, power_of_two(max_or_nan(jnp.abs(atoms), -1, True)))
     return divide(atoms, jnp.linalg.norm(atoms, axis=-1, keepdims=True))
 
 

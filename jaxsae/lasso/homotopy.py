@@ -83,7 +83,7 @@ class _Rows(NamedTuple):
 
     def own_bytes(self):
         """Memory of the atoms of one row."""
-        return 0 if self.support is None else self.support.shape[1] * self.y.nbytes // max(len(self.y), 1)
+        return 0 if self.support is None else self.support.shape[1] * self.D.shape[1] * self.D.dtype.itemsize
 
     def with_units(self, solution: Solution, tol, shape: tuple[Any, ...]) -> tuple[Solution, Array]:
         """The solution `[*shape]` in the units of the data, empty where a row is not valid, and its `Status`."""

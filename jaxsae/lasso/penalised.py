@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from jaxsae import codes
 from jaxsae._core import chunking, pytrees
-from jaxsae._core.linalg import as_array, divide, matmul, power_of_two, promote_dtypes
+from jaxsae._core.linalg import as_array, divide, matmul, max_or_nan, power_of_two, promote_dtypes
 from jaxsae.codes import SparseCode
 from jaxsae.lasso import homotopy
 from jaxsae.lasso.homotopy import Static
@@ -192,11 +192,10 @@ def relaxed(
     """
     _, D, y = _prepare("relaxed", D, y, nonnegative, capacity, tol, max_steps)
     phi = _share("relaxed", "phi", phi)
-    phi = chunking.spread(phi, np.shape(phi), problems.accumulator(D, y))
     options = {"nonnegative": nonnegative, "tol": tol, "max_steps": max_steps}
     selected, info = lasso(D, y, lam, capacity=capacity, **options)  # select
     xp = chunking.numpy_for((phi, info.lam))
-    lams = xp.broadcast_to(xp.asarray(phi) * xp.asarray(info.lam), info.lam.shape)
+    lams = xp.broadcast_to(xp.asarray(phi, info.lam.dtype) * xp.asarray(info.lam), info.lam.shape)
     eased = _on_support(D, y, selected, lams, **options)
     refitted = refit(D, y, selected, nonnegative=nonnegative)  # then refit
     gap = certify(D, y, refitted[0], nonnegative=nonnegative).gap
@@ -401,9 +400,7 @@ def _lambda_max(nonnegative: bool, D, per_row):
     def chunk(y):
         y, y_unit, _ = problems.scaled(y)
         c = matmul(y, D.T)
-        c = c if nonnegative else jnp.abs(c)
-        nan = jnp.isnan(c).any(axis=1, keepdims=True)
-        most = jnp.where(nan, jnp.nan, jnp.max(c, axis=1, keepdims=True, initial=0))  # which has a derivative
+        most = max_or_nan(c if nonnegative else jnp.abs(c), 1, True)
         found = most * y_unit * unit
         return jnp.where((most > 0) & (found < jnp.finfo(y.dtype).tiny), jnp.nan, found)[:, 0]
 
@@ -424,10 +421,7 @@ def _prepare(name: str, D, y, nonnegative: bool, capacity: int | None, tol, max_
     capacity = min(D.shape) if capacity is None else capacity
     if not 1 <= capacity <= m:
         raise ValueError(f"`{name}` got capacity {capacity} for {m} atoms; pass a capacity from 1 to {m}.")
-    shape = (*y.shape[:-1], 1)
-    empty = SparseCode(chunking.spread(0, shape, np.float32), chunking.spread(m, shape, np.int32), m)
-    D, y, _ = problems.validate(D, y, empty, name)
-    return Static(nonnegative, capacity), D, y
+    return Static(nonnegative, capacity), *problems.validate_rows(D, y, name)
 
 
 def _penalties(name: str, lam: Any, D, y, *, grid: bool = False) -> Any:

@@ -1,5 +1,6 @@
 """The loop around a solver's step: stop on the KKT residual, keep the best iterate."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -38,7 +39,16 @@ def _while_running(step, carry, running):
 
 
 def iterate(
-    step, start, weight, tol, max_steps, nonnegative: bool, *, total=jnp.sum, largest=max_or_nan, repeat=_while_running
+    step,
+    start,
+    weight,
+    tol,
+    max_steps,
+    nonnegative: bool,
+    *,
+    total=jnp.sum,
+    largest: Callable = max_or_nan,
+    repeat=_while_running,
 ):
     """Repeat `step(state) -> state` until the KKT residual is within `tol`, and return the best iterate.
 

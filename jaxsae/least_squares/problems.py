@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from jaxsae._core import chunking, sparse
@@ -71,11 +70,9 @@ class Problem(NamedTuple):
 def largest(x: Array, axis: int | tuple[int, ...] = -1) -> Array:
     """`max |x|`, axes kept; NaN where an entry is not finite, or subnormal among entries of similar size.
 
-    XLA flushes subnormal numbers to 0 on most devices, which among entries of similar size is more than rounding. It is
-    for scaling, which cancels, and has no derivative.
+    XLA flushes subnormal numbers to 0 on most devices, which among entries of similar size is more than rounding.
     """
-    x = jax.lax.stop_gradient(x)
-    most = max_or_nan(jnp.abs(x), axis, keepdims=True)
+    most = max_or_nan(jnp.abs(x), axis, True)
     limits = jnp.finfo(x.dtype)
     kind = jnp.dtype(f"uint{limits.bits}")
     size = jax.lax.bitcast_convert_type(x, kind) << 1  # without the sign
@@ -215,7 +212,7 @@ def unit_rows(dictionary: Any, y: Array, indices: Array, *, num_latents: int, ri
     length, relative_root = jnp.linalg.norm(atoms, axis=2), divide(root, atom_scale)
     norm = jnp.hypot(length, relative_root)
     unit = norm / y_norm * atom_scale / y_scale
-    longest = max_or_nan(length * atom_scale, 1, keepdims=True)
+    longest = max_or_nan(length * atom_scale, 1, True)
     well_scaled = representable(unit) & ((unit > 0) | (norm == 0)) & jnp.isfinite(y_scale)
     return UnitRows(
         atoms=divide(atoms, norm[:, :, None]),
@@ -295,7 +292,7 @@ def check_numbers(
     name: str, what: str, x: Any, *, least: int | float = 0, most: int | float = math.inf, do: str
 ) -> None:
     """Raise if a concrete number or array has entries that are NaN, infinite or outside `[least, most]`."""
-    if isinstance(x, Tracer) or not getattr(x, "is_fully_addressable", True):
+    if not chunking.is_concrete(x):
         return
     x = np.asarray(x)
     wrong = ~(np.isfinite(x) & (x >= least) & (x <= most))
@@ -303,9 +300,9 @@ def check_numbers(
         raise ValueError(f"`{name}` got {what} {x[wrong][0]}; pass {do}.")
 
 
-def validate(dictionary: Any, y: Any, code: SparseCode, name: str) -> tuple[Any, Array, SparseCode]:
-    """Return a dictionary, targets and a code as JAX arrays; raise if they do not fit together."""
-    y, code = as_array(y), jax.tree.map(as_array, code)
+def validate_rows(dictionary: Any, y: Any, name: str) -> tuple[Any, Array]:
+    """Return a dictionary and targets as JAX arrays; raise if they do not fit together."""
+    y = as_array(y)
     if not is_array(dictionary):
         if not isinstance(dictionary, Dictionary):
             raise TypeError(
@@ -318,25 +315,38 @@ def validate(dictionary: Any, y: Any, code: SparseCode, name: str) -> tuple[Any,
                 f"`{name}` got a dictionary whose take gives shape {atom.shape} for indices of shape (1, 1); return "
                 f"atoms of shape (1, 1, d)."
             )
-        shape, dtype = (code.num_latents, atom.shape[-1]), atom.dtype
     else:
-        dictionary = as_array(dictionary)
-        shape, dtype = dictionary.shape, dictionary.dtype
-    for what, kind in (("a dictionary", dtype), ("y", y.dtype), ("values", code.values.dtype)):
-        if not jnp.issubdtype(kind, jnp.floating):
-            raise TypeError(f"`{name}` got {what} of dtype {kind}, expected floating point; convert it first.")
+        atom = dictionary = as_array(dictionary)
+        if dictionary.ndim != 2:
+            raise ValueError(
+                f"`{name}` got a dictionary of shape {atom.shape}; pass one of shape (m, d), one atom per row."
+            )
+    for what, kind in (("a dictionary", atom.dtype), ("y", y.dtype)):
+        _check_floating(name, what, kind)
+    if y.shape[-1:] != atom.shape[-1:]:
+        d = atom.shape[-1]
+        raise ValueError(f"`{name}` got y of shape {y.shape}, but the atoms have width {d}; pass y of shape (*b, {d}).")
+    return dictionary, y
+
+
+def _check_floating(name: str, what: str, kind) -> None:
+    if not jnp.issubdtype(kind, jnp.floating):
+        raise TypeError(f"`{name}` got {what} of dtype {kind}, expected floating point; convert it first.")
+
+
+def validate(dictionary: Any, y: Any, code: SparseCode, name: str) -> tuple[Any, Array, SparseCode]:
+    """Return a dictionary, targets and a code as JAX arrays; raise if they do not fit together."""
+    dictionary, y = validate_rows(dictionary, y, name)
+    code = jax.tree.map(as_array, code)
+    _check_floating(name, "values", code.values.dtype)
     if not jnp.issubdtype(code.indices.dtype, jnp.integer):
         raise TypeError(
             f"`{name}` got indices of dtype {code.indices.dtype}, expected integers; convert them to int32."
         )
-    if len(shape) != 2 or shape[0] != code.num_latents:
+    if is_array(dictionary) and len(dictionary) != code.num_latents:
         raise ValueError(
-            f"`{name}` got a dictionary of shape {shape} for a code of {code.num_latents} latents; pass "
+            f"`{name}` got a dictionary of shape {dictionary.shape} for a code of {code.num_latents} latents; pass "
             f"one of shape ({code.num_latents}, d), one atom per row."
-        )
-    if y.shape[-1:] != shape[1:]:
-        raise ValueError(
-            f"`{name}` got y of shape {y.shape}, but the atoms have width {shape[1]}; pass y of shape (*b, {shape[1]})."
         )
     if code.indices.shape != code.values.shape or code.indices.shape[:-1] != y.shape[:-1]:
         raise ValueError(

@@ -367,30 +367,23 @@ def _solve(static: _Static, shared, per_row):
 @chunking.over_rows
 def _first_pass(static: _Static, shared, per_row) -> tuple[_Outcome, Array]:
     """Solve all rows by the solver alone; and which rows need a second pass."""
-    batch, (y, indices, values) = _flat(per_row)
+    batch, (y, indices, values) = chunking.flatten(per_row)
     outcome = _solve_all(static, shared, y, indices, values)
     left = _unsolved(shared[0], outcome.info) | _cancels(outcome.x, outcome.info.steps)
-    return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), (_valid(shared[2], outcome), left))
+    return chunking.unflatten(batch, (_valid(shared[2], outcome), left))
 
 
 @chunking.over_rows
 def _second_pass(static: _Static, shared, per_row) -> _Outcome:
     """Revise the rows that the first pass has left."""
-    batch, (y, indices, values, outcome, left) = _flat(per_row)
+    batch, (y, indices, values, outcome, left) = chunking.flatten(per_row)
     outcome = chunking.revise_rows(
         functools.partial(_revise, static, shared),
         *(left, outcome, y, indices, values, outcome.x, outcome.info),
         row_bytes=_row_bytes(indices.shape[1], y.shape[1], shared[2].dtype.itemsize),
         workspace_bytes=static.workspace_bytes,
     )
-    return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), _valid(shared[2], outcome))
-
-
-def _flat(per_row):
-    """The batch of `y [*b d]`, which is first, and everything with one axis in its place."""
-    batch = per_row[0].shape[:-1]
-    n = math.prod(batch)
-    return batch, jax.tree.map(lambda x: x.reshape(n, *x.shape[len(batch) :]), per_row)
+    return chunking.unflatten(batch, _valid(shared[2], outcome))
 
 
 def _valid(ridge, outcome: _Outcome) -> _Outcome:

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsae import sharding
 from jaxsae._core.linalg import EXACT, divide, matmul, sq_norm
 from jaxsae.codes import SparseCode
 from jaxsae.least_squares import solvers
@@ -22,7 +21,7 @@ from jaxsae.least_squares.outcome import RefitInfo
 from jaxsae.pursuit import selection
 from jaxsae.pursuit.selection import Chosen, Method, Problem, pursue
 
-_PIECE = 1 << 14  # numbers of an array of correlations that stays in the cache beside a Gram matrix
+_IN_CACHE = 1 << 14  # numbers of an array of correlations that stays in the cache beside a Gram matrix
 
 
 def omp(
@@ -169,17 +168,8 @@ def _omp_by_gram(problem: Problem) -> Chosen:
     """
     (m, d), k = problem.D.shape, problem.k
     gram = matmul(problem.D, problem.D.T)
-    # Few rows stay in the cache; XLA runs loops of independent rows on several cores.
-    rows = max(16, _PIECE // m // 16 * 16) if sharding.on_cpu() else None
-
-    def chunk(part: Problem) -> Chosen:
-        y, tol, max_atoms = part.y, part.tol, part.max_atoms
-        size = rows or max(1, len(y))
-        pieces = [tuple(x[i : i + size] for x in (y, tol, max_atoms)) for i in range(0, len(y), size)]
-        chosen = [_follow(gram, part._replace(y=y, tol=tol, max_atoms=max_atoms)) for y, tol, max_atoms in pieces]
-        return jax.tree.map(lambda *x: jnp.concatenate(x), *chosen)
-
-    return selection.by_chunks(chunk, problem, row_bytes=4 * (4 * m + 3 * k * k + d), cpu_rows=4 * (rows or 16))
+    row_bytes, cpu_rows = 4 * (4 * m + 3 * k * k + d), max(16, _IN_CACHE // m // 16 * 16)
+    return selection.by_chunks(functools.partial(_follow, gram), problem, row_bytes=row_bytes, cpu_rows=cpu_rows)
 
 
 class _Followed(NamedTuple):
@@ -199,8 +189,10 @@ def _follow(gram: Array, problem: Problem) -> Chosen:
     """OMP of a few rows. A step reads `k − 1` rows of the Gram matrix for each, whatever the width."""
     (m, d), k, n = problem.D.shape, problem.k, len(problem.y)
     products, eps = matmul(problem.y, problem.D.T), float(jnp.finfo(gram.dtype).eps)
-    get = functools.partial(lambda x, *at: x.at[at].get(mode="promise_in_bounds"))
     row = jnp.arange(n, dtype=jnp.int32)
+
+    def get(x, *at):
+        return x.at[at].get(mode="promise_in_bounds")
 
     def step(carry: _Followed) -> _Followed:
         number, indices, coordinates, values, left, steps, running, certain = carry

@@ -171,15 +171,13 @@ def _first_pass(method: Method, D, per_row):
 @chunking.over_rows
 def _second_pass(method: Method, D, per_row):
     """The outcome of the rows that are left, by the method itself, with a refit."""
-    batch = per_row[0].shape[:-1]
-    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(batch) :]), per_row)
-    y, tol, max_atoms, outcome, left = flat
+    batch, (y, tol, max_atoms, outcome, left) = chunking.flatten(per_row)
     outcome = chunking.revise_rows(
         lambda y, tol, max_atoms: _pursue(method, D, y, tol, max_atoms, {}, None),
         *(left, outcome, y, tol, max_atoms),
         row_bytes=problems.row_bytes(method.k, y.shape[1], tol.dtype.itemsize),
     )
-    return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), outcome)
+    return chunking.unflatten(batch, outcome)
 
 
 @jax.custom_vjp
@@ -241,10 +239,7 @@ def _validated(D: Any, y: Any, method: Method) -> tuple[Array, Array]:
     m = len(D)
     if not 1 <= k <= m:
         raise ValueError(f"`{name}` got k = {k} for {m} atoms; pass a k from 1 to {m}.")
-    shape = (*y.shape[:-1], k)
-    code = SparseCode(chunking.spread(0, shape, result_type(D, y)), chunking.spread(m, shape, np.int32), m)
-    D, y, _ = problems.validate(D, y, code, name)
-    return D, y
+    return problems.validate_rows(D, y, name)
 
 
 @chunking.over_rows
@@ -266,7 +261,7 @@ def _select(method: Method, shared, per_row):
         norm = size * divide(unit, jnp.max(unit, axis=1, keepdims=True))
         weight = divide(norm, jnp.max(norm, axis=1, keepdims=True))
         chosen = chosen._replace(kkt=jnp.max(weight * jnp.abs(chosen.gradient), axis=1))
-    return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), (chosen, ~finite))
+    return chunking.unflatten(batch, (chosen, ~finite))
 
 
 def _unit(x: Array) -> tuple[Array, Array, Array]:
