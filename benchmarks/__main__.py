@@ -178,16 +178,14 @@ def main() -> None:
 
 
 def _refine(args: argparse.Namespace) -> None:
-    bandwidth = clock.copy_bandwidth()
     report: dict[str, Any] = {
         **_environment("refine"),
-        "copy_bandwidth": {"bytes_per_s": bandwidth, "counted": "bytes read and bytes written"},
         "size": args.size,
         "gate": {"worst_kkt": judge.KKT, "added_nmse": judge.ADDED_NMSE},
         "cases": [],
         "rows": [],
     }
-    for case, rows in refine.run(args.size, with_peers=args.peers, real=args.real, bandwidth=bandwidth):
+    for case, rows in refine.run(args.size, with_peers=args.peers, real=args.real):
         report["cases"].append(case)
         report["rows"] += rows
         _write(args.json, report)  # after each case: an interruption keeps finished ones
@@ -235,7 +233,7 @@ def _pictures(args: argparse.Namespace) -> None:
 def _kernels(args: argparse.Namespace) -> None:
     if args.tune:
         kernels.tune(args.size)
-    bandwidth, peak = clock.copy_bandwidth(), kernels.matmul_peak()
+    bandwidth, peak = clock.copy_bandwidth(), clock.matmul_peak()
     report: dict[str, Any] = {
         **_environment("kernels"),
         "copy_bandwidth": {"bytes_per_s": bandwidth, "counted": "bytes read and bytes written"},

@@ -110,7 +110,7 @@ def parts(shapes: tuple[Case, ...], out: Path, ceilings: dict[str, Ceilings]) ->
 
 
 def _ceilings(found: dict[str, Ceilings]) -> Iterator[Row]:
-    found["all"] = Ceilings(clock.copy_bandwidth(), kernels.matmul_peak())
+    found["all"] = Ceilings(clock.copy_bandwidth(), clock.matmul_peak())
     yield {"what": "copy", "bytes_per_s": found["all"].copy}
     yield {"what": "float32 product", "flops_per_s": found["all"].matmul}
     a = jnp.ones((4096, 4096), jnp.bfloat16)

@@ -1,5 +1,6 @@
 """Shared by all benchmarks: fair timings, and lines of progress."""
 
+import functools
 import sys
 import time
 from collections.abc import Callable
@@ -45,14 +46,31 @@ def timings(calls: list[Callable[[], Any]]) -> list[list[float]]:
     return seconds
 
 
-def copy_bandwidth(size: int = 256 << 20) -> float:
-    """Bytes a second, read and written, at which a large array is copied over another."""
+def copying(size: int = 256 << 20) -> Callable[[], Any]:
+    """A call that copies a large array over another: it reads `size` bytes, and writes as many."""
     # A negation, since XLA's copy runs on one core; into an existing buffer, since new pages cost more than a copy.
     copy = jax.jit(lambda source, target: -source, donate_argnums=1, keep_unused=True)
-    source, target = jnp.ones(size // 4, jnp.float32), jnp.zeros(size // 4, jnp.float32)
-    seconds = []
-    for _ in range(8):
-        start = time.perf_counter()
-        target = jax.block_until_ready(copy(source, target))
-        seconds.append(time.perf_counter() - start)
-    return 2 * size / min(seconds)
+    source, target = jnp.ones(size // 4, jnp.float32), [jnp.zeros(size // 4, jnp.float32)]
+
+    def call():
+        target.append(copy(source, target.pop()))
+        return target[0]
+
+    return call
+
+
+def multiplying(size: int = 2048) -> Callable[[], Any]:
+    """A call that multiplies large matrices, in float32 as Gram matrices are, by `2 size³` operations."""
+    a = jnp.ones((size, size), jnp.float32)
+    multiply = jax.jit(functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST))
+    return lambda: multiply(a, a)
+
+
+def copy_bandwidth(size: int = 256 << 20) -> float:
+    """Bytes a second, read and written, at which a large array is copied over another."""
+    return 2 * size / min(timings([copying(size)])[0])
+
+
+def matmul_peak(size: int = 2048) -> float:
+    """Operations a second of a product of large matrices."""
+    return 2 * size**3 / min(timings([multiplying(size)])[0])

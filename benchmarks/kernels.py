@@ -4,7 +4,6 @@
 the reference's. On a machine without an accelerator it writes the default block sizes, and no speed.
 """
 
-import functools
 import itertools
 import json
 import statistics
@@ -105,13 +104,6 @@ def cost(op: str, case: Case) -> tuple[int, int]:
     bytes_ = case.B * case.k * case.d * jnp.dtype(case.dtype).itemsize
     flops = case.B * case.k * case.d * 2
     return bytes_, flops * (case.k + 1) if op in ("gather_gram", "refit_fused") else flops
-
-
-def matmul_peak(size: int = 2048) -> float:
-    """Operations a second of a product of large matrices, in float32 as the Gram matrices are."""
-    a = jnp.ones((size, size), jnp.float32)
-    multiply = jax.jit(functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST))
-    return 2 * size**3 / min(timings([lambda: multiply(a, a)])[0])
 
 
 def run(size: str, *, bandwidth: float, peak: float) -> Iterator[dict[str, Any]]:

@@ -12,7 +12,7 @@ import numpy as np
 
 import jaxsae
 from benchmarks import cases, peers
-from benchmarks.clock import clock, name_missing, say, timings
+from benchmarks.clock import clock, copying, multiplying, name_missing, say, timings
 from benchmarks.judge import Judge, Verdict, padded
 from jaxsae._core.files import InputError
 
@@ -26,11 +26,19 @@ SOLVERS: dict[str, Any] = {
 COLUMNS = (
     *("case", "kind", "solver", "setting", "rows", "rows_per_s", "quartiles", "compile_s"),
     *("worst_kkt", "kkt_999", "added_nmse", "added_nmse_rows", "gate_met"),
-    *("scratch_bytes", "roofline", "time_over_encode", "note", "tried"),
+    *("scratch_bytes", "time_over_floor", "time_over_encode", "note", "tried"),
 )
 _TUNING = 60.0  # seconds for the search of a peer's settings
 _LONG = 3.0  # seconds of a run, beyond which it gets fewer rows
 _FEWEST = 64
+_COPY, _SIDE, _ITEM = 256 << 20, 2048, 4  # bytes of a copy, rows of a large matrix, bytes of a float32
+
+
+class Speeds(NamedTuple):
+    """The machine's speeds in the same rounds as the refits."""
+
+    bytes_per_s: float  # of a large copy, read and written
+    flops_per_s: float  # of a product of large matrices
 
 
 class Run(NamedTuple):
@@ -52,7 +60,7 @@ class Run(NamedTuple):
         return (not self.verdict.met, self.seconds / len(self.rows) if self.verdict.met else self.verdict.objective_gap)
 
 
-def run(size: str, *, with_peers: bool, real: bool, bandwidth: float) -> Iterator[tuple[dict, list[dict]]]:
+def run(size: str, *, with_peers: bool, real: bool) -> Iterator[tuple[dict, list[dict]]]:
     """Measure every solver on every case of a size; a case's description and its rows of the table, as they come."""
     for make in cases.problems(size, real=real):
         try:
@@ -60,10 +68,10 @@ def run(size: str, *, with_peers: bool, real: bool, bandwidth: float) -> Iterato
         except InputError as error:
             yield {"case": "trained ReLU"}, [_row(case="trained ReLU", note=str(error))]
             continue
-        yield measure(problem, with_peers=with_peers, bandwidth=bandwidth)
+        yield measure(problem, with_peers=with_peers)
 
 
-def measure(problem: cases.Problem, *, with_peers: bool, bandwidth: float) -> tuple[dict, list[dict]]:
+def measure(problem: cases.Problem, *, with_peers: bool) -> tuple[dict, list[dict]]:
     """Measure every solver on one problem."""
     say(f"{problem.name}: optimum of the sample")
     judge = Judge(problem)
@@ -79,12 +87,13 @@ def measure(problem: cases.Problem, *, with_peers: bool, bandwidth: float) -> tu
     say(f"{problem.name}: timing")
     encode = jax.jit(functools.partial(jaxsae.encode, capacity=problem.code.indices.shape[1]))
     encode, *_ = _compile(encode, problem.sae, problem.x)
-    seconds = timings([encode, *(each.call for each in runs)])
-    encode_seconds = statistics.median(seconds[0]) / len(problem.y)
+    seconds = timings([copying(_COPY), multiplying(_SIDE), encode, *(each.call for each in runs)])
+    copy, multiply, encode_seconds = map(statistics.median, seconds[:3])
+    speeds = Speeds(2 * _COPY / copy, 2 * _SIDE**3 / multiply)
+    encode_seconds /= len(problem.y)
     active = np.asarray(problem.code.mask.sum(axis=1))
-    atom_bytes = problem.y.shape[1] * problem.y.dtype.itemsize
     table = []
-    for each, taken in zip(runs, seconds[1:], strict=True):
+    for each, taken in zip(runs, seconds[3:], strict=True):
         low, median, high = statistics.quantiles(taken, n=4)
         count = len(each.rows)
         table.append(
@@ -100,13 +109,19 @@ def measure(problem: cases.Problem, *, with_peers: bool, bandwidth: float) -> tu
                 **each.verdict._asdict(),
                 gate_met=each.verdict.met,
                 scratch_bytes=each.scratch,
-                roofline=float(active[each.rows].sum()) * atom_bytes / bandwidth / median,
+                time_over_floor=median / floor(active[each.rows], problem.y.shape[1], speeds),
                 time_over_encode=median / count / encode_seconds,
                 note=judge.missing,
                 tried=each.tried,
             )
         )
-    return problem.describe() | {"encode_rows_per_s": 1 / encode_seconds}, table + missing
+    return problem.describe() | {"encode_rows_per_s": 1 / encode_seconds, **speeds._asdict()}, table + missing
+
+
+def floor(active: np.ndarray, d: int, speeds: Speeds) -> float:
+    """The least seconds of a refit: `Σ k` atoms `[d]` copied together, and `Σ 2k²d` operations for their products."""
+    active = active.astype(np.float64)
+    return 2 * _ITEM * d * active.sum() / speeds.bytes_per_s + 2 * d * (active**2).sum() / speeds.flops_per_s
 
 
 def _row(**known: Any) -> dict[str, Any]:

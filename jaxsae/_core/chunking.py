@@ -129,16 +129,17 @@ def pad_rows(x: jax.Array, n: int, value: int) -> jax.Array:
     return x if len(x) == n else jnp.pad(x, [(0, n - len(x)), *[(0, 0)] * (x.ndim - 1)], constant_values=value)
 
 
-def each_row(f: Callable[[jax.Array], jax.Array], x: jax.Array, *, flops: int) -> jax.Array:
+def each_row(f: Callable, *arrays: Any, flops: int) -> Any:
     """Apply `f` to each row of a chunk.
 
     On a CPU the loop is unrolled if a row costs enough `flops`: XLA runs independent products on several cores, but a
     batched product on one.
     """
     if not sharding.on_cpu() or flops < 1 << 18:
-        return jax.vmap(f)(x)
+        return jax.vmap(f)(*arrays)
+    rows = [f(*(x[row] for x in arrays)) for row in range(len(arrays[0]))]
     # Without the barrier XLA recomputes each row wherever a result is read, which takes minutes to compile.
-    return jnp.stack(jax.lax.optimization_barrier([f(x[row]) for row in range(x.shape[0])]))
+    return jax.tree.map(lambda *x: jnp.stack(x), *jax.lax.optimization_barrier(rows))
 
 
 def fold_vmap(f: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:

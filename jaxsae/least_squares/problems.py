@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxsae import sharding
 from jaxsae._core import chunking, sparse
 from jaxsae._core.linalg import EXACT, as_array, divide, matmul, max_or_nan, power_of_two, residual, result_type
 from jaxsae.codes import SparseCode
@@ -90,15 +91,47 @@ def scaled(y: Array) -> tuple[Array, Array, Array]:
     return y, scale, jnp.linalg.norm(y, axis=1, keepdims=True)
 
 
-def problems(dictionary: Any, y: Array, indices: Array, *, num_latents: int, ridge: Array) -> Problem:
-    """The problems of `n` rows, in the dtype of `ridge`, if the squares of their atoms are within its range."""
-    atoms, on = take(dictionary, indices, num_latents, y.dtype), sparse.used(indices, num_latents)
-    k, d = atoms.shape[1:]
+class Products(NamedTuple):
+    """Products of the atoms and targets of `n` rows; those of unused slots are arbitrary."""
+
+    gram: Array  # [n k k]
+    c: Array  # [n k]
+    y_scale: Array  # [n 1]  the power of two by which targets were divided before
+    y_norm: Array  # [n 1]  their norm since
+
+
+def products(dictionary: Any, y: Array, indices: Array, *, num_latents: int) -> Products:
+    """Gather the atoms of `n` rows, and multiply them with each other and with targets as `scaled`."""
     y, y_scale, y_norm = scaled(y)
-    gram = chunking.each_row(lambda atoms: matmul(atoms, atoms.T), atoms, flops=2 * k * k * d)
+    return Products(*gather_products(dictionary, y, indices, num_latents=num_latents), y_scale, y_norm)
+
+
+def gather_products(dictionary: Any, y: Array, indices: Array, *, num_latents: int) -> tuple[Array, Array]:
+    """`G = AAᵀ` `[n k k]` and `c = Ay` `[n k]` in the dtype of `y`; those of unused slots are arbitrary."""
+    k, d = indices.shape[1], y.shape[1]
+
+    def row(indices, y):
+        atoms = take(dictionary, indices, num_latents, y.dtype)
+        return matmul(atoms, atoms.T), matmul(atoms, y)
+
+    def halves(indices, y):
+        """Three quarters of the multiplications of `row`, since `G` is symmetric."""
+        a, b = (take(dictionary, half, num_latents, y.dtype) for half in jnp.split(indices, (k // 2,)))
+        below = matmul(b, a.T)
+        gram = jnp.block([[matmul(a, a.T), below.T], [below, matmul(b, b.T)]])
+        return gram, jnp.concatenate([matmul(a, y), matmul(b, y)])
+
+    large = k >= 128 and sharding.on_cpu()  # elsewhere and below, small products cost more than that
+    return chunking.each_row(halves if large else row, indices, y, flops=2 * k * k * d)
+
+
+def problems(products: Products, indices: Array, *, num_latents: int, ridge: Array) -> Problem:
+    """The problems of `n` rows, in the dtype of `ridge`, if the squares of their atoms are within its range."""
+    on = sparse.used(indices, num_latents)
+    gram, c, y_scale, y_norm = products
     gram = jnp.where(on[:, :, None] & on[:, None, :], gram, 0)
-    c = jnp.where(on, jnp.einsum("nid,nd->ni", atoms, y, precision=EXACT), 0)
-    eye = jnp.eye(k, dtype=bool)
+    c = jnp.where(on, c, 0)
+    eye = jnp.eye(on.shape[1], dtype=bool)
     square = jnp.sum(jnp.where(eye, gram, 0), axis=2)  # the diagonal; `jnp.diagonal` gathers it
     norm, unit, weight, finite = measure(square, on, y_scale, y_norm, ridge)
     gram = divide(jnp.where(eye, gram + ridge, gram), norm[:, :, None] * norm[:, None, :])
@@ -224,7 +257,7 @@ def unit_rows(dictionary: Any, y: Array, indices: Array, *, num_latents: int, ri
     )
 
 
-def products(rows: UnitRows) -> Problem:
+def unit_problems(rows: UnitRows) -> Problem:
     """The problems of rows in Gram space."""
     gram = jnp.einsum("nid,njd->nij", rows.atoms, rows.atoms, precision=EXACT) + jax.vmap(jnp.diag)(rows.ridge)
     c = jnp.einsum("nkd,nd->nk", rows.atoms, rows.y, precision=EXACT)

@@ -367,7 +367,7 @@ def default(k: int, d: int, *, kernel: bool = False) -> Solver:
 
     On two CPU cores `ConjugateGradient` is the fastest of these solvers, or close to it, in every case measured except
     nearly parallel atoms (a mean cosine of 0.99), on which it does not converge in a thousand steps; there
-    `BlockPivoting` is the fastest, and takes the rows unsolved after 256 steps. With `k > d` the Gram matrix is
+    `BlockPivoting` is the fastest, and takes the rows unsolved after 128 steps. With `k > d` the Gram matrix is
     singular and pivoting may cycle, so the default is `FISTA`. Conjugate gradient continues to a tenth of the usual
     tolerance, so that ill-conditioned rows too end within 1e-6 of their least error (tests/test_hard_set.py). Kernels
     (`jaxsae.kernels`) run FISTA in fast memory. No accelerator has been measured yet, so elsewhere the default does not
@@ -390,4 +390,4 @@ def default(k: int, d: int, *, kernel: bool = False) -> Solver:
         return FISTA()
     if kernel:
         return FISTA(tol=1e-6, max_steps=256, fallback=BlockPivoting(tol=1e-6))
-    return ConjugateGradient(tol=1e-6, max_steps=256, fallback=BlockPivoting(tol=1e-6))
+    return ConjugateGradient(tol=1e-6, max_steps=128, fallback=BlockPivoting(tol=1e-6))

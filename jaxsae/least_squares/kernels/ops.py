@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxsae import codes
 from jaxsae._core import chunking, sparse
-from jaxsae._core.linalg import EXACT, divide, matmul, result_type
+from jaxsae._core.linalg import EXACT, divide, result_type
 from jaxsae.codes import SparseCode
 from jaxsae.least_squares import implicit, problems, solvers
 from jaxsae.least_squares.kernels import choice
@@ -222,7 +222,8 @@ def solve(
     def by_xla():
         def chunk(indices, y, z0):
             y, z0, m = y.astype(ridge.dtype), z0.astype(ridge.dtype), len(dictionary)
-            problem = problems.problems(dictionary, y, indices, num_latents=m, ridge=ridge)
+            products = problems.products(dictionary, y, indices, num_latents=m)
+            problem = problems.problems(products, indices, num_latents=m, ridge=ridge)
             return problems.solved(solvers.FISTA(tol=tol, max_steps=max_steps), problem, z0, nonnegative)
 
         row_bytes = 2 * problems.row_bytes(indices.shape[1], y.shape[1], ridge.dtype.itemsize)
@@ -303,10 +304,8 @@ def _gram_rows(static: _Static, shared, indices, y):
 
     def by_xla():
         def chunk(indices, y):
-            on = sparse.used(indices, len(dictionary))[:, :, None]
-            atoms = jnp.where(on, problems.take(dictionary, indices, len(dictionary), dtype), 0)
-            G = chunking.each_row(lambda atoms: matmul(atoms, atoms.T), atoms, flops=2 * k * k * d)
-            return G, jnp.einsum("nid,nd->ni", atoms, y.astype(dtype), precision=EXACT)
+            products = problems.gather_products(dictionary, y.astype(dtype), indices, num_latents=len(dictionary))
+            return _masked(dictionary, indices, products)
 
         row_bytes = problems.row_bytes(k, d, dtype.itemsize)
         return chunking.map_chunks(chunk, indices, y, batch=(n,), row_bytes=row_bytes)
