@@ -256,6 +256,12 @@ def on_cpu() -> bool:
     return (jax.default_backend() if device is None else device.platform) == "cpu"
 
 
+def is_divided() -> bool:
+    """Whether the compiler may have to split a batch over devices, as outside of a `shard_map` over all of them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.device_count() > 1 if mesh.empty else mesh.size > 1 and set(mesh.manual_axes) != set(mesh.axis_names)
+
+
 def axis_size(axis: str) -> int:
     """The number of devices along an axis of the current mesh; 1 without a mesh, and for manual axes."""
     mesh = jax.sharding.get_abstract_mesh()

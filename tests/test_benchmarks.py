@@ -156,12 +156,17 @@ def test_what_is_missing_is_named(problem, monkeypatch):
     monkeypatch.setattr(peers, "PEERS", absent)
     for name in ("jaxnnls.pdip", "jaxopt", "torch", "scipy.optimize"):
         monkeypatch.setitem(sys.modules, name, None)
-    case, rows = refine.measure(problem, with_peers=True, bandwidth=1e9)
+    case, rows = refine.measure(problem, with_peers=True)
     ours, theirs = rows[: len(refine.SOLVERS)], rows[len(refine.SOLVERS) :]
     assert [row["note"] for row in theirs] == [f"{name}: not installed" for name in ("jaxnnls", "jaxopt", "torch")]
     assert all(row["note"] == "scipy: not installed" and row["added_nmse"] is None for row in ours)
     text = table.markdown(report(case, rows))
     assert "jaxopt: not installed" in text
+
+
+def test_the_floor_is_a_copy_of_the_atoms_and_their_products():
+    active, speeds = np.array([2, 3]), refine.Speeds(bytes_per_s=10.0, flops_per_s=100.0)
+    assert refine.floor(active, 7, speeds) == 2 * 4 * 7 * 5 / 10 + 2 * 7 * (4 + 9) / 100
 
 
 # --- Cases
@@ -182,7 +187,7 @@ def test_a_trained_case_without_data_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(cases, "DATA", tmp_path / "none.npy")
     monkeypatch.setitem(cases.SIZES, "tiny", [])
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    ((case, rows),) = refine.run("tiny", with_peers=False, real=True, bandwidth=1e9)
+    ((case, rows),) = refine.run("tiny", with_peers=False, real=True)
     assert "scikit-learn" in rows[0]["note"]
     assert "scikit-learn" in table.markdown(report(case, rows))
 

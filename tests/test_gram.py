@@ -159,13 +159,27 @@ def test_scratch_is_an_argument():
         jaxsae.refit(dictionary, y, code, workspace_bytes=100)
 
 
+@pytest.mark.parametrize("k", [3, 32, 128, 129])  # from 128 on only half of the symmetric products are computed
+def test_products_are_those_of_float64(k):
+    rng = np.random.default_rng(k)
+    dictionary, y = jnp.asarray(rng.normal(size=(300, 200)), jnp.float32), jnp.asarray(rng.normal(size=(16, 200)), "f")
+    indices = jnp.asarray(rng.integers(0, 300, size=(16, k)))
+    gram, c = problems.gather_products(dictionary, y, indices, num_latents=300)
+    atoms = f64(dictionary)[np.asarray(indices)]
+    np.testing.assert_allclose(gram, np.einsum("nid,njd->nij", atoms, atoms), atol=1e-3)
+    np.testing.assert_allclose(c, np.einsum("nid,nd->ni", atoms, f64(y)), atol=1e-3)
+    np.testing.assert_array_equal(gram, np.swapaxes(gram, 1, 2))
+
+
 @pytest.mark.parametrize("sizes", [{"atoms": 1e-12}, {"atoms": 1e12}, {"y": 1e-15}, {"y": 1e15}, {"ridge": 0.5}, {}])
 def test_a_problem_is_free_of_units(sizes):
     """`x = z · unit` minimises `½xᵀGx − cᵀx`, whatever the size of the atoms and of the target."""
     dictionary, y, code = problem(batch=(16,))
     dictionary, y, ridge = sizes.get("atoms", 1.0) * dictionary, sizes.get("y", 1.0) * y, sizes.get("ridge", 0.0)
     options = {"num_latents": code.num_latents, "ridge": jnp.float32(ridge)}
-    made, rows = (f(dictionary, y, code.indices, **options) for f in (problems.problems, problems.unit_rows))
+    rows = problems.unit_rows(dictionary, y, code.indices, **options)
+    products = problems.products(dictionary, y, code.indices, num_latents=code.num_latents)
+    made = problems.problems(products, code.indices, **options)
     atoms, target = atoms_of(dictionary, code), f64(y)
     norm, y_norm = np.sqrt((atoms**2).sum(2) + ridge), np.linalg.norm(target, axis=1, keepdims=True)
     unit_atoms, eye = atoms / norm[:, :, None], np.eye(code.indices.shape[1])

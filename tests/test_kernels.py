@@ -18,7 +18,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, Mesh, PartitionSpec as P,
 from problems import f64, optimum
 
 import jaxsae
-from jaxsae import SparseCode, codes, kernels
+from jaxsae import SparseCode, codes, kernels, sharding
 from jaxsae._core import sparse
 from jaxsae.least_squares import problems
 from jaxsae.least_squares.kernels import choice, ops, tuning
@@ -338,7 +338,7 @@ def test_operations_and_gradients_by_kernels_are_those_of_the_reference(platform
 def test_a_kernel_that_does_not_apply_leaves_it_to_the_reference(platform, on, monkeypatch, x64):
     c = jax.tree.map(lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, sound())
     on(platform)
-    monkeypatch.setattr(choice, "_divided", lambda: False)
+    monkeypatch.setattr(sharding, "is_divided", lambda: False)
     monkeypatch.setattr(tuning, "worth_it", lambda row, device: True)
     with pytest.raises(NotImplementedError, match="float64"):
         kernels.gather_gram(c.D, c.indices, c.y, implementation="pallas")
@@ -383,7 +383,7 @@ def test_a_refit_by_the_kernel_is_that_of_the_library(on, monkeypatch):
     code = jaxsae.SparseCode(c.z0, c.indices, 32)
     wanted, info = jaxsae.refit(c.D, c.y, code)
     on("gpu")
-    monkeypatch.setattr(choice, "_divided", lambda: False)
+    monkeypatch.setattr(sharding, "is_divided", lambda: False)
     monkeypatch.setattr(tuning, "worth_it", lambda row, device: True)
     assert ops.applies(c.D, c.indices, c.y, c.z0)
     wide = jnp.zeros((6, 200), jnp.int32)  # more slots than a kernel holds
@@ -399,16 +399,16 @@ def test_only_a_kernel_that_was_measured_is_the_default(on, monkeypatch):
     row = {"op": "gather_gram", "platform": "tpu", "dtype": "float32", "d": 64, "k": 8, "options": {"samples": 8}}
     rows = [row | {"device": "TPU v5 lite", "speedup": None}, row | {"device": "TPU v6 lite", "speedup": 3.0}]
     monkeypatch.setattr(tuning, "table", lambda: rows)
-    monkeypatch.setattr(choice, "_divided", lambda: False)
+    monkeypatch.setattr(sharding, "is_divided", lambda: False)
     on("tpu")
     arguments = "gather_gram", None, 64, 6, jnp.float32
     assert choice.kernel(*arguments) is None
     monkeypatch.setattr(choice, "device", lambda: ("tpu", "TPU v6 lite"))
     assert choice.kernel(*arguments)[1] == {"samples": 8}
-    monkeypatch.setattr(choice, "_divided", lambda: True)
+    monkeypatch.setattr(sharding, "is_divided", lambda: True)
     assert choice.kernel(*arguments) is None
     rows[1]["speedup"] = 1.9
-    monkeypatch.setattr(choice, "_divided", lambda: False)
+    monkeypatch.setattr(sharding, "is_divided", lambda: False)
     assert choice.kernel(*arguments) is None
     assert choice.kernel("gather_gram", "pallas", 64, 6, jnp.float32)[1] == {"samples": 8}
 
@@ -499,7 +499,7 @@ def test_an_accelerator_checks_and_tunes_its_kernels_in_one_go(on, monkeypatch, 
     from benchmarks import accelerator, kernels as benchmark
 
     monkeypatch.setattr(tuning, "TABLE", tuning.TABLE)  # is put back
-    monkeypatch.setattr(choice, "_divided", lambda: False)
+    monkeypatch.setattr(sharding, "is_divided", lambda: False)
     on("gpu")
     case, device = accelerator.Case(32, 64, 4, 8), choice.default_device()[1]
     checked = [row for row in accelerator.checks(case) if "pallas" in row["what"]]

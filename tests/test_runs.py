@@ -6,10 +6,11 @@ import os
 import sys
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import TRAINING, TRAININGS, activations, cli, f64, sae, sparse_rows, train
+from problems import TRAINING, TRAININGS, activations, cli, compilations, f64, sae, sparse_rows, train
 
 import jaxsae
 from jaxsae import pretrained
@@ -255,3 +256,24 @@ def test_devices_made_of_one_cpu_have_threads_for_all_to_wait(tmp_path, monkeypa
     options = ("--activation", "topk", "--k", K, "--latents", M, "--out", tmp_path / "run", "--mesh", 2, 4)
     assert cli("train", "--data", tmp_path / "none.npy", *options) == 2
     assert int(os.environ["PJRT_NPROC"]) >= 8 * 8
+
+
+@pytest.mark.parametrize("command", ["train", "refine", "eval"])
+def test_a_longer_run_on_more_rows_compiles_no_more(command, data, tmp_path):
+    """A program for each batch, block or step would show."""
+    x = np.load(data)
+    np.save(tmp_path / "more.npy", np.concatenate([x] * 5))
+    assert train(data, tmp_path / "sae", "relu") == 0
+
+    def programs(rows, steps, out):
+        jax.clear_caches()
+        with compilations() as seen:
+            if command == "train":
+                assert train(rows, out, "relu", "--steps", steps) == 0
+            else:
+                options = ("--out", out) if command == "refine" else ()
+                assert cli(command, "--sae", tmp_path / "sae", "--data", rows, *options) == 0
+        return len(seen)
+
+    few, most = programs(data, 60, tmp_path / "a"), programs(tmp_path / "more.npy", 180, tmp_path / "b")
+    assert most <= few <= {"train": 80, "refine": 80, "eval": 40}[command]

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from problems import cli
 
+import jaxsae
 from jaxsae import codes, kernels
 from jaxsae.app import plan
 from jaxsae.app.options import Options
@@ -69,6 +71,17 @@ def test_a_kernel_compiles_for_a_tpu_from_a_process_without_one():
     refit = jax.jit(functools.partial(kernels.refit_fused, implementation="pallas"))
     text = refit.lower(f32((4096, 256)), indices, f32((64, 256)), f32((64, 32))).compile().as_text()
     assert "tpu_custom_call" in text
+
+
+def test_rows_with_few_atoms_in_many_slots_are_solved_in_fewer():
+    mesh = plan.topology_mesh("v5e:1x1")
+    whole = NamedSharding(mesh, PartitionSpec())
+    f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32, sharding=whole)
+    indices = jax.ShapeDtypeStruct((256, 512), jnp.int32, sharding=whole)
+    code = jaxsae.SparseCode(values=f32((256, 512)), indices=indices, num_latents=4096)
+    with jax.set_mesh(mesh):
+        text = jax.jit(jaxsae.refit).lower(f32((4096, 1024)), f32((256, 1024)), code).compile().as_text()
+    assert all(re.search(rf"f32\[\d+,{width},{width}\]", text) for width in (128, 256, 512))
 
 
 def command(capsys, *options):

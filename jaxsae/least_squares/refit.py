@@ -306,9 +306,9 @@ def _revise(static: _Static, shared, y, indices, values, x, info: RefitInfo) -> 
 def _widths(k: int) -> list[int]:
     """Numbers of slots to solve at, so that a row with few atoms in many slots does not pay for all of them.
 
-    Each width takes more than a second to compile. On an accelerator the rows of a width would have to fill the device.
+    Each width takes more than a second to compile. A batch that is split over devices would move when it is sorted.
     """
-    return [k // 4, k // 2, k] if k >= 192 and sharding.on_cpu() else [k]
+    return [k // 4, k // 2, k] if k >= 192 and (sharding.on_cpu() or not sharding.is_divided()) else [k]
 
 
 def _narrow(solve, num_latents: int, width: int, y, indices, values) -> _Outcome:

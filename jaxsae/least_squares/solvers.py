@@ -349,8 +349,8 @@ def within(solver: Solver, *, tol: float | None = None, max_steps: int | Array |
 
     Example:
       >>> import jaxsae
-      >>> within(jaxsae.solvers.default(32, 768), tol=1e-3, max_steps=256)
-      ConjugateGradient(tol=0.001, max_steps=256, fallback=None)
+      >>> within(jaxsae.solvers.default(32, 768), tol=1e-3, max_steps=128)
+      ConjugateGradient(tol=0.001, max_steps=128, fallback=None)
     """
     changed: dict[str, Any] = {} if tol is None else {"tol": tol}
     left = None

@@ -10,6 +10,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jax.sharding import get_abstract_mesh
 
+from jaxsae import sharding
 from jaxsae.least_squares.kernels import tuning
 
 PLATFORMS = {"tpu": "tpu", "gpu": "gpu", "cuda": "gpu"}  # platform to module of kernels
@@ -35,12 +36,6 @@ def default_device() -> tuple[str | None, str]:
     return PLATFORMS.get(platform), kind
 
 
-def _divided() -> bool:
-    """Whether the compiler may have to split a batch over devices, which it cannot do for a kernel."""
-    mesh = get_abstract_mesh()
-    return jax.device_count() > 1 and not (mesh.axis_names and set(mesh.manual_axes) == set(mesh.axis_names))
-
-
 def kernel(op: str, implementation: str | None, d: int, k: int, dtype) -> tuple[Any, dict[str, Any]] | None:
     """The module of kernels to use and its block sizes, or None for the reference."""
     platform, kind = device()
@@ -48,7 +43,7 @@ def kernel(op: str, implementation: str | None, d: int, k: int, dtype) -> tuple[
     if module is None or implementation == "xla":
         return None
     row = _row(op, module, kind, d, k, dtype)
-    if implementation is None and (_divided() or not tuning.worth_it(row, kind)):
+    if implementation is None and (sharding.is_divided() or not tuning.worth_it(row, kind)):
         return None
     return _module(module), tuning.options(row)
 
