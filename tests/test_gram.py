@@ -177,9 +177,7 @@ def test_a_problem_is_free_of_units(sizes):
     dictionary, y, code = problem(batch=(16,))
     dictionary, y, ridge = sizes.get("atoms", 1.0) * dictionary, sizes.get("y", 1.0) * y, sizes.get("ridge", 0.0)
     options = {"num_latents": code.num_latents, "ridge": jnp.float32(ridge)}
-    rows = problems.unit_rows(dictionary, y, code.indices, **options)
-    products = problems.products(dictionary, y, code.indices, num_latents=code.num_latents)
-    made = problems.problems(products, code.indices, **options)
+    made, rows = (f(dictionary, y, code.indices, **options) for f in (problems.problems, problems.unit_rows))
     atoms, target = atoms_of(dictionary, code), f64(y)
     norm, y_norm = np.sqrt((atoms**2).sum(2) + ridge), np.linalg.norm(target, axis=1, keepdims=True)
     unit_atoms, eye = atoms / norm[:, :, None], np.eye(code.indices.shape[1])

@@ -11,7 +11,7 @@ import PIL.Image
 import pytest
 import scipy.optimize
 import scipy.special
-from problems import f64, objective_gap
+from problems import compilations, f64, objective_gap
 
 import jaxsae
 from jaxsae import data, language_model, pretrained, train
@@ -445,3 +445,20 @@ def test_two_studies_of_one_directory_at_a_time_are_refused(tmp_path):
         with pytest.raises(InputError, match=r"out: another process writes there .*; stop it, or choose another --out"):
             study.run(tmp_path / "out", plan=PLAN)
         assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
+
+
+@pytest.mark.slow
+def test_a_longer_study_of_more_rows_compiles_no_more(tmp_path):
+    """A program for each batch, block or step would show."""
+    rows = data.image_patches(8000, 2, side=8)[0]
+
+    def programs(number, steps):
+        np.save(tmp_path / f"{number}.npy", rows[:number])
+        plan = PLAN._replace(l1=(0.2,), steps=steps)
+        jax.clear_caches()
+        with compilations() as seen:
+            study.run(tmp_path / str(number), data=tmp_path / f"{number}.npy", plan=plan)
+        return len(seen)
+
+    few, most = programs(4000, 60), programs(8000, 120)
+    assert most <= few <= 150

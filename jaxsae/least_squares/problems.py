@@ -91,21 +91,6 @@ def scaled(y: Array) -> tuple[Array, Array, Array]:
     return y, scale, jnp.linalg.norm(y, axis=1, keepdims=True)
 
 
-class Products(NamedTuple):
-    """Products of the atoms and targets of `n` rows; those of unused slots are arbitrary."""
-
-    gram: Array  # [n k k]
-    c: Array  # [n k]
-    y_scale: Array  # [n 1]  the power of two by which targets were divided before
-    y_norm: Array  # [n 1]  their norm since
-
-
-def products(dictionary: Any, y: Array, indices: Array, *, num_latents: int) -> Products:
-    """Gather the atoms of `n` rows, and multiply them with each other and with targets as `scaled`."""
-    y, y_scale, y_norm = scaled(y)
-    return Products(*gather_products(dictionary, y, indices, num_latents=num_latents), y_scale, y_norm)
-
-
 def gather_products(dictionary: Any, y: Array, indices: Array, *, num_latents: int) -> tuple[Array, Array]:
     """`G = AAᵀ` `[n k k]` and `c = Ay` `[n k]` in the dtype of `y`; those of unused slots are arbitrary."""
     k, d = indices.shape[1], y.shape[1]
@@ -125,10 +110,11 @@ def gather_products(dictionary: Any, y: Array, indices: Array, *, num_latents: i
     return chunking.each_row(halves if large else row, indices, y, flops=2 * k * k * d)
 
 
-def problems(products: Products, indices: Array, *, num_latents: int, ridge: Array) -> Problem:
+def problems(dictionary: Any, y: Array, indices: Array, *, num_latents: int, ridge: Array) -> Problem:
     """The problems of `n` rows, in the dtype of `ridge`, if the squares of their atoms are within its range."""
     on = sparse.used(indices, num_latents)
-    gram, c, y_scale, y_norm = products
+    y, y_scale, y_norm = scaled(y)
+    gram, c = gather_products(dictionary, y, indices, num_latents=num_latents)
     gram = jnp.where(on[:, :, None] & on[:, None, :], gram, 0)
     c = jnp.where(on, c, 0)
     eye = jnp.eye(on.shape[1], dtype=bool)
@@ -257,7 +243,7 @@ def unit_rows(dictionary: Any, y: Array, indices: Array, *, num_latents: int, ri
     )
 
 
-def unit_problems(rows: UnitRows) -> Problem:
+def products(rows: UnitRows) -> Problem:
     """The problems of rows in Gram space."""
     gram = jnp.einsum("nid,njd->nij", rows.atoms, rows.atoms, precision=EXACT) + jax.vmap(jnp.diag)(rows.ridge)
     c = jnp.einsum("nkd,nd->nk", rows.atoms, rows.y, precision=EXACT)

@@ -211,14 +211,13 @@ def _solve_rows(static: _Static, shared, y, indices, values) -> _Outcome:
     if kernel:
         solved = ops.solve(dictionary, indices, y, values, ridge, solver.tol, solver.max_steps, nonnegative)
     else:
-        products = chunking.map_chunks(
-            functools.partial(problems.products, dictionary, num_latents=num_latents),
+        problem = chunking.map_chunks(
+            functools.partial(problems.problems, dictionary, num_latents=num_latents, ridge=ridge),
             *(y, indices),
             batch=y.shape[:1],
             row_bytes=problems.row_bytes(indices.shape[1], y.shape[1], y.dtype.itemsize),
             workspace_bytes=workspace_bytes // 2,
         )
-        problem = problems.problems(products, indices, num_latents=num_latents, ridge=ridge)
         solved = problems.solved(solver, problem, values.astype(ridge.dtype), nonnegative)
     finite = solved.finite & sparse.finite_rows(values, indices, num_latents)
     feasible = jax.nn.relu(values) if nonnegative else values
@@ -277,11 +276,11 @@ def _revise(static: _Static, shared, y, indices, values, x, info: RefitInfo) -> 
     y = y.astype(ridge.dtype)
     rows = problems.unit_rows(dictionary, y, indices, num_latents=static.num_latents, ridge=ridge)
     at = functools.partial(_at, rows, nonnegative=nonnegative)
-    problem = problems.unit_problems(rows)
-    given, origin = at(values.astype(y.dtype) * rows.unit), _Point(jnp.zeros_like(x), -problem.c)
+    given, origin = at(values.astype(y.dtype) * rows.unit), at(jnp.zeros_like(x))
     warm_started = _lower(given, origin)
     start = _choose(warm_started, given, origin)
 
+    problem = problems.products(rows)
     fallback = solver if solver.fallback is None else solver.fallback
     max_steps = jnp.where(_unsolved(solver, info), fallback.max_steps, 0).astype(jnp.int32)
     x = jnp.where(info.steps[:, None] > 0, x, start.x)

@@ -222,8 +222,7 @@ def solve(
     def by_xla():
         def chunk(indices, y, z0):
             y, z0, m = y.astype(ridge.dtype), z0.astype(ridge.dtype), len(dictionary)
-            products = problems.products(dictionary, y, indices, num_latents=m)
-            problem = problems.problems(products, indices, num_latents=m, ridge=ridge)
+            problem = problems.problems(dictionary, y, indices, num_latents=m, ridge=ridge)
             return problems.solved(solvers.FISTA(tol=tol, max_steps=max_steps), problem, z0, nonnegative)
 
         row_bytes = 2 * problems.row_bytes(indices.shape[1], y.shape[1], ridge.dtype.itemsize)
