@@ -159,7 +159,7 @@ def test_scratch_is_an_argument():
         jaxsae.refit(dictionary, y, code, workspace_bytes=100)
 
 
-@pytest.mark.parametrize("k", [3, 32, 128, 129])  # from 128 on only half of the symmetric products are computed
+@pytest.mark.parametrize("k", [3, 32, 128, 129])  # from 128 on in blocks, of which one is transposed
 def test_products_are_those_of_float64(k):
     rng = np.random.default_rng(k)
     dictionary, y = jnp.asarray(rng.normal(size=(300, 200)), jnp.float32), jnp.asarray(rng.normal(size=(16, 200)), "f")
