@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+COPIED = 256 << 20  # bytes of the large array that is copied
+SIDE = 2048  # of the large matrices that are multiplied
 _FAST = 15.0  # seconds of a round of all calls, below which there are more rounds
 
 
@@ -46,11 +48,11 @@ def timings(calls: list[Callable[[], Any]]) -> list[list[float]]:
     return seconds
 
 
-def copying(size: int = 256 << 20) -> Callable[[], Any]:
-    """A call that copies a large array over another: it reads `size` bytes, and writes as many."""
+def copying() -> Callable[[], Any]:
+    """A call that copies a large array over another: it reads `COPIED` bytes, and writes as many."""
     # A negation, since XLA's copy runs on one core; into an existing buffer, since new pages cost more than a copy.
     copy = jax.jit(lambda source, target: -source, donate_argnums=1, keep_unused=True)
-    source, target = jnp.ones(size // 4, jnp.float32), [jnp.zeros(size // 4, jnp.float32)]
+    source, target = jnp.ones(COPIED // 4, jnp.float32), [jnp.zeros(COPIED // 4, jnp.float32)]
 
     def call():
         target.append(copy(source, target.pop()))
@@ -59,18 +61,18 @@ def copying(size: int = 256 << 20) -> Callable[[], Any]:
     return call
 
 
-def multiplying(size: int = 2048) -> Callable[[], Any]:
-    """A call that multiplies large matrices, in float32 as Gram matrices are, by `2 size³` operations."""
-    a = jnp.ones((size, size), jnp.float32)
+def multiplying() -> Callable[[], Any]:
+    """A call that multiplies large matrices, in float32 as Gram matrices are, by `2 SIDE³` operations."""
+    a = jnp.ones((SIDE, SIDE), jnp.float32)
     multiply = jax.jit(functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST))
     return lambda: multiply(a, a)
 
 
-def copy_bandwidth(size: int = 256 << 20) -> float:
+def copy_bandwidth() -> float:
     """Bytes a second, read and written, at which a large array is copied over another."""
-    return 2 * size / min(timings([copying(size)])[0])
+    return 2 * COPIED / min(timings([copying()])[0])
 
 
-def matmul_peak(size: int = 2048) -> float:
+def matmul_peak() -> float:
     """Operations a second of a product of large matrices."""
-    return 2 * size**3 / min(timings([multiplying(size)])[0])
+    return 2 * SIDE**3 / min(timings([multiplying()])[0])

@@ -12,7 +12,7 @@ import numpy as np
 
 import jaxsae
 from benchmarks import cases, peers
-from benchmarks.clock import clock, copying, multiplying, name_missing, say, timings
+from benchmarks.clock import COPIED, SIDE, clock, copying, multiplying, name_missing, say, timings
 from benchmarks.judge import Judge, Verdict, padded
 from jaxsae._core.files import InputError
 
@@ -31,7 +31,6 @@ COLUMNS = (
 _TUNING = 60.0  # seconds for the search of a peer's settings
 _LONG = 3.0  # seconds of a run, beyond which it gets fewer rows
 _FEWEST = 64
-_COPY, _SIDE, _ITEM = 256 << 20, 2048, 4  # bytes of a copy, rows of a large matrix, bytes of a float32
 
 
 class Speeds(NamedTuple):
@@ -87,9 +86,9 @@ def measure(problem: cases.Problem, *, with_peers: bool) -> tuple[dict, list[dic
     say(f"{problem.name}: timing")
     encode = jax.jit(functools.partial(jaxsae.encode, capacity=problem.code.indices.shape[1]))
     encode, *_ = _compile(encode, problem.sae, problem.x)
-    seconds = timings([copying(_COPY), multiplying(_SIDE), encode, *(each.call for each in runs)])
+    seconds = timings([copying(), multiplying(), encode, *(each.call for each in runs)])
     copy, multiply, encode_seconds = map(statistics.median, seconds[:3])
-    speeds = Speeds(2 * _COPY / copy, 2 * _SIDE**3 / multiply)
+    speeds = Speeds(2 * COPIED / copy, 2 * SIDE**3 / multiply)
     encode_seconds /= len(problem.y)
     active = np.asarray(problem.code.mask.sum(axis=1))
     table = []
@@ -119,9 +118,9 @@ def measure(problem: cases.Problem, *, with_peers: bool) -> tuple[dict, list[dic
 
 
 def floor(active: np.ndarray, d: int, speeds: Speeds) -> float:
-    """The least seconds of a refit: `Σ k` atoms `[d]` copied together, and `Σ 2k²d` operations for their products."""
+    """Least seconds of a refit: `Σ k` float32 atoms `[d]` copied together, and `Σ 2k²d` operations for their products."""
     active = active.astype(np.float64)
-    return 2 * _ITEM * d * active.sum() / speeds.bytes_per_s + 2 * d * (active**2).sum() / speeds.flops_per_s
+    return 2 * 4 * d * active.sum() / speeds.bytes_per_s + 2 * d * (active**2).sum() / speeds.flops_per_s
 
 
 def _row(**known: Any) -> dict[str, Any]:

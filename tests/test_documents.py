@@ -298,6 +298,26 @@ def test_readme_has_the_numbers_of_the_committed_reports():
     assert f"| ReLU + L1 {relu}; TopK {topk} |" in readme
 
 
+@pytest.mark.parametrize("case", ["random, k 32", "trained ReLU"])
+def test_readme_has_the_rates_of_the_committed_refits(case):
+    report = json.loads((ROOT / "benchmarks/results/refine/paper-cpu.json").read_text())
+    rates = {row["solver"]: row["rows_per_s"] for row in report["rows"] if row["case"].startswith(case)}
+    ours = rates["jaxsae (default)"]
+    (line,) = (
+        line
+        for line in (ROOT / "README.md").read_text().splitlines()
+        if f"| {float(f'{ours:.3g}'):,.0f} rows/s: " in line
+    )
+    for name, solver in {
+        "jaxnnls": "jaxnnls",
+        "scipy": "scipy nnls",
+        "optax": "optax nnls",
+        "jaxopt": "jaxopt PG on G",
+    }.items():
+        times = f"{float(f'{ours / rates[solver]:.2g}'):g}"
+        assert re.search(rf"{re.escape(times)}(\.0)? times [^,]*{name}", line), (solver, times)
+
+
 def test_the_tables_of_benchmarks_are_those_of_the_committed_results():
     text = (ROOT / "benchmarks/README.md").read_text()
     names = ("refine", "first-call", "train", "families", "harvest", "load", "jobs")
