@@ -118,7 +118,7 @@ def measure(problem: cases.Problem, *, with_peers: bool) -> tuple[dict, list[dic
 
 
 def floor(active: np.ndarray, d: int, speeds: Speeds) -> float:
-    """Least seconds of a refit: `Σ k` float32 atoms `[d]` copied together, and `Σ 2k²d` operations for their products."""
+    """Least seconds of a refit: `Σ k` float32 atoms `[d]` copied, and `Σ 2k²d` operations for their products."""
     active = active.astype(np.float64)
     return 2 * 4 * d * active.sum() / speeds.bytes_per_s + 2 * d * (active**2).sum() / speeds.flops_per_s
 
