@@ -177,12 +177,7 @@ def drive_chain(solver: solvers.Solver, problem: Problem, z, max_steps, nonnegat
         better, kkt, more = drive_chain(fallback, problem, best, limit, nonnegative)
         return better, kkt, steps + more
 
-    return jax.lax.cond(jnp.any(left(solver, kkt, steps, max_steps)), hand_on, lambda: (best, kkt, steps))
-
-
-def left(solver: solvers.Solver, kkt, steps, max_steps):
-    """Whether a row is passed to the solver's fallback."""
-    return (steps >= max_steps) & (kkt > solver.tol)
+    return jax.lax.cond(jnp.any(kkt > solver.tol), hand_on, lambda: (best, kkt, steps))
 
 
 def last_tol(solver: solvers.Solver):

@@ -181,7 +181,7 @@ def _unsolved(solver: solvers.Solver, info: RefitInfo):
     unsolved = info.status == Status.NONFINITE
     if solver.fallback is None:
         return unsolved
-    return unsolved | problems.left(solver, info.kkt, info.steps, solver.max_steps)
+    return unsolved | (info.kkt > solver.tol)
 
 
 def _solver_bytes(k: int, d: int, itemsize: int) -> int:
