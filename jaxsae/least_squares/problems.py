@@ -264,9 +264,23 @@ def row_bytes(k: int, d: int, itemsize: int) -> int:
     return (k * (2 * d + 4 * k) + 2 * d) * itemsize
 
 
-def zero_cotangent(dictionary: Any, dtype) -> Any:
-    """The initial carry of `accumulate`: zeros for every floating-point leaf of the dictionary."""
-    return [jnp.zeros(leaf.shape, dtype) if _moves(leaf) else None for leaf in jax.tree.leaves(dictionary)]
+def moves(leaf: Any) -> bool:
+    """Whether a leaf of a dictionary has derivatives."""
+    return jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+def take_tangent(dictionary: Any, dots: list[Array], indices: Array, num_latents: int, dtype) -> Array:
+    """The tangent of `take`, from those of the dictionary's leaves that move."""
+    leaves, structure = jax.tree.flatten(dictionary)
+    remaining = iter(dots)
+    dots = [next(remaining) if moves(leaf) else np.zeros(leaf.shape, jax.dtypes.float0) for leaf in leaves]
+    atoms = functools.partial(take, indices=indices, num_latents=num_latents, dtype=dtype)
+    return jax.jvp(atoms, (dictionary,), (jax.tree.unflatten(structure, dots),))[1]
+
+
+def zero_cotangent(dictionary: Any, dtype) -> list[Array | None]:
+    """The initial carry of `accumulate`: zeros for every leaf of the dictionary that moves."""
+    return [jnp.zeros(leaf.shape, dtype) if moves(leaf) else None for leaf in jax.tree.leaves(dictionary)]
 
 
 def accumulate(carry: Any, dictionary: Any, indices, num_latents: int, on, atoms_bar) -> Any:
@@ -278,18 +292,10 @@ def accumulate(carry: Any, dictionary: Any, indices, num_latents: int, on, atoms
     return [None if total is None else total + leaf for total, leaf in zip(carry, jax.tree.leaves(bar), strict=True)]
 
 
-def cotangent(carry: Any, dictionary: Any) -> Any:
-    """The accumulated cotangent, in the structure and dtypes of the dictionary."""
-    leaves, structure = jax.tree.flatten(dictionary)
-    bars = [
-        np.zeros(leaf.shape, jax.dtypes.float0) if total is None else total.astype(leaf.dtype)
-        for total, leaf in zip(carry, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(structure, bars)
-
-
-def _moves(leaf) -> bool:
-    return jnp.issubdtype(leaf.dtype, jnp.inexact)
+def moving_cotangents(carry: Any, dictionary: Any) -> list[Array]:
+    """The accumulated cotangents of the leaves that move, in their dtypes."""
+    leaves = jax.tree.leaves(dictionary)
+    return [total.astype(leaf.dtype) for total, leaf in zip(carry, leaves, strict=True) if total is not None]
 
 
 def accumulator(dictionary: Any, y: Array) -> jnp.dtype:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import zero_from_primal
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
@@ -393,24 +394,15 @@ def _valid(ridge, outcome: _Outcome) -> _Outcome:
     return outcome._replace(info=dataclasses.replace(outcome.info, status=status))
 
 
-_refit = jax.custom_vjp[tuple[Array, RefitInfo]](_solve, nondiff_argnums=(0,))
+_refit = jax.custom_jvp[tuple[Array, RefitInfo]](_solve, nondiff_argnums=(0,))
 
 
-def _refit_forward(static: _Static, shared, per_row):
-    values, info = _refit(static, shared, per_row)
-    (_, dictionary, ridge), (y, indices, _) = shared, per_row
-    return (values, info), (dictionary, y, indices, values, ridge, info.status < Status.NONFINITE)
-
-
-def _refit_backward(static: _Static, residuals, cotangents):
-    dictionary, y, indices, values, ridge, finite = residuals
-    dictionary_bar, y_bar, ridge_bar = implicit.backward(
-        *(dictionary, y, indices, values, cotangents[0], ridge, finite),
-        nonnegative=static.nonnegative,
-        num_latents=static.num_latents,
-        workspace_bytes=static.workspace_bytes,
-    )
-    return (None, dictionary_bar, ridge_bar), (y_bar, None, None)
-
-
-_refit.defvjp(_refit_forward, jax.jit(_refit_backward, static_argnums=0))
+@functools.partial(_refit.defjvp, symbolic_zeros=True)
+def _refit_tangent(static: _Static, primals, tangents):
+    (_, dictionary, ridge), (y, indices, _) = primals
+    (_, dictionary_dot, ridge_dot), (y_dot, _, _) = tangents
+    values, info = _refit(static, *primals)
+    refitted = implicit.Refitted(dictionary, y, indices, values, ridge, info.status < Status.NONFINITE)
+    known = implicit.Static(static.nonnegative, static.num_latents, static.workspace_bytes)
+    values_dot = implicit.values_dot(known, refitted, dictionary_dot, y_dot, ridge_dot)
+    return (values, info), (values_dot, zero_from_primal(info))

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import zero_from_primal
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -180,29 +181,19 @@ def _second_pass(method: Method, D, per_row):
     return chunking.unflatten(batch, outcome)
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def _differentiable(values, D, y, indices, status):
     """Values that solve their least-squares problems, with the derivative of a refit."""
     return values
 
 
-def _differentiable_forward(values, D, y, indices, status):
-    return values, (values, D, y, indices, status)
-
-
-@jax.jit
-def _differentiable_backward(residuals, values_bar):
-    values, D, y, indices, status = residuals
-    D_bar, y_bar, _ = implicit.backward(
-        *(D, y, indices, values, values_bar, jnp.zeros((), problems.accumulator(D, y)), status < Status.NONFINITE),
-        nonnegative=False,
-        num_latents=len(D),
-        workspace_bytes=chunking.WORKSPACE_BYTES,
-    )
-    return None, D_bar, y_bar, None, None
-
-
-_differentiable.defvjp(_differentiable_forward, _differentiable_backward)
+@functools.partial(_differentiable.defjvp, symbolic_zeros=True)
+def _differentiable_tangent(primals, tangents):
+    (values, D, y, indices, status), (_, D_dot, y_dot, _, _) = primals, tangents
+    ridge = jnp.zeros((), problems.accumulator(D, y))
+    refitted = implicit.Refitted(D, y, indices, values, ridge, status < Status.NONFINITE)
+    known = implicit.Static(nonnegative=False, num_latents=len(D))
+    return values, implicit.values_dot(known, refitted, D_dot, y_dot, zero_from_primal(ridge, symbolic_zeros=True))
 
 
 def _masked(D: Array, code: SparseCode, mask: Array) -> tuple[Masked, SparseCode]:

@@ -20,11 +20,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import zero_from_primal
 from jaxtyping import Array, Float, Int
 
 from jaxsae import codes
 from jaxsae._core import chunking, sparse
 from jaxsae._core.linalg import EXACT, divide, result_type
+from jaxsae._core.linear import linear
 from jaxsae.codes import SparseCode
 from jaxsae.least_squares import implicit, problems, solvers
 from jaxsae.least_squares.kernels import choice
@@ -318,14 +320,40 @@ def _masked(dictionary, indices, products):
     return jnp.where(on[:, :, None] & on[:, None, :], G, 0), jnp.where(on, c, 0)
 
 
-def _gather_gram_forward(static: _Static, shared, indices, y):
-    return _gather_gram(static, shared, indices, y), (*shared, indices, y)
+_gather_gram = jax.custom_jvp[Any](_gram_rows, nondiff_argnums=(0,))
 
 
-def _gather_gram_backward(static: _Static, residuals, cotangents):
+@_gather_gram.defjvp
+def _gather_gram_tangent(static: _Static, primals, tangents):
+    """`Ġ = ȦAᵀ + AȦᵀ`, `ċ = Ȧy + Aẏ`."""
+    ((dictionary,), indices, y), ((dictionary_dot,), _, y_dot) = primals, tangents
+    products = _gather_gram(static, *primals)
+    dots = dictionary_dot, y_dot
+    return products, linear(_gram_forward, _gram_backward, static, (dictionary, indices, y), dots)
+
+
+def _gram_forward(static: _Static, residuals, dots):
+    (dictionary, indices, y), m = residuals, len(residuals[0])
+    dtype = problems.accumulator(dictionary, y)
+
+    def chunk(_, indices, y, y_dot):
+        on = sparse.used(indices, m)[:, :, None]
+        A, A_dot = (jnp.where(on, problems.take(D, indices, m, dtype), 0) for D in (dictionary, dots[0]))
+        half = jnp.einsum("nid,njd->nij", A_dot, A, precision=EXACT)
+        c_dot = [jnp.einsum("nkd,nd->nk", A, x.astype(dtype), precision=EXACT) for A, x in ((A_dot, y), (A, y_dot))]
+        return None, (half + jnp.swapaxes(half, 1, 2), sum(c_dot))
+
+    return _scan_rows(chunk, None, dictionary, indices, y, dots[1])[1]
+
+
+def _scan_rows(chunk, carry, dictionary, indices, y, *others):
+    row_bytes = 2 * problems.row_bytes(indices.shape[-1], y.shape[-1], problems.accumulator(dictionary, y).itemsize)
+    return chunking.scan_chunks(chunk, carry, indices, y, *others, batch=indices.shape[:-1], row_bytes=row_bytes)
+
+
+def _gram_backward(static: _Static, residuals, cotangents):
     """`Ā = (Ḡ + Ḡᵀ) A + c̄ yᵀ`, `ȳ = Aᵀc̄`."""
-    dictionary, indices, y = residuals
-    (m, d), k = dictionary.shape, indices.shape[-1]
+    (dictionary, indices, y), m = residuals, len(residuals[0])
     dtype = problems.accumulator(dictionary, y)
 
     def chunk(total, indices, y, gram_bar, c_bar):
@@ -336,19 +364,10 @@ def _gather_gram_backward(static: _Static, residuals, cotangents):
         bar = bar + c_bar[:, :, None] * y.astype(dtype)[:, None, :]
         return problems.accumulate(total, dictionary, indices, m, on, bar), None
 
-    total, _ = chunking.scan_chunks(
-        chunk,
-        problems.zero_cotangent(dictionary, dtype),
-        *(indices, y, *cotangents),
-        batch=indices.shape[:-1],
-        row_bytes=2 * problems.row_bytes(k, d, jnp.dtype(dtype).itemsize),
-    )
+    total = problems.zero_cotangent(dictionary, dtype)
+    ((total,), _) = _scan_rows(chunk, total, dictionary, indices, y, *cotangents)
     y_bar = codes.decode(dictionary, SparseCode(cotangents[1], indices, m), implementation=static.implementation)
-    return (problems.cotangent(total, dictionary),), None, y_bar.astype(y.dtype)
-
-
-_gather_gram = jax.custom_vjp[Any](_gram_rows, nondiff_argnums=(0,))
-_gather_gram.defvjp(_gather_gram_forward, _gather_gram_backward)
+    return total.astype(dictionary.dtype), y_bar.astype(y.dtype)
 
 
 @_over_rows
@@ -364,24 +383,18 @@ def _refit_rows(static: _Static, shared, indices, y, z0):
     return z, jnp.where(finite, found.kkt, jnp.nan), jnp.where(finite, found.steps, 0)
 
 
-def _refit_fused_forward(static: _Static, shared, indices, y, z0):
-    outputs = _refit_fused(static, shared, indices, y, z0)
-    return outputs, (*shared, indices, y, *outputs[:2])
+_refit_fused = jax.custom_jvp[Any](_refit_rows, nondiff_argnums=(0,))
 
 
-def _refit_fused_backward(static: _Static, residuals, cotangents):
-    dictionary, numbers, indices, y, z, kkt = residuals
-    dictionary_bar, y_bar, ridge_bar = implicit.backward(
-        *(dictionary, y, indices, z, cotangents[0], numbers[0], jnp.isfinite(kkt)),
-        nonnegative=static.nonnegative,
-        num_latents=len(dictionary),
-        workspace_bytes=chunking.WORKSPACE_BYTES,
-    )
-    return (dictionary_bar, (ridge_bar, None, None)), None, y_bar, None
-
-
-_refit_fused = jax.custom_vjp[Any](_refit_rows, nondiff_argnums=(0,))
-_refit_fused.defvjp(_refit_fused_forward, _refit_fused_backward)
+@functools.partial(_refit_fused.defjvp, symbolic_zeros=True)
+def _refit_fused_tangent(static: _Static, primals, tangents):
+    (dictionary, (ridge, *_)), indices, y, _ = primals
+    (dictionary_dot, (ridge_dot, *_)), _, y_dot, _ = tangents
+    z, kkt, steps = _refit_fused(static, *primals)
+    refitted = implicit.Refitted(dictionary, y, indices, z, ridge, jnp.isfinite(kkt))
+    known = implicit.Static(static.nonnegative, len(dictionary))
+    z_dot = implicit.values_dot(known, refitted, dictionary_dot, y_dot, ridge_dot)
+    return (z, kkt, steps), (z_dot, *zero_from_primal((kkt, steps)))
 
 
 # --- The kernels of `codes.decode` and `codes.scatter_add`, used where they were measured to be faster
