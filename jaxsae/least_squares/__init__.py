@@ -9,6 +9,7 @@ fuses the computation into one kernel where that was measured to be faster.
 
 from jaxsae.least_squares import kernels as kernels, solvers as solvers
 from jaxsae.least_squares.certificate import Certificate as Certificate, certify as certify
+from jaxsae.least_squares.nnls import nnls as nnls, nnls_dense as nnls_dense
 from jaxsae.least_squares.outcome import RefitInfo as RefitInfo, Status as Status, check as check
 from jaxsae.least_squares.problems import Dictionary as Dictionary
 from jaxsae.least_squares.refit import refit as refit
@@ -16,5 +17,6 @@ from jaxsae.least_squares.solvers import (
     FISTA as FISTA,
     BlockPivoting as BlockPivoting,
     ConjugateGradient as ConjugateGradient,
+    InteriorPoint as InteriorPoint,
     ProjectedGradient as ProjectedGradient,
 )

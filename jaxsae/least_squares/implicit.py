@@ -18,7 +18,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
 
 from jaxsae._core import chunking, sparse
-from jaxsae._core.linalg import EXACT, solve_semidefinite
+from jaxsae._core.linalg import EXACT, solve_on
 from jaxsae._core.linear import linear
 from jaxsae.least_squares import problems
 
@@ -67,7 +67,7 @@ class _Rows(NamedTuple):
 
     def solve(self, ridge, rhs):
         """`G_FF⁻¹` of `rhs [n k]`."""
-        return _solve_free(_contract("nid,njd->nij", self.atoms, self.atoms), self.free, rhs, ridge)
+        return solve_free(_contract("nid,njd->nij", self.atoms, self.atoms), self.free, rhs, ridge)
 
 
 _contract = functools.partial(jnp.einsum, precision=EXACT)
@@ -142,16 +142,17 @@ def _backward(static: tuple[Static, tuple[str, ...]], refitted: Refitted, values
     return {name: bars[name] for name in names}
 
 
-def _solve_free(G, free, rhs, ridge):
-    """Solve `(G_FF + ridge) u = rhs` for each row; `u` is 0 off `F`, where G and rhs are 0."""
+def solve_free(G: Array, free: Array, rhs: Array, ridge: Array | float = 0.0) -> Array:
+    """Solve `(G_FF + ridge) u = rhs` for each of `n` rows; `u` is 0 off `F`, the coordinates that are `free`."""
     diagonal = jnp.diagonal(G, axis1=1, axis2=2) + ridge
     norm = jnp.sqrt(jnp.where(free & (diagonal > 0), diagonal, 1))
     eye = jnp.eye(G.shape[-1], dtype=G.dtype)
-    unit = jnp.where(eye > 0, 1, G / (norm[:, :, None] * norm[:, None, :]))
+    both = free[:, :, None] & free[:, None, :]
+    unit = jnp.where(eye > 0, 1, jnp.where(both, G, 0) / (norm[:, :, None] * norm[:, None, :]))
     solved = jax.lax.custom_linear_solve(
         lambda x: _contract("nij,nj->ni", unit, x),
         rhs / norm,
-        lambda _, b: jax.vmap(solve_semidefinite)(unit, b[:, :, None])[:, :, 0],
+        lambda _, b: jax.vmap(solve_on)(unit, free, b),
         symmetric=True,
     )
     return jnp.where(free, solved / norm, 0)

@@ -185,15 +185,17 @@ def last_tol(solver: solvers.Solver):
     return solver.tol if solver.fallback is None else last_tol(solver.fallback)
 
 
-def solved(solver: solvers.Solver, problem: Problem, values: Array, nonnegative: bool) -> Solved:
-    """Run a solver on `n` rows, from starting values `[n k]` with units."""
+def solved(
+    solver: solvers.Solver, problem: Problem, values: Array, nonnegative: bool, drive: Callable = drive_rows
+) -> Solved:
+    """Run a solver on `n` rows, from starting values `[n k]` with units; `drive_chain` runs its fallbacks too."""
     start = values * problem.unit
     start = jnp.maximum(start, 0) if nonnegative else start
     # A start far away (‖y‖² is 1 here) loses precision to rounding; NaN and overflow count as far away.
     warm_started = jax.vmap(objective_gap)(problem.gram, problem.c, start, jnp.zeros_like(start)) < 10
     start = jnp.where(warm_started[:, None], start, 0)
     max_steps = jnp.full(values.shape[:1], solver.max_steps, jnp.int32)
-    x, kkt, steps = drive_rows(solver, problem, start, max_steps, nonnegative)
+    x, kkt, steps = drive(solver, problem, start, max_steps, nonnegative)
     return Solved(x, problem.unit, problem.finite, warm_started, kkt, steps)
 
 
@@ -342,14 +344,15 @@ def validate_rows(dictionary: Any, y: Any, name: str) -> tuple[Any, Array]:
                 f"`{name}` got a dictionary of shape {atom.shape}; pass one of shape (m, d), one atom per row."
             )
     for what, kind in (("a dictionary", atom.dtype), ("y", y.dtype)):
-        _check_floating(name, what, kind)
+        check_floating(name, what, kind)
     if y.shape[-1:] != atom.shape[-1:]:
         d = atom.shape[-1]
         raise ValueError(f"`{name}` got y of shape {y.shape}, but the atoms have width {d}; pass y of shape (*b, {d}).")
     return dictionary, y
 
 
-def _check_floating(name: str, what: str, kind) -> None:
+def check_floating(name: str, what: str, kind) -> None:
+    """Raise if a dtype is not floating-point."""
     if not jnp.issubdtype(kind, jnp.floating):
         raise TypeError(f"`{name}` got {what} of dtype {kind}, expected floating point; convert it first.")
 
@@ -358,7 +361,7 @@ def validate(dictionary: Any, y: Any, code: SparseCode, name: str) -> tuple[Any,
     """Return a dictionary, targets and a code as JAX arrays; raise if they do not fit together."""
     dictionary, y = validate_rows(dictionary, y, name)
     code = jax.tree.map(as_array, code)
-    _check_floating(name, "values", code.values.dtype)
+    check_floating(name, "values", code.values.dtype)
     if not jnp.issubdtype(code.indices.dtype, jnp.integer):
         raise TypeError(
             f"`{name}` got indices of dtype {code.indices.dtype}, expected integers; convert them to int32."

@@ -120,7 +120,7 @@ def _refit_code(
     if solver is None:
         solver = solvers.default(code.indices.shape[-1], y.shape[-1], kernel=kernel)
     solver = solvers.resolve(solver)
-    _check_solver(solver)
+    check_solver(solver)
     ridge = jnp.asarray(ridge, problems.accumulator(dictionary, y))
     static = _Static(nonnegative, code.num_latents, workspace_bytes, kernel, passes)
     if jax.sharding.get_abstract_mesh().explicit_axes:
@@ -135,7 +135,8 @@ def _refit_code(
     return dataclasses.replace(code, values=values), info
 
 
-def _check_solver(solver: solvers.Solver | None) -> None:
+def check_solver(solver: solvers.Solver | None) -> None:
+    """Raise if a known number of a solver, or of its fallbacks, is negative or not finite."""
     while solver is not None:
         check = functools.partial(problems.check_numbers, type(solver).__name__, do="a finite number of at least 0")
         check("tol", solver.tol)
@@ -221,18 +222,24 @@ def _solve_rows(static: _Static, shared, y, indices, values) -> _Outcome:
         )
         solved = problems.solved(solver, problem, values.astype(ridge.dtype), nonnegative)
     finite = solved.finite & sparse.finite_rows(values, indices, num_latents)
+    values, info = finish(solver, problem, solved, values, finite, nonnegative)
+    return _Outcome(values, solved.x, info)
+
+
+def finish(
+    solver, problem: problems.Problem | None, solved: problems.Solved, values, finite, nonnegative: bool
+) -> tuple[Array, RefitInfo]:
+    """Values with units from a solver's results for `n` rows that started at `values`, and their outcome."""
     feasible = jax.nn.relu(values) if nonnegative else values
     refitted = divide(solved.x, solved.unit).astype(values.dtype)
     moved = (solved.steps > 0) | ~solved.warm_started  # else the start is already optimal, and is returned as it is
     # Rounded to fewer bits, the best iterate can be worse than the start.
-    if problem is not None and values.dtype != ridge.dtype:
-        rounded = refitted.astype(ridge.dtype) * solved.unit
-        began = feasible.astype(ridge.dtype) * solved.unit
+    if problem is not None and values.dtype != solved.x.dtype:
+        rounded, began = (z.astype(solved.x.dtype) * solved.unit for z in (refitted, feasible))
         moved &= ~(jax.vmap(problems.objective_gap)(problem.gram, problem.c, rounded, began) > 0)
     refitted = jnp.where(moved[:, None] | (solved.unit == 0), refitted, feasible)
     finite &= jnp.isfinite(refitted).all(1)
-    info = _info(solver, solved.kkt, solved.steps, finite)
-    return _Outcome(jnp.where(finite[:, None], refitted, values), solved.x, info)
+    return jnp.where(finite[:, None], refitted, values), _info(solver, solved.kkt, solved.steps, finite)
 
 
 def _info(solver: solvers.Solver, kkt, steps, finite) -> RefitInfo:
