@@ -26,6 +26,7 @@ from benchmarks import (
     ksvd,
     lasso,
     load,
+    nnls,
     pictures,
     plot,
     pursuit,
@@ -38,7 +39,7 @@ from benchmarks import (
 
 ROOT = Path(__file__).parents[1]
 _PEERS = ("scipy", "jaxnnls", "jaxopt", "optax", "overcomplete", "torch", "eai-sparsify", "sae-lens")
-_PEERS += ("scikit-learn", "spams-bin", "dictlearn", "ksvd", "celer", "skglm")
+_PEERS += ("scikit-learn", "spams-bin", "dictlearn", "ksvd", "celer", "skglm", "qpax")
 
 
 def main() -> None:
@@ -102,6 +103,10 @@ def main() -> None:
     command.add_argument("--size", choices=lasso.SIZES, default="tiny")
     command.add_argument("--peers", action="store_true", help="other libraries too; pip install '.[peers]'")
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
+    command = commands.add_parser("nnls", help="large, dense non-negative least squares in float64, one at a time")
+    command.add_argument("--size", choices=nnls.SIZES, default="tiny")
+    command.add_argument("--peers", action="store_true", help="other libraries too; pip install '.[peers]'")
+    command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
     command = commands.add_parser("load", help="loading a large SAE: time and memory relative to its file")
     command.add_argument("--size", choices=load.SIZES, default="tiny")
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
@@ -154,6 +159,8 @@ def main() -> None:
         _pictures(args)
     elif args.command == "lasso":
         _report(args, size=args.size, **lasso.run(args.size, with_peers=args.peers))
+    elif args.command == "nnls":
+        _report(args, size=args.size, rows=nnls.run(args.size, with_peers=args.peers))
     elif args.command == "load":
         _report(args, size=args.size, rows=load.run(args.size))
     elif args.command == "jobs":

@@ -41,6 +41,22 @@ def _first_call(report: dict[str, Any], machine: str) -> list[str]:
     return [f"{machine}.", "\n".join(lines)]
 
 
+def _nnls(report: dict[str, Any], machine: str) -> list[str]:
+    """A line for each case and solver, with ratios to our default."""
+    head = ("case", "condition", "solver", "steps", "ms", "time / ours", "excess", "gradient", "compile s")
+    lines = ["| " + " | ".join(head) + " |", "|---|--:|---|" + "--:|" * 3 + "--:|--:|--:|"]
+    for row in report["rows"]:
+        about = f"| {row['case']} | {row['condition']:.0e} | {row['solver']} |"
+        if "note" in row:
+            lines.append(f"{about} {row['note']} | | | | | |")
+            continue
+        ours = next(r["ms"] for r in report["rows"] if r["case"] == row["case"] and r["solver"] == "jaxsae, default")
+        gradient = "finite" if row["gradient_finite"] else "NaN"
+        numbers = f"{row['steps']} | {row['ms']:.3g} | {row['ms'] / ours:.2f} | {row['excess']:.0e} | {gradient}"
+        lines.append(f"{about} {numbers} | {row['compile_s']:.1f} |")
+    return [f"{machine}; float64.", "\n".join(lines)]
+
+
 def _train(report: dict[str, Any], machine: str) -> list[str]:
     """Steps, the fastest first, with ratios to our own; then the sweep."""
     rows = sorted(report["rows"], key=lambda row: row["seconds"] or float("inf"))
@@ -241,6 +257,7 @@ _TABLES = {
     "jobs": _jobs,
     "refine": _refine,
     "first-call": _first_call,
+    "nnls": _nnls,
     "train": _train,
     "families": _families,
     "rates": _rates,

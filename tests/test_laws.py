@@ -42,8 +42,6 @@ class Law:
     whole: str | None = None
     # Why each device needs every row of a sharded batch, if so.
     gathers: str | None = None
-    # Why there is no forward mode, if so.
-    backwards_only: str | None = None
     # Why rounding may make the answer another one altogether, if so.
     chooses: str | None = None
     # Why there is no answer of no rows, if so.
@@ -77,6 +75,10 @@ LEARNING = {
 }
 
 
+def _gram(sae: jaxsae.SAE, rows: Rows):
+    return jaxsae.kernels.gather_gram(sae.W_dec, rows.code.indices, rows.x)
+
+
 LAWS = {
     "autoencoder.fold_scale": Law(lambda sae, rows: jaxsae.autoencoder.fold_scale(sae, 0.3), **NO_ROWS),
     "autoencoder.pre_activations": Law(lambda sae, rows: jaxsae.autoencoder.pre_activations(sae, rows.x)),
@@ -85,6 +87,11 @@ LAWS = {
     "certify": Law(
         lambda sae, rows: jaxsae.certify(sae.W_dec, rows.x, rows.code),
         smooth="a bound to be read; its derivative would be that of whichever violation is largest",
+        gathers=NO_SHARDED_CHOLESKY,
+    ),
+    "certify_gram": Law(
+        lambda sae, rows: jaxsae.certify_gram(*_gram(sae, rows), rows.code.values),
+        smooth="a bound to be read, as `certify`",
         gathers=NO_SHARDED_CHOLESKY,
     ),
     "codes.decode": Law(lambda sae, rows: jaxsae.codes.decode(sae.W_dec, rows.code)),
@@ -108,8 +115,7 @@ LAWS = {
         whole="it makes one SAE and sees no rows",
     ),
     "kernels.gather_gram": Law(
-        lambda sae, rows: jaxsae.kernels.gather_gram(sae.W_dec, rows.code.indices, rows.x),
-        backwards_only="the derivative of a kernel is a rule for cotangents alone",
+        lambda sae, rows: jaxsae.kernels.gather_gram(sae.W_dec, rows.code.indices, rows.x)
     ),
     "kernels.gather_decode": Law(
         lambda sae, rows: jaxsae.kernels.gather_decode(sae.W_dec, rows.code.indices, rows.code.values)
@@ -162,6 +168,18 @@ LAWS = {
         lambda sae, rows: jaxsae.metrics.reconstruction(rows.x, jnp.sin(rows.x)),
         **ALL,
     ),
+    "nnls": Law(
+        lambda sae, rows: jaxsae.nnls(*_gram(sae, rows)),
+        smooth=lambda sae, rows: jaxsae.nnls(*_gram(sae, rows), None, EXACT)[0],
+        gathers=NO_SHARDED_CHOLESKY,
+        chooses="which values are 0, where rounding decides",
+    ),
+    "nnls_dense": Law(
+        lambda sae, rows: jaxsae.nnls_dense(sae.W_dec[:K].T, rows.x),
+        smooth=lambda sae, rows: jaxsae.nnls_dense(sae.W_dec[:K].T, rows.x, None, EXACT)[0],
+        gathers=NO_SHARDED_CHOLESKY,
+        chooses="which values are 0, where rounding decides",
+    ),
     "pursuit.cosamp": Law(
         # Of rows that go on for longer, rounding decides how long.
         lambda sae, rows: jaxsae.pursuit.cosamp(sae.W_dec, rows.x, k=K, max_steps=10),
@@ -194,7 +212,6 @@ LAWS = {
     "refine": Law(
         lambda sae, rows: jaxsae.refine(sae, rows.x),
         smooth=lambda sae, rows: jaxsae.refine(sae, rows.x, None, EXACT)[0],
-        backwards_only="the derivative of a refit is a rule for cotangents alone",
         **TOP_K,
     ),
     "refit": Law(
@@ -460,8 +477,6 @@ def test_the_gradient_is_that_of_finite_differences(name, x64):
     @jax.jit
     def evaluate(points, directions):
         found = jax.lax.map(jax.value_and_grad(loss, has_aux=True), points)
-        if law.backwards_only:
-            return found, jnp.full(len(directions), jnp.nan)
         return found, jax.lax.map(lambda d: jax.jvp(lambda p: loss(p)[0], (points[-1],), (d,))[1], directions)
 
     directions, h = np.random.default_rng(5).normal(size=(4, point.size)), 1e-6
@@ -473,8 +488,8 @@ def test_the_gradient_is_that_of_finite_differences(name, x64):
     scale = np.linalg.norm(gradient) * np.linalg.norm(directions, axis=1)
     assert np.all(scale > 0)
     np.testing.assert_allclose((right - left) / (2 * h) / scale, directions @ gradient / scale, atol=1e-7)
-    if not law.backwards_only:  # forward mode is backward mode transposed
-        np.testing.assert_allclose(slopes / scale, directions @ gradient / scale, atol=1e-14)
+    # Forward mode is backward mode transposed.
+    np.testing.assert_allclose(slopes / scale, directions @ gradient / scale, atol=1e-14)
 
 
 def _takes_a_code(name: str) -> bool:

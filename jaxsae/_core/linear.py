@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import PartitionSpec
-from jax.tree_util import PyTreeDef
 
 from jaxsae import sharding
 
@@ -39,9 +38,9 @@ class _Operator(NamedTuple):
     f: Callable
     transpose: Callable
     static: Hashable
-    residuals: PyTreeDef
-    x: PyTreeDef
-    y: PyTreeDef
+    residuals: Any  # tree structures
+    x: Any
+    y: Any
 
     def apply(self, residuals: list, x: list) -> list:
         """The leaves of `y`, from those of the arguments."""
@@ -94,8 +93,6 @@ def _jvp(primals, tangents, *, operator: _Operator, mesh):
 
         dots = [residuals_dot[number] for number in moving]
         parts.append(jax.jvp(at, [residuals[number] for number in moving], dots)[1])
-    if not parts:
-        return y, [ad.Zero.from_primal_value(leaf) for leaf in y]
     return y, parts[0] if len(parts) == 1 else [a + b for a, b in zip(*parts, strict=True)]
 
 

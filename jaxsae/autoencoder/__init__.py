@@ -27,6 +27,7 @@ from jaxsae.autoencoder.activations import (
 )
 from jaxsae.autoencoder.refinement import (
     Fit as Fit,
+    certify as certify,
     refine as refine,
     to_fit as to_fit,
 )

@@ -9,6 +9,8 @@ from jaxtyping import Array, Float
 from jaxsae._core.linalg import promote_dtypes
 from jaxsae.autoencoder.sae import SAE, _floating, _restores, _validate, encode
 from jaxsae.codes import SparseCode
+from jaxsae.least_squares import certificate, problems
+from jaxsae.least_squares.certificate import Certificate
 from jaxsae.least_squares.outcome import RefitInfo
 from jaxsae.least_squares.refit import refit
 from jaxsae.least_squares.solvers import Solver
@@ -112,3 +114,52 @@ def refine(
     if code is None:
         code = encode(sae, x, capacity=capacity)
     return refit(sae.W_dec, y, code, solver, nonnegative=not sae.activation.signed)
+
+
+def certify(
+    dictionary_or_sae: Float[Array, "m d"] | problems.Dictionary | SAE,
+    y: Float[Array, "*b d"],
+    code: SparseCode,
+    *,
+    nonnegative: bool | None = None,
+    ridge: float | Float[Array, ""] = 0.0,
+    target: Float[Array, "*b d_out"] | None = None,
+) -> Certificate:
+    """Certify a code's values on its support, on a dictionary or as the refinement of an autoencoder's code.
+
+    For an autoencoder, `y` are activations as `refine` takes them: what a bias, a skip connection and a normalisation
+    add is removed from the target, and the bounds are those of `least_squares.certify` on `W_dec` for the rest.
+
+    Args:
+      dictionary_or_sae: `[m d]`, one atom per row, any pytree with `take`, or an autoencoder.
+      y: targets, or an autoencoder's activations, `[*b d]`.
+      code: `[*b k]`.
+      nonnegative: whether the constraint is `z ≥ 0`; by default it is, unless an activation has values of both signs.
+      ridge: weight of `½‖z‖²`, as for `refit`.
+      target: `[*b d_out]`, what a code of an autoencoder is to reconstruct; `y` by default, required for transcoders.
+
+    Returns:
+      `Certificate`, `[*b]` in float32 or better; NaN where a row is not finite.
+
+    Raises:
+      ValueError, TypeError: at trace time, if the arguments do not fit together.
+
+    Example:
+      >>> import jax, jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.TopK(2))
+      >>> x = jax.random.normal(jax.random.key(1), (3, 4))
+      >>> refined, info = jaxsae.refine(sae, x)
+      >>> bool((jaxsae.certify(sae, x, refined).gap <= 1e-6).all())
+      True
+
+    Source: Boyd & Vandenberghe (2004), "Convex optimization", Section 5.5: duality gaps and KKT conditions.
+    """
+    if not isinstance(dictionary_or_sae, SAE):
+        if target is not None:
+            raise TypeError("`certify` got a dictionary and a target; pass the target as y.")
+        nonnegative = True if nonnegative is None else nonnegative
+        return certificate.certify(dictionary_or_sae, y, code, nonnegative=nonnegative, ridge=ridge)
+    sae = dictionary_or_sae
+    fit, _ = to_fit(sae, _validate(sae, y, "certify"), target)
+    nonnegative = not sae.activation.signed if nonnegative is None else nonnegative
+    return certificate.certify(sae.W_dec, fit, code, nonnegative=nonnegative, ridge=ridge)

@@ -8,7 +8,11 @@ fuses the computation into one kernel where that was measured to be faster.
 """
 
 from jaxsae.least_squares import kernels as kernels, solvers as solvers
-from jaxsae.least_squares.certificate import Certificate as Certificate, certify as certify
+from jaxsae.least_squares.certificate import (
+    Certificate as Certificate,
+    certify as certify,
+    certify_gram as certify_gram,
+)
 from jaxsae.least_squares.nnls import nnls as nnls, nnls_dense as nnls_dense
 from jaxsae.least_squares.outcome import RefitInfo as RefitInfo, Status as Status, check as check
 from jaxsae.least_squares.problems import Dictionary as Dictionary

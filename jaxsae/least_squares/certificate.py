@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from jaxsae import sharding
 from jaxsae._core import chunking, pytrees, sparse
-from jaxsae._core.linalg import matmul, max_or_nan, solve_on
+from jaxsae._core.linalg import matmul, max_or_nan, residual, solve_on
 from jaxsae.codes import SparseCode
 from jaxsae.least_squares import driver, problems
 
@@ -113,34 +113,98 @@ def _certify_row(nonnegative: bool, atoms, ridge, weight, some, r, z, finite):
     Before scaling, their norms were proportional to `weight`; `r` is the residual for a target of norm 1, or for 0 if
     `some` is false.
     """
-    project = jax.nn.relu if nonnegative else lambda g: g
-
-    def relative(x):
-        return jnp.where((x == 0) | some, x, jnp.inf)  # for y = 0, anything but 0 is infinitely far from optimal
-
     slope = matmul(atoms, r) - ridge * z
-    kkt = relative(max_or_nan(weight * driver.violation(z, -slope, nonnegative)))
     G = matmul(atoms, atoms.T) + jnp.diag(ridge)
 
-    def gap(on, wanted):
-        """The gap of the dual point `u = r − Aᵀδ`, with `δ` on a set of coordinates, where `Au` is as wanted."""
+    def move(delta):
+        moved = matmul(delta, atoms)
+        return jnp.sum(moved**2) + jnp.sum(ridge * delta**2), slope - matmul(atoms, moved) - ridge * delta
 
-        def move(delta):
-            moved = matmul(delta, atoms)
-            return moved, slope - matmul(atoms, moved) - ridge * delta
+    gap = _gap(nonnegative, G, slope, z, move)
+    gap = jnp.minimum(gap, jnp.sum(r**2) + jnp.sum(ridge * z**2))  # u = 0 is feasible too
+    kkt = max_or_nan(weight * driver.violation(z, -slope, nonnegative))
+    finite &= jnp.isfinite(slope).all()
+    # For y = 0, anything but 0 is infinitely far from optimal.
+    return tuple(jnp.where(finite, jnp.where((x == 0) | some, x, jnp.inf), jnp.nan) for x in (kkt, jnp.maximum(gap, 0)))
 
+
+def _gap(nonnegative: bool, G, slope, z, move):
+    """Duality gap of one row of unit-free atoms, with `slope = Ar`, by the best dual point `u = r − Aᵀδ` found.
+
+    `move(δ)` returns `‖Aᵀδ‖²` and `Au`.
+    """
+    project = jax.nn.relu if nonnegative else lambda g: g
+
+    def at(on, wanted):
+        """The gap with `δ` on a set of coordinates, where `Au` is as wanted."""
         delta = solve_on(G, on, wanted(slope))
         delta = delta + solve_on(G, on, wanted(move(delta)[1]))  # refine once, against the rounding of G
         moved, dual = move(delta)
         infeasible = max_or_nan(project(dual) if nonnegative else jnp.abs(dual))
         # P − D = ½‖r − u‖² − zᵀAu, free of the cancellation between two nearly equal objectives.
-        value = relative(jnp.sum(moved**2) + jnp.sum(ridge * delta**2) - 2 * jnp.sum(z * dual))
-        return jnp.where(infeasible <= 32 * jnp.finfo(r.dtype).eps, value, jnp.inf)
+        return jnp.where(infeasible <= 32 * jnp.finfo(z.dtype).eps, moved - 2 * jnp.sum(z * dual), jnp.inf)
 
-    everywhere = gap(jnp.ones_like(slope, bool), project)
     # Where (Ar)₊ is not in the range of G (k > d, opposite atoms), make u orthogonal to the atoms in use instead.
-    in_use = gap((z != 0) | (slope > 0), lambda dual: dual)
-    zero = relative(jnp.sum(r**2) + jnp.sum(ridge * z**2))  # u = 0 is feasible too
-    best = jnp.minimum(jnp.minimum(everywhere, in_use), zero)
-    finite &= jnp.isfinite(slope).all()
-    return jnp.where(finite, kkt, jnp.nan), jnp.where(finite, jnp.maximum(best, 0), jnp.nan)
+    in_use = (z != 0) | (slope > 0)
+    return jnp.minimum(at(jnp.ones_like(in_use), project), at(in_use, lambda dual: dual))
+
+
+def certify_gram(
+    G: Float[Array, "*b n n"], c: Float[Array, "*b n"], z: Float[Array, "*b n"], *, nonnegative: bool = True
+) -> Certificate:
+    """Certify values of a quadratic problem from its Gram matrix, independent of the solver.
+
+    As `certify`, with `s = max_i |c_i|/√G_ii` in place of `‖y‖`, which a Gram matrix does not hold: `s` is the length
+    of `y` along its best atom, so that both bounds are at least those of `certify`. The gradient `Gz − c` is summed in
+    twice the precision; the rounding of `G` and `c` themselves is not seen.
+
+    Args:
+      G: `[*b n n]`, symmetric and positive semi-definite.
+      c: `[*b n]`.
+      z: values `[*b n]`.
+      nonnegative: whether the constraint is `z ≥ 0`; free signs otherwise.
+
+    Returns:
+      `Certificate`, `[*b]` in float32 or better; NaN where a row is not finite or `G` is not symmetric beyond rounding.
+
+    Raises:
+      ValueError, TypeError: at trace time, if shapes or dtypes do not fit together.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> jaxsae.certify_gram(jnp.eye(2), jnp.array([1.0, -1.0]), jnp.array([0.5, 0.0]))
+      Certificate(kkt=Array(0.5, dtype=float32), gap=Array(0.25, dtype=float32))
+
+    Source: Boyd & Vandenberghe (2004), "Convex optimization", Section 5.5: duality gaps and KKT conditions.
+    """
+    G, c, z = problems.validate_gram(G, c, z, "certify_gram")
+    return Certificate(*_certify_gram(nonnegative, (), (c, G, z)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _certify_gram(nonnegative: bool, shared, per_row):
+    batch, rows = chunking.flatten(per_row)
+    n, itemsize = rows[0].shape[-1], rows[0].dtype.itemsize
+
+    def chunk(c, G, z):
+        problem, valid = problems.unit_free(G, c)
+        z = z.astype(c.dtype) * problem.unit
+        finite = problem.finite & valid & jnp.isfinite(z).all(1)
+        certify_row = jax.vmap(functools.partial(_certify_gram_row, nonnegative))
+        return certify_row(problem.gram, problem.c, problem.weight, z, finite)
+
+    return chunking.unflatten(
+        batch, chunking.map_chunks(chunk, *rows, batch=rows[0].shape[:1], row_bytes=8 * n * n * itemsize)
+    )
+
+
+def _certify_gram_row(nonnegative: bool, G, c, weight, z, finite):
+    slope = residual(c, z, G)
+
+    def move(delta):
+        product = matmul(G, delta)
+        return jnp.sum(delta * product), slope - product
+
+    kkt = max_or_nan(weight * driver.violation(z, -slope, nonnegative))
+    gap = jnp.maximum(_gap(nonnegative, G, slope, z, move), 0)
+    return tuple(jnp.where(finite, x, jnp.nan) for x in (kkt, gap))

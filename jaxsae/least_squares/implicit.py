@@ -93,9 +93,9 @@ def _scan(static: Static, chunk, carry, refitted: Refitted, *per_row):
     )
 
 
-def _forward(static: tuple[Static, tuple[str, ...]], refitted: Refitted, dots: dict[str, list[Array]]) -> Array:
+def _forward(options: tuple[Static, tuple[str, ...]], refitted: Refitted, dots: dict[str, list[Array]]) -> Array:
     """The tangent of the values, from those of the arguments that are named."""
-    static, _ = static
+    static, _ = options
     dictionary, ridge = refitted.dictionary, refitted.ridge
 
     def chunk(_, y, indices, z, finite, *y_dot):
@@ -116,9 +116,9 @@ def _forward(static: tuple[Static, tuple[str, ...]], refitted: Refitted, dots: d
     return _scan(static, chunk, None, refitted, *dots.get("y", ()))[1]
 
 
-def _backward(static: tuple[Static, tuple[str, ...]], refitted: Refitted, values_bar: Array) -> dict[str, list[Array]]:
+def _backward(options: tuple[Static, tuple[str, ...]], refitted: Refitted, values_bar: Array) -> dict[str, list[Array]]:
     """The cotangents of the arguments that are named, from that of the values."""
-    static, names = static
+    static, names = options
     dictionary, ridge = refitted.dictionary, refitted.ridge
     finite = refitted.finite & jnp.isfinite(values_bar).all(-1)
 

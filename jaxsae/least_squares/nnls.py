@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from jaxsae import sharding
 from jaxsae._core import chunking
-from jaxsae._core.linalg import as_array, divide, matmul, max_or_nan, result_type
+from jaxsae._core.linalg import as_array, matmul, result_type
 from jaxsae.codes import SparseCode
 from jaxsae.least_squares import implicit, problems, solvers
 from jaxsae.least_squares.outcome import RefitInfo, Status
@@ -61,23 +61,11 @@ def nnls(
 
     Source: Lawson & Hanson (1974), "Solving least squares problems", Chapter 23; the solvers name their own.
     """
-    G, c = as_array(G), as_array(c)
-    z0 = jnp.zeros(c.shape, c.dtype) if z0 is None else as_array(z0)
-    for what, x in (("G", G), ("c", c), ("z0", z0)):
-        problems.check_floating("nnls", what, x.dtype)
-    if G.ndim < 2 or G.shape[-1] != G.shape[-2]:
-        raise ValueError(f"`nnls` got G of shape {G.shape}; pass square matrices, of shape (*b, n, n).")
-    if c.shape != G.shape[:-1] or z0.shape != c.shape:
-        raise ValueError(
-            f"`nnls` got c of shape {c.shape} and z0 of shape {z0.shape} for G of shape {G.shape}; pass both with "
-            f"shape {G.shape[:-1]}."
-        )
-    dtype = result_type(G, c, jnp.float32)
+    G, c, z0 = problems.validate_gram(G, c, z0, "nnls")
     if solver is None:
-        solver = solvers.default(c.shape[-1], dtype=dtype)
+        solver = solvers.default(c.shape[-1], dtype=c.dtype)
     solver = solvers.resolve(solver)
     check_solver(solver)
-    G, c = G.astype(dtype), c.astype(dtype)
     shared, per_row = sharding.vary_alike((solver, (c, G, z0)))
     return _nnls(nonnegative, shared, per_row)
 
@@ -142,7 +130,7 @@ def _solve_rows(nonnegative: bool, solver, per_row):
     n, itemsize = c.shape[-1], c.dtype.itemsize
 
     def chunk(c, G, z0):
-        problem, valid = unit_free(G, c)
+        problem, valid = problems.unit_free(G, c)
         values = jnp.where(valid[:, None], z0.astype(c.dtype), 0)
         solved = problems.solved(solver, problem, values, nonnegative, drive=problems.drive_chain)
         finite = solved.finite & jnp.isfinite(z0).all(1)
@@ -151,27 +139,10 @@ def _solve_rows(nonnegative: bool, solver, per_row):
         z = jnp.where((valid & finite)[:, None], z, z0)
         return z, dataclasses.replace(info, status=status)
 
-    # Rows of which each fills the cores are better solved one after another, each to its own end.
-    cpu_rows = 16 if n < 128 else 1
+    # Rows to factorise are solved one after another, each to its own end.
+    cpu_rows = 16 if isinstance(solver, solvers.ConjugateGradient | solvers.FISTA | solvers.ProjectedGradient) else 1
     found = chunking.map_chunks(chunk, c, G, z0, batch=c.shape[:1], row_bytes=8 * n * n * itemsize, cpu_rows=cpu_rows)
     return chunking.unflatten(batch, found)
-
-
-def unit_free(G: Array, c: Array) -> tuple[problems.Problem, Array]:
-    """The unit-free problems of `n` rows, with `max |c_i|` of 1; and whether `G` can be positive semi-definite."""
-    diagonal = jnp.diagonal(G, axis1=1, axis2=2)
-    norm = jnp.sqrt(jnp.maximum(diagonal, 0))
-    gram = divide(divide(G, norm[:, :, None]), norm[:, None, :])
-    c = divide(c, norm)
-    scale = max_or_nan(jnp.abs(c), 1, True)
-    unit = divide(norm, scale)
-    rounding = jnp.finfo(c.dtype).eps ** 0.5
-    skew = jnp.max(jnp.abs(gram - jnp.swapaxes(gram, 1, 2)), axis=(1, 2), initial=0)
-    largest = jnp.max(jnp.where(diagonal[:, :, None] > 0, jnp.abs(gram), jnp.where(G == 0, 0, jnp.inf)), axis=(1, 2), initial=0)
-    valid = (skew <= rounding) & (largest <= 1 + rounding) & (diagonal >= 0).all(1)
-    finite = jnp.isfinite(G).all((1, 2)) & jnp.isfinite(scale[:, 0]) & problems.representable(unit).all(1)
-    weight = divide(norm, jnp.max(norm, axis=1, keepdims=True, initial=0))
-    return problems.Problem(gram, divide(c, scale), unit, weight, finite), valid
 
 
 _nnls = jax.custom_jvp[tuple[Array, RefitInfo]](_solve, nondiff_argnums=(0,))

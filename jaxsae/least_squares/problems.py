@@ -124,6 +124,24 @@ def problems(dictionary: Any, y: Array, indices: Array, *, num_latents: int, rid
     return Problem(gram, divide(c, norm * y_norm), unit, weight, finite)
 
 
+def unit_free(G: Array, c: Array) -> tuple[Problem, Array]:
+    """The unit-free problems of `n` rows, with `max |c_i|` of 1; and whether `G` can be positive semi-definite."""
+    diagonal = jnp.diagonal(G, axis1=1, axis2=2)
+    norm = jnp.sqrt(jnp.maximum(diagonal, 0))
+    gram = divide(divide(G, norm[:, :, None]), norm[:, None, :])
+    c = divide(c, norm)
+    scale = max_or_nan(jnp.abs(c), 1, True)
+    unit = divide(norm, scale)
+    rounding = jnp.finfo(c.dtype).eps ** 0.5
+    skew = jnp.max(jnp.abs(gram - jnp.swapaxes(gram, 1, 2)), axis=(1, 2), initial=0)
+    size = jnp.where(diagonal[:, :, None] > 0, jnp.abs(gram), jnp.where(G == 0, 0, jnp.inf))
+    largest = jnp.max(size, axis=(1, 2), initial=0)
+    valid = (skew <= rounding) & (largest <= 1 + rounding) & (diagonal >= 0).all(1)
+    finite = jnp.isfinite(G).all((1, 2)) & jnp.isfinite(scale[:, 0]) & representable(unit).all(1)
+    weight = divide(norm, jnp.max(norm, axis=1, keepdims=True, initial=0))
+    return Problem(gram, divide(c, scale), unit, weight, finite), valid
+
+
 def lengths(square: Array, on: Array, ridge: Array, largest: Callable) -> tuple[Array, Array]:
     """The norms of atoms with their ridge, and those norms relative to the longest atom; also used in kernels."""
     norm = jnp.sqrt(square + jnp.where(on, ridge, 0))  # the ridge joins the diagonal before it is made 1
@@ -177,7 +195,12 @@ def drive_chain(solver: solvers.Solver, problem: Problem, z, max_steps, nonnegat
         better, kkt, more = drive_chain(fallback, problem, best, limit, nonnegative)
         return better, kkt, steps + more
 
-    return jax.lax.cond(jnp.any(kkt > solver.tol), hand_on, lambda: (best, kkt, steps))
+    return jax.lax.cond(jnp.any(left(solver, kkt)), hand_on, lambda: (best, kkt, steps))
+
+
+def left(solver: solvers.Solver, kkt):
+    """Whether a row is passed to the solver's fallback."""
+    return kkt > solver.tol
 
 
 def last_tol(solver: solvers.Solver):
@@ -275,9 +298,9 @@ def take_tangent(dictionary: Any, dots: list[Array], indices: Array, num_latents
     """The tangent of `take`, from those of the dictionary's leaves that move."""
     leaves, structure = jax.tree.flatten(dictionary)
     remaining = iter(dots)
-    dots = [next(remaining) if moves(leaf) else np.zeros(leaf.shape, jax.dtypes.float0) for leaf in leaves]
+    tangents = [next(remaining) if moves(leaf) else np.zeros(leaf.shape, jax.dtypes.float0) for leaf in leaves]
     atoms = functools.partial(take, indices=indices, num_latents=num_latents, dtype=dtype)
-    return jax.jvp(atoms, (dictionary,), (jax.tree.unflatten(structure, dots),))[1]
+    return jax.jvp(atoms, (dictionary,), (jax.tree.unflatten(structure, tangents),))[1]
 
 
 def zero_cotangent(dictionary: Any, dtype) -> list[Array | None]:
@@ -379,3 +402,20 @@ def validate(dictionary: Any, y: Any, code: SparseCode, name: str) -> tuple[Any,
     if code.indices.dtype.itemsize < 4:  # narrow types may not hold the index of an unused slot
         code = dataclasses.replace(code, indices=code.indices.astype(jnp.int32))
     return dictionary, y, code
+
+
+def validate_gram(G: Any, c: Any, z: Any, name: str) -> tuple[Array, Array, Array]:
+    """`G` and `c` in the dtype of the arithmetic, and values, 0 by default; raise if they do not fit together."""
+    G, c = as_array(G), as_array(c)
+    z = jnp.zeros(c.shape, c.dtype) if z is None else as_array(z)
+    for what, x in (("G", G), ("c", c), ("z", z)):
+        check_floating(name, what, x.dtype)
+    if G.ndim < 2 or G.shape[-1] != G.shape[-2]:
+        raise ValueError(f"`{name}` got G of shape {G.shape}; pass square matrices, of shape (*b, n, n).")
+    if c.shape != G.shape[:-1] or z.shape != c.shape:
+        raise ValueError(
+            f"`{name}` got c of shape {c.shape} and values of shape {z.shape} for G of shape {G.shape}; pass both with "
+            f"shape {G.shape[:-1]}."
+        )
+    dtype = result_type(G, c, jnp.float32)
+    return G.astype(dtype), c.astype(dtype), z

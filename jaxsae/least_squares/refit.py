@@ -183,7 +183,7 @@ def _unsolved(solver: solvers.Solver, info: RefitInfo):
     unsolved = info.status == Status.NONFINITE
     if solver.fallback is None:
         return unsolved
-    return unsolved | (info.kkt > solver.tol)
+    return unsolved | problems.left(solver, info.kkt)
 
 
 def _solver_bytes(k: int, d: int, itemsize: int) -> int:

@@ -300,7 +300,7 @@ class InteriorPoint:
 
     def init(self, gram: Array, c: Array, z: Array, lower: float) -> InteriorPointState:
         """The state at a feasible start `z`, and near it inside of the bounds."""
-        p = jnp.maximum(z, z.size**-0.5)
+        p = jnp.maximum(z, max(z.size, 1) ** -0.5)
         s = jnp.maximum(matmul(gram, p) - c, 0.1)
         return InteriorPointState(z, matmul(gram, z) - c, p, s)
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import zero_from_primal
 import numpy as np
+from jax.custom_derivatives import zero_from_primal
 from jaxtyping import Array, Float
 
 from jaxsae import sharding

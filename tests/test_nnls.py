@@ -1,0 +1,314 @@
+"""Non-negative least squares from a Gram matrix and from a dense matrix: optima, derivatives, warm starts, bad input."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from benchmarks.nnls import error, gaussians, optimum, pixels
+
+import jaxsae
+from jaxsae import Status
+
+SOLVERS = {
+    "default": None,
+    "BlockPivoting": jaxsae.BlockPivoting(),
+    "ConjugateGradient": jaxsae.ConjugateGradient(),
+    "FISTA": jaxsae.FISTA(),
+    "InteriorPoint": jaxsae.InteriorPoint(),
+    "ProjectedGradient": jaxsae.ProjectedGradient(),
+}
+every_solver = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+
+
+def gram(A, b, dtype=np.float64):
+    return jnp.asarray(A.T @ A, dtype), jnp.asarray(A.T @ b, dtype)
+
+
+def excess(A, b, z) -> float:
+    """How far the error is above the least, relative to it."""
+    least = error(A, b, optimum(A, b))
+    return (error(A, b, z) - least) / least
+
+
+@pytest.fixture(scope="module")
+def random():
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(30, 12)), rng.normal(size=30)
+
+
+def test_the_oracle_refuses_what_is_no_optimum(monkeypatch, random):
+    # As scipy 1.15 returned: its first passive set, and no error.
+    monkeypatch.setattr("scipy.optimize.nnls", lambda A, b, maxiter: (np.ones(A.shape[1]), 0.0))
+    with pytest.raises(ArithmeticError, match="KKT residual"):
+        optimum(*random)
+
+
+@every_solver
+def test_it_is_scipys_optimum(solver, random, x64):
+    z, info = jaxsae.nnls(*gram(*random), None, solver)
+    assert info.status == Status.CONVERGED
+    assert z.min() >= 0
+    assert excess(*random, z) <= 1e-9
+
+
+def test_without_the_constraint_it_is_the_solution_of_equations(random, x64):
+    G, c = gram(*random)
+    for solver in (None, jaxsae.InteriorPoint(tol=1e-12)):
+        z, info = jaxsae.nnls(G, c, None, solver, nonnegative=False)
+        assert (int(info.steps), int(info.status)) == (1, Status.CONVERGED)
+        np.testing.assert_allclose(z, np.linalg.solve(G, c), rtol=1e-10)
+
+
+# Conditions of 1e7 and 1e16; pivoting cycles on the second.
+@pytest.mark.parametrize("width", [1.0, 1.5])
+def test_blurred_pixels_in_double_precision(width, x64):
+    A, b = pixels(400, width, 0)
+    G, c = gram(A, b)
+    z, info = jaxsae.nnls(G, c)
+    assert int(info.status) == Status.CONVERGED
+    assert excess(A, b, z) <= 1e-10
+    certificate = jaxsae.certify_gram(G, c, z)
+    assert certificate.kkt <= 1e-11
+    z, info = jaxsae.nnls(*gram(A, b, np.float32))
+    assert int(info.status) == Status.CONVERGED
+    assert excess(A, b, z) <= 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [0.7, 1.0])
+def test_a_large_problem_takes_few_factorisations(width, x64):
+    A, b = pixels(1581, width, 0)
+    z, info = jaxsae.nnls(*gram(A, b))
+    assert int(info.status) == Status.CONVERGED
+    assert int(info.steps) <= 25
+    assert excess(A, b, z) <= 1e-10
+
+
+@every_solver
+def test_as_many_blurred_sources_as_pixels(solver):
+    n = 400
+    side = np.stack(np.meshgrid(np.arange(20.0), np.arange(20.0)), -1).reshape(-1, 2)
+    A = np.exp(-((side[:, None] - side[None]) ** 2).sum(-1) / 2)
+    b = A @ np.maximum(np.random.default_rng(0).normal(size=n) - 1, 0)
+    x, info = jaxsae.nnls_dense(jnp.asarray(A, jnp.float32), jnp.asarray(b, jnp.float32), None, solver)
+    code = jaxsae.SparseCode(x, jnp.arange(n), n)
+    kkt = jaxsae.certify(jnp.asarray(A.T, jnp.float32), jnp.asarray(b, jnp.float32), code).kkt
+    print(kkt, info)
+    assert int(info.status) == (Status.CONVERGED if kkt <= 1e-5 else Status.MAX_STEPS)
+    if solver is None:
+        assert int(info.status) == Status.CONVERGED
+        assert 2 * error(A, b, x) <= 1e-6 * b @ b
+    most = 0
+    while solver is not None:
+        most, solver = most + solver.max_steps, solver.fallback
+    assert most == 0 or int(info.steps) <= most
+
+
+@pytest.mark.parametrize("start", [(0.0, 0.0), (0.824, 0.394), (1.0, 1.0)], ids=str)
+def test_two_atoms_of_which_one_is_best_alone(start):
+    D, y = jnp.array([[1.0, 3.0], [1.0, 2.0]]), jnp.array([2.0, 3.0])
+    code = jaxsae.SparseCode(jnp.array(start), jnp.arange(2), 2)
+    best, info = jaxsae.refit(D, y, code)
+    z, _ = jaxsae.nnls(D @ D.T, D @ y, jnp.array(start))
+    x, _ = jaxsae.nnls_dense(D.T, y, jnp.array(start))
+    assert int(info.status) == Status.CONVERGED
+    expected = np.linalg.norm(y - best.values @ D)
+    least = optimum(np.asarray(D.T, float), np.asarray(y, float))
+    for values in (best.values, z, x):
+        np.testing.assert_allclose(values, least, atol=1e-5)
+    assert expected <= np.linalg.norm(np.asarray(y) - least @ np.asarray(D)) + 1e-5
+    assert jaxsae.certify(D, y, jaxsae.SparseCode(jnp.array([0.824, 0.394]), jnp.arange(2), 2)).kkt > 1e-3
+
+
+# --- Derivatives
+
+
+def test_forwards_backwards_and_finite_differences_agree(x64):
+    rng = np.random.default_rng(1)
+    A, b = rng.normal(size=(20, 8)), rng.normal(size=20)
+    G, c = gram(A, b)
+    solve = lambda G, c: jaxsae.nnls(G, c, None, jaxsae.BlockPivoting(tol=1e-14))[0]
+    half = rng.normal(size=G.shape)
+    dots, bar, h = (jnp.asarray(half + half.T), jnp.asarray(rng.normal(size=8))), jnp.asarray(rng.normal(size=8)), 1e-6
+    z, slope = jax.jvp(solve, (G, c), dots)
+    assert 0 < np.sum(np.asarray(z) > 0) < 8
+    ahead, behind = (solve(*(x + s * h * dot for x, dot in zip((G, c), dots, strict=True))) for s in (1, -1))
+    np.testing.assert_allclose(slope, (ahead - behind) / (2 * h), atol=1e-8)
+    bars = jax.vjp(solve, G, c)[1](bar)
+    np.testing.assert_allclose(sum(jnp.vdot(*pair) for pair in zip(bars, dots, strict=True)), bar @ slope, rtol=1e-12)
+    np.testing.assert_allclose(jax.jacfwd(solve, 1)(G, c), jax.jacrev(solve, 1)(G, c), atol=1e-12)
+    loss = lambda c: jnp.sum(jnp.sin(solve(G, c)))
+    turn = (jax.grad(loss)(c + h * dots[1]) - jax.grad(loss)(c - h * dots[1])) / (2 * h)
+    np.testing.assert_allclose(jax.hessian(loss)(c) @ dots[1], turn, atol=1e-7)
+
+
+def least_error(D, y, solver=None):
+    code = jaxsae.SparseCode(jnp.zeros(len(D), D.dtype), jnp.arange(len(D)), len(D))
+    z, info = jaxsae.refit(D, y, code, solver)
+    return 0.5 * jnp.sum((y - z.values @ D) ** 2), (z.values, info.status)
+
+
+def test_the_derivative_of_the_least_error_is_that_of_the_envelope_theorem(x64):
+    A, b = gaussians(40, 0)
+    D, y = jnp.asarray(A.T), jnp.asarray(b)
+    assert np.linalg.cond(A.T @ A) >= 1e10
+    solver = jaxsae.BlockPivoting(tol=1e-13, fallback=jaxsae.InteriorPoint(tol=1e-13))
+    slope = jax.jit(jax.value_and_grad(functools.partial(least_error, solver=solver), (0, 1), has_aux=True))
+    (_, (z, status)), (D_bar, y_bar) = slope(D, y)
+    assert int(status) == Status.CONVERGED
+    r = y - z @ D
+    np.testing.assert_allclose(y_bar, r, atol=1e-8 * np.abs(r).max())
+    np.testing.assert_allclose(D_bar, -z[:, None] * r, atol=1e-8 * np.abs(z[:, None] * r).max())
+    # In single precision they are finite, and the status is honest.
+    (_, (z, status)), bars = jax.jit(jax.value_and_grad(least_error, (0, 1), has_aux=True))(
+        D.astype(jnp.float32), y.astype(jnp.float32)
+    )
+    assert all(np.isfinite(bar).all() for bar in bars)
+    code = jaxsae.SparseCode(z, jnp.arange(40), 40)
+    kkt = jaxsae.certify(D.astype(jnp.float32), y.astype(jnp.float32), code).kkt
+    assert (int(status) == Status.CONVERGED) == bool(kkt <= 1e-5)
+
+
+@every_solver
+def test_derivatives_are_finite_at_a_degenerate_point(solver):
+    # The second value is 0, and so is its gradient.
+    G, c = jnp.eye(2), jnp.array([1.0, 0.0])
+    solve = lambda G, c: jaxsae.nnls(G, c, None, solver)[0]
+    np.testing.assert_allclose(solve(G, c), [1, 0], atol=1e-4)
+    for jacobian in (jax.jacfwd, jax.jacrev):
+        assert all(np.isfinite(x).all() for x in jacobian(solve, (0, 1))(G, c))
+
+
+# --- Batches, starts, scales
+
+
+def test_rows_do_not_depend_on_their_batch(random, x64):
+    A, b = random
+    rng = np.random.default_rng(2)
+    c = jnp.asarray((b + rng.normal(size=(5, 30))) @ A)
+    G = jnp.broadcast_to(A.T @ A, (5, 12, 12))
+    z, info = jaxsae.nnls(G, c)
+    mapped, _ = jax.vmap(jaxsae.nnls)(G, c)
+    np.testing.assert_array_equal(mapped, z)
+    for row in range(5):
+        alone, about = jaxsae.nnls(G[row], c[row])
+        np.testing.assert_array_equal(alone, z[row])
+        assert about.steps == info.steps[row]
+
+
+def test_the_solution_of_a_problem_nearby_saves_factorisations(x64):
+    A, b = pixels(400, 1.0, 0)
+    G, c = gram(A, b)
+    z, cold = jaxsae.nnls(G, c)
+    nearby = c * (1 + 1e-4 * np.random.default_rng(0).normal(size=c.shape))
+    _, warm = jaxsae.nnls(G, nearby, z)
+    assert warm.steps <= cold.steps // 2
+    again, info = jaxsae.nnls(G, c, z)
+    assert info.steps == 0
+    np.testing.assert_array_equal(again, z)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
+def test_units_do_not_matter(scale, random):
+    A, b = random
+    G, c = gram(A, b, np.float32)
+    z, info = jaxsae.nnls(G, c)
+    scaled, of_scaled = jaxsae.nnls(G * scale, c * scale)
+    assert int(of_scaled.status) == Status.CONVERGED
+    np.testing.assert_allclose(scaled, z, rtol=1e-4, atol=1e-6)
+
+
+def test_more_columns_than_rows_and_repeated_columns(x64):
+    rng = np.random.default_rng(3)
+    A, b = rng.normal(size=(10, 25)), rng.normal(size=10)
+    A[:, 3] = A[:, 4] = 0
+    A[:, 5] = A[:, 6]
+    x, info = jaxsae.nnls_dense(jnp.asarray(A), jnp.asarray(b))
+    assert int(info.status) == Status.CONVERGED
+    z, _ = jaxsae.nnls(*gram(A, b))
+    least = error(A, b, optimum(A[:, 5:], b) @ np.eye(25)[5:])
+    for values in (x, z):
+        assert error(A, b, values) <= least + 1e-9
+
+
+# --- Certificates
+
+
+def test_the_certificate_from_the_gram_matrix_bounds_the_excess(random, x64):
+    A, b = random
+    G, c = gram(A, b)
+    best = optimum(A, b)
+    rng = np.random.default_rng(4)
+    for z in (best, np.maximum(best + 0.1 * rng.normal(size=best.shape), 0), np.zeros_like(best)):
+        certificate = jaxsae.certify_gram(G, c, jnp.asarray(z))
+        scale = np.max(np.abs(c) / np.sqrt(np.diagonal(G)))
+        above = (error(A, b, z) - error(A, b, best)) / (0.5 * scale**2)
+        assert above - 1e-12 <= certificate.gap
+        full = jaxsae.certify(jnp.asarray(A.T), jnp.asarray(b), jaxsae.SparseCode(jnp.asarray(z), jnp.arange(12), 12))
+        assert full.gap <= certificate.gap * (1 + 1e-9) + 1e-12
+        assert full.kkt <= certificate.kkt * (1 + 1e-9) + 1e-12
+    assert jaxsae.certify_gram(G, c, jnp.asarray(best)).kkt <= 1e-12
+
+
+def test_a_solution_with_negative_values_is_not_certified(random, x64):
+    G, c = gram(*random)
+    free = jnp.linalg.solve(G, c)
+    assert jaxsae.certify_gram(G, c, free).kkt > 1e-2
+    assert jaxsae.certify_gram(G, c, free, nonnegative=False).kkt <= 1e-12
+
+
+# --- Bad input
+
+
+@pytest.mark.parametrize(
+    ("G", "c", "match"),
+    [
+        (np.eye(3)[:2], np.ones(3), "square"),
+        (np.eye(3), np.ones(2), "shape"),
+        (np.ones(3), np.ones(3), "square"),
+        (np.eye(3, dtype=int), np.ones(3), "dtype"),
+    ],
+    ids=["not square", "c of another length", "a vector", "integers"],
+)
+def test_what_does_not_fit_together_is_refused(G, c, match, unchecked):
+    for call in (jaxsae.nnls, lambda G, c: jaxsae.certify_gram(G, c, c)):
+        with pytest.raises((ValueError, TypeError), match=match):
+            call(G, c)
+
+
+def test_rows_that_are_no_problem_have_a_status_and_touch_no_other():
+    good = jnp.eye(3) + 0.1
+    rows = {
+        "good": (good, jnp.ones(3), Status.CONVERGED),
+        "nan": (good.at[0, 1].set(jnp.nan), jnp.ones(3), Status.NONFINITE),
+        "inf": (good, jnp.array([1.0, jnp.inf, 0.0]), Status.NONFINITE),
+        "asymmetric": (good.at[0, 1].set(0.5), jnp.ones(3), Status.INVALID),
+        "negative diagonal": (good.at[0, 0].set(-1.0), jnp.ones(3), Status.INVALID),
+        "beyond Cauchy and Schwarz": (good.at[0, 1].set(2.0).at[1, 0].set(2.0), jnp.ones(3), Status.INVALID),
+        "nothing": (jnp.zeros((3, 3)), jnp.zeros(3), Status.CONVERGED),
+    }
+    G, c = (jnp.stack(x) for x in zip(*[row[:2] for row in rows.values()], strict=True))
+    z0 = jnp.full((len(rows), 3), 0.25)
+    z, info = jaxsae.nnls(G, c, z0)
+    assert info.status.tolist() == [row[2] for row in rows.values()]
+    alone, _ = jaxsae.nnls(good, jnp.ones(3), z0[0])
+    np.testing.assert_array_equal(z[0], alone)
+    np.testing.assert_array_equal(z[1:6], z0[1:6])
+    np.testing.assert_array_equal(z[6], 0)
+
+
+def test_an_indefinite_matrix_ends_and_says_so():
+    # Every pair of atoms is possible, but not all three: the objective has no minimum.
+    G, c = jnp.full((3, 3), -0.9) + 1.9 * jnp.eye(3), jnp.ones(3)
+    assert np.linalg.eigvalsh(G)[0] < -0.5
+    _, info = jaxsae.nnls(G, c)
+    assert int(info.status) == Status.MAX_STEPS
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_no_values_and_one(n):
+    z, info = jaxsae.nnls(2 * jnp.eye(n), jnp.ones(n))
+    np.testing.assert_allclose(z, np.full(n, 0.5))
+    assert int(info.status) == Status.CONVERGED
