@@ -114,9 +114,7 @@ LAWS = {
         lambda sae, rows: jaxsae.init(jax.random.key(0), d=D, m=M, activation=sae.activation, b_dec=sae.b_dec),
         whole="it makes one SAE and sees no rows",
     ),
-    "kernels.gather_gram": Law(
-        lambda sae, rows: jaxsae.kernels.gather_gram(sae.W_dec, rows.code.indices, rows.x)
-    ),
+    "kernels.gather_gram": Law(lambda sae, rows: jaxsae.kernels.gather_gram(sae.W_dec, rows.code.indices, rows.x)),
     "kernels.gather_decode": Law(
         lambda sae, rows: jaxsae.kernels.gather_decode(sae.W_dec, rows.code.indices, rows.code.values)
     ),

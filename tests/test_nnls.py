@@ -1,4 +1,4 @@
-"""Non-negative least squares from a Gram matrix and from a dense matrix: optima, derivatives, warm starts, bad input."""
+"""Non-negative least squares from a Gram or a dense matrix: optima, derivatives, starts, certificates, bad input."""
 
 import functools
 
@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from benchmarks.nnls import error, gaussians, optimum, pixels
 
 import jaxsae
+from benchmarks.nnls import error, gaussians, optimum, pixels
 from jaxsae import Status
 
 SOLVERS = {
@@ -129,7 +129,13 @@ def test_forwards_backwards_and_finite_differences_agree(x64):
     rng = np.random.default_rng(1)
     A, b = rng.normal(size=(20, 8)), rng.normal(size=20)
     G, c = gram(A, b)
-    solve = lambda G, c: jaxsae.nnls(G, c, None, jaxsae.BlockPivoting(tol=1e-14))[0]
+
+    def solve(G, c):
+        return jaxsae.nnls(G, c, None, jaxsae.BlockPivoting(tol=1e-14))[0]
+
+    def loss(c):
+        return jnp.sum(jnp.sin(solve(G, c)))
+
     half = rng.normal(size=G.shape)
     dots, bar, h = (jnp.asarray(half + half.T), jnp.asarray(rng.normal(size=8))), jnp.asarray(rng.normal(size=8)), 1e-6
     z, slope = jax.jvp(solve, (G, c), dots)
@@ -139,7 +145,6 @@ def test_forwards_backwards_and_finite_differences_agree(x64):
     bars = jax.vjp(solve, G, c)[1](bar)
     np.testing.assert_allclose(sum(jnp.vdot(*pair) for pair in zip(bars, dots, strict=True)), bar @ slope, rtol=1e-12)
     np.testing.assert_allclose(jax.jacfwd(solve, 1)(G, c), jax.jacrev(solve, 1)(G, c), atol=1e-12)
-    loss = lambda c: jnp.sum(jnp.sin(solve(G, c)))
     turn = (jax.grad(loss)(c + h * dots[1]) - jax.grad(loss)(c - h * dots[1])) / (2 * h)
     np.testing.assert_allclose(jax.hessian(loss)(c) @ dots[1], turn, atol=1e-7)
 
@@ -175,7 +180,10 @@ def test_the_derivative_of_the_least_error_is_that_of_the_envelope_theorem(x64):
 def test_derivatives_are_finite_at_a_degenerate_point(solver):
     # The second value is 0, and so is its gradient.
     G, c = jnp.eye(2), jnp.array([1.0, 0.0])
-    solve = lambda G, c: jaxsae.nnls(G, c, None, solver)[0]
+
+    def solve(G, c):
+        return jaxsae.nnls(G, c, None, solver)[0]
+
     np.testing.assert_allclose(solve(G, c), [1, 0], atol=1e-4)
     for jacobian in (jax.jacfwd, jax.jacrev):
         assert all(np.isfinite(x).all() for x in jacobian(solve, (0, 1))(G, c))
@@ -214,7 +222,7 @@ def test_the_solution_of_a_problem_nearby_saves_factorisations(x64):
 def test_units_do_not_matter(scale, random):
     A, b = random
     G, c = gram(A, b, np.float32)
-    z, info = jaxsae.nnls(G, c)
+    z, _ = jaxsae.nnls(G, c)
     scaled, of_scaled = jaxsae.nnls(G * scale, c * scale)
     assert int(of_scaled.status) == Status.CONVERGED
     np.testing.assert_allclose(scaled, z, rtol=1e-4, atol=1e-6)

@@ -174,8 +174,9 @@ def one_at_a_time(f: Callable) -> Callable:
 
 def cholesky(gram: Float[Array, "k k"]) -> Float[Array, "k k"]:
     """The lower factor of a positive semi-definite `G` of unit diagonal, singular or not, with a few ulps added."""
-    jitter = 1 * gram.shape[-1] * jnp.finfo(gram.dtype).eps
-    return jnp.linalg.cholesky(gram + jitter * jnp.eye(gram.shape[-1], dtype=gram.dtype))
+    diagonal = 1 + gram.shape[-1] * jnp.finfo(gram.dtype).eps
+    gram = jnp.where(jnp.eye(gram.shape[-1], dtype=bool), diagonal, gram)
+    return jax.lax.linalg.cholesky(gram, symmetrize_input=False)  # which would read a large `G` across its rows
 
 
 @one_at_a_time

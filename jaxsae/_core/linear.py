@@ -4,6 +4,7 @@ A gradient that is summed over chunks of rows must not be found by transposing a
 dictionaries. `jax.custom_vjp` takes such a gradient, but forbids forward mode; this primitive has both, to any order.
 """
 
+import functools
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
@@ -29,9 +30,9 @@ def linear(f: Callable, transpose: Callable, static: Hashable, residuals: Any, x
     """
     residual_leaves, residual_tree = jax.tree.flatten(residuals)
     x_leaves, x_tree = jax.tree.flatten(x)
-    y = jax.eval_shape(lambda residuals, x: f(static, residuals, x), residuals, x)
-    operator = _Operator(f, transpose, static, residual_tree, x_tree, jax.tree.structure(y))
-    return jax.tree.unflatten(operator.y, operator.bind(residual_leaves, x_leaves))
+    operator = _Operator(f, transpose, static, residual_tree, x_tree)
+    leaves = operator.bind(residual_leaves, x_leaves)
+    return jax.tree.unflatten(operator.outputs([*residual_leaves, *x_leaves])[0], leaves)
 
 
 class _Operator(NamedTuple):
@@ -40,26 +41,33 @@ class _Operator(NamedTuple):
     static: Hashable
     residuals: Any  # tree structures
     x: Any
-    y: Any
 
-    def apply(self, residuals: list, x: list) -> list:
-        """The leaves of `y`, from those of the arguments."""
-        y = self.f(self.static, jax.tree.unflatten(self.residuals, residuals), jax.tree.unflatten(self.x, x))
-        return jax.tree.leaves(y)
+    def apply(self, residuals: list, x: list) -> Any:
+        """`y`, from the leaves of the arguments."""
+        return self.f(self.static, jax.tree.unflatten(self.residuals, residuals), jax.tree.unflatten(self.x, x))
 
     def bind(self, residuals: list, x: list, mesh: Any = None) -> list:
-        """`apply`, as a primitive."""
+        """The leaves of `y`, by the primitive."""
         mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
         return _linear.bind(*sharding.vary_alike([*residuals, *x]), operator=self, mesh=mesh)
 
-    def transposed(self) -> "_Operator":
-        """The transpose."""
-        return self._replace(f=self.transpose, transpose=self.f, x=self.y, y=self.x)
+    def outputs(self, leaves, mesh: Any = None) -> tuple[Any, list]:
+        """The tree structure of `y`, and the shapes and dtypes of its leaves."""
+        mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+        return _outputs(self, mesh, tuple((x.shape, jnp.dtype(x.dtype)) for x in leaves))
 
     def split(self, leaves) -> tuple[list, list]:
         """The residuals and `x`."""
         size = self.residuals.num_leaves
         return list(leaves[:size]), list(leaves[size:])
+
+
+@functools.lru_cache(maxsize=1024)  # an eager derivative would trace `f` at every call
+def _outputs(operator: _Operator, mesh, kinds: tuple) -> tuple[Any, list]:
+    structs = operator.split([jax.ShapeDtypeStruct(*kind) for kind in kinds])
+    with jax.sharding.use_abstract_mesh(mesh):
+        y = jax.eval_shape(operator.apply, *structs)
+    return jax.tree.structure(y), [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(y)]
 
 
 _linear = Primitive("jaxsae_linear")
@@ -68,15 +76,13 @@ _linear.multiple_results = True
 
 def _evaluate(*leaves, operator: _Operator, mesh):
     with jax.sharding.use_abstract_mesh(mesh):  # the mesh that it was traced under
-        return operator.apply(*operator.split(leaves))
+        return jax.tree.leaves(operator.apply(*operator.split(leaves)))
 
 
 def _shapes(*leaves, operator: _Operator, mesh):
-    structs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
-    with jax.sharding.use_abstract_mesh(mesh):
-        outputs = jax.eval_shape(operator.apply, *operator.split(structs))
     like, whole = leaves[0], leaves[0].sharding.update(spec=PartitionSpec())
-    return [like.update(shape=y.shape, dtype=y.dtype, weak_type=False, sharding=whole) for y in outputs]
+    _, outputs = operator.outputs(leaves, mesh)
+    return [like.update(shape=shape, dtype=dtype, weak_type=False, sharding=whole) for shape, dtype in outputs]
 
 
 def _jvp(primals, tangents, *, operator: _Operator, mesh):
@@ -89,7 +95,8 @@ def _jvp(primals, tangents, *, operator: _Operator, mesh):
 
         def at(*moved):
             places = dict(zip(moving, moved, strict=True))
-            return operator.apply([places.get(number, leaf) for number, leaf in enumerate(residuals)], x)
+            given = [places.get(number, leaf) for number, leaf in enumerate(residuals)]
+            return jax.tree.leaves(operator.apply(given, x))
 
         dots = [residuals_dot[number] for number in moving]
         parts.append(jax.jvp(at, [residuals[number] for number in moving], dots)[1])
@@ -98,7 +105,9 @@ def _jvp(primals, tangents, *, operator: _Operator, mesh):
 
 def _transpose(y_bar, *leaves, operator: _Operator, mesh):
     residuals, x = operator.split(leaves)
-    x_bar = operator.transposed().bind(residuals, [ad.instantiate_zeros(bar) for bar in y_bar], mesh)
+    y, _ = operator.outputs([*residuals, *(a.aval if ad.is_undefined_primal(a) else a for a in x)], mesh)
+    transposed = operator._replace(f=operator.transpose, transpose=operator.f, x=y)
+    x_bar = transposed.bind(residuals, [ad.instantiate_zeros(bar) for bar in y_bar], mesh)
     # What is known of `x` is zeros.
     return [None] * len(residuals) + [b if ad.is_undefined_primal(a) else None for a, b in zip(x, x_bar, strict=True)]
 
@@ -110,19 +119,23 @@ def _batch(leaves, axes, *, operator: _Operator, mesh):
     (residuals, x), (residual_axes, x_axes) = map(operator.split, (leaves, axes))
     x = [jnp.broadcast_to(a, (size, *a.shape)) if axis is None else a for a, axis in zip(x, x_axes, strict=True)]
     places = tuple(None if axis is None else 0 for axis in residual_axes)
-    trees = (jax.tree.structure(["leaf"] * tree.num_leaves) for tree in operator[3:])
-    y = _Operator(_mapped, _mapped_transpose, (operator, places), *trees).bind(residuals, x, mesh)
+    mapped = operator._replace(f=_mapped, transpose=_mapped_transpose, static=(operator, places))
+    y = mapped.bind(residuals, x, mesh)
     return y, [0] * len(y)
 
 
-def _mapped(static, residuals, x):
+def _mapped(static, residuals, x, transpose: bool = False):
     operator, places = static
-    return jax.vmap(operator.apply, in_axes=(list(places), 0))(residuals, x)
+    f = operator.transpose if transpose else operator.f
+
+    def one(residuals, x):
+        return f(operator.static, jax.tree.unflatten(operator.residuals, residuals), x)
+
+    return jax.vmap(one, in_axes=(list(places), 0))(jax.tree.leaves(residuals), x)
 
 
 def _mapped_transpose(static, residuals, y_bar):
-    operator, places = static
-    return _mapped((operator.transposed(), places), residuals, y_bar)
+    return _mapped(static, residuals, y_bar, transpose=True)
 
 
 _linear.def_impl(jax.jit(_evaluate, static_argnames=("operator", "mesh")))

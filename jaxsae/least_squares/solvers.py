@@ -318,7 +318,7 @@ class InteriorPoint:
 def _predict_and_correct(gram: Array, c: Array, p: Array, s: Array) -> tuple[Array, Array]:
     """The pair of `InteriorPoint` after one step."""
     scale = jax.lax.rsqrt(jnp.diagonal(gram) + s / p)
-    factor = cholesky(jnp.fill_diagonal(gram * scale[:, None] * scale, 1, inplace=False))
+    factor = cholesky(gram * scale[:, None] * scale)
     uphill, mu = c - matmul(gram, p), jnp.mean(p * s)
 
     def direction(product):  # towards p ∘ s = product, but for terms of second order
