@@ -95,8 +95,10 @@ def test_as_many_blurred_sources_as_pixels(solver):
     x, info = jaxsae.nnls_dense(jnp.asarray(A, jnp.float32), jnp.asarray(b, jnp.float32), None, solver)
     code = jaxsae.SparseCode(x, jnp.arange(n), n)
     kkt = jaxsae.certify(jnp.asarray(A.T, jnp.float32), jnp.asarray(b, jnp.float32), code).kkt
-    print(kkt, info)
-    assert int(info.status) == (Status.CONVERGED if kkt <= 1e-5 else Status.MAX_STEPS)
+    if int(info.status) == Status.CONVERGED:
+        assert kkt <= 1.1e-5  # from the residual: that of the solver is from a Gram matrix that was rounded
+    else:
+        assert (int(info.status), bool(kkt > 1e-5)) == (Status.MAX_STEPS, True)
     if solver is None:
         assert int(info.status) == Status.CONVERGED
         assert 2 * error(A, b, x) <= 1e-6 * b @ b

@@ -57,7 +57,7 @@ def nnls(
       >>> A = jnp.array([[1.0, 1.0], [3.0, 2.0]])
       >>> z, info = jaxsae.nnls(A.T @ A, A.T @ jnp.array([2.0, 3.0]))
       >>> jnp.round(z, 3), int(info.status)
-      (Array([1. , 0. ], dtype=float32), 0)
+      (Array([0. , 1.6], dtype=float32), 0)
 
     Source: Lawson & Hanson (1974), "Solving least squares problems", Chapter 23; the solvers name their own.
     """
@@ -102,7 +102,7 @@ def nnls_dense(
       >>> import jax.numpy as jnp, jaxsae
       >>> x, info = jaxsae.nnls_dense(jnp.array([[1.0, 1.0], [3.0, 2.0]]), jnp.array([2.0, 3.0]))
       >>> jnp.round(x, 3), int(info.status)
-      (Array([1. , 0. ], dtype=float32), 0)
+      (Array([0. , 1.6], dtype=float32), 0)
 
     Source: Lawson & Hanson (1974), "Solving least squares problems", Chapter 23.
     """

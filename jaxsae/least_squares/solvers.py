@@ -326,7 +326,7 @@ def _predict_and_correct(gram: Array, c: Array, p: Array, s: Array) -> tuple[Arr
         return dp, (product - p * s - s * dp) / p
 
     def longest(dp, ds):
-        return 1 / jnp.maximum(1, jnp.maximum(jnp.max(-dp / p), jnp.max(-ds / s)))
+        return 1 / jnp.maximum(jnp.max(-dp / p, initial=1), jnp.max(-ds / s, initial=1))
 
     dp, ds = direction(jnp.zeros_like(p))
     step = longest(dp, ds)
