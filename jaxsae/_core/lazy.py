@@ -31,7 +31,8 @@ def attach(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], 
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         if places[name] == package:
             return importlib.import_module(f"{package}.{name}")
-        found = getattr(importlib.import_module(places[name]), name)
+        place = importlib.import_module(places[name])
+        found = getattr(place, name) if hasattr(place, name) else importlib.import_module(f"{places[name]}.{name}")
         setattr(sys.modules[package], name, found)
         return found
 

@@ -90,17 +90,23 @@ def _jvp(primals, tangents, *, operator: _Operator, mesh):
     y, parts = operator.bind(residuals, x, mesh), []
     if any(type(dot) is not ad.Zero for dot in x_dot):
         parts.append(operator.bind(residuals, [ad.instantiate_zeros(dot) for dot in x_dot], mesh))
-    moving = [number for number, dot in enumerate(residuals_dot) if type(dot) is not ad.Zero]
+    moving = tuple(number for number, dot in enumerate(residuals_dot) if type(dot) is not ad.Zero)
     if moving:
-
-        def at(*moved):
-            places = dict(zip(moving, moved, strict=True))
-            given = [places.get(number, leaf) for number, leaf in enumerate(residuals)]
-            return jax.tree.leaves(operator.apply(given, x))
-
         dots = [residuals_dot[number] for number in moving]
-        parts.append(jax.jvp(at, [residuals[number] for number in moving], dots)[1])
+        parts.append(_moved(residuals, x, dots, operator=operator, moving=moving, mesh=mesh))
     return y, parts[0] if len(parts) == 1 else [a + b for a, b in zip(*parts, strict=True)]
+
+
+@functools.partial(jax.jit, static_argnames=("operator", "moving", "mesh"))
+def _moved(residuals, x, dots, *, operator: _Operator, moving: tuple[int, ...], mesh):
+    """The tangent of `y`, from those of some of the residuals."""
+
+    def at(*moved):
+        places = dict(zip(moving, moved, strict=True))
+        given = [places.get(number, leaf) for number, leaf in enumerate(residuals)]
+        return _evaluate(*given, *x, operator=operator, mesh=mesh)
+
+    return jax.jvp(at, [residuals[number] for number in moving], dots)[1]
 
 
 def _transpose(y_bar, *leaves, operator: _Operator, mesh):

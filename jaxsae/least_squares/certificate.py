@@ -156,7 +156,7 @@ def certify_gram(
 
     As `certify`, with `s = max_i |c_i|/√G_ii` in place of `‖y‖`, which a Gram matrix does not hold: `s` is the length
     of `y` along its best atom, so that both bounds are at least those of `certify`. The gradient `Gz − c` is summed in
-    twice the precision; the rounding of `G` and `c` themselves is not seen.
+    twice the precision; the rounding of `G` and `c` themselves is not seen. The gap has the allowance of `Certificate`.
 
     Args:
       G: `[*b n n]`, symmetric and positive semi-definite.
@@ -165,7 +165,7 @@ def certify_gram(
       nonnegative: whether the constraint is `z ≥ 0`; free signs otherwise.
 
     Returns:
-      `Certificate`, `[*b]` in float32 or better; NaN where a row is not finite or `G` is not symmetric beyond rounding.
+      `Certificate`, `[*b]` in float32 or better; NaN where a row is not finite, or `G` and `c` are `INVALID` to `nnls`.
 
     Raises:
       ValueError, TypeError: at trace time, if shapes or dtypes do not fit together.
@@ -178,16 +178,16 @@ def certify_gram(
     Source: Boyd & Vandenberghe (2004), "Convex optimization", Section 5.5: duality gaps and KKT conditions.
     """
     G, c, z = problems.validate_gram(G, c, z, "certify_gram")
-    return Certificate(*_certify_gram(nonnegative, (), (c, G, z)))
+    return Certificate(*sharding.automatic(functools.partial(_certify_gram, nonnegative), c)(c, G, z))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _certify_gram(nonnegative: bool, shared, per_row):
+def _certify_gram(nonnegative: bool, *per_row):
     batch, rows = chunking.flatten(per_row)
     n, itemsize = rows[0].shape[-1], rows[0].dtype.itemsize
 
     def chunk(c, G, z):
-        problem, valid = problems.unit_free(G, c)
+        problem, valid = problems.unit_free(G, c, nonnegative)
         z = z.astype(c.dtype) * problem.unit
         finite = problem.finite & valid & jnp.isfinite(z).all(1)
         certify_row = jax.vmap(functools.partial(_certify_gram_row, nonnegative))

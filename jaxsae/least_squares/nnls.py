@@ -44,9 +44,9 @@ def nnls(
 
     Returns:
       Values `[*b n]`, and `RefitInfo`: status `NONFINITE` where `G`, `c` or `z0` hold NaN or Inf, and `INVALID` where
-      `G` is not symmetric beyond rounding, or has entries that no positive semi-definite matrix has; such rows are
-      returned unchanged. One that is indefinite otherwise may end at any point that satisfies the KKT conditions, or
-      with status `MAX_STEPS`.
+      `G` is not symmetric beyond rounding or has entries that no positive semi-definite matrix has, or a value has no
+      limit (`G_ii = 0 < c_i`, as where a product underflows); such rows are returned unchanged. A `G` that is
+      indefinite otherwise may end at any point that satisfies the KKT conditions, or with status `MAX_STEPS`.
 
     Raises:
       ValueError, TypeError: at trace time, if shapes or dtypes do not fit together, or a known `tol` or `max_steps` of
@@ -64,8 +64,13 @@ def nnls(
     G, c, z0 = problems.validate_gram(G, c, z0, "nnls")
     if solver is None:
         solver = solvers.default(c.shape[-1], dtype=c.dtype)
-    solver = solvers.resolve(solver)
-    check_solver(solver)
+    solver = check_solver(solver)
+    if jax.sharding.get_abstract_mesh().explicit_axes:
+
+        def own(G, c, z0, solver):
+            return nnls(G, c, z0, solver, nonnegative=nonnegative)
+
+        return sharding.automatic(own, c)(G, c, z0, solver)
     shared, per_row = sharding.vary_alike((solver, (c, G, z0)))
     return _nnls(nonnegative, shared, per_row)
 
@@ -130,7 +135,7 @@ def _solve_rows(nonnegative: bool, solver, per_row):
     n, itemsize = c.shape[-1], c.dtype.itemsize
 
     def chunk(c, G, z0):
-        problem, valid = problems.unit_free(G, c)
+        problem, valid = problems.unit_free(G, c, nonnegative)
         values = jnp.where(valid[:, None], z0.astype(c.dtype), 0)
         solved = problems.solved(solver, problem, values, nonnegative, drive=problems.drive_chain)
         finite = solved.finite & jnp.isfinite(z0).all(1)
@@ -154,7 +159,11 @@ def _nnls_tangent(nonnegative: bool, primals, tangents):
     (_, (_, G, _)), (_, (c_dot, G_dot, _)) = primals, tangents
     z, info = _nnls(nonnegative, *primals)
     free = (info.status < Status.NONFINITE)[..., None] & ((z > 0) | (not nonnegative))
-    kept = jnp.where(free, z, 0).astype(G.dtype)
-    rhs = c_dot - matmul(G_dot, kept[..., None])[..., 0]
+    return (z, info), (_tangent(G, z, free, G_dot, c_dot), zero_from_primal(info))
+
+
+@jax.jit  # or a derivative outside of `jit` would compile its solution of equations at every call
+def _tangent(G, z, free, G_dot, c_dot):
+    rhs = c_dot - matmul(G_dot, jnp.where(free, z, 0).astype(G.dtype)[..., None])[..., 0]
     flat = (x.reshape(-1, *x.shape[z.ndim - 1 :]) for x in (G, free, jnp.where(free, rhs, 0)))
-    return (z, info), (implicit.solve_free(*flat).reshape(z.shape).astype(z.dtype), zero_from_primal(info))
+    return implicit.solve_free(*flat).reshape(z.shape).astype(z.dtype)

@@ -124,20 +124,26 @@ def problems(dictionary: Any, y: Array, indices: Array, *, num_latents: int, rid
     return Problem(gram, divide(c, norm * y_norm), unit, weight, finite)
 
 
-def unit_free(G: Array, c: Array) -> tuple[Problem, Array]:
-    """The unit-free problems of `n` rows, with `max |c_i|` of 1; and whether `G` can be positive semi-definite."""
+def unit_free(G: Array, c: Array, nonnegative: bool) -> tuple[Problem, Array]:
+    """The unit-free problems of `n` rows, with `max |c_i|` of 1; and whether they can be those of a least-squares fit.
+
+    They cannot if `G` is not symmetric, has entries that no positive semi-definite matrix has, or has no limit for a
+    value: a zero on the diagonal where `c` is not 0.
+    """
     diagonal = jnp.diagonal(G, axis1=1, axis2=2)
+    finite = jnp.isfinite(G).all((1, 2)) & jnp.isfinite(c).all(1)
     norm = jnp.sqrt(jnp.maximum(diagonal, 0))
     gram = divide(divide(G, norm[:, :, None]), norm[:, None, :])
-    c = divide(c, norm)
-    scale = max_or_nan(jnp.abs(c), 1, True)
-    unit = divide(norm, scale)
     rounding = jnp.finfo(c.dtype).eps ** 0.5
     skew = jnp.max(jnp.abs(gram - jnp.swapaxes(gram, 1, 2)), axis=(1, 2), initial=0)
     size = jnp.where(diagonal[:, :, None] > 0, jnp.abs(gram), jnp.where(G == 0, 0, jnp.inf))
     largest = jnp.max(size, axis=(1, 2), initial=0)
-    valid = (skew <= rounding) & (largest <= 1 + rounding) & (diagonal >= 0).all(1)
-    finite = jnp.isfinite(G).all((1, 2)) & jnp.isfinite(scale[:, 0]) & representable(unit).all(1)
+    limited = (diagonal > 0) | ((c <= 0) if nonnegative else (c == 0))
+    valid = (skew <= rounding) & (largest <= 1 + rounding) & ((diagonal >= 0) & limited).all(1)
+    c = divide(c, norm)
+    scale = max_or_nan(jnp.abs(c), 1, True)
+    unit = divide(norm, scale)
+    finite &= jnp.isfinite(scale[:, 0]) & representable(unit).all(1)
     weight = divide(norm, jnp.max(norm, axis=1, keepdims=True, initial=0))
     return Problem(gram, divide(c, scale), unit, weight, finite), valid
 
@@ -215,7 +221,8 @@ def solved(
     start = values * problem.unit
     start = jnp.maximum(start, 0) if nonnegative else start
     # A start far away (‖y‖² is 1 here) loses precision to rounding; NaN and overflow count as far away.
-    warm_started = jax.vmap(objective_gap)(problem.gram, problem.c, start, jnp.zeros_like(start)) < 10
+    gap = jax.vmap(objective_gap)(problem.gram, problem.c, start, jnp.zeros_like(start))
+    warm_started = (gap < 10) & (gap > -jnp.inf)
     start = jnp.where(warm_started[:, None], start, 0)
     max_steps = jnp.full(values.shape[:1], solver.max_steps, jnp.int32)
     x, kkt, steps = drive(solver, problem, start, max_steps, nonnegative)
@@ -418,4 +425,4 @@ def validate_gram(G: Any, c: Any, z: Any, name: str) -> tuple[Array, Array, Arra
             f"shape {G.shape[:-1]}."
         )
     dtype = result_type(G, c, jnp.float32)
-    return G.astype(dtype), c.astype(dtype), z
+    return G.astype(dtype), c.astype(dtype), z.astype(result_type(G, c))

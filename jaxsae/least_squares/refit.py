@@ -118,15 +118,17 @@ def _refit_code(
         )
     kernel = solver is None and ops.applies(dictionary, code.indices, y, code.values)
     if solver is None:
-        solver = solvers.default(code.indices.shape[-1], y.shape[-1], kernel=kernel)
-    solver = solvers.resolve(solver)
-    check_solver(solver)
+        dtype = problems.accumulator(dictionary, y)
+        solver = solvers.default(code.indices.shape[-1], y.shape[-1], dtype=dtype, kernel=kernel)
+    solver = check_solver(solver)
+    if jax.sharding.get_abstract_mesh().explicit_axes:
+
+        def own(dictionary, y, code, solver, ridge):
+            return _refit_code(dictionary, y, code, solver, nonnegative, ridge, workspace_bytes, passes=passes)
+
+        return sharding.automatic(own, code.indices)(dictionary, y, code, solver, jnp.asarray(ridge))
     ridge = jnp.asarray(ridge, problems.accumulator(dictionary, y))
     static = _Static(nonnegative, code.num_latents, workspace_bytes, kernel, passes)
-    if jax.sharding.get_abstract_mesh().explicit_axes:
-        options = {"solver": solver, "nonnegative": nonnegative, "ridge": ridge, "workspace_bytes": workspace_bytes}
-        own = functools.partial(_refit_code, passes=passes, **options)
-        return sharding.automatic(own, code.indices)(dictionary, y, code)
     if sharding.is_sharded(code.num_latents) and problems.is_array(dictionary):
         values, info = _refit_by_devices(static, solver, dictionary, y, code.indices, code.values, ridge)
         return dataclasses.replace(code, values=values), info
@@ -135,13 +137,19 @@ def _refit_code(
     return dataclasses.replace(code, values=values), info
 
 
-def check_solver(solver: solvers.Solver | None) -> None:
-    """Raise if a known number of a solver, or of its fallbacks, is negative or not finite."""
-    while solver is not None:
-        check = functools.partial(problems.check_numbers, type(solver).__name__, do="a finite number of at least 0")
-        check("tol", solver.tol)
-        check("max_steps", solver.max_steps)
-        solver = solver.fallback
+def check_solver(solver: solvers.Solver) -> solvers.Solver:
+    """`resolve` a solver; raise if it is none, or a known number of it or of its fallbacks is invalid."""
+    if isinstance(solver, type) or not isinstance(solver, solvers.Solver):
+        raise TypeError(f"got {solver!r} as a solver; pass an instance, such as jaxsae.FISTA().")
+    if solver.tol is None:
+        raise ValueError(f"`{type(solver).__name__}` got a tol of None, which only a fallback may have; pass a number.")
+    resolved = each = solvers.resolve(solver)
+    while each is not None:
+        check = functools.partial(problems.check_numbers, type(each).__name__, do="a finite number of at least 0")
+        check("tol", each.tol)
+        check("max_steps", each.max_steps)
+        each = each.fallback
+    return resolved
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -266,8 +274,9 @@ def _at(rows: problems.UnitRows, x, nonnegative: bool) -> _Point:
 
 
 def _lower(point: _Point, other: _Point):
-    """Whether the objective is lower at one point than at another, `[n 1]`; false for NaN."""
-    return jnp.sum((point.x - other.x) * (point.gradient + other.gradient), axis=1, keepdims=True) < 0
+    """Whether the objective is lower at one point than at another, `[n 1]`; false for NaN and overflow."""
+    change = jnp.sum((point.x - other.x) * (point.gradient + other.gradient), axis=1, keepdims=True)
+    return (change < 0) & (change > -jnp.inf)
 
 
 def _choose(where, point: _Point, other: _Point) -> _Point:
