@@ -153,6 +153,10 @@ def test_what_is_not_used_is_not_imported(script, never):
     assert not {*never} & {*loaded}
 
 
+def test_a_module_may_be_the_first_name_that_is_imported():
+    assert run_python("from jaxsae import pytrees; print(pytrees.__name__)").strip() == "jaxsae._core.pytrees"
+
+
 def test_flax_serialises_what_was_defined_before_it_was_imported():
     script = """
 import jaxsae, numpy as np

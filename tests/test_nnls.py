@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from problems import compilations
 
 import jaxsae
 from benchmarks.nnls import error, gaussians, optimum, pixels
@@ -191,6 +192,17 @@ def test_derivatives_are_finite_at_a_degenerate_point(solver):
         assert all(np.isfinite(x).all() for x in jacobian(solve, (0, 1))(G, c))
 
 
+@pytest.mark.parametrize("differentiate", [jax.grad, jax.jacfwd, jax.hessian])
+def test_a_second_derivative_call_compiles_nothing(differentiate):
+    G, c = 2 * jnp.eye(4) + 0.1, jnp.array([1.0, -1.0, 2.0, 0.5])
+    slope = differentiate(lambda c: jnp.sum(jnp.sin(jaxsae.nnls(G, c)[0])))
+    slope(c)
+    other = c + 0.1
+    with compilations() as seen:
+        jax.block_until_ready(slope(other))
+    assert not seen
+
+
 # --- Batches, starts, scales
 
 
@@ -206,6 +218,23 @@ def test_rows_do_not_depend_on_their_batch(random, x64):
         alone, about = jaxsae.nnls(G[row], c[row])
         np.testing.assert_array_equal(alone, z[row])
         assert about.steps == info.steps[row]
+
+
+def test_rows_are_split_over_an_explicit_mesh(random):
+    A, b = random
+    c = jnp.asarray((b + np.random.default_rng(2).normal(size=(8, 30))) @ A, jnp.float32)
+    G = jnp.asarray(np.broadcast_to(A.T @ A, (8, 12, 12)), jnp.float32)
+    z, _ = jaxsae.nnls(G, c)
+    slope = jax.grad(lambda c: jaxsae.nnls(G, c)[0].sum())(c)
+    mesh = jax.make_mesh((8,), ("rows",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        G, c = (jax.device_put(x, jax.NamedSharding(mesh, jax.P("rows"))) for x in (G, c))
+        found, _ = jaxsae.nnls(G, c)
+        np.testing.assert_allclose(found, z, rtol=1e-5, atol=1e-6)
+        assert jax.typeof(found).sharding.spec[0] == "rows"
+        assert np.all(jaxsae.certify_gram(G, c, found).kkt <= 1e-5)
+        split = jax.jit(jax.grad(lambda c: jaxsae.nnls(G, c)[0].sum()))(c)
+        np.testing.assert_allclose(split, slope, rtol=1e-4, atol=1e-5)
 
 
 def test_the_solution_of_a_problem_nearby_saves_factorisations(x64):
@@ -228,6 +257,25 @@ def test_units_do_not_matter(scale, random):
     scaled, of_scaled = jaxsae.nnls(G * scale, c * scale)
     assert int(of_scaled.status) == Status.CONVERGED
     np.testing.assert_allclose(scaled, z, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e19, 1e38])
+def test_a_start_whose_objective_overflows_is_replaced(size, random):
+    A, b = random
+    G, c = gram(A, b, np.float32)
+    z, info = jaxsae.nnls(G, c, jnp.full(12, size, jnp.float32))
+    x, of_dense = jaxsae.nnls_dense(*(jnp.asarray(v, jnp.float32) for v in (A, b)), jnp.full(12, size, jnp.float32))
+    assert (int(info.status), int(of_dense.status)) == (Status.CONVERGED, Status.CONVERGED)
+    assert max(excess(A, b, z), excess(A, b, x)) <= 1e-6
+
+
+def test_a_product_that_underflows_is_not_called_solved(random):
+    A, b = (jnp.asarray(x, jnp.float32) for x in random)
+    A = A * 1e-25
+    assert int(jaxsae.nnls(A.T @ A, A.T @ b)[1].status) == Status.INVALID
+    x, info = jaxsae.nnls_dense(A, b)
+    assert int(info.status) == Status.CONVERGED
+    assert excess(*random, np.asarray(x, float) * 1e-25) <= 1e-6
 
 
 def test_more_columns_than_rows_and_repeated_columns(x64):
@@ -297,6 +345,9 @@ def test_rows_that_are_no_problem_have_a_status_and_touch_no_other():
         "asymmetric": (good.at[0, 1].set(0.5), jnp.ones(3), Status.INVALID),
         "negative diagonal": (good.at[0, 0].set(-1.0), jnp.ones(3), Status.INVALID),
         "beyond Cauchy and Schwarz": (good.at[0, 1].set(2.0).at[1, 0].set(2.0), jnp.ones(3), Status.INVALID),
+        "without limit": (good.at[2].set(0).at[:, 2].set(0), jnp.ones(3), Status.INVALID),
+        "nan at a zero": (good.at[2].set(0).at[:, 2].set(0), jnp.array([1, 1, jnp.nan]), Status.NONFINITE),
+        "best at 0": (good.at[2].set(0).at[:, 2].set(0), jnp.array([1.0, 1.0, -1.0]), Status.CONVERGED),
         "nothing": (jnp.zeros((3, 3)), jnp.zeros(3), Status.CONVERGED),
     }
     G, c = (jnp.stack(x) for x in zip(*[row[:2] for row in rows.values()], strict=True))
@@ -305,8 +356,18 @@ def test_rows_that_are_no_problem_have_a_status_and_touch_no_other():
     assert info.status.tolist() == [row[2] for row in rows.values()]
     alone, _ = jaxsae.nnls(good, jnp.ones(3), z0[0])
     np.testing.assert_array_equal(z[0], alone)
-    np.testing.assert_array_equal(z[1:6], z0[1:6])
-    np.testing.assert_array_equal(z[6], 0)
+    bad = info.status >= Status.NONFINITE
+    np.testing.assert_array_equal(z[bad], z0[bad])
+    np.testing.assert_array_equal(z[-1], 0)
+    certificate = jaxsae.certify_gram(G, c, jnp.nan_to_num(z))
+    np.testing.assert_array_equal(np.isnan(certificate.kkt), bad)
+
+
+@pytest.mark.parametrize("solver", ["cg", jaxsae.FISTA, jaxsae.FISTA(tol=None)], ids=str)
+def test_what_is_no_solver_is_refused(solver, unchecked):
+    for call in (jaxsae.nnls, jaxsae.nnls_dense):
+        with pytest.raises((TypeError, ValueError), match=r"pass an instance|pass a number"):
+            call(jnp.eye(2), jnp.ones(2), None, solver)
 
 
 def test_an_indefinite_matrix_ends_and_says_so():
