@@ -93,7 +93,7 @@ def nnls_dense(
       A: `[m n]`, tall or wide; columns may be repeated or zero.
       b: `[*b m]`, any number of right-hand sides.
       x0: starting values `[*b n]`, 0 by default.
-      solver: as for `refit`.
+      solver: as for `nnls`.
       nonnegative: constrain `x ≥ 0`.
       ridge: weight of `½‖x‖²`.
 
@@ -116,6 +116,8 @@ def nnls_dense(
         raise ValueError(f"`nnls_dense` got A of shape {A.shape} and b of shape {b.shape}; pass (m, n) and (*b, m).")
     n, batch = A.shape[1], b.shape[:-1]
     values = jnp.zeros((*batch, n), result_type(A, b)) if x0 is None else as_array(x0)
+    if solver is None:
+        solver = solvers.default(n, dtype=result_type(A, b, jnp.float32))
     indices = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (*batch, n))
     code, info = refit(A.T, b, SparseCode(values, indices, n), solver, nonnegative=nonnegative, ridge=ridge)
     return code.values, info

@@ -118,8 +118,7 @@ def _refit_code(
         )
     kernel = solver is None and ops.applies(dictionary, code.indices, y, code.values)
     if solver is None:
-        dtype = problems.accumulator(dictionary, y)
-        solver = solvers.default(code.indices.shape[-1], y.shape[-1], dtype=dtype, kernel=kernel)
+        solver = solvers.default(code.indices.shape[-1], y.shape[-1], kernel=kernel)
     solver = check_solver(solver)
     if jax.sharding.get_abstract_mesh().explicit_axes:
 

@@ -457,12 +457,13 @@ def default(k: int, d: int | None = None, *, dtype: Any = jnp.float32, kernel: b
     (`jaxsae.kernels`) run FISTA in fast memory. No accelerator has been measured yet, so elsewhere the default does not
     depend on the backend.
 
-    From 256 slots on, and for `nnls` in float64, problems are taken to be as ill-conditioned as those of inverting
-    images: `BlockPivoting` is the fastest where it ends, and `InteriorPoint` takes the rows on which it does not.
+    Without a width, that is for `nnls` and `nnls_dense`, problems of 256 values or more, or in float64, are taken to be
+    as ill-conditioned as those of inverting images: `BlockPivoting` is the fastest where it ends, and `InteriorPoint`
+    takes the rows on which it does not.
 
     Args:
       k: slots per row.
-      d: width; None where there is a Gram matrix alone.
+      d: width of the atoms; None for `nnls` and `nnls_dense`.
       dtype: dtype of the arithmetic.
       kernel: whether a kernel will solve the rows.
 
@@ -472,14 +473,13 @@ def default(k: int, d: int | None = None, *, dtype: Any = jnp.float32, kernel: b
     Example:
       >>> import jaxsae
       >>> type(jaxsae.solvers.default(32, 768)).__name__, type(jaxsae.solvers.default(1024, 768)).__name__
-      ('ConjugateGradient', 'BlockPivoting')
+      ('ConjugateGradient', 'FISTA')
     """
-    double = jnp.dtype(dtype) == jnp.float64
     if kernel:
         return FISTA(tol=1e-6, max_steps=256, fallback=BlockPivoting(tol=1e-6))
-    if k >= 256 or (d is None and double):
-        return BlockPivoting(tol=1e-12 if double else 1e-6, max_steps=20, fallback=InteriorPoint(tol=None))
-    if d is not None and k > d:
-        return FISTA()
-    fallback = FISTA() if d is not None else InteriorPoint(tol=None)
-    return ConjugateGradient(tol=1e-6, max_steps=128, fallback=BlockPivoting(tol=1e-6, fallback=fallback))
+    if d is not None:
+        return FISTA() if k > d else ConjugateGradient(tol=1e-6, max_steps=128, fallback=BlockPivoting(tol=1e-6))
+    double = jnp.dtype(dtype) == jnp.float64
+    tol = 1e-12 if double else 1e-6
+    pivoting = BlockPivoting(tol=tol, max_steps=20, fallback=InteriorPoint(tol=None))
+    return pivoting if double or k >= 256 else ConjugateGradient(tol=tol, max_steps=128, fallback=pivoting)
