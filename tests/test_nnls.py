@@ -117,11 +117,10 @@ def test_two_atoms_of_which_one_is_best_alone(start):
     z, _ = jaxsae.nnls(D @ D.T, D @ y, jnp.array(start))
     x, _ = jaxsae.nnls_dense(D.T, y, jnp.array(start))
     assert int(info.status) == Status.CONVERGED
-    expected = np.linalg.norm(y - best.values @ D)
-    least = optimum(np.asarray(D.T, float), np.asarray(y, float))
+    np.testing.assert_allclose(optimum(np.asarray(D.T, float), np.asarray(y, float)), [0, 1.6], atol=1e-12)
     for values in (best.values, z, x):
-        np.testing.assert_allclose(values, least, atol=1e-5)
-    assert expected <= np.linalg.norm(np.asarray(y) - least @ np.asarray(D)) + 1e-5
+        np.testing.assert_allclose(values, [0, 1.6], atol=1e-5)
+        np.testing.assert_allclose(np.linalg.norm(y - values @ D), 0.2**0.5, rtol=1e-5)
     assert jaxsae.certify(D, y, jaxsae.SparseCode(jnp.array([0.824, 0.394]), jnp.arange(2), 2)).kkt > 1e-3
 
 
@@ -354,6 +353,8 @@ def test_rows_that_are_no_problem_have_a_status_and_touch_no_other():
     z0 = jnp.full((len(rows), 3), 0.25)
     z, info = jaxsae.nnls(G, c, z0)
     assert info.status.tolist() == [row[2] for row in rows.values()]
+    with pytest.raises(RuntimeError, match=r"4 of 10 rows .* no Gram matrix \(rows 3, 4, 5, 6\)"):
+        jaxsae.check(info)
     alone, _ = jaxsae.nnls(good, jnp.ones(3), z0[0])
     np.testing.assert_array_equal(z[0], alone)
     bad = info.status >= Status.NONFINITE

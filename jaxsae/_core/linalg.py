@@ -207,7 +207,7 @@ def _solve_masked(gram, on, rhs):
 
 @one_at_a_time
 def _solve_packed(gram, on, rhs):
-    """`_solve_masked` of the first width that holds `F`: half the coordinates take an eighth of the time."""
+    """`_solve_masked` of the first width that holds `F`: half the coordinates take an eighth of the work."""
     widths = [math.ceil(on.size * eighths / 8) for eighths in (1, 2, 3, 4, 6, 8)]
     order = jnp.argsort(~on, stable=True)
 

@@ -34,7 +34,7 @@ class RefitInfo:
       steps: `[*b]` int32, solver steps taken.
       status: `[*b]` int32, a `Status`: 0 converged, to the tolerance of the solver or of its last fallback; 1 stopped
         at `max_steps`; 2 not finite, or outside the dtype's normal range; 3 invalid: a ridge or penalty is negative or
-        not finite. Rows with status 2 or 3 are returned unchanged.
+        not finite, or `nnls` got a matrix that is no Gram matrix. Rows with status 2 or 3 are returned unchanged.
 
     Example:
       >>> import jax.numpy as jnp, jaxsae
@@ -78,7 +78,11 @@ def check(info_or_code: RefitInfo | SparseCode) -> None:
     failures = []
     for kind, what, do in (
         (Status.NONFINITE, "hold NaN or Inf", "fix them"),
-        (Status.INVALID, "have a ridge or penalty that is negative or not finite", "pass 0 or more"),
+        (
+            Status.INVALID,
+            "have a ridge or penalty that is negative or not finite, or a matrix that is no Gram matrix",
+            "pass 0 or more, and a positive semi-definite matrix",
+        ),
         (Status.MAX_STEPS, "stopped at max_steps", "raise max_steps or tol"),
     ):
         rows, worst = np.flatnonzero(status == kind), ""

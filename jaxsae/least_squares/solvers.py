@@ -274,8 +274,9 @@ class InteriorPoint:
         (G + diag(s/p)) Δp = c − Gp + μ̂/p,   Δs = (μ̂ − p ∘ s − s ∘ Δp)/p,
 
     first for `μ̂ = 0`, then for `μ̂ = (μₐ/μ)³ μ − Δpₐ ∘ Δsₐ`, with `μₐ` the mean of `p ∘ s` that the first would reach,
-    and goes 0.995 of the way to the bounds. `z` is `p` where `p > s`, and 0 elsewhere. It takes 10 to 20 factorisations
-    whatever the condition number and however many optima there are, and cannot cycle. A start is of little use to it.
+    and goes 0.995 of the way to the bounds. `z` is `p` where `p > s`, and 0 elsewhere. In float64 it took
+    15 to 18 factorisations in every problem of `python -m benchmarks nnls`, up to a condition number of 1e20; it cannot
+    cycle. A start is of little use to it.
 
     Attributes:
       tol: stop a row when its relative KKT residual is at most this.
