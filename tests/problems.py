@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.optimize
+from flax import struct
 
 import jaxsae
 from jaxsae import SparseCode
@@ -80,9 +81,24 @@ def optimum(dictionary, y, code: SparseCode, nonnegative=True, ridge=0.0) -> Spa
         atoms = atoms_of(dictionary, code)[row]
         system = np.concatenate([atoms.T, np.sqrt(ridge) * np.eye(len(atoms))])
         target = np.concatenate([f64(y)[row], np.zeros(len(atoms))])
-        solution = scipy.optimize.nnls(system, target) if nonnegative else np.linalg.lstsq(system, target)
-        z[row] = solution[0]
+        z[row] = scipy_nnls(system, target) if nonnegative else np.linalg.lstsq(system, target)[0]
     return code.replace(values=z)
+
+
+def scipy_nnls(A: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """`min ‖Ax − b‖` over `x ≥ 0` by scipy, or an error where its answer is no optimum: scipy 1.15 gave such answers.
+
+    The gradient may be rounding: of sums whose terms are as large as `‖a_i‖ (‖b‖ + Σ_j x_j ‖a_j‖)`.
+    """
+    # Rows of zeros change no solution, and scipy 1.17 aborts the process on a matrix wider than it is high.
+    n = A.shape[1]
+    x, _ = scipy.optimize.nnls(np.pad(A, ((0, n), (0, 0))), np.pad(b, (0, n)))
+    norms, gradient = np.linalg.norm(A, axis=0), A.T @ (A @ x - b)
+    violation = np.where(x > 0, np.abs(gradient), np.maximum(-gradient, 0))
+    allowed = 1e-10 * norms * (np.linalg.norm(b) + x @ norms)
+    if not (np.all(x >= 0) and np.all(violation <= allowed)):
+        raise ArithmeticError(f"scipy's answer is no optimum: its gradient violates the KKT conditions by {violation}")
+    return x
 
 
 def objective_gap(dictionary, y, code: SparseCode, nonnegative=True) -> np.ndarray:
@@ -221,3 +237,23 @@ def compilations():
         yield seen
     finally:
         jax.monitoring.unregister_event_duration_listener(count)
+
+
+@struct.dataclass
+class Int8:
+    """A dictionary that is not an array: atoms as int8, with a scale each."""
+
+    q: jax.Array  # [m d]
+    scale: jax.Array  # [m 1]
+
+    def take(self, indices):
+        return self.q[indices].astype(jnp.float32) * self.scale[indices]
+
+    def correlate(self, r):
+        products = jnp.matmul(r, self.q.astype(r.dtype).T, precision=jax.lax.Precision.HIGHEST)
+        return products * self.scale[:, 0]
+
+    @classmethod
+    def quantise(cls, dictionary):
+        scale = jnp.max(jnp.abs(dictionary), axis=1, keepdims=True) / 127
+        return cls(jnp.round(dictionary / jnp.where(scale > 0, scale, 1)).astype(jnp.int8), scale)

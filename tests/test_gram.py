@@ -5,27 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import struct
-from problems import assert_same_bits, atoms_of, f64, nmse, objective, problem
+from problems import Int8, assert_same_bits, atoms_of, f64, nmse, objective, problem
 
 import jaxsae
 from jaxsae import SparseCode
 from jaxsae.least_squares import problems
-
-
-@struct.dataclass
-class Int8:
-    """Atoms as int8 with a scale each."""
-
-    q: jax.Array  # [m d]
-    scale: jax.Array  # [m 1]
-
-    def take(self, indices):
-        return self.q[indices].astype(jnp.float32) * self.scale[indices]
-
-    @classmethod
-    def quantise(cls, dictionary):
-        scale = jnp.max(jnp.abs(dictionary), axis=1, keepdims=True) / 127
-        return cls(jnp.round(dictionary / scale).astype(jnp.int8), scale)
 
 
 @struct.dataclass

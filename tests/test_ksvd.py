@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.optimize
-from problems import assert_same_bits, f64, residual, with_code
+from problems import assert_same_bits, f64, residual, scipy_nnls, with_code
 
 import jaxsae
 from benchmarks.ksvd import recovered, synthetic
@@ -109,9 +108,9 @@ def test_non_negative_least_squares_do_no_better_in_either_factor():
     _, y, _ = signals(nonnegative=True, nonnegative_atoms=True)
     code = SparseCode(jnp.ones((N, 1)), jnp.zeros((N, 1), jnp.int32), 1)
     (atom,), updated = ksvd.exact(jnp.ones((1, D)), y, code, nonnegative=True, nonnegative_atoms=True)
-    best_values = [scipy.optimize.nnls(f64(atom)[:, None], row)[0][0] for row in f64(y)]
+    best_values = [scipy_nnls(f64(atom)[:, None], row)[0] for row in f64(y)]
     np.testing.assert_allclose(updated.values[:, 0], best_values, atol=1e-4)
-    best_atom = np.array([scipy.optimize.nnls(f64(updated.values), column)[0][0] for column in f64(y).T])
+    best_atom = np.array([scipy_nnls(f64(updated.values), column)[0] for column in f64(y).T])
     np.testing.assert_allclose(atom, best_atom / np.linalg.norm(best_atom), atol=1e-3)
 
 

@@ -3,8 +3,8 @@
 import itertools
 
 import numpy as np
+import problems
 import pytest
-import scipy.optimize
 from problems import atoms_of, f64, nmse, objective, problem, with_code
 
 import jaxsae
@@ -13,12 +13,7 @@ from jaxsae import SparseCode, Status
 
 def scipy_nnls(dictionary, y, code: SparseCode) -> SparseCode:
     rows = zip(atoms_of(dictionary, code), f64(y), strict=True)
-    # Rows of zeros change no solution, and scipy 1.17 aborts the process on a matrix wider than it is high.
-    solve = [
-        scipy.optimize.nnls(np.pad(atoms.T, ((0, len(atoms)), (0, 0))), np.pad(row, (0, len(atoms))))[0]
-        for atoms, row in rows
-    ]
-    return code.replace(values=np.stack(solve))
+    return code.replace(values=np.stack([problems.scipy_nnls(atoms.T, row) for atoms, row in rows]))
 
 
 def lapack(dictionary, y, code: SparseCode) -> SparseCode:

@@ -332,8 +332,12 @@ def moving_cotangents(carry: Any, dictionary: Any) -> list[Array]:
 
 def accumulator(dictionary: Any, y: Array) -> jnp.dtype:
     """The dtype of the arithmetic: float32 or better."""
-    atom = dictionary if is_array(dictionary) else _one_atom(dictionary)
-    return result_type(atom.dtype, y.dtype, jnp.float32)
+    return result_type(dtype(dictionary), y.dtype, jnp.float32)
+
+
+def dtype(dictionary: Any) -> jnp.dtype:
+    """The dtype of the atoms of a dictionary."""
+    return dictionary.dtype if is_array(dictionary) else _one_atom(dictionary).dtype
 
 
 def _one_atom(dictionary: Any):

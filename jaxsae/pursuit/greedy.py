@@ -12,20 +12,22 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsae._core.linalg import EXACT, divide, matmul, sq_norm
+from jaxsae._core.linalg import EXACT, matmul, sq_norm
 from jaxsae.codes import SparseCode
-from jaxsae.least_squares import solvers
+from jaxsae.least_squares import problems, solvers
 from jaxsae.least_squares.outcome import RefitInfo
 from jaxsae.pursuit import selection
+from jaxsae.pursuit.atoms import Searchable, best, largest, row_bytes
 from jaxsae.pursuit.selection import Chosen, Method, Problem, pursue
 
 _IN_CACHE = 1 << 14  # numbers of an array of correlations that stays in the cache beside a Gram matrix
 
 
 def omp(
-    D: Float[Array, "m d"],
+    D: Float[Array, "m d"] | np.memmap | Searchable,
     y: Float[Array, "*b d"],
     *,
     k: int,
@@ -47,10 +49,14 @@ def omp(
     combinations of its rows, `ρ² = 1 − ‖w‖²` for atoms of norm 1, and values whose measured KKT residual is within the
     tolerance of the refit are final. Rows that rounding may have decided (`ρ² ≤ √eps`, or `‖r‖ ≈ tol`) are done anew
     without it. The rule does not depend on the batch, nor does the result of a row.
-    Non-negative values are refitted after each selection, and an atom whose value becomes 0 keeps its slot.
+    Non-negative values are refitted after each selection, and an atom whose value becomes 0 keeps its slot: `code.mask`
+    are the atoms chosen, `code.values > 0` those left.
+
+    A dictionary of more than 64 MiB, such as the unembedding of a language model, is searched a block at a time, and
+    needs no copy; nor does a memory map on a CPU.
 
     Args:
-      D: dictionary `[m d]`, one atom per row, any norm.
+      D: dictionary `[m d]`, one atom per row, any norm; or a memory map, or a `Searchable`.
       y: targets `[*b d]`.
       k: most atoms per row, at most `m`.
       tol: stop a row when `‖r‖` is at most this, in the units of `y`; a number, or one per row `[*b]`.
@@ -95,22 +101,24 @@ def chosen_by_omp(D: Array, y: Array, *, k: int, tol: Any, nonnegative: bool) ->
 
 def _method(k: int, nonnegative: bool) -> Method:
     if nonnegative:
-        return Method("omp", _omp_nonnegative, k, nonnegative)
-    return Method("omp", _omp, k, nonnegative, by_gram=_omp_by_gram)
+        return Method("omp", _omp_nonnegative, k, nonnegative, greedy=True)
+    return Method("omp", _omp, k, nonnegative, greedy=True, by_gram=_omp_by_gram)
 
 
 def _omp(problem: Problem) -> Chosen:
     """Select with free signs, by updates of a Cholesky factorisation; the rows of a chunk share one product `D r`."""
-    (m, d), k = problem.D.shape, problem.k
+    m, d, k = len(problem.D), problem.y.shape[1], problem.k
 
     def chunk(part: Problem) -> Chosen:
         y, n = part.y, len(part.y)
+        row = jnp.arange(n, dtype=jnp.int32)
         norm = 1.0 if part.mask is None else jnp.sqrt(matmul(part.mask, problem.D.T**2))  # of the masked atoms
 
         def step(carry: _Greedy) -> _Greedy:
             number, r, basis, coordinates, values, free, indices, running = carry
-            score, at = selection.largest(jnp.where(free, divide(jnp.abs(matmul(r, problem.D.T)), norm), 0))
-            atom = problem.D[at] if part.mask is None else problem.D[at] * part.mask
+            score, _, at = best(problem.D, r, nonnegative=False, free=free, norm=norm)
+            atom = problems.take(problem.D, at[:, None], m, y.dtype)[:, 0]
+            atom = atom if part.mask is None else atom * part.mask
             w = jnp.sum(basis * atom, axis=2)
 
             def without(i, pair):
@@ -127,9 +135,9 @@ def _omp(problem: Problem) -> Chosen:
             explained = jnp.sum(q * r, axis=1, keepdims=True)
             r, values = r - explained * q, values + explained * x
             basis, coordinates = basis.at[number].set(q), coordinates.at[number].set(x)
-            here = running[:, None] & (jnp.arange(m, dtype=jnp.int32) == at[:, None])
-            indices = indices.at[:, number].set(jnp.where(running, at, m))
-            return _Greedy(number + 1, r, basis, coordinates, values, free & ~here, indices, running)
+            at = jnp.where(running, at, m)
+            indices, free = indices.at[:, number].set(at), free.at[row, at].set(False, mode="drop")
+            return _Greedy(number + 1, r, basis, coordinates, values, free, indices, running)
 
         start = _Greedy(
             jnp.int32(0),
@@ -145,7 +153,7 @@ def _omp(problem: Problem) -> Chosen:
         steps = jnp.sum(end.indices < m, axis=1, dtype=jnp.int32)
         return Chosen(end.values, end.indices, steps, jnp.ones(n, bool))
 
-    return selection.by_chunks(chunk, problem, row_bytes=4 * (k * (d + k) + 2 * m))
+    return selection.by_chunks(chunk, problem, row_bytes=4 * k * (d + k) + row_bytes(problem.D, d))
 
 
 class _Greedy(NamedTuple):
@@ -199,7 +207,7 @@ def _follow(gram: Array, problem: Problem) -> Chosen:
         correlations = products
         for value, index in zip(values[: k - 1], indices[: k - 1], strict=True):  # unused slots have the value 0
             correlations = correlations - value[:, None] * get(gram, index)
-        score, at = selection.largest(jnp.abs(correlations))
+        score, at = largest(jnp.abs(correlations))
         running &= (score > selection.rounding(gram)) & (number < problem.max_atoms)
         near = (problem.tol > 0) & (jnp.abs(left - problem.tol**2) <= 64 * eps)
         certain &= ~(running & near)
@@ -246,11 +254,11 @@ def _follow(gram: Array, problem: Problem) -> Chosen:
 
 def _omp_nonnegative(problem: Problem) -> Chosen:
     """Select by positive correlations, with a refit after each selection."""
-    return _greedy(problem, lambda part, r, code, slot, score: selection.invert(part, code)[0])
+    return _greedy(problem, lambda part, r, code, slot, score: selection.invert(part, code)[0], again=False)
 
 
 def matching_pursuit(
-    D: Float[Array, "m d"],
+    D: Float[Array, "m d"] | np.memmap | Searchable,
     y: Float[Array, "*b d"],
     *,
     k: int,
@@ -266,7 +274,7 @@ def matching_pursuit(
     values, only while its correlation with the residual is positive.
 
     Args:
-      D: dictionary `[m d]`, one atom per row, any norm.
+      D: dictionary `[m d]`, one atom per row, any norm; or a memory map, or a `Searchable`.
       y: targets `[*b d]`.
       k: steps per row, and so most atoms; at most `m`.
       tol: stop a row when `‖r‖` is at most this, in the units of `y`; a number, or one per row `[*b]`.
@@ -290,7 +298,8 @@ def matching_pursuit(
 
     Source: Mallat & Zhang (1993), "Matching pursuits with time-frequency dictionaries".
     """
-    return pursue(Method("matching_pursuit", _matching_pursuit, k, nonnegative, refits=False), D, y, tol, max_atoms)
+    method = Method("matching_pursuit", _matching_pursuit, k, nonnegative, refits=False, greedy=True)
+    return pursue(method, D, y, tol, max_atoms)
 
 
 def _matching_pursuit(problem: Problem) -> Chosen:
@@ -302,7 +311,7 @@ def _matching_pursuit(problem: Problem) -> Chosen:
 
 
 def gradient_pursuit(
-    D: Float[Array, "m d"],
+    D: Float[Array, "m d"] | np.memmap | Searchable,
     y: Float[Array, "*b d"],
     *,
     k: int,
@@ -319,7 +328,7 @@ def gradient_pursuit(
     are not refitted; use `jaxsae.refit` for that.
 
     Args:
-      D: dictionary `[m d]`, one atom per row, any norm.
+      D: dictionary `[m d]`, one atom per row, any norm; or a memory map, or a `Searchable`.
       y: targets `[*b d]`.
       k: steps per row, and so most atoms; at most `m`.
       tol: stop a row when `‖r‖` is at most this, in the units of `y`; a number, or one per row `[*b]`.
@@ -344,7 +353,8 @@ def gradient_pursuit(
     Source: Blumensath & Davies (2008), "Gradient pursuits"; Smith (2024), "Replacing SAE encoders with inference-time
       optimisation".
     """
-    return pursue(Method("gradient_pursuit", _gradient_pursuit, k, nonnegative, refits=False), D, y, tol, max_atoms)
+    method = Method("gradient_pursuit", _gradient_pursuit, k, nonnegative, refits=False, greedy=True)
+    return pursue(method, D, y, tol, max_atoms)
 
 
 def _gradient_pursuit(problem: Problem) -> Chosen:
@@ -362,29 +372,30 @@ def _gradient_pursuit(problem: Problem) -> Chosen:
     return _greedy(problem, one_gradient_step)
 
 
-def _greedy(problem: Problem, revise: Callable) -> Chosen:
-    """Select by correlations one atom per step, possibly again, and revise the values each time."""
-    (m, d), k = problem.D.shape, problem.k
+def _greedy(problem: Problem, revise: Callable, *, again: bool = True) -> Chosen:
+    """Select by correlations one atom per step, those chosen before too if `again`, and revise the values each time."""
+    m, d, k = len(problem.D), problem.y.shape[1], problem.k
 
     def chunk(part: Problem) -> Chosen:
         n = len(part.y)
+        row = jnp.arange(n, dtype=jnp.int32)
 
         def step(carry):
-            number, r, code, steps, running = carry
-            correlations = matmul(r, problem.D.T)
-            score, at = selection.largest(correlations if problem.nonnegative else jnp.abs(correlations))
+            number, r, code, free, steps, running = carry
+            score, correlation, at = best(problem.D, r, nonnegative=problem.nonnegative, free=free)
             running &= selection.takes_another(part, number, r, score)
-            score = jnp.take_along_axis(correlations, at[:, None], axis=1)[:, 0]
             same = code.indices == at[:, None]
             slot = jnp.where(jnp.any(same, axis=1), jnp.argmax(same, axis=1), jnp.sum(code.mask, axis=1))
             taken = running[:, None] & (jnp.arange(k) == slot[:, None])
             code = dataclasses.replace(code, indices=jnp.where(taken, at[:, None], code.indices))
-            values = jnp.where(running[:, None], revise(part, r, code, slot, score).values, code.values)
+            values = jnp.where(running[:, None], revise(part, r, code, slot, correlation).values, code.values)
             code = dataclasses.replace(code, values=values)
-            return number + 1, selection.residual(part, code), code, steps + jnp.int32(running), running
+            free = None if again else free.at[row, jnp.where(running, at, m)].set(False, mode="drop")
+            return number + 1, selection.residual(part, code), code, free, steps + jnp.int32(running), running
 
-        start = jnp.int32(0), part.y, selection.empty(part), jnp.zeros(n, jnp.int32), jnp.ones(n, bool)
-        _, _, code, steps, _ = jax.lax.while_loop(lambda carry: (carry[0] < k) & jnp.any(carry[-1]), step, start)
+        free = None if again else jnp.ones((n, m), bool)
+        start = jnp.int32(0), part.y, selection.empty(part), free, jnp.zeros(n, jnp.int32), jnp.ones(n, bool)
+        _, _, code, _, steps, _ = jax.lax.while_loop(lambda carry: (carry[0] < k) & jnp.any(carry[-1]), step, start)
         return Chosen(code.values, code.indices, steps, jnp.ones(n, bool))
 
-    return selection.by_chunks(chunk, problem, row_bytes=4 * (2 * m + 2 * k * d))
+    return selection.by_chunks(chunk, problem, row_bytes=row_bytes(problem.D, d) + 8 * k * d)

@@ -24,6 +24,7 @@ from jaxsae.least_squares import implicit, problems
 from jaxsae.least_squares.outcome import RefitInfo, Status
 from jaxsae.least_squares.refit import estimate, refit
 from jaxsae.least_squares.solvers import FISTA, ConjugateGradient
+from jaxsae.pursuit import atoms
 
 _GRAM_BYTES = 4 << 20  # largest Gram matrix to form: larger ones do not stay in the cache
 _SOLVER = ConjugateGradient(tol=1e-6, max_steps=256, fallback=None)
@@ -37,13 +38,14 @@ class Method(NamedTuple):
     k: int
     nonnegative: bool
     refits: bool = True
+    greedy: bool = False  # chooses one atom at a time, and so can search a dictionary that it does not copy
     by_gram: Callable[["Problem"], "Chosen"] | None = None  # a faster `select`, of which some rows may not end
 
 
 class Problem(NamedTuple):
     """Unit-free rows to represent: atoms and targets have norm 1, or are 0 where they are zero or not finite."""
 
-    D: Array  # [m d]
+    D: Any  # [m d], or `atoms.Atoms`
     y: Array  # [n d]
     tol: Array  # [n]
     max_atoms: Array  # [n]  most atoms of each row
@@ -77,11 +79,13 @@ class Chosen(NamedTuple):
 
 
 def pursue(
-    method: Method, D: Array, y: Array, tol: Any, max_atoms: Any, options: Any = None, mask: Array | None = None
+    method: Method, D: Any, y: Array, tol: Any, max_atoms: Any, options: Any = None, mask: Array | None = None
 ) -> tuple[SparseCode, RefitInfo]:
     """Select atoms, then refit their values, or only compute their KKT residual if the method does not refit."""
     D, y = _validated(D, y, method)
     if mask is not None:
+        if not problems.is_array(D):
+            raise TypeError(f"`{method.name}` got a mask and a dictionary of type {type(D).__name__}; pass an array.")
         y, mask = jnp.where(mask, y, 0), mask.astype(D.dtype)
     max_atoms = method.k if max_atoms is None else max_atoms
     _check_options(method, tol, max_atoms, options or {})
@@ -93,7 +97,7 @@ def pursue(
     return _pursue(method, D, y, tol, max_atoms, options, mask)
 
 
-def _pursue(method: Method, D: Array, y: Array, tol: Any, max_atoms: Any, options: Any, mask: Array | None):
+def _pursue(method: Method, D: Any, y: Array, tol: Any, max_atoms: Any, options: Any, mask: Array | None):
     chosen, broken = _select(method, *jax.lax.stop_gradient(((D, options), (y, tol, max_atoms, mask))))
     code = _code(D, y, chosen)
     solver = None if method.refits else FISTA(max_steps=0)  # computes the KKT residual, without changing the values
@@ -112,7 +116,7 @@ def _outcome(_static, _shared, per_row) -> RefitInfo:
     return _info(info.kkt, chosen.steps, status, broken)
 
 
-def select_alone(method: Method, D: Array, y: Array, tol: Any) -> SparseCode:
+def select_alone(method: Method, D: Any, y: Array, tol: Any) -> SparseCode:
     """The codes of rows `[n d]` as a method selects them, without a refit."""
     D, y = _validated(D, y, method)
     per_row = y, tol, jnp.full(tol.shape, method.k, jnp.int32)
@@ -128,8 +132,9 @@ def select_alone(method: Method, D: Array, y: Array, tol: Any) -> SparseCode:
     return chunking.revise_rows(select, left, code, *per_row, row_bytes=row_bytes)
 
 
-def _code(D: Array, y: Array, chosen: Chosen) -> SparseCode:
-    return SparseCode(chosen.values.astype(result_type(D, y)), chosen.indices, len(D))
+def _code(D: Any, y: Array, chosen: Chosen) -> SparseCode:
+    values = chosen.values.astype(result_type(problems.dtype(D), y))
+    return SparseCode(values, chosen.indices, atoms.count(D, y.shape[-1], y.dtype))
 
 
 def _info(kkt: Array, steps: Array, status: Array, broken: Array) -> RefitInfo:
@@ -140,14 +145,16 @@ def _info(kkt: Array, steps: Array, status: Array, broken: Array) -> RefitInfo:
     )
 
 
-def _gram_fits(method: Method, D: Array, dtype) -> bool:
+def _gram_fits(method: Method, D: Any, dtype) -> bool:
     """Whether a method can use a Gram matrix, and a small one saves work."""
+    if method.by_gram is None or not problems.is_array(D):
+        return False
     m, d = D.shape
     here = not jax.sharding.get_abstract_mesh().explicit_axes and not sharding.is_sharded(m)
-    return method.by_gram is not None and here and 4 * method.k <= d and m * m * dtype.itemsize <= _GRAM_BYTES
+    return here and 4 * method.k <= d and m * m * dtype.itemsize <= _GRAM_BYTES
 
 
-def _pursue_by_gram(method: Method, D: Array, y: Array, tol: Any, max_atoms: Any) -> tuple[SparseCode, RefitInfo]:
+def _pursue_by_gram(method: Method, D: Any, y: Array, tol: Any, max_atoms: Any) -> tuple[SparseCode, RefitInfo]:
     """Select by the Gram matrix; then, outside of transformations only if there are any, the rows that it leaves."""
     shared, per_row = jax.lax.stop_gradient((D, (y, tol, max_atoms)))
     outcome, left = _first_pass(method, shared, per_row)
@@ -221,47 +228,43 @@ def _number(x: Any, dtype) -> Array:
     return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.inexact) else x
 
 
-def _validated(D: Any, y: Any, method: Method) -> tuple[Array, Array]:
-    """The dictionary and the rows as arrays."""
+def _validated(D: Any, y: Any, method: Method) -> tuple[Any, Array]:
+    """The dictionary and the rows, as arrays if they are."""
     name, k = method.name, method.k
+    if isinstance(D, np.memmap):
+        D = jax.device_put(D, may_alias=True)  # on a CPU it is then read where it lies
     D, y = as_array(D) if problems.is_array(D) else D, as_array(y)
-    if not problems.is_array(D) or D.ndim != 2:
-        raise TypeError(f"`{name}` got a dictionary of type {type(D).__name__}; pass an array of shape (m, d).")
-    m = len(D)
+    if D.ndim != 2 if problems.is_array(D) else not (method.greedy and isinstance(D, atoms.Searchable)):
+        also = ", or a pytree with methods take(indices) and correlate(residuals)" if method.greedy else ""
+        raise TypeError(f"`{name}` got a dictionary of type {type(D).__name__}; pass an array of shape (m, d){also}.")
+    D, y = problems.validate_rows(D, y, name)
+    m = atoms.count(D, y.shape[-1], y.dtype)
     if not 1 <= k <= m:
         raise ValueError(f"`{name}` got k = {k} for {m} atoms; pass a k from 1 to {m}.")
-    return problems.validate_rows(D, y, name)
+    return D, y
 
 
 @chunking.over_rows
 def _select(method: Method, shared, per_row):
     """Run a method on unit-free rows, and scale its values back; and which rows are not finite."""
     (D, options), (y, tol, max_atoms, mask) = shared, per_row
-    batch, D, y = y.shape[:-1], D.astype(tol.dtype), y.reshape(-1, y.shape[-1]).astype(tol.dtype)
+    batch, y = y.shape[:-1], y.reshape(-1, y.shape[-1]).astype(tol.dtype)
+    copy = not method.greedy or mask is not None or atoms.copies(D, tol.dtype)
+    D, of_atom, known = atoms.scaled(D, y.shape[1], tol.dtype, copy=copy)
     # Every row is compared with every atom. As in `refit`, subnormal numbers count as NaN.
-    finite = jnp.isfinite(problems.largest(y)[:, 0]) & jnp.isfinite(problems.largest(D)).all()
-    D, length, largest = _unit(D)
-    y, y_length, y_largest = _unit(jnp.where(finite[:, None], y, 0))
-    tol = divide(divide(tol.reshape(-1), y_largest), y_length)
+    finite = jnp.isfinite(problems.largest(y)[:, 0]) & known
+    y, of_y = atoms.unit(jnp.where(finite[:, None], y, 0))
+    tol = divide(divide(tol.reshape(-1), of_y.largest), of_y.length)
     mask = mask if mask is None else mask.reshape(y.shape).astype(y.dtype)
     chosen = method.select(Problem(D, y, tol, max_atoms.reshape(-1), method.k, method.nonnegative, options, mask))
-    size, unit = (x.at[chosen.indices].get(mode="fill", fill_value=0) for x in (length, largest))
-    values = divide(chosen.values * y_length[:, None], size) * divide(y_largest[:, None], unit)
+    length, largest = (x.at[chosen.indices].get(mode="fill", fill_value=0) for x in of_atom)
+    values = divide(chosen.values * of_y.length[:, None], length) * divide(of_y.largest[:, None], largest)
     chosen = chosen._replace(values=values)
     if chosen.gradient is not None:
-        norm = size * divide(unit, jnp.max(unit, axis=1, keepdims=True))
+        norm = length * divide(largest, jnp.max(largest, axis=1, keepdims=True))
         weight = divide(norm, jnp.max(norm, axis=1, keepdims=True))
         chosen = chosen._replace(kkt=jnp.max(weight * jnp.abs(chosen.gradient), axis=1))
     return chunking.unflatten(batch, (chosen, ~finite))
-
-
-def _unit(x: Array) -> tuple[Array, Array, Array]:
-    """Rows scaled to norm 1, and the two factors `[n]` that divided them; rows that are zero or not finite become 0."""
-    x = jnp.where(jnp.isfinite(x).all(1, keepdims=True), x, 0)
-    largest = jnp.max(jnp.abs(x), axis=1, initial=0)
-    x = divide(x, largest[:, None])
-    length = jnp.linalg.norm(x, axis=1)
-    return divide(x, length[:, None]), length, largest
 
 
 def by_chunks(select: Callable, problem: Problem, *, row_bytes: int, cpu_rows: int = 256) -> Any:
@@ -283,7 +286,9 @@ def invert(problem: Problem, code: SparseCode) -> tuple[SparseCode, Array]:
 
 def residual(problem: Problem, code: SparseCode) -> Array:
     """`y − Dᵀz`, `[n d]`."""
-    return problem.y - decode(problem.D, code)
+    if isinstance(problem.D, Array):
+        return problem.y - decode(problem.D, code)
+    return problem.y - jnp.einsum("nk,nkd->nd", code.values, take_atoms(problem, code), precision=EXACT)
 
 
 def empty(problem: Problem) -> SparseCode:
@@ -303,7 +308,7 @@ def keep(problem: Problem, z: Array, threshold: Any = 0.0, *, times: int = 1) ->
 
 def take_atoms(problem: Problem, code: SparseCode) -> Array:
     """Atoms `[n k d]`, 0 in unused slots."""
-    return jnp.where(code.mask[:, :, None], problems.take(problem.D, code.indices, len(problem.D), problem.D.dtype), 0)
+    return jnp.where(code.mask[:, :, None], problems.take(problem.D, code.indices, len(problem.D), problem.y.dtype), 0)
 
 
 def line_search(atoms: Array, direction: Array, r: Array) -> Array:
@@ -315,14 +320,6 @@ def line_search(atoms: Array, direction: Array, r: Array) -> Array:
 def choose(where: Array, a: Any, b: Any) -> Any:
     """`jnp.where` per row, on two pytrees of arrays `[n ...]`."""
     return jax.tree.map(lambda a, b: jnp.where(where.reshape(-1, *[1] * (a.ndim - 1)), a, b), a, b)
-
-
-def largest(x: Array) -> tuple[Array, Array]:
-    """The largest entry of each row, and its first index."""
-    # `argmax` is four times slower on XLA's CPU backend.
-    most = jnp.max(x, axis=1)
-    m = x.shape[1]
-    return most, jnp.min(jnp.where(x == most[:, None], jnp.arange(m), m - 1), axis=1).astype(jnp.int32)
 
 
 def takes_another(problem: Problem, number: Array, r: Array, score: Array) -> Array:
