@@ -15,31 +15,38 @@ from benchmarks.clock import name_missing, say, timings
 from jaxsae import pursuit
 
 SIZES = {
-    "tiny": ({"d": 16, "m": 64, "k": 4, "rows": 64, "few": 8},),
+    "tiny": (
+        {"d": 16, "m": 64, "k": 4, "rows": 64, "few": 8},
+        {"d": 32, "m": 1024, "k": 4, "rows": 16, "few": 2, "nonnegative": True},
+    ),
     # Few rows for scikit-learn: it solves each alone, and copies a large Gram matrix for each.
     "paper": (
         {"d": 64, "m": 256, "k": 8, "rows": 10_000, "few": 2000},
         {"d": 768, "m": 16384, "k": 32, "rows": 500, "few": 2},
+        {"d": 576, "m": 49152, "k": 25, "rows": 256, "few": 4, "nonnegative": True},  # the vocabulary of SmolLM2
     ),
 }
 
 
-def problem(d: int, m: int, k: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
+def problem(d: int, m: int, k: int, rows: int, *, nonnegative: bool) -> tuple[np.ndarray, np.ndarray]:
     """Unit atoms `[m d]`, and rows of `k` of them with noise of a tenth `[n d]`, in float32."""
     rng = np.random.default_rng(0)
     atoms = rng.normal(size=(m, d))
     atoms /= np.linalg.norm(atoms, axis=1, keepdims=True)
-    support = np.argsort(rng.random((rows, m)), axis=1)[:, :k]
-    y = np.einsum("nk,nkd->nd", rng.normal(size=(rows, k)), atoms[support]) + 0.1 * rng.normal(size=(rows, d))
+    support = np.argpartition(rng.random((rows, m)), k, axis=1)[:, :k]
+    z = rng.normal(size=(rows, k))
+    z = np.abs(z) if nonnegative else z
+    y = np.einsum("nk,nkd->nd", z, atoms[support]) + 0.1 * rng.normal(size=(rows, d))
     return atoms.astype(np.float32), y.astype(np.float32)
 
 
 # --- Speed
 
 
-def ours(D: np.ndarray, y: np.ndarray, k: int) -> Callable[[], np.ndarray]:
+def ours(D: np.ndarray, y: np.ndarray, k: int, *, nonnegative: bool = False) -> Callable[[], np.ndarray]:
     """The dense codes of `jaxsae.pursuit.omp`."""
-    run = jax.jit(functools.partial(pursuit.omp, k=k)).lower(D, y).compile()
+    run = jax.jit(functools.partial(pursuit.omp, k=k, nonnegative=nonnegative)).lower(D, y).compile()
+    say(f"ours needs {run.memory_analysis().temp_size_in_bytes / 2**20:.0f} MiB beside its arguments")
     arrays = jnp.asarray(D), jnp.asarray(y)
     return lambda: run(*arrays)[0]
 
@@ -58,6 +65,27 @@ def spams(D: np.ndarray, y: np.ndarray, k: int) -> Callable[[], np.ndarray]:
     return lambda: solve(targets, atoms, L=k, eps=0.0, numThreads=os.cpu_count()).T
 
 
+def loop(D: np.ndarray, y: np.ndarray, k: int) -> Callable[[], np.ndarray]:
+    """Non-negative OMP in NumPy and float64, with a refit by `scipy.optimize.nnls` after each selection."""
+    solve = importlib.import_module("scipy.optimize").nnls
+    atoms, targets = D.astype(np.float64), y.astype(np.float64)
+
+    def run():
+        z = np.zeros((len(targets), len(atoms)))
+        for row, target in enumerate(targets):
+            chosen, r = [], target
+            for _ in range(k):
+                correlations = atoms @ r
+                correlations[chosen] = 0
+                chosen.append(int(np.argmax(correlations)))
+                values, _ = solve(atoms[chosen].T, target)
+                r = target - values @ atoms[chosen]
+            z[row, chosen] = values
+        return z
+
+    return run
+
+
 PEERS = {"scikit-learn orthogonal_mp_gram": scikit_learn, "spams omp": spams}
 
 
@@ -67,13 +95,17 @@ def run(size: str, *, with_peers: bool) -> Iterator[dict[str, Any]]:
         yield from _run(**case, with_peers=with_peers)
 
 
-def _run(*, d: int, m: int, k: int, rows: int, few: int, with_peers: bool) -> Iterator[dict[str, Any]]:
-    D, y = problem(d, m, k, rows)
-    case = {"d": d, "m": m, "k": k}
-    makers = {"jaxsae omp": ours, **(PEERS if with_peers else {})}
+def _run(
+    *, d: int, m: int, k: int, rows: int, few: int, nonnegative: bool = False, with_peers: bool
+) -> Iterator[dict[str, Any]]:
+    D, y = problem(d, m, k, rows, nonnegative=nonnegative)
+    case = {"d": d, "m": m, "k": k, "nonnegative": nonnegative}
+    makers = {"jaxsae omp": functools.partial(ours, nonnegative=nonnegative)}
+    if with_peers:
+        makers |= {"NumPy and scipy, a loop": loop} if nonnegative else PEERS
     calls, taken, missing = {}, {}, {}
     for who, make in makers.items():
-        taken[who] = few if make is scikit_learn else rows
+        taken[who] = few if make in (scikit_learn, loop) else rows
         try:
             calls[who] = make(D, y[: taken[who]], k)
         except ImportError as error:

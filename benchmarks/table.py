@@ -156,10 +156,11 @@ def _load(report: dict[str, Any], machine: str) -> list[str]:
 def _pursuit(report: dict[str, Any], machine: str) -> list[str]:
     """A row for each library, by case."""
     parts = [f"{machine}."]
-    for d, m, k in dict.fromkeys((row["d"], row["m"], row["k"]) for row in report["rows"]):
+    sizes = ("d", "m", "k", "nonnegative")
+    for case in dict.fromkeys(tuple(row[size] for size in sizes) for row in report["rows"]):
         lines = ["| OMP | rows | ms a row | objective | same supports as ours |", "|---|--:|--:|--:|--:|"]
         for row in report["rows"]:
-            if (row["d"], row["m"], row["k"]) != (d, m, k):
+            if tuple(row[size] for size in sizes) != case:
                 continue
             if row["note"]:
                 lines.append(f"| {row['method']} | {row['note']} | | | |")
@@ -168,7 +169,8 @@ def _pursuit(report: dict[str, Any], machine: str) -> list[str]:
                 f"| {row['method']} | {row['rows_timed']:,} | {row['ms_a_row']:.4g} | {row['objective']:.6g} | "
                 f"{row['equal_supports']:.2%} |"
             )
-        parts += [f"d {d:,}, m {m:,}, k {k}:", "\n".join(lines)]
+        d, m, k, nonnegative = case
+        parts += [f"d {d:,}, m {m:,}, k {k}{', non-negative' * nonnegative}:", "\n".join(lines)]
     return parts
 
 
