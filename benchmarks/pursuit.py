@@ -28,12 +28,12 @@ SIZES = {
 }
 
 
-def problem(d: int, m: int, k: int, rows: int, *, nonnegative: bool) -> tuple[np.ndarray, np.ndarray]:
+def problem(d: int, m: int, k: int, rows: int, *, nonnegative: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Unit atoms `[m d]`, and rows of `k` of them with noise of a tenth `[n d]`, in float32."""
     rng = np.random.default_rng(0)
     atoms = rng.normal(size=(m, d))
     atoms /= np.linalg.norm(atoms, axis=1, keepdims=True)
-    support = np.argpartition(rng.random((rows, m)), k, axis=1)[:, :k]
+    support = np.argsort(rng.random((rows, m)), axis=1)[:, :k]
     z = rng.normal(size=(rows, k))
     z = np.abs(z) if nonnegative else z
     y = np.einsum("nk,nkd->nd", z, atoms[support]) + 0.1 * rng.normal(size=(rows, d))
@@ -46,7 +46,8 @@ def problem(d: int, m: int, k: int, rows: int, *, nonnegative: bool) -> tuple[np
 def ours(D: np.ndarray, y: np.ndarray, k: int, *, nonnegative: bool = False) -> Callable[[], np.ndarray]:
     """The dense codes of `jaxsae.pursuit.omp`."""
     run = jax.jit(functools.partial(pursuit.omp, k=k, nonnegative=nonnegative)).lower(D, y).compile()
-    say(f"ours needs {run.memory_analysis().temp_size_in_bytes / 2**20:.0f} MiB beside its arguments")
+    if memory := run.memory_analysis():
+        say(f"ours needs {memory.temp_size_in_bytes / 2**20:.0f} MiB beside its arguments")
     arrays = jnp.asarray(D), jnp.asarray(y)
     return lambda: run(*arrays)[0]
 
@@ -73,7 +74,7 @@ def loop(D: np.ndarray, y: np.ndarray, k: int) -> Callable[[], np.ndarray]:
     def run():
         z = np.zeros((len(targets), len(atoms)))
         for row, target in enumerate(targets):
-            chosen, r = [], target
+            chosen, values, r = [], 0.0, target
             for _ in range(k):
                 correlations = atoms @ r
                 correlations[chosen] = 0

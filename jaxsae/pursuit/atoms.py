@@ -168,8 +168,7 @@ def best(
         here = free if free is None else jax.lax.dynamic_slice_in_dim(free, start, size, axis=1)
         score, correlation, at = among(matmul(r, atoms.block(start, size).T), here)
         better = score > found[0]
-        new = score, correlation, start + at
-        return tuple(jnp.where(better, x, old) for x, old in zip(new, found, strict=True)), None
+        return jax.tree.map(lambda new, old: jnp.where(better, new, old), (score, correlation, start + at), found), None
 
     start = jnp.full(len(r), -jnp.inf, r.dtype), jnp.zeros(len(r), r.dtype), jnp.zeros(len(r), jnp.int32)
     return jax.lax.scan(visit, sharding.vary_alike(start, r, atoms), _starts(len(atoms), size))[0]
