@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.optimize
 from problems import compilations
 
 import jaxsae
@@ -384,3 +385,146 @@ def test_no_values_and_one(n):
     z, info = jaxsae.nnls(2 * jnp.eye(n), jnp.ones(n))
     np.testing.assert_allclose(z, np.full(n, 0.5))
     assert int(info.status) == Status.CONVERGED
+
+
+# --- Bounds
+
+
+def boxed(seed=0, n=30, m=25):
+    """A singular problem with bounds of which some are infinite, some are equal, and some exclude 0."""
+    rng = np.random.default_rng(seed)
+    A, b = rng.normal(size=(m, n)), 3 * rng.normal(size=m)
+    lower = np.where(rng.random(n) < 0.3, -np.inf, 0.3 * rng.normal(size=n) - 0.1)
+    upper = np.where(rng.random(n) < 0.3, np.inf, np.where(np.isfinite(lower), lower, 0) + 0.4 * rng.random(n))
+    lower[:3] = upper[:3] = [0.2, -0.1, 0.0]
+    return A, b, lower, upper
+
+
+def scipy_bounded(A, b, lower, upper):
+    """The answer of scipy, which asks for bounds that are apart."""
+    apart = 1e-13 * (lower == upper)
+    return scipy.optimize.lsq_linear(A, b, (lower - apart, upper + apart), tol=1e-15, method="bvls", max_iter=9999).x
+
+
+def kkt(A, b, z, lower, upper) -> float:
+    """By how much a gradient in float64 allows to descend: where it does not, a convex problem is solved."""
+    gradient = A.T @ (A @ z - b)
+    return max(np.max(gradient[z > lower], initial=0), np.max(-gradient[z < upper], initial=0))
+
+
+TIGHT = {
+    "default": None,
+    "BlockPivoting": jaxsae.BlockPivoting(tol=1e-11, max_steps=60, fallback=None),
+    "ConjugateGradient": jaxsae.ConjugateGradient(tol=1e-11, fallback=None),
+    "FISTA": jaxsae.FISTA(tol=1e-11, max_steps=20_000),
+    "InteriorPoint": jaxsae.InteriorPoint(tol=1e-11),
+    "ProjectedGradient": jaxsae.ProjectedGradient(tol=1e-11, max_steps=100_000),
+}
+
+
+@pytest.mark.parametrize("solver", TIGHT.values(), ids=TIGHT)
+@pytest.mark.parametrize("size", [(12, 30), (30, 25), (300, 320)], ids=str)
+def test_bounded_values_are_scipys(solver, size, x64):
+    A, b, lower, upper = boxed(n=size[0], m=size[1])
+    G, c = gram(A, b)
+    z, info = jaxsae.nnls(G, c, None, solver, bounds=(jnp.asarray(lower), jnp.asarray(upper)))
+    z = np.asarray(z)
+    assert info.status == Status.CONVERGED
+    assert np.all((z >= lower) & (z <= upper))
+    assert kkt(A, b, z, lower, upper) <= 1e-8
+    best = scipy_bounded(A, b, lower, upper)  # which may stop a little early
+    assert error(A, b, z) <= error(A, b, best) * (1 + 1e-12) + 1e-16
+    if size[0] < size[1]:
+        np.testing.assert_allclose(z, best, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(12, 30), (30, 25)], ids=str)
+def test_the_certificate_knows_bounds(size, x64):
+    A, b, lower, upper = boxed(n=size[0], m=size[1])
+    G, c = gram(A, b)
+    limits = jnp.asarray(lower), jnp.asarray(upper)
+    z, info = jaxsae.nnls(G, c, bounds=limits)
+    least = float(0.5 * z @ G @ z - c @ z)
+    unit = float(jnp.max(jnp.abs(c) / jnp.sqrt(jnp.diagonal(G)))) ** 2 / 2
+    certificate = jaxsae.certify_gram(G, c, z, bounds=limits)
+    np.testing.assert_allclose(certificate.kkt, info.kkt, atol=1e-12)
+    assert certificate.gap <= 1e-12
+    rng = np.random.default_rng(1)
+    for size in (1e-6, 1e-3, 1e-1, 1):
+        moved = jnp.clip(z + size * rng.normal(size=z.shape), *limits)
+        above = float(0.5 * moved @ G @ moved - c @ moved) - least
+        gap = float(jaxsae.certify_gram(G, c, moved, bounds=limits).gap) * unit
+        assert above <= gap * (1 + 1e-9) + 1e-14
+    outside = z.at[0].add(1e-3)
+    assert jaxsae.certify_gram(G, c, outside, bounds=limits).gap == np.inf
+
+
+def test_bounds_move_the_values(x64):
+    A, b, lower, upper = boxed(n=12, m=30)
+    G, c = gram(A, b)
+    rng = np.random.default_rng(2)
+
+    def solve(c, lower, upper):
+        return jaxsae.nnls(G, c, bounds=(lower, upper))[0]
+
+    at = c, jnp.asarray(lower), jnp.asarray(upper)
+    step = [jnp.where(jnp.isfinite(x), rng.normal(size=x.shape), 0) for x in at]
+    step[2] = step[2].at[:3].set(step[1][:3])  # what is fixed stays so
+    z, z_dot = jax.jvp(solve, at, tuple(step))
+    moved = [solve(*(x + h * dx for x, dx in zip(at, step, strict=True))) for h in (1e-7, -1e-7)]
+    np.testing.assert_allclose(z_dot, (moved[0] - moved[1]) / 2e-7, atol=1e-6)
+    assert np.any((np.asarray(z) == lower)[3:]) and np.any((np.asarray(z) == upper)[3:])
+    weight = jnp.asarray(rng.normal(size=z.shape))
+    back = jax.vjp(solve, *at)[1](weight)
+    forwards = sum(float(jnp.sum(bar * dx)) for bar, dx in zip(back, step, strict=True))
+    np.testing.assert_allclose(forwards, float(weight @ z_dot), rtol=1e-9)
+
+
+def test_bounds_may_be_numbers_and_rows_may_have_their_own(random):
+    A, b = random
+    G, c = gram(A, b, np.float32)
+    both = jnp.stack([c, -c]), jnp.stack([G, G])
+    upper = jnp.asarray([[0.1], [np.inf]])
+    z, info = jaxsae.nnls(both[1], both[0], bounds=(-0.2, upper))
+    assert np.all(np.asarray(info.status) == Status.CONVERGED)
+    for row in range(2):
+        alone = jaxsae.nnls(both[1][row], both[0][row], bounds=(-0.2, upper[row]))[0]
+        jitted = jax.jit(lambda G, c, upper: jaxsae.nnls(G, c, bounds=(-0.2, upper))[0])
+        np.testing.assert_allclose(alone, z[row], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(jitted(both[1][row], both[0][row], upper[row]), z[row], rtol=1e-5, atol=1e-6)
+    mapped = jax.vmap(lambda G, c, upper: jaxsae.nnls(G, c, bounds=(-0.2, upper))[0])(both[1], both[0], upper)
+    np.testing.assert_allclose(mapped, z, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(jaxsae.nnls(G, c, bounds=(0.0, np.inf))[0], jaxsae.nnls(G, c)[0], rtol=1e-5, atol=1e-6)
+
+
+@every_solver
+def test_a_box_far_from_zero_and_a_value_without_curvature(solver):
+    G = jnp.diag(jnp.array([1.0, 4.0, 0.0, 0.0, 0.0]))
+    c = jnp.array([103.0, 0.0, 1.0, -1.0, 0.0])
+    lower = jnp.array([100.0, 100.0, -1.0, -2.0, 5.0])
+    z, info = jaxsae.nnls(G, c, None, solver, bounds=(lower, lower + 7))
+    assert info.status == Status.CONVERGED
+    np.testing.assert_allclose(z, [103.0, 100.0, 6.0, -2.0, 5.0], rtol=1e-5)
+    certificate = jaxsae.certify_gram(G, c, z, bounds=(lower, lower + 7))
+    assert certificate.gap <= 1e-6
+    assert jaxsae.certify_gram(G, c, z.at[2].set(0.0), bounds=(lower, lower + 7)).gap == np.inf
+
+
+def test_bounds_that_cross_are_refused(random, unchecked):
+    G, c = gram(*random, np.float32)
+    low = jnp.zeros(12).at[3].set(2.0)
+    with pytest.raises(ValueError, match=r"cross, or are NaN, in 1 of 12 places, the first of them \(3,\): 2.0 and"):
+        jaxsae.nnls(G, c, bounds=(low, 1.0))
+    with pytest.raises(ValueError, match="cross, or are NaN, in 12 of 12"):
+        jaxsae.certify_gram(G, c, c, bounds=(np.nan, 1.0))
+    with pytest.raises(ValueError, match=r"of which the upper has shape \(5,\); pass what broadcasts to \(12,\)"):
+        jaxsae.nnls(G, c, bounds=(0.0, jnp.ones(5)))
+    with pytest.raises(TypeError, match=r"got 3.0 as bounds; pass \(lower, upper\)"):
+        jaxsae.nnls(G, c, bounds=3.0)
+    lows = jnp.stack([low, jnp.zeros(12), jnp.full(12, jnp.nan)])
+    start = jnp.full(12, 0.25)
+    solve = jax.jit(jax.vmap(lambda low: jaxsae.nnls(G, c, start, bounds=(low, 1.0))))
+    z, info = solve(lows)
+    assert info.status.tolist() == [Status.INVALID, Status.CONVERGED, Status.INVALID]
+    np.testing.assert_array_equal(z[0], start)
+    np.testing.assert_array_equal(z[2], start)

@@ -10,7 +10,8 @@ from jaxsae import sharding
 from jaxsae._core import chunking, pytrees, sparse
 from jaxsae._core.linalg import matmul, max_or_nan, residual, solve_on
 from jaxsae.codes import SparseCode
-from jaxsae.least_squares import driver, problems
+from jaxsae.least_squares import problems
+from jaxsae.least_squares.bounds import Bounds, of_sign, validate_bounds
 
 
 @pytrees.dataclass
@@ -120,37 +121,60 @@ def _certify_row(nonnegative: bool, atoms, ridge, weight, some, r, z, finite):
         moved = matmul(delta, atoms)
         return jnp.sum(moved**2) + jnp.sum(ridge * delta**2), slope - matmul(atoms, moved) - ridge * delta
 
-    gap = _gap(nonnegative, G, slope, z, move)
+    limits = of_sign(nonnegative)
+    gap = _gap(limits, G, slope, z, move)
     gap = jnp.minimum(gap, jnp.sum(r**2) + jnp.sum(ridge * z**2))  # u = 0 is feasible too
-    kkt = max_or_nan(weight * driver.violation(z, -slope, nonnegative))
+    kkt = max_or_nan(weight * limits.violation(z, -slope))
     finite &= jnp.isfinite(slope).all()
     # For y = 0, anything but 0 is infinitely far from optimal.
     return tuple(jnp.where(finite, jnp.where((x == 0) | some, x, jnp.inf), jnp.nan) for x in (kkt, jnp.maximum(gap, 0)))
 
 
-def _gap(nonnegative: bool, G, slope, z, move):
+def _gap(bounds: Bounds, G, slope, z, move):
     """Duality gap of one row of unit-free atoms, with `slope = Ar`, by the best dual point `u = r − Aᵀδ` found.
 
-    `move(δ)` returns `‖Aᵀδ‖²` and `Au`.
+    `move(δ)` returns `‖Aᵀδ‖²` and `Au`. A value between two bounds allows any `Au`: where it is negative the value is
+    compared with the lower bound, and with the upper one where it is positive.
     """
-    project = jax.nn.relu if nonnegative else lambda g: g
+    infinite = [jnp.logical_not(jnp.isfinite(bound)) for bound in bounds]
+
+    def project(dual):
+        """What makes a dual point infeasible."""
+        return jnp.where(infinite[0], jnp.minimum(dual, 0), 0) + jnp.where(infinite[1], jnp.maximum(dual, 0), 0)
+
+    def above(dual):
+        """The values, from the bounds that they are compared with."""
+        if bounds.at_zero:
+            return z
+        lower, upper = _finite_or(*bounds), _finite_or(*bounds[::-1])
+        return z - jnp.where(dual < 0, lower, upper)
 
     def at(on, wanted):
         """The gap with `δ` on a set of coordinates, where `Au` is as wanted."""
         delta = solve_on(G, on, wanted(slope))
         delta = delta + solve_on(G, on, wanted(move(delta)[1]))  # refine once, against the rounding of G
         moved, dual = move(delta)
-        infeasible = max_or_nan(project(dual) if nonnegative else jnp.abs(dual))
+        infeasible = max_or_nan(jnp.abs(project(dual)))
         # P − D = ½‖r − u‖² − zᵀAu, free of the cancellation between two nearly equal objectives.
-        return jnp.where(infeasible <= 32 * jnp.finfo(z.dtype).eps, moved - 2 * jnp.sum(z * dual), jnp.inf)
+        return jnp.where(infeasible <= 32 * jnp.finfo(z.dtype).eps, moved - 2 * jnp.sum(above(dual) * dual), jnp.inf)
 
     # Where (Ar)₊ is not in the range of G (k > d, opposite atoms), make u orthogonal to the atoms in use instead.
-    in_use = (z != 0) | (slope > 0)
+    in_use = bounds.inside(z) | (bounds.split(z, -slope)[1] != 0)
     return jnp.minimum(at(jnp.ones_like(in_use), project), at(in_use, lambda dual: dual))
 
 
+def _finite_or(bound: Array, other: Array) -> Array:
+    """A bound, or the other one where it is infinite, or 0."""
+    return jnp.where(jnp.isfinite(bound), bound, jnp.where(jnp.isfinite(other), other, 0))
+
+
 def certify_gram(
-    G: Float[Array, "*b n n"], c: Float[Array, "*b n"], z: Float[Array, "*b n"], *, nonnegative: bool = True
+    G: Float[Array, "*b n n"],
+    c: Float[Array, "*b n"],
+    z: Float[Array, "*b n"],
+    *,
+    nonnegative: bool = True,
+    bounds: tuple[float | Float[Array, "..."], float | Float[Array, "..."]] | None = None,
 ) -> Certificate:
     """Certify values of a quadratic problem from its Gram matrix, independent of the solver.
 
@@ -163,12 +187,13 @@ def certify_gram(
       c: `[*b n]`.
       z: values `[*b n]`.
       nonnegative: whether the constraint is `z ≥ 0`; free signs otherwise.
+      bounds: `(lower, upper)` as for `nnls`, instead.
 
     Returns:
-      `Certificate`, `[*b]` in float32 or better; NaN where a row is not finite, or `G` and `c` are `INVALID` to `nnls`.
+      `Certificate`, `[*b]` in float32 or better; NaN where a row is not finite, or the problem `INVALID` to `nnls`.
 
     Raises:
-      ValueError, TypeError: at trace time, if shapes or dtypes do not fit together.
+      ValueError, TypeError: at trace time, if shapes or dtypes do not fit together, or known bounds cross.
 
     Example:
       >>> import jax.numpy as jnp, jaxsae
@@ -178,7 +203,8 @@ def certify_gram(
     Source: Boyd & Vandenberghe (2004), "Convex optimization", Section 5.5: duality gaps and KKT conditions.
     """
     G, c, z = problems.validate_gram(G, c, z, "certify_gram")
-    return Certificate(*sharding.automatic(functools.partial(_certify_gram, nonnegative), c)(c, G, z))
+    limits = None if bounds is None else validate_bounds(bounds, z, "certify_gram")
+    return Certificate(*sharding.automatic(functools.partial(_certify_gram, nonnegative), c)(c, G, z, limits))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -186,25 +212,31 @@ def _certify_gram(nonnegative: bool, *per_row):
     batch, rows = chunking.flatten(per_row)
     n, itemsize = rows[0].shape[-1], rows[0].dtype.itemsize
 
-    def chunk(c, G, z):
-        problem, valid = problems.unit_free(G, c, nonnegative)
-        z = z.astype(c.dtype) * problem.unit
+    def chunk(c, G, z, limits):
+        problem, valid = problems.unit_free(G, c, of_sign(nonnegative) if limits is None else limits)
+        x = z.astype(c.dtype) * problem.unit
         finite = problem.finite & valid & jnp.isfinite(z).all(1)
-        certify_row = jax.vmap(functools.partial(_certify_gram_row, nonnegative))
-        return certify_row(problem.gram, problem.c, problem.weight, z, finite)
+        if limits is None:
+            certify_row = jax.vmap(functools.partial(_certify_gram_row, of_sign(nonnegative)))
+            return certify_row(problem.gram, problem.c, problem.weight, x, finite)
+        within = problems.unit_bounds(problem, limits)
+        certified = jax.vmap(_certify_gram_row)(within, problem.gram, problem.c, problem.weight, x, finite)
+        ahead = jnp.where(c > 0, limits.upper, limits.lower)  # where values of no curvature belong
+        wrong = ((problem.unit == 0) & (c != 0) & (z != ahead)) | limits.left(z)
+        return tuple(jnp.where(wrong.any(1) & finite, jnp.inf, x) for x in certified)
 
     return chunking.unflatten(
         batch, chunking.map_chunks(chunk, *rows, batch=rows[0].shape[:1], row_bytes=8 * n * n * itemsize)
     )
 
 
-def _certify_gram_row(nonnegative: bool, G, c, weight, z, finite):
+def _certify_gram_row(bounds: Bounds, G, c, weight, z, finite):
     slope = residual(c, z, G)
 
     def move(delta):
         product = matmul(G, delta)
         return jnp.sum(delta * product), slope - product
 
-    kkt = max_or_nan(weight * driver.violation(z, -slope, nonnegative))
-    gap = jnp.maximum(_gap(nonnegative, G, slope, z, move), 0)
+    kkt = max_or_nan(weight * bounds.violation(z, -slope))
+    gap = jnp.maximum(_gap(bounds, G, slope, z, move), 0)
     return tuple(jnp.where(finite, x, jnp.nan) for x in (kkt, gap))

@@ -9,14 +9,8 @@ from jax import Array
 
 from jaxsae import sharding
 from jaxsae._core.linalg import max_or_nan
+from jaxsae.least_squares.bounds import Bounds
 from jaxsae.least_squares.solvers import Solver, State
-
-
-def violation(z, gradient, nonnegative: bool):
-    """KKT violation of each coordinate, with `z` in units in which the Gram matrix has ones on its diagonal."""
-    if not nonnegative:
-        return jnp.abs(gradient)
-    return jnp.where(z > 0, jnp.abs(gradient), jnp.maximum(jnp.maximum(-gradient, -z), 0))
 
 
 class _Carry(NamedTuple):
@@ -26,11 +20,10 @@ class _Carry(NamedTuple):
     steps: Array
 
 
-def drive(solver: Solver, G, c, weight, z, max_steps, nonnegative: bool):
+def drive(solver: Solver, G, c, weight, z, max_steps, bounds: Bounds):
     """Run a solver on one unit-free problem until its KKT residual is within tolerance, for at most `max_steps`."""
-    lower = 0.0 if nonnegative else -jnp.inf
-    start = sharding.vary_alike(solver.init(G, c, z, lower), weight, max_steps)
-    return iterate(lambda state: solver.step(G, c, state, lower), start, weight, solver.tol, max_steps, nonnegative)
+    start = sharding.vary_alike(solver.init(G, c, z, bounds), weight, max_steps)
+    return iterate(lambda state: solver.step(G, c, state, bounds), start, weight, solver.tol, max_steps, bounds)
 
 
 def _while_running(step, carry, running):
@@ -44,7 +37,7 @@ def iterate(
     weight,
     tol,
     max_steps,
-    nonnegative: bool,
+    bounds: Bounds,
     *,
     total=jnp.sum,
     largest: Callable = max_or_nan,
@@ -64,7 +57,7 @@ def iterate(
       weight: as in `problems.Problem`.
       tol: tolerance of the KKT residual.
       max_steps: most steps.
-      nonnegative: constrain `z ≥ 0`.
+      bounds: on the values.
       total: sum over the slots of a row.
       largest: maximum over the slots of a row.
       repeat: `(step, carry, running) -> carry`, a loop while the row, or any of several, is `running`.
@@ -74,7 +67,7 @@ def iterate(
     """
 
     def residual(z, gradient, weight):
-        return largest(weight * violation(z, gradient, nonnegative))
+        return largest(weight * bounds.violation(z, gradient))
 
     strict = jnp.maximum(weight, 1)
 

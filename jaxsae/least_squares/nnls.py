@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jaxsae._core import chunking
 from jaxsae._core.linalg import as_array, matmul, result_type
 from jaxsae.codes import SparseCode
 from jaxsae.least_squares import implicit, problems, solvers
+from jaxsae.least_squares.bounds import Bounds, of_sign, validate_bounds
 from jaxsae.least_squares.outcome import RefitInfo, Status
 from jaxsae.least_squares.refit import check_solver, finish, refit
 
@@ -24,10 +26,11 @@ def nnls(
     solver: solvers.Solver | None = None,
     *,
     nonnegative: bool = True,
+    bounds: tuple[float | Float[Array, "..."], float | Float[Array, "..."]] | None = None,
 ) -> tuple[Float[Array, "*b n"], RefitInfo]:
-    """Minimise a convex quadratic over non-negative values, from its Gram matrix.
+    """Minimise a convex quadratic over non-negative or bounded values, from its Gram matrix.
 
-        minimise_z ½ zᵀGz − cᵀz,   z ≥ 0
+        minimise_z ½ zᵀGz − cᵀz,   z ≥ 0   or   lower ≤ z ≤ upper
 
     With `G = AᵀA` and `c = Aᵀb` that is `minimise ½‖b − Az‖²`; a ridge is added to the diagonal of `G`. Of several
     optima any may be returned. KKT residuals are relative to `√max G_ii · max |c_i|/√G_ii`, since `‖b‖` is not known.
@@ -40,38 +43,45 @@ def nnls(
       z0: starting values `[*b n]`, 0 by default. `BlockPivoting` starts from its positive values: the solution of a
         problem nearby saves most factorisations.
       solver: a `Solver`, with its fallback; `solvers.default(n, dtype=…)` if None.
-      nonnegative: constrain `z ≥ 0`.
+      nonnegative: constrain `z ≥ 0`, if there are no bounds.
+      bounds: `(lower, upper)`, as for `scipy.optimize.lsq_linear`: numbers or arrays that broadcast to `[*b n]`, which
+        may be infinite; where both are equal the value is fixed.
 
     Returns:
       Values `[*b n]`, and `RefitInfo`: status `NONFINITE` where `G`, `c` or `z0` hold NaN or Inf, and `INVALID` where
-      `G` is not symmetric beyond rounding or has entries that no positive semi-definite matrix has, or a value has no
-      limit (`G_ii = 0 < c_i`, as where a product underflows); such rows are returned unchanged. A `G` that is
-      indefinite otherwise may end at any point that satisfies the KKT conditions, or with status `MAX_STEPS`.
+      `G` is not symmetric beyond rounding or has entries that no positive semi-definite matrix has, bounds cross or are
+      NaN, or a value has no limit (`G_ii = 0 < c_i`, as where a product underflows); such rows are returned unchanged.
+      A `G` that is indefinite otherwise may end at any point that satisfies the KKT conditions, or with status
+      `MAX_STEPS`.
 
     Raises:
-      ValueError, TypeError: at trace time, if shapes or dtypes do not fit together, or a known `tol` or `max_steps` of
-        the solver is negative or not finite.
+      ValueError, TypeError: at trace time, if shapes or dtypes do not fit together, known bounds cross or are NaN, or a
+        known `tol` or `max_steps` of the solver is negative or not finite.
 
     Example:
       >>> import jax.numpy as jnp, jaxsae
       >>> A = jnp.array([[1.0, 1.0], [3.0, 2.0]])
-      >>> z, info = jaxsae.nnls(A.T @ A, A.T @ jnp.array([2.0, 3.0]))
+      >>> G, c = A.T @ A, A.T @ jnp.array([2.0, 3.0])
+      >>> z, info = jaxsae.nnls(G, c)
       >>> jnp.round(z, 3), int(info.status)
       (Array([0. , 1.6], dtype=float32), 0)
+      >>> jnp.round(jaxsae.nnls(G, c, bounds=(0.0, 1.0))[0], 3)
+      Array([0.3, 1. ], dtype=float32)
 
     Source: Lawson & Hanson (1974), "Solving least squares problems", Chapter 23; the solvers name their own.
     """
     G, c, z0 = problems.validate_gram(G, c, z0, "nnls")
+    limits = None if bounds is None else validate_bounds(bounds, z0, "nnls")
     if solver is None:
         solver = solvers.default(c.shape[-1], dtype=c.dtype)
     solver = check_solver(solver)
     if jax.sharding.get_abstract_mesh().explicit_axes:
 
-        def own(G, c, z0, solver):
-            return nnls(G, c, z0, solver, nonnegative=nonnegative)
+        def own(G, c, z0, solver, limits):
+            return nnls(G, c, z0, solver, nonnegative=nonnegative, bounds=limits)
 
-        return sharding.automatic(own, c)(G, c, z0, solver)
-    shared, per_row = sharding.vary_alike((solver, (c, G, z0)))
+        return sharding.automatic(own, c)(G, c, z0, solver, limits)
+    shared, per_row = sharding.vary_alike((solver, (c, G, z0, limits)))
     return _nnls(nonnegative, shared, per_row)
 
 
@@ -133,23 +143,52 @@ def _compiled(nonnegative: bool):
 
 
 def _solve_rows(nonnegative: bool, solver, per_row):
-    batch, (c, G, z0) = chunking.flatten(per_row)
+    batch, (c, G, z0, limits) = chunking.flatten(per_row)
     n, itemsize = c.shape[-1], c.dtype.itemsize
 
-    def chunk(c, G, z0):
-        problem, valid = problems.unit_free(G, c, nonnegative)
+    def chunk(c, G, z0, limits):
+        bounds = of_sign(nonnegative) if limits is None else limits
+        problem, valid = problems.unit_free(G, c, bounds)
+        within, put_back = bounds, None
+        if limits is not None:
+            problem, within, put_back = _bounded(problem, c, bounds)
         values = jnp.where(valid[:, None], z0.astype(c.dtype), 0)
-        solved = problems.solved(solver, problem, values, nonnegative, drive=problems.drive_chain)
+        solved = problems.solved(solver, problem, values, within, drive=problems.drive_chain)
         finite = solved.finite & jnp.isfinite(z0).all(1)
-        z, info = finish(solver, problem, solved, z0, finite, nonnegative)
+        z, info = finish(solver, problem, solved, z0, finite, bounds)
+        z = z if put_back is None else put_back(solved.x, z)
         status = jnp.where(valid | ~finite, info.status, Status.INVALID).astype(jnp.int32)
         z = jnp.where((valid & finite)[:, None], z, z0)
         return z, dataclasses.replace(info, status=status)
 
     # Rows to factorise are solved one after another, each to its own end.
     cpu_rows = 16 if isinstance(solver, solvers.ConjugateGradient | solvers.FISTA | solvers.ProjectedGradient) else 1
-    found = chunking.map_chunks(chunk, c, G, z0, batch=c.shape[:1], row_bytes=8 * n * n * itemsize, cpu_rows=cpu_rows)
-    return chunking.unflatten(batch, found)
+    options = {"batch": c.shape[:1], "row_bytes": 8 * n * n * itemsize, "cpu_rows": cpu_rows}
+    return chunking.unflatten(batch, chunking.map_chunks(chunk, c, G, z0, limits, **options))
+
+
+def _bounded(problem: problems.Problem, c: Array, bounds: Bounds) -> tuple[problems.Problem, Bounds, Callable]:
+    """The problem without its fixed values, its unit-free bounds, and `(x, z) -> z` with the values that are on bounds.
+
+    Values of no curvature are 0 in `x`, and fixed too: they end on the bound to which `c` leads.
+    """
+    flat, (lower, upper) = problem.unit == 0, problems.unit_bounds(problem, bounds)
+    rounding = 16 * jnp.finfo(c.dtype).eps * jnp.maximum(jnp.abs(lower), jnp.abs(upper))
+    fixed = jnp.isfinite(upper - lower) & (upper - lower <= rounding)
+    at = jnp.where(fixed, lower, 0)
+    eye = jnp.eye(c.shape[1], dtype=c.dtype)
+    problem = problem._replace(
+        gram=jnp.where(fixed[:, :, None] | fixed[:, None, :], eye, problem.gram),
+        c=jnp.where(fixed, at, problem.c - matmul(problem.gram, at[:, :, None])[:, :, 0]),
+    )
+    within = Bounds(jnp.where(fixed, -jnp.inf, lower), jnp.where(fixed, jnp.inf, upper))
+
+    def put_back(x, z):
+        z = jnp.where(x <= within.lower, bounds.lower, jnp.where(x >= within.upper, bounds.upper, bounds.project(z)))
+        ahead = jnp.where(c > 0, bounds.upper, jnp.where(c < 0, bounds.lower, bounds.project(jnp.zeros_like(z))))
+        return jnp.where(flat, ahead, jnp.where(fixed, bounds.lower, z))
+
+    return problem, within, put_back
 
 
 _nnls = jax.custom_jvp[tuple[Array, RefitInfo]](_solve, nondiff_argnums=(0,))
@@ -157,15 +196,31 @@ _nnls = jax.custom_jvp[tuple[Array, RefitInfo]](_solve, nondiff_argnums=(0,))
 
 @_nnls.defjvp
 def _nnls_tangent(nonnegative: bool, primals, tangents):
-    """`ż_F = G_FF⁻¹ (ċ − Ġz)_F`."""
-    (_, (_, G, _)), (_, (c_dot, G_dot, _)) = primals, tangents
+    """`ż_F = G_FF⁻¹ (ċ − Ġz − Gż_B)_F`, with `ż_B` that of the bounds."""
+    (_, (_, G, _, limits)), (_, (c_dot, G_dot, _, limits_dot)) = primals, tangents
     z, info = _nnls(nonnegative, *primals)
-    free = (info.status < Status.NONFINITE)[..., None] & ((z > 0) | (not nonnegative))
-    return (z, info), (_tangent(G, z, free, G_dot, c_dot), zero_from_primal(info))
+    solved = (info.status < Status.NONFINITE)[..., None]
+    free = solved & ((z > 0) | (not nonnegative) if limits is None else limits.inside(z))
+    z_dot = _tangent(G, jnp.where(solved, z, 0), free, _of_bounds(z, free, limits, limits_dot), G_dot, c_dot)
+    return (z, info), (z_dot, zero_from_primal(info))
+
+
+def _of_bounds(z, free, limits: Bounds | None, limits_dot: Bounds | None):
+    """The tangent of the values that are on bounds, and 0 for the others; None if no bound moves."""
+    if limits is None or limits_dot is None:
+        return None
+    at_upper = (z >= limits.upper) & (limits.lower < limits.upper)
+    on_bound = ~free & jnp.isfinite(z) & ((z >= limits.upper) | (z <= limits.lower))
+    return jnp.where(on_bound, jnp.where(at_upper, limits_dot.upper, limits_dot.lower), 0)
 
 
 @jax.jit  # or a derivative outside of `jit` would compile its solution of equations at every call
-def _tangent(G, z, free, G_dot, c_dot):
-    rhs = c_dot - matmul(G_dot, jnp.where(free, z, 0).astype(G.dtype)[..., None])[..., 0]
+def _tangent(G, z, free, bounds_dot, G_dot, c_dot):
+    def times(G, z):
+        return matmul(G, z.astype(G.dtype)[..., None])[..., 0]
+
+    rhs = c_dot - times(G_dot, z)
+    rhs = rhs if bounds_dot is None else rhs - times(jnp.where(jnp.isfinite(G), G, 0), bounds_dot)
     flat = (x.reshape(-1, *x.shape[z.ndim - 1 :]) for x in (G, free, jnp.where(free, rhs, 0)))
-    return implicit.solve_free(*flat).reshape(z.shape).astype(z.dtype)
+    z_dot = implicit.solve_free(*flat).reshape(z.shape)
+    return (z_dot if bounds_dot is None else jnp.where(free, z_dot, bounds_dot)).astype(z.dtype)

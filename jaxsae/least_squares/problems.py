@@ -19,6 +19,7 @@ from jaxsae._core import chunking, sparse
 from jaxsae._core.linalg import EXACT, as_array, divide, matmul, max_or_nan, power_of_two, residual, result_type
 from jaxsae.codes import SparseCode
 from jaxsae.least_squares import driver, solvers
+from jaxsae.least_squares.bounds import Bounds
 
 __all__ = ["Dictionary"]
 
@@ -124,11 +125,11 @@ def problems(dictionary: Any, y: Array, indices: Array, *, num_latents: int, rid
     return Problem(gram, divide(c, norm * y_norm), unit, weight, finite)
 
 
-def unit_free(G: Array, c: Array, nonnegative: bool) -> tuple[Problem, Array]:
+def unit_free(G: Array, c: Array, bounds: Bounds) -> tuple[Problem, Array]:
     """The unit-free problems of `n` rows, with `max |c_i|` of 1; and whether they can be those of a least-squares fit.
 
-    They cannot if `G` is not symmetric, has entries that no positive semi-definite matrix has, or has no limit for a
-    value: a zero on the diagonal where `c` is not 0.
+    They cannot if `G` is not symmetric, has entries that no positive semi-definite matrix has, bounds cross, or a value
+    has no limit: a zero on the diagonal where `c` is not 0 and leads to no bound.
     """
     diagonal = jnp.diagonal(G, axis1=1, axis2=2)
     finite = jnp.isfinite(G).all((1, 2)) & jnp.isfinite(c).all(1)
@@ -138,7 +139,8 @@ def unit_free(G: Array, c: Array, nonnegative: bool) -> tuple[Problem, Array]:
     skew = jnp.max(jnp.abs(gram - jnp.swapaxes(gram, 1, 2)), axis=(1, 2), initial=0)
     size = jnp.where(diagonal[:, :, None] > 0, jnp.abs(gram), jnp.where(G == 0, 0, jnp.inf))
     largest = jnp.max(size, axis=(1, 2), initial=0)
-    limited = (diagonal > 0) | ((c <= 0) if nonnegative else (c == 0))
+    limited = (diagonal > 0) | (c == 0) | jnp.isfinite(jnp.where(c < 0, bounds.lower, bounds.upper))
+    limited &= (bounds.lower <= bounds.upper) & (bounds.lower < jnp.inf) & (bounds.upper > -jnp.inf)
     valid = (skew <= rounding) & (largest <= 1 + rounding) & ((diagonal >= 0) & limited).all(1)
     c = divide(c, norm)
     scale = max_or_nan(jnp.abs(c), 1, True)
@@ -146,6 +148,12 @@ def unit_free(G: Array, c: Array, nonnegative: bool) -> tuple[Problem, Array]:
     finite &= jnp.isfinite(scale[:, 0]) & representable(unit).all(1)
     weight = divide(norm, jnp.max(norm, axis=1, keepdims=True, initial=0))
     return Problem(gram, divide(c, scale), unit, weight, finite), valid
+
+
+def unit_bounds(problem: Problem, bounds: Bounds) -> Bounds:
+    """Bounds `[n k]` of `x`; 0 for values of no curvature."""
+    flat = problem.unit == 0
+    return Bounds(*(jnp.where(flat, 0, bound.astype(problem.unit.dtype) * problem.unit) for bound in bounds))
 
 
 def lengths(square: Array, on: Array, ridge: Array, largest: Callable) -> tuple[Array, Array]:
@@ -183,22 +191,23 @@ class Solved(NamedTuple):
     steps: Array  # [n]
 
 
-def drive_rows(solver: solvers.Solver, problem: Problem, z, max_steps, nonnegative: bool):
+def drive_rows(solver: solvers.Solver, problem: Problem, z, max_steps, bounds: Bounds):
     """Run a solver on `n` rows, each for at most `max_steps [n]` steps."""
-    drive = functools.partial(driver.drive, solver, nonnegative=nonnegative)
-    return jax.vmap(drive)(problem.gram, problem.c, problem.weight, z, max_steps)
+    per_row = jax.tree.map(lambda bound: None if isinstance(bound, float) else 0, bounds)
+    drive = jax.vmap(functools.partial(driver.drive, solver), in_axes=(0, 0, 0, 0, 0, per_row))
+    return drive(problem.gram, problem.c, problem.weight, z, max_steps, bounds)
 
 
-def drive_chain(solver: solvers.Solver, problem: Problem, z, max_steps, nonnegative: bool):
+def drive_chain(solver: solvers.Solver, problem: Problem, z, max_steps, bounds: Bounds):
     """Run a solver on `n` rows, then its fallback on those that it did not solve."""
     fallback = solver.fallback
-    best, kkt, steps = drive_rows(solver, problem, z, max_steps, nonnegative)
+    best, kkt, steps = drive_rows(solver, problem, z, max_steps, bounds)
     if fallback is None:
         return best, kkt, steps
 
     def hand_on():
         limit = jnp.full_like(steps, fallback.max_steps)
-        better, kkt, more = drive_chain(fallback, problem, best, limit, nonnegative)
+        better, kkt, more = drive_chain(fallback, problem, best, limit, bounds)
         return better, kkt, steps + more
 
     return jax.lax.cond(jnp.any(left(solver, kkt)), hand_on, lambda: (best, kkt, steps))
@@ -215,17 +224,16 @@ def last_tol(solver: solvers.Solver):
 
 
 def solved(
-    solver: solvers.Solver, problem: Problem, values: Array, nonnegative: bool, drive: Callable = drive_rows
+    solver: solvers.Solver, problem: Problem, values: Array, bounds: Bounds, drive: Callable = drive_rows
 ) -> Solved:
     """Run a solver on `n` rows, from starting values `[n k]` with units; `drive_chain` runs its fallbacks too."""
-    start = values * problem.unit
-    start = jnp.maximum(start, 0) if nonnegative else start
+    start = bounds.project(values * problem.unit)
     # A start far away (‖y‖² is 1 here) loses precision to rounding; NaN and overflow count as far away.
     gap = jax.vmap(objective_gap)(problem.gram, problem.c, start, jnp.zeros_like(start))
     warm_started = (gap < 10) & (gap > -jnp.inf)
-    start = jnp.where(warm_started[:, None], start, 0)
+    start = jnp.where(warm_started[:, None], start, bounds.project(jnp.zeros_like(start)))
     max_steps = jnp.full(values.shape[:1], solver.max_steps, jnp.int32)
-    x, kkt, steps = drive(solver, problem, start, max_steps, nonnegative)
+    x, kkt, steps = drive(solver, problem, start, max_steps, bounds)
     return Solved(x, problem.unit, problem.finite, warm_started, kkt, steps)
 
 

@@ -29,7 +29,8 @@ from jaxsae import sharding
 from jaxsae._core import chunking, sparse
 from jaxsae._core.linalg import EXACT, divide, max_or_nan, solve_on
 from jaxsae.codes import SparseCode
-from jaxsae.least_squares import driver, implicit, problems, solvers
+from jaxsae.least_squares import implicit, problems, solvers
+from jaxsae.least_squares.bounds import Bounds, of_sign
 from jaxsae.least_squares.kernels import ops
 from jaxsae.least_squares.outcome import RefitInfo, Status
 
@@ -215,6 +216,7 @@ def _solve_rows(static: _Static, shared, y, indices, values) -> _Outcome:
     """Refit `n` rows by the solver alone; rows whose atoms are out of range are returned as not finite."""
     solver, dictionary, ridge = shared
     nonnegative, num_latents, workspace_bytes, kernel, _ = static
+    bounds = of_sign(nonnegative)
     y = y.astype(ridge.dtype)
     problem = None
     if kernel:
@@ -227,17 +229,17 @@ def _solve_rows(static: _Static, shared, y, indices, values) -> _Outcome:
             row_bytes=problems.row_bytes(indices.shape[1], y.shape[1], y.dtype.itemsize),
             workspace_bytes=workspace_bytes // 2,
         )
-        solved = problems.solved(solver, problem, values.astype(ridge.dtype), nonnegative)
+        solved = problems.solved(solver, problem, values.astype(ridge.dtype), bounds)
     finite = solved.finite & sparse.finite_rows(values, indices, num_latents)
-    values, info = finish(solver, problem, solved, values, finite, nonnegative)
+    values, info = finish(solver, problem, solved, values, finite, bounds)
     return _Outcome(values, solved.x, info)
 
 
 def finish(
-    solver, problem: problems.Problem | None, solved: problems.Solved, values, finite, nonnegative: bool
+    solver, problem: problems.Problem | None, solved: problems.Solved, values, finite, bounds: Bounds
 ) -> tuple[Array, RefitInfo]:
     """Values with units from a solver's results for `n` rows that started at `values`, and their outcome."""
-    feasible = jax.nn.relu(values) if nonnegative else values
+    feasible = bounds.project(values)
     refitted = divide(solved.x, solved.unit).astype(values.dtype)
     moved = (solved.steps > 0) | ~solved.warm_started  # else the start is already optimal, and is returned as it is
     # Rounded to fewer bits, the best iterate can be worse than the start.
@@ -266,8 +268,8 @@ class _Point(NamedTuple):
     gradient: Array  # [n k]
 
 
-def _at(rows: problems.UnitRows, x, nonnegative: bool) -> _Point:
-    x = jnp.maximum(x, 0) if nonnegative else x
+def _at(rows: problems.UnitRows, x, bounds: Bounds) -> _Point:
+    x = bounds.project(x)
     residual = rows.y - jnp.einsum("nkd,nk->nd", rows.atoms, x, precision=EXACT)
     return _Point(x, rows.ridge * x - jnp.einsum("nkd,nd->nk", rows.atoms, residual, precision=EXACT))
 
@@ -288,10 +290,10 @@ def _revise(static: _Static, shared, y, indices, values, x, info: RefitInfo) -> 
     Atoms are scaled whatever their size; unsolved rows continue with the fallback; then one Newton step on the active
     set is taken if it helps, and the start, or 0, is returned if that is better.
     """
-    (solver, dictionary, ridge), nonnegative = shared, static.nonnegative
+    (solver, dictionary, ridge), bounds = shared, of_sign(static.nonnegative)
     y = y.astype(ridge.dtype)
     rows = problems.unit_rows(dictionary, y, indices, num_latents=static.num_latents, ridge=ridge)
-    at = functools.partial(_at, rows, nonnegative=nonnegative)
+    at = functools.partial(_at, rows, bounds=bounds)
     given, origin = at(values.astype(y.dtype) * rows.unit), at(jnp.zeros_like(x))
     warm_started = _lower(given, origin)
     start = _choose(warm_started, given, origin)
@@ -300,21 +302,21 @@ def _revise(static: _Static, shared, y, indices, values, x, info: RefitInfo) -> 
     fallback = solver if solver.fallback is None else solver.fallback
     max_steps = jnp.where(_unsolved(solver, info), fallback.max_steps, 0).astype(jnp.int32)
     x = jnp.where(info.steps[:, None] > 0, x, start.x)
-    x, _, steps = problems.drive_chain(fallback, problem, x, max_steps, nonnegative)
+    x, _, steps = problems.drive_chain(fallback, problem, x, max_steps, bounds)
     here, steps = at(x), info.steps + steps
     # The condition number of `G` magnifies the rounding of `Gx`, which may even make `G` indefinite; only its square
     # root magnifies that of the residual.
-    free = (x > 0) if nonnegative else rows.unit > 0
+    free = bounds.inside(x) if static.nonnegative else rows.unit > 0
     newton = at(here.x - jax.vmap(solve_on)(problem.gram, free, here.gradient))
     best = _choose((steps[:, None] > 0) & _lower(newton, here), newton, here)
 
     refitted = divide(best.x, rows.unit).astype(values.dtype)
     moved = _lower(at(refitted.astype(y.dtype) * rows.unit), start)
     best = _choose(moved, best, start)
-    feasible = jax.nn.relu(values) if nonnegative else values
+    feasible = bounds.project(values)
     refitted = jnp.where(moved | (rows.unit == 0), refitted, jnp.where(warm_started, feasible, 0))
     finite = rows.finite & sparse.finite_rows(values, indices, static.num_latents) & jnp.isfinite(refitted).all(1)
-    kkt = max_or_nan(rows.weight * driver.violation(best.x, best.gradient, nonnegative), 1)
+    kkt = max_or_nan(rows.weight * bounds.violation(best.x, best.gradient), 1)
     return _Outcome(jnp.where(finite[:, None], refitted, values), best.x, _info(solver, kkt, steps, finite))
 
 

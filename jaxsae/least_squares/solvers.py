@@ -1,8 +1,8 @@
 """Solvers of a small quadratic programme, as pytrees of numbers with pure `init` and `step` functions.
 
-Each minimises `½ zᵀGz − cᵀz` over `z ≥ lower` for one row: `G [k k]` positive semi-definite with ones (or
-zeros) on its diagonal, `c [k]` in its range, `lower` 0, or −∞ where the sign is free. A state has fields `z`,
-the iterate, and `gradient`, `Gz − c` at it; `driver.py` runs the steps, chooses the best iterate and decides when to
+Each minimises `½ zᵀGz − cᵀz` within bounds for one row: `G [k k]` positive semi-definite with ones (or zeros) on its
+diagonal, `c [k]` in its range, `bounds` those of `bounds.Bounds`. A state has fields `z`, the iterate, and `gradient`,
+`Gz − c` at it; `driver.py` runs the steps, chooses the best iterate and decides when to
 stop, so that a solver holds only its mathematics. A solver may have a `fallback`, with its own tolerance (None: that
 of the solver before it), which continues from the best iterate of the unsolved rows; a row converges to the tolerance
 of the last one.
@@ -12,12 +12,13 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxsae._core import pytrees
-from jaxsae._core.linalg import cholesky, divide, matmul, one_at_a_time, power_iteration, solve_on
+from jaxsae._core.linalg import divide, matmul, power_iteration, solve_on
+from jaxsae.least_squares.bounds import Bounds
+from jaxsae.least_squares.interior_point import InteriorPoint
 
 __all__ = [
     "FISTA", "BlockPivoting", "ConjugateGradient", "InteriorPoint", "ProjectedGradient", "Solver", "default", "within",
@@ -36,7 +37,7 @@ class State(Protocol):
 
 @runtime_checkable
 class Solver(Protocol):
-    """A solver of `minimise ½ zᵀGz − cᵀz` over `z ≥ lower` for one row, as a dataclass that is a pytree.
+    """A solver of `minimise ½ zᵀGz − cᵀz` within bounds for one row, as a dataclass that is a pytree.
 
     Attributes:
       tol: stop a row when its KKT residual is at most this; None, in a fallback, is that of the solver before it.
@@ -58,11 +59,11 @@ class Solver(Protocol):
     @property
     def fallback(self) -> "Solver | None": ...  # noqa: D102
 
-    def init(self, gram: Array, c: Array, z: Array, lower: float) -> State:
+    def init(self, gram: Array, c: Array, z: Array, bounds: Bounds) -> State:
         """The state at a feasible start `z`."""
         ...
 
-    def step(self, gram: Array, c: Array, state: Any, lower: float) -> State:
+    def step(self, gram: Array, c: Array, state: Any, bounds: Bounds) -> State:
         """The state after one more step."""
         ...
 
@@ -144,13 +145,13 @@ class ProjectedGradient:
     max_steps: int | Array = 5000
     fallback = None
 
-    def init(self, gram: Array, c: Array, z: Array, lower: float) -> FISTAState:
+    def init(self, gram: Array, c: Array, z: Array, bounds: Bounds) -> FISTAState:
         """The state at a feasible start `z`."""
         return fista_start(z, matmul(gram, z) - c, spectral_norm(gram))
 
-    def step(self, gram: Array, c: Array, state: FISTAState, lower: float) -> FISTAState:
+    def step(self, gram: Array, c: Array, state: FISTAState, bounds: Bounds) -> FISTAState:
         """One step of `FISTA` without momentum, at the cost of one product with `G`."""
-        state = FISTA().step(gram, c, state, lower)
+        state = FISTA().step(gram, c, state, bounds)
         return fista_start(state.z, state.gradient, state.curvature)
 
 
@@ -183,13 +184,13 @@ class FISTA:
     max_steps: int | Array = 2000
     fallback: Solver | None = None
 
-    def init(self, gram: Array, c: Array, z: Array, lower: float) -> FISTAState:
+    def init(self, gram: Array, c: Array, z: Array, bounds: Bounds) -> FISTAState:
         """The state at a feasible start `z`, without momentum."""
         return fista_start(z, matmul(gram, z) - c, spectral_norm(gram))
 
-    def step(self, gram: Array, c: Array, state: FISTAState, lower: float) -> FISTAState:
+    def step(self, gram: Array, c: Array, state: FISTAState, bounds: Bounds) -> FISTAState:
         """One accelerated step, at the cost of one product with `G`."""
-        return fista_step(state, lambda v, _: jnp.maximum(v, lower), lambda z: matmul(gram, z) - c)
+        return fista_step(state, lambda v, _: bounds.project(v), lambda z: matmul(gram, z) - c)
 
 
 class BlockPivotingState(NamedTuple):
@@ -207,6 +208,8 @@ class BlockPivoting:
     """Block principal pivoting: solve on a set of free coordinates, exchange the wrong ones.
 
         G_FF x_F = c_F,   wrong = {i ∈ F: x_i < 0} ∪ {i ∉ F: (Gx − c)_i < 0}
+
+    for `x ≥ 0`; upper bounds are treated alike.
 
     All wrong coordinates are exchanged at once; after three exchanges without fewer of them, only the last one is
     (Murty's rule), until there are fewer. Each step is one masked Cholesky factorisation, with a few ulps on the
@@ -234,107 +237,31 @@ class BlockPivoting:
     max_steps: int | Array = 20
     fallback: Solver | None = FISTA()
 
-    def init(self, gram: Array, c: Array, z: Array, lower: float) -> BlockPivotingState:
-        """The state at a feasible start `z`, with its positive coordinates free."""
+    def init(self, gram: Array, c: Array, z: Array, bounds: Bounds) -> BlockPivotingState:
+        """The state at a feasible start `z`, with the coordinates free that are on no bound."""
         size = jnp.int32(z.size)
-        return BlockPivotingState(z, matmul(gram, z) - c, z > lower, size + 1, jnp.int32(3))
+        return BlockPivotingState(z, matmul(gram, z) - c, bounds.inside(z), size + 1, jnp.int32(3))
 
-    def step(self, gram: Array, c: Array, state: BlockPivotingState, lower: float) -> BlockPivotingState:
+    def step(self, gram: Array, c: Array, state: BlockPivotingState, bounds: Bounds) -> BlockPivotingState:
         """Solve on the free set, then exchange, at the cost of one factorisation."""
         free = state.free
-        x = solve_on(gram, free, c)
-        wrong = jnp.where(free, x < lower, matmul(gram, x) < c)
+        if bounds.at_zero:
+            x = solve_on(gram, free, c)
+            wrong = jnp.where(free, bounds.left(x), matmul(gram, x) < c)
+        else:
+            on_bounds = jnp.where(free, 0, state.z)
+            x = solve_on(gram, free, c - matmul(gram, on_bounds)) + on_bounds
+            gradient = matmul(gram, x) - c
+            wrong = jnp.where(free, bounds.left(x), bounds.split(x, gradient)[1] != 0)
         count = jnp.sum(wrong, dtype=jnp.int32)
         better = count < state.fewest
         patience = jnp.where(better, 3, state.patience - 1)
         last = jnp.max(jnp.where(wrong, jnp.arange(wrong.size), -1), initial=-1)
         exchange = wrong & ((patience >= 0) | (jnp.arange(wrong.size) == last))
-        z = jnp.maximum(x, lower)
+        z = bounds.project(x)
         return BlockPivotingState(
             z, matmul(gram, z) - c, free ^ exchange, jnp.minimum(count, state.fewest), jnp.maximum(patience, -1)
         )
-
-
-class InteriorPointState(NamedTuple):
-    """Iterate `z [k]` with its gradient, and the pair that it comes from: `p > 0` and its multipliers `s > 0`."""
-
-    z: Array
-    gradient: Array
-    p: Array
-    s: Array
-
-
-@pytrees.dataclass
-class InteriorPoint:
-    """Primal–dual interior point with Mehrotra's predictor and corrector.
-
-    From `p, s > 0`, each step solves the optimality conditions `Gp − c = s`, `p ∘ s = μ`, linearised, twice by one
-    factorisation:
-
-        (G + diag(s/p)) Δp = c − Gp + μ̂/p,   Δs = (μ̂ − p ∘ s − s ∘ Δp)/p,
-
-    first for `μ̂ = 0`, then for `μ̂ = (μₐ/μ)³ μ − Δpₐ ∘ Δsₐ`, with `μₐ` the mean of `p ∘ s` that the first would reach,
-    and goes 0.995 of the way to the bounds. `z` is `p` where `p > s`, and 0 elsewhere. In float64 it took
-    15 to 18 factorisations in every problem of `python -m benchmarks nnls`, up to a condition number of 1e20; it cannot
-    cycle. A start is of little use to it.
-
-    Attributes:
-      tol: stop a row when its relative KKT residual is at most this.
-      max_steps: stop a row after this many factorisations.
-      fallback: solver for the unsolved rows, or None.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, jaxsae
-      >>> D = jnp.array([[1.0, 0.0], [0.6, 0.8]])
-      >>> code = jaxsae.SparseCode(values=jnp.zeros(2), indices=jnp.arange(2), num_latents=2)
-      >>> refit, info = jaxsae.refit(D, jnp.array([2.2, 1.6]), code, jaxsae.InteriorPoint())
-      >>> jnp.round(refit.values, 3)
-      Array([1., 2.], dtype=float32)
-
-    Source: Mehrotra (1992), "On the implementation of a primal–dual interior point method"; Nocedal & Wright (2006),
-      "Numerical optimization", Section 16.6.
-    """
-
-    tol: float | Array | None = 1e-5
-    max_steps: int | Array = 50
-    fallback: Solver | None = None
-
-    def init(self, gram: Array, c: Array, z: Array, lower: float) -> InteriorPointState:
-        """The state at a feasible start `z`, and near it inside of the bounds."""
-        p = jnp.maximum(z, max(z.size, 1) ** -0.5)
-        s = jnp.maximum(matmul(gram, p) - c, 0.1)
-        return InteriorPointState(z, matmul(gram, z) - c, p, s)
-
-    def step(self, gram: Array, c: Array, state: InteriorPointState, lower: float) -> InteriorPointState:
-        """One predictor and corrector, at the cost of one factorisation."""
-        if lower == -jnp.inf:  # without bounds, the minimum is one solution away
-            z = solve_on(gram, jnp.ones(c.size, bool), c)
-            return InteriorPointState(z, matmul(gram, z) - c, z, jnp.zeros_like(z))
-        p, s = _predict_and_correct(gram, c, state.p, state.s)
-        z = jnp.where(p > s, p, 0)
-        return InteriorPointState(z, matmul(gram, z) - c, p, s)
-
-
-@one_at_a_time
-def _predict_and_correct(gram: Array, c: Array, p: Array, s: Array) -> tuple[Array, Array]:
-    """The pair of `InteriorPoint` after one step."""
-    scale = jax.lax.rsqrt(jnp.diagonal(gram) + s / p)
-    factor = cholesky(gram * scale[:, None] * scale)
-    uphill, mu = c - matmul(gram, p), jnp.mean(p * s)
-
-    def direction(product):  # towards p ∘ s = product, but for terms of second order
-        dp = scale * jax.scipy.linalg.cho_solve((factor, True), scale * (uphill + product / p))
-        return dp, (product - p * s - s * dp) / p
-
-    def longest(dp, ds):
-        return 1 / jnp.maximum(jnp.max(-dp / p, initial=1), jnp.max(-ds / s, initial=1))
-
-    dp, ds = direction(jnp.zeros_like(p))
-    step = longest(dp, ds)
-    predicted = jnp.mean((p + step * dp) * (s + step * ds))
-    dp, ds = direction(mu * (predicted / mu) ** 3 - dp * ds)
-    step = 0.995 * longest(dp, ds)
-    return p + step * dp, s + step * ds
 
 
 class ConjugateGradientState(NamedTuple):
@@ -351,7 +278,7 @@ class ConjugateGradientState(NamedTuple):
 class ConjugateGradient:
     """Conjugate gradient on the free coordinates, projected along the bounds.
 
-    With `φ` the gradient where `z > 0` and `β = min(g, 0)` elsewhere, each step costs one product `Gp`:
+    With `φ` the gradient where `z > 0` and `β = min(g, 0)` elsewhere (for `z ≥ 0`), each step costs one product `Gp`:
 
         a = gᵀp / pᵀGp,   z⁺ = z − ap,   p⁺ = φ⁺ − (φ⁺ᵀGp / pᵀGp) p.
 
@@ -382,35 +309,35 @@ class ConjugateGradient:
     max_steps: int | Array = 1000
     fallback: Solver | None = BlockPivoting(tol=None, fallback=FISTA(tol=None))
 
-    def init(self, gram: Array, c: Array, z: Array, lower: float) -> ConjugateGradientState:
+    def init(self, gram: Array, c: Array, z: Array, bounds: Bounds) -> ConjugateGradientState:
         """The state at a feasible start `z`, with the projected gradient as direction."""
         gradient = matmul(gram, z) - c
-        p = jnp.where(z > lower, gradient, jnp.minimum(gradient, 0))
-        return ConjugateGradientState(z, gradient, p, jnp.zeros((), bool), jnp.ones((), gram.dtype))
+        inside, inward = bounds.split(z, gradient)
+        return ConjugateGradientState(z, gradient, inside + inward, jnp.zeros((), bool), jnp.ones((), gram.dtype))
 
-    def step(self, gram: Array, c: Array, state: ConjugateGradientState, lower: float) -> ConjugateGradientState:
+    def step(self, gram: Array, c: Array, state: ConjugateGradientState, bounds: Bounds) -> ConjugateGradientState:
         """One step along `−p`, or the choice of a projected direction, at the cost of one product with `G`."""
         z, gradient, p, projected, curvature = state
         gram_p = matmul(gram, p)
         p_gram_p = jnp.sum(p * gram_p)
         curvature = jnp.maximum(curvature, divide(p_gram_p, jnp.sum(p * p)))
         a = jnp.maximum(divide(jnp.sum(gradient * p), p_gram_p), 0)
-        leaves = ~projected & jnp.any(z - a * p < lower)
+        leaves = ~projected & jnp.any(bounds.left(z - a * p))
         # A projected direction ends on the bounds at full length, which lowers the objective if a ≥ ½.
         length = jnp.where(projected, jnp.where(a >= 0.5, 1, a), jnp.where(leaves, 0, a))
-        ahead = jnp.maximum(z - length * p, lower)
+        ahead = bounds.project(z - length * p)
         gradient = gradient - length * gram_p
 
-        free = ahead > lower
-        phi = jnp.where(free, gradient, 0)
-        beta = jnp.where(free, 0, jnp.minimum(gradient, 0))
-        promise = jnp.sum(phi * jnp.minimum(phi, (ahead - lower) * curvature))
+        free, (phi, beta) = bounds.inside(ahead), bounds.split(ahead, gradient)
+        most = jnp.minimum(phi, (ahead - bounds.lower) * curvature)
+        most = jnp.maximum(most, (ahead - bounds.upper) * curvature) if bounds.from_above else most
+        promise = jnp.sum(phi * most)
         conjugate = phi - jnp.where(projected | ~free, 0, divide(jnp.sum(phi * gram_p), p_gram_p) * p)
         direction = jnp.where(jnp.sum(beta * beta) > promise, phi + beta, conjugate)
         # If the projected direction leads uphill, take a projected gradient step, which never does.
         uphill = projected & (a <= 0)
         cut = jnp.where(leaves, a * p, (phi + beta) / curvature)
-        p = jnp.where(leaves | uphill, ahead - jnp.maximum(ahead - cut, lower), direction)
+        p = jnp.where(leaves | uphill, ahead - bounds.project(ahead - cut), direction)
         return ConjugateGradientState(ahead, gradient, p, leaves | uphill, curvature)
 
 

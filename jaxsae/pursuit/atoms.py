@@ -37,7 +37,7 @@ class Searchable(problems.Dictionary, Protocol):
       ...     scale: jax.Array  # [m 1]
       ...
       ...     def take(self, indices):
-      ...         return self.scale[indices] * self.q[indices]
+      ...         return self.scale[indices] * self.q[indices].astype(jnp.float32)
       ...
       ...     def correlate(self, r):
       ...         return r @ self.q.astype(r.dtype).T * self.scale[:, 0]

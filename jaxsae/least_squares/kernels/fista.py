@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jaxsae._core.linalg import power_iteration
 from jaxsae.least_squares import driver, solvers
+from jaxsae.least_squares.bounds import of_sign
 
 
 class Space(NamedTuple):
@@ -57,8 +58,8 @@ def solve(space: Space, columns, c, weight, start, *, tol, max_steps, nonnegativ
       The best iterate, its KKT residual and the number of steps (int32), as from `driver.drive`; and whether the
       given start was used.
     """
-    lower = 0.0 if nonnegative else -jnp.inf
-    start = jnp.maximum(start, lower)
+    bounds = of_sign(nonnegative)
+    start = bounds.project(start)
     warm_started = 0.5 * space.total(start * (space.matvec(start) - 2 * c)) < 10
     start = jnp.where(warm_started, start, 0.0)
 
@@ -66,7 +67,7 @@ def solve(space: Space, columns, c, weight, start, *, tol, max_steps, nonnegativ
         return space.matvec(z) - c
 
     def step(state):
-        return solvers.fista_step(state, lambda v, _: jnp.maximum(v, lower), gradient, space.total)
+        return solvers.fista_step(state, lambda v, _: bounds.project(v), gradient, space.total)
 
     def repeat(step, carry, running):
         """Repeat while any row is running; the others wait."""
@@ -81,6 +82,6 @@ def solve(space: Space, columns, c, weight, start, *, tol, max_steps, nonnegativ
 
     begin = solvers.fista_start(start, gradient(start), spectral_norm(space, columns))
     x, kkt, steps = driver.iterate(
-        *(step, begin, weight, tol, max_steps, nonnegative), total=space.total, largest=space.largest, repeat=repeat
+        *(step, begin, weight, tol, max_steps, bounds), total=space.total, largest=space.largest, repeat=repeat
     )
     return x, kkt, steps, warm_started

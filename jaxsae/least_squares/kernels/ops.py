@@ -29,6 +29,7 @@ from jaxsae._core.linalg import EXACT, divide, result_type
 from jaxsae._core.linear import linear
 from jaxsae.codes import SparseCode
 from jaxsae.least_squares import implicit, problems, solvers
+from jaxsae.least_squares.bounds import of_sign
 from jaxsae.least_squares.kernels import choice
 
 __all__ = ["gather_decode", "gather_gram", "refit_fused", "scatter_rows"]
@@ -225,7 +226,7 @@ def solve(
         def chunk(indices, y, z0):
             y, z0, m = y.astype(ridge.dtype), z0.astype(ridge.dtype), len(dictionary)
             problem = problems.problems(dictionary, y, indices, num_latents=m, ridge=ridge)
-            return problems.solved(solvers.FISTA(tol=tol, max_steps=max_steps), problem, z0, nonnegative)
+            return problems.solved(solvers.FISTA(tol=tol, max_steps=max_steps), problem, z0, of_sign(nonnegative))
 
         row_bytes = 2 * problems.row_bytes(indices.shape[1], y.shape[1], ridge.dtype.itemsize)
         return chunking.map_chunks(chunk, indices, y, z0, batch=indices.shape[:1], row_bytes=row_bytes)
