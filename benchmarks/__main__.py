@@ -103,7 +103,7 @@ def main() -> None:
     command.add_argument("--size", choices=lasso.SIZES, default="tiny")
     command.add_argument("--peers", action="store_true", help="other libraries too; pip install '.[peers]'")
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
-    command = commands.add_parser("nnls", help="large, dense non-negative least squares in float64, one at a time")
+    command = commands.add_parser("nnls", help="large, dense non-negative least squares, in float64 and float32")
     command.add_argument("--size", choices=nnls.SIZES, default="tiny")
     command.add_argument("--peers", action="store_true", help="other libraries too; pip install '.[peers]'")
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")

@@ -1,7 +1,8 @@
-"""Time non-negative least squares on large, dense, ill-conditioned problems, those of inverting images, in float64.
+"""Time non-negative least squares on large, dense, ill-conditioned problems, those of inverting images.
 
-Every solver gets the same `G = AᵀA` and `c = Aᵀb`, and runs at its default settings. *Excess* is how far the error
-`½‖b − Az‖²` is above that of scipy's optimum, whose KKT conditions are checked, relative to it.
+Every solver gets the same `G = AᵀA` and `c = Aᵀb`, in float64 or rounded to float32, and runs at its default settings.
+*Excess* is how far the error `½‖b − Az‖²` is above that of scipy's optimum, whose KKT conditions are checked, relative
+to it.
 """
 
 import functools
@@ -147,21 +148,25 @@ OURS: dict[str, jaxsae.solvers.Solver | None] = {
     "default": None,
     "interior point": jaxsae.InteriorPoint(tol=1e-12),
 }
+DTYPES = (np.float64, np.float32)
 
 
 def run(size: str, *, with_peers: bool) -> list[dict[str, Any]]:
     """The table of a size: a row for each case and solver."""
     with jax.enable_x64(True):
-        return [row for case in SIZES[size] for row in _case(case, with_peers)]
+        return [row for case in SIZES[size] for dtype in DTYPES for row in _case(case, dtype, with_peers)]
 
 
-def _case(case: Case, with_peers: bool) -> Iterator[dict[str, Any]]:
-    say(case.name)
+def _case(case: Case, dtype, with_peers: bool) -> Iterator[dict[str, Any]]:
+    say(f"{case.name}, {dtype.__name__}")
     problems = [case.make(seed) for seed in range(case.lanes)]
     best = [error(A, b, optimum(A, b)) for A, b in problems]
-    G, c = (jnp.asarray(np.stack(x)) for x in ([A.T @ A for A, _ in problems], [A.T @ b for A, b in problems]))
-    about = {"case": case.name, "n": c.shape[1], "lanes": case.lanes, "condition": float(np.linalg.cond(G[0]))}
-    solvers: dict[str, Solve] = {f"jaxsae, {name}": functools.partial(_ours, s) for name, s in OURS.items()}
+    exact = [A.T @ A for A, _ in problems], [A.T @ b for A, b in problems]
+    G, c = (jnp.asarray(np.stack(x), dtype) for x in exact)
+    about = {"case": case.name, "dtype": dtype.__name__, "n": c.shape[1], "lanes": case.lanes}
+    about["condition"] = float(np.linalg.cond(exact[0][0]))
+    ours = OURS if dtype is np.float64 else {"default": None, "interior point": jaxsae.InteriorPoint(tol=1e-6)}
+    solvers: dict[str, Solve] = {f"jaxsae, {name}": functools.partial(_ours, s) for name, s in ours.items()}
     calls, rows = [], []
     for name, load in PEERS.items() if with_peers else ():
         if name == "jaxopt" and c.shape[1] > _MOST_FOR_GRADIENTS:

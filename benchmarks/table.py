@@ -42,19 +42,26 @@ def _first_call(report: dict[str, Any], machine: str) -> list[str]:
 
 
 def _nnls(report: dict[str, Any], machine: str) -> list[str]:
-    """A line for each case and solver, with ratios to our default."""
+    """A table for each dtype: a line for each case and solver, with ratios to our default."""
+    parts = [f"{machine}."]
+    for dtype in dict.fromkeys(row["dtype"] for row in report["rows"]):
+        parts += [f"In {dtype}:", _nnls_in([row for row in report["rows"] if row["dtype"] == dtype])]
+    return parts
+
+
+def _nnls_in(rows: list[dict[str, Any]]) -> str:
     head = ("case", "condition", "solver", "steps", "ms", "time / ours", "excess", "gradient", "compile s")
     lines = ["| " + " | ".join(head) + " |", "|---|--:|---|" + "--:|" * 3 + "--:|--:|--:|"]
-    for row in report["rows"]:
+    for row in rows:
         about = f"| {row['case']} | {row['condition']:.0e} | {row['solver']} |"
         if "note" in row:
             lines.append(f"{about} {row['note']} | | | | | |")
             continue
-        ours = next(r["ms"] for r in report["rows"] if r["case"] == row["case"] and r["solver"] == "jaxsae, default")
+        ours = next(r["ms"] for r in rows if r["case"] == row["case"] and r["solver"] == "jaxsae, default")
         gradient = "finite" if row["gradient_finite"] else "NaN"
         numbers = f"{row['steps']} | {row['ms']:.3g} | {row['ms'] / ours:.2f} | {row['excess']:.0e} | {gradient}"
         lines.append(f"{about} {numbers} | {row['compile_s']:.1f} |")
-    return [f"{machine}; float64.", "\n".join(lines)]
+    return "\n".join(lines)
 
 
 def _train(report: dict[str, Any], machine: str) -> list[str]:

@@ -372,6 +372,11 @@ def test_what_is_no_solver_is_refused(solver, unchecked):
             call(jnp.eye(2), jnp.ones(2), None, solver)
 
 
+def test_steps_are_counted_by_integers(random, unchecked):
+    with pytest.raises(TypeError, match=r"`FISTA` got max_steps 10.0; pass an integer"):
+        jaxsae.nnls(*gram(*random, np.float32), None, jaxsae.InteriorPoint(fallback=jaxsae.FISTA(max_steps=10.0)))
+
+
 def test_an_indefinite_matrix_ends_and_says_so():
     # Every pair of atoms is possible, but not all three: the objective has no minimum.
     G, c = jnp.full((3, 3), -0.9) + 1.9 * jnp.eye(3), jnp.ones(3)

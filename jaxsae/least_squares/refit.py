@@ -148,6 +148,8 @@ def check_solver(solver: solvers.Solver) -> solvers.Solver:
         check = functools.partial(problems.check_numbers, type(each).__name__, do="a finite number of at least 0")
         check("tol", each.tol)
         check("max_steps", each.max_steps)
+        if not jnp.issubdtype(jnp.result_type(each.max_steps), jnp.integer):
+            raise TypeError(f"`{type(each).__name__}` got max_steps {each.max_steps}; pass an integer.")
         each = each.fallback
     return resolved
 
