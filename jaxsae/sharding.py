@@ -252,8 +252,17 @@ def on_cpu() -> bool:
     For sizes of chunks and other choices that must be made at tracing, before the program's devices are known: to
     compile for a TPU that is not here, set its mesh. What lowering can choose is left to `jax.lax.platform_dependent`.
     """
+    return _platform() == "cpu"
+
+
+def on_tpu() -> bool:
+    """Whether tracing targets TPUs."""
+    return _platform() == "tpu"
+
+
+def _platform() -> str:
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return (jax.default_backend() if device is None else device.platform) == "cpu"
+    return jax.default_backend() if device is None else device.platform
 
 
 def is_divided() -> bool:

@@ -1,6 +1,8 @@
 """Certificates: bounds on how far a code is from optimal on its support, computed from its residual alone."""
 
+import contextlib
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ from jaxtyping import Array, Float
 
 from jaxsae import sharding
 from jaxsae._core import chunking, pytrees, sparse
-from jaxsae._core.linalg import matmul, max_or_nan, residual, solve_on
+from jaxsae._core.linalg import EXACT, matmul, max_or_nan, residual, solve_on
 from jaxsae.codes import SparseCode
 from jaxsae.least_squares import problems
 from jaxsae.least_squares.bounds import Bounds, of_sign, validate_bounds
@@ -22,8 +24,9 @@ class Certificate:
       kkt: `[*b]` relative KKT residual, `max_i v_i / (max_i‖a_i‖ ‖y‖)`; 0 is optimal.
       gap: `[*b]` duality gap relative to `½‖y‖²`: the excess of the row's error over the best possible one, relative
         to `‖y‖²`, is at most this. The dual point is feasible only to rounding: for any order of summation, the gap is
-        too small by at most `2 (32 + d) eps Σᵢ ‖a_i‖ max(|z_i|, |z*_i|) / ‖y‖`, `z*` the best values. That is
-        negligible unless atoms nearly cancel (condition numbers of 3e4 and more in float32).
+        too small by at most `2 (32 + d) eps Σᵢ ‖a_i‖ max(|z_i|, |z*_i|) / ‖y‖`, `z*` the best values. On CPUs and
+        GPUs certificates are computed in float64, whatever the arguments, where that is negligible up to condition
+        numbers of `A` of some 1e9; on TPUs in float32, where it is up to 3e4.
 
     Example:
       >>> import jax.numpy as jnp, jaxsae
@@ -53,8 +56,9 @@ def certify(
         kkt = max_i v_i / (max_i‖a_i‖ ‖y‖)
         gap = (½‖r‖² − (uᵀy − ½‖u‖²)) / ½‖y‖²,   u = r − Aᵀδ,  δ = G⁺(Ar)₊
 
-    The residual is summed in twice the precision. A ridge adds `k` coordinates, in which `y` is 0 and atom `i` is
-    `√ridge` at coordinate `i`, so that the problem is that of `refit` with the same ridge.
+    All is computed in float64, and on a TPU the residual in twice the precision of float32. A ridge adds `k`
+    coordinates, in which `y` is 0 and atom `i` is `√ridge` at coordinate `i`, so that the problem is that of `refit`
+    with the same ridge.
 
     `u` is feasible for the dual (`Au ≤ 0`), so the gap bounds the excess error; where rounding or a singular `G`
     makes it infeasible, another feasible `u` is used. A negative value under the constraint counts as a violation of
@@ -84,27 +88,52 @@ def certify(
     """
     dictionary, y, code = problems.validate(dictionary, y, code, "certify")
     problems.check_numbers("certify", "a ridge of", ridge, do="a ridge of 0 or more, finite")
-    ridge = jnp.asarray(ridge, problems.accumulator(dictionary, y))
-    per_row = y.astype(ridge.dtype), code.indices, code.values
-    certified = sharding.automatic(functools.partial(_certify, (nonnegative, code.num_latents)), code.indices)
-    return Certificate(*certified((dictionary, ridge), per_row))
+    dtype = problems.accumulator(dictionary, y)
+    with _float64():
+        ridge = jnp.asarray(ridge, _wide(dtype))
+        certified = sharding.automatic(
+            functools.partial(_certify, (nonnegative, code.num_latents, dtype)), code.indices
+        )
+        return Certificate(*certified((dictionary, ridge), (y.astype(dtype), code.indices, code.values)))
+
+
+def _float64():
+    """Let what is traced inside use float64, where processors have it."""
+    return contextlib.nullcontext() if sharding.on_tpu() else jax.enable_x64(True)
+
+
+def _wide(dtype):
+    """The dtype of the arithmetic for arguments of a dtype."""
+    return dtype if sharding.on_tpu() else jnp.dtype(jnp.float64)
+
+
+def _rounded_up(x: Array, dtype) -> Array:
+    """A bound in fewer bits."""
+    nearest = x.astype(dtype)
+    return jnp.where(nearest.astype(x.dtype) < x, jnp.nextafter(nearest, jnp.asarray(jnp.inf, dtype)), nearest)
 
 
 @chunking.over_rows
-def _certify(static: tuple[bool, int], shared, per_row):
-    nonnegative, num_latents = static
+def _certify(static: tuple[bool, int, Any], shared, per_row):
+    nonnegative, num_latents, dtype = static
     dictionary, ridge = shared
 
     def chunk(y, indices, values):
+        y = y.astype(ridge.dtype)
         values = jnp.where(sparse.used(indices, num_latents), values, 0)
         problem = problems.unit_rows(dictionary, y, indices, num_latents=num_latents, ridge=ridge)
-        r = problems.residuals(dictionary, y, SparseCode(values, indices, num_latents))
         z = values.astype(y.dtype) * problem.unit
+        if y.dtype == dtype:
+            r = problems.residuals(dictionary, y, SparseCode(values, indices, num_latents))
+        else:  # twice the precision as it is
+            r = problem.y - jnp.einsum("nk,nkd->nd", z, problem.atoms, precision=EXACT)
         certify_row = jax.vmap(functools.partial(_certify_row, nonnegative))
-        return certify_row(problem.atoms, problem.ridge, problem.weight, jnp.any(y != 0, axis=1), r, z, problem.finite)
+        some = jnp.any(y != 0, axis=1)
+        certified = certify_row(problem.atoms, problem.ridge, problem.weight, some, r, z, problem.finite)
+        return tuple(_rounded_up(x, dtype) for x in certified)
 
     y, indices, _ = per_row
-    row_bytes = 4 * problems.row_bytes(indices.shape[-1], y.shape[-1], y.dtype.itemsize)
+    row_bytes = 4 * problems.row_bytes(indices.shape[-1], y.shape[-1], ridge.dtype.itemsize)
     return chunking.map_chunks(chunk, *per_row, batch=y.shape[:-1], row_bytes=row_bytes)
 
 
@@ -180,7 +209,8 @@ def certify_gram(
 
     As `certify`, with `s = max_i |c_i|/√G_ii` in place of `‖y‖`, which a Gram matrix does not hold: `s` is the length
     of `y` along its best atom, so that both bounds are at least those of `certify`. The gradient `Gz − c` is summed in
-    twice the precision; the rounding of `G` and `c` themselves is not seen. The gap has the allowance of `Certificate`.
+    twice the precision of the arguments; the rounding of `G` and `c` themselves is not seen. The gap has the allowance
+    of `Certificate`.
 
     Args:
       G: `[*b n n]`, symmetric and positive semi-definite.
@@ -204,15 +234,21 @@ def certify_gram(
     """
     G, c, z = problems.validate_gram(G, c, z, "certify_gram")
     limits = None if bounds is None else validate_bounds(bounds, z, "certify_gram")
-    return Certificate(*sharding.automatic(functools.partial(_certify_gram, nonnegative), c)(c, G, z, limits))
+    with _float64():
+        certified = sharding.automatic(functools.partial(_certify_gram, nonnegative, _wide(c.dtype)), c)
+        return Certificate(*certified(c, G, z, limits))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _certify_gram(nonnegative: bool, *per_row):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _certify_gram(nonnegative: bool, wide: Any, *per_row):
     batch, rows = chunking.flatten(per_row)
-    n, itemsize = rows[0].shape[-1], rows[0].dtype.itemsize
+    n, dtype = rows[0].shape[-1], rows[0].dtype
 
-    def chunk(c, G, z, limits):
+    def chunk(*chunk):
+        certified = certify(*jax.tree.map(lambda x: x.astype(wide), chunk))
+        return tuple(_rounded_up(x, dtype) for x in certified)
+
+    def certify(c, G, z, limits):
         problem, valid = problems.unit_free(G, c, of_sign(nonnegative) if limits is None else limits)
         x = z.astype(c.dtype) * problem.unit
         finite = problem.finite & valid & jnp.isfinite(z).all(1)
@@ -226,7 +262,7 @@ def _certify_gram(nonnegative: bool, *per_row):
         return tuple(jnp.where(wrong.any(1) & finite, jnp.inf, x) for x in certified)
 
     return chunking.unflatten(
-        batch, chunking.map_chunks(chunk, *rows, batch=rows[0].shape[:1], row_bytes=8 * n * n * itemsize)
+        batch, chunking.map_chunks(chunk, *rows, batch=rows[0].shape[:1], row_bytes=8 * n * n * wide.itemsize)
     )
 
 

@@ -66,7 +66,7 @@ def nnls(
       >>> jnp.round(z, 3), int(info.status)
       (Array([0. , 1.6], dtype=float32), 0)
       >>> jnp.round(jaxsae.nnls(G, c, bounds=(0.0, 1.0))[0], 3)
-      Array([0.3, 1. ], dtype=float32)
+      Array([0.4, 1. ], dtype=float32)
 
     Source: Lawson & Hanson (1974), "Solving least squares problems", Chapter 23; the solvers name their own.
     """
