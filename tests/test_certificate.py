@@ -181,3 +181,15 @@ def test_what_an_unused_slot_holds_is_nothing():
     for left in (np.nan, np.inf, 7.0):
         code = jaxsae.SparseCode(jnp.array([[left, 1.0]]), jnp.array([[-1, 2]]), 4)
         assert jaxsae.certify(dictionary, y, code) == expected
+
+
+def test_a_certificate_has_no_derivative():
+    dictionary, y, code = problem()
+
+    def bound(y):
+        certificate = jaxsae.certify(dictionary, y, code)
+        products = jaxsae.certify_gram(dictionary[:6] @ dictionary[:6].T, dictionary[:6] @ y[0], jnp.ones(6))
+        return jnp.sum(certificate.gap + certificate.kkt) + products.gap + products.kkt
+
+    assert not np.any(jax.grad(bound)(y))
+    assert not np.any(jax.jvp(bound, (y,), (y,))[1])

@@ -509,10 +509,40 @@ def test_a_box_far_from_zero_and_a_value_without_curvature(solver):
     lower = jnp.array([100.0, 100.0, -1.0, -2.0, 5.0])
     z, info = jaxsae.nnls(G, c, None, solver, bounds=(lower, lower + 7))
     assert info.status == Status.CONVERGED
-    np.testing.assert_allclose(z, [103.0, 100.0, 6.0, -2.0, 5.0], rtol=1e-5)
+    np.testing.assert_allclose(z, [103.0, 100.0, 6.0, -2.0, 5.0], rtol=1e-4)
     certificate = jaxsae.certify_gram(G, c, z, bounds=(lower, lower + 7))
     assert certificate.gap <= 1e-6
     assert jaxsae.certify_gram(G, c, z.at[2].set(0.0), bounds=(lower, lower + 7)).gap == np.inf
+
+
+@every_solver
+@pytest.mark.parametrize("double", [False, True])
+def test_a_row_without_a_linear_term_goes_where_its_bounds_send_it(solver, double):
+    with jax.enable_x64(double):
+        G, c = jnp.array([[1.0, -0.9], [-0.9, 1.0]]), jnp.zeros(2)
+        limits = jnp.array([1.0, -5.0]), jnp.array([2.0, 5.0])
+        z, info = jaxsae.nnls(G, c, None, solver, bounds=limits)
+        assert info.status == Status.CONVERGED
+        np.testing.assert_allclose(z, [1.0, 0.9], atol=1e-4)
+        assert jaxsae.certify_gram(G, c, jnp.array([1.0, 0.0]), bounds=limits).gap >= 0.4
+        assert jaxsae.certify_gram(G, c, jnp.ones(2)).gap == np.inf  # the best values are 0
+        assert jaxsae.certify_gram(G, c, c).gap == 0
+
+
+@every_solver
+@pytest.mark.parametrize("limits", [(1e6, 1e6 + 1), (1e6, 2e6), (-np.inf, -1e6), (-1e-20, 1e-20)], ids=str)
+def test_the_solver_and_the_certificate_agree_on_bounds_of_any_size(solver, limits):
+    rng = np.random.default_rng(0)
+    G, c = gram(rng.normal(size=(20, 12)), 5 * rng.normal(size=20), np.float32)
+    z, info = jaxsae.nnls(G, c, None, solver, bounds=limits)
+    certificate = jaxsae.certify_gram(G, c, z, bounds=limits)
+    assert info.status == Status.CONVERGED
+    assert np.all((z >= np.float32(limits[0])) & (z <= np.float32(limits[1])))
+    np.testing.assert_allclose(certificate.kkt, info.kkt, atol=1e-6)
+    assert certificate.kkt <= 2e-5
+    if limits == (1e6, 1e6 + 1):
+        other = jaxsae.certify_gram(G, c, z.at[0].set(1e6 if z[0] > 1e6 else 1e6 + 1), bounds=limits)
+        assert other.kkt > 1e-8  # a bound apart by 16 of what float32 tells apart is no fixed value
 
 
 def test_bounds_that_cross_are_refused(random, unchecked):
@@ -526,6 +556,8 @@ def test_bounds_that_cross_are_refused(random, unchecked):
         jaxsae.nnls(G, c, bounds=(0.0, jnp.ones(5)))
     with pytest.raises(TypeError, match=r"got 3.0 as bounds; pass \(lower, upper\)"):
         jaxsae.nnls(G, c, bounds=3.0)
+    with pytest.raises(TypeError, match=r"got \(None, 1.0\) as bounds; pass \(lower, upper\)"):
+        jaxsae.nnls(G, c, bounds=(None, 1.0))
     lows = jnp.stack([low, jnp.zeros(12), jnp.full(12, jnp.nan)])
     start = jnp.full(12, 0.25)
     solve = jax.jit(jax.vmap(lambda low: jaxsae.nnls(G, c, start, bounds=(low, 1.0))))

@@ -122,6 +122,17 @@ def test_a_dictionary_read_by_blocks_gives_what_a_copy_of_it_does(number, monkey
     jax.clear_caches()
 
 
+def test_few_wide_atoms_are_searched_by_their_gram_matrix(by_blocks):
+    dictionary, y = easy()
+    code, info = pursuit.omp(dictionary[:50], y, k=3)
+    assert selection._gram_fits(selection.Method("omp", None, 3, False, by_gram=len), dictionary[:50], jnp.float32)
+    atoms._COPY_BYTES = 1 << 26
+    jax.clear_caches()
+    whole = pursuit.omp(dictionary[:50], y, k=3)
+    np.testing.assert_array_equal(code.indices, whole[0].indices)
+    np.testing.assert_array_equal(info.status, whole[1].status)
+
+
 def test_all_ways_to_call_it_agree(by_blocks):
     dictionary, y = crowded(1)
     for stored in (dictionary, Int8.quantise(dictionary)):

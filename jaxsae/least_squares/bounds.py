@@ -68,7 +68,10 @@ def validate_bounds(bounds: Any, z: Array, name: str) -> Bounds:
     """Bounds as arrays like the values; raise if they are none, or are known to cross."""
     if not isinstance(bounds, tuple | list) or len(bounds) != 2:
         raise TypeError(f"`{name}` got {bounds!r} as bounds; pass (lower, upper), numbers or arrays.")
-    both = [jnp.asarray(bound, z.dtype) for bound in bounds]
+    try:
+        both = [jnp.asarray(bound, z.dtype) for bound in bounds]
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"`{name}` got {bounds!r} as bounds; pass (lower, upper), numbers or arrays.") from error
     for what, bound in zip(("lower", "upper"), both, strict=True):
         if bound.ndim > z.ndim or any(a not in (1, b) for a, b in zip(bound.shape[::-1], z.shape[::-1], strict=False)):
             raise ValueError(

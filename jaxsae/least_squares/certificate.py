@@ -18,7 +18,7 @@ from jaxsae.least_squares.bounds import Bounds, of_sign, validate_bounds
 
 @pytrees.dataclass
 class Certificate:
-    """Bounds on how far a code is from optimal on its support, computed without the solver.
+    """Bounds on how far a code is from optimal on its support, computed without the solver; they have no derivative.
 
     Attributes:
       kkt: `[*b]` relative KKT residual, `max_i v_i / (max_i‖a_i‖ ‖y‖)`; 0 is optimal.
@@ -94,7 +94,8 @@ def certify(
         certified = sharding.automatic(
             functools.partial(_certify, (nonnegative, code.num_latents, dtype)), code.indices
         )
-        return Certificate(*certified((dictionary, ridge), (y.astype(dtype), code.indices, code.values)))
+        arguments = (dictionary, ridge), (y.astype(dtype), code.indices, code.values)
+        return Certificate(*certified(*jax.lax.stop_gradient(arguments)))
 
 
 def _float64():
@@ -119,9 +120,13 @@ def _certify(static: tuple[bool, int, Any], shared, per_row):
     dictionary, ridge = shared
 
     def chunk(y, indices, values):
+        atoms = problems.take_used(dictionary, indices, num_latents, dtype)
+        # Of numbers that are subnormal in the dtype of the arguments, float64 may get 0.
+        finite = jnp.isfinite(problems.largest(atoms)).all((1, 2)) & jnp.isfinite(problems.largest(y)[:, 0])
         y = y.astype(ridge.dtype)
         values = jnp.where(sparse.used(indices, num_latents), values, 0)
-        problem = problems.unit_rows(dictionary, y, indices, num_latents=num_latents, ridge=ridge)
+        problem = problems.unit_rows(atoms.astype(ridge.dtype), y, ridge)
+        finite &= problem.finite & problems.representable(problem.unit, dtype).all(1)
         z = values.astype(y.dtype) * problem.unit
         if y.dtype == dtype:
             r = problems.residuals(dictionary, y, SparseCode(values, indices, num_latents))
@@ -129,7 +134,7 @@ def _certify(static: tuple[bool, int, Any], shared, per_row):
             r = problem.y - jnp.einsum("nk,nkd->nd", z, problem.atoms, precision=EXACT)
         certify_row = jax.vmap(functools.partial(_certify_row, nonnegative))
         some = jnp.any(y != 0, axis=1)
-        certified = certify_row(problem.atoms, problem.ridge, problem.weight, some, r, z, problem.finite)
+        certified = certify_row(problem.atoms, problem.ridge, problem.weight, some, r, z, finite)
         return tuple(_rounded_up(x, dtype) for x in certified)
 
     y, indices, _ = per_row
@@ -208,9 +213,10 @@ def certify_gram(
     """Certify values of a quadratic problem from its Gram matrix, independent of the solver.
 
     As `certify`, with `s = max_i |c_i|/√G_ii` in place of `‖y‖`, which a Gram matrix does not hold: `s` is the length
-    of `y` along its best atom, so that both bounds are at least those of `certify`. The gradient `Gz − c` is summed in
-    twice the precision of the arguments; the rounding of `G` and `c` themselves is not seen. The gap has the allowance
-    of `Certificate`.
+    of `y` along its best atom, so that both bounds are at least those of `certify`. With bounds on the values, `s` is
+    that of `c − Gp` for the point `p` within them that is nearest to 0. The gradient `Gz − c` is summed in twice the
+    precision of the arguments; the rounding of `G` and `c` themselves is not seen. The gap has the allowance of
+    `Certificate`.
 
     Args:
       G: `[*b n n]`, symmetric and positive semi-definite.
@@ -236,7 +242,7 @@ def certify_gram(
     limits = None if bounds is None else validate_bounds(bounds, z, "certify_gram")
     with _float64():
         certified = sharding.automatic(functools.partial(_certify_gram, nonnegative, _wide(c.dtype)), c)
-        return Certificate(*certified(c, G, z, limits))
+        return Certificate(*certified(*jax.lax.stop_gradient((c, G, z, limits))))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -249,17 +255,24 @@ def _certify_gram(nonnegative: bool, wide: Any, *per_row):
         return tuple(_rounded_up(x, dtype) for x in certified)
 
     def certify(c, G, z, limits):
-        problem, valid = problems.unit_free(G, c, of_sign(nonnegative) if limits is None else limits)
-        x = z.astype(c.dtype) * problem.unit
+        nearest, at, bounds = jnp.zeros_like(c), c, of_sign(nonnegative)
+        if limits is not None:
+            nearest, at, bounds = problems.shifted(G, c, limits)
+        problem, valid = problems.unit_free(G, at, bounds)
         finite = problem.finite & valid & jnp.isfinite(z).all(1)
-        if limits is None:
-            certify_row = jax.vmap(functools.partial(_certify_gram_row, of_sign(nonnegative)))
-            return certify_row(problem.gram, problem.c, problem.weight, x, finite)
-        within = problems.unit_bounds(problem, limits)
-        certified = jax.vmap(_certify_gram_row)(within, problem.gram, problem.c, problem.weight, x, finite)
-        ahead = jnp.where(c > 0, limits.upper, limits.lower)  # where values of no curvature belong
-        wrong = ((problem.unit == 0) & (c != 0) & (z != ahead)) | limits.left(z)
-        return tuple(jnp.where(wrong.any(1) & finite, jnp.inf, x) for x in certified)
+        x = (z - nearest) * problem.unit
+        within = bounds if limits is None else problems.unit_bounds(problem, bounds)
+        axes = (None if limits is None else 0, 0, 0, 0, 0, 0)
+        certify_row = jax.vmap(_certify_gram_row, in_axes=axes)
+        certified = certify_row(within, problem.gram, problem.c, problem.weight, x, finite)
+        # Infinitely far from optimal are what moves where nothing should, and what should move and is not seen.
+        moved = jnp.any(matmul(G, (z - nearest)[:, :, None]) != 0, axis=(1, 2))
+        wrong = moved & ~jnp.any(at != 0, axis=1)
+        if limits is not None:
+            ahead = jnp.where(c > 0, limits.upper, limits.lower)
+            flat = (jnp.diagonal(G, axis1=1, axis2=2) == 0) & (c != 0)
+            wrong |= jnp.any((flat & (z != ahead)) | limits.left(z), axis=1)
+        return tuple(jnp.where(wrong & finite, jnp.inf, x) for x in certified)
 
     return chunking.unflatten(
         batch, chunking.map_chunks(chunk, *rows, batch=rows[0].shape[:1], row_bytes=8 * n * n * wide.itemsize)

@@ -84,10 +84,9 @@ class InteriorPoint:
             return state._replace(z=z, gradient=matmul(gram, z) - c)
         at, sign, there = _walls(bounds, c)
         p, distance, s = _predict_and_correct(gram, c, *state[2:], sign, there)
-        on_bound = there & (s >= distance)
-        z = p
-        for bound, on in zip(at, on_bound, strict=True):
-            z = jnp.where(on, bound, z)
+        on_bound = there & (s >= distance) & (s == jnp.max(s, axis=0))
+        z = jnp.where(on_bound[0], at[0], p)
+        z = jnp.where(on_bound[1], at[1], z) if bounds.from_above else z
         return InteriorPointState(z, matmul(gram, z) - c, p, distance, s)
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +32,10 @@ def nnls(
         minimise_z ½ zᵀGz − cᵀz,   z ≥ 0   or   lower ≤ z ≤ upper
 
     With `G = AᵀA` and `c = Aᵀb` that is `minimise ½‖b − Az‖²`; a ridge is added to the diagonal of `G`. Of several
-    optima any may be returned. KKT residuals are relative to `√max G_ii · max |c_i|/√G_ii`, since `‖b‖` is not known.
-    Derivatives with respect to `G` and `c` are implicit, on the active set, forwards and backwards to any order; where
-    a value and its gradient are both 0 they are those of a value that stays 0.
+    optima any may be returned. KKT residuals are relative to `√max G_ii · max |c_i|/√G_ii`, since `‖b‖` is not known;
+    with bounds, to that of `c − Gp` for the point `p` within them that is nearest to 0. Derivatives with respect to
+    `G`, `c` and bounds are implicit, on the active set, forwards and backwards to any order; where a value and its
+    gradient are both 0 they are those of a value that stays 0.
 
     Args:
       G: `[*b n n]`, symmetric and positive semi-definite.
@@ -147,19 +147,28 @@ def _solve_rows(nonnegative: bool, solver, per_row):
     n, itemsize = c.shape[-1], c.dtype.itemsize
 
     def chunk(c, G, z0, limits):
-        bounds = of_sign(nonnegative) if limits is None else limits
-        problem, valid = problems.unit_free(G, c, bounds)
-        within, put_back = bounds, None
-        if limits is not None:
-            problem, within, put_back = _bounded(problem, c, bounds)
-        values = jnp.where(valid[:, None], z0.astype(c.dtype), 0)
+        if limits is None:
+            bounds = of_sign(nonnegative)
+            problem, valid = problems.unit_free(G, c, bounds)
+            _, z, info = solve(problem, valid, z0, bounds, bounds)
+        else:  # from a point within the bounds, so that what is compared is of the size of what may change
+            nearest, at, bounds = problems.shifted(G, c, limits)
+            problem, valid = problems.unit_free(G, at, bounds)
+            fixed, problem, within = _without_fixed(problem, bounds)
+            x, z, info = solve(problem, valid, z0.astype(c.dtype) - nearest, within, bounds)
+            z = jnp.where(x <= within.lower, limits.lower, limits.project(nearest + z))
+            z = jnp.where(fixed, nearest, jnp.where(x >= within.upper, limits.upper, z))
+            ahead = jnp.where(c > 0, limits.upper, jnp.where(c < 0, limits.lower, nearest))
+            z = jnp.where(jnp.diagonal(G, axis1=1, axis2=2) == 0, ahead, z).astype(z0.dtype)
+        return jnp.where((info.status < Status.NONFINITE)[:, None], z, z0), info
+
+    def solve(problem, valid, start, within, bounds):
+        values = jnp.where(valid[:, None], start.astype(problem.c.dtype), 0)
         solved = problems.solved(solver, problem, values, within, drive=problems.drive_chain)
-        finite = solved.finite & jnp.isfinite(z0).all(1)
-        z, info = finish(solver, problem, solved, z0, finite, bounds)
-        z = z if put_back is None else put_back(solved.x, z)
+        finite = solved.finite & jnp.isfinite(start).all(1)
+        z, info = finish(solver, problem, solved, start, finite, bounds)
         status = jnp.where(valid | ~finite, info.status, Status.INVALID).astype(jnp.int32)
-        z = jnp.where((valid & finite)[:, None], z, z0)
-        return z, dataclasses.replace(info, status=status)
+        return solved.x, z, dataclasses.replace(info, status=status)
 
     # Rows to factorise are solved one after another, each to its own end.
     cpu_rows = 16 if isinstance(solver, solvers.ConjugateGradient | solvers.FISTA | solvers.ProjectedGradient) else 1
@@ -167,28 +176,14 @@ def _solve_rows(nonnegative: bool, solver, per_row):
     return chunking.unflatten(batch, chunking.map_chunks(chunk, c, G, z0, limits, **options))
 
 
-def _bounded(problem: problems.Problem, c: Array, bounds: Bounds) -> tuple[problems.Problem, Bounds, Callable]:
-    """The problem without its fixed values, its unit-free bounds, and `(x, z) -> z` with the values that are on bounds.
-
-    Values of no curvature are 0 in `x`, and fixed too: they end on the bound to which `c` leads.
-    """
-    flat, (lower, upper) = problem.unit == 0, problems.unit_bounds(problem, bounds)
-    rounding = 16 * jnp.finfo(c.dtype).eps * jnp.maximum(jnp.abs(lower), jnp.abs(upper))
-    fixed = jnp.isfinite(upper - lower) & (upper - lower <= rounding)
-    at = jnp.where(fixed, lower, 0)
-    eye = jnp.eye(c.shape[1], dtype=c.dtype)
-    problem = problem._replace(
-        gram=jnp.where(fixed[:, :, None] | fixed[:, None, :], eye, problem.gram),
-        c=jnp.where(fixed, at, problem.c - matmul(problem.gram, at[:, :, None])[:, :, 0]),
-    )
+def _without_fixed(problem: problems.Problem, bounds: Bounds) -> tuple[Array, problems.Problem, Bounds]:
+    """Which values have no choice; the problem in which those are free, and 0; and its unit-free bounds."""
+    lower, upper = problems.unit_bounds(problem, bounds)
+    fixed = ~(lower < upper)
+    eye = jnp.eye(fixed.shape[1], dtype=lower.dtype)
+    gram = jnp.where(fixed[:, :, None] | fixed[:, None, :], eye, problem.gram)
     within = Bounds(jnp.where(fixed, -jnp.inf, lower), jnp.where(fixed, jnp.inf, upper))
-
-    def put_back(x, z):
-        z = jnp.where(x <= within.lower, bounds.lower, jnp.where(x >= within.upper, bounds.upper, bounds.project(z)))
-        ahead = jnp.where(c > 0, bounds.upper, jnp.where(c < 0, bounds.lower, bounds.project(jnp.zeros_like(z))))
-        return jnp.where(flat, ahead, jnp.where(fixed, bounds.lower, z))
-
-    return problem, within, put_back
+    return fixed, problem._replace(gram=gram, c=jnp.where(fixed, 0, problem.c)), within
 
 
 _nnls = jax.custom_jvp[tuple[Array, RefitInfo]](_solve, nondiff_argnums=(0,))

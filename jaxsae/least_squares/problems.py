@@ -150,6 +150,13 @@ def unit_free(G: Array, c: Array, bounds: Bounds) -> tuple[Problem, Array]:
     return Problem(gram, divide(c, scale), unit, weight, finite), valid
 
 
+def shifted(G: Array, c: Array, bounds: Bounds) -> tuple[Array, Array, Bounds]:
+    """A point within the bounds of `n` rows, that nearest to 0, and `c` and the bounds as seen from there."""
+    nearest = bounds.project(jnp.zeros_like(c))
+    nearest = jnp.where(jnp.isfinite(nearest), nearest, 0)
+    return nearest, jax.vmap(residual)(c, nearest, G), Bounds(bounds.lower - nearest, bounds.upper - nearest)
+
+
 def unit_bounds(problem: Problem, bounds: Bounds) -> Bounds:
     """Bounds `[n k]` of `x`; 0 for values of no curvature."""
     flat = problem.unit == 0
@@ -174,10 +181,10 @@ def measure(square: Array, on: Array, y_scale: Array, y_norm: Array, ridge: Arra
     return norm, unit, weight, in_range.all(1) & (ridge >= 0) & (ridge < 2.0**60)
 
 
-def representable(unit: Array) -> Array:
+def representable(unit: Array, dtype: Any = None) -> Array:
     """Whether values `x / unit` are representable to rounding, rather than flushed to 0, for `x` of about 1."""
-    limits = jnp.finfo(unit.dtype)
-    return unit < limits.eps / limits.tiny
+    limits = jnp.finfo(unit.dtype if dtype is None else dtype)
+    return unit < float(limits.eps / limits.tiny)
 
 
 class Solved(NamedTuple):
@@ -253,10 +260,13 @@ class UnitRows(NamedTuple):
     finite: Array  # [n]  as in `Problem`
 
 
-def unit_rows(dictionary: Any, y: Array, indices: Array, *, num_latents: int, ridge: Array) -> UnitRows:
-    """The unit-free atoms and targets of `n` rows, whatever their size; 0 stays 0."""
-    on = sparse.used(indices, num_latents)
-    atoms = jnp.where(on[:, :, None], take(dictionary, indices, num_latents, y.dtype), 0)
+def take_used(dictionary: Any, indices: Array, num_latents: int, dtype) -> Array:
+    """Atoms `[n k d]`, 0 in unused slots."""
+    return jnp.where(sparse.used(indices, num_latents)[:, :, None], take(dictionary, indices, num_latents, dtype), 0)
+
+
+def unit_rows(atoms: Array, y: Array, ridge: Array) -> UnitRows:
+    """The unit-free atoms `[n k d]` and targets of `n` rows, whatever their size; 0 stays 0."""
     root = jnp.sqrt(ridge)
     y, *of_y = scaled(y)
     y_scale, y_norm = (jnp.where(x == 0, 1, x) for x in of_y)
@@ -290,8 +300,7 @@ def residuals(dictionary: Any, y: Array, code: SparseCode) -> Array:
 
     Atoms, values and targets are divided only by powers of two, so that nothing is rounded before it cancels.
     """
-    on = sparse.used(code.indices, code.num_latents)
-    atoms = jnp.where(on[:, :, None], take(dictionary, code.indices, code.num_latents, y.dtype), 0)
+    atoms = take_used(dictionary, code.indices, code.num_latents, y.dtype)
     atom_scale = power_of_two(largest(atoms)[:, :, 0])
     y, *of_y = scaled(y)
     y_scale, y_norm = (jnp.where(x == 0, 1, x) for x in of_y)

@@ -294,7 +294,7 @@ def _revise(static: _Static, shared, y, indices, values, x, info: RefitInfo) -> 
     """
     (solver, dictionary, ridge), bounds = shared, of_sign(static.nonnegative)
     y = y.astype(ridge.dtype)
-    rows = problems.unit_rows(dictionary, y, indices, num_latents=static.num_latents, ridge=ridge)
+    rows = problems.unit_rows(problems.take_used(dictionary, indices, static.num_latents, y.dtype), y, ridge)
     at = functools.partial(_at, rows, bounds=bounds)
     given, origin = at(values.astype(y.dtype) * rows.unit), at(jnp.zeros_like(x))
     warm_started = _lower(given, origin)

@@ -249,7 +249,7 @@ def _select(method: Method, shared, per_row):
     """Run a method on unit-free rows, and scale its values back; and which rows are not finite."""
     (D, options), (y, tol, max_atoms, mask) = shared, per_row
     batch, y = y.shape[:-1], y.reshape(-1, y.shape[-1]).astype(tol.dtype)
-    copy = not method.greedy or mask is not None or atoms.copies(D, tol.dtype)
+    copy = not method.greedy or mask is not None or method.select is method.by_gram or atoms.copies(D, tol.dtype)
     D, of_atom, known = atoms.scaled(D, y.shape[1], tol.dtype, copy=copy)
     # Every row is compared with every atom. As in `refit`, subnormal numbers count as NaN.
     finite = jnp.isfinite(problems.largest(y)[:, 0]) & known
