@@ -160,8 +160,9 @@ def test_a_problem_is_free_of_units(sizes):
     """`x = z · unit` minimises `½xᵀGx − cᵀx`, whatever the size of the atoms and of the target."""
     dictionary, y, code = problem(batch=(16,))
     dictionary, y, ridge = sizes.get("atoms", 1.0) * dictionary, sizes.get("y", 1.0) * y, sizes.get("ridge", 0.0)
-    options = {"num_latents": code.num_latents, "ridge": jnp.float32(ridge)}
-    made, rows = (f(dictionary, y, code.indices, **options) for f in (problems.problems, problems.unit_rows))
+    m, weight = code.num_latents, jnp.float32(ridge)
+    made = problems.problems(dictionary, y, code.indices, num_latents=m, ridge=weight)
+    rows = problems.unit_rows(problems.take_used(dictionary, code.indices, m, y.dtype), y, weight)
     atoms, target = atoms_of(dictionary, code), f64(y)
     norm, y_norm = np.sqrt((atoms**2).sum(2) + ridge), np.linalg.norm(target, axis=1, keepdims=True)
     unit_atoms, eye = atoms / norm[:, :, None], np.eye(code.indices.shape[1])

@@ -122,11 +122,11 @@ def test_a_dictionary_read_by_blocks_gives_what_a_copy_of_it_does(number, monkey
     jax.clear_caches()
 
 
-def test_few_wide_atoms_are_searched_by_their_gram_matrix(by_blocks):
+def test_few_wide_atoms_are_searched_by_their_gram_matrix(by_blocks, monkeypatch):
     dictionary, y = easy()
     code, info = pursuit.omp(dictionary[:50], y, k=3)
-    assert selection._gram_fits(selection.Method("omp", None, 3, False, by_gram=len), dictionary[:50], jnp.float32)
-    atoms._COPY_BYTES = 1 << 26
+    assert selection._gram_fits(selection.Method("omp", None, 3, False, by_gram=len), dictionary[:50], y.dtype)
+    monkeypatch.setattr(atoms, "_COPY_BYTES", 1 << 26)
     jax.clear_caches()
     whole = pursuit.omp(dictionary[:50], y, k=3)
     np.testing.assert_array_equal(code.indices, whole[0].indices)
