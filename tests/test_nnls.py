@@ -464,6 +464,21 @@ def test_the_certificate_knows_bounds(size, x64):
     assert jaxsae.certify_gram(G, c, outside, bounds=limits).gap == np.inf
 
 
+@pytest.mark.parametrize("limits", [(-0.1, 0.1), (-10.0, 10.0), (0.0, 1e3), (0.0, np.inf), (-np.inf, 0.0)], ids=str)
+def test_a_singular_matrix_in_single_precision_has_a_certificate(limits):
+    """Rounded, its least eigenvalue is negative."""
+    rng = np.random.default_rng(0)
+    A, b = rng.normal(size=(30, 50)), rng.normal(size=30)
+    G, c = gram(A, b, np.float32)
+    z, info = jaxsae.nnls(G, c, bounds=limits)
+    assert info.status == Status.CONVERGED
+    assert 0 <= jaxsae.certify_gram(G, c, z, bounds=limits).gap <= 1e-4
+    moved = jnp.clip(z + 0.05, *limits)
+    unit = float(jnp.max(jnp.abs(c) / jnp.sqrt(jnp.diagonal(G)))) ** 2 / 2
+    saved = error(A, b, moved) - error(A, b, z)
+    assert saved <= 1.001 * unit * float(jaxsae.certify_gram(G, c, moved, bounds=limits).gap) + 1e-4
+
+
 def test_bounds_move_the_values(x64):
     A, b, lower, upper = boxed(n=12, m=30)
     G, c = gram(A, b)

@@ -9,6 +9,8 @@ from jaxtyping import Array, Bool, Float
 
 from jaxsae._core import chunking
 
+_PASS = "pass (lower, upper), numbers or arrays, infinite where there is no bound"
+
 
 class Bounds(NamedTuple):
     """Bounds on the values of one row: numbers that are known at trace time, so that most have no cost, or arrays."""
@@ -67,11 +69,11 @@ def of_sign(nonnegative: bool) -> Bounds:
 def validate_bounds(bounds: Any, z: Array, name: str) -> Bounds:
     """Bounds as arrays like the values; raise if they are none, or are known to cross."""
     if not isinstance(bounds, tuple | list) or len(bounds) != 2:
-        raise TypeError(f"`{name}` got {bounds!r} as bounds; pass (lower, upper), numbers or arrays.")
+        raise TypeError(f"`{name}` got {bounds!r} as bounds; {_PASS}.")
     try:
         both = [jnp.asarray(bound, z.dtype) for bound in bounds]
     except (TypeError, ValueError) as error:
-        raise TypeError(f"`{name}` got {bounds!r} as bounds; pass (lower, upper), numbers or arrays.") from error
+        raise TypeError(f"`{name}` got {bounds!r} as bounds; {_PASS}.") from error
     for what, bound in zip(("lower", "upper"), both, strict=True):
         if bound.ndim > z.ndim or any(a not in (1, b) for a, b in zip(bound.shape[::-1], z.shape[::-1], strict=False)):
             raise ValueError(

@@ -21,7 +21,9 @@ class Certificate:
     """Bounds on how far a code is from optimal on its support, computed without the solver; they have no derivative.
 
     Attributes:
-      kkt: `[*b]` relative KKT residual, `max_i v_i / (max_i‖a_i‖ ‖y‖)`; 0 is optimal.
+      kkt: `[*b]` relative KKT residual, `max_i v_i / (max_i‖a_i‖ ‖y‖)` with the `v_i` of `certify`; 0 is optimal. The
+        whole gradient of a value counts as soon as it is off its bound, however little: for values of other solvers
+        that end next to their bounds, look at the gap.
       gap: `[*b]` duality gap relative to `½‖y‖²`: the excess of the row's error over the best possible one, relative
         to `‖y‖²`, is at most this. The dual point is feasible only to rounding: for any order of summation, the gap is
         too small by at most `2 (32 + d) eps Σᵢ ‖a_i‖ max(|z_i|, |z*_i|) / ‖y‖`, `z*` the best values. On CPUs and
@@ -156,7 +158,7 @@ def _certify_row(nonnegative: bool, atoms, ridge, weight, some, r, z, finite):
         return jnp.sum(moved**2) + jnp.sum(ridge * delta**2), slope - matmul(atoms, moved) - ridge * delta
 
     limits = of_sign(nonnegative)
-    gap = _gap(limits, G, slope, z, move)
+    gap = _gap(limits, G, slope, z, move, float(jnp.finfo(z.dtype).eps))
     gap = jnp.minimum(gap, jnp.sum(r**2) + jnp.sum(ridge * z**2))  # u = 0 is feasible too
     kkt = max_or_nan(weight * limits.violation(z, -slope))
     finite &= jnp.isfinite(slope).all()
@@ -164,11 +166,12 @@ def _certify_row(nonnegative: bool, atoms, ridge, weight, some, r, z, finite):
     return tuple(jnp.where(finite, jnp.where((x == 0) | some, x, jnp.inf), jnp.nan) for x in (kkt, jnp.maximum(gap, 0)))
 
 
-def _gap(bounds: Bounds, G, slope, z, move):
+def _gap(bounds: Bounds, G, slope, z, move, rounding: float):
     """Duality gap of one row of unit-free atoms, with `slope = Ar`, by the best dual point `u = r − Aᵀδ` found.
 
-    `move(δ)` returns `‖Aᵀδ‖²` and `Au`. A value between two bounds allows any `Au`: where it is negative the value is
-    compared with the lower bound, and with the upper one where it is positive.
+    `move(δ)` returns `‖Aᵀδ‖²` and `Au`. Where no such point is feasible to the rounding of the arithmetic, one that is
+    to the `rounding` of `G` and the slope counts. A value between two bounds allows any `Au`: where it is negative the
+    value is compared with the lower bound, and with the upper one where it is positive.
     """
     infinite = [jnp.logical_not(jnp.isfinite(bound)) for bound in bounds]
 
@@ -184,17 +187,24 @@ def _gap(bounds: Bounds, G, slope, z, move):
         return z - jnp.where(dual < 0, lower, upper)
 
     def at(on, wanted):
-        """The gap with `δ` on a set of coordinates, where `Au` is as wanted."""
+        """The dual point with `δ` on a set of coordinates, where `Au` is as wanted."""
         delta = solve_on(G, on, wanted(slope))
         delta = delta + solve_on(G, on, wanted(move(delta)[1]))  # refine once, against the rounding of G
-        moved, dual = move(delta)
-        infeasible = max_or_nan(jnp.abs(project(dual)))
-        # P − D = ½‖r − u‖² − zᵀAu, free of the cancellation between two nearly equal objectives.
-        return jnp.where(infeasible <= 32 * jnp.finfo(z.dtype).eps, moved - 2 * jnp.sum(above(dual) * dual), jnp.inf)
+        return move(delta)
+
+    def within(infeasible):
+        """The least gap of the dual points that are no more infeasible than that."""
+        return jnp.min(jnp.stack([jnp.where(by <= infeasible, gap, jnp.inf) for by, gap in points]))
 
     # Where (Ar)₊ is not in the range of G (k > d, opposite atoms), make u orthogonal to the atoms in use instead.
     in_use = bounds.inside(z) | (bounds.split(z, -slope)[1] != 0)
-    return jnp.minimum(at(jnp.ones_like(in_use), project), at(in_use, lambda dual: dual))
+    found = at(jnp.ones_like(in_use), project), at(in_use, lambda dual: dual), (jnp.zeros((), z.dtype), slope)
+    # P − D = ½‖r − u‖² − zᵀAu, free of the cancellation between two nearly equal objectives.
+    gaps = [moved - 2 * jnp.sum(above(dual) * dual) for moved, dual in found]
+    gaps = [jnp.where(jnp.isfinite(gap), gap, jnp.inf) for gap in gaps]  # a factorisation may fail
+    points = [(max_or_nan(jnp.abs(project(dual))), gap) for (_, dual), gap in zip(found, gaps, strict=True)]
+    least = within(32 * jnp.finfo(z.dtype).eps)
+    return jnp.where(jnp.isfinite(least), least, within(32 * rounding))
 
 
 def _finite_or(bound: Array, other: Array) -> Array:
@@ -263,7 +273,7 @@ def _certify_gram(nonnegative: bool, wide: Any, *per_row):
         x = (z - nearest) * problem.unit
         within = bounds if limits is None else problems.unit_bounds(problem, bounds)
         axes = (None if limits is None else 0, 0, 0, 0, 0, 0)
-        certify_row = jax.vmap(_certify_gram_row, in_axes=axes)
+        certify_row = jax.vmap(functools.partial(_certify_gram_row, float(jnp.finfo(dtype).eps)), in_axes=axes)
         certified = certify_row(within, problem.gram, problem.c, problem.weight, x, finite)
         # Infinitely far from optimal are what moves where nothing should, and what should move and is not seen.
         moved = jnp.any(matmul(G, (z - nearest)[:, :, None]) != 0, axis=(1, 2))
@@ -279,13 +289,15 @@ def _certify_gram(nonnegative: bool, wide: Any, *per_row):
     )
 
 
-def _certify_gram_row(bounds: Bounds, G, c, weight, z, finite):
+def _certify_gram_row(rounding: float, bounds: Bounds, G, c, weight, z, finite):
     slope = residual(c, z, G)
 
     def move(delta):
         product = matmul(G, delta)
-        return jnp.sum(delta * product), slope - product
+        return jnp.maximum(jnp.sum(delta * product), 0), slope - product
 
     kkt = max_or_nan(weight * bounds.violation(z, -slope))
-    gap = jnp.maximum(_gap(bounds, G, slope, z, move), 0)
+    # Rounded, a singular matrix is no longer positive semi-definite; smaller off its diagonal it is.
+    definite = jnp.where(jnp.eye(z.size, dtype=bool), G, G * (1 - z.size * rounding))
+    gap = jnp.maximum(_gap(bounds, definite, slope, z, move, rounding), 0)
     return tuple(jnp.where(finite, x, jnp.nan) for x in (kkt, gap))

@@ -28,6 +28,8 @@ _ACCELERATOR_BLOCK_BYTES = 64 << 20
 class Searchable(problems.Dictionary, Protocol):
     """Protocol of a dictionary that is not an array, and that a greedy pursuit can search: quantised, for example.
 
+    It is asked for all correlations of a chunk of rows at once; what memory it needs for that is its own affair.
+
     Example:
       >>> import jax, jax.numpy as jnp, jaxsae
       >>> from jaxsae import pursuit, pytrees
