@@ -11,7 +11,7 @@ from problems import Int8, f64, scipy_nnls
 
 import jaxsae
 from jaxsae import Status, pursuit
-from jaxsae.pursuit import atoms, selection
+from jaxsae.pursuit import atoms, greedy as greedy_pursuits, selection
 
 d, m, n, k = 24, 1000, 20, 8
 OMP = functools.partial(pursuit.omp, k=k, nonnegative=True)
@@ -186,18 +186,12 @@ def test_memory_is_that_of_a_block(nonnegative):
     """Of 256,000 atoms of width 2,304, which take 2.4 GB."""
     rows, tokens, width = 256, 256_000, 2304
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((tokens, width), (rows, width))]
-    method = selection.Method("omp", functools.partial(_selected, nonnegative), 25, nonnegative, greedy=True)
+    method = greedy_pursuits._method(25, nonnegative)
     tol, most = jax.ShapeDtypeStruct((rows,), jnp.float32), jax.ShapeDtypeStruct((rows,), jnp.int32)
     select = jax.jit(lambda D, y, tol, most: selection._select(method, (D, {}), (y, tol, most, None)))
     memory = select.lower(*shapes, tol, most).compile().memory_analysis()
     assert memory.argument_size_in_bytes > 2.3e9
     assert memory.temp_size_in_bytes < 0.6e9
-
-
-def _selected(nonnegative, problem):
-    from jaxsae.pursuit import greedy
-
-    return (greedy._omp_nonnegative if nonnegative else greedy._omp)(problem)
 
 
 @struct.dataclass

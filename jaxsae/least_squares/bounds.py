@@ -37,7 +37,7 @@ class Bounds(NamedTuple):
         """Which values are on no bound."""
         return (z > self.lower) & (z < self.upper) if self.from_above else z > self.lower
 
-    def left(self, z: Float[Array, "*k"]) -> Bool[Array, "*k"]:
+    def outside(self, z: Float[Array, "*k"]) -> Bool[Array, "*k"]:
         """Which values are out of their bounds."""
         return (z < self.lower) | (z > self.upper) if self.from_above else z < self.lower
 

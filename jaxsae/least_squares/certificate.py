@@ -281,7 +281,7 @@ def _certify_gram(nonnegative: bool, wide: Any, *per_row):
         if limits is not None:
             ahead = jnp.where(c > 0, limits.upper, limits.lower)
             flat = (jnp.diagonal(G, axis1=1, axis2=2) == 0) & (c != 0)
-            wrong |= jnp.any((flat & (z != ahead)) | limits.left(z), axis=1)
+            wrong |= jnp.any((flat & (z != ahead)) | limits.outside(z), axis=1)
         return tuple(jnp.where(wrong & finite, jnp.inf, x) for x in certified)
 
     return chunking.unflatten(

@@ -247,12 +247,12 @@ class BlockPivoting:
         free = state.free
         if bounds.at_zero:
             x = solve_on(gram, free, c)
-            wrong = jnp.where(free, bounds.left(x), matmul(gram, x) < c)
+            wrong = jnp.where(free, bounds.outside(x), matmul(gram, x) < c)
         else:
             on_bounds = jnp.where(free, 0, state.z)
             x = solve_on(gram, free, c - matmul(gram, on_bounds)) + on_bounds
             gradient = matmul(gram, x) - c
-            wrong = jnp.where(free, bounds.left(x), bounds.split(x, gradient)[1] != 0)
+            wrong = jnp.where(free, bounds.outside(x), bounds.split(x, gradient)[1] != 0)
         count = jnp.sum(wrong, dtype=jnp.int32)
         better = count < state.fewest
         patience = jnp.where(better, 3, state.patience - 1)
@@ -322,7 +322,7 @@ class ConjugateGradient:
         p_gram_p = jnp.sum(p * gram_p)
         curvature = jnp.maximum(curvature, divide(p_gram_p, jnp.sum(p * p)))
         a = jnp.maximum(divide(jnp.sum(gradient * p), p_gram_p), 0)
-        leaves = ~projected & jnp.any(bounds.left(z - a * p))
+        leaves = ~projected & jnp.any(bounds.outside(z - a * p))
         # A projected direction ends on the bounds at full length, which lowers the objective if a ≥ ½.
         length = jnp.where(projected, jnp.where(a >= 0.5, 1, a), jnp.where(leaves, 0, a))
         ahead = bounds.project(z - length * p)

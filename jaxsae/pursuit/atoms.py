@@ -66,19 +66,18 @@ class Atoms:
 
     def take(self, indices: Int[Array, "*b k"]) -> Float[Array, "*b k d"]:
         """Atoms at these indices."""
-        length, largest = (x[indices][..., None] for x in self.sizes)
-        atoms = problems.take(self.dictionary, indices, len(self), length.dtype)
-        return divide(divide(atoms, largest), length)
+        sizes = Sizes(*(x[indices][..., None] for x in self.sizes))
+        return sizes.scale(problems.take(self.dictionary, indices, len(self), sizes.length.dtype))
 
     def correlate(self, r: Float[Array, "n d"]) -> Float[Array, "n m"]:
         """Correlations of a dictionary that is not an array."""
-        length, largest = self.sizes
-        return divide(divide(self.dictionary.correlate(r).astype(length.dtype), largest), length)
+        return self.sizes.scale(self.dictionary.correlate(r).astype(self.sizes.length.dtype))
 
     def block(self, start: Array, size: int) -> Float[Array, "size d"]:
         """Consecutive atoms of an array."""
-        atoms, length, largest = (jax.lax.dynamic_slice_in_dim(x, start, size) for x in (self.dictionary, *self.sizes))
-        return divide(divide(atoms.astype(length.dtype), largest[:, None]), length[:, None])
+        atoms, *sizes = (jax.lax.dynamic_slice_in_dim(x, start, size) for x in (self.dictionary, *self.sizes))
+        sizes = Sizes(*(x[:, None] for x in sizes))
+        return sizes.scale(atoms.astype(sizes.length.dtype))
 
 
 class Sizes(NamedTuple):
@@ -86,6 +85,10 @@ class Sizes(NamedTuple):
 
     length: Array  # relative to the largest entry
     largest: Array
+
+    def scale(self, x: Array) -> Array:
+        """`x` divided by these norms; 0 where they are."""
+        return divide(divide(x, self.largest), self.length)
 
 
 def unit(x: Float[Array, "n d"]) -> tuple[Float[Array, "n d"], Sizes]:

@@ -308,7 +308,7 @@ def keep(problem: Problem, z: Array, threshold: Any = 0.0, *, times: int = 1) ->
 
 def take_atoms(problem: Problem, code: SparseCode) -> Array:
     """Atoms `[n k d]`, 0 in unused slots."""
-    return jnp.where(code.mask[:, :, None], problems.take(problem.D, code.indices, len(problem.D), problem.y.dtype), 0)
+    return problems.take_used(problem.D, code.indices, len(problem.D), problem.y.dtype)
 
 
 def line_search(atoms: Array, direction: Array, r: Array) -> Array:
