@@ -139,7 +139,9 @@ Autoencoder = Annotated[str, Input(scheme="hf")]
 Model = Annotated[str, Input()]
 Context = Annotated[int, Range(2, 2**31 - 1)]
 Revision = Annotated[str, Text(r"\S+", "a branch, a tag or a commit")]
-ACTIVATION = Choice(("relu", "topk", "abstopk", "groupmax", "batchtopk", "jumprelu", "gated"))
+ACTIVATION = Choice(
+    ("relu", "topk", "abstopk", "groupmax", "batchtopk", "jumprelu", "gated", "matryoshka", "matchingpursuit")
+)
 ROWS_DTYPE = Choice(("float16", "float32"))
 
 

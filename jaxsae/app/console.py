@@ -87,42 +87,97 @@ def progress(total: int, *, rows: int | None = None, unit: str = "rows", quiet: 
 
 
 def study_table(report: dict[str, Any]) -> str:
-    """The rows of a study's report, in colour on a terminal."""
+    """The rows of a study's report as two tables, of values and of reconstructions, in colour on a terminal."""
     from rich.console import Console
-    from rich.table import Table
 
-    from jaxsae.app.plots import method
-
-    columns = ["method", "L0", "NMSE", "refined", "mean act.", "refined", "change", "rising", "γ", "refined"]
-    columns += ["worst KKT", *(("cross-entropy", "refined") if "ce_clean" in report else ())]
     data = report["data"]
-    table = Table(*columns, title=f"{data['heldout']} held-out rows of width {data['width']}: {data['source']}")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for row in report["rows"]:
-        shown = {"l0": ".1f", "nmse_before": ".4f", "nmse_after": ".4f", "mean_before": ".3f", "mean_after": ".3f"}
-        shown |= {
-            "mean_change": "+.1%",
-            "rising": ".0%",
-            "gamma_before": ".4f",
-            "gamma_after": ".4f",
-            "worst_kkt": ".1e",
-        }
-        cells = ["–" if row[key] is None else format(row[key], form) for key, form in shown.items()]
-        if row["certified"] < 1:
-            cells[-1] += f" ({1 - row['certified']:.1%} fail)"
-        if "ce_clean" in report:
-            cells += [format(row[name], ".4f") for name in ("ce_before", "ce_after")]
-        table.add_row(method(row), *cells)
+    title = f"{data['heldout']} held-out rows of width {data['width']}: {data['source']}"
+    tables = [_table(report["rows"], title, _VALUES)]
+    tables += [
+        _table(report["rows"], name, columns)
+        for name, columns in (
+            ("NMSE of as many atoms: the encoder's, and others on the same dictionary", _RECONSTRUCTIONS),
+            ("next-token cross-entropy", _LOSSES),
+            ("against the true features", _KNOWN),
+        )
+        if any(row.get(columns[-1][1]) is not None for row in report["rows"])
+    ]
     if "ce_clean" in report:
         clean, mean, zero = (f"{report[f'ce_{name}']:.4f}" for name in ("clean", "mean", "zero"))
-        table.caption = (
-            f"cross-entropy of the model itself {clean}, with its residual replaced by the mean {mean}, by zeros {zero}"
-        )
+        tables[2].caption = f"the model itself {clean}, with its residual replaced by the mean {mean}, by zeros {zero}"
     console = Console(width=None if sys.stdout.isatty() else 160)
     with console.capture() as captured:
-        console.print(table)
+        for table in tables:
+            console.print(table)
     return captured.get().rstrip("\n")
+
+
+# Columns of tables: name, key and format.
+_VALUES = (
+    ("L0", "l0", ".1f"),
+    ("refined", "l0_after", ".1f"),
+    ("NMSE", "nmse_before", ".4f"),
+    ("refined", "nmse_after", ".4f"),
+    ("mean act.", "mean_before", ".3f"),
+    ("refined", "mean_after", ".3f"),
+    ("change", "mean_change", "+.1%"),
+    ("rising", "rising", ".0%"),
+    ("γ", "gamma_before", ".3f"),
+    ("dead", "dead", ".1%"),
+    ("worst KKT", "worst_kkt", ".1e"),
+)
+_RECONSTRUCTIONS = (
+    ("encoder", "nmse_before", ".4f"),
+    ("a factor a latent", "nmse_rescaled", ".4f"),
+    ("refined", "nmse_after", ".4f"),
+    ("signed refit", "nmse_signed", ".4f"),
+    ("OMP, z ≥ 0", "nmse_omp_nonnegative", ".4f"),
+    ("OMP", "nmse_omp", ".4f"),
+)
+_LOSSES = (
+    ("encoder", "ce_before", ".4f"),
+    ("refined", "ce_after", ".4f"),
+    ("OMP, z ≥ 0", "ce_omp_nonnegative", ".4f"),
+    ("recovered", "recovered_mean_before", ".1%"),
+    ("refined", "recovered_mean_after", ".1%"),
+    ("OMP, z ≥ 0", "recovered_mean_omp_nonnegative", ".1%"),
+    ("KL", "kl_before", ".4f"),
+    ("refined", "kl_after", ".4f"),
+)
+_KNOWN = (
+    ("MCC", "mcc", ".3f"),
+    ("F1", "f1_before", ".3f"),
+    ("refined", "f1_after", ".3f"),
+    ("OMP, z ≥ 0", "f1_omp_nonnegative", ".3f"),
+    ("bias of values", "bias_before", "+.1%"),
+    ("refined", "bias_after", "+.1%"),
+    ("OMP, z ≥ 0", "bias_omp_nonnegative", "+.1%"),
+)
+
+
+def _table(rows: list[dict[str, Any]], title: str, columns) -> Any:
+    """A table of means over seeds, with their standard errors if there are several."""
+    from rich.table import Table
+
+    from jaxsae.app.summary import means, method
+
+    table = Table("method", *(name for name, *_ in columns), title=title)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in means(rows):
+        cells = [_cell(row, key, form) for _, key, form in columns]
+        if columns is _VALUES and row["certified"] < 1:
+            cells[-1] += f" ({1 - row['certified']:.1%} fail)"
+        table.add_row(method(row), *cells)
+    return table
+
+
+def _cell(row: dict[str, Any], key: str, form: str) -> str:
+    value, error = row.get(key), row["errors"].get(key)
+    if value is None:
+        return "–"
+    shown = format(value, form)
+    return shown if error is None or key == "worst_kkt" else f"{shown} ± {format(error, form.lstrip('+'))}"
 
 
 def number(value: float | None) -> str:

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from jaxsae.app.plots import FAMILIES
+from jaxsae.app.summary import FAMILIES
 
 # Colours in light and dark, by name: backgrounds, text, lines, warnings, and one for each family.
 _COLOURS = {

@@ -10,8 +10,18 @@ import optax
 from jaxsae import train
 from jaxsae._core import arguments
 from jaxsae._core.files import InputError
-from jaxsae.autoencoder.activations import AbsTopK, Activation, BatchTopK, Gated, GroupMax, JumpReLU, ReLU, TopK
-from jaxsae.train.objectives import L0, L1, Gate
+from jaxsae.autoencoder.activations import (
+    AbsTopK,
+    Activation,
+    BatchTopK,
+    Gated,
+    GroupMax,
+    JumpReLU,
+    MatchingPursuit,
+    ReLU,
+    TopK,
+)
+from jaxsae.train.objectives import L0, L1, Gate, Matryoshka
 
 _MANY_PASSES = 10  # over the data, beyond which a run overfits
 
@@ -116,6 +126,15 @@ FAMILIES = {
         "l1",
         lambda o: Gated(*jnp.zeros((3, o.latents))),
         lambda o, warm: (Gate(o.l1, warm),),  # pyright: ignore[reportArgumentType]
+    ),
+    "matryoshka": _Family(
+        "k",
+        lambda o: BatchTopK(o.k),  # pyright: ignore[reportArgumentType]
+        lambda o, warm: (Matryoshka(tuple(o.latents >> n for n in (4, 3, 2, 1) if o.latents >> n)),),
+    ),
+    "matchingpursuit": _Family(
+        "k",
+        lambda o: MatchingPursuit(0.0, max_steps=o.k, stop_on_duplicate=False),
     ),
 }
 

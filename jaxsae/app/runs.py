@@ -261,11 +261,12 @@ def recipe(
     family, o, d = validate(options), resolved(options), len(centre)
     terms = family.terms(o, _warmup(o.steps))
     terms += (MultiTopK(),) if o.multi_topk else ()
-    terms += (AuxK(min(2 ** max(0, round(np.log2(d / 2))), o.latents)),) if o.auxk else ()
+    activation = family.activation(o)
+    if o.auxk and not activation.encoder_free:  # without an encoder, idle latents have no pre-activations
+        terms += (AuxK(min(2 ** max(0, round(np.log2(d / 2))), o.latents)),)
     tx = _optimiser(o.learning_rate, o.steps)
 
     def init_fn() -> train.TrainState:
-        activation = family.activation(o)
         sae = init(jax.random.key(o.seed), d=d, m=o.latents, activation=activation, b_dec=scale * centre)
         return train.init_state(sae, tx)
 

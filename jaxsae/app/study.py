@@ -1,15 +1,17 @@
 """The main experiment, Section 5.1 of Gao et al. (2024): whether refinement raises activations, and for which SAEs.
 
-Train ReLU autoencoders at several L1 weights and TopK ones at the L0s that these reached; refine the codes of held-out
-rows with a certificate for each row; compare. In a language model, the rows are its residual stream, and the comparison
-then measures what each code does to the next-token loss.
+Train autoencoders of several families to the same L0s, from several seeds; refine the codes of held-out rows with a
+certificate for each row; compare, also with what other values and another selection of atoms give. In a language model,
+the rows are its residual stream, and what each code does to the next-token loss is measured; with known features,
+whether codes and values are the true ones.
 """
 
 import dataclasses
 import functools
-import operator
+import json
 import os
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -17,40 +19,43 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsae import data as data_module, language_model, train
+from jaxsae import data as data_module, language_model
 from jaxsae._core import arguments
-from jaxsae._core.files import InputError, atomic_file, json_number, local_path, owned
-from jaxsae.app import plots, runs
+from jaxsae._core.files import InputError, in_one_line, json_number, local_path, owned
+from jaxsae.app import plots, runs, sources
+from jaxsae.app.measure import CERTIFIED, TOL, measure
 from jaxsae.app.options import Options, passes, resolved
-from jaxsae.autoencoder import calibration, metrics, stream
-from jaxsae.autoencoder.refinement import to_fit
-from jaxsae.autoencoder.sae import SAE, reconstruct
-from jaxsae.autoencoder.shrinkage import RATIO_EDGES, shrinkage
+from jaxsae.app.sources import CONTEXT, Features, HookPoint, Progress, Rows, Source
+from jaxsae.app.summary import FAMILIES
+from jaxsae.app.tuned import train_to
+from jaxsae.autoencoder import metrics
+from jaxsae.autoencoder.activations import TopK
+from jaxsae.autoencoder.sae import SAE
+from jaxsae.autoencoder.shrinkage import RATIO_EDGES
 from jaxsae.autoencoder.surgery import rescale
 from jaxsae.formats import pretrained
-from jaxsae.language_model import harvest
-from jaxsae.least_squares import certify, solvers
 from jaxsae.train.checkpoint import versions
 
-CERTIFIED = 1e-5  # the KKT residual that certifies a row
-_TOL = 1e-6  # of the solver: tighter, so that the certificate does not depend on rounding
-_REPORT_EVERY = 25  # steps
-_WORST = 10  # rows with the largest KKT residuals in the report
-_CONTEXT = 256  # tokens in a context; the first gives no row
+_GROWS = ("families", "l0", "seeds", "halvings")  # what of a plan may grow when a study is resumed
+_REPORT_EVERY = 25  # rows measured between reports of progress
 _MEAN_ROWS = 10_000  # rows from which the mean is taken if nothing is trained
-_TOGETHER = 4  # contexts whose logits are in memory together
+_SPLICED = ("before", "after", "omp_nonnegative")  # reconstructions that are put into the language model
 
 
 class Plan(NamedTuple):
-    """Sizes of a study.
+    """Sizes of a study: an autoencoder for each family, L0 and seed.
 
     Attributes:
       latents: of each autoencoder.
       steps: of each training.
       batch: rows of a step.
       heldout: rows to measure on.
-      l1: weights of ReLU's penalty, for rows scaled to unit mean square.
-      learning_rate: of all trainings, after a warm-up; `train.learning_rate(latents, steps)` if None.
+      families: names of activations, as for `jaxsae train`.
+      l0: mean numbers of active latents per row, which every family is trained to.
+      seeds: of initialisation and order of the batches, `seed`, `seed + 1`, ….
+      halvings: how often the steps are halved, for how the results depend on the length of training: at the first
+        seed and the first L0.
+      learning_rate: of all trainings, after a warm-up; the family's own default if None.
       train_rows: maximum number of rows to train on.
 
     Example:
@@ -62,54 +67,65 @@ class Plan(NamedTuple):
     steps: arguments.Count
     batch: arguments.Count
     heldout: arguments.Count
-    l1: tuple[arguments.Weight, ...]
+    families: tuple[Annotated[str, arguments.ACTIVATION], ...]
+    l0: tuple[arguments.Count, ...]
+    seeds: arguments.Count = 1
+    halvings: arguments.Index = 0
     learning_rate: arguments.Positive | None = None
-    train_rows: arguments.Count = 100_000
+    train_rows: arguments.Count = 200_000
 
 
-FULL = Plan(latents=2048, steps=500, batch=512, heldout=2048, l1=(0.02, 0.05, 0.08, 0.15))
-QUICK = Plan(latents=512, steps=200, batch=512, heldout=512, l1=(0.05, 0.15))
+ALL = ("relu", "gated", "jumprelu", "topk", "batchtopk", "matryoshka", "matchingpursuit")
+FULL = Plan(512, 1500, 256, 2048, ("relu", "jumprelu", "topk", "batchtopk"), (16, 32))
+QUICK = Plan(512, 200, 256, 512, ("relu", "topk"), (16,))
 # In a language model; whole contexts are held out.
-FULL_MODEL = Plan(4096, 600, 512, 16 * (_CONTEXT - 1), l1=(0.06, 0.1, 0.16), train_rows=200_000)
-QUICK_MODEL = Plan(1024, 200, 512, 4 * (_CONTEXT - 1), l1=(0.05, 0.2), train_rows=20_000)
+FULL_MODEL = Plan(2048, 1000, 256, 16 * (CONTEXT - 1), ALL, (16, 32))
+QUICK_MODEL = Plan(1024, 200, 256, 4 * (CONTEXT - 1), ("relu", "topk"), (32,), train_rows=20_000)
+FULL_SYNTHETIC = Plan(256, 4000, 256, 2048, ALL, (8,), train_rows=100_000)
+QUICK_SYNTHETIC = Plan(256, 400, 256, 512, ("relu", "topk"), (8,), train_rows=20_000)
 
-Progress = Callable[[str, int], None]
+
+class _Job(NamedTuple):
+    """One autoencoder of a study, and where its row belongs."""
+
+    family: str
+    l0: int
+    seed: int
+    steps: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.family}-{self.l0}" + f"-seed{self.seed}" * (self.seed > 0) + f"-steps{self.steps}"
 
 
-class HookPoint(NamedTuple):
-    """Where in a language model, and on which text, rows are harvested.
-
-    Attributes:
-      model: as for `language_model.load`.
-      layer: block after which, from 0.
-      text: files; Python's standard library if None.
-
-    Example:
-      >>> HookPoint("smollm2").layer
-      8
-    """
-
-    model: str | os.PathLike
-    layer: arguments.Index = 8
-    text: Sequence[Path] | None = None
+def _jobs(plan: Plan, seed: int) -> Iterator[_Job]:
+    for number in range(plan.seeds):
+        for l0 in plan.l0:
+            yield from (_Job(family, l0, seed + number, plan.steps) for family in plan.families)
+        for halving in range(1, 1 + plan.halvings if number == 0 else 1):
+            steps = max(1, plan.steps >> halving)
+            yield from (_Job(family, plan.l0[0], seed, steps) for family in plan.families)
 
 
 def run(
     out: Annotated[str | os.PathLike, arguments.DIRECTORY],
     *,
-    data: str | os.PathLike | HookPoint | None = None,
+    data: Source = None,
     plan: Plan = FULL,
     seed: arguments.Seed = 0,
     saes: Sequence[str] = (),
     progress: Progress = lambda text, steps: None,
     warn: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Run the study and write `report.json`, `shrinkage.png` and the SAEs under `out`, each as soon as it is done.
+    """Run the study and write `report.json`, figures and the SAEs under `out`, each as soon as it is done.
+
+    A study that was interrupted resumes: an autoencoder that was measured is not trained again. It may also be given
+    more families, L0s, seeds or halvings.
 
     Args:
       out: directory, made if missing.
-      data: file or directory of activations; or a `HookPoint`, harvested to `out/activations`; by default patches of
-        photographs.
+      data: file or directory of activations; or a `HookPoint`, harvested to `out/activations`; or `Features`; by
+        default patches of photographs.
       plan: sizes; `FULL` or `QUICK`, or for a `HookPoint`, `FULL_MODEL` or `QUICK_MODEL`.
       seed: of initialisation, shuffles and patches.
       saes: published or saved autoencoders of these activations, as `pretrained.load` takes them, to measure instead of
@@ -121,87 +137,137 @@ def run(
       The report: `rows`, one for each SAE, with the data, the configuration and versions.
 
     Raises:
-      InputError: if the data cannot be used, or `out` cannot be written, or another process writes there.
+      InputError: if the plan or the data cannot be used, if `out` holds something else, cannot be written, or another
+        process writes there.
     """
     arguments.check(run, {"out": out, "seed": seed})
-    arguments.check(Plan, plan._asdict())
-    out, probe = local_path(out), None
-    published = {name: pretrained.load(name) for name in saes}
-    for name, sae in published.items():
-        if sae.transcoder:
-            raise InputError(f"{name}: is a transcoder, whose target is not its input; pass an autoencoder.")
+    _check(plan)
+    out = local_path(out)
+    published = _published(saes, data)
     if saes:
-        if data is None:
-            raise InputError("got autoencoders and no activations; pass those of the site that they are for.")
-        plan = plan._replace(batch=1)
-        if isinstance(data, HookPoint):
-            plan = plan._replace(train_rows=min(plan.train_rows, _MEAN_ROWS))
-    rows = None if isinstance(data, HookPoint) else _load(data, plan, seed)  # before a directory is made
+        plan = plan._replace(batch=1, train_rows=min(plan.train_rows, _MEAN_ROWS) if _live(data) else plan.train_rows)
+    load = functools.partial(_load, data, plan, seed, out / "activations", progress)
+    ready = None if _live(data) else load()  # before a directory is made
     with owned(out, warn=warn):
-        if isinstance(data, HookPoint):
-            probe = _harvest(data, out / "activations", plan, progress)
-        rows = rows or _load(out / "activations", plan, seed)
+        rows = ready or load()
         for name, sae in published.items():
             if sae.d != rows.width:
                 what = f"is {sae.d} wide, and the rows {rows.width}"
                 raise InputError(f"{name}: {what}; pass activations of the site that it was trained on.")
-        options = _options(plan, seed)
-        passed = None if saes else passes(options, len(rows.train), warn)
-        report = _begun(plan, options, rows, probe, passed)
+        if not saes:
+            _require_width(plan, rows)
+        passed = None if saes else passes(_options(plan, plan.families[0], seed), len(rows.train), warn)
+        report = _begun(out, plan, seed, rows, passed)
         runs._write_report(report, out)
-        study = _Study(out, plan, rows, probe, progress, report)
+        study = _Study(out, plan, rows, progress, report)
         try:
+            study.measure_model()
             if published:
                 for name, sae in published.items():
-                    family, k = type(sae.activation).__name__.lower(), getattr(sae.activation, "k", None)
-                    study.measure(sae, {"family": family, "k_or_l1": k, "sae": name}, name)
+                    study.measure(sae, {"family": type(sae.activation).__name__.lower(), "sae": name}, name)
             else:
-                for weight in plan.l1:
-                    study.train(options._replace(activation="relu", l1=weight))
-                l0 = [row["l0"] for row in report["rows"] if row["l0"] is not None]
-                for k in sorted({int(np.clip(round(mean), 1, min(plan.latents, rows.width))) for mean in l0}):
-                    study.train(options._replace(k=k))
-            study.measure_losses()
+                for job in _jobs(plan, seed):
+                    study.train(job)
+                study.measure_truth()
             report["complete"] = True
         finally:  # an interruption leaves what is finished
             if report["rows"]:
                 runs._write_report(report, out)
-                with atomic_file(out / "shrinkage.png") as temporary:
-                    plots.shrinkage(report, temporary)
+                plots.draw(report, out)
         return report
 
 
-class _Rows(NamedTuple):
-    """Training rows scaled to unit mean square about their mean, unscaled held-out rows, the scale, and a name."""
-
-    train: np.ndarray
-    heldout: np.ndarray
-    scale: float
-    source: str
-
-    @property
-    def width(self) -> int:
-        return self.train.shape[1]
+def _live(data: Source) -> bool:
+    return isinstance(data, HookPoint)
 
 
-def _begun(plan: Plan, options: Options, rows: _Rows, probe: "_Probe | None", passed: float | None) -> dict[str, Any]:
-    """The report before its first row; `passed` is the number of passes over the rows, None without training."""
-    trained = {} if passed is None else {"learning_rate": options.learning_rate, "idle_after": options.idle_after}
-    trained |= {"seed": options.seed, "solver_tol": _TOL, "certified_at": CERTIFIED}
-    return {
+def _check(plan: Plan) -> None:
+    arguments.check(Plan, plan._asdict())
+    for name in ("families", "l0"):
+        values = getattr(plan, name)
+        if not values:
+            raise InputError(f"got no {name}; pass at least one.")
+        if len(set(values)) < len(values):
+            raise InputError(f"got {name} {' '.join(map(str, values))}; pass each once.")
+    if max(plan.l0) > plan.latents:
+        raise InputError(f"got an L0 of {max(plan.l0)} for {plan.latents} latents; pass at most as many.")
+    if "groupmax" in plan.families and any(plan.latents % l0 for l0 in plan.l0):
+        raise InputError(f"got groupmax with {plan.latents} latents; pass L0s that divide them, or leave it out.")
+    if plan.steps >> plan.halvings < 1:
+        raise InputError(f"got {plan.halvings} halvings of {plan.steps} steps; pass fewer, so that a step is left.")
+
+
+def _require_width(plan: Plan, rows: Rows) -> None:
+    if max(plan.l0) > rows.width:
+        what = f"got an L0 of {max(plan.l0)} for rows of width {rows.width}, which fewer atoms reconstruct exactly"
+        raise InputError(f"{what}; pass smaller ones.")
+
+
+def _published(names: Sequence[str], data: Source) -> dict[str, SAE]:
+    found = {name: pretrained.load(name) for name in names}
+    for name, sae in found.items():
+        if sae.transcoder:
+            raise InputError(f"{name}: is a transcoder, whose target is not its input; pass an autoencoder.")
+    if names and (data is None or isinstance(data, Features)):
+        raise InputError("got autoencoders and no activations; pass those of the site that they are for.")
+    return found
+
+
+def _load(data: Source, plan: Plan, seed: int, folder: Path, progress: Progress) -> Rows:
+    if data is None:
+        return sources.photographs(plan.train_rows, plan.heldout, seed)
+    if isinstance(data, Features):
+        return sources.synthetic(data, plan.train_rows, plan.heldout, seed)
+    if isinstance(data, HookPoint):
+        return sources.from_model(data, folder, plan.train_rows, plan.heldout, plan.batch, progress)
+    return sources.from_file(data, plan.train_rows, plan.heldout, plan.batch)
+
+
+def _options(plan: Plan, family: str, seed: int) -> Options:
+    """Options of the trainings of a family, except their sparsity."""
+    options = Options(family, plan.latents, learning_rate=plan.learning_rate, heldout=plan.heldout, seed=seed)
+    return resolved(options._replace(batch=plan.batch, steps=plan.steps))
+
+
+def _begun(out: Path, plan: Plan, seed: int, rows: Rows, passed: float | None) -> dict[str, Any]:
+    """The report before its first row, or with those of the study in `out` that it resumes.
+
+    `passed` is the number of passes over the rows, None without training.
+    """
+    context = {} if rows.probe is None else {"context": CONTEXT}
+    report = {
         "rows": [],
+        "shorter": [],
         "complete": False,
         "data": {
-            "source": rows.source if probe is None else probe.source,
+            "source": rows.source,
             "rows": len(rows.train),
             "passes": passed,
             "heldout": len(rows.heldout),
             "width": rows.width,
+            "checksum": data_module.fingerprint(rows.train),
         },
-        "config": {**plan._asdict(), **trained, **({} if probe is None else {"context": _CONTEXT})},
+        "config": {**plan._asdict(), "seed": seed, "solver_tol": TOL, "certified_at": CERTIFIED, **context},
         "versions": versions() | {"backend": jax.default_backend()},
         "ratio_edges": RATIO_EDGES.tolist(),
     }
+    report = json.loads(json.dumps(report))  # lists for tuples, as in a file
+    path = out / "report.json"
+    if not path.exists():
+        return report
+    with in_one_line(f"{path}: is not a study's", "choose another --out"):
+        before = json.loads(path.read_bytes())
+        parts = [(name, before[name], report[name]) for name in ("data", "config")]
+        kept = {name: before[name] for name in before if name in ("rows", "shorter") or name.startswith("ce_")}
+    changed = [
+        f"{name} {old.get(name)}, now {new.get(name)}"
+        for part, old, new in parts
+        for name in new
+        if old.get(name) != new.get(name) and name not in (*_GROWS, "passes")
+    ]
+    if changed:
+        raise InputError(f"{out}: holds another study ({'; '.join(changed)}); choose another --out, or remove it.")
+    return report | kept
 
 
 @dataclasses.dataclass
@@ -210,57 +276,94 @@ class _Study:
 
     out: Path
     plan: Plan
-    rows: _Rows
-    probe: "_Probe | None"
+    rows: Rows
     progress: Progress
     report: dict[str, Any]
-    reconstructed: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # to put into the language model
 
-    def train(self, options: Options) -> None:
-        """Train an autoencoder, save and measure it."""
-        family, value = options.activation, options.l1 if options.k is None else options.k
-        name = f"TopK k={value}" if family == "topk" else f"ReLU λ={value:g}"
-        sae, curve = _train(self.rows.train, options, lambda text, steps: self.progress(f"{name}  {text}", steps))
-        sae = rescale(sae, self.rows.scale)
-        pretrained.save(sae, self.out / "sae" / f"{family}-{value:g}")
-        self.measure(sae, {"family": family, "k_or_l1": value, "curve": curve}, name)
+    def train(self, job: _Job) -> None:
+        """Train an autoencoder, save and measure it, unless that is done."""
+        named = {"family": job.family, "l0_target": job.l0, "seed": job.seed, "steps": job.steps}
+        name = f"{FAMILIES[job.family][0]}, L0 {job.l0}"
+        name += f", seed {job.seed}" if self.plan.seeds > 1 else ""
+        full = job.steps == self.plan.steps
+        name += "" if full else f", {job.steps} steps"
+        rows = self.report["rows" if full else "shorter"]
+        if any(all(row.get(key) == value for key, value in named.items()) for row in rows):
+            self.progress(f"{name}  is there", job.steps + self._cost())
+            return
+        options = _options(self.plan._replace(steps=job.steps), job.family, job.seed)
+        heldout = self.rows.heldout * np.float32(self.rows.scale)
+        start = time.monotonic()
+        show = lambda text, steps: self.progress(f"{name}  {text}", steps)  # noqa: E731
+        trained = train_to(self.rows.train, heldout, options, job.l0, show)
+        sae = rescale(trained.sae, self.rows.scale)
+        pretrained.save(sae, self.out / "sae" / job.name)
+        row = named | {"k_or_l1": trained.sparsity, "learning_rate": options.learning_rate, "curve": trained.curve}
+        self._add(sae, row, name, rows, time.monotonic() - start)
 
     def measure(self, sae: SAE, row: dict[str, Any], name: str) -> None:
-        """Refine the codes of the held-out rows, and add the measurements to the report as a row."""
-        rows, number = self.rows, len(self.report["rows"])
-        keep = {} if self.probe is None else {f"{when} {number}": when for when in ("before", "after")}
-        self.reconstructed.update({name: np.empty_like(rows.heldout) for name in keep})
+        """Measure an autoencoder that was not trained here, unless that is done."""
+        if any(each.get("sae") == row.get("sae") and each["family"] == row["family"] for each in self.report["rows"]):
+            self.progress(f"{name}  is there", self._cost())
+            return
+        self._add(sae, row, name, self.report["rows"], 0.0)
 
-        def see(block: stream.Block) -> None:
-            for name, when in keep.items():
-                code = block.code if when == "before" else block.refined
-                self.reconstructed[name][block.rows] = reconstruct(sae, block.x, code)
+    def measure_truth(self) -> None:
+        """Measure the true dictionary, if it is known, with the largest correlations for a code."""
+        if self.rows.truth is None:
+            return
+        D = self.rows.truth.dictionary
+        l0 = max(1, round(float((self.rows.truth.z != 0).sum(axis=1).mean())))
+        sae = SAE(D.T, jnp.zeros(len(D)), D, jnp.zeros(D.shape[1]), TopK(l0))
+        self.measure(sae, {"family": "truth", "l0_target": l0, "seed": 0}, FAMILIES["truth"][0])
 
-        self.report["rows"].append(
-            {**row, **measure(sae, rows.heldout, rows.train[: metrics.DEAD_ROWS] / rows.scale, see=see)}
-        )
-        self.progress(f"{name}  refined", self.plan.heldout // _REPORT_EVERY)
-        runs._write_report(self.report, self.out)
-
-    def measure_losses(self) -> None:
-        """Add the next-token loss of the language model with each code, if there is a model."""
-        if self.probe is None:
+    def measure_model(self) -> None:
+        """Add the next-token loss of the language model itself, and without its residual, if there is a model."""
+        if self.rows.probe is None or "ce_clean" in self.report:
             return
         heldout = self.rows.heldout
         mean = np.broadcast_to(self.rows.train.mean(axis=0) / self.rows.scale, heldout.shape)
-        replaced = self.reconstructed | {"zero": np.zeros_like(heldout), "mean": mean}
-        found = _losses(self.probe, replaced, self.progress)
-        self.report |= {f"ce_{name}": json_number(found[name].cross_entropy) for name in ("clean", "zero", "mean")}
-        for number, row in enumerate(self.report["rows"]):
-            for when in ("before", "after"):
-                spliced = found[f"{when} {number}"]
-                row |= {f"ce_{when}": json_number(spliced.cross_entropy), f"kl_{when}": json_number(spliced.kl)}
-                for ablation in ("zero", "mean"):
-                    recovered = language_model.loss_recovered(found["clean"], spliced, found[ablation])
-                    row[f"recovered_{ablation}_{when}"] = json_number(recovered)
+        found = sources.losses(self.rows.probe, {"zero": np.zeros_like(heldout), "mean": mean})
+        self.report |= {f"ce_{name}": json_number(loss.cross_entropy) for name, loss in found.items()}
+        self.progress("next-token loss", 2 * len(self.rows.probe.contexts))
+
+    def _add(self, sae: SAE, row: dict[str, Any], name: str, rows: list[dict[str, Any]], training: float) -> None:
+        start, probe, heldout = time.monotonic(), self.rows.probe, self.rows.heldout
+        spliced = {} if probe is None else {name: np.empty_like(heldout) for name in _SPLICED}
+
+        def see(name: str, numbers: np.ndarray, x_hat: jax.Array) -> None:
+            if name in spliced:
+                spliced[name][numbers] = x_hat
+
+        more = self.rows.train[: metrics.DEAD_ROWS] / np.float32(self.rows.scale)
+        row = {**row, **measure(sae, heldout, more, truth=self.rows.truth, see=see)}
+        if probe is not None:
+            row |= self._losses(sources.losses(probe, spliced))
+        rows.append(row | {"seconds": {"training": training, "measuring": time.monotonic() - start}})
+        self.progress(f"{name}  refined", self._cost())
+        runs._write_report(self.report, self.out)
+
+    def _losses(self, found: dict[str, language_model.NextToken]) -> dict[str, float | None]:
+        """Cross-entropy, divergence and loss recovered, of each reconstruction."""
+        numbers: dict[str, float | None] = {}
+        for name in _SPLICED:
+            numbers |= {f"ce_{name}": json_number(found[name].cross_entropy), f"kl_{name}": json_number(found[name].kl)}
+            for ablation in ("zero", "mean"):
+                ablated = language_model.NextToken(1.0, self.report[f"ce_{ablation}"], 0.0)
+                recovered = language_model.loss_recovered(found["clean"], found[name], ablated)
+                numbers[f"recovered_{ablation}_{name}"] = json_number(recovered)
+        return numbers
+
+    def _cost(self) -> int:
+        """The number of steps that measuring an autoencoder counts for."""
+        return _cost(self.plan, self.rows.probe is not None)
 
 
-def total_steps(plan: Plan, data: Any = None, saes: Sequence[str] = ()) -> int:
+def _cost(plan: Plan, spliced: bool) -> int:
+    return plan.heldout // _REPORT_EVERY + (len(_SPLICED) * sources.contexts(plan.heldout) if spliced else 0)
+
+
+def total_steps(plan: Plan, data: Source = None, saes: Sequence[str] = ()) -> int:
     """The total number of steps that a study reports as progress.
 
     Args:
@@ -270,157 +373,13 @@ def total_steps(plan: Plan, data: Any = None, saes: Sequence[str] = ()) -> int:
 
     Example:
       >>> total_steps(QUICK)
-      880
+      440
     """
-    count = len(saes) or 2 * len(plan.l1)
-    steps = count * (plan.heldout // _REPORT_EVERY + (0 if saes else plan.steps))
-    if isinstance(data, HookPoint):
+    cost = _cost(plan, _live(data))
+    steps = len(saes) * cost if saes else sum(job.steps + cost for job in _jobs(plan, 0))
+    if isinstance(data, Features) and not saes:
+        steps += cost  # of the true dictionary
+    if _live(data):
         harvested = min(plan.train_rows, _MEAN_ROWS) if saes else plan.train_rows
-        steps += _contexts(harvested + plan.heldout) + _contexts(plan.heldout) * (2 * count + 2)
+        steps += sources.contexts(harvested + plan.heldout) + 2 * sources.contexts(plan.heldout)
     return steps
-
-
-def _contexts(rows: int) -> int:
-    return -(-rows // (_CONTEXT - 1))
-
-
-class _Probe(NamedTuple):
-    """A language model, and the contexts of the held-out rows."""
-
-    model: language_model.LanguageModel
-    layer: int
-    contexts: np.ndarray  # [n s]
-    source: str
-
-
-def _harvest(site: HookPoint, folder: Path, plan: Plan, progress: Progress) -> _Probe:
-    arguments.check(HookPoint, site._asdict())
-    harvest.check(site.model, layer=site.layer, context=_CONTEXT, out=folder)
-    tokenizer = language_model.read_tokenizer(site.model)
-    model = language_model.load(site.model)
-    wanted = _contexts(plan.train_rows + plan.heldout)
-    files = harvest.standard_library() if site.text is None else site.text
-    text = harvest.pack(files, tokenizer, context=_CONTEXT, tokens=wanted * _CONTEXT)
-    texts = "the sources of Python's standard library" if site.text is None else ", ".join(text.files)
-    source = {"model": str(site.model), "text": texts}
-    show = functools.partial(progress, f"{site.model}  harvesting")
-    harvest.run(folder, model, text.contexts, layer=site.layer, source=source, progress=show)
-    name = f"residual of {site.model} after block {site.layer}, on {texts}"
-    name += f" ({text.replaced} characters of it not UTF-8)" if text.replaced else ""
-    return _Probe(model, site.layer, text.contexts[-_contexts(plan.heldout) :], name)
-
-
-def _load(path, plan: Plan, seed: int) -> _Rows:
-    if path is None:
-        rows, heldout = data_module.image_patches(plan.train_rows, plan.heldout, side=8, seed=seed)
-        return _Rows(rows, heldout, 1.0, "8 × 8 colour patches of scikit-learn's two photographs")
-    everything = data_module.open_rows(path)
-    needed = plan.batch + plan.heldout
-    if len(everything) < needed:
-        raise InputError(f"{path}: holds {len(everything)} rows, the study needs at least {needed}; pass more.")
-    data_module.require_finite(everything, str(path))
-    first = len(everything) - plan.heldout
-    rows = data_module.shards.cast(everything[: min(first, plan.train_rows)], np.float32, str(path), "scale it")
-    heldout = data_module.shards.cast(
-        everything[first:], np.float32, str(path), "scale it", range(first, len(everything))
-    )
-    if (rows == rows[0]).all():
-        raise InputError(f"{path}: all rows are equal, there is nothing to learn; pass activations of varied inputs.")
-    variance = np.sum(np.var(rows[:: max(1, len(rows) // 10_000)], axis=0, dtype=np.float64))
-    scale = float(1 / np.sqrt(variance))
-    return _Rows(rows * scale, heldout, scale, str(path))
-
-
-def _options(plan: Plan, seed: int) -> Options:
-    """Options of all trainings, except their sparsity."""
-    options = Options("topk", plan.latents, learning_rate=plan.learning_rate, heldout=plan.heldout, seed=seed)
-    return resolved(options._replace(batch=plan.batch, steps=plan.steps))
-
-
-def _train(rows, options: Options, progress: Progress) -> tuple[SAE, dict[str, list]]:
-    """Train an autoencoder as `jaxsae train` does, on scaled rows; return it with its training curves."""
-    curve: dict[str, list] = {"step": [], "nmse": [], "l0": []}
-    objective, tx, init_fn = runs.recipe(options, jnp.asarray(rows[:10_000].mean(axis=0)), 1.0)
-
-    def show(step, shown):
-        if step % _REPORT_EVERY == 0 or step == options.steps:
-            nmse, l0 = float(shown["nmse"]), float(shown["l0"])
-            for name, value in {"step": step, "nmse": json_number(nmse), "l0": json_number(l0)}.items():
-                curve[name].append(value)
-            progress(f"NMSE {nmse:.3f}  L0 {l0:.0f}", (step - 1) % _REPORT_EVERY + 1)
-
-    batches = data_module.batches(rows, options.batch, seed=options.seed)
-    state = train.fit(init_fn(), batches, loss=objective, tx=tx, steps=options.steps, callback=show)
-    return state.sae, curve
-
-
-def _solver(k: int, d: int) -> Any:
-    return solvers.within(solvers.default(k, d), tol=_TOL)
-
-
-def measure(
-    sae: SAE,
-    rows: np.ndarray,
-    more: np.ndarray | None = None,
-    *,
-    see: Callable[[stream.Block], None] = lambda block: None,
-) -> dict[str, Any]:
-    """Refine the codes of rows and measure the shrinkage: one row of the report, without its name.
-
-    Besides the numbers: `change` and `latent_change`, histograms over `RATIO_EDGES` of refined/original, for
-    active values and for latents' means; `firing`, how many latents fire on no row, on 1, on 2 or 3, on 4 to 7 …, and
-    `dead`, the share of those on none, both over `dead_rows` rows, these and `more`; `worst_rows`, those with the
-    largest KKT residuals.
-
-    Args:
-      sae: the autoencoder.
-      rows: `[n d]`, finite.
-      more: other rows `[n d]` on which to count firing latents, if these are few.
-      see: called with each refined block of rows.
-    """
-
-    def measure_block(block):
-        see(block)
-        y, _ = to_fit(sae, block.x)
-        kkt = _certified_kkt(sae.W_dec, y, block.refined, nonnegative=not sae.activation.signed)
-        shrunk = shrinkage(sae, block.x, block.code, block.refined)
-        return (shrunk, metrics.activity(block.code)), (block.rows, np.asarray(kkt), np.asarray(block.code.l0))
-
-    sums, columns = zip(*map(measure_block, stream.refine_blocks(sae, rows, _solver)), strict=True)
-    shrunk, active = (functools.reduce(operator.add, part) for part in zip(*sums, strict=True))
-    if more is not None:
-        active += calibration.activity(sae, (x for _, x in stream.chunks(sae, more)))
-    number, kkt, l0 = map(np.concatenate, zip(*columns, strict=True))
-    worst = np.argsort(-np.nan_to_num(kkt, nan=np.inf), kind="stable")[:_WORST]
-    ratio = np.asarray(shrunk.ratio)
-    ratio = np.clip(ratio[np.isfinite(ratio)], RATIO_EDGES[0], RATIO_EDGES[-1])
-    numbers = {**shrunk.numbers(), "worst_kkt": kkt.max(), "certified": np.mean(kkt <= CERTIFIED), "dead": active.dead}
-    numbers = {name: json_number(value) for name, value in numbers.items()}
-    return numbers | {
-        "change": np.asarray(shrunk.ratio_histogram).tolist(),
-        "latent_change": np.histogram(ratio, RATIO_EDGES)[0].tolist(),
-        "firing": active.log2_histogram,
-        "dead_rows": int(active.rows),
-        "worst_rows": [{"row": int(number[i]), "l0": int(l0[i]), "kkt": json_number(kkt[i])} for i in worst],
-    }
-
-
-@functools.partial(jax.jit, static_argnames="nonnegative")
-def _certified_kkt(dictionary, y, code, *, nonnegative: bool = True):
-    return certify(dictionary, y, code, nonnegative=nonnegative).kkt  # the gap is not used, so not computed
-
-
-def _losses(probe: _Probe, replaced: dict[str, np.ndarray], progress: Progress) -> dict[str, language_model.NextToken]:
-    """Next-token losses with rows `[n d]` in place of the residual stream, by name, and `"clean"` ones."""
-
-    def replace(rows, h):
-        return h.at[:, 1:].set(rows.reshape(h.shape[0], -1, h.shape[2]))
-
-    found = []
-    for start in range(0, len(probe.contexts), _TOGETHER):
-        contexts = probe.contexts[start : start + _TOGETHER]
-        span = slice(start * (_CONTEXT - 1), (start + len(contexts)) * (_CONTEXT - 1))
-        splices = {name: functools.partial(replace, rows[span]) for name, rows in replaced.items()}
-        found.append(language_model.cross_entropy(probe.model, [jnp.asarray(contexts)], probe.layer, splices))
-        progress("next-token loss", len(contexts) * len(replaced))
-    return {name: functools.reduce(operator.add, (part[name] for part in found)) for name in found[0]}

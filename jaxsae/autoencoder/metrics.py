@@ -7,7 +7,7 @@ accurately as ten. Ratios are dimensionless, and NaN where they are undefined.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -236,6 +236,167 @@ def activity(code: SparseCode) -> Activity:
     dtype = result_type(code.values.dtype, jnp.float32)
     fired = codes.sum_by_latent(dataclasses.replace(code, values=active.astype(dtype)))
     return Activity(**_exact({"rows": jnp.sum(keep, dtype=dtype), "fired": fired}))
+
+
+class Matching(NamedTuple):
+    """Which atom of a dictionary stands for which atom of another.
+
+    Attributes:
+      latent: `[t]`, for each atom of the truth its latent, or −1 for none, if there are fewer latents than atoms.
+      cosine: `[t]`, the cosine of the two; 0 for none.
+    """
+
+    latent: np.ndarray
+    cosine: np.ndarray
+
+    @property
+    def mcc(self) -> float:
+        """The mean correlation coefficient: the mean cosine over the atoms of the truth."""
+        return float(self.cosine.mean())
+
+
+def match(dictionary: Float[Array, "m d"], truth: Float[Array, "t d"]) -> Matching:
+    """Match the atoms of a learnt dictionary to true ones, one to one, with the largest sum of cosines.
+
+    Signs count: an atom and its negative are not the same for a code `z ≥ 0`.
+
+    Args:
+      dictionary: `[m d]`, one atom per row, any norm.
+      truth: `[t d]`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> found = jaxsae.metrics.match(jnp.array([[0.0, 2.0], [1.0, 0.0]]), jnp.eye(2))
+      >>> found.latent.tolist(), found.mcc
+      ([1, 0], 1.0)
+
+    Source: Hungarian algorithm, by `scipy.optimize.linear_sum_assignment`; the mean correlation coefficient as in
+      Sharkey, Braun & Millidge (2022), "Taking features out of superposition with sparse autoencoders".
+    """
+    from scipy.optimize import linear_sum_assignment  # which comes with JAX
+
+    learnt, true = (np.asarray(widen(atoms), np.float64) for atoms in (dictionary, truth))
+    learnt, true = (
+        atoms / np.maximum(np.linalg.norm(atoms, axis=1, keepdims=True), 1e-300) for atoms in (learnt, true)
+    )
+    cosines = true @ learnt.T
+    rows, columns = linear_sum_assignment(cosines, maximize=True)
+    latent, cosine = np.full(len(true), -1), np.zeros(len(true))
+    latent[rows], cosine[rows] = columns, cosines[rows, columns]
+    return Matching(latent, cosine)
+
+
+@pytrees.dataclass
+class Recovery(_Sums):
+    """How well codes agree with true ones: which latents fire, and their values where they rightly do.
+
+    Attributes:
+      rows: number of rows.
+      true, fired, both: number of active entries in the truth, in the code, and in both.
+      value, error, squares, square_error: over the entries in both, `Σ z`, `Σ (ẑ − z)`, `Σ z²` and `Σ (ẑ − z)²`.
+      right: number of rows whose support is exactly the true one.
+      rest: rounding errors of the fields.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> matching = jaxsae.metrics.match(jnp.eye(2), jnp.eye(2))
+      >>> code = jaxsae.codes.from_dense(jnp.array([[1.0, 1.0], [0.0, 1.0]]), capacity=2)
+      >>> found = jaxsae.metrics.recovery(matching, code, jnp.array([[2.0, 0.0], [0.0, 2.0]]))
+      >>> [round(float(x), 3) for x in (found.precision, found.recall, found.f1, found.bias)]
+      [0.667, 1.0, 0.8, -0.5]
+    """
+
+    rows: Float[Array, ""]
+    true: Float[Array, ""]
+    fired: Float[Array, ""]
+    both: Float[Array, ""]
+    value: Float[Array, ""]
+    error: Float[Array, ""]
+    squares: Float[Array, ""]
+    square_error: Float[Array, ""]
+    right: Float[Array, ""]
+    rest: dict[str, Array] = _rest()
+
+    def _plus(self, other: Any) -> Any:
+        names = [field.name for field in dataclasses.fields(self) if field.name != "rest"]
+        return Recovery(**_added(self, other, names))
+
+    @property
+    def precision(self) -> Float[Array, ""]:
+        """Share of the active entries of the code that are active in the truth."""
+        return ratio(self.both, self.fired)
+
+    @property
+    def recall(self) -> Float[Array, ""]:
+        """Share of the active entries of the truth that are active in the code."""
+        return ratio(self.both, self.true)
+
+    @property
+    def f1(self) -> Float[Array, ""]:
+        """Harmonic mean of precision and recall."""
+        return ratio(2 * self.both, self.true + self.fired)
+
+    @property
+    def bias(self) -> Float[Array, ""]:
+        """`Σ (ẑ − z) / Σ z` where both are active; negative for values that are too small."""
+        return ratio(self.error, self.value)
+
+    @property
+    def value_error(self) -> Float[Array, ""]:
+        """`√(Σ (ẑ − z)² / Σ z²)` where both are active."""
+        return jnp.sqrt(ratio(self.square_error, self.squares))
+
+    @property
+    def exact(self) -> Float[Array, ""]:
+        """Share of the rows whose support is the true one."""
+        return ratio(self.right, self.rows)
+
+
+def recovery(matching: Matching, code: SparseCode, truth: Float[Array, "*b t"]) -> Recovery:
+    """Compare codes with true ones.
+
+    Args:
+      matching: of the code's dictionary to the true one, by `match`.
+      code: `[*b k]`, of atoms of the same norms as the true ones. A latent that is matched to none counts as wrong
+        where it fires.
+      truth: the true code, dense, `[*b t]`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsae
+      >>> code = jaxsae.codes.from_dense(jnp.array([[0.0, 3.0]]), capacity=1)
+      >>> matching = jaxsae.metrics.match(jnp.eye(2), jnp.eye(2))
+      >>> float(jaxsae.metrics.recovery(matching, code, jnp.array([[0.0, 3.0]])).exact)
+      1.0
+
+    Source: F1 and values after Chanin & Garriga-Alonso (2026), "SynthSAEBench: evaluating sparse autoencoders on
+      scalable realistic synthetic data".
+    """
+    if truth.shape[-1] != len(matching.latent):
+        raise ValueError(
+            f"`recovery` got a truth of {truth.shape[-1]} features, and a matching of {len(matching.latent)}; pass "
+            "the code of the dictionary that was matched."
+        )
+    return _recovery(jnp.asarray(matching.latent), code, truth)
+
+
+@jax.jit
+def _recovery(latent, code: SparseCode, truth) -> Recovery:
+    z = jnp.where(latent >= 0, jnp.take(widen(code.dense()), jnp.maximum(latent, 0), axis=-1), 0)
+    truth = widen(truth)
+    both = (z != 0) & (truth != 0)
+    fired = jnp.sum(code.mask & (code.values != 0), axis=-1)
+    error, value = jnp.where(both, z - truth, 0), jnp.where(both, truth, 0)
+    active, common = jnp.sum(truth != 0, axis=-1), jnp.sum(both, axis=-1)
+    counts = {
+        "rows": jnp.asarray(active.size),
+        "true": jnp.sum(active),
+        "fired": jnp.sum(fired),
+        "both": jnp.sum(common),
+        "right": jnp.sum((common == active) & (common == fired)),
+    }
+    sums = {"value": value, "error": error, "squares": value**2, "square_error": error**2}
+    sums = {name: jnp.sum(x) for name, x in sums.items()}
+    return Recovery(**_exact({name: x.astype(truth.dtype) for name, x in (counts | sums).items()}))
 
 
 # Rows without firing after which a latent is dead (all rows, if there are fewer); on few rows most are inactive.

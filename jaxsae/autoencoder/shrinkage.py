@@ -36,6 +36,7 @@ class Shrinkage(_Sums):
       count: `[m]`, number of active values of each latent.
       before, after: `[m]`, their sums.
       num_increased: number of values that increased.
+      num_zeroed: number of values that became 0.
       ratio_histogram: `[80]`, histogram of refined/original over `RATIO_EDGES`; decreases are in the first 32 bins.
       rest: rounding errors of the fields.
 
@@ -50,7 +51,7 @@ class Shrinkage(_Sums):
       mean activation     2.0000    2.5000    +25.0%
       NMSE                0.4000    0.0000   -100.0%
       γ                   0.8800    1.0000    +13.6%
-      50.0% of 4 active values rise,
+      50.0% of 4 active values rise, 0.0% become 0,
       2.0 per row over 2 rows
     """
 
@@ -65,13 +66,14 @@ class Shrinkage(_Sums):
     before: Float[Array, " m"]
     after: Float[Array, " m"]
     num_increased: Float[Array, ""]
+    num_zeroed: Float[Array, ""]
     ratio_histogram: Float[Array, " bins"]
     rest: dict[str, Array] = _rest()
 
     def _plus(self, other: Any) -> Any:
         data = self.data._plus(other.data)
         squares = [f"{name}_{when}" for name in ("error", "sq_norm", "inner_product") for when in ("before", "after")]
-        counts = ["count", "before", "after", "num_increased", "ratio_histogram"]
+        counts = ["count", "before", "after", "num_increased", "num_zeroed", "ratio_histogram"]
         scales = (self.data.unit / data.unit) ** 2, (other.data.unit / data.unit) ** 2
         first, second = _added(self, other, squares, scales), _added(self, other, counts)
         return Shrinkage(data=data, **(first | second | {"rest": first["rest"] | second["rest"]}))
@@ -80,6 +82,11 @@ class Shrinkage(_Sums):
     def l0(self) -> Float[Array, ""]:
         """Mean number of active latents per row, before."""
         return ratio(jnp.sum(self.count), self.data.rows)
+
+    @property
+    def l0_after(self) -> Float[Array, ""]:
+        """Mean number of latents per row that are active and whose refined value is not 0."""
+        return ratio(jnp.sum(self.count) - self.num_zeroed, self.data.rows)
 
     @property
     def nmse_before(self) -> Float[Array, ""]:
@@ -128,7 +135,7 @@ class Shrinkage(_Sums):
 
     def numbers(self) -> dict[str, float]:
         """The summary as floats, NaN where nothing was active."""
-        names = ("l0", "nmse_before", "nmse_after", "mean_before", "mean_after", "mean_change")
+        names = ("l0", "l0_after", "nmse_before", "nmse_after", "mean_before", "mean_after", "mean_change")
         values = {name: float(getattr(self, name)) for name in (*names, "gamma_before", "gamma_after")}
         return values | {"rising": float(self.share_increased)}
 
@@ -140,7 +147,10 @@ class Shrinkage(_Sums):
         ]
         lines = [f"{'':16}{'before':>10}{'after':>10}{'change':>10}"]
         lines += [f"{name:16}{float(a):10.4f}{float(b):10.4f}{float(b / a - 1):+10.1%}" for name, a, b in rows]
-        lines.append(f"{float(self.share_increased):.1%} of {float(jnp.sum(self.count)):.0f} active values rise, ")
+        lines.append(
+            f"{float(self.share_increased):.1%} of {float(jnp.sum(self.count)):.0f} active values rise, "
+            f"{float(ratio(self.num_zeroed, jnp.sum(self.count))):.1%} become 0, "
+        )
         return "\n".join(lines) + f"{float(self.l0):.1f} per row over {float(self.data.rows):.0f} rows"
 
 
@@ -220,6 +230,7 @@ def _shrinkage(W_dec, fit: Fit, x, code: SparseCode, refined: SparseCode) -> Shr
         "before": _by_latent(code, active, before),
         "after": _by_latent(code, active, after),
         "num_increased": jnp.sum(after > before, dtype=before.dtype),
+        "num_zeroed": jnp.sum(active & (after == 0), dtype=before.dtype),
         "ratio_histogram": jnp.zeros(bins, before.dtype).at[slot.ravel()].add(1, mode="drop"),
     }
     data = _moments(x.reshape(-1, x.shape[-1]), keep.reshape(-1), unit)

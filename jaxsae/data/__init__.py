@@ -1,6 +1,7 @@
 """Activations as rows `[n d]`, in memory or on disk, and batches of them in an order fixed by a seed.
 
-`rows` opens files, `shards` is the directory format that a harvest writes, `batching` draws from them.
+`rows` opens files, `shards` is the directory format that a harvest writes, `batching` draws from them; `photographs`
+and `synthetic` make rows.
 """
 
 from jaxsae.data import shards as shards
@@ -12,3 +13,4 @@ from jaxsae.data.rows import (
     open_rows as open_rows,
     require_finite as require_finite,
 )
+from jaxsae.data.synthetic import Synthetic as Synthetic, synthetic as synthetic

@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsae import codes
 from jaxsae._core import pytrees
 from jaxsae.autoencoder.activations import Activation, TopK
-from jaxsae.autoencoder.sae import SAE, encode, pre_activations, reconstruct
+from jaxsae.autoencoder.sae import SAE, encode, encode_dense, pre_activations, reconstruct
 from jaxsae.codes import SparseCode
 from jaxsae.train import losses
 
@@ -154,6 +154,8 @@ def _rows(batch: Any) -> tuple[Array, Array]:
 def _code(sae: SAE, x) -> tuple[SparseCode | Array, Activation | None]:
     if sae.activation.slots is not None:
         return encode(sae, x), None
+    if sae.activation.encoder_free:
+        return encode_dense(sae, x), None
     z, after = sae.activation.train(pre_activations(sae, x))
     return z, None if after is sae.activation else after
 

@@ -1,6 +1,7 @@
 """The commands that measure shrinkage and report it: study and report."""
 
 from pathlib import Path
+from typing import Annotated
 
 from jaxsae._core import arguments
 from jaxsae._core.files import InputError
@@ -14,18 +15,30 @@ def study(
     model: arguments.Model | None = None,
     layer: arguments.Index = 8,
     text: arguments.InputFiles = (),
+    synthetic: bool = False,
+    noise: arguments.Weight = 0.0,
     sae: tuple[arguments.Autoencoder, ...] = (),
+    families: tuple[Annotated[str, arguments.ACTIVATION], ...] = (),
+    l0: tuple[arguments.Count, ...] = (),
+    seeds: arguments.Count = 1,
+    halvings: arguments.Index = 0,
+    latents: arguments.Count | None = None,
+    steps: arguments.Count | None = None,
     quick: bool = False,
     seed: arguments.Seed = 0,
     json: bool = False,
 ) -> int:
     """Train autoencoders, refine their codes, measure the shrinkage.
 
-    Trains ReLU and TopK autoencoders, or measures those of --sae. Writes report.json, shrinkage.png and the trained
-    SAEs; with --model also its activations, and reports how the codes change its next-token loss. The last 2,048 rows
-    of --data are held out (512 with --quick), and the first of the others, at most 100,000, are trained on.
+    Trains several families to the same L0s, or measures the SAEs of --sae; and compares their codes with others of as
+    many atoms. Writes report.json, figures and the trained SAEs; with --model also its activations, and reports how the
+    codes change its next-token loss. The last 2,048 rows of --data are held out (512 with --quick), and the first of
+    the others, at most 200,000, are trained on. If interrupted, the same command resumes, as it does with more
+    --families, --l0, --seeds or --halvings.
 
     Example: jaxsae study --quick --out study
+
+    Example: jaxsae study --families relu topk gated --l0 16 32 --seeds 3 --steps 4000 --out study
 
     Example: jaxsae study --sae hf://org/repository/path --data x.npy
 
@@ -35,22 +48,37 @@ def study(
         model: instead of --data, a language model: smollm2, a GGUF file or a Hugging Face directory.
         layer: block of the model after which the residual is taken, from 0.
         text: UTF-8 files for the model to read; by default Python's standard library.
+        synthetic: instead of --data, rows made of known features, with which codes are compared.
+        noise: root mean square norm of the noise in them, relative to the features' part.
         sae: SAEs of these activations, on disk or on the hub, to measure instead of training.
-        quick: train small autoencoders, in under a minute (with --model, in a few minutes).
-        seed: of initialisation, shuffles and patches.
+        families: activations as for jaxsae train.
+        l0: numbers of active latents per row, on average over held-out rows, to which each family is trained.
+        seeds: number of seeds, from --seed on; the table then has standard errors.
+        halvings: how often to halve the steps, to see what depends on the length of training.
+        latents: of each autoencoder.
+        steps: of each training.
+        quick: train few and small autoencoders.
+        seed: of initialisation and shuffles, and of patches or features.
         json: print the report as one JSON object.
     """
-    from jaxsae.app import plots, study as job
+    from jaxsae.app import study as job
+    from jaxsae.app.summary import method
 
-    if data is not None and model is not None:
-        raise InputError("got --data and --model; pass one of them.")
+    if sum((data is not None, model is not None, synthetic)) > 1:
+        raise InputError("got several of --data, --model and --synthetic; pass one of them.")
     if text and model is None:
         raise InputError("got --text without --model; pass the model that is to read it.")
+    if noise and not synthetic:
+        raise InputError("got --noise without --synthetic; pass both.")
     if sae and data is None and model is None:
         raise InputError("got --sae without --data or --model; pass the activations that they are for.")
-    site = None if model is None else job.HookPoint(model, layer, text or None)
-    full, small = (job.FULL, job.QUICK) if site is None else (job.FULL_MODEL, job.QUICK_MODEL)
-    plan, source = small if quick else full, site or data
+    source = job.HookPoint(model, layer, text or None) if model else job.Features(noise=noise) if synthetic else data
+    full, small = (job.FULL_MODEL, job.QUICK_MODEL) if model else (job.FULL, job.QUICK)
+    if synthetic:
+        full, small = job.FULL_SYNTHETIC, job.QUICK_SYNTHETIC
+    plan = (small if quick else full)._replace(seeds=seeds, halvings=halvings)
+    given = {"families": families, "l0": l0, "latents": latents, "steps": steps}
+    plan = plan._replace(**{name: value for name, value in given.items() if value})
     with console.progress(job.total_steps(plan, source, sae)) as update:
         report = job.run(out, data=source, plan=plan, seed=seed, saes=sae, progress=update, warn=console.warn)
     written = f"Written: {out / 'report.json'}, {out / 'shrinkage.png'}" + ("" if sae else f", {out / 'sae'}/")
@@ -59,7 +87,7 @@ def study(
     for row in failed:
         count = round((1 - row["certified"]) * report["data"]["heldout"])
         worst = "NaN" if row["worst_kkt"] is None else f"{row['worst_kkt']:.1e}"
-        console.warn(f"{plots.method(row)}: {count} rows are not certified, the worst at KKT {worst}.")
+        console.warn(f"{method(row)}: {count} rows are not certified, the worst at KKT {worst}.")
     return 1 if failed else 0
 
 

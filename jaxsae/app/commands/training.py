@@ -57,7 +57,7 @@ def train(
     Example: jaxsae train --data x.npy --activation topk --k 32 --latents 4096 --out run
 
     Args:
-        activation: relu, topk, abstopk, groupmax, batchtopk, jumprelu or gated.
+        activation: relu, topk, abstopk, groupmax, batchtopk, jumprelu, gated, matryoshka or matchingpursuit.
         latents: number of latents.
         out: directory for the results.
         data: files or directories of activations (rows, width).
@@ -67,7 +67,8 @@ def train(
         tokens: number of tokens to read, rounded up to whole contexts; all by default.
         context: number of tokens in a context.
         window: rows that are shuffled together, one window after another; by default all --data.
-        k: active latents per row; for batchtopk and jumprelu, on average over held-out rows.
+        k: active latents per row; for batchtopk, matryoshka, jumprelu and matchingpursuit, on average over held-out
+            rows.
         l1: weight of the L1 penalty (relu, gated).
         batch: rows per step.
         steps: number of steps; warns if they are more than ten passes over the data.

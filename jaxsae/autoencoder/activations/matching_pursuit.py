@@ -1,7 +1,6 @@
 """Matching pursuit in place of an encoder."""
 
 import dataclasses
-import math
 import numbers
 import sys
 
@@ -54,28 +53,73 @@ class MatchingPursuit(Activation):
         raise NotImplementedError("MatchingPursuit has no pre-activations; call `encode_dense`.")
 
     def pursue(self, y: Float[Array, "*b d"], dictionary: Float[Array, "m d"]) -> Float[Array, "*b m"]:
-        """The dense code of rows `y`."""
-        (m, d), batch = dictionary.shape, y.shape[:-1]
-        rows = jnp.arange(math.prod(batch))
+        """The dense code of rows `y`; its derivative holds the atoms chosen fixed."""
+        chosen, z = self._choose(*jax.lax.stop_gradient((y.reshape(-1, y.shape[-1]), dictionary)))
+        return _values(z.reshape(*y.shape[:-1], -1), chosen, y, dictionary)
+
+    def l0_by_step(self, y: Float[Array, "n d"], dictionary: Float[Array, "m d"]) -> Float[Array, " steps"]:
+        """The mean number of active latents per row after each step."""
+        chosen, _ = self._choose(y, dictionary)
+
+        def before(number):  # whether an atom was chosen in an earlier step
+            earlier = jnp.arange(len(chosen))[:, None] < number
+            return jnp.any(earlier & (chosen == chosen[number]), axis=0)
+
+        again = jax.lax.map(before, jnp.arange(len(chosen)))
+        new = (chosen < dictionary.shape[0]) & ~again
+        return jnp.cumsum(jnp.mean(new.astype(jnp.float32), axis=1))
+
+    def _choose(self, y, dictionary):
+        """The atom that each step takes, `[steps n]`, or `m` where a row has stopped, and the code `[n m]`."""
+        (m, d), rows = dictionary.shape, jnp.arange(len(y))
+        steps = d if self.max_steps is None else self.max_steps
 
         def step(state):
-            number, z, r, done = state
-            chosen = jnp.argmax(jax.nn.relu(r @ dictionary.T), axis=1)
-            atoms = dictionary[chosen]
+            number, z, r, done, chosen = state
+            at = jnp.argmax(jax.nn.relu(r @ dictionary.T), axis=1)
+            atoms = dictionary[at]
             values = jnp.where(done, 0, jax.nn.relu(jnp.sum(r * atoms, axis=1)))
-            after = z.at[rows, chosen].add(values)
+            chosen = chosen.at[number].set(jnp.where(values > 0, at, m).astype(jnp.int32))
+            after = z.at[rows, at].add(values)
             r = r - values[:, None] * atoms
             if self.stop_on_duplicate:
                 done |= ((after != 0) == (z != 0)).all(1)
             done |= (self.residual_threshold > 0) & (jnp.linalg.norm(r, axis=1) < self.residual_threshold)
-            return number + 1, after, r, done
+            return number + 1, after, r, done, chosen
 
-        y = y.reshape(-1, d)
-        start = jnp.int32(0), jnp.zeros((len(y), m), y.dtype), y, jnp.zeros(len(y), bool)
-        steps = d if self.max_steps is None else self.max_steps
-        _, z, _, _ = jax.lax.while_loop(lambda s: (s[0] < steps) & ~s[3].all(), step, start)
-        return z.reshape(*batch, m)
+        nothing = jnp.full((steps, len(y)), m, jnp.int32)
+        start = jnp.int32(0), jnp.zeros((len(y), m), y.dtype), y, jnp.zeros(len(y), bool), nothing
+        _, z, _, _, chosen = jax.lax.while_loop(lambda s: (s[0] < steps) & ~s[3].all(), step, start)
+        return chosen, z
 
     def rescale(self, scale: float | Array) -> "MatchingPursuit":
         """The activation in other units."""
         return dataclasses.replace(self, residual_threshold=self.residual_threshold / scale)
+
+
+@jax.custom_jvp
+def _values(z, chosen, y, dictionary):
+    """The code `z` of rows `[*b d]`, already computed, with the derivative for the atoms chosen."""
+    return z
+
+
+@_values.defjvp
+def _values_tangent(primals, tangents):
+    z, chosen, y, dictionary = primals
+    _, _, *dots = tangents
+    return z, jax.jvp(lambda y, dictionary: _replay(chosen, y, dictionary), (y, dictionary), tuple(dots))[1]
+
+
+def _replay(chosen, y, dictionary):
+    """The code by the atoms chosen `[steps n]`, in a loop that has a derivative."""
+    m, d = dictionary.shape
+
+    def step(r, at):
+        atoms = dictionary.at[at].get(mode="fill", fill_value=0)
+        value = jax.nn.relu(jnp.sum(r * atoms, axis=1))
+        return r - value[:, None] * atoms, value
+
+    _, values = jax.lax.scan(step, y.reshape(-1, d), chosen)
+    rows = jnp.arange(chosen.shape[1])
+    z = jnp.zeros((chosen.shape[1], m), values.dtype).at[rows, chosen].add(values, mode="drop")
+    return z.reshape(*y.shape[:-1], m)

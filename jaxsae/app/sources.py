@@ -1,0 +1,205 @@
+"""The rows of a study: photographs, files, a language model's residual stream, or features that are known."""
+
+import functools
+import operator
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsae import data as data_module, language_model
+from jaxsae._core import arguments
+from jaxsae._core.files import InputError
+from jaxsae.language_model import harvest
+
+CONTEXT = 256  # tokens in a context; the first gives no row
+_TOGETHER = 4  # contexts whose logits are in memory together
+_CHUNK = 4096  # synthetic rows made together: their dense codes are
+_FEATURES = 4  # per dimension, of synthetic rows
+
+Progress = Callable[[str, int], None]
+
+
+class HookPoint(NamedTuple):
+    """Where in a language model, and on which text, rows are harvested.
+
+    Attributes:
+      model: as for `language_model.load`.
+      layer: block after which, from 0.
+      text: files; Python's standard library if None.
+
+    Example:
+      >>> HookPoint("smollm2").layer
+      8
+    """
+
+    model: str | os.PathLike
+    layer: arguments.Index = 8
+    text: Sequence[Path] | None = None
+
+
+class Features(NamedTuple):
+    """Rows made of known features, by `data.synthetic`.
+
+    Attributes:
+      width: of the rows; there are four times as many features.
+      l0: mean number of features per row.
+      correlation: of features.
+      noise: as for `data.synthetic`.
+
+    Example:
+      >>> Features(noise=0.1).width
+      64
+    """
+
+    width: arguments.Count = 64
+    l0: arguments.Positive = 8.0
+    correlation: arguments.Weight = 0.2
+    noise: arguments.Weight = 0.0
+
+
+Source = str | os.PathLike | HookPoint | Features | None
+
+
+class Truth(NamedTuple):
+    """The features of synthetic rows, and the code `[n m]` of the held-out ones."""
+
+    dictionary: jax.Array
+    z: np.ndarray
+
+
+class Rows(NamedTuple):
+    """The rows of a study.
+
+    Attributes:
+      train: `[n d]`, scaled to unit mean square about their mean.
+      heldout: `[n d]`, to measure on, in their own units.
+      scale: of the training rows.
+      source: where they come from, in words.
+      truth: their features, if these are known.
+      probe: the language model that they come from, if any.
+    """
+
+    train: np.ndarray
+    heldout: np.ndarray
+    scale: float
+    source: str
+    truth: Truth | None = None
+    probe: "Probe | None" = None
+
+    @property
+    def width(self) -> int:
+        """Width of the rows."""
+        return self.train.shape[1]
+
+
+class Probe(NamedTuple):
+    """A language model, and the contexts of the held-out rows."""
+
+    model: language_model.LanguageModel
+    layer: int
+    contexts: np.ndarray  # [n s]
+    source: str
+
+
+def photographs(train_rows: int, heldout: int, seed: int) -> Rows:
+    """Patches of two photographs, those held out from their right quarters."""
+    rows, rest = data_module.image_patches(train_rows, heldout, side=8, seed=seed)
+    return Rows(rows, rest, 1.0, "8 × 8 colour patches of scikit-learn's two photographs")
+
+
+def synthetic(features: Features, train_rows: int, heldout: int, seed: int) -> Rows:
+    """Rows of known features; `seed` is that of the features and of the rows."""
+    arguments.check(Features, features._asdict())
+    d, world_key, row_key = features.width, *jax.random.split(jax.random.key(seed))
+    try:
+        world = data_module.synthetic(
+            world_key,
+            d=d,
+            m=_FEATURES * d,
+            l0=features.l0,
+            correlation=features.correlation,
+            roots=d,
+            noise=features.noise,
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    total = train_rows + heldout
+    draws = (world.sample(jax.random.fold_in(row_key, start), _CHUNK) for start in range(0, total, _CHUNK))
+    # Dense codes are large, and only those of the held-out rows are needed.
+    parts = [
+        (np.asarray(x), np.asarray(z) if number >= train_rows // _CHUNK else None)
+        for number, (x, z) in enumerate(draws)
+    ]
+    x = np.concatenate([x for x, _ in parts])[:total]
+    z = np.concatenate([z for _, z in parts if z is not None])[train_rows % _CHUNK :][:heldout]
+    source = f"{_FEATURES * d} known features in {d} dimensions, {features.l0:g} per row"
+    source += f", with noise of {features.noise:g} of their norm" if features.noise else ""
+    rows, scale = _scaled(x[:train_rows])
+    return Rows(rows, x[train_rows:], scale, source, Truth(world.dictionary, z))
+
+
+def from_file(path: str | os.PathLike, train_rows: int, heldout: int, batch: int) -> Rows:
+    """The first rows of a file or directory to train on, and its last ones held out."""
+    everything = data_module.open_rows(path)
+    needed = batch + heldout
+    if len(everything) < needed:
+        raise InputError(f"{path}: holds {len(everything)} rows, the study needs at least {needed}; pass more.")
+    data_module.require_finite(everything, str(path))
+    first, cast = len(everything) - heldout, data_module.shards.cast
+    rows = cast(everything[: min(first, train_rows)], np.float32, str(path), "scale it")
+    rest = cast(everything[first:], np.float32, str(path), "scale it", range(first, len(everything)))
+    if (rows == rows[0]).all():
+        raise InputError(f"{path}: all rows are equal, there is nothing to learn; pass activations of varied inputs.")
+    rows, scale = _scaled(rows)
+    return Rows(rows, rest, scale, str(path))
+
+
+def _scaled(rows: np.ndarray) -> tuple[np.ndarray, float]:
+    """The rows, scaled to unit mean square about their mean, and the scale."""
+    variance = np.sum(np.var(rows[:: max(1, len(rows) // 10_000)], axis=0, dtype=np.float64))
+    scale = float(1 / np.sqrt(variance))
+    return rows * scale, scale
+
+
+def from_model(site: HookPoint, folder: Path, train_rows: int, heldout: int, batch: int, progress: Progress) -> Rows:
+    """Rows of a language model, harvested to a directory unless they are there."""
+    arguments.check(HookPoint, site._asdict())
+    harvest.check(site.model, layer=site.layer, context=CONTEXT, out=folder)
+    tokenizer = language_model.read_tokenizer(site.model)
+    model = language_model.load(site.model)
+    wanted = contexts(train_rows + heldout)
+    files = harvest.standard_library() if site.text is None else site.text
+    text = harvest.pack(files, tokenizer, context=CONTEXT, tokens=wanted * CONTEXT)
+    texts = "the sources of Python's standard library" if site.text is None else ", ".join(text.files)
+    source = {"model": str(site.model), "text": texts}
+    show = functools.partial(progress, f"{site.model}  harvesting")
+    harvest.run(folder, model, text.contexts, layer=site.layer, source=source, progress=show)
+    name = f"residual of {site.model} after block {site.layer}, on {texts}"
+    name += f" ({text.replaced} characters of it not UTF-8)" if text.replaced else ""
+    probe = Probe(model, site.layer, text.contexts[-contexts(heldout) :], name)
+    return from_file(folder, train_rows, heldout, batch)._replace(source=name, probe=probe)
+
+
+def contexts(rows: int) -> int:
+    """The number of contexts that give so many rows."""
+    return -(-rows // (CONTEXT - 1))
+
+
+def losses(probe: Probe, replaced: Mapping[str, np.ndarray]) -> dict[str, language_model.NextToken]:
+    """Next-token losses with rows `[n d]` in place of the residual stream, by name, and `"clean"` ones."""
+
+    def replace(rows, h):
+        return h.at[:, 1:].set(rows.reshape(h.shape[0], -1, h.shape[2]))
+
+    found = []
+    for start in range(0, len(probe.contexts), _TOGETHER):
+        some = probe.contexts[start : start + _TOGETHER]
+        span = slice(start * (CONTEXT - 1), (start + len(some)) * (CONTEXT - 1))
+        splices = {name: functools.partial(replace, rows[span]) for name, rows in replaced.items()}
+        found.append(language_model.cross_entropy(probe.model, [jnp.asarray(some)], probe.layer, splices))
+    return {name: functools.reduce(operator.add, (part[name] for part in found)) for name in found[0]}

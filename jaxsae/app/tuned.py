@@ -1,0 +1,106 @@
+"""Train an autoencoder of any family to a given L0, so that families can be compared."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsae import train
+from jaxsae._core.files import json_number
+from jaxsae.app import runs
+from jaxsae.app.options import FAMILIES, Options
+from jaxsae.autoencoder import calibration
+from jaxsae.autoencoder.sae import SAE
+from jaxsae.train.objectives import Objective
+
+_EVERY = 10  # steps between changes of a penalty's weight
+_POINTS = 40  # of a curve, about
+_WEIGHT = 0.05  # of a penalty at first, for rows of unit mean square
+_LIMITS = (1e-6, 1e2)
+_GAIN = 0.15  # exponent of the ratio of the L0 to the target, by which a weight is multiplied
+_SAMPLE = 1024  # rows on which the L0 is watched, but at the end
+
+Progress = Callable[[str, int], None]
+
+
+class Trained(NamedTuple):
+    """What a training gave.
+
+    Attributes:
+      sae: for the scaled rows.
+      sparsity: `k`, or the final weight of the penalty.
+      curve: `step`, and the `nmse` and `l0` of its batch.
+    """
+
+    sae: SAE
+    sparsity: float
+    curve: dict[str, list]
+
+
+def train_to(rows: np.ndarray, watched: np.ndarray, options: Options, l0: int, progress: Progress) -> Trained:
+    """Train to a mean L0 on `watched` rows, as `jaxsae train` does but for the weight of a penalty.
+
+    Families that count their active latents are trained with `k = l0`; thresholds are then calibrated. Where a penalty
+    makes sparse, its weight is a multiplier, λ ← λ (L0/l0)^0.15 every 10 steps.
+
+    Args:
+      rows: `[n d]`, of unit mean square about their mean.
+      watched: `[h d]`, in the same units, on which the L0 is to be reached.
+      options: of the training, but for its sparsity.
+      l0: mean number of active latents per row.
+      progress: called with a description and the number of steps just taken.
+
+    Example:
+      >>> rows = np.random.default_rng(0).normal(size=(512, 8)).astype(np.float32) / 8**0.5
+      >>> options = Options("topk", latents=16, batch=64, steps=30, heldout=64)
+      >>> trained = train_to(rows, rows[:64], options, 2, lambda text, steps: None)
+      >>> trained.sparsity, trained.curve["step"]
+      (2, [10, 20, 30])
+    """
+    penalised = FAMILIES[options.activation].needs == "l1"
+    sparsity: float = _WEIGHT if penalised else l0
+    options = options._replace(**{"l1" if penalised else "k": sparsity})
+    objective, tx, init_fn = runs.recipe(options, jnp.asarray(rows[:10_000].mean(axis=0)), 1.0)
+    batches, state, seen = _batches(rows, options.batch, options.seed), init_fn(), jnp.asarray(watched)
+    curve: dict[str, list] = {"step": [], "nmse": [], "l0": []}
+    last: dict[str, Any] = {}
+    every = max(_EVERY, options.steps // _POINTS // _EVERY * _EVERY)
+    for start in range(0, options.steps, _EVERY):
+        steps = min(_EVERY, options.steps - start)
+        done = start + steps
+        state = train.fit(
+            state, batches, loss=objective, tx=tx, steps=steps, callback=lambda _, measured: last.update(measured)
+        )
+        if done % every == 0 or done == options.steps:
+            numbers = {"step": done, "nmse": json_number(last["nmse"]), "l0": json_number(last["l0"])}
+            for name, value in numbers.items():
+                curve[name].append(value)
+            progress(f"NMSE {float(last['nmse']):.3f}  L0 {float(last['l0']):.0f}", (done - 1) % every + 1)
+        if penalised and done < options.steps:
+            ending = done > options.steps - options.steps // 5  # while the learning rate falls, the L0 moves
+            found = float(calibration.activity(state.sae, [seen if ending else seen[:_SAMPLE]]).l0)
+            gain = 2 * _GAIN if ending else _GAIN
+            sparsity = float(np.clip(sparsity * (max(found, 1e-3) / l0) ** gain, *_LIMITS))
+            objective = _reweighted(objective, sparsity)
+    sae = state.sae
+    if not penalised and sae.activation.slots is None:
+        sae = calibration.calibrate(sae, [seen], float(l0))
+    return Trained(sae, sparsity, curve)
+
+
+def _reweighted(objective: Objective, weight: float) -> Objective:
+    """The objective with another weight of its first term, the penalty."""
+    penalty: Any = objective.terms[0]
+    return dataclasses.replace(objective, terms=(dataclasses.replace(penalty, weight=weight), *objective.terms[1:]))
+
+
+def _batches(rows: np.ndarray, size: int, seed: int) -> Iterator[np.ndarray]:
+    """Batches of rows in memory, each epoch in another order; `data.batches`, for files, takes as long as a step."""
+    generator = np.random.default_rng(seed)
+    for _ in itertools.count():
+        order = generator.permutation(len(rows))
+        for start in range(0, len(rows) - size + 1, size):
+            yield rows[order[start : start + size]]
