@@ -16,7 +16,6 @@ from benchmarks import (
     accelerator,
     cases,
     clock,
-    families,
     first_call,
     guide,
     harvest,
@@ -36,6 +35,8 @@ from benchmarks import (
     table,
     train,
 )
+from jaxsae._core import arguments
+from jaxsae.app import study
 
 ROOT = Path(__file__).parents[1]
 _PEERS = ("scipy", "jaxnnls", "jaxopt", "optax", "overcomplete", "torch", "eai-sparsify", "sae-lens")
@@ -58,19 +59,13 @@ def main() -> None:
     command.add_argument("--size", choices=train.SIZES, default="tiny")
     command.add_argument("--peers", action="store_true", help="other libraries' steps too; pip install '.[peers]'")
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
-    command = commands.add_parser("families", help="compare the families of autoencoders at the defaults")
-    command.add_argument("--data", type=Path, metavar="FILE", help="activations, beside patches of photographs")
-    command.add_argument("--steps", type=int, default=400)
-    command.add_argument("--latents", type=int, default=2048)
-    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="for the trained autoencoders")
-    command.add_argument(
-        "--before", type=Path, metavar="DIR", help="directory of another version, measured for comparison"
-    )
-    command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
-    command = commands.add_parser("rates", help="learning rates by the length of a training")
-    command.add_argument("--data", type=Path, metavar="FILE", help="activations, beside patches of photographs")
-    command.add_argument("--steps", type=int, nargs="+", default=[250, 1000])
-    command.add_argument("--latents", type=int, default=1024)
+    command = commands.add_parser("rates", help="learning rates by family, at one L0")
+    command.add_argument("--data", type=Path, metavar="FILE", help="activations, instead of patches of photographs")
+    command.add_argument("--families", nargs="+", default=list(study.ALL), choices=arguments.ACTIVATION.names)
+    command.add_argument("--l0", type=int, default=16)
+    command.add_argument("--steps", type=int, nargs="+", default=[2000])
+    command.add_argument("--rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3, 8e-3])
+    command.add_argument("--latents", type=int, default=512)
     command.add_argument("--batch", type=int, default=256)
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
     command = commands.add_parser("harvest", help="a harvest and the forward pass alone; pip install '.[lm]'")
@@ -142,8 +137,8 @@ def main() -> None:
         _report(args, size=args.size, rows=rows, sweep=train.sweep(args.size))
     elif args.command == "first-call":
         _report(args, size=args.size, rows=list(first_call.run(args.size)))
-    elif args.command in ("families", "rates"):
-        _one_by_one(args)
+    elif args.command == "rates":
+        _rates(args)
     elif args.command == "harvest":
         row = harvest.run(args.model, layer=args.layer, context=args.context, batch=args.batch)
         _report(args, row=row)
@@ -206,16 +201,14 @@ def _report(args: argparse.Namespace, **measured: Any) -> None:
     print(table.markdown(report))
 
 
-def _one_by_one(args: argparse.Namespace) -> None:
-    report: dict[str, Any] = {**_environment(args.command), "rows": []}
-    for data in dict.fromkeys((None, args.data)):  # photographs first
-        if args.command == "families":
-            rows = families.run(data, args.out, latents=args.latents, steps=args.steps, before=args.before)
-        else:
-            rows = rates.run(data, latents=args.latents, batch=args.batch, steps=tuple(args.steps))
-        for row in rows:
-            report["rows"].append(row)
-            _write(args.json, report)  # after each: an interruption keeps finished ones
+def _rates(args: argparse.Namespace) -> None:
+    """Add a row for each training to those in the file, if there is one: of other data, say."""
+    there = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else []
+    report: dict[str, Any] = {**_environment(args.command), "rows": there}
+    options = {name: getattr(args, name) for name in ("families", "l0", "latents", "batch", "steps", "rates")}
+    for row in rates.run(args.data, **options):
+        report["rows"].append(row)
+        _write(args.json, report)  # after each: an interruption keeps finished ones
     print(table.markdown(report))
 
 

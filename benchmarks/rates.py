@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.clock import say
-from jaxsae import train
 from jaxsae.app import sources
-from jaxsae.app.options import Options
+from jaxsae.app.options import Options, resolved
 from jaxsae.app.tuned import train_to
 from jaxsae.autoencoder import calibration, metrics, stream
 from jaxsae.autoencoder.sae import SAE, encode_dense, reconstruct
@@ -42,7 +41,11 @@ def run(
                 options = Options(family, latents, batch=batch, steps=number, learning_rate=rate)
                 trained = train_to(rows.train, heldout, options, l0, lambda text, steps: None)
                 row = {"data": name, "family": family, "l0_target": l0, "latents": latents, "batch": batch}
-                row |= {"steps": number, "rate": rate, "default": train.learning_rate(latents, number)}
+                row |= {
+                    "steps": number,
+                    "rate": rate,
+                    "default": resolved(options._replace(learning_rate=None)).learning_rate,
+                }
                 yield row | _measure(trained.sae, heldout, rows.train)
 
 

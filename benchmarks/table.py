@@ -94,49 +94,30 @@ def _sizes(case: dict[str, int]) -> str:
     return ", ".join(f"{name} {value:,}" for name, value in case.items())
 
 
-def _families(report: dict[str, Any], machine: str) -> list[str]:
-    """A table for each file of activations, a row for each training, with results of an earlier version where known."""
-    kept = ("8", "32", "64")
-    head = ("family", "L0", "NMSE", "dead", "L0 before", "NMSE", "dead", *(f"NMSE at {n}" for n in kept))
-    said = [f"{machine}."]
-    for path in dict.fromkeys(row["data"]["path"] for row in report["rows"]):
-        lines = ["| " + " | ".join(head) + " |", "|---|" + "--:|" * (len(head) - 1)]
-        rows = [row for row in report["rows"] if row["data"]["path"] == path]
-        for row in rows:
-            at = [_shown(row["nmse_at"].get(n), "{:.4f}") for n in kept]
-            lines.append(
-                "| " + " | ".join([row["name"], *_reached(row["heldout"]), *_reached(row.get("before")), *at]) + " |"
-            )
-        data, o = rows[0]["data"], rows[0]["options"]
-        said.append(
-            f"{path}, {data['rows']:,} rows of width {data['width']}, {data['passes']:.1f} passes; {o['latents']:,} "
-            f"latents, {o['steps']:,} steps of {o['batch']} rows, learning rate {o['learning_rate']:.2g}; *dead* of "
-            f"{rows[0]['heldout']['dead_rows']:,} rows:"
-        )
-        said.append("\n".join(lines))
-    return said
-
-
-def _reached(measured: dict[str, Any] | None) -> list[str]:
-    if measured is None:
-        return ["", "", ""]
-    return [f"{measured['l0']:.1f}", f"{measured['nmse']:.4f}", f"{measured['dead']:.1%}"]
-
-
 def _rates(report: dict[str, Any], machine: str) -> list[str]:
-    """The result of each rate, the best one bold: NMSE, or the loss with its L1 penalty."""
-    rates = list(dict.fromkeys(row["rate"] for row in report["rows"]))
-    head = ("data", "family", "steps", *(f"{rate:g}" for rate in rates), "default")
-    lines = ["| " + " | ".join(head) + " |", "|---|---|" + "--:|" * (len(head) - 2)]
-    groups = dict.fromkeys((row["data"], row["family"], row["steps"]) for row in report["rows"])
-    for group in groups:
-        rows = [row for row in report["rows"] if (row["data"], row["family"], row["steps"]) == group]
-        best = min(row["loss"] for row in rows)
-        shown = [("**{:.4f}**" if row["loss"] == best else "{:.4f}").format(row["loss"]) for row in rows]
-        data, family, steps = group
-        lines.append(f"| {data} | {family} | {steps:,} | {' | '.join(shown)} | {rows[0]['default']:.2g} |")
-    first = report["rows"][0]
-    return [f"{machine}; {first['latents']:,} latents, batches of {first['batch']} rows.", "\n".join(lines)]
+    """The NMSE of each rate, with the dead latents where they are many, and the best one that has few in bold."""
+    rates = sorted({row["rate"] for row in report["rows"]})
+    head = ("data", "latents", "L0", "steps", "family", *(f"{rate:g}" for rate in rates), "default")
+    lines = ["| " + " | ".join(head) + " |", "|---|--:|--:|--:|---|" + "--:|" * (len(rates) + 1)]
+    keys = ("data", "latents", "l0_target", "steps", "family")
+    for group in dict.fromkeys(tuple(row[key] for key in keys) for row in report["rows"]):
+        rows = {row["rate"]: row for row in report["rows"] if tuple(row[key] for key in keys) == group}
+        alive = [row["nmse"] for row in rows.values() if row["dead"] < _DEAD]
+        shown = [_rate(rows[rate], min(alive, default=0.0)) if rate in rows else "" for rate in rates]
+        data, latents, l0, steps, family = group
+        default = next(iter(rows.values()))["default"]
+        lines.append(f"| {data} | {latents:,} | {l0} | {steps:,} | {family} | {' | '.join(shown)} | {default:.2g} |")
+    return [f"{machine}; batches of {report['rows'][0]['batch']} rows.", "\n".join(lines)]
+
+
+_DEAD = 0.05  # share of latents: more is many
+
+
+def _rate(row: dict[str, Any], best: float) -> str:
+    shown = f"{row['nmse']:.4f}"
+    if row["dead"] >= _DEAD:
+        return f"{shown} ({row['dead']:.0%} dead)"
+    return f"**{shown}**" if row["nmse"] == best else shown
 
 
 def _harvest(report: dict[str, Any], machine: str) -> list[str]:
@@ -268,7 +249,6 @@ _TABLES = {
     "first-call": _first_call,
     "nnls": _nnls,
     "train": _train,
-    "families": _families,
     "rates": _rates,
     "harvest": _harvest,
     "load": _load,

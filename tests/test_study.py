@@ -16,17 +16,20 @@ from problems import compilations, f64, objective_gap
 import jaxsae
 from jaxsae import data, language_model, pretrained, train
 from jaxsae._core.files import InputError, owned
-from jaxsae.app import cli, plots, study
+from jaxsae.app import cli, measure, plots, sources, study
 from jaxsae.app.options import FAMILIES
+from jaxsae.app.tuned import Trained
 from jaxsae.autoencoder.shrinkage import RATIO_EDGES
 from jaxsae.autoencoder.stream import refine_blocks
 from jaxsae.data import shards
 
-PLAN = study.Plan(latents=128, steps=60, batch=256, heldout=256, l1=(0.05, 0.2))
+PLAN = study.Plan(latents=128, steps=60, batch=256, heldout=256, families=("relu", "topk", "batchtopk"), l0=(8, 16))
 NUMBERS = [
-    *("l0", "nmse_before", "nmse_after", "mean_before", "mean_after", "mean_change"),
+    *("l0", "l0_after", "nmse_before", "nmse_after", "mean_before", "mean_after", "mean_change"),
     *("rising", "gamma_before", "gamma_after", "worst_kkt", "certified"),
+    *("nmse_rescaled", "nmse_signed", "nmse_omp", "nmse_omp_nonnegative"),
 ]
+TIMES = ("seconds", "milliseconds")
 
 
 class Study(NamedTuple):
@@ -59,6 +62,15 @@ def rows_of(report, family):
     return [row for row in report["rows"] if row["family"] == family]
 
 
+def untimed(report):
+    """A report without what differs from run to run."""
+    rows = {
+        name: [{key: value for key, value in row.items() if key not in TIMES} for row in report[name]]
+        for name in ("rows", "shorter")
+    }
+    return report | rows
+
+
 # --- The report
 
 
@@ -69,35 +81,46 @@ def test_the_report_is_what_was_returned(done):
     source = str(done.out.parent / "x.npy")
     passes = PLAN.steps * PLAN.batch / 3744
     sizes = {"rows": 3744, "passes": passes, "heldout": PLAN.heldout, "width": 192}
-    assert saved["data"] == {"source": source, **sizes}
+    assert {name: saved["data"][name] for name in ("source", *sizes)} == {"source": source, **sizes}
     assert saved["config"]["seed"] == 0
     assert saved["config"]["latents"] == PLAN.latents
-    assert saved["config"]["learning_rate"] == train.learning_rate(PLAN.latents, PLAN.steps)
-    assert saved["config"]["idle_after"] == PLAN.steps * PLAN.batch // 50
     assert {"jaxsae", "jax", "numpy", "python"} <= set(saved["versions"])
 
 
 def test_every_row_has_the_fields_of_the_contract(done):
     for row in done.report["rows"]:
-        assert {"family", "k_or_l1", *NUMBERS} <= set(row)
+        assert {"family", "k_or_l1", "seed", *NUMBERS} <= set(row)
         assert all(isinstance(row[name], float) and np.isfinite(row[name]) for name in NUMBERS)
+        rate = FAMILIES[row["family"]].rate * train.learning_rate(PLAN.latents, PLAN.steps)
+        assert row["learning_rate"] == pytest.approx(rate)
+        assert row["seconds"]["training"] > 0 < row["seconds"]["measuring"]
 
 
-def test_topk_is_trained_at_the_l0_that_relu_reached(done):
-    relu, topk = (rows_of(done.report, family) for family in ("relu", "topk"))
-    assert [row["k_or_l1"] for row in relu] == list(PLAN.l1)
-    assert [row["k_or_l1"] for row in topk] == sorted(round(row["l0"]) for row in relu)
-    assert all(row["l0"] <= row["k_or_l1"] for row in topk)
-    assert relu[0]["l0"] > relu[1]["l0"]  # the larger L1 weight is sparser
+def test_there_is_a_row_for_each_family_and_l0(done):
+    found = [(row["l0_target"], row["family"], row["seed"], row["steps"]) for row in done.report["rows"]]
+    assert found == [(l0, family, 0, 60) for l0 in PLAN.l0 for family in PLAN.families]
+    assert done.report["shorter"] == []
 
 
-@pytest.mark.parametrize("family", ["relu", "topk"])
+def test_every_family_has_the_l0_that_was_asked_for(done):
+    for row in done.report["rows"]:
+        # sixty steps are few for a penalty's weight to settle
+        tolerance = {"relu": 0.25, "batchtopk": 1e-3, "topk": 1e-6}[row["family"]]
+        assert row["l0"] == pytest.approx(row["l0_target"], rel=tolerance)
+        assert row["l0_after"] <= row["l0"]
+    weights = [row["k_or_l1"] for row in rows_of(done.report, "relu")]
+    assert weights[0] > weights[1] > 0  # the larger weight is sparser
+
+
 def test_refinement_is_certified_and_lowers_the_error(done, family):
     for row in rows_of(done.report, family):
         assert row["nmse_after"] < row["nmse_before"] < 1
         assert row["certified"] == 1.0
         assert row["worst_kkt"] <= study.CERTIFIED
         np.testing.assert_allclose(row["gamma_after"], 1, atol=1e-3)
+        assert row["nmse_signed"] <= row["nmse_after"] * (1 + 1e-5)
+        assert row["nmse_omp"] < row["nmse_signed"]
+        assert row["nmse_omp_nonnegative"] < row["nmse_after"]
 
 
 def test_relu_shrinks_and_topk_does_not(done):
@@ -128,7 +151,7 @@ def test_latents_and_rows_are_told(done):
         assert len({worst["row"] for worst in row["worst_rows"]}) == len(kkt) == 10
         assert kkt == sorted(kkt, reverse=True)
         assert kkt[0] == row["worst_kkt"]
-        assert row["curve"]["step"] == [25, 50, 60]
+        assert row["curve"]["step"] == [10, 20, 30, 40, 50, 60]
         assert row["curve"]["nmse"][0] > row["curve"]["nmse"][-1]
 
 
@@ -147,16 +170,19 @@ def test_progress_adds_up(done):
 
 
 def test_the_figure(done):
-    with PIL.Image.open(done.out / "shrinkage.png") as image:
-        assert image.format == "PNG"
-        assert len(image.convert("RGB").getcolors(maxcolors=2**24)) > 50
+    for name in ("shrinkage.png", "reconstructions.png"):
+        with PIL.Image.open(done.out / name) as image:
+            assert image.format == "PNG"
+            assert len(image.convert("RGB").getcolors(maxcolors=2**24)) > 50
 
 
 def test_numbers_all_but_equal_are_drawn_close_together(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.append(figure))
     rows = [
-        {"family": "topk", "l0": l0, "nmse_before": 0.26, "nmse_after": 0.25, "change": [1] * 80} for l0 in (6.8, 6.9)
+        {"family": "topk", "l0_target": l0, "l0": l0, "l0_after": l0, "nmse_before": 0.26, "nmse_after": 0.25}
+        | {"change": [1] * 80}
+        for l0 in (6.8, 6.9)
     ]
     plots.shrinkage({"rows": rows, "ratio_edges": RATIO_EDGES}, tmp_path / "a.png")
     axes = drawn[0].axes[1]
@@ -165,13 +191,13 @@ def test_numbers_all_but_equal_are_drawn_close_together(tmp_path, monkeypatch):
 
 
 def test_nothing_else_is_left(done):
-    names = {f"{row['family']}-{row['k_or_l1']:g}" for row in done.report["rows"]}
-    assert {path.name for path in done.out.iterdir()} == {"report.json", "shrinkage.png", "sae"}
+    names = {f"{row['family']}-{row['l0_target']}" for row in done.report["rows"]}
+    assert {path.name for path in done.out.iterdir()} == {"report.json", "shrinkage.png", "reconstructions.png", "sae"}
     assert {path.name for path in (done.out / "sae").iterdir()} == names
 
 
 def test_the_same_seed_gives_the_same_report(done, tmp_path):
-    assert study.run(tmp_path, data=done.out.parent / "x.npy", plan=PLAN) == done.report
+    assert untimed(study.run(tmp_path, data=done.out.parent / "x.npy", plan=PLAN)) == untimed(done.report)
 
 
 # --- The autoencoders
@@ -179,7 +205,7 @@ def test_the_same_seed_gives_the_same_report(done, tmp_path):
 
 def saved_saes(done):
     for row in done.report["rows"]:
-        yield row, pretrained.load(done.out / "sae" / f"{row['family']}-{row['k_or_l1']:g}")
+        yield row, pretrained.load(done.out / "sae" / f"{row['family']}-{row['l0_target']}")
 
 
 def test_the_saes_load(done):
@@ -196,15 +222,17 @@ def test_the_saved_saes_reconstruct_the_raw_rows(done):
         z = np.maximum((x - b_dec) @ W_enc + b_enc, 0)
         if sae.activation.slots:
             z[z < np.sort(z, axis=1)[:, [-sae.activation.slots]]] = 0
+        if row["family"] == "batchtopk":
+            z[z <= float(sae.activation.threshold)] = 0
         nmse = np.sum((z @ W_dec + b_dec - x) ** 2) / np.sum((x - x.mean(0)) ** 2)
         np.testing.assert_allclose(nmse, row["nmse_before"], rtol=1e-4)
         np.testing.assert_allclose(z[z > 0].mean(), row["mean_before"], rtol=1e-4)
 
 
-@pytest.mark.parametrize("solver", [study._solver, None], ids=["the study's", "the default"])
+@pytest.mark.parametrize("solver", [measure._solver, None], ids=["the study's", "the default"])
 @pytest.mark.parametrize("rows", [100, pytest.param(1000, marks=pytest.mark.slow)])
 def test_refined_values_are_the_best_there_are(done, rows, solver):
-    worst = {"relu": [], "topk": []}
+    worst = {family: [] for family in PLAN.families}
     for row, sae in saved_saes(done):
         for block in refine_blocks(sae, done.rows[-max(rows, PLAN.heldout) :], solver):
             assert (block.refined.values >= 0).all()
@@ -213,14 +241,13 @@ def test_refined_values_are_the_best_there_are(done, rows, solver):
             gaps = objective_gap(sae.W_dec, f64(block.x[some]) - f64(sae.b_dec), code)
             worst[row["family"]].extend(gaps)
     assert min(len(found) for found in worst.values()) >= rows
-    assert max(worst["relu"]) <= 1e-6
-    assert max(worst["topk"]) <= 1e-6
+    assert max(max(found) for found in worst.values()) <= 1e-6
 
 
 def test_the_certificate_does_not_take_the_solvers_word(done, monkeypatch):
-    monkeypatch.setattr(study, "_solver", lambda k, d: jaxsae.FISTA(tol=1e9))  # content with anything
+    monkeypatch.setattr(measure, "_solver", lambda k, d: jaxsae.FISTA(tol=1e9))  # content with anything
     _, sae = next(saved_saes(done))
-    found = study.measure(sae, done.rows[-PLAN.heldout :])
+    found = measure.measure(sae, done.rows[-PLAN.heldout :])
     assert found["certified"] < 0.1
     assert found["worst_kkt"] > 100 * study.CERTIFIED
 
@@ -241,15 +268,71 @@ def interrupt_at(text_end, count):
     return progress
 
 
-def test_an_interruption_leaves_what_is_finished(done, tmp_path):
+def test_an_interruption_leaves_what_is_finished_and_the_same_command_resumes(done, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
-        study.run(tmp_path, data=done.out.parent / "x.npy", plan=PLAN, progress=interrupt_at("refined", 1))
+        study.run(tmp_path, data=done.out.parent / "x.npy", plan=PLAN, progress=interrupt_at("refined", 2))
     report = strict(tmp_path / "report.json")
     assert report["complete"] is False
-    assert report["rows"] == done.report["rows"][:1]
+    assert untimed(report)["rows"] == untimed(done.report)["rows"][:2]
     with PIL.Image.open(tmp_path / "shrinkage.png") as image:
         image.verify()
-    assert [path.name for path in (tmp_path / "sae").iterdir()] == [f"relu-{PLAN.l1[0]:g}"]
+    assert {path.name for path in (tmp_path / "sae").iterdir()} == {"relu-8", "topk-8"}
+    trained, progress = [], []
+    train_to = study.train_to
+    monkeypatch.setattr(study, "train_to", lambda *args: trained.append(args[2].activation) or train_to(*args))
+    resumed = partial(study.run, tmp_path, data=done.out.parent / "x.npy", plan=PLAN)
+    assert untimed(resumed(progress=lambda *args: progress.append(args))) == untimed(done.report)
+    assert trained == ["batchtopk", "relu", "topk", "batchtopk"]
+    assert sum(steps for _, steps in progress) == study.total_steps(PLAN)
+    finished = (tmp_path / "report.json").read_bytes()
+    resumed()
+    assert len(trained) == 4  # nothing is left to do
+    assert (tmp_path / "report.json").read_bytes() == finished
+
+
+def test_a_study_grows_by_families_l0s_seeds_and_halvings(tmp_path):
+    np.save(tmp_path / "x.npy", raw_rows())
+    plan = SMALL._replace(families=("topk",), l0=(4,))
+    grow = partial(study.run, tmp_path / "out", data=tmp_path / "x.npy")
+    first = grow(plan=plan)
+    assert [row["family"] for row in first["rows"]] == ["topk"]
+    report = grow(plan=plan._replace(families=("topk", "relu"), seeds=2, halvings=2))
+    assert report["rows"][0] == first["rows"][0]
+    found = [(row["family"], row["seed"]) for row in report["rows"]]
+    assert found == [("topk", 0), ("relu", 0), ("topk", 1), ("relu", 1)]
+    shorter = [(row["family"], row["seed"], row["steps"]) for row in report["shorter"]]
+    assert shorter == [("topk", 0, 30), ("relu", 0, 30), ("topk", 0, 15), ("relu", 0, 15)]
+    names = {"topk-4", "topk-4-seed1", "topk-4-steps30", "topk-4-steps15"}
+    assert names < {path.name for path in (tmp_path / "out" / "sae").iterdir()}
+    assert report["rows"][0]["nmse_before"] != report["rows"][2]["nmse_before"]
+    with PIL.Image.open(tmp_path / "out" / "steps.png") as image:
+        image.verify()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [({"steps": 61}, "steps 60, now 61"), ({"latents": 65, "heldout": 255}, "latents 64, now 65; heldout 256, now 255")],
+)
+def test_another_study_is_not_written_over(change, message, tmp_path):
+    np.save(tmp_path / "x.npy", raw_rows())
+    study.run(tmp_path / "out", data=tmp_path / "x.npy", plan=SMALL._replace(families=("topk",)))
+    before = (tmp_path / "out" / "report.json").read_bytes()
+    with pytest.raises(InputError, match=rf"out: holds another study \(.*{message}.*\); choose another --out"):
+        study.run(tmp_path / "out", data=tmp_path / "x.npy", plan=SMALL._replace(**change))
+    np.save(tmp_path / "y.npy", raw_rows() + 1)
+    with pytest.raises(InputError, match="checksum"):
+        study.run(tmp_path / "out", data=tmp_path / "y.npy", plan=SMALL)
+    assert (tmp_path / "out" / "report.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"options": {}}'])
+def test_a_file_that_is_no_study_is_not_written_over(text, tmp_path):
+    np.save(tmp_path / "x.npy", raw_rows())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "report.json").write_text(text)
+    with pytest.raises(InputError, match=r"report.json: is not a study's"):
+        study.run(tmp_path / "out", data=tmp_path / "x.npy", plan=SMALL)
+    assert (tmp_path / "out" / "report.json").read_text() == text
 
 
 def test_an_interruption_before_the_first_result(tmp_path):
@@ -262,7 +345,7 @@ def test_an_interruption_before_the_first_result(tmp_path):
 
 # --- Data
 
-SMALL = study.Plan(latents=64, steps=60, batch=128, heldout=256, l1=(0.1,))
+SMALL = study.Plan(latents=64, steps=60, batch=128, heldout=256, families=("relu", "topk"), l0=(4,))
 
 
 def raw_rows(n=1500, scale=1.0):
@@ -270,7 +353,7 @@ def raw_rows(n=1500, scale=1.0):
 
 
 def test_the_photographs_are_the_default():
-    rows, heldout, factor, source = study._load(None, PLAN, 0)
+    rows, heldout, factor, source, *_ = sources.photographs(100_000, PLAN.heldout, 0)
     assert rows.shape == (100_000, 192)
     assert heldout.shape == (PLAN.heldout, 192)
     assert factor == 1
@@ -281,7 +364,7 @@ def test_the_photographs_are_the_default():
 def test_training_rows_are_scaled_and_heldout_rows_are_not(scale, tmp_path):
     raw = raw_rows(scale=scale)
     np.save(tmp_path / "x.npy", raw)
-    rows, heldout, factor, _ = study._load(tmp_path / "x.npy", SMALL, 0)
+    rows, heldout, factor, *_ = sources.from_file(tmp_path / "x.npy", 100_000, SMALL.heldout, SMALL.batch)
     np.testing.assert_allclose(np.mean(np.sum((rows - rows.mean(0)) ** 2, axis=1)), 1, rtol=1e-3)
     np.testing.assert_allclose(rows, factor * raw[: -SMALL.heldout], rtol=1e-6)
     np.testing.assert_array_equal(heldout, raw[-SMALL.heldout :])
@@ -322,7 +405,7 @@ def test_rows_that_are_not_finite_are_named_by_their_place_in_the_file(tmp_path)
 
 
 def test_a_place_that_cannot_be_written_is_said_before_the_training(tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "_train", None)
+    monkeypatch.setattr(study, "train_to", None)
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot write"):
         study.run(tmp_path / "file" / "out", plan=SMALL)
@@ -330,12 +413,12 @@ def test_a_place_that_cannot_be_written_is_said_before_the_training(tmp_path, mo
 
 def test_a_dead_autoencoder_is_reported_in_valid_json(tmp_path, monkeypatch):
     # As an L1 weight that is too large makes it.
-    def dead(rows, options, *_):
-        activation = FAMILIES[options.activation].activation(options)
+    def dead(rows, heldout, options, l0, progress):
+        activation = FAMILIES[options.activation].activation(options._replace(k=l0))
         sae = jaxsae.init(jax.random.key(0), d=rows.shape[1], m=SMALL.latents, activation=activation)
-        return sae.replace(b_enc=sae.b_enc - 1e6), {}
+        return Trained(sae.replace(b_enc=sae.b_enc - 1e6), 0.1, {})
 
-    monkeypatch.setattr(study, "_train", dead)
+    monkeypatch.setattr(study, "train_to", dead)
     np.save(tmp_path / "x.npy", raw_rows())
     study.run(tmp_path / "out", data=tmp_path / "x.npy", plan=SMALL)
     report = strict(tmp_path / "out" / "report.json")
@@ -345,12 +428,12 @@ def test_a_dead_autoencoder_is_reported_in_valid_json(tmp_path, monkeypatch):
 
 
 def test_a_diverged_autoencoder_is_reported_and_printed(tmp_path, monkeypatch, capsys):
-    def diverged(rows, options, *_):
-        activation = FAMILIES[options.activation].activation(options)
+    def diverged(rows, heldout, options, l0, progress):
+        activation = FAMILIES[options.activation].activation(options._replace(k=l0))
         sae = jaxsae.init(jax.random.key(0), d=rows.shape[1], m=SMALL.latents, activation=activation)
-        return sae.replace(b_enc=sae.b_enc * np.nan), {}
+        return Trained(sae.replace(b_enc=sae.b_enc * np.nan), 0.1, {})
 
-    monkeypatch.setattr(study, "_train", diverged)
+    monkeypatch.setattr(study, "train_to", diverged)
     monkeypatch.setattr(study, "QUICK", SMALL)
     np.save(tmp_path / "x.npy", raw_rows())
     options = ["--quick", "--data", str(tmp_path / "x.npy"), "--out", str(tmp_path / "out")]
@@ -364,7 +447,7 @@ def test_a_diverged_autoencoder_is_reported_and_printed(tmp_path, monkeypatch, c
 
 MODEL = Path(__file__).parent / "language_models" / "llama"
 WHEN = ("before", "after")
-MODEL_PLAN = study.Plan(latents=64, steps=40, batch=64, heldout=6 * 15, l1=(0.1,), train_rows=1500)
+MODEL_PLAN = study.Plan(64, 40, 64, 6 * 15, ("relu", "topk"), (6,), train_rows=1500)
 
 
 @pytest.fixture(scope="session")
@@ -374,14 +457,14 @@ def spliced(tmp_path_factory):
     (folder / "text.txt").write_text("".join(map(chr, np.random.default_rng(0).integers(32, 127, 3000))))
     site = study.HookPoint(MODEL, layer=1, text=[folder / "text.txt"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study, "_CONTEXT", 16)
-        patch.setattr(study.stream, "refine_blocks", lambda *args: refined.append(args) or refine_blocks(*args))
+        patch.setattr(sources, "CONTEXT", 16)
+        patch.setattr(measure.stream, "refine_blocks", lambda *args: refined.append(args) or refine_blocks(*args))
         run = partial(study.run, folder / "out", data=site, plan=MODEL_PLAN)
         report = run(progress=lambda *args: progress.append(args))
         total = study.total_steps(MODEL_PLAN, site)
         again = run()
-    assert again == report  # what was harvested is there already
-    assert len(refined) == 2 * len(report["rows"])  # once for all that is measured, losses among it
+    assert again == report  # what was harvested and measured is there already
+    assert len(refined) == len(report["rows"])  # once for all that is measured, losses among it
     return Study(folder / "out", report, progress, np.asarray(data.open_rows(folder / "out" / "activations"))), total
 
 
@@ -389,7 +472,7 @@ def test_a_study_of_a_model_has_its_losses(spliced):
     done, total = spliced
     report = done.report
     assert strict(done.out / "report.json") == json.loads(json.dumps(report))
-    assert report["data"] == {
+    assert {name: value for name, value in report["data"].items() if name != "checksum"} == {
         "source": f"residual of {MODEL} after block 1, on {done.out.parent / 'text.txt'}",
         **{"rows": 1500, "passes": 40 * 64 / 1500, "heldout": 90, "width": 24},
     }
@@ -419,8 +502,8 @@ def test_the_losses_are_those_of_spliced_reconstructions(spliced):
     np.testing.assert_allclose(done.report["ce_zero"], loss(jnp.zeros_like(heldout)), rtol=1e-5)
     np.testing.assert_allclose(done.report["ce_mean"], loss(np.broadcast_to(mean, heldout.shape)), rtol=1e-5)
     for row in done.report["rows"]:
-        sae = pretrained.load(done.out / "sae" / f"{row['family']}-{row['k_or_l1']:g}")
-        (block,) = refine_blocks(sae, np.asarray(heldout), study._solver)  # as compiled already
+        sae = pretrained.load(done.out / "sae" / f"{row['family']}-{row['l0_target']}")
+        (block,) = refine_blocks(sae, np.asarray(heldout), measure._solver)  # as compiled already
         for when, code in zip(WHEN, (block.code, block.refined), strict=True):
             wanted = loss(heldout.at[block.rows].set(jaxsae.decode(sae, code)))
             np.testing.assert_allclose(row[f"ce_{when}"], wanted, rtol=1e-4)
@@ -436,7 +519,7 @@ def test_too_little_text_is_told(tmp_path):
     with pytest.raises(InputError, match="the model takes 64"):
         study.run(tmp_path / "out", data=site, plan=MODEL_PLAN)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match="holds 405 rows, the study needs at"):
-        patch.setattr(study, "_CONTEXT", 16)
+        patch.setattr(sources, "CONTEXT", 16)
         study.run(tmp_path / "out", data=site, plan=MODEL_PLAN._replace(train_rows=10_000, heldout=30 * 15))
 
 
@@ -454,7 +537,7 @@ def test_a_longer_study_of_more_rows_compiles_no_more(tmp_path):
 
     def programs(number, steps):
         np.save(tmp_path / f"{number}.npy", rows[:number])
-        plan = PLAN._replace(l1=(0.2,), steps=steps)
+        plan = PLAN._replace(families=("relu", "topk"), l0=(8,), steps=steps)
         jax.clear_caches()
         with compilations() as seen:
             study.run(tmp_path / str(number), data=tmp_path / f"{number}.npy", plan=plan)

@@ -38,7 +38,7 @@ class Options(NamedTuple):
       multi_topk: whether `objectives.MultiTopK` is added; for topk.
       batch: rows.
       steps: of training.
-      learning_rate: `train.learning_rate(latents, steps)` if None.
+      learning_rate: if None, `train.learning_rate(latents, steps)` times the family's factor in `FAMILIES`.
       idle_after: rows without firing after which a latent is idle, for `auxk`; a fiftieth of the rows seen if None.
       heldout: how many rows to measure on, the last ones.
       seed: of initialisation and shuffles.
@@ -76,7 +76,9 @@ def resolved(options: Options) -> Options:
       40960
     """
     o = options
-    rate = train.learning_rate(o.latents, o.steps) if o.learning_rate is None else o.learning_rate
+    rate = o.learning_rate
+    if rate is None:
+        rate = FAMILIES[o.activation].rate * train.learning_rate(o.latents, o.steps)
     fiftieth = min(max(o.batch, o.steps * o.batch // 50), 2**31 - 1)  # rows are counted in int32
     idle_after = fiftieth if o.idle_after is None else o.idle_after
     return o._replace(learning_rate=rate, idle_after=idle_after)
@@ -108,6 +110,7 @@ class _Family(NamedTuple):
     needs: str  # the option that sets its sparsity
     activation: Callable[[Options], Activation]
     terms: Callable[[Options, optax.Schedule], tuple[Any, ...]] = lambda o, warm: ()
+    rate: float = 1.0  # of learning, relative to `train.learning_rate`: by `python -m benchmarks rates`
 
 
 # Bandwidth and threshold of JumpReLU are for rows of unit mean square, whose pre-activations are of order 0.1.

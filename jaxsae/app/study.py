@@ -86,16 +86,17 @@ QUICK_SYNTHETIC = Plan(256, 400, 256, 512, ("relu", "topk"), (8,), train_rows=20
 
 
 class _Job(NamedTuple):
-    """One autoencoder of a study, and where its row belongs."""
+    """One autoencoder of a study."""
 
     family: str
     l0: int
     seed: int
     steps: int
 
-    @property
-    def name(self) -> str:
-        return f"{self.family}-{self.l0}" + f"-seed{self.seed}" * (self.seed > 0) + f"-steps{self.steps}"
+    def folder(self, plan: Plan, first: int) -> str:
+        """Where it is saved."""
+        seed = "" if self.seed == first else f"-seed{self.seed}"
+        return f"{self.family}-{self.l0}{seed}" + ("" if self.steps == plan.steps else f"-steps{self.steps}")
 
 
 def _jobs(plan: Plan, seed: int) -> Iterator[_Job]:
@@ -297,7 +298,7 @@ class _Study:
         show = lambda text, steps: self.progress(f"{name}  {text}", steps)  # noqa: E731
         trained = train_to(self.rows.train, heldout, options, job.l0, show)
         sae = rescale(trained.sae, self.rows.scale)
-        pretrained.save(sae, self.out / "sae" / job.name)
+        pretrained.save(sae, self.out / "sae" / job.folder(self.plan, self.report["config"]["seed"]))
         row = named | {"k_or_l1": trained.sparsity, "learning_rate": options.learning_rate, "curve": trained.curve}
         self._add(sae, row, name, rows, time.monotonic() - start)
 
