@@ -124,7 +124,7 @@ def main() -> None:
     command = commands.add_parser("table", help="measurements as markdown")
     command.add_argument("files", type=Path, nargs="+", metavar="FILE")
     command.add_argument("--readme", action="store_true", help="insert them into benchmarks/README.md")
-    commands.add_parser("guide", help="update the tables of docs/which.md")
+    commands.add_parser("guide", help="update the tables of pages")
     command = commands.add_parser("plot", help="speed against accuracy; needs matplotlib")
     command.add_argument("file", type=Path, metavar="FILE")
     command.add_argument("out", type=Path, metavar="PNG")
@@ -166,8 +166,8 @@ def main() -> None:
     elif args.command == "accelerator":
         _accelerator(args)
     elif args.command == "guide":
-        page = ROOT / "docs/which.md"
-        page.write_text(guide.insert(page.read_text()))
+        for page in guide.PAGES:
+            page.write_text(guide.insert(page.read_text()))
     elif args.command == "plot":
         plot.speed_against_accuracy(json.loads(args.file.read_text()), args.out)
     else:

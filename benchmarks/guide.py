@@ -1,28 +1,38 @@
-"""The tables of docs/which.md, each made from the JSON of one benchmark run or study."""
+"""The tables of pages, each made from the JSON of one benchmark run or study."""
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import table
+from benchmarks import studies, table
 from benchmarks.pursuit import half_point
-from jaxsae.app.plots import method
 
 RESULTS = Path(__file__).parent / "results"
 
 
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / page for page in ("docs/which.md", "docs/guides/studies.md", "benchmarks/README.md")]
+
+
 def insert(page: str) -> str:
-    """A page with the tables between their markers, `<!-- guide: name -->`, replaced."""
-    for name, (file, make) in _TABLES.items():
+    """A page with the tables between its markers, `<!-- guide: name -->`, replaced."""
+    for name in names(page):
         begin = f"<!-- guide: {name} -->"
-        before, found, rest = page.partition(begin)
+        before, _, rest = page.partition(begin)
         _, end, after = rest.partition(table.END)
-        if not found or not end:
-            raise SystemExit(f"docs/which.md has no {begin} ... {table.END}; put these markers where it belongs.")
+        if not end or name not in _TABLES:
+            raise SystemExit(f"a page has {begin}, which is not made here, or has no {table.END} after it.")
+        file, make = _TABLES[name]
         made = make(json.loads((RESULTS / file).read_text()))
         page = "\n\n".join([before + begin, made, table.END + after])
     return page
+
+
+def names(page: str) -> list[str]:
+    """The tables that a page has markers for."""
+    return re.findall(r"<!-- guide: (.*?) -->", page)
 
 
 def _markdown(head: list[str], rows: list[list[str]]) -> str:
@@ -99,26 +109,6 @@ def _ksvd(report: dict[str, Any]) -> str:
     return _markdown(head, found)
 
 
-def _families(report: dict[str, Any]) -> str:
-    head = ["family", "activations of", "L0", "NMSE", "dead", "NMSE of the 8 largest"]
-    rows = []
-    for row in report["rows"]:
-        heldout, of = row["heldout"], "photographs" if row["data"]["path"] == "photographs" else "a language model"
-        numbers = [f"{heldout['l0']:.1f}", f"{heldout['nmse']:.4f}", f"{heldout['dead']:.1%}"]
-        rows.append([row["name"], of, *numbers, f"{row['nmse_at']['8']:.4f}"])
-    return _markdown(head, rows)
-
-
-def _shrinkage(report: dict[str, Any]) -> str:
-    head = ["autoencoder", "L0", "NMSE", "refined", "mean activation", "next-token loss, nats", "refined"]
-    rows = []
-    for row in report["rows"]:
-        numbers = [f"{row['l0']:.0f}", f"{row['nmse_before']:.4f}", f"{row['nmse_after']:.4f}"]
-        numbers += [f"{row['mean_change']:+.1%}", f"{row['ce_before']:.3f}", f"{row['ce_after']:.3f}"]
-        rows.append([method(row), *numbers])
-    return _markdown(head, rows)
-
-
 def _loading(report: dict[str, Any]) -> str:
     return _markdown(
         ["encoder stored as in", "load time / read time", "peak memory / file size"],
@@ -137,14 +127,23 @@ def _steps(report: dict[str, Any]) -> str:
     )
 
 
+_PHOTOGRAPHS, _MODEL, _FEATURES = (f"{name}/report.json" for name in ("study", "study-smollm2", "study-synthetic"))
 _TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "refits": ("refine/paper-cpu.json", _refits),
     "selectors": ("selectors/paper-cpu.json", _selectors),
     "recovery": ("transitions/paper-cpu.json", _recovery),
     "lasso": ("lasso/paper-cpu.json", _lasso),
     "ksvd": ("ksvd/paper-cpu.json", _ksvd),
-    "families": ("families/paper-cpu.json", _families),
-    "shrinkage": ("study-smollm2/report.json", _shrinkage),
+    "study: values": (_PHOTOGRAPHS, studies.values),
+    "study: reconstructions": (_PHOTOGRAPHS, studies.reconstructions),
+    "study: lengths": (_PHOTOGRAPHS, studies.lengths),
+    "study: settings": (_PHOTOGRAPHS, studies.settings),
+    "study of a model: values": (_MODEL, studies.values),
+    "study of a model: reconstructions": (_MODEL, studies.reconstructions),
+    "study of a model: losses": (_MODEL, studies.losses),
+    "study of a model: settings": (_MODEL, studies.settings),
+    "study of features: values": (_FEATURES, studies.values),
+    "study of features: known": (_FEATURES, studies.known),
     "steps": ("train/paper-cpu.json", _steps),
     "loading": ("load/paper-cpu.json", _loading),
 }

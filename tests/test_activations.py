@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 from problems import activations
 
 import jaxsae
@@ -144,6 +145,32 @@ def test_a_part_of_the_slots_is_from_none_to_all(keep, unchecked):
 def test_a_pursuit_refuses_options_that_make_no_sense(options, message, unchecked):
     with pytest.raises(ValueError, match=f"MatchingPursuit got {message}"):
         jaxsae.autoencoder.activations.MatchingPursuit(**options)
+
+
+def unit_atoms(m, d, dtype=np.float64):
+    atoms = np.random.default_rng(0).normal(size=(m, d))
+    return jnp.asarray(atoms / np.linalg.norm(atoms, axis=1, keepdims=True), dtype)
+
+
+@pytest.mark.parametrize("stops", [{"residual_threshold": 0.0, "stop_on_duplicate": False}, {}], ids=["never", "early"])
+def test_a_pursuit_has_the_derivative_of_its_values(stops, x64):
+    pursuit = jaxsae.autoencoder.activations.MatchingPursuit(max_steps=6, **stops)
+    y, D = jnp.asarray(np.random.default_rng(1).normal(size=(5, 8))), unit_atoms(24, 8)
+
+    def value(y, D):
+        return jnp.sum(jnp.sin(pursuit.pursue(jnp.asarray(y), jnp.asarray(D))))
+
+    check_grads(value, (y, D), 1, modes=("fwd", "rev"), atol=1e-6, rtol=1e-6)
+    assert float(jnp.abs(jax.grad(value, 1)(y, D)).max()) > 0.1
+
+
+def test_the_l0_of_a_pursuit_by_step_is_that_of_shorter_ones():
+    stops = {"residual_threshold": 0.0, "stop_on_duplicate": False}
+    y, D = jnp.asarray(np.random.default_rng(1).normal(size=(40, 8)), jnp.float32), unit_atoms(24, 8, jnp.float32)
+    pursuits = [jaxsae.autoencoder.activations.MatchingPursuit(max_steps=steps, **stops) for steps in range(1, 21)]
+    wanted = [float((each.pursue(y, D) != 0).sum(axis=1).mean()) for each in pursuits]
+    assert wanted[-1] < 19  # atoms are taken again
+    np.testing.assert_allclose(pursuits[-1].l0_by_step(y, D), wanted, rtol=1e-6)
 
 
 @pytest.mark.parametrize("leaf", [True, -1, "activation.keep", None])

@@ -100,3 +100,42 @@ def test_an_l0_that_cannot_be_is_refused(l0):
 def test_of_no_rows_nobody_knows_which_latents_are_dead():
     model = jaxsae.init(jax.random.key(0), d=8, m=32, activation=jaxsae.TopK(4))
     assert np.isnan(metrics.activity(jaxsae.encode(model, jnp.full((3, 8), jnp.nan))).dead)
+
+
+# --- Pursuits, and a factor for each latent
+
+
+def pursuit(**options):
+    stops = {"residual_threshold": 0.0, "stop_on_duplicate": False}
+    model = sae(m=M, activation=jaxsae.MatchingPursuit(**stops, **options))
+    return model.replace(W_dec=model.W_dec / jnp.linalg.norm(model.W_dec, axis=1, keepdims=True))
+
+
+@pytest.mark.parametrize("l0", [1.0, 3.6, 6.0])
+def test_a_pursuit_takes_the_steps_with_the_nearest_l0(l0, x):
+    model = pursuit(max_steps=2)
+    found = [active(pursuit(max_steps=steps), x).sum(1).mean() for steps in range(1, 16)]
+    nearest = 1 + int(np.argmin(np.abs(np.array(found) - l0)))
+    spoilt = np.concatenate([x[::-1], np.full((3, D), np.nan, np.float32)])
+    for batches in ([x], [spoilt[:150], spoilt[150:]]):
+        assert calibration.calibrate(model, batches, l0).activation.max_steps == nearest
+
+
+@pytest.mark.parametrize("activation", [jaxsae.ReLU(), jaxsae.TopK(6), jaxsae.AbsTopK(6)])
+def test_factors_are_the_least_squares_solution(activation, x):
+    model, x = sae(m=M, activation=activation), jnp.asarray(x)
+    model = model.replace(b_enc=model.b_enc.at[3].set(-1e6))  # never active
+    code = jaxsae.encode(model, x, capacity=M if activation.slots is None else None)
+    factors = calibration.latent_factors(model, x, code)
+    z, D_, y = (np.asarray(a, np.float64) for a in (code.dense(), model.W_dec, x - model.b_dec))
+    gram, right = (z.T @ z) * (D_ @ D_.T), (z * (y @ D_.T)).sum(0)
+    wanted = np.linalg.lstsq(gram, right, rcond=1e-10)[0]
+
+    def error(f):
+        return np.sum((y - (f * z) @ D_) ** 2)
+
+    if activation.signed is False:
+        assert not (z[:, 3] != 0).any()
+        assert factors[3] == 1
+    assert error(np.asarray(factors, np.float64)) <= error(wanted) * (1 + 1e-5)
+    assert error(wanted) < 0.99 * error(np.ones(M))

@@ -282,7 +282,7 @@ def test_the_table():
         change = float(after) / float(before) - 1
         np.testing.assert_allclose([float(n) for n in line[16:36].split()], [before, after], atol=1e-4)
         np.testing.assert_allclose(float(line[36:].strip().rstrip("%")), 100 * change, atol=0.1)
-    assert last == "50.0% of 2 active values rise, 2.0 per row over 1 rows"
+    assert last == "50.0% of 2 active values rise, 0.0% become 0, 2.0 per row over 1 rows"
 
 
 def test_codes_of_different_shapes_are_refused():

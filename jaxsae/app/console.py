@@ -100,7 +100,7 @@ def study_table(report: dict[str, Any]) -> str:
             ("next-token cross-entropy", _LOSSES),
             ("against the true features", _KNOWN),
         )
-        if any(row.get(columns[-1][1]) is not None for row in report["rows"])
+        if any(row.get(key) is not None for row in report["rows"] for _, key, _ in columns if key not in _SHARED)
     ]
     if "ce_clean" in report:
         clean, mean, zero = (f"{report[f'ce_{name}']:.4f}" for name in ("clean", "mean", "zero"))
@@ -126,6 +126,7 @@ _VALUES = (
     ("dead", "dead", ".1%"),
     ("worst KKT", "worst_kkt", ".1e"),
 )
+_SHARED = ("nmse_before", "nmse_after")  # of both tables
 _RECONSTRUCTIONS = (
     ("encoder", "nmse_before", ".4f"),
     ("a factor a latent", "nmse_rescaled", ".4f"),
@@ -133,6 +134,7 @@ _RECONSTRUCTIONS = (
     ("signed refit", "nmse_signed", ".4f"),
     ("OMP, z ≥ 0", "nmse_omp_nonnegative", ".4f"),
     ("OMP", "nmse_omp", ".4f"),
+    ("as many in every row", "nmse_omp_equal", ".4f"),
 )
 _LOSSES = (
     ("encoder", "ce_before", ".4f"),
@@ -161,12 +163,13 @@ def _table(rows: list[dict[str, Any]], title: str, columns) -> Any:
 
     from jaxsae.app.summary import means, method
 
+    columns = [column for column in columns if any(row.get(column[1]) is not None for row in rows)]
     table = Table("method", *(name for name, *_ in columns), title=title)
     for column in table.columns[1:]:
         column.justify = "right"
     for row in means(rows):
         cells = [_cell(row, key, form) for _, key, form in columns]
-        if columns is _VALUES and row["certified"] < 1:
+        if columns and columns[-1][1] == "worst_kkt" and row["certified"] < 1:
             cells[-1] += f" ({1 - row['certified']:.1%} fail)"
         table.add_row(method(row), *cells)
     return table

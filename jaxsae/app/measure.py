@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import operator
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -34,6 +34,7 @@ RIVALS = {
     "signed": "the encoder's support, values refitted with free signs",
     "omp": "as many atoms in each row, selected by orthogonal matching pursuit with free signs",
     "omp_nonnegative": "the same with values of at least 0",
+    "omp_equal": "the same with the same number of atoms in every row, the mean L0",
 }
 _KNOWN = ("before", "after", "omp_nonnegative")  # codes that are compared with the truth, if there is one
 
@@ -43,32 +44,37 @@ def measure(
     rows: np.ndarray,
     more: np.ndarray | None = None,
     *,
+    rivals: Sequence[str] = tuple(RIVALS),
     truth: Truth | None = None,
     see: Callable[[str, np.ndarray, jax.Array], None] = lambda name, rows, x_hat: None,
 ) -> dict[str, Any]:
     """Refine the codes of rows and measure the shrinkage: one row of the report, without its name.
 
-    Besides the numbers of `Shrinkage`, and `nmse_rescaled`, `nmse_signed`, `nmse_omp` and `nmse_omp_nonnegative` for
-    `RIVALS`: `change` and `latent_change`, histograms over `RATIO_EDGES` of refined/original, for active values and for
-    latents' means; `firing`, how many latents fire on no row, on 1, on 2 or 3, on 4 to 7 …, and `dead`, the share of
-    those on none, both over `dead_rows` rows, these and `more`; `worst_rows`, those with the largest KKT residuals;
-    `milliseconds` per row, of the refit and of both pursuits, without compilation.
+    Besides the numbers of `Shrinkage`, and the NMSE of each rival, such as `nmse_omp`: `change` and `latent_change`,
+    histograms over `RATIO_EDGES` of refined/original, for active values and for latents' means; `firing`, how many
+    latents fire on no row, on 1, on 2 or 3, on 4 to 7 …, and `dead`, the share of those on none, both over `dead_rows`
+    rows, these and `more`; `worst_rows`, those with the largest KKT residuals; `milliseconds` per row, of the refit
+    and of pursuits, without compilation.
 
     Args:
       sae: the autoencoder.
       rows: `[n d]`, finite.
       more: other rows `[n d]`, such as those it was trained on: to count firing latents, and to fit factors to.
+      rivals: which of `RIVALS` to compare with.
       truth: the features of `rows`; then also `mcc`, and what `metrics.Recovery` has, of several codes.
       see: called with the name of a reconstruction, the numbers of some rows, and these reconstructed.
     """
+    compared = [name for name in _KNOWN if name in ("before", "after", *rivals)]
+    mean = calibration.activity(sae, (x for _, x in stream.chunks(sae, rows))).l0
+    equal = max(1, round(float(jnp.nan_to_num(mean))))
     clock, norms = _Clock(), jnp.append(jnp.linalg.norm(sae.W_dec, axis=1), 1)
-    rescaled = _rescaled(sae, rows if more is None else more)
+    rescaled = _rescaled(sae, rows if more is None else more) if "rescaled" in rivals else sae
     matching = None if truth is None else metrics.match(sae.W_dec, truth.dictionary)
 
     def measure_block(block: stream.Block) -> tuple[tuple, tuple]:
         y, _ = to_fit(sae, block.x)
-        code, found = block.code, {"before": block.code, "after": block.refined, "rescaled": block.code}
-        found |= _rivals(sae, y, code, clock)
+        code, found = block.code, {"before": block.code, "after": block.refined}
+        found |= {name: _rival(name, sae, y, code, equal, clock) for name in rivals}
         errors = []
         for name, each in found.items():
             x_hat = reconstruct(rescaled if name == "rescaled" else sae, block.x, each)
@@ -77,7 +83,7 @@ def measure(
         known = []
         if truth is not None and matching is not None:  # whose atoms have norm 1
             z = jnp.asarray(truth.z[block.rows])
-            for each in (found[name] for name in _KNOWN):
+            for each in (found[name] for name in compared):
                 values = each.values * norms[jnp.minimum(each.indices, sae.m)]
                 known.append(metrics.recovery(matching, dataclasses.replace(each, values=values), z))
         kkt = _certified_kkt(sae.W_dec, y, block.refined, nonnegative=not sae.activation.signed)
@@ -86,7 +92,7 @@ def measure(
 
     sums, columns = zip(*map(measure_block, clock.timed(stream.refine_blocks(sae, rows, _solver))), strict=True)
     shrunk, active, *rest = (functools.reduce(operator.add, part) for part in zip(*sums, strict=True))
-    errors, known = rest[: 2 + len(RIVALS)], rest[2 + len(RIVALS) :]
+    errors, known = rest[: 2 + len(rivals)], rest[2 + len(rivals) :]
     if more is not None:
         active += calibration.activity(sae, (x for _, x in stream.chunks(sae, more[: metrics.DEAD_ROWS])))
     number, kkt, l0 = map(np.concatenate, zip(*columns, strict=True))
@@ -94,10 +100,10 @@ def measure(
     ratio = np.asarray(shrunk.ratio)
     ratio = np.clip(ratio[np.isfinite(ratio)], RATIO_EDGES[0], RATIO_EDGES[-1])
     numbers = {**shrunk.numbers(), "worst_kkt": kkt.max(), "certified": np.mean(kkt <= CERTIFIED), "dead": active.dead}
-    numbers |= {f"nmse_{name}": error.nmse for name, error in zip(RIVALS, errors[2:], strict=True)}
+    numbers |= {f"nmse_{name}": error.nmse for name, error in zip(rivals, errors[2:], strict=True)}
     if matching is not None:
         numbers |= {"mcc": matching.mcc, "exact": known[0].exact}
-        for name, part in zip(_KNOWN, known, strict=True):
+        for name, part in zip(compared, known, strict=True):
             each = {"f1": part.f1, "bias": part.bias, "value_error": part.value_error}
             numbers |= {f"{what}_{name}": value for what, value in each.items()}
     return {name: json_number(value) for name, value in numbers.items()} | {
@@ -110,15 +116,18 @@ def measure(
     }
 
 
-def _rivals(sae: SAE, y, code: SparseCode, clock: "_Clock") -> dict[str, SparseCode]:
-    """The codes of `RIVALS` that the autoencoder's dictionary gives, with as many atoms in each row."""
-    k = code.values.shape[-1]
-    found = {"signed": refit(sae.W_dec, y, code, _solver(k, y.shape[-1]), nonnegative=False)[0]}
-    for name, nonnegative in (("omp", False), ("omp_nonnegative", True)):
-        with clock.time(name, k, len(y)):
-            chosen, _ = pursuit.omp(sae.W_dec, y, k=k, max_atoms=code.l0, nonnegative=nonnegative)
-            found[name] = jax.block_until_ready(chosen)
-    return found
+def _rival(name: str, sae: SAE, y, code: SparseCode, equal: int, clock: "_Clock") -> SparseCode:
+    """A code of `RIVALS` for the autoencoder's dictionary, with as many atoms in each row, or `equal` ones in all."""
+    k, most = code.values.shape[-1], code.l0
+    if name == "rescaled":
+        return code  # of an autoencoder that has the factors in its decoder
+    if name == "signed":
+        return refit(sae.W_dec, y, code, _solver(k, y.shape[-1]), nonnegative=False)[0]
+    if name == "omp_equal":
+        k, most = equal, None
+    with clock.time(name, k, len(y)):
+        chosen, _ = pursuit.omp(sae.W_dec, y, k=k, max_atoms=most, nonnegative=name != "omp")
+        return jax.block_until_ready(chosen)
 
 
 def _rescaled(sae: SAE, rows: np.ndarray) -> SAE:

@@ -115,25 +115,28 @@ class _Family(NamedTuple):
 
 # Bandwidth and threshold of JumpReLU are for rows of unit mean square, whose pre-activations are of order 0.1.
 FAMILIES = {
-    "relu": _Family("l1", lambda o: ReLU(), lambda o, warm: (L1(o.l1, warm),)),  # pyright: ignore[reportArgumentType]
+    "relu": _Family("l1", lambda o: ReLU(), lambda o, warm: (L1(o.l1, warm),), rate=2.5),  # pyright: ignore[reportArgumentType]
     "topk": _Family("k", lambda o: TopK(o.k)),  # pyright: ignore[reportArgumentType]
     "abstopk": _Family("k", lambda o: AbsTopK(o.k)),  # pyright: ignore[reportArgumentType]
     "groupmax": _Family("k", lambda o: GroupMax(o.k)),  # pyright: ignore[reportArgumentType]
-    "batchtopk": _Family("k", lambda o: BatchTopK(o.k)),  # pyright: ignore[reportArgumentType]
+    "batchtopk": _Family("k", lambda o: BatchTopK(o.k), rate=0.75),  # pyright: ignore[reportArgumentType]
     "jumprelu": _Family(
         "k",
         lambda o: JumpReLU(jnp.full(o.latents, 0.03), bandwidth=0.03),
         lambda o, warm: (L0(1.0, float(o.k), warm),),  # pyright: ignore[reportArgumentType]
+        rate=0.35,
     ),
     "gated": _Family(
         "l1",
         lambda o: Gated(*jnp.zeros((3, o.latents))),
         lambda o, warm: (Gate(o.l1, warm),),  # pyright: ignore[reportArgumentType]
+        rate=0.75,
     ),
     "matryoshka": _Family(
         "k",
         lambda o: BatchTopK(o.k),  # pyright: ignore[reportArgumentType]
         lambda o, warm: (Matryoshka(tuple(o.latents >> n for n in (4, 3, 2, 1) if o.latents >> n)),),
+        rate=0.75,
     ),
     "matchingpursuit": _Family(
         "k",

@@ -40,7 +40,7 @@ def draw(report: dict[str, Any], folder: str | os.PathLike) -> list[Path]:
       ['shrinkage.png']
     """
     figures = {"shrinkage.png": shrinkage}
-    if any(row.get("nmse_omp") is not None for row in report["rows"]):
+    if any(row.get("nmse_omp_nonnegative") is not None for row in report["rows"]):
         figures["reconstructions.png"] = reconstructions
     if report.get("shorter"):
         figures["steps.png"] = steps
@@ -95,7 +95,7 @@ def reconstructions(report: dict[str, Any], path: str | os.PathLike) -> None:
       report: as `study.run` returns it.
       path: a PNG file.
     """
-    rows = [row for row in means(report["rows"]) if row.get("nmse_omp") is not None]
+    rows = [row for row in means(report["rows"]) if row.get("nmse_omp_nonnegative") is not None]
     groups: dict[Any, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(row.get("l0_target"), []).append(row)
@@ -104,9 +104,9 @@ def reconstructions(report: dict[str, Any], path: str | os.PathLike) -> None:
         names = [row.get("sae") or FAMILIES[row["family"]][0] for row in members]
         for number, row in enumerate(members):
             colour = _colour(row["family"])
-            shown = [row[key] for key, *_ in _COMPARED if row[key] is not None]
+            shown = [row[key] for key, *_ in _COMPARED if row.get(key) is not None]
             axes.plot([min(shown), max(shown)], [number] * 2, color=colour, linewidth=0.8)
-            for key, _, marker, face in _COMPARED:
+            for key, _, marker, face in (each for each in _COMPARED if row.get(each[0]) is not None):
                 error = row["errors"].get(key)
                 style = {"color": colour, "markerfacecolor": face or colour}
                 axes.errorbar(row[key], number, xerr=error, fmt=marker, capsize=2, **style)

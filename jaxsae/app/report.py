@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxsae._core.files import InputError, atomic_file, local_path
 from jaxsae.app import html, logs, runs, study_page, svg
-from jaxsae.app.charts import LABELS, configuration, curve, firing_note
+from jaxsae.app.charts import LABELS, configuration, curve, firing, firing_note
 from jaxsae.app.html import form
 
 _BINS = 300  # of a long curve

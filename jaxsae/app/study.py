@@ -23,7 +23,7 @@ from jaxsae import data as data_module, language_model
 from jaxsae._core import arguments
 from jaxsae._core.files import InputError, in_one_line, json_number, local_path, owned
 from jaxsae.app import plots, runs, sources
-from jaxsae.app.measure import CERTIFIED, TOL, measure
+from jaxsae.app.measure import CERTIFIED, RIVALS, TOL, measure
 from jaxsae.app.options import Options, passes, resolved
 from jaxsae.app.sources import CONTEXT, Features, HookPoint, Progress, Rows, Source
 from jaxsae.app.summary import FAMILIES
@@ -56,6 +56,7 @@ class Plan(NamedTuple):
       halvings: how often the steps are halved, for how the results depend on the length of training: at the first
         seed and the first L0.
       learning_rate: of all trainings, after a warm-up; the family's own default if None.
+      rivals: which of `measure.RIVALS` to compare with.
       train_rows: maximum number of rows to train on.
 
     Example:
@@ -72,17 +73,19 @@ class Plan(NamedTuple):
     seeds: arguments.Count = 1
     halvings: arguments.Index = 0
     learning_rate: arguments.Positive | None = None
+    rivals: tuple[Annotated[str, arguments.Choice(tuple(RIVALS))], ...] = tuple(RIVALS)
     train_rows: arguments.Count = 200_000
 
 
+_FEW = ("rescaled", "omp_nonnegative")
 ALL = ("relu", "gated", "jumprelu", "topk", "batchtopk", "matryoshka", "matchingpursuit")
 FULL = Plan(512, 1500, 256, 2048, ("relu", "jumprelu", "topk", "batchtopk"), (16, 32))
-QUICK = Plan(512, 200, 256, 512, ("relu", "topk"), (16,))
+QUICK = Plan(512, 200, 256, 512, ("relu", "topk"), (16,), rivals=_FEW)
 # In a language model; whole contexts are held out.
 FULL_MODEL = Plan(2048, 1000, 256, 16 * (CONTEXT - 1), ALL, (16, 32))
-QUICK_MODEL = Plan(1024, 200, 256, 4 * (CONTEXT - 1), ("relu", "topk"), (32,), train_rows=20_000)
+QUICK_MODEL = Plan(1024, 200, 256, 4 * (CONTEXT - 1), ("relu", "topk"), (32,), rivals=_FEW, train_rows=20_000)
 FULL_SYNTHETIC = Plan(256, 4000, 256, 2048, ALL, (8,), train_rows=100_000)
-QUICK_SYNTHETIC = Plan(256, 400, 256, 512, ("relu", "topk"), (8,), train_rows=20_000)
+QUICK_SYNTHETIC = Plan(256, 400, 256, 512, ("relu", "topk"), (8,), rivals=_FEW, train_rows=20_000)
 
 
 class _Job(NamedTuple):
@@ -337,7 +340,7 @@ class _Study:
                 spliced[name][numbers] = x_hat
 
         more = self.rows.train[: metrics.DEAD_ROWS] / np.float32(self.rows.scale)
-        row = {**row, **measure(sae, heldout, more, truth=self.rows.truth, see=see)}
+        row = {**row, **measure(sae, heldout, more, rivals=self.plan.rivals, truth=self.rows.truth, see=see)}
         if probe is not None:
             row |= self._losses(sources.losses(probe, spliced))
         rows.append(row | {"seconds": {"training": training, "measuring": time.monotonic() - start}})

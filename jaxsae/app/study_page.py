@@ -42,6 +42,7 @@ _RECONSTRUCTIONS = (
         ),
     ),
     ("selected again", (("OMP, z ≥ 0", "nmse_omp_nonnegative", ".4f"), ("OMP", "nmse_omp", ".4f"))),
+    ("as many in every row", (("OMP, z ≥ 0", "nmse_omp_equal", ".4f"),)),
 )
 _KNOWN = (
     ("atoms", (("MCC", "mcc", ".3f"),)),
@@ -178,9 +179,11 @@ def _reconstructions(rows: list[dict[str, Any]]) -> str:
     note = (
         "NMSE of several codes with as many atoms in each row, on the same dictionary. From left to right on the "
         "encoder’s support: its own values, these multiplied by one factor for each latent, the best values of at "
-        "least 0, and the best of any sign. Then as many atoms chosen by orthogonal matching pursuit."
+        "least 0, and the best of any sign. Then as many atoms chosen by orthogonal "
+        "matching pursuit; and the same number of them in every row, the mean L0."
     )
-    return _columns(note, rows, _RECONSTRUCTIONS) if any(row.get("nmse_omp") is not None for row in rows) else ""
+    there = any(row.get("nmse_omp_nonnegative") is not None for row in rows)
+    return _columns(note, rows, _RECONSTRUCTIONS) if there else ""
 
 
 def _known(rows: list[dict[str, Any]]) -> str:

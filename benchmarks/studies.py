@@ -1,0 +1,135 @@
+"""Tables of a committed study: what `jaxsae study` measured, as means over seeds with their standard errors."""
+
+import statistics
+from typing import Any
+
+from jaxsae.app.summary import FAMILIES, means, method
+
+_VALUES = (
+    ("L0", "l0", ".1f"),
+    ("refined", "l0_after", ".1f"),
+    ("NMSE", "nmse_before", ".4f"),
+    ("refined", "nmse_after", ".4f"),
+    ("mean activation, change", "mean_change", "+.1%"),
+    ("rising", "rising", ".0%"),
+    ("γ", "gamma_before", ".3f"),
+    ("dead", "dead", ".1%"),
+)
+_RECONSTRUCTIONS = (
+    ("encoder", "nmse_before", ".4f"),
+    ("a factor a latent", "nmse_rescaled", ".4f"),
+    ("refined", "nmse_after", ".4f"),
+    ("signed refit", "nmse_signed", ".4f"),
+    ("OMP, z ≥ 0", "nmse_omp_nonnegative", ".4f"),
+    ("OMP", "nmse_omp", ".4f"),
+    ("OMP, z ≥ 0, as many in every row", "nmse_omp_equal", ".4f"),
+)
+_LOSSES = (
+    ("cross-entropy", "ce_before", ".3f"),
+    ("refined", "ce_after", ".3f"),
+    ("OMP, z ≥ 0", "ce_omp_nonnegative", ".3f"),
+    ("recovered", "recovered_mean_before", ".1%"),
+    ("refined", "recovered_mean_after", ".1%"),
+    ("OMP, z ≥ 0", "recovered_mean_omp_nonnegative", ".1%"),
+    ("KL", "kl_before", ".3f"),
+    ("refined", "kl_after", ".3f"),
+)
+_KNOWN = (
+    ("MCC", "mcc", ".3f"),
+    ("F1", "f1_before", ".3f"),
+    ("refined", "f1_after", ".3f"),
+    ("OMP, z ≥ 0", "f1_omp_nonnegative", ".3f"),
+    ("bias of values", "bias_before", "+.1%"),
+    ("refined", "bias_after", "+.1%"),
+    ("OMP, z ≥ 0", "bias_omp_nonnegative", "+.1%"),
+    ("error of values", "value_error_before", ".1%"),
+    ("refined", "value_error_after", ".1%"),
+)
+
+
+def values(report: dict[str, Any]) -> str:
+    """What refinement does to the encoder's values."""
+    return _table(report, _VALUES)
+
+
+def reconstructions(report: dict[str, Any]) -> str:
+    """The NMSE of several codes of as many atoms, and what two of them cost."""
+    costs = {name: _milliseconds(report, name) for name in ("refit", "omp_nonnegative", "omp")}
+    note = (
+        f"Per row, without compilation, the median over all autoencoders: {costs['refit']:.2f} ms for the refit, "
+        f"{costs['omp_nonnegative']:.2f} for OMP with z ≥ 0, {costs['omp']:.2f} for OMP."
+    )
+    return f"{_table(report, _RECONSTRUCTIONS)}\n\n{note}"
+
+
+def losses(report: dict[str, Any]) -> str:
+    """What the codes cost a language model."""
+    clean, mean, zero = (report[f"ce_{name}"] for name in ("clean", "mean", "zero"))
+    note = (
+        f"Cross-entropy is in nats per token: {clean:.3f} for the unchanged model, {mean:.3f} with the mean in place "
+        f"of its residual, {zero:.3f} with zeros. KL is the divergence from the unchanged model's predictions; "
+        "*recovered* is the loss recovered, relative to the mean."
+    )
+    return f"{_table(report, _LOSSES)}\n\n{note}"
+
+
+def known(report: dict[str, Any]) -> str:
+    """How codes compare with the true ones."""
+    return _table(report, _KNOWN)
+
+
+def lengths(report: dict[str, Any]) -> str:
+    """What depends on the length of training: change of the mean activation, and NMSE before and after."""
+    first = report["shorter"][0]
+    whole = [row for row in report["rows"] if all(row.get(key) == first[key] for key in ("l0_target", "seed"))]
+    by = {(row["family"], row["steps"]): row for row in [*report["shorter"], *whole] if "steps" in row}
+    steps = sorted({step for _, step in by})
+    keys = (("mean_change", "+.0%"), ("nmse_before", ".4f"), ("nmse_after", ".4f"))
+    head = ["method", *(f"{name}, {step:,} steps" for name in ("change", "NMSE", "refined") for step in steps)]
+    rows = []
+    for family in dict.fromkeys(family for family, _ in by):
+        cells = [format(by[family, step][key], how) for key, how in keys for step in steps]
+        rows.append([f"{FAMILIES[family][0]}, L0 {first['l0_target']}", *cells])
+    return _markdown(head, rows)
+
+
+def settings(report: dict[str, Any]) -> str:
+    """How each family was trained: learning rate, weight or k, and time."""
+    rows = []
+    for family in dict.fromkeys(row["family"] for row in report["rows"] if "learning_rate" in row):
+        members = [row for row in report["rows"] if row["family"] == family]
+        sparsity = sorted({f"{row['k_or_l1']:.2g}" for row in members}, key=float)
+        seconds = statistics.median(row["seconds"]["training"] for row in members)
+        rate, name = members[0]["learning_rate"], FAMILIES[family][0]
+        rows.append([name, f"{rate:.2g}", f"{sparsity[0]} to {sparsity[-1]}", f"{seconds:.0f}"])
+    total = sum(sum(row["seconds"].values()) for row in [*report["rows"], *report["shorter"]]) / 3600
+    config, data = report["config"], report["data"]
+    note = (
+        f"{config['latents']:,} latents, {config['steps']:,} steps of {config['batch']} rows, {data['passes']:.1f} "
+        f"passes over {data['rows']:,} rows of width {data['width']}; {data['heldout']:,} rows held out. {total:.1f} "
+        "hours in all."
+    )
+    return f"{_markdown(['family', 'learning rate', 'k, or weight of the penalty', 's a training'], rows)}\n\n{note}"
+
+
+def _milliseconds(report: dict[str, Any], name: str) -> float:
+    return statistics.median(row["milliseconds"][name] for row in report["rows"] if name in row["milliseconds"])
+
+
+def _table(report: dict[str, Any], columns: Any) -> str:
+    rows = means(report["rows"])
+    columns = [column for column in columns if any(row.get(column[1]) is not None for row in rows)]
+    cells = [[method(row), *(_cell(row, key, how) for _, key, how in columns)] for row in rows]
+    return _markdown(["method", *(name for name, *_ in columns)], cells)
+
+
+def _cell(row: dict[str, Any], key: str, how: str) -> str:
+    value, error = row.get(key), row["errors"].get(key)
+    if value is None:
+        return ""
+    return format(value, how) + ("" if error is None else f" ± {format(error, how.lstrip('+'))}")
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
