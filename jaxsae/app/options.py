@@ -124,7 +124,7 @@ FAMILIES = {
         "k",
         lambda o: JumpReLU(jnp.full(o.latents, 0.03), bandwidth=0.03),
         lambda o, warm: (L0(1.0, float(o.k), warm),),  # pyright: ignore[reportArgumentType]
-        rate=0.35,
+        rate=0.5,
     ),
     "gated": _Family(
         "l1",

@@ -9,6 +9,8 @@ whether codes and values are the true ones.
 import dataclasses
 import functools
 import json
+import math
+import operator
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,16 +29,19 @@ from jaxsae.app.measure import CERTIFIED, RIVALS, TOL, measure
 from jaxsae.app.options import Options, passes, resolved
 from jaxsae.app.sources import CONTEXT, Features, HookPoint, Progress, Rows, Source
 from jaxsae.app.summary import FAMILIES
-from jaxsae.app.tuned import train_to
-from jaxsae.autoencoder import metrics
+from jaxsae.app.tuned import Trained, train_to
+from jaxsae.autoencoder import calibration, metrics, stream
 from jaxsae.autoencoder.activations import TopK
-from jaxsae.autoencoder.sae import SAE
+from jaxsae.autoencoder.sae import SAE, reconstruct
 from jaxsae.autoencoder.shrinkage import RATIO_EDGES
 from jaxsae.autoencoder.surgery import rescale
 from jaxsae.formats import pretrained
 from jaxsae.train.checkpoint import versions
 
+_LISTS = ("rows", "shorter", "tuning")  # of a report
 _GROWS = ("families", "l0", "seeds", "halvings")  # what of a plan may grow when a study is resumed
+_TUNED = 20_000  # rows of those trained on that decide on a learning rate
+_MANY_DEAD = 0.05  # share of latents
 _REPORT_EVERY = 25  # rows measured between reports of progress
 _MEAN_ROWS = 10_000  # rows from which the mean is taken if nothing is trained
 _SPLICED = ("before", "after", "omp_nonnegative")  # reconstructions that are put into the language model
@@ -55,7 +60,9 @@ class Plan(NamedTuple):
       seeds: of initialisation and order of the batches, `seed`, `seed + 1`, ….
       halvings: how often the steps are halved, for how the results depend on the length of training: at the first
         seed and the first L0.
-      learning_rate: of all trainings, after a warm-up; the family's own default if None.
+      grid: learning rates to try, relative to each family's default. Where there are several, each family is trained
+        with each of them at the first seed and L0; the one of the smallest error, of those that leave few latents
+        dead, is used throughout.
       rivals: which of `measure.RIVALS` to compare with.
       train_rows: maximum number of rows to train on.
 
@@ -72,7 +79,7 @@ class Plan(NamedTuple):
     l0: tuple[arguments.Count, ...]
     seeds: arguments.Count = 1
     halvings: arguments.Index = 0
-    learning_rate: arguments.Positive | None = None
+    grid: tuple[arguments.Positive, ...] = (1.0,)
     rivals: tuple[Annotated[str, arguments.Choice(tuple(RIVALS))], ...] = tuple(RIVALS)
     train_rows: arguments.Count = 200_000
 
@@ -166,6 +173,7 @@ def run(
         study = _Study(out, plan, rows, progress, report)
         try:
             study.measure_model()
+            progress("tuned", plan.steps * len(report["tuning"]))
             if published:
                 for name, sae in published.items():
                     study.measure(sae, {"family": type(sae.activation).__name__.lower(), "sae": name}, name)
@@ -187,7 +195,7 @@ def _live(data: Source) -> bool:
 
 def _check(plan: Plan) -> None:
     arguments.check(Plan, plan._asdict())
-    for name in ("families", "l0"):
+    for name in ("families", "l0", "grid"):
         values = getattr(plan, name)
         if not values:
             raise InputError(f"got no {name}; pass at least one.")
@@ -229,7 +237,7 @@ def _load(data: Source, plan: Plan, seed: int, folder: Path, progress: Progress)
 
 def _options(plan: Plan, family: str, seed: int) -> Options:
     """Options of the trainings of a family, except their sparsity."""
-    options = Options(family, plan.latents, learning_rate=plan.learning_rate, heldout=plan.heldout, seed=seed)
+    options = Options(family, plan.latents, heldout=plan.heldout, seed=seed)
     return resolved(options._replace(batch=plan.batch, steps=plan.steps))
 
 
@@ -242,6 +250,7 @@ def _begun(out: Path, plan: Plan, seed: int, rows: Rows, passed: float | None) -
     report = {
         "rows": [],
         "shorter": [],
+        "tuning": [],
         "complete": False,
         "data": {
             "source": rows.source,
@@ -262,7 +271,9 @@ def _begun(out: Path, plan: Plan, seed: int, rows: Rows, passed: float | None) -
     with in_one_line(f"{path}: is not a study's", "choose another --out"):
         before = json.loads(path.read_bytes())
         parts = [(name, before[name], report[name]) for name in ("data", "config")]
-        kept = {name: before[name] for name in before if name in ("rows", "shorter") or name.startswith("ce_")}
+        kept = {
+            name: before[name] for name in before if name in ("rows", "shorter", "tuning") or name.startswith("ce_")
+        }
     changed = [
         f"{name} {old.get(name)}, now {new.get(name)}"
         for part, old, new in parts
@@ -296,14 +307,40 @@ class _Study:
             self.progress(f"{name}  is there", job.steps + self._cost())
             return
         options = _options(self.plan._replace(steps=job.steps), job.family, job.seed)
-        heldout = self.rows.heldout * np.float32(self.rows.scale)
+        options = options._replace(learning_rate=self._factor(job.family) * (options.learning_rate or 0.0))
         start = time.monotonic()
-        show = lambda text, steps: self.progress(f"{name}  {text}", steps)  # noqa: E731
-        trained = train_to(self.rows.train, heldout, options, job.l0, show)
+        trained = self._train(options, job.l0, name)
         sae = rescale(trained.sae, self.rows.scale)
         pretrained.save(sae, self.out / "sae" / job.folder(self.plan, self.report["config"]["seed"]))
         row = named | {"k_or_l1": trained.sparsity, "learning_rate": options.learning_rate, "curve": trained.curve}
         self._add(sae, row, name, rows, time.monotonic() - start)
+
+    def _train(self, options: Options, l0: int, name: str) -> Trained:
+        heldout = self.rows.heldout * np.float32(self.rows.scale)
+        return train_to(self.rows.train, heldout, options, l0, lambda text, n: self.progress(f"{name}  {text}", n))
+
+    def _factor(self, family: str) -> float:
+        """The learning rate of the grid that suits a family best, relative to its default."""
+        plan, found = self.plan, self.report["tuning"]
+        tried = {row["factor"]: row for row in found if row["family"] == family}
+        if len(plan.grid) == 1:
+            return plan.grid[0]
+        for factor in (factor for factor in plan.grid if factor not in tried):
+            options = _options(plan, family, self.report["config"]["seed"])
+            options = options._replace(learning_rate=factor * (options.learning_rate or 0.0))
+            name = f"{FAMILIES[family][0]}, learning rate {options.learning_rate:.2g}"
+            sae, rows = self._train(options, plan.l0[0], name).sae, self.rows.train
+            parts = [metrics.reconstruction(x, reconstruct(sae, x)) for _, x in stream.chunks(sae, rows[:_TUNED])]
+            error = functools.reduce(operator.add, parts)
+            active = calibration.activity(sae, (x for _, x in stream.chunks(sae, rows[: metrics.DEAD_ROWS])))
+            row = {"family": family, "factor": factor, "learning_rate": options.learning_rate}
+            tried[factor] = row | {"nmse": json_number(error.nmse), "dead": json_number(active.dead)}
+            found.append(tried[factor])
+            runs._write_report(self.report, self.out)
+        alive = [factor for factor in plan.grid if tried[factor]["dead"] < _MANY_DEAD]
+        if alive:
+            return min(alive, key=lambda factor: tried[factor]["nmse"] or math.inf)
+        return min(plan.grid, key=lambda factor: tried[factor]["dead"])
 
     def measure(self, sae: SAE, row: dict[str, Any], name: str) -> None:
         """Measure an autoencoder that was not trained here, unless that is done."""
@@ -381,6 +418,8 @@ def total_steps(plan: Plan, data: Source = None, saes: Sequence[str] = ()) -> in
     """
     cost = _cost(plan, _live(data))
     steps = len(saes) * cost if saes else sum(job.steps + cost for job in _jobs(plan, 0))
+    if len(plan.grid) > 1 and not saes:
+        steps += len(plan.families) * len(plan.grid) * plan.steps
     if isinstance(data, Features) and not saes:
         steps += cost  # of the true dictionary
     if _live(data):

@@ -22,6 +22,7 @@ def study(
     l0: tuple[arguments.Count, ...] = (),
     seeds: arguments.Count = 1,
     halvings: arguments.Index = 0,
+    grid: tuple[arguments.Positive, ...] = (),
     latents: arguments.Count | None = None,
     steps: arguments.Count | None = None,
     quick: bool = False,
@@ -55,6 +56,7 @@ def study(
         l0: numbers of active latents per row, on average over held-out rows, to which each family is trained.
         seeds: number of seeds, from --seed on; the table then has standard errors.
         halvings: how often to halve the steps, to see what depends on the length of training.
+        grid: learning rates to try for each family, relative to its default; by default that alone.
         latents: of each autoencoder.
         steps: of each training.
         quick: train few and small autoencoders.
@@ -77,7 +79,7 @@ def study(
     if synthetic:
         full, small = job.FULL_SYNTHETIC, job.QUICK_SYNTHETIC
     plan = (small if quick else full)._replace(seeds=seeds, halvings=halvings)
-    given = {"families": families, "l0": l0, "latents": latents, "steps": steps}
+    given = {"families": families, "l0": l0, "grid": grid, "latents": latents, "steps": steps}
     plan = plan._replace(**{name: value for name, value in given.items() if value})
     with console.progress(job.total_steps(plan, source, sae)) as update:
         report = job.run(out, data=source, plan=plan, seed=seed, saes=sae, progress=update, warn=console.warn)
