@@ -16,7 +16,6 @@ import pytest
 from benchmarks import (
     accelerator,
     cases,
-    families,
     judge,
     kernels,
     peers,
@@ -284,32 +283,17 @@ def test_a_peer_that_is_missing_has_a_row(monkeypatch):
     assert row["note"] == "torch: not installed" and row["seconds"] is None
 
 
-def test_families_are_trained_measured_and_matched(tmp_path, monkeypatch):
-    settings = [("ReLU", {"activation": "relu", "l1": 0.1}), ("TopK 4", {"activation": "topk", "k": 4})]
-    monkeypatch.setattr(families, "SETTINGS", settings)
-    monkeypatch.setattr(families, "BATCH", 64)
-    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(2048 + 128, 8)).astype(np.float32))
-    rows = list(families.run(tmp_path / "x.npy", tmp_path / "out", latents=32, steps=3, before=tmp_path / "out"))
-    machine = {"benchmark": "families", "device": "a", "cores": 2, "jax": "0", "commit": "0123456789abc"}
-    text = table.markdown({**machine, "rows": rows})
-    assert "| TopK 4 | 4.0 |" in text and "*dead* of 2,176 rows" in text
-    for row in rows:  # nothing was trained again, and what was before is itself
-        assert {name: row["before"][name] for name in ("l0", "nmse", "dead")} == {
-            name: pytest.approx(row["heldout"][name]) for name in ("l0", "nmse", "dead")
-        }
-
-
-def test_rates_are_compared_and_tabulated(monkeypatch):
-    monkeypatch.setattr(rates, "RATES", (1e-3, 1e-1))
-    monkeypatch.setattr(rates, "FAMILIES", {"batchtopk": {"k": 4}, "relu": {"l1": 0.1}})
-    monkeypatch.setattr(
-        rates, "_rows", lambda path: (*np.split(np.random.default_rng(0).normal(size=(256, 8)), 2), "x")
-    )
-    rows = list(rates.run(None, latents=32, batch=64, steps=(3,)))
+def test_rates_are_compared_and_tabulated(tmp_path):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(2200, 8)).astype(np.float32))
+    options = {"families": ("batchtopk", "relu"), "l0": 4, "latents": 32, "batch": 64, "steps": (20,)}
+    rows = list(rates.run(tmp_path / "x.npy", rates=(1e-3, 1e-1), **options))
     assert [(row["family"], row["rate"]) for row in rows[::3]] == [("batchtopk", 1e-3), ("relu", 1e-1)]
     np.testing.assert_allclose([row["l0"] for row in rows[:2]], 4, rtol=0.02)
+    rows[0] |= {"dead": 0.25}
+    rows[1] |= {"nmse": 0.5}
     machine = {"benchmark": "rates", "device": "a", "cores": 2, "jax": "0", "commit": "0123456789abc"}
-    assert "| x | relu | 3 |" in table.markdown({**machine, "rows": rows})
+    (line,) = [line for line in table.markdown({**machine, "rows": rows}).splitlines() if "batchtopk" in line]
+    assert line == f"| x | 32 | 4 | 20 | batchtopk | {rows[0]['nmse']:.4f} (25% dead) | **0.5000** | 0.003 |"
 
 
 @pytest.mark.slow

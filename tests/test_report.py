@@ -17,7 +17,7 @@ from problems import cli
 from jaxsae._core.files import InputError
 from jaxsae.app import html as pages, logs, plots, report
 from jaxsae.app.options import Options
-from jaxsae.app.plots import FAMILIES
+from jaxsae.app.summary import FAMILIES
 from jaxsae.autoencoder.shrinkage import RATIO_EDGES
 
 ROOT = Path(__file__).parent.parent
@@ -31,11 +31,16 @@ def a_row(family, value, l0, **more):
     bins = np.random.default_rng(int(l0)).integers(0, 50, (2, BINS))
     bins[0, 0] = 1000  # many values become 0: more than any other bin has
     numbers = {"nmse_before": 4 / l0, "nmse_after": 3 / l0, "mean_before": 0.05, "mean_after": 0.075}
+    numbers |= {"nmse_rescaled": 3.5 / l0, "nmse_signed": 2.5 / l0, "nmse_omp_nonnegative": 2 / l0, "nmse_omp": 1 / l0}
     numbers |= {"mean_change": 0.5, "rising": 0.625, "gamma_before": 0.9, "gamma_after": 1.0, "certified": 1.0}
     return {
         "family": family,
         "k_or_l1": value,
+        "l0_target": round(l0),
+        "seed": 0,
+        "steps": 75,
         "l0": l0,
+        "l0_after": 0.75 * l0,
         "dead": 0.25,
         "dead_rows": 102_048,
         "worst_kkt": 1e-7 * l0,
@@ -56,7 +61,7 @@ def a_study(**more):
         "rows": rows,
         "complete": True,
         "data": {"source": "x.npy", "rows": 9000, "heldout": 2048, "width": 192},
-        "config": {"latents": 256, "l1": [0.05, 0.2]},
+        "config": {"latents": 256, "l0": [12, 42]},
         "versions": {"jaxsae": "0.1.0", "jax": "0.10.2"},
         "ratio_edges": RATIO_EDGES.tolist(),
     } | more
@@ -65,7 +70,8 @@ def a_study(**more):
 def with_losses(found):
     found |= {"ce_clean": 2.5, "ce_mean": 9.5, "ce_zero": 12.5}
     for row in found["rows"]:
-        row |= {f"{name}_{when}": 3.25 for name in ("ce", "kl", "recovered_mean") for when in ("before", "after")}
+        when = ("before", "after", "omp_nonnegative")
+        row |= {f"{name}_{which}": 3.25 for name in ("ce", "kl", "recovered_mean") for which in when}
     return found
 
 
@@ -158,8 +164,9 @@ def page_of(folder, found=None):
 
 
 STUDY = [
-    *("Findings", "Results", "Error against sparsity", "Shrinkage of active values", "Shrinkage, latent by latent"),
-    *("How often latents fire", "Training", "Rows furthest from optimal", "Configuration and versions"),
+    *("Findings", "Results", "Values and selection", "Error against sparsity", "Shrinkage of active values"),
+    *("Shrinkage, latent by latent", "How often latents fire", "Training", "Rows furthest from optimal"),
+    "Configuration and versions",
 ]
 RUN = ["Training", "Error against sparsity", "How often latents fire", "Shrinkage", "Configuration and versions"]
 
@@ -177,8 +184,10 @@ def test_a_study_has_every_section(tmp_path):
     page = page_of(tmp_path, with_losses(a_study()))
     assert list(page.sections) == STUDY
     drawn = {name: len(page.drawings(name)) for name in STUDY}
-    assert drawn == dict(zip(STUDY, [0, 0, 3, 4, 4, 4, 2, 0, 0], strict=True))
-    assert "+50%, and the error by −25%." in page.section("Findings")
+    assert drawn == dict(zip(STUDY, [0, 0, 0, 3, 4, 4, 4, 2, 0, 0], strict=True))
+    found = "by +50%, the error by −25%, and sets 25% of the values to 0. Selecting as many atoms"
+    assert found in page.section("Findings")
+    assert "changes it by −50%." in page.section("Findings")
     assert "63% rise, mean +50.0%" not in page.section("Shrinkage, latent by latent")
     assert "64 of 257 dead" in page.section("How often latents fire")
 
@@ -208,12 +217,13 @@ def test_a_run_has_every_section(a_run_folder):
 def test_the_tables_have_the_numbers_of_the_report(tmp_path):
     page = page_of(tmp_path, with_losses(a_study()))
     over, names, *lines = page.cells("On the held-out rows")
-    assert over == ["", "", "NMSE", "mean activation", "values", "γ", "latents", "rows"]
-    assert names[:4] == ["method", "L0", "encoder", "refined"]
+    assert over == ["", "L0", "NMSE", "mean activation", "values", "γ", "latents", "rows"]
+    assert names[:5] == ["method", "encoder", "refined", "encoder", "refined"]
     assert lines[0] == [
         *(
-            "ReLU, L1 0.2",
+            "ReLU + L1, L0 12",
             "12.0",
+            "9.0",
             "0.3333",
             "0.2500",
             "0.05000",
@@ -227,9 +237,11 @@ def test_the_tables_have_the_numbers_of_the_report(tmp_path):
         ),
         *("100%", "1.2e-06"),
     ]
-    assert page.cells("Next-token loss")[2] == ["ReLU, L1 0.2", *["3.250"] * 4, *["325.0%"] * 2]
+    assert page.cells("Next-token loss")[2] == ["ReLU + L1, L0 12", *["3.250"] * 5, *["325.0%"] * 2]
+    reconstructions = ["0.3333", "0.2917", "0.2500", "0.2083", "0.1667", "0.0833"]
+    assert page.cells("NMSE of several codes")[2] == ["ReLU + L1, L0 12", *reconstructions]
     assert "2.500 nats per token for the model itself, 9.500 with the mean" in page.section("Results")
-    assert ["l1", "[0.05, 0.2]"] in page.cells("Options")
+    assert ["l0", "[12, 42]"] in page.cells("Options")
     assert ["source", "x.npy"] in page.cells("Data")
     assert ["jax", "0.10.2"] in page.cells("Versions")
 
@@ -239,9 +251,9 @@ def test_the_rows_furthest_from_optimal_are_those_of_all_autoencoders(tmp_path):
     found["rows"][2]["worst_rows"][1]["kkt"] = None  # NaN, in JSON
     assert page_of(tmp_path, found).cells("Largest KKT residuals") == [
         ["method", "row", "L0", "KKT residual"],
-        ["TopK, k 12", "1,001", "8", "–"],
-        ["TopK, k 42", "1,000", "7", "4.20e-06"],
-        ["ReLU, L1 0.05", "1,000", "7", "4.15e-06"],
+        ["TopK, L0 11", "1,001", "8", "–"],
+        ["TopK, L0 42", "1,000", "7", "4.20e-06"],
+        ["ReLU + L1, L0 42", "1,000", "7", "4.15e-06"],
     ]
 
 
@@ -259,7 +271,7 @@ LACKS = {
     "curve": "Training",
     "worst_rows": "Rows furthest from optimal",
     "l0": "Error against sparsity",
-    "mean_change": "Findings",
+    "nmse_omp_nonnegative": "Values and selection",
 }
 
 
@@ -271,11 +283,33 @@ def test_what_no_row_has_leaves_its_section_out(key, tmp_path):
     assert list(page_of(tmp_path, found).sections) == [name for name in STUDY if name != LACKS[key]]
 
 
-@pytest.mark.parametrize("rows", [[], [{"family": "relu", "k_or_l1": 0.1}]], ids=["none", "without numbers"])
+@pytest.mark.parametrize("rows", [[], [{"family": "relu", "l0_target": 8}]], ids=["none", "without numbers"])
 def test_a_study_interrupted_at_the_start(rows, tmp_path):
     page = page_of(tmp_path, a_study(rows=rows, complete=False))
     assert list(page.sections) == ["Configuration and versions"]
     assert "This study is not complete" in page.all("p")[1]["text"]
+
+
+def test_seeds_are_averaged_with_standard_errors(tmp_path):
+    rows = [a_row("topk", 12, 12.0, seed=seed, nmse_before=0.3 + 0.1 * seed) for seed in range(3)]
+    page = page_of(tmp_path, a_study(rows=rows))
+    (line,) = page.cells("On the held-out rows")[2:]
+    assert line[0] == "TopK, L0 12"
+    assert line[3] == "0.4000 ± 0.0577"  # 0.1 / √3
+    assert line[1] == "12.0 ± 0.0"
+
+
+def test_lengths_of_training_are_drawn(tmp_path):
+    shorter = [a_row(family, 0.2, 12.0, steps=steps) for family in ("relu", "topk") for steps in (30, 15)]
+    page = page_of(tmp_path, a_study(shorter=shorter))
+    assert len(page.drawings("Length of training")) == 3
+    assert "to an L0 of 12" in page.section("Length of training")
+
+
+def test_codes_beside_the_true_ones_are_tabulated(tmp_path):
+    numbers = {"mcc": 0.9, "f1_before": 0.8, "f1_after": 0.85, "bias_before": -0.25, "bias_after": 0.01}
+    page = page_of(tmp_path, a_study(rows=[a_row("relu", 0.2, 12.0, **numbers)]))
+    assert page.cells("Latents are matched")[2] == ["ReLU + L1, L0 12", "0.900", "0.800", "0.850", "−25.0%", "+1.0%"]
 
 
 def test_a_diverged_autoencoder_is_shown_with_dashes(tmp_path):
@@ -285,9 +319,9 @@ def test_a_diverged_autoencoder_is_shown_with_dashes(tmp_path):
     found["rows"][0] |= nothing | lists | {"curve": {"step": [25], "nmse": [None], "l0": [None]}, "certified": 0.0}
     page = page_of(tmp_path, found)
     assert list(page.sections) == STUDY
-    assert page.cells("On the held-out rows")[2][:4] == ["ReLU, L1 0.2", "–", "–", "–"]
+    assert page.cells("On the held-out rows")[2][:4] == ["ReLU + L1, L0 12", "–", "–", "–"]
     (warning,) = [p["text"] for p in page.all("p") if p.get("class") == "warning"]
-    assert warning == "ReLU, L1 0.2: only 0% of the rows are certified to be optimal."
+    assert warning == "ReLU + L1, L0 12: only 0% of the rows are certified to be optimal."
 
 
 @pytest.mark.parametrize(
@@ -352,7 +386,8 @@ def test_autoencoders_of_others_go_by_their_names(tmp_path):
     assert [line[0] for line in page.cells("On the held-out rows")[2:]] == ["hf://some/where", "x"]
     assert [item["text"] for item in page.all("li") if item.get("class")][:2] == [
         *(
-            f"{name}. Refinement changes the mean activation by +50%, and the error by −25%."
+            f"{name}. Refinement changes the mean activation by +50%, the error by −25%, and sets 25% of the values to 0. "
+            "Selecting as many atoms by orthogonal matching pursuit, with values of at least 0, changes it by −50%."
             for name in ("JumpReLU", "other")
         )
     ]
@@ -544,7 +579,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_exit_code_2_and_one_line(case, tmp_path, capsys):
+def test_bad_input_is_exit_code_2_and_one_line(case, tmp_path, capsys, unchecked):
     folder, content, out, message = BAD[case]
     if content:
         (tmp_path / "x").mkdir()

@@ -25,7 +25,7 @@ from jaxsae.least_squares import certify, refit, solvers
 CERTIFIED = 1e-5  # the KKT residual that certifies a row
 TOL = 1e-6  # of the solver: tighter, so that the certificate does not depend on rounding
 _WORST = 10  # rows with the largest KKT residuals in the report
-_FITTED = 8192  # rows on which a factor for each latent is fitted
+_FITTED = 4096  # rows on which a factor for each latent is fitted
 _CODES = 128 << 20  # bytes of the codes of these
 
 # The reconstructions that are compared, besides the encoder's and the refined one, and what each is.

@@ -84,10 +84,10 @@ class Plan(NamedTuple):
     train_rows: arguments.Count = 200_000
 
 
-_FEW = ("rescaled", "omp_nonnegative")
+_FEW = ("omp_nonnegative",)  # each takes seconds to compile
 ALL = ("relu", "gated", "jumprelu", "topk", "batchtopk", "matryoshka", "matchingpursuit")
-FULL = Plan(512, 1500, 256, 2048, ("relu", "jumprelu", "topk", "batchtopk"), (16, 32))
-QUICK = Plan(512, 200, 256, 512, ("relu", "topk"), (16,), rivals=_FEW)
+FULL = Plan(512, 1000, 256, 1024, ("relu", "topk", "batchtopk"), (16, 32))
+QUICK = Plan(512, 200, 256, 256, ("relu", "topk"), (16,), rivals=_FEW)
 # In a language model; whole contexts are held out.
 FULL_MODEL = Plan(2048, 1000, 256, 16 * (CONTEXT - 1), ALL, (16, 32))
 QUICK_MODEL = Plan(1024, 200, 256, 4 * (CONTEXT - 1), ("relu", "topk"), (32,), rivals=_FEW, train_rows=20_000)

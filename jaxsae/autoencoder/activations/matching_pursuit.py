@@ -11,6 +11,8 @@ from jaxtyping import Array, Float
 from jaxsae._core import pytrees
 from jaxsae.autoencoder.activations.base import Activation, check_number
 
+_GRAM = 4096  # latents up to which a Gram matrix is computed: 64 MiB in float32
+
 
 @pytrees.dataclass
 class MatchingPursuit(Activation):
@@ -70,26 +72,36 @@ class MatchingPursuit(Activation):
         return jnp.cumsum(jnp.mean(new.astype(jnp.float32), axis=1))
 
     def _choose(self, y, dictionary):
-        """The atom that each step takes, `[steps n]`, or `m` where a row has stopped, and the code `[n m]`."""
+        """The atom that each step takes, `[steps n]`, or `m` where a row has stopped, and the code `[n m]`.
+
+        Correlations with the residual are updated by rows of the Gram matrix where that is small, which is several
+        times as fast; they only select, so that values are as accurate either way.
+        """
         (m, d), rows = dictionary.shape, jnp.arange(len(y))
         steps = d if self.max_steps is None else self.max_steps
+        gram = dictionary @ dictionary.T if m <= min(_GRAM, steps * len(y)) else None
 
         def step(state):
-            number, z, r, done, chosen = state
-            at = jnp.argmax(jax.nn.relu(r @ dictionary.T), axis=1)
+            number, z, r, correlation, done, chosen = state
+            if correlation is None:
+                at = jnp.argmax(jax.nn.relu(r @ dictionary.T), axis=1)
+            else:
+                at = jnp.argmax(jax.nn.relu(correlation), axis=1)
             atoms = dictionary[at]
             values = jnp.where(done, 0, jax.nn.relu(jnp.sum(r * atoms, axis=1)))
             chosen = chosen.at[number].set(jnp.where(values > 0, at, m).astype(jnp.int32))
             after = z.at[rows, at].add(values)
             r = r - values[:, None] * atoms
+            correlation = None if correlation is None else correlation - values[:, None] * gram[at]
             if self.stop_on_duplicate:
                 done |= ((after != 0) == (z != 0)).all(1)
             done |= (self.residual_threshold > 0) & (jnp.linalg.norm(r, axis=1) < self.residual_threshold)
-            return number + 1, after, r, done, chosen
+            return number + 1, after, r, correlation, done, chosen
 
         nothing = jnp.full((steps, len(y)), m, jnp.int32)
-        start = jnp.int32(0), jnp.zeros((len(y), m), y.dtype), y, jnp.zeros(len(y), bool), nothing
-        _, z, _, _, chosen = jax.lax.while_loop(lambda s: (s[0] < steps) & ~s[3].all(), step, start)
+        correlation = None if gram is None else y @ dictionary.T
+        start = jnp.int32(0), jnp.zeros((len(y), m), y.dtype), y, correlation, jnp.zeros(len(y), bool), nothing
+        _, z, _, _, _, chosen = jax.lax.while_loop(lambda s: (s[0] < steps) & ~s[4].all(), step, start)
         return chosen, z
 
     def rescale(self, scale: float | Array) -> "MatchingPursuit":
