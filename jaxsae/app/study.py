@@ -414,7 +414,7 @@ def total_steps(plan: Plan, data: Source = None, saes: Sequence[str] = ()) -> in
 
     Example:
       >>> total_steps(QUICK)
-      440
+      420
     """
     cost = _cost(plan, _live(data))
     steps = len(saes) * cost if saes else sum(job.steps + cost for job in _jobs(plan, 0))
