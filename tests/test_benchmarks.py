@@ -290,10 +290,13 @@ def test_rates_are_compared_and_tabulated(tmp_path):
     assert [(row["family"], row["rate"]) for row in rows[::3]] == [("batchtopk", 1e-3), ("relu", 1e-1)]
     np.testing.assert_allclose([row["l0"] for row in rows[:2]], 4, rtol=0.02)
     rows[0] |= {"dead": 0.25}
-    rows[1] |= {"nmse": 0.5}
+    rows[1] |= {"nmse": 0.5, "dead": 0.0}
     machine = {"benchmark": "rates", "device": "a", "cores": 2, "jax": "0", "commit": "0123456789abc"}
     (line,) = [line for line in table.markdown({**machine, "rows": rows}).splitlines() if "batchtopk" in line]
-    assert line == f"| x | 32 | 4 | 20 | batchtopk | {rows[0]['nmse']:.4f} (25% dead) | **0.5000** | 0.003 |"
+    assert (
+        line
+        == f"| x | 32 | 4 | 20 | batchtopk | {rows[0]['nmse']:.4f} (25% dead) | **0.5000** | {rows[0]['default']:.2g} |"
+    )
 
 
 @pytest.mark.slow

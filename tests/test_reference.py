@@ -65,7 +65,9 @@ def public() -> dict[str, object]:
 PUBLIC = public()
 # What would take long; and records and errors, whose example is that of what makes or raises them.
 NO_EXAMPLE = {
-    *("jaxsae.app.study.run", "jaxsae.app.study.measure"),
+    *("jaxsae.app.study.run", "jaxsae.app.measure.measure", "jaxsae.app.sources.from_model"),
+    *("jaxsae.app.sources.Rows", "jaxsae.app.sources.Truth", "jaxsae.app.sources.Probe", "jaxsae.app.tuned.Trained"),
+    *("jaxsae.app.sources.losses", "jaxsae.metrics.Matching"),
     *(
         "jaxsae.train.checkpoint.Saved",
         "jaxsae.data.Batches",

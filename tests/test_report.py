@@ -386,8 +386,9 @@ def test_autoencoders_of_others_go_by_their_names(tmp_path):
     assert [line[0] for line in page.cells("On the held-out rows")[2:]] == ["hf://some/where", "x"]
     assert [item["text"] for item in page.all("li") if item.get("class")][:2] == [
         *(
-            f"{name}. Refinement changes the mean activation by +50%, the error by −25%, and sets 25% of the values to 0. "
-            "Selecting as many atoms by orthogonal matching pursuit, with values of at least 0, changes it by −50%."
+            f"{name}. Refinement changes the mean activation by +50%, the error by −25%, and sets 25% of the values "
+            "to 0. Selecting as many atoms by orthogonal matching pursuit, with values of at least 0, changes it by "
+            "−50%."
             for name in ("JumpReLU", "other")
         )
     ]

@@ -2,8 +2,9 @@
 
 `cli` runs the `commands`, `console` prints their results, `compilation_cache` keeps compiled programs, and `allocator`
 freed memory. `options`, `runs` and `logs` are for `jaxsae train`: its options, the training, and its logged metrics.
-`study` runs `jaxsae study`, and `plan` estimates what a training needs on TPUs. `report` makes a page of `html` with
-charts of `svg`, and `plots` draws the figure of a study.
+`study` runs `jaxsae study`: `sources` has its rows, `tuned` trains to an L0, `measure` refines and compares, `summary`
+takes means over seeds, `plots` draws figures. `report` makes a page of a run, and `study_page` that of a study, of
+`html` with `charts` of `svg`. `plan` estimates what a training needs on TPUs.
 """
 
 from typing import TYPE_CHECKING
@@ -13,12 +14,16 @@ from jaxsae._core import lazy
 if TYPE_CHECKING:
     from jaxsae.app import (
         logs as logs,
+        measure as measure,
         options as options,
         plan as plan,
         plots as plots,
         report as report,
         runs as runs,
+        sources as sources,
         study as study,
+        summary as summary,
+        tuned as tuned,
     )
 
 __getattr__, __dir__ = lazy.attach(__name__, __file__)

@@ -94,6 +94,12 @@ def reconstructions(report: dict[str, Any], path: str | os.PathLike) -> None:
     Args:
       report: as `study.run` returns it.
       path: a PNG file.
+
+    Example:
+      >>> import tempfile
+      >>> row = {"family": "topk", "l0_target": 8, "nmse_before": 0.3, "nmse_after": 0.2, "nmse_omp_nonnegative": 0.1}
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     reconstructions({"rows": [row]}, f"{folder}/reconstructions.png")
     """
     rows = [row for row in means(report["rows"]) if row.get("nmse_omp_nonnegative") is not None]
     groups: dict[Any, list[dict[str, Any]]] = {}
@@ -126,6 +132,13 @@ def steps(report: dict[str, Any], path: str | os.PathLike) -> None:
     Args:
       report: as `study.run` returns it.
       path: a PNG file.
+
+    Example:
+      >>> import tempfile
+      >>> row = {"family": "topk", "l0_target": 8, "seed": 0, "mean_change": 0.1, "nmse_before": 0.3, "nmse_after": 0.2}
+      >>> report = {"rows": [row | {"steps": 20}], "shorter": [row | {"steps": 10}]}
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     steps(report, f"{folder}/steps.png")
     """
     first = report["shorter"][0]
     rows = [row for row in report["rows"] if _same(row, first, "l0_target", "seed")] + report["shorter"]

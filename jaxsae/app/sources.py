@@ -66,7 +66,12 @@ Source = str | os.PathLike | HookPoint | Features | None
 
 
 class Truth(NamedTuple):
-    """The features of synthetic rows, and the code `[n m]` of the held-out ones."""
+    """The features of synthetic rows.
+
+    Attributes:
+      dictionary: `[m d]`, of norm 1.
+      z: `[n m]`, the code of the held-out rows.
+    """
 
     dictionary: jax.Array
     z: np.ndarray
@@ -98,22 +103,52 @@ class Rows(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """A language model, and the contexts of the held-out rows."""
+    """A language model, and the contexts of the held-out rows.
+
+    Attributes:
+      model: the model.
+      layer: block after which the rows are taken.
+      contexts: `[n s]`, tokens.
+    """
 
     model: language_model.LanguageModel
     layer: int
-    contexts: np.ndarray  # [n s]
-    source: str
+    contexts: np.ndarray
 
 
 def photographs(train_rows: int, heldout: int, seed: int) -> Rows:
-    """Patches of two photographs, those held out from their right quarters."""
+    """Patches of two photographs, those held out from their right quarters.
+
+    Args:
+      train_rows: number of rows to train on.
+      heldout: number of rows held out.
+      seed: of the patches.
+
+    Example:
+      >>> photographs(100, 10, 0).width
+      192
+    """
     rows, rest = data_module.image_patches(train_rows, heldout, side=8, seed=seed)
     return Rows(rows, rest, 1.0, "8 × 8 colour patches of scikit-learn's two photographs")
 
 
 def synthetic(features: Features, train_rows: int, heldout: int, seed: int) -> Rows:
-    """Rows of known features; `seed` is that of the features and of the rows."""
+    """Rows of known features.
+
+    Args:
+      features: what they are made of.
+      train_rows: number of rows to train on.
+      heldout: number of rows held out.
+      seed: of the features and of the rows.
+
+    Raises:
+      InputError: if there are no such features.
+
+    Example:
+      >>> rows = synthetic(Features(width=8, l0=2.0), 100, 10, 0)
+      >>> rows.train.shape, rows.truth.z.shape
+      ((100, 8), (10, 32))
+    """
     arguments.check(Features, features._asdict())
     d, world_key, row_key = features.width, *jax.random.split(jax.random.key(seed))
     try:
@@ -144,7 +179,25 @@ def synthetic(features: Features, train_rows: int, heldout: int, seed: int) -> R
 
 
 def from_file(path: str | os.PathLike, train_rows: int, heldout: int, batch: int) -> Rows:
-    """The first rows of a file or directory to train on, and its last ones held out."""
+    """The first rows of a file or directory to train on, and its last ones held out.
+
+    Args:
+      path: the file or directory.
+      train_rows: most rows to train on.
+      heldout: number of rows held out.
+      batch: least number of rows to train on.
+
+    Raises:
+      InputError: if the rows are too few, not finite, or all equal.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     np.save(f"{folder}/x.npy", np.random.default_rng(0).normal(size=(100, 4)).astype(np.float32))
+      ...     rows = from_file(f"{folder}/x.npy", 1000, 20, 10)
+      >>> rows.train.shape, rows.heldout.shape
+      ((80, 4), (20, 4))
+    """
     everything = data_module.open_rows(path)
     needed = batch + heldout
     if len(everything) < needed:
@@ -167,7 +220,19 @@ def _scaled(rows: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def from_model(site: HookPoint, folder: Path, train_rows: int, heldout: int, batch: int, progress: Progress) -> Rows:
-    """Rows of a language model, harvested to a directory unless they are there."""
+    """Rows of a language model, harvested to a directory unless they are there.
+
+    Args:
+      site: the model, and where in it.
+      folder: for the rows.
+      train_rows: number of rows to train on.
+      heldout: number of rows held out, from whole contexts.
+      batch: least number of rows to train on.
+      progress: called with a description and the number of contexts just harvested.
+
+    Raises:
+      InputError: if the model or the text cannot be used, or the text is too short.
+    """
     arguments.check(HookPoint, site._asdict())
     harvest.check(site.model, layer=site.layer, context=CONTEXT, out=folder)
     tokenizer = language_model.read_tokenizer(site.model)
@@ -181,17 +246,30 @@ def from_model(site: HookPoint, folder: Path, train_rows: int, heldout: int, bat
     harvest.run(folder, model, text.contexts, layer=site.layer, source=source, progress=show)
     name = f"residual of {site.model} after block {site.layer}, on {texts}"
     name += f" ({text.replaced} characters of it not UTF-8)" if text.replaced else ""
-    probe = Probe(model, site.layer, text.contexts[-contexts(heldout) :], name)
+    probe = Probe(model, site.layer, text.contexts[-contexts(heldout) :])
     return from_file(folder, train_rows, heldout, batch)._replace(source=name, probe=probe)
 
 
 def contexts(rows: int) -> int:
-    """The number of contexts that give so many rows."""
+    """The number of contexts that give so many rows.
+
+    Args:
+      rows: how many.
+
+    Example:
+      >>> contexts(256)
+      2
+    """
     return -(-rows // (CONTEXT - 1))
 
 
 def losses(probe: Probe, replaced: Mapping[str, np.ndarray]) -> dict[str, language_model.NextToken]:
-    """Next-token losses with rows `[n d]` in place of the residual stream, by name, and `"clean"` ones."""
+    """Next-token losses with rows in place of the residual stream, by name, and `"clean"` ones.
+
+    Args:
+      probe: the model, and its contexts.
+      replaced: rows `[n d]`, those of all contexts in order, by name.
+    """
 
     def replace(rows, h):
         return h.at[:, 1:].set(rows.reshape(h.shape[0], -1, h.shape[2]))
