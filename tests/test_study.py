@@ -23,12 +23,13 @@ from jaxsae.autoencoder.shrinkage import RATIO_EDGES
 from jaxsae.autoencoder.stream import refine_blocks
 from jaxsae.data import shards
 
-PLAN = study.Plan(latents=128, steps=60, batch=256, heldout=256, families=("relu", "topk", "batchtopk"), l0=(8, 16))
+PLAN = study.Plan(latents=128, steps=60, batch=256, heldout=256, families=("relu", "topk", "batchtopk"), l0=(4, 8))
 NUMBERS = [
     *("l0", "l0_after", "nmse_before", "nmse_after", "mean_before", "mean_after", "mean_change"),
     *("rising", "gamma_before", "gamma_after", "worst_kkt", "certified"),
-    *("nmse_rescaled", "nmse_signed", "nmse_omp", "nmse_omp_nonnegative"),
+    "nmse_omp_nonnegative",
 ]
+OF_RIVALS = [f"nmse_{name}" for name in measure.RIVALS]
 TIMES = ("seconds", "milliseconds")
 
 
@@ -43,7 +44,7 @@ class Study(NamedTuple):
 def done(tmp_path_factory):
     """A whole study, small: patches of photographs in units of thousands, about a mean ten times their size."""
     folder, progress = tmp_path_factory.mktemp("study"), []
-    rows = 1e3 * (data.image_patches(4000, 2, side=8)[0] + np.linspace(-1, 1, 192, dtype=np.float32))
+    rows = 1e3 * (data.image_patches(4000, 2, side=4)[0] + np.linspace(-1, 1, 48, dtype=np.float32))
     np.save(folder / "x.npy", rows)
     report = study.run(folder / "out", data=folder / "x.npy", plan=PLAN, progress=lambda *args: progress.append(args))
     return Study(folder / "out", report, progress, rows)
@@ -80,7 +81,7 @@ def test_the_report_is_what_was_returned(done):
     assert saved["complete"] is True
     source = str(done.out.parent / "x.npy")
     passes = PLAN.steps * PLAN.batch / 3744
-    sizes = {"rows": 3744, "passes": passes, "heldout": PLAN.heldout, "width": 192}
+    sizes = {"rows": 3744, "passes": passes, "heldout": PLAN.heldout, "width": 48}
     assert {name: saved["data"][name] for name in ("source", *sizes)} == {"source": source, **sizes}
     assert saved["config"]["seed"] == 0
     assert saved["config"]["latents"] == PLAN.latents
@@ -89,8 +90,8 @@ def test_the_report_is_what_was_returned(done):
 
 def test_every_row_has_the_fields_of_the_contract(done):
     for row in done.report["rows"]:
-        assert {"family", "k_or_l1", "seed", *NUMBERS} <= set(row)
-        assert all(isinstance(row[name], float) and np.isfinite(row[name]) for name in NUMBERS)
+        assert {"family", "k_or_l1", "seed", *NUMBERS, *OF_RIVALS} <= set(row)
+        assert all(isinstance(row[name], float) and np.isfinite(row[name]) for name in (*NUMBERS, *OF_RIVALS))
         rate = FAMILIES[row["family"]].rate * train.learning_rate(PLAN.latents, PLAN.steps)
         assert row["learning_rate"] == pytest.approx(rate)
         assert row["seconds"]["training"] > 0 < row["seconds"]["measuring"]
@@ -210,7 +211,7 @@ def saved_saes(done):
 
 def test_the_saes_load(done):
     for row, sae in saved_saes(done):
-        assert (sae.d, sae.m) == (192, PLAN.latents)
+        assert (sae.d, sae.m) == (48, PLAN.latents)
         assert sae.activation.slots == (row["k_or_l1"] if row["family"] == "topk" else None)
         np.testing.assert_allclose(np.linalg.norm(sae.W_dec, axis=1), 1, atol=1e-6)
 
@@ -276,7 +277,7 @@ def test_an_interruption_leaves_what_is_finished_and_the_same_command_resumes(do
     assert untimed(report)["rows"] == untimed(done.report)["rows"][:2]
     with PIL.Image.open(tmp_path / "shrinkage.png") as image:
         image.verify()
-    assert {path.name for path in (tmp_path / "sae").iterdir()} == {"relu-8", "topk-8"}
+    assert {path.name for path in (tmp_path / "sae").iterdir()} == {"relu-4", "topk-4"}
     trained, progress = [], []
     train_to = study.train_to
     monkeypatch.setattr(study, "train_to", lambda *args: trained.append(args[2].activation) or train_to(*args))
@@ -348,7 +349,7 @@ def test_an_interruption_before_the_first_result(tmp_path):
 
 # --- Data
 
-SMALL = study.Plan(latents=64, steps=60, batch=128, heldout=256, families=("relu", "topk"), l0=(4,))
+SMALL = study.Plan(64, 60, 128, 256, ("relu", "topk"), (4,), rivals=())
 
 
 def raw_rows(n=1500, scale=1.0):
@@ -446,11 +447,90 @@ def test_a_diverged_autoencoder_is_reported_and_printed(tmp_path, monkeypatch, c
     assert (tmp_path / "out" / "shrinkage.png").exists()
 
 
+# --- Bad plans
+
+BAD_PLANS = {
+    "a family that does not exist": (
+        ["--families", "relu", "swish"],
+        "got families swish, expected one of: relu, topk",
+    ),
+    "a family twice": (["--families", "relu", "relu"], "got families relu relu; pass each once."),
+    "no seed": (["--seeds", "0"], "got --seeds 0; pass a whole number from 1"),
+    "an L0 of nothing": (["--l0", "0"], "got --l0 0; pass a whole number from 1"),
+    "more latents per row than there are": (["--l0", "600"], "got an L0 of 600 for 512 latents; pass at most as many."),
+    "more latents per row than dimensions": (
+        ["--l0", "193"],
+        "got an L0 of 193 for rows of width 192, which fewer atoms reconstruct exactly; pass smaller ones.",
+    ),
+    "groups that do not divide": (["--families", "groupmax", "--l0", "3"], "got groupmax with 512 latents; pass L0s"),
+    "too many halvings": (["--halvings", "9"], "got 9 halvings of 200 steps; pass fewer, so that a step is left."),
+    "a rate of 0": (["--grid", "0"], "got --grid 0; pass a number above 0"),
+    "two kinds of rows": (["--synthetic", "--data", "x.npy"], "got several of --data, --model and --synthetic"),
+    "noise of nothing": (["--noise", "0.1"], "got --noise without --synthetic; pass both."),
+    "autoencoders of features": (["--synthetic", "--sae", "x"], "got --sae without --data or --model"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PLANS)
+def test_a_plan_that_cannot_be_carried_out_is_one_line(case, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options, message = BAD_PLANS[case]
+    assert cli.main(["study", "--quick", "--out", "out", *options]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+# --- Known features
+
+
+def test_a_study_of_known_features(tmp_path):
+    plan = study.Plan(32, 60, 64, 128, ("relu", "topk"), (2,), rivals=("omp_nonnegative",), train_rows=2000)
+    progress, features = [], sources.Features(width=8, l0=2.0)
+    report = study.run(tmp_path, data=features, plan=plan, progress=lambda *args: progress.append(args))
+    assert [row["family"] for row in report["rows"]] == ["relu", "topk", "truth"]
+    for row in report["rows"]:
+        assert 0 < row["f1_before"] <= row["f1_after"] + 0.05 <= 1.05
+        assert {"mcc", "exact", "bias_before", "bias_after", "value_error_after", "f1_omp_nonnegative"} <= set(row)
+    assert report["rows"][2]["mcc"] == pytest.approx(1)
+    assert report["rows"][0]["bias_before"] < -0.1
+    assert "32 known features in 8 dimensions, 2 per row" in report["data"]["source"]
+    assert sum(steps for _, steps in progress) == study.total_steps(plan, features)
+    assert untimed(study.run(tmp_path, data=features, plan=plan)) == untimed(report)
+
+
+def test_features_that_cannot_be_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"got l0 = 20\.0 for 32 features"):
+        study.run(tmp_path / "out", data=sources.Features(width=8, l0=20.0), plan=SMALL)
+    assert not (tmp_path / "out").exists()
+
+
+# --- Learning rates
+
+
+def test_the_learning_rate_of_the_least_error_with_few_dead_latents_is_used(tmp_path):
+    np.save(tmp_path / "x.npy", raw_rows())
+    plan = SMALL._replace(families=("topk",), grid=(0.01, 1.0, 300.0))
+    run = partial(study.run, tmp_path / "out", data=tmp_path / "x.npy", plan=plan)
+    progress = []
+    report = run(progress=lambda *args: progress.append(args))
+    assert sum(steps for _, steps in progress) == study.total_steps(plan)
+    default = train.learning_rate(plan.latents, plan.steps)
+    tuned = {row["factor"]: row for row in report["tuning"]}
+    assert {factor: row["learning_rate"] for factor, row in tuned.items()} == {
+        factor: pytest.approx(factor * default) for factor in plan.grid
+    }
+    assert tuned[1.0]["nmse"] < tuned[0.01]["nmse"]
+    assert report["rows"][0]["learning_rate"] == pytest.approx(default)
+    assert run() == report
+
+
 # --- A language model
 
 MODEL = Path(__file__).parent / "language_models" / "llama"
 WHEN = ("before", "after")
-MODEL_PLAN = study.Plan(64, 40, 64, 6 * 15, ("relu", "topk"), (6,), train_rows=1500)
+MODEL_PLAN = study.Plan(64, 40, 64, 6 * 15, ("relu", "topk"), (6,), rivals=("omp_nonnegative",), train_rows=1500)
 
 
 @pytest.fixture(scope="session")
@@ -479,9 +559,10 @@ def test_a_study_of_a_model_has_its_losses(spliced):
         "source": f"residual of {MODEL} after block 1, on {done.out.parent / 'text.txt'}",
         **{"rows": 1500, "passes": 40 * 64 / 1500, "heldout": 90, "width": 24},
     }
-    losses = [f"{name}_{when}" for name in ("ce", "kl", "recovered_zero", "recovered_mean") for when in WHEN]
+    when = (*WHEN, "omp_nonnegative")
+    losses = [f"{name}_{each}" for name in ("ce", "kl", "recovered_zero", "recovered_mean") for each in when]
     assert all(np.isfinite(row[name]) for row in report["rows"] for name in (*NUMBERS, *losses))
-    assert all(row[f"kl_{when}"] >= 0 for row in report["rows"] for when in WHEN)
+    assert all(row[f"kl_{each}"] >= 0 for row in report["rows"] for each in when)
     assert sum(steps for _, steps in done.progress) == total
     with PIL.Image.open(done.out / "shrinkage.png") as image:
         assert image.width > 2 * image.height  # three panels
