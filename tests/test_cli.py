@@ -113,8 +113,8 @@ def a_report(certified=1.0):
     common = {"nmse_before": 0.5, "nmse_after": 0.25, "mean_before": 1.0, "mean_after": 1.5, "mean_change": 0.5}
     common |= {"rising": 0.75, "gamma_before": 0.8125, "gamma_after": 1.0, "worst_kkt": 2e-5 if certified < 1 else 1e-6}
     found = [
-        {"family": "relu", "k_or_l1": 0.05, "l0": 20.5, "certified": 1.0, **common},
-        {"family": "topk", "k_or_l1": 20, "l0": 20.0, "certified": certified, **common},
+        {"family": "relu", "l0_target": 20, "k_or_l1": 0.05, "l0": 20.5, "certified": 1.0, **common},
+        {"family": "topk", "l0_target": 20, "k_or_l1": 20, "l0": 20.0, "certified": certified, **common},
     ]
     return {"rows": found, "complete": True, "data": {"source": "x.npy", "rows": 10, "heldout": 1000, "width": 16}}
 
@@ -149,7 +149,7 @@ def test_study_passes_its_options_and_prints_the_table(quick, fake_study, tmp_pa
     assert call == {"out": tmp_path / "out", "data": tmp_path / "x.npy", "plan": plan, "seed": 7, "saes": ()}
     out, err = capsys.readouterr()
     assert "1000 held-out rows of width 16: x.npy" in out
-    for text in ("ReLU, L1 0.05", "TopK, k 20", "20.5", "0.5000", "0.2500", "+50.0%", "75%", "0.8125", "1.0e-06"):
+    for text in ("ReLU + L1, L0 20", "TopK, L0 20", "20.5", "0.5000", "0.2500", "+50.0%", "75%", "0.812", "1.0e-06"):
         assert text in out, text
     assert f"Written: {tmp_path / 'out' / 'report.json'}, " in out
     assert "warning" not in err
@@ -168,7 +168,7 @@ def test_a_certificate_that_fails_is_exit_code_1(fake_study, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert "0.7% fail" in out
     (warning,) = [line for line in err.splitlines() if "warning" in line]
-    assert warning == "jaxsae: warning: TopK, k 20: 7 rows are not certified, the worst at KKT 2.0e-05."
+    assert warning == "jaxsae: warning: TopK, L0 20: 7 rows are not certified, the worst at KKT 2.0e-05."
 
 
 # --- What can go wrong
@@ -237,7 +237,7 @@ def test_bad_input_to_refine_is_exit_code_2_and_one_line(case, folder, capsys):
 
 BAD_STUDY = {
     "no data": (["--data", "{folder}/nothing.npy"], None, "nothing.npy: no such file"),
-    "too few rows": (["--data", "{folder}/x.npy"], None, "x.npy: holds 40 rows, the study needs at least 1024"),
+    "too few rows": (["--data", "{folder}/x.npy"], None, "x.npy: holds 40 rows, the study needs at least 512"),
     "equal rows": (["--data", "{folder}/x.npy"], save(np.ones((1100, 2), np.float32)), "x.npy: all rows are equal"),
     "NaN": (["--data", "{folder}/x.npy"], save(np.full((1100, 2), np.nan)), "1100 of 1100 rows hold NaN or Inf"),
     "out in a file": (["--out", "{folder}/x.npy/out"], None, "cannot write"),
@@ -252,7 +252,7 @@ def test_bad_input_to_study_is_exit_code_2_and_one_line(case, folder, capsys, mo
     def never(*_):
         raise AssertionError("trained before all was checked")
 
-    monkeypatch.setattr(study, "_train", never)
+    monkeypatch.setattr(study, "train_to", never)
     options, prepare, message = BAD_STUDY[case]
     if prepare:
         prepare(folder)

@@ -167,6 +167,14 @@ LAWS = {
         lambda sae, rows: jaxsae.metrics.reconstruction(rows.x, jnp.sin(rows.x)),
         **ALL,
     ),
+    "metrics.recovery": Law(
+        lambda sae, rows: jaxsae.metrics.recovery(
+            jaxsae.metrics.Matching(np.arange(M)[::-1].copy(), np.ones(M)), rows.code, rows.refined.dense()
+        ),
+        smooth="it counts, and sums over what is active in both",
+        gathers="the order of the sums is fixed, row by row",
+        **ALL,
+    ),
     "nnls": Law(
         lambda sae, rows: jaxsae.nnls(*_gram(sae, rows)),
         smooth=lambda sae, rows: jaxsae.nnls(*_gram(sae, rows), None, EXACT)[0],
@@ -270,6 +278,7 @@ LAWLESS = {
     "ksvd.image_files.": "host side: it reads and writes files",
     "ksvd.images.": "host side: a picture of numpy in, another out",
     "language_model.": "its first argument is a language model: test_language_model compares with other libraries",
+    "metrics.match": "host side: the Hungarian algorithm, on two dictionaries",
     "pretrained.": "host side: it reads and writes files",
     "pytrees.": "it is of structure: no arithmetic",
     "sharding.": "it says where arrays are: no arithmetic",

@@ -452,7 +452,7 @@ def test_a_diverged_autoencoder_is_reported_and_printed(tmp_path, monkeypatch, c
 BAD_PLANS = {
     "a family that does not exist": (
         ["--families", "relu", "swish"],
-        "got families swish, expected one of: relu, topk",
+        "got --families 'swish', expected one of: relu, topk",
     ),
     "a family twice": (["--families", "relu", "relu"], "got families relu relu; pass each once."),
     "no seed": (["--seeds", "0"], "got --seeds 0; pass a whole number from 1"),

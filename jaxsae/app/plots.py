@@ -19,6 +19,8 @@ _COMPARED = (
     ("nmse_omp", "OMP", "s", "white"),
 )
 
+_LONGEST = 24  # characters of a name beside an axis
+
 
 def draw(report: dict[str, Any], folder: str | os.PathLike) -> list[Path]:
     """Draw all figures that a report has the data for: `shrinkage.png`, `reconstructions.png` and `steps.png`.
@@ -107,7 +109,7 @@ def reconstructions(report: dict[str, Any], path: str | os.PathLike) -> None:
         groups.setdefault(row.get("l0_target"), []).append(row)
     figure, panels = _figure(len(groups))
     for axes, (l0, members) in zip(panels, groups.items(), strict=True):
-        names = [row.get("sae") or FAMILIES[row["family"]][0] for row in members]
+        names = [_short(row.get("sae") or FAMILIES[row["family"]][0]) for row in members]
         for number, row in enumerate(members):
             colour = _colour(row["family"])
             shown = [row[key] for key, *_ in _COMPARED if row.get(key) is not None]
@@ -124,6 +126,11 @@ def reconstructions(report: dict[str, Any], path: str | os.PathLike) -> None:
         _set_logarithmic(axes, [axes.xaxis])
         axes.grid(axis="x", which="both", alpha=0.25)
     _finish(figure, path)
+
+
+def _short(name: str) -> str:
+    """The end of a long name, such as a path."""
+    return name if len(name) <= _LONGEST else f"…{name[1 - _LONGEST :]}"
 
 
 def steps(report: dict[str, Any], path: str | os.PathLike) -> None:

@@ -91,7 +91,7 @@ QUICK = Plan(512, 200, 256, 256, ("relu", "topk"), (16,), rivals=_FEW)
 # In a language model; whole contexts are held out.
 FULL_MODEL = Plan(1024, 1500, 256, 16 * (CONTEXT - 1), ALL, (16, 32))
 QUICK_MODEL = Plan(1024, 200, 256, 4 * (CONTEXT - 1), ("relu", "topk"), (32,), rivals=_FEW, train_rows=20_000)
-FULL_SYNTHETIC = Plan(256, 4000, 256, 2048, ALL, (8,), train_rows=100_000)
+FULL_SYNTHETIC = Plan(256, 3000, 256, 2048, ALL, (8,))
 QUICK_SYNTHETIC = Plan(256, 400, 256, 512, ("relu", "topk"), (8,), rivals=_FEW, train_rows=20_000)
 
 
