@@ -21,10 +21,11 @@ import jaxsae
 from jaxsae import language_model, pretrained, sharding, stream, train
 from jaxsae._core import arguments
 from jaxsae._core.files import InputError
-from jaxsae.app import plan, plots, runs, study
+from jaxsae.app import plan, plots, runs, sources, study
 from jaxsae.app.cli import COMMANDS, main
 from jaxsae.app.commands import autoencoders, texts, training
 from jaxsae.app.options import FAMILIES, Options, resolved
+from jaxsae.app.tuned import Trained
 from jaxsae.formats import hub
 from jaxsae.ksvd import image_files, images
 from jaxsae.language_model import download, harvest
@@ -320,10 +321,10 @@ def cut(monkeypatch):
     monkeypatch.setattr(train, "geometric_median", lambda rows: rows.mean(0))
     zeros = lambda model, ids, layer: jnp.zeros((*ids[:, 1:].shape, model.config.width))  # noqa: E731
     monkeypatch.setattr(harvest, "_after_first", zeros)
-    row = {"l0": 1.0, "nmse_before": 1.0, "nmse_after": 0.5, "mean_before": 1.0, "mean_after": 2.0, "mean_change": 1.0}
+    row = {"l0": 1.0, "l0_after": 1.0, "nmse_before": 1.0, "nmse_after": 0.5, "mean_before": 1.0, "mean_after": 2.0, "mean_change": 1.0}
     row |= {"rising": 1.0, "gamma_before": 0.5, "gamma_after": None, "worst_kkt": 0.0, "certified": 1.0}
     monkeypatch.setattr(study, "measure", lambda *_, **__: row)
-    monkeypatch.setattr(study, "_train", lambda rows, activation, *_: (sae(d=rows.shape[1], m=M), {}))
+    monkeypatch.setattr(study, "train_to", lambda rows, *_: Trained(sae(d=rows.shape[1], m=M), 2, {}))
     monkeypatch.setattr(plots, "shrinkage", lambda report, path: path.write_bytes(b""))
     program = plan.Program(1, 1, 1.0, 1.0, {})
     monkeypatch.setattr(plan, "_read", lambda lower: program)
@@ -349,10 +350,10 @@ def here(world, monkeypatch, tmp_path):
     monkeypatch.setattr(hub, "_fetch", offline)
     monkeypatch.setattr(language_model, "fetch", lambda name: Path(name))
     monkeypatch.setattr(plan, "topology_mesh", lambda topology, data=1, latent=8: training._mesh(data, latent))
-    for name in ("FULL", "QUICK", "FULL_MODEL", "QUICK_MODEL"):
+    for name in ("FULL", "QUICK", "FULL_MODEL", "QUICK_MODEL", "FULL_SYNTHETIC", "QUICK_SYNTHETIC"):
         heldout = 15 if "MODEL" in name else 16
-        monkeypatch.setattr(study, name, study.Plan(M, 2, 8, heldout, l1=(0.1,), train_rows=64))
-    monkeypatch.setattr(study, "_CONTEXT", 16)
+        monkeypatch.setattr(study, name, study.Plan(M, 2, 8, heldout, ("topk",), (2,), train_rows=64))
+    monkeypatch.setattr(sources, "CONTEXT", 16)
     monkeypatch.setattr(harvest, "standard_library", lambda: [world / "text.txt"])
     return tmp_path / "a/b"
 

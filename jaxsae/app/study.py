@@ -176,7 +176,8 @@ def run(
             progress("tuned", plan.steps * len(report["tuning"]))
             if published:
                 for name, sae in published.items():
-                    study.measure(sae, {"family": type(sae.activation).__name__.lower(), "sae": name}, name)
+                    family, k = type(sae.activation).__name__.lower(), getattr(sae.activation, "k", None)
+                    study.measure(sae, {"family": family, "k_or_l1": k, "sae": name}, name)
             else:
                 for job in _jobs(plan, seed):
                     study.train(job)
