@@ -61,8 +61,8 @@ class Plan(NamedTuple):
       halvings: how often the steps are halved, for how the results depend on the length of training: at the first
         seed and the first L0.
       grid: learning rates to try, relative to each family's default. Where there are several, each family is trained
-        with each of them at the first seed and L0; the one of the smallest error, of those that leave few latents
-        dead, is used throughout.
+        to each L0 with all of them at the first seed; that of the smallest error, of those that leave few latents
+        dead, is used for all seeds and lengths.
       rivals: which of `measure.RIVALS` to compare with.
       train_rows: maximum number of rows to train on.
 
@@ -304,37 +304,38 @@ class _Study:
         full = job.steps == self.plan.steps
         name += "" if full else f", {job.steps} steps"
         rows = self.report["rows" if full else "shorter"]
+        options = _options(self.plan._replace(steps=job.steps), job.family, job.seed)
+        options = options._replace(learning_rate=self._factor(job.family, job.l0) * (options.learning_rate or 0.0))
+        named["learning_rate"] = options.learning_rate
         if any(all(row.get(key) == value for key, value in named.items()) for row in rows):
             self.progress(f"{name}  is there", job.steps + self._cost())
             return
-        options = _options(self.plan._replace(steps=job.steps), job.family, job.seed)
-        options = options._replace(learning_rate=self._factor(job.family) * (options.learning_rate or 0.0))
         start = time.monotonic()
         trained = self._train(options, job.l0, name)
         sae = rescale(trained.sae, self.rows.scale)
         pretrained.save(sae, self.out / "sae" / job.folder(self.plan, self.report["config"]["seed"]))
-        row = named | {"k_or_l1": trained.sparsity, "learning_rate": options.learning_rate, "curve": trained.curve}
+        row = named | {"k_or_l1": trained.sparsity, "curve": trained.curve}
         self._add(sae, row, name, rows, time.monotonic() - start)
 
     def _train(self, options: Options, l0: int, name: str) -> Trained:
         heldout = self.rows.heldout * np.float32(self.rows.scale)
         return train_to(self.rows.train, heldout, options, l0, lambda text, n: self.progress(f"{name}  {text}", n))
 
-    def _factor(self, family: str) -> float:
-        """The learning rate of the grid that suits a family best, relative to its default."""
+    def _factor(self, family: str, l0: int) -> float:
+        """The learning rate of the grid that suits a family and L0 best, relative to the family's default."""
         plan, found = self.plan, self.report["tuning"]
-        tried = {row["factor"]: row for row in found if row["family"] == family}
+        tried = {row["factor"]: row for row in found if (row["family"], row["l0_target"]) == (family, l0)}
         if len(plan.grid) == 1:
             return plan.grid[0]
         for factor in (factor for factor in plan.grid if factor not in tried):
             options = _options(plan, family, self.report["config"]["seed"])
             options = options._replace(learning_rate=factor * (options.learning_rate or 0.0))
-            name = f"{FAMILIES[family][0]}, learning rate {options.learning_rate:.2g}"
-            sae, rows = self._train(options, plan.l0[0], name).sae, self.rows.train
+            name = f"{FAMILIES[family][0]}, L0 {l0}, learning rate {options.learning_rate:.2g}"
+            sae, rows = self._train(options, l0, name).sae, self.rows.train
             parts = [metrics.reconstruction(x, reconstruct(sae, x)) for _, x in stream.chunks(sae, rows[:_TUNED])]
             error = functools.reduce(operator.add, parts)
             active = calibration.activity(sae, (x for _, x in stream.chunks(sae, rows[: metrics.DEAD_ROWS])))
-            row = {"family": family, "factor": factor, "learning_rate": options.learning_rate}
+            row = {"family": family, "l0_target": l0, "factor": factor, "learning_rate": options.learning_rate}
             tried[factor] = row | {"nmse": json_number(error.nmse), "dead": json_number(active.dead)}
             found.append(tried[factor])
             runs._write_report(self.report, self.out)
@@ -420,7 +421,7 @@ def total_steps(plan: Plan, data: Source = None, saes: Sequence[str] = ()) -> in
     cost = _cost(plan, _live(data))
     steps = len(saes) * cost if saes else sum(job.steps + cost for job in _jobs(plan, 0))
     if len(plan.grid) > 1 and not saes:
-        steps += len(plan.families) * len(plan.grid) * plan.steps
+        steps += len(plan.families) * len(plan.l0) * len(plan.grid) * plan.steps
     if isinstance(data, Features) and not saes:
         steps += cost  # of the true dictionary
     if _live(data):

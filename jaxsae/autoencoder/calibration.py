@@ -131,10 +131,15 @@ def _count(sae: SAE, x):
     return jnp.zeros(_BINS, jnp.int32).at[bins.ravel()].add(1, mode="drop"), jnp.sum(finite)
 
 
-def latent_factors(sae: SAE, x: Float[Array, "n d"], code: SparseCode, *, steps: int = 100) -> Float[Array, " m"]:
+def latent_factors(
+    sae: SAE, x: Float[Array, "n d"], code: SparseCode, *, ridge: float = 0.01, steps: int = 100
+) -> Float[Array, " m"]:
     """One factor for each latent, by which its values are multiplied wherever it is active: the cheap refinement.
 
-        minimise_f Σ ‖y − Σ_j f_j z_j a_j‖² over rows, y = x − b_dec
+        minimise_f Σ ‖y − Σ_j f_j z_j a_j‖² + ridge Σ_j s_j (f_j − 1)²,   y = x − b_dec,   s_j = Σ z_j² ‖a_j‖²
+
+    summed over rows; without the ridge, factors of rare latents that fire together may be far from 1, and wrong
+    elsewhere.
 
     Unlike `refine`, it needs no solve at inference: `sae.replace(W_dec=f[:, None] * sae.W_dec)` has the factors in its
     atoms. By conjugate gradient, preconditioned by the diagonal, from factors of 1; a latent that is not active on
@@ -144,6 +149,7 @@ def latent_factors(sae: SAE, x: Float[Array, "n d"], code: SparseCode, *, steps:
       sae: the autoencoder; if it normalises each row, errors are in the units of the normalised rows.
       x: rows `[n d]`, such as those it was trained on.
       code: their code, `[n k]`.
+      ridge: weight of the distance from 1.
       steps: of conjugate gradient.
 
     Returns:
@@ -153,16 +159,16 @@ def latent_factors(sae: SAE, x: Float[Array, "n d"], code: SparseCode, *, steps:
       >>> import jaxsae
       >>> sae = jaxsae.SAE(jnp.eye(2), -0.5 * jnp.ones(2), jnp.eye(2), jnp.zeros(2), jaxsae.ReLU())
       >>> x = jnp.array([[1.0, 0.0], [0.0, 2.0]])
-      >>> latent_factors(sae, x, jaxsae.encode(sae, x, capacity=2)).round(3)
+      >>> latent_factors(sae, x, jaxsae.encode(sae, x, capacity=2), ridge=0.0).round(3)
       Array([2.   , 1.333], dtype=float32)
 
     Source: Wright & Sharkey (2024), "Addressing feature suppression in SAEs", who train such factors.
     """
-    return _latent_factors(sae.W_dec, to_fit(sae, x).y, code, steps=steps)
+    return _latent_factors(sae.W_dec, to_fit(sae, x).y, code, ridge, steps=steps)
 
 
 @functools.partial(jax.jit, static_argnames="steps")
-def _latent_factors(W_dec, y, code: SparseCode, *, steps: int) -> Array:
+def _latent_factors(W_dec, y, code: SparseCode, ridge, *, steps: int) -> Array:
     z = dataclasses.replace(code, values=widen(code.values))
 
     def scaled(f):
@@ -174,7 +180,7 @@ def _latent_factors(W_dec, y, code: SparseCode, *, steps: int) -> Array:
     squares = codes.sum_by_latent(dataclasses.replace(z, values=z.values**2)) * jnp.sum(widen(W_dec) ** 2, axis=1)
     ones = jnp.ones_like(squares)
     change, _ = jax.scipy.sparse.linalg.cg(
-        lambda f: summed(codes.decode(W_dec, scaled(f))),
+        lambda f: summed(codes.decode(W_dec, scaled(f))) + ridge * squares * f,
         summed(widen(y) - codes.decode(W_dec, z)),
         M=lambda r: divide(r, jnp.where(squares > 0, squares, 1)),
         tol=1e-4,
