@@ -330,7 +330,14 @@ def cut(monkeypatch):
         "mean_after": 2.0,
         "mean_change": 1.0,
     }
-    row |= {"rising": 1.0, "gamma_before": 0.5, "gamma_after": None, "worst_kkt": 0.0, "certified": 1.0}
+    row |= {
+        "mean_change": 1.0,
+        "rising": 1.0,
+        "gamma_before": 0.5,
+        "gamma_after": None,
+        "worst_kkt": 0.0,
+        "certified": 1.0,
+    }
     monkeypatch.setattr(study, "measure", lambda *_, **__: row)
     monkeypatch.setattr(study, "train_to", lambda rows, *_: Trained(sae(d=rows.shape[1], m=M), 2, {}))
     monkeypatch.setattr(plots, "shrinkage", lambda report, path: path.write_bytes(b""))

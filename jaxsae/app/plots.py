@@ -160,7 +160,7 @@ def steps(report: dict[str, Any], path: str | os.PathLike) -> None:
             some = sorted((row for row in rows if row["family"] == family), key=lambda row: row.get("steps", 0))
             if some and "steps" in some[0]:
                 values = [row["steps"] for row in some], [row[key] for row in some]
-                axes.plot(*values, "o-", color=_colour(family), label=name)
+                axes.plot(*values, "o-", color=_colour(family), label=name if axes is panels[0] else None)
         axes.set(xlabel="steps of training", ylabel=label, title=f"L0 {first['l0_target']:g}")
         _set_logarithmic(axes, [axes.xaxis] + [axes.yaxis] * key.startswith("nmse"))
         axes.grid(which="both", alpha=0.25)
@@ -223,14 +223,13 @@ def _draw_changes(axes, families, edges) -> None:
 def _draw_errors(axes, families, name: str) -> None:
     """An error against L0, before and after."""
     shown = []
-    for label, colour, rows in families:
+    for _, colour, rows in families:
         for when, style, face in (("before", "o--", "white"), ("after", "o-", colour)):
             key = "l0" if when == "before" else "l0_after"
             some = [row for row in rows if _positive(row[key]) and row.get(f"{name}_{when}") is not None]
             x, y = [row[key] for row in some], [row[f"{name}_{when}"] for row in some]  # on a logarithmic axis
             errors = [row["errors"].get(f"{name}_{when}", 0.0) for row in some]
-            which = {"label": label} if when == "after" else {}
-            axes.errorbar(x, y, yerr=errors, fmt=style, capsize=2, color=colour, markerfacecolor=face, **which)
+            axes.errorbar(x, y, yerr=errors, fmt=style, capsize=2, color=colour, markerfacecolor=face)
             shown += y
     logarithmic = [axes.xaxis] if shown else []
     logarithmic += [axes.yaxis] if name == "nmse" and any(map(_positive, shown)) else []

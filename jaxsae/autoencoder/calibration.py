@@ -183,7 +183,7 @@ def _latent_factors(W_dec, y, code: SparseCode, ridge, *, steps: int) -> Array:
         lambda f: summed(codes.decode(W_dec, scaled(f))) + ridge * squares * f,
         summed(widen(y) - codes.decode(W_dec, z)),
         M=lambda r: divide(r, jnp.where(squares > 0, squares, 1)),
-        tol=1e-4,
+        tol=1e-6,
         maxiter=steps,
     )
     return ones + jnp.where(squares > 0, change, 0)

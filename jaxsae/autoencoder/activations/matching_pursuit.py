@@ -92,7 +92,7 @@ class MatchingPursuit(Activation):
             chosen = chosen.at[number].set(jnp.where(values > 0, at, m).astype(jnp.int32))
             after = z.at[rows, at].add(values)
             r = r - values[:, None] * atoms
-            correlation = None if correlation is None else correlation - values[:, None] * gram[at]
+            correlation = None if gram is None else correlation - values[:, None] * gram[at]
             if self.stop_on_duplicate:
                 done |= ((after != 0) == (z != 0)).all(1)
             done |= (self.residual_threshold > 0) & (jnp.linalg.norm(r, axis=1) < self.residual_threshold)
