@@ -159,8 +159,9 @@ def latent_factors(
       >>> import jaxsae
       >>> sae = jaxsae.SAE(jnp.eye(2), -0.5 * jnp.ones(2), jnp.eye(2), jnp.zeros(2), jaxsae.ReLU())
       >>> x = jnp.array([[1.0, 0.0], [0.0, 2.0]])
-      >>> latent_factors(sae, x, jaxsae.encode(sae, x, capacity=2), ridge=0.0).round(3)
-      Array([2.   , 1.333], dtype=float32)
+      >>> factors = latent_factors(sae, x, jaxsae.encode(sae, x, capacity=2), ridge=0.0)
+      >>> [round(float(factor), 2) for factor in factors]
+      [2.0, 1.33]
 
     Source: Wright & Sharkey (2024), "Addressing feature suppression in SAEs", who train such factors.
     """
