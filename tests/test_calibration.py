@@ -131,7 +131,7 @@ def test_factors_are_the_least_squares_solution(activation, ridge, x):
     factors = calibration.latent_factors(model, x, code, ridge=ridge)
     z, D_, y = (np.asarray(a, np.float64) for a in (code.dense(), model.W_dec, x - model.b_dec))
     gram, right = (z.T @ z) * (D_ @ D_.T), (z * (y @ D_.T)).sum(0)
-    weight = ridge * np.diag(gram)
+    weight = np.full(M, ridge * np.diag(gram).mean())
     wanted = np.linalg.lstsq(gram + np.diag(weight), right + weight, rcond=1e-10)[0]
 
     def error(f):

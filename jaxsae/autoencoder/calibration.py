@@ -136,10 +136,10 @@ def latent_factors(
 ) -> Float[Array, " m"]:
     """One factor for each latent, by which its values are multiplied wherever it is active: the cheap refinement.
 
-        minimise_f Σ ‖y − Σ_j f_j z_j a_j‖² + ridge Σ_j s_j (f_j − 1)²,   y = x − b_dec,   s_j = Σ z_j² ‖a_j‖²
+        minimise_f Σ ‖y − Σ_j f_j z_j a_j‖² + ridge s̄ Σ_j (f_j − 1)²,   y = x − b_dec,   s̄ = mean_j Σ z_j² ‖a_j‖²
 
-    summed over rows; without the ridge, factors of rare latents that fire together may be far from 1, and wrong
-    elsewhere.
+    summed over rows; without the ridge, a latent that is rare and small on these rows may get a factor of hundreds,
+    which is wrong on others.
 
     Unlike `refine`, it needs no solve at inference: `sae.replace(W_dec=f[:, None] * sae.W_dec)` has the factors in its
     atoms. By conjugate gradient, preconditioned by the diagonal, from factors of 1; a latent that is not active on
@@ -181,9 +181,9 @@ def _latent_factors(W_dec, y, code: SparseCode, ridge, *, steps: int) -> Array:
     squares = codes.sum_by_latent(dataclasses.replace(z, values=z.values**2)) * jnp.sum(widen(W_dec) ** 2, axis=1)
     ones = jnp.ones_like(squares)
     change, _ = jax.scipy.sparse.linalg.cg(
-        lambda f: summed(codes.decode(W_dec, scaled(f))) + ridge * squares * f,
+        lambda f: summed(codes.decode(W_dec, scaled(f))) + ridge * jnp.mean(squares) * f,
         summed(widen(y) - codes.decode(W_dec, z)),
-        M=lambda r: divide(r, jnp.where(squares > 0, squares, 1)),
+        M=lambda r: divide(r, jnp.where(squares > 0, squares + ridge * jnp.mean(squares), 1)),
         tol=1e-6,
         maxiter=steps,
     )
