@@ -618,15 +618,15 @@ def test_two_studies_of_one_directory_at_a_time_are_refused(tmp_path):
 @pytest.mark.slow
 def test_a_longer_study_of_more_rows_compiles_no_more(tmp_path):
     """A program for each batch, block or step would show."""
-    rows = data.image_patches(8000, 2, side=8)[0]
+    rows = data.image_patches(10_000, 2, side=4)[0]
 
     def programs(number, steps):
         np.save(tmp_path / f"{number}.npy", rows[:number])
-        plan = PLAN._replace(families=("relu", "topk"), l0=(8,), steps=steps)
+        plan = PLAN._replace(families=("topk",), l0=(8,), steps=steps)  # others have codes of other shapes
         jax.clear_caches()
         with compilations() as seen:
             study.run(tmp_path / str(number), data=tmp_path / f"{number}.npy", plan=plan)
         return len(seen)
 
-    few, most = programs(4000, 60), programs(8000, 120)
+    few, most = programs(5000, 60), programs(10_000, 120)  # factors of latents are fitted to 4,096
     assert most <= few <= 150
