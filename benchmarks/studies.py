@@ -3,48 +3,9 @@
 import statistics
 from typing import Any
 
-from jaxsae.app.summary import FAMILIES, means, method
+from jaxsae.app.summary import FAMILIES, KNOWN, LOSSES, RECONSTRUCTIONS, VALUES, cell, means, method
 
-_VALUES = (
-    ("L0", "l0", ".1f"),
-    ("refined", "l0_after", ".1f"),
-    ("NMSE", "nmse_before", ".4f"),
-    ("refined", "nmse_after", ".4f"),
-    ("mean activation, change", "mean_change", "+.1%"),
-    ("rising", "rising", ".0%"),
-    ("γ", "gamma_before", ".3f"),
-    ("dead", "dead", ".1%"),
-)
-_RECONSTRUCTIONS = (
-    ("encoder", "nmse_before", ".4f"),
-    ("a factor a latent", "nmse_rescaled", ".4f"),
-    ("refined", "nmse_after", ".4f"),
-    ("signed refit", "nmse_signed", ".4f"),
-    ("OMP, z ≥ 0", "nmse_omp_nonnegative", ".4f"),
-    ("OMP", "nmse_omp", ".4f"),
-    ("OMP, z ≥ 0, as many in every row", "nmse_omp_equal", ".4f"),
-)
-_LOSSES = (
-    ("cross-entropy", "ce_before", ".3f"),
-    ("refined", "ce_after", ".3f"),
-    ("OMP, z ≥ 0", "ce_omp_nonnegative", ".3f"),
-    ("recovered", "recovered_mean_before", ".1%"),
-    ("refined", "recovered_mean_after", ".1%"),
-    ("OMP, z ≥ 0", "recovered_mean_omp_nonnegative", ".1%"),
-    ("KL", "kl_before", ".3f"),
-    ("refined", "kl_after", ".3f"),
-)
-_KNOWN = (
-    ("MCC", "mcc", ".3f"),
-    ("F1", "f1_before", ".3f"),
-    ("refined", "f1_after", ".3f"),
-    ("OMP, z ≥ 0", "f1_omp_nonnegative", ".3f"),
-    ("bias of values", "bias_before", "+.1%"),
-    ("refined", "bias_after", "+.1%"),
-    ("OMP, z ≥ 0", "bias_omp_nonnegative", "+.1%"),
-    ("error of values", "value_error_before", ".1%"),
-    ("refined", "value_error_after", ".1%"),
-)
+_VALUES = [column for column in VALUES if column[1] not in ("mean_before", "mean_after", "worst_kkt")]
 
 
 def values(report: dict[str, Any]) -> str:
@@ -59,7 +20,7 @@ def reconstructions(report: dict[str, Any]) -> str:
         f"Per row, without compilation, the median over all autoencoders: {costs['refit']:.2f} ms for the refit, "
         f"{costs['omp_nonnegative']:.2f} for OMP with z ≥ 0, {costs['omp']:.2f} for OMP."
     )
-    return f"{_table(report, _RECONSTRUCTIONS)}\n\n{note}"
+    return f"{_table(report, RECONSTRUCTIONS)}\n\n{note}"
 
 
 def losses(report: dict[str, Any]) -> str:
@@ -70,12 +31,12 @@ def losses(report: dict[str, Any]) -> str:
         f"of its residual, {zero:.3f} with zeros. KL is the divergence from the unchanged model's predictions; "
         "*recovered* is the loss recovered, relative to the mean."
     )
-    return f"{_table(report, _LOSSES)}\n\n{note}"
+    return f"{_table(report, LOSSES)}\n\n{note}"
 
 
 def known(report: dict[str, Any]) -> str:
     """How codes compare with the true ones."""
-    return _table(report, _KNOWN)
+    return _table(report, KNOWN)
 
 
 def lengths(report: dict[str, Any]) -> str:
@@ -119,15 +80,8 @@ def _milliseconds(report: dict[str, Any], name: str) -> float:
 def _table(report: dict[str, Any], columns: Any) -> str:
     rows = means(report["rows"])
     columns = [column for column in columns if any(row.get(column[1]) is not None for row in rows)]
-    cells = [[method(row), *(_cell(row, key, how) for _, key, how in columns)] for row in rows]
+    cells = [[method(row), *(cell(row, key, how) for _, key, how in columns)] for row in rows]
     return _markdown(["method", *(name for name, *_ in columns)], cells)
-
-
-def _cell(row: dict[str, Any], key: str, how: str) -> str:
-    value, error = row.get(key), row["errors"].get(key)
-    if value is None:
-        return ""
-    return format(value, how) + ("" if error is None else f" ± {format(error, how.lstrip('+'))}")
 
 
 def _markdown(head: list[str], rows: list[list[str]]) -> str:

@@ -4,6 +4,7 @@ from typing import Any
 
 from benchmarks import accelerator, kernels, lasso
 from benchmarks.pursuit import half_point
+from jaxsae.app.study import MANY_DEAD
 
 END = "<!-- end -->"
 _HEAD = ("solver", "rows", "rows/s", "quartiles", "compile s", "worst KKT", "99.9% KKT", "added NMSE", "scratch MiB")
@@ -102,7 +103,7 @@ def _rates(report: dict[str, Any], machine: str) -> list[str]:
     keys = ("data", "latents", "l0_target", "steps", "family")
     for group in dict.fromkeys(tuple(row[key] for key in keys) for row in report["rows"]):
         rows = {row["rate"]: row for row in report["rows"] if tuple(row[key] for key in keys) == group}
-        alive = [row["nmse"] for row in rows.values() if row["dead"] < _DEAD]
+        alive = [row["nmse"] for row in rows.values() if row["dead"] < MANY_DEAD]
         shown = [_rate(rows[rate], min(alive, default=0.0)) if rate in rows else "" for rate in rates]
         data, latents, l0, steps, family = group
         default = next(iter(rows.values()))["default"]
@@ -110,12 +111,9 @@ def _rates(report: dict[str, Any], machine: str) -> list[str]:
     return [f"{machine}; batches of {report['rows'][0]['batch']} rows.", "\n".join(lines)]
 
 
-_DEAD = 0.05  # share of latents: more is many
-
-
 def _rate(row: dict[str, Any], best: float) -> str:
     shown = f"{row['nmse']:.4f}"
-    if row["dead"] >= _DEAD:
+    if row["dead"] >= MANY_DEAD:
         return f"{shown} ({row['dead']:.0%} dead)"
     return f"**{shown}**" if row["nmse"] == best else shown
 

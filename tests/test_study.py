@@ -17,8 +17,8 @@ import jaxsae
 from jaxsae import data, language_model, pretrained, train
 from jaxsae._core.files import InputError, owned
 from jaxsae.app import cli, measure, plots, sources, study
-from jaxsae.app.options import FAMILIES
-from jaxsae.app.tuned import Trained
+from jaxsae.app.options import FAMILIES, Options
+from jaxsae.app.tuned import Trained, train_to
 from jaxsae.autoencoder.shrinkage import RATIO_EDGES
 from jaxsae.autoencoder.stream import refine_blocks
 from jaxsae.data import shards
@@ -504,6 +504,20 @@ def test_features_that_cannot_be_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"got l0 = 20\.0 for 32 features"):
         study.run(tmp_path / "out", data=sources.Features(width=8, l0=20.0), plan=SMALL)
     assert not (tmp_path / "out").exists()
+
+
+# --- Training to an L0
+
+
+@pytest.mark.parametrize("family", ["relu", "gated", "jumprelu", "matchingpursuit"])
+def test_a_family_is_trained_to_the_l0_that_is_asked_for(family):
+    rows = raw_rows(2048) - 10
+    rows /= np.sqrt(np.sum(np.var(rows, axis=0)))
+    options = Options(family, 64, batch=128, steps=300, heldout=512)
+    trained = train_to(rows[:1536], rows[1536:], options, 4, lambda text, steps: None)
+    # A pursuit takes a whole number of steps.
+    found = (np.asarray(jaxsae.encode_dense(trained.sae, jnp.asarray(rows[1536:]))) != 0).sum(axis=1).mean()
+    assert found == pytest.approx(4, rel=0.1 if family == "matchingpursuit" else 0.03)
 
 
 # --- Learning rates

@@ -71,7 +71,8 @@ def test_rows_are_codes_of_atoms_of_norm_one_plus_noise():
         signal = z @ np.asarray(world.dictionary, np.float64)
         assert (z >= 0).all()
         left = x - signal
-        assert np.abs(left).max() < 1e-5 if not noise else True
+        if not noise:
+            assert np.abs(left).max() < 1e-5
         np.testing.assert_allclose(np.sqrt((left**2).sum() / (signal**2).sum()), noise, atol=0.05)
     np.testing.assert_allclose(z[z > 0].mean(), 1, atol=0.01)
     np.testing.assert_allclose(z[z > 0].std(), 0.3, atol=0.01)

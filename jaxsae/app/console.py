@@ -90,17 +90,20 @@ def study_table(report: dict[str, Any]) -> str:
     """The rows of a study's report as two tables, of values and of reconstructions, in colour on a terminal."""
     from rich.console import Console
 
+    from jaxsae.app import summary
+
     data = report["data"]
     title = f"{data['heldout']} held-out rows of width {data['width']}: {data['source']}"
-    tables = [_table(report["rows"], title, _VALUES)]
+    shared = ("nmse_before", "nmse_after")  # of both tables
+    tables = [_table(report["rows"], title, summary.VALUES)]
     tables += [
         _table(report["rows"], name, columns)
         for name, columns in (
-            ("NMSE of as many atoms: the encoder's, and others on the same dictionary", _RECONSTRUCTIONS),
-            ("next-token cross-entropy", _LOSSES),
-            ("against the true features", _KNOWN),
+            ("NMSE of as many atoms: the encoder's, and others on the same dictionary", summary.RECONSTRUCTIONS),
+            ("next-token cross-entropy", summary.LOSSES),
+            ("against the true features", summary.KNOWN),
         )
-        if any(row.get(key) is not None for row in report["rows"] for _, key, _ in columns if key not in _SHARED)
+        if any(row.get(key) is not None for row in report["rows"] for _, key, _ in columns if key not in shared)
     ]
     if "ce_clean" in report:
         clean, mean, zero = (f"{report[f'ce_{name}']:.4f}" for name in ("clean", "mean", "zero"))
@@ -112,75 +115,22 @@ def study_table(report: dict[str, Any]) -> str:
     return captured.get().rstrip("\n")
 
 
-# Columns of tables: name, key and format.
-_VALUES = (
-    ("L0", "l0", ".1f"),
-    ("refined", "l0_after", ".1f"),
-    ("NMSE", "nmse_before", ".4f"),
-    ("refined", "nmse_after", ".4f"),
-    ("mean act.", "mean_before", ".3f"),
-    ("refined", "mean_after", ".3f"),
-    ("change", "mean_change", "+.1%"),
-    ("rising", "rising", ".0%"),
-    ("γ", "gamma_before", ".3f"),
-    ("dead", "dead", ".1%"),
-    ("worst KKT", "worst_kkt", ".1e"),
-)
-_SHARED = ("nmse_before", "nmse_after")  # of both tables
-_RECONSTRUCTIONS = (
-    ("encoder", "nmse_before", ".4f"),
-    ("a factor a latent", "nmse_rescaled", ".4f"),
-    ("refined", "nmse_after", ".4f"),
-    ("signed refit", "nmse_signed", ".4f"),
-    ("OMP, z ≥ 0", "nmse_omp_nonnegative", ".4f"),
-    ("OMP", "nmse_omp", ".4f"),
-    ("as many in every row", "nmse_omp_equal", ".4f"),
-)
-_LOSSES = (
-    ("encoder", "ce_before", ".4f"),
-    ("refined", "ce_after", ".4f"),
-    ("OMP, z ≥ 0", "ce_omp_nonnegative", ".4f"),
-    ("recovered", "recovered_mean_before", ".1%"),
-    ("refined", "recovered_mean_after", ".1%"),
-    ("OMP, z ≥ 0", "recovered_mean_omp_nonnegative", ".1%"),
-    ("KL", "kl_before", ".4f"),
-    ("refined", "kl_after", ".4f"),
-)
-_KNOWN = (
-    ("MCC", "mcc", ".3f"),
-    ("F1", "f1_before", ".3f"),
-    ("refined", "f1_after", ".3f"),
-    ("OMP, z ≥ 0", "f1_omp_nonnegative", ".3f"),
-    ("bias of values", "bias_before", "+.1%"),
-    ("refined", "bias_after", "+.1%"),
-    ("OMP, z ≥ 0", "bias_omp_nonnegative", "+.1%"),
-)
-
-
 def _table(rows: list[dict[str, Any]], title: str, columns) -> Any:
     """A table of means over seeds, with their standard errors if there are several."""
     from rich.table import Table
 
-    from jaxsae.app.summary import means, method
+    from jaxsae.app.summary import cell, means, method
 
     columns = [column for column in columns if any(row.get(column[1]) is not None for row in rows)]
     table = Table("method", *(name for name, *_ in columns), title=title)
     for column in table.columns[1:]:
         column.justify = "right"
     for row in means(rows):
-        cells = [_cell(row, key, form) for _, key, form in columns]
+        cells = [cell(row, key, form) or "–" for _, key, form in columns]
         if columns and columns[-1][1] == "worst_kkt" and row["certified"] < 1:
             cells[-1] += f" ({1 - row['certified']:.1%} fail)"
         table.add_row(method(row), *cells)
     return table
-
-
-def _cell(row: dict[str, Any], key: str, form: str) -> str:
-    value, error = row.get(key), row["errors"].get(key)
-    if value is None:
-        return "–"
-    shown = format(value, form)
-    return shown if error is None or key == "worst_kkt" else f"{shown} ± {format(error, form.lstrip('+'))}"
 
 
 def number(value: float | None) -> str:

@@ -65,8 +65,7 @@ def measure(
       see: called with the name of a reconstruction, the numbers of some rows, and these reconstructed.
     """
     compared = [name for name in _KNOWN if name in ("before", "after", *rivals)]
-    mean = calibration.activity(sae, (x for _, x in stream.chunks(sae, rows))).l0
-    equal = max(1, round(float(jnp.nan_to_num(mean))))
+    equal = _mean_l0(sae, rows) if "omp_equal" in rivals else 1
     clock, norms = _Clock(), jnp.append(jnp.linalg.norm(sae.W_dec, axis=1), 1)
     rescaled = _rescaled(sae, rows if more is None else more) if "rescaled" in rivals else sae
     matching = None if truth is None else metrics.match(sae.W_dec, truth.dictionary)
@@ -128,6 +127,11 @@ def _rival(name: str, sae: SAE, y, code: SparseCode, equal: int, clock: "_Clock"
     with clock.time(name, k, len(y)):
         chosen, _ = pursuit.omp(sae.W_dec, y, k=k, max_atoms=most, nonnegative=name != "omp")
         return jax.block_until_ready(chosen)
+
+
+def _mean_l0(sae: SAE, rows: np.ndarray) -> int:
+    mean = calibration.activity(sae, (x for _, x in stream.chunks(sae, rows))).l0
+    return max(1, round(float(jnp.nan_to_num(mean))))
 
 
 def _rescaled(sae: SAE, rows: np.ndarray) -> SAE:

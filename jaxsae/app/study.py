@@ -41,7 +41,7 @@ from jaxsae.train.checkpoint import versions
 _LISTS = ("rows", "shorter", "tuning")  # of a report
 _GROWS = ("families", "l0", "seeds", "halvings")  # what of a plan may grow when a study is resumed
 _TUNED = 20_000  # rows of those trained on that decide on a learning rate
-_MANY_DEAD = 0.05  # share of latents
+MANY_DEAD = 0.05  # share of latents
 _REPORT_EVERY = 25  # rows measured between reports of progress
 _MEAN_ROWS = 10_000  # rows from which the mean is taken if nothing is trained
 _SPLICED = ("before", "after", "omp_nonnegative")  # reconstructions that are put into the language model
@@ -339,7 +339,7 @@ class _Study:
             tried[factor] = row | {"nmse": json_number(error.nmse), "dead": json_number(active.dead)}
             found.append(tried[factor])
             runs._write_report(self.report, self.out)
-        alive = [factor for factor in plan.grid if tried[factor]["dead"] < _MANY_DEAD]
+        alive = [factor for factor in plan.grid if tried[factor]["dead"] < MANY_DEAD]
         if alive:
             return min(alive, key=lambda factor: tried[factor]["nmse"] or math.inf)
         return min(plan.grid, key=lambda factor: tried[factor]["dead"])

@@ -18,6 +18,70 @@ FAMILIES = {
     "truth": ("true dictionary", "#000000", "#ffffff"),
 }
 
+# Columns of tables: name, key and format.
+VALUES = (
+    ("L0", "l0", ".1f"),
+    ("refined", "l0_after", ".1f"),
+    ("NMSE", "nmse_before", ".4f"),
+    ("refined", "nmse_after", ".4f"),
+    ("mean act.", "mean_before", ".3f"),
+    ("refined", "mean_after", ".3f"),
+    ("change", "mean_change", "+.1%"),
+    ("rising", "rising", ".0%"),
+    ("γ", "gamma_before", ".3f"),
+    ("dead", "dead", ".1%"),
+    ("worst KKT", "worst_kkt", ".1e"),
+)
+RECONSTRUCTIONS = (
+    ("encoder", "nmse_before", ".4f"),
+    ("a factor a latent", "nmse_rescaled", ".4f"),
+    ("refined", "nmse_after", ".4f"),
+    ("signed refit", "nmse_signed", ".4f"),
+    ("OMP, z ≥ 0", "nmse_omp_nonnegative", ".4f"),
+    ("OMP", "nmse_omp", ".4f"),
+    ("OMP, z ≥ 0, as many in every row", "nmse_omp_equal", ".4f"),
+)
+LOSSES = (
+    ("cross-entropy", "ce_before", ".3f"),
+    ("refined", "ce_after", ".3f"),
+    ("OMP, z ≥ 0", "ce_omp_nonnegative", ".3f"),
+    ("recovered", "recovered_mean_before", ".1%"),
+    ("refined", "recovered_mean_after", ".1%"),
+    ("OMP, z ≥ 0", "recovered_mean_omp_nonnegative", ".1%"),
+    ("KL", "kl_before", ".3f"),
+    ("refined", "kl_after", ".3f"),
+)
+KNOWN = (
+    ("MCC", "mcc", ".3f"),
+    ("F1", "f1_before", ".3f"),
+    ("refined", "f1_after", ".3f"),
+    ("OMP, z ≥ 0", "f1_omp_nonnegative", ".3f"),
+    ("bias of values", "bias_before", "+.1%"),
+    ("refined", "bias_after", "+.1%"),
+    ("OMP, z ≥ 0", "bias_omp_nonnegative", "+.1%"),
+    ("error of values", "value_error_before", ".1%"),
+    ("refined", "value_error_after", ".1%"),
+)
+
+
+def cell(row: dict[str, Any], key: str, form: str) -> str:
+    """A number of one of `means` with its standard error, if there is one; "" if it is missing.
+
+    Args:
+      row: one of `means`.
+      key: of the number.
+      form: as for `format`.
+
+    Example:
+      >>> cell({"l0": 16.0, "errors": {"l0": 0.5}}, "l0", ".1f")
+      '16.0 ± 0.5'
+    """
+    value, error = row.get(key), row["errors"].get(key)
+    if value is None:
+        return ""
+    shown = format(value, form)
+    return shown if error is None or key == "worst_kkt" else f"{shown} ± {format(error, form.lstrip('+'))}"
+
 
 def method(row: dict[str, Any]) -> str:
     """The name of a row of a study.

@@ -44,7 +44,8 @@ def train_to(rows: np.ndarray, watched: np.ndarray, options: Options, l0: int, p
     """Train to a mean L0 on `watched` rows, as `jaxsae train` does but for the weight of a penalty.
 
     Families that count their active latents are trained with `k = l0`; thresholds are then calibrated. Where a penalty
-    makes sparse, its weight is a multiplier, λ ← λ (L0/l0)^0.15 every 10 steps.
+    makes sparse, its weight is a multiplier, λ ← λ (L0/l0)^0.15 every 10 steps; in the last fifth the
+    exponent is 0.3, since the L0 moves while the learning rate falls.
 
     Args:
       rows: `[n d]`, of unit mean square about their mean.

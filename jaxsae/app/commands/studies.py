@@ -33,7 +33,7 @@ def study(
 
     Trains several families to the same L0s, or measures the SAEs of --sae; and compares their codes with others of as
     many atoms. Writes report.json, figures and the trained SAEs; with --model also its activations, and reports how the
-    codes change its next-token loss. The last 2,048 rows of --data are held out (512 with --quick), and the first of
+    codes change its next-token loss. The last 1,024 rows of --data are held out (256 with --quick), and the first of
     the others, at most 200,000, are trained on. If interrupted, the same command resumes, as it does with more
     --families, --l0, --seeds or --halvings.
 

@@ -72,7 +72,7 @@ def train(
         l1: weight of the L1 penalty (relu, gated).
         batch: rows per step.
         steps: number of steps; warns if they are more than ten passes over the data.
-        learning_rate: by default from --latents and --steps, see jaxsae.train.learning_rate.
+        learning_rate: by default from --activation, --latents and --steps, see jaxsae.train.learning_rate.
         no_auxk: train without AuxK, which revives idle latents.
         multi_topk: also reconstruct with 4k latents (topk).
         idle_after: rows without firing after which AuxK trains a latent; by default a fiftieth of all rows seen.

@@ -74,8 +74,8 @@ class MatchingPursuit(Activation):
     def _choose(self, y, dictionary):
         """The atom that each step takes, `[steps n]`, or `m` where a row has stopped, and the code `[n m]`.
 
-        Correlations with the residual are updated by rows of the Gram matrix where that is small, which is several
-        times as fast; they only select, so that values are as accurate either way.
+        Correlations with the residual are updated by rows of the Gram matrix where that is small, which is
+        faster; they only select, so that values are as accurate either way.
         """
         (m, d), rows = dictionary.shape, jnp.arange(len(y))
         steps = d if self.max_steps is None else self.max_steps
