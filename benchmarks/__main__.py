@@ -29,17 +29,29 @@ from benchmarks import (
     pictures,
     plot,
     pursuit,
+    quality,
     rates,
     refine,
     selectors,
     table,
     train,
+    trainers,
 )
 from jaxsae._core import arguments
 from jaxsae.app import study
 
 ROOT = Path(__file__).parents[1]
-_PEERS = ("scipy", "jaxnnls", "jaxopt", "optax", "overcomplete", "torch", "eai-sparsify", "sae-lens")
+_PEERS = (
+    "scipy",
+    "jaxnnls",
+    "jaxopt",
+    "optax",
+    "overcomplete",
+    "torch",
+    "eai-sparsify",
+    "sae-lens",
+    "dictionary-learning",
+)
 _PEERS += ("scikit-learn", "spams-bin", "dictlearn", "ksvd", "celer", "skglm", "qpax")
 
 
@@ -68,6 +80,16 @@ def main() -> None:
     command.add_argument("--latents", type=int, default=512)
     command.add_argument("--batch", type=int, default=256)
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
+    command = commands.add_parser(
+        "quality", help="autoencoders of all trainers at one L0: error, dead latents, seconds"
+    )
+    command.add_argument("--size", choices=quality.SIZES, default="tiny")
+    command.add_argument("--peers", action="store_true", help="other libraries' trainers too; pip install '.[peers]'")
+    command.add_argument("--families", nargs="+", default=list(trainers.FAMILIES), choices=trainers.FAMILIES)
+    command.add_argument(
+        "--data", type=Path, metavar="DIR", default=Path("jaxsae-quality"), help="keeps a model's activations"
+    )
+    command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured; add what is not there")
     command = commands.add_parser("harvest", help="a harvest and the forward pass alone; pip install '.[lm]'")
     command.add_argument("--model", default="smollm2")
     command.add_argument("--layer", type=int, default=8)
@@ -139,6 +161,8 @@ def main() -> None:
         _report(args, size=args.size, rows=list(first_call.run(args.size)))
     elif args.command == "rates":
         _rates(args)
+    elif args.command == "quality":
+        _quality(args)
     elif args.command == "harvest":
         row = harvest.run(args.model, layer=args.layer, context=args.context, batch=args.batch)
         _report(args, row=row)
@@ -207,6 +231,22 @@ def _rates(args: argparse.Namespace) -> None:
     report: dict[str, Any] = {**_environment(args.command), "rows": there}
     options = {name: getattr(args, name) for name in ("families", "l0", "latents", "batch", "steps", "rates")}
     for row in rates.run(args.data, **options):
+        report["rows"].append(row)
+        _write(args.json, report)  # after each: an interruption keeps finished ones
+    print(table.markdown(report))
+
+
+def _quality(args: argparse.Namespace) -> None:
+    """Add a row for each training that is not in the file, if there is one: of an interrupted run, say."""
+    there = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else []
+    report: dict[str, Any] = {
+        **_environment(args.command),
+        "size": args.size,
+        "case": quality.SIZES[args.size]._asdict(),
+    }
+    report["rows"] = there
+    options = {"with_peers": args.peers, "families": args.families, "folder": args.data}
+    for row in quality.run(args.size, there=tuple(there), **options):
         report["rows"].append(row)
         _write(args.json, report)  # after each: an interruption keeps finished ones
     print(table.markdown(report))

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from benchmarks import accelerator, kernels, lasso
+from benchmarks import accelerator, kernels, lasso, quality
 from benchmarks.pursuit import half_point
 from jaxsae.app.study import MANY_DEAD
 
@@ -248,6 +248,7 @@ _TABLES = {
     "nnls": _nnls,
     "train": _train,
     "rates": _rates,
+    "quality": quality.markdown,
     "harvest": _harvest,
     "load": _load,
     "pursuit": _pursuit,

@@ -1,5 +1,6 @@
 """The benchmarks start on a bare machine, judge all solvers alike, and name what is missing."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxsae
 from benchmarks import (
     accelerator,
     cases,
@@ -20,12 +22,17 @@ from benchmarks import (
     kernels,
     peers,
     pursuit,
+    quality,
     rates,
     refine,
     selectors,
     table,
     train,
+    trainers,
 )
+from jaxsae.app import sources
+from jaxsae.autoencoder import calibration
+from jaxsae.autoencoder.sae import reconstruct
 
 ROOT = Path(__file__).parent.parent
 
@@ -297,6 +304,76 @@ def test_rates_are_compared_and_tabulated(tmp_path):
         line
         == f"| x | 32 | 4 | 20 | batchtopk | {rows[0]['nmse']:.4f} (25% dead) | **0.5000** | {rows[0]['default']:.2g} |"
     )
+
+
+def trainer_of(calls):
+    """A trainer whose autoencoders are the worse the larger the learning rate is."""
+
+    def train(job):
+        calls.append((job.family, job.rate, job.seed, job.steps))
+        sae = jaxsae.init(jax.random.key(job.seed), d=job.rows.shape[1], m=job.latents, activation=jaxsae.TopK(job.l0))
+        return dataclasses.replace(sae, b_dec=sae.b_dec + job.rate)
+
+    return trainers.Trainer(lambda job: 1.0, train)
+
+
+def missing_trainer():
+    def train(job):
+        raise ModuleNotFoundError(name="torch.nn")
+
+    return trainers.Trainer(lambda job: 1.0, train)
+
+
+def test_trainers_are_compared_at_their_best_rates_and_tabulated(monkeypatch, tmp_path, capsys):
+    case = quality.Case(None, 300, 64, 32, 50, 64, 4, seeds=2, rates=(0.5, 0.2, 3.0))
+    monkeypatch.setitem(quality.SIZES, "tiny", case)
+    ours, theirs = [], []
+    each = {trainers.OURS: trainer_of(ours), "theirs": trainer_of(theirs), "other": missing_trainer()}
+    monkeypatch.setattr(trainers, "TRAINERS", each)
+    options = {"with_peers": True, "families": ("topk", "relu"), "folder": tmp_path}
+    rows = list(quality.run("tiny", there=(), **options))
+    assert "other: torch: not installed" in capsys.readouterr().err
+    measured = [call[:3] for call in theirs if call[3] == case.steps]
+    seeds = [(1.0, 0), (0.5, 0), (0.2, 0), (3.0, 0), (0.2, 1)]
+    assert measured == [(family, *one) for family in ("topk", "relu") for one in seeds]
+    assert [call[:3] for call in ours if call[3] == case.steps][:2] == [("topk", 1.0, 0), ("topk", 1.0, 1)]
+    assert [(row["rate"], row["seed"]) for row in rows if row["library"] == "theirs"][:5] == seeds
+    again = [row for row in rows if row["seed"] == 0]  # an interrupted run goes on
+    assert list(map(without_seconds, quality.run("tiny", there=again, **options))) == [
+        without_seconds(row) for row in rows if row["seed"] == 1
+    ]
+    heldout = jnp.asarray(sources.photographs(300, 64, 0).heldout)
+    sae = each["theirs"].train(trainers.Job(heldout, heldout, "topk", 4, 32, 50, 64, 0.2, 1))
+    error = ((heldout - jaxsae.decode(sae, jaxsae.encode(sae, heldout))) ** 2).sum()
+    (row,) = [row for row in rows if (row["library"], row["family"], row["seed"]) == ("theirs", "topk", 1)]
+    np.testing.assert_allclose(row["nmse"], error / ((heldout - heldout.mean(0)) ** 2).sum(), rtol=1e-5)
+    machine = {"benchmark": "quality", "device": "a", "cores": 2, "jax": "0", "commit": "0123456789abc"}
+    text = table.markdown({**machine, "case": case._asdict(), "rows": rows})
+    assert text.count("| topk | theirs | 2 | 0.2 | 4.0 ± 0.0 | **") == 1
+
+
+def without_seconds(row):
+    return {name: value for name, value in row.items() if name != "seconds"}
+
+
+@pytest.mark.parametrize("family", trainers.FAMILIES)
+@pytest.mark.parametrize("library", trainers.TRAINERS)
+def test_trainers_learn_and_reach_the_l0(library, family):
+    rows = sources.photographs(2000, 256, 0)
+    job = trainers.Job(rows.train, rows.heldout, family, 8, 64, 200, 64, 3e-3, 0)
+    assert trainers.TRAINERS[library].rate(job._replace(rate=None)) > 0
+    try:
+        sae = trainers.TRAINERS[library].train(job)
+    except ImportError as error:
+        pytest.skip(str(error))
+    x = jnp.asarray(rows.heldout)
+    if family in ("jumprelu", "batchtopk", "matryoshka"):
+        sae = calibration.calibrate(sae, [x], 8.0)
+    z = jaxsae.encode_dense(sae, x)
+    np.testing.assert_allclose((z != 0).sum(1).mean(), 8, rtol=0.3)  # a weight is moved twenty times only
+    start = jaxsae.init(jax.random.key(0), d=192, m=64, activation=jaxsae.TopK(8))
+    errors = [float(((x - reconstruct(one, x)) ** 2).sum()) for one in (sae, start)]
+    assert errors[0] < 0.5 * errors[1]
 
 
 @pytest.mark.slow

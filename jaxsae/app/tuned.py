@@ -16,14 +16,48 @@ from jaxsae.autoencoder import calibration
 from jaxsae.autoencoder.sae import SAE
 from jaxsae.train.objectives import Objective
 
-_EVERY = 10  # steps between changes of a penalty's weight
+EVERY = 10  # steps between changes of a penalty's weight
 _POINTS = 40  # of a curve, about
-_WEIGHT = 0.05  # of a penalty at first, for rows of unit mean square
-_LIMITS = (1e-6, 1e2)
-_GAIN = 0.15  # exponent of the ratio of the L0 to the target, by which a weight is multiplied
-_SAMPLE = 1024  # rows on which the L0 is watched, but at the end
+_LIMITS = (1e-6, 1e2)  # of weights
+_GAIN = 0.15
+_SAMPLE = 1024
 
 Progress = Callable[[str, int], None]
+
+
+@dataclasses.dataclass
+class Multiplier:
+    """The weight of a penalty as the multiplier of a constraint on the L0: λ ← λ (L0/l0)^0.15, every 10 steps.
+
+    In the last fifth of a training the exponent is 0.3, since the L0 moves while the learning rate falls.
+
+    Attributes:
+      l0: the target.
+      steps: of the training.
+      weight: λ; at first for rows of unit mean square.
+
+    Example:
+      >>> multiplier = Multiplier(l0=32, steps=100)
+      >>> multiplier.move(10, 32.0), multiplier.move(20, 64.0) > 0.05
+      (0.05, True)
+    """
+
+    l0: int
+    steps: int
+    weight: float = 0.05
+
+    def rows(self, step: int, watched: Any) -> Any:
+        """The rows to measure the L0 on after a step: all watched ones in the last fifth, else the first 1,024."""
+        return watched if self._ending(step) else watched[:_SAMPLE]
+
+    def move(self, step: int, found: float) -> float:
+        """The weight after a step, where the L0 was found to be `found`."""
+        gain = 2 * _GAIN if self._ending(step) else _GAIN
+        self.weight = float(np.clip(self.weight * (max(found, 1e-3) / self.l0) ** gain, *_LIMITS))
+        return self.weight
+
+    def _ending(self, step: int) -> bool:
+        return step > self.steps - self.steps // 5
 
 
 class Trained(NamedTuple):
@@ -44,8 +78,7 @@ def train_to(rows: np.ndarray, watched: np.ndarray, options: Options, l0: int, p
     """Train to a mean L0 on `watched` rows, as `jaxsae train` does but for the weight of a penalty.
 
     Families that count their active latents are trained with `k = l0`; thresholds are then calibrated. Where a penalty
-    makes sparse, its weight is a multiplier, λ ← λ (L0/l0)^0.15 every 10 steps; in the last fifth the
-    exponent is 0.3, since the L0 moves while the learning rate falls.
+    makes sparse, its weight is a `Multiplier`.
 
     Args:
       rows: `[n d]`, of unit mean square about their mean.
@@ -62,15 +95,16 @@ def train_to(rows: np.ndarray, watched: np.ndarray, options: Options, l0: int, p
       (2, [10, 20, 30])
     """
     penalised = FAMILIES[options.activation].needs == "l1"
-    sparsity: float = _WEIGHT if penalised else l0
+    multiplier = Multiplier(l0, options.steps)
+    sparsity: float = multiplier.weight if penalised else l0
     options = options._replace(**{"l1" if penalised else "k": sparsity})
     objective, tx, init_fn = runs.recipe(options, jnp.asarray(rows[:10_000].mean(axis=0)), 1.0)
-    batches, state, seen = _batches(rows, options.batch, options.seed), init_fn(), jnp.asarray(watched)
+    batches, state, seen = shuffled(rows, options.batch, options.seed), init_fn(), jnp.asarray(watched)
     curve: dict[str, list] = {"step": [], "nmse": [], "l0": []}
     last: dict[str, Any] = {}
-    every = max(_EVERY, options.steps // _POINTS // _EVERY * _EVERY)
-    for start in range(0, options.steps, _EVERY):
-        steps = min(_EVERY, options.steps - start)
+    every = max(EVERY, options.steps // _POINTS // EVERY * EVERY)
+    for start in range(0, options.steps, EVERY):
+        steps = min(EVERY, options.steps - start)
         done = start + steps
         state = train.fit(
             state, batches, loss=objective, tx=tx, steps=steps, callback=lambda _, measured: last.update(measured)
@@ -81,10 +115,8 @@ def train_to(rows: np.ndarray, watched: np.ndarray, options: Options, l0: int, p
                 curve[name].append(value)
             progress(f"NMSE {float(last['nmse']):.3f}  L0 {float(last['l0']):.0f}", (done - 1) % every + 1)
         if penalised and done < options.steps:
-            ending = done > options.steps - options.steps // 5  # while the learning rate falls, the L0 moves
-            found = float(calibration.activity(state.sae, [seen if ending else seen[:_SAMPLE]]).l0)
-            gain = 2 * _GAIN if ending else _GAIN
-            sparsity = float(np.clip(sparsity * (max(found, 1e-3) / l0) ** gain, *_LIMITS))
+            found = float(calibration.activity(state.sae, [multiplier.rows(done, seen)]).l0)
+            sparsity = multiplier.move(done, found)
             objective = _reweighted(objective, sparsity)
     sae = state.sae
     if not penalised and sae.activation.slots is None:
@@ -98,8 +130,18 @@ def _reweighted(objective: Objective, weight: float) -> Objective:
     return dataclasses.replace(objective, terms=(dataclasses.replace(penalty, weight=weight), *objective.terms[1:]))
 
 
-def _batches(rows: np.ndarray, size: int, seed: int) -> Iterator[np.ndarray]:
-    """Batches of rows in memory, each epoch in another order; `data.batches`, for files, takes as long as a step."""
+def shuffled(rows: np.ndarray, size: int, seed: int) -> Iterator[np.ndarray]:
+    """Batches of rows in memory, each epoch in another order; `data.batches`, for files, takes as long as a step.
+
+    Args:
+      rows: `[n d]`.
+      size: rows of a batch.
+      seed: of the orders.
+
+    Example:
+      >>> next(shuffled(np.zeros((5, 3)), 2, 0)).shape
+      (2, 3)
+    """
     generator = np.random.default_rng(seed)
     for _ in itertools.count():
         order = generator.permutation(len(rows))

@@ -1,0 +1,149 @@
+"""Autoencoders trained by ours and by other libraries' trainers: the same rows, batches, steps, latents and L0.
+
+Each trainer's learning rate is its own one and, for other libraries, the best of a few more, on the held-out rows; the
+thresholds of all are then set to the L0. What is compared is measured here, for all alike.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import trainers
+from benchmarks.clock import name_missing, say
+from jaxsae import language_model
+from jaxsae._core.files import json_number
+from jaxsae.app import sources
+from jaxsae.app.summary import cell, means
+from jaxsae.autoencoder import calibration, metrics, stream
+from jaxsae.autoencoder.activations import BatchTopK, JumpReLU
+from jaxsae.autoencoder.sae import SAE, reconstruct
+from jaxsae.autoencoder.surgery import rescale
+
+
+class Case(NamedTuple):
+    """Sizes of the trainings; `model` is None for patches of photographs."""
+
+    model: str | None
+    train_rows: int
+    heldout: int
+    latents: int
+    steps: int
+    batch: int
+    l0: int
+    seeds: int
+    rates: tuple[float, ...]  # that are tried for other libraries, beside their own
+
+
+SIZES = {
+    "tiny": Case(None, 4000, 256, 64, 20, 64, 4, 1, ()),
+    "small": Case(None, 200_000, 2048, 512, 1000, 256, 16, 1, (1e-3, 3e-3)),
+    "paper": Case("smollm2", 200_000, 4080, 1024, 1500, 256, 16, 3, (1e-3, 3e-3)),
+}
+
+_WARM = 20  # steps
+
+
+def run(
+    size: str, *, with_peers: bool, families: Sequence[str], folder: Path, there: Sequence[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """A row for each training that is not among those `there`; `folder` keeps a model's activations."""
+    case = SIZES[size]
+    rows = _load(case, folder)
+    compared = trainers.TRAINERS if with_peers else {trainers.OURS: trainers.TRAINERS[trainers.OURS]}
+    for family in families:
+        for library, trainer in compared.items():
+            mine = [row for row in there if (row["library"], row["family"]) == (library, family)]
+            try:
+                yield from _trainings(case, rows, library, trainer, family, mine)
+            except ImportError as error:
+                say(f"{library}: {name_missing(error)}")
+
+
+def _load(case: Case, folder: Path) -> sources.Rows:
+    if case.model is None:
+        return sources.photographs(case.train_rows, case.heldout, 0)
+    site = sources.HookPoint(case.model)
+    return sources.from_model(site, folder, case.train_rows, case.heldout, case.batch, lambda text, steps: None)
+
+
+def _trainings(
+    case: Case, rows: sources.Rows, library: str, trainer: trainers.Trainer, family: str, there: list[dict]
+) -> Iterator[dict[str, Any]]:
+    """Those of a library and family: the first seed at each rate, then the others at the best one."""
+    watched, sizes = rows.heldout * np.float32(rows.scale), (case.l0, case.latents, case.steps, case.batch)
+    job = trainers.Job(rows.train, watched, family, *sizes, rate=None, seed=0)
+    rates = [trainer.rate(job), *(() if library == trainers.OURS else case.rates)]
+    found = {(row["rate"], row["seed"]): row for row in there}
+    trainer.train(job._replace(rate=rates[0], steps=_WARM))  # imports
+
+    def once(rate: float, seed: int) -> Iterator[dict[str, Any]]:
+        if (rate, seed) not in found:
+            say(f"{library}: {family}, rate {rate:.2g}, seed {seed}")
+            row = {"library": library, "family": family, "rate": rate, "seed": seed}
+            found[rate, seed] = row | _train(trainer, job._replace(rate=rate, seed=seed), rows)
+            yield found[rate, seed]
+
+    for rate in rates:
+        yield from once(rate, 0)
+    best = min(rates, key=lambda rate: found[rate, 0]["nmse"])
+    for seed in range(1, case.seeds):
+        yield from once(best, seed)
+
+
+def _train(trainer: trainers.Trainer, job: trainers.Job, rows: sources.Rows) -> dict[str, Any]:
+    """Seconds of a training, with compilation, and what it gave."""
+    start = time.perf_counter()
+    sae = trainer.train(job)
+    seconds = time.perf_counter() - start
+    if isinstance(sae.activation, JumpReLU | BatchTopK):
+        sae = calibration.calibrate(sae, [jnp.asarray(job.watched)], float(job.l0))
+    return {"seconds": seconds} | _measure(rescale(sae, rows.scale), rows)
+
+
+def _measure(sae: SAE, rows: sources.Rows) -> dict[str, Any]:
+    """Error, L0 and losses on the held-out rows; latents that fire on none of many training rows."""
+    x_hat = np.concatenate([reconstruct(sae, x) for _, x in stream.chunks(sae, rows.heldout)])
+    nmse = metrics.reconstruction(jnp.asarray(rows.heldout), jnp.asarray(x_hat)).nmse
+    more = rows.train[: metrics.DEAD_ROWS] / np.float32(rows.scale)
+    dead = calibration.activity(sae, (x for _, x in stream.chunks(sae, more))).dead
+    l0 = calibration.activity(sae, (x for _, x in stream.chunks(sae, rows.heldout))).l0
+    numbers = {"nmse": nmse, "l0": l0, "dead": dead}
+    if rows.probe is not None:
+        mean = np.broadcast_to(rows.train.mean(axis=0) / rows.scale, x_hat.shape)
+        found = sources.losses(rows.probe, {"sae": x_hat, "mean": np.ascontiguousarray(mean)})
+        recovered = language_model.loss_recovered(found["clean"], found["sae"], found["mean"])
+        numbers |= {"ce": found["sae"].cross_entropy, "ce_clean": found["clean"].cross_entropy, "recovered": recovered}
+    return {name: json_number(value) for name, value in numbers.items()}
+
+
+def markdown(report: dict[str, Any], machine: str) -> list[str]:
+    """A line for each family and trainer, as means over seeds with standard errors; the least NMSE in bold."""
+    head = ("family", "trainer", "seeds", "learning rate", "L0", "NMSE", "dead", "loss recovered", "s")
+    lines = ["| " + " | ".join(head) + " |", "|---|---|" + "--:|" * (len(head) - 2)]
+    for family in dict.fromkeys(row["family"] for row in report["rows"]):
+        of_family = [row for row in report["rows"] if row["family"] == family]
+        of_library = {
+            library: _mean(of_family, library) for library in dict.fromkeys(row["library"] for row in of_family)
+        }
+        least = min(mean["nmse"] for mean in of_library.values())
+        for library, mean in of_library.items():
+            nmse = f"**{cell(mean, 'nmse', '.4f')}**" if mean["nmse"] == least else cell(mean, "nmse", ".4f")
+            numbers = [cell(mean, "l0", ".1f"), nmse, cell(mean, "dead", ".1%"), cell(mean, "recovered", ".1%")]
+            about = [family, library, str(mean["seeds"]), f"{mean['rate']:.2g}"]
+            lines.append("| " + " | ".join([*about, *numbers, f"{mean['seconds']:.0f}"]) + " |")
+    case = report["case"]
+    data = f"residual of {case['model']}" if case["model"] else "patches of photographs"
+    sizes = f"{case['latents']:,} latents, L0 {case['l0']}, {case['steps']:,} steps of {case['batch']} rows"
+    return [f"{machine}; {data}; {sizes}.", "\n".join(lines)]
+
+
+def _mean(rows: list[dict[str, Any]], library: str) -> dict[str, Any]:
+    """The mean over seeds of a library's rows of a family, at its learning rate that is best at the first seed."""
+    mine = [row for row in rows if row["library"] == library]
+    best = min((row for row in mine if row["seed"] == 0), key=lambda row: row["nmse"])
+    (mean,) = means([row | {"l0_target": None} for row in mine if row["rate"] == best["rate"]])
+    return mean
