@@ -4,6 +4,8 @@ Each trainer's learning rate is its own one and, for other libraries, the best o
 thresholds of all are then set to the L0. What is compared is measured here, for all alike.
 """
 
+import importlib.util
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import trainers
-from benchmarks.clock import name_missing, say
+from benchmarks.clock import say
 from jaxsae import language_model
 from jaxsae._core.files import json_number
 from jaxsae.app import sources
@@ -50,17 +52,40 @@ _WARM = 20  # steps
 def run(
     size: str, *, with_peers: bool, families: Sequence[str], folder: Path, there: Sequence[dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
-    """A row for each training that is not among those `there`; `folder` keeps a model's activations."""
+    """A row for each training that is not among those `there`; `folder` keeps a model's activations.
+
+    The first seed is trained at each rate, then the others at the best one: an interrupted run has all families.
+    """
     case = SIZES[size]
     rows = _load(case, folder)
-    compared = trainers.TRAINERS if with_peers else {trainers.OURS: trainers.TRAINERS[trainers.OURS]}
-    for family in families:
-        for library, trainer in compared.items():
-            mine = [row for row in there if (row["library"], row["family"]) == (library, family)]
-            try:
-                yield from _trainings(case, rows, library, trainer, family, mine)
-            except ImportError as error:
-                say(f"{library}: {name_missing(error)}")
+    ablated = _ablated(rows)
+    compared = _compared(with_peers)
+    found = {(row["library"], row["family"], row["seed"], row["rate"]): row for row in there}
+    for seed, family, library in itertools.product(range(case.seeds), families, compared):
+        trainer = compared[library]
+        rates = [trainer.rate(family, case.latents, case.steps), *(() if library == trainers.OURS else case.rates)]
+        if seed:
+            rates = [min(rates, key=lambda rate: found[library, family, 0, rate]["nmse"])]
+        for rate in rates:
+            key = (library, family, seed, rate)
+            if key in found:
+                continue
+            say(f"{library}: {family}, seed {seed}, rate {rate:.2g}")
+            sae, seconds = _train(trainer, _job(case, rows, family, rate, seed))
+            row = dict(zip(("library", "family", "seed", "rate"), key, strict=True)) | {"seconds": seconds}
+            found[key] = row | _measure(rescale(sae, rows.scale), rows, ablated)
+            yield found[key]
+
+
+def _compared(with_peers: bool) -> dict[str, trainers.Trainer]:
+    """The trainers that are installed."""
+    compared = {}
+    for library, trainer in trainers.TRAINERS.items():
+        if importlib.util.find_spec(trainer.package) is None:
+            say(f"{library}: not installed")
+        elif with_peers or library == trainers.OURS:
+            compared[library] = trainer
+    return compared
 
 
 def _load(case: Case, folder: Path) -> sources.Rows:
@@ -70,52 +95,42 @@ def _load(case: Case, folder: Path) -> sources.Rows:
     return sources.from_model(site, folder, case.train_rows, case.heldout, case.batch, lambda text, steps: None)
 
 
-def _trainings(
-    case: Case, rows: sources.Rows, library: str, trainer: trainers.Trainer, family: str, there: list[dict]
-) -> Iterator[dict[str, Any]]:
-    """Those of a library and family: the first seed at each rate, then the others at the best one."""
-    watched, sizes = rows.heldout * np.float32(rows.scale), (case.l0, case.latents, case.steps, case.batch)
-    job = trainers.Job(rows.train, watched, family, *sizes, rate=None, seed=0)
-    rates = [trainer.rate(job), *(() if library == trainers.OURS else case.rates)]
-    found = {(row["rate"], row["seed"]): row for row in there}
-    trainer.train(job._replace(rate=rates[0], steps=_WARM))  # imports
-
-    def once(rate: float, seed: int) -> Iterator[dict[str, Any]]:
-        if (rate, seed) not in found:
-            say(f"{library}: {family}, rate {rate:.2g}, seed {seed}")
-            row = {"library": library, "family": family, "rate": rate, "seed": seed}
-            found[rate, seed] = row | _train(trainer, job._replace(rate=rate, seed=seed), rows)
-            yield found[rate, seed]
-
-    for rate in rates:
-        yield from once(rate, 0)
-    best = min(rates, key=lambda rate: found[rate, 0]["nmse"])
-    for seed in range(1, case.seeds):
-        yield from once(best, seed)
+def _job(case: Case, rows: sources.Rows, family: str, rate: float, seed: int) -> trainers.Job:
+    watched = rows.heldout * np.float32(rows.scale)
+    return trainers.Job(rows.train, watched, family, case.l0, case.latents, case.steps, case.batch, rate, seed)
 
 
-def _train(trainer: trainers.Trainer, job: trainers.Job, rows: sources.Rows) -> dict[str, Any]:
-    """Seconds of a training, with compilation, and what it gave."""
+def _train(trainer: trainers.Trainer, job: trainers.Job) -> tuple[SAE, float]:
+    """The autoencoder, its thresholds set to the L0, and the seconds of its training: with compilation, not imports."""
+    trainer.train(job._replace(steps=_WARM))
     start = time.perf_counter()
     sae = trainer.train(job)
     seconds = time.perf_counter() - start
     if isinstance(sae.activation, JumpReLU | BatchTopK):
         sae = calibration.calibrate(sae, [jnp.asarray(job.watched)], float(job.l0))
-    return {"seconds": seconds} | _measure(rescale(sae, rows.scale), rows)
+    return sae, seconds
 
 
-def _measure(sae: SAE, rows: sources.Rows) -> dict[str, Any]:
+def _ablated(rows: sources.Rows) -> language_model.NextToken | None:
+    """Losses of the model with the mean in place of its residual."""
+    if rows.probe is None:
+        return None
+    mean = np.broadcast_to(rows.train.mean(axis=0) / rows.scale, rows.heldout.shape)
+    return sources.losses(rows.probe, {"mean": np.ascontiguousarray(mean)})["mean"]
+
+
+def _measure(sae: SAE, rows: sources.Rows, ablated: language_model.NextToken | None) -> dict[str, Any]:
     """Error, L0 and losses on the held-out rows; latents that fire on none of many training rows."""
     x_hat = np.concatenate([reconstruct(sae, x) for _, x in stream.chunks(sae, rows.heldout)])
-    nmse = metrics.reconstruction(jnp.asarray(rows.heldout), jnp.asarray(x_hat)).nmse
     more = rows.train[: metrics.DEAD_ROWS] / np.float32(rows.scale)
-    dead = calibration.activity(sae, (x for _, x in stream.chunks(sae, more))).dead
-    l0 = calibration.activity(sae, (x for _, x in stream.chunks(sae, rows.heldout))).l0
-    numbers = {"nmse": nmse, "l0": l0, "dead": dead}
-    if rows.probe is not None:
-        mean = np.broadcast_to(rows.train.mean(axis=0) / rows.scale, x_hat.shape)
-        found = sources.losses(rows.probe, {"sae": x_hat, "mean": np.ascontiguousarray(mean)})
-        recovered = language_model.loss_recovered(found["clean"], found["sae"], found["mean"])
+    numbers = {
+        "nmse": metrics.reconstruction(jnp.asarray(rows.heldout), jnp.asarray(x_hat)).nmse,
+        "l0": calibration.activity(sae, (x for _, x in stream.chunks(sae, rows.heldout))).l0,
+        "dead": calibration.activity(sae, (x for _, x in stream.chunks(sae, more))).dead,
+    }
+    if rows.probe is not None and ablated is not None:
+        found = sources.losses(rows.probe, {"sae": x_hat})
+        recovered = language_model.loss_recovered(found["clean"], found["sae"], ablated)
         numbers |= {"ce": found["sae"].cross_entropy, "ce_clean": found["clean"].cross_entropy, "recovered": recovered}
     return {name: json_number(value) for name, value in numbers.items()}
 

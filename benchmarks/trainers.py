@@ -30,7 +30,7 @@ class Job(NamedTuple):
     latents: int
     steps: int
     batch: int
-    rate: float | None  # of learning; None for the trainer's own
+    rate: float
     seed: int
 
     @property
@@ -45,22 +45,23 @@ class Job(NamedTuple):
 
 
 class Trainer(NamedTuple):
-    """A library's own learning rate for a job that has none, and its training of one that has."""
+    """A library: its package, its learning rate for a family and numbers of latents and steps, and its training."""
 
-    rate: Callable[[Job], float]
+    package: str
+    rate: Callable[[str, int, int], float]
     train: Callable[[Job], SAE]
 
 
 # --- Ours
 
 
-def _our_options(job: Job) -> Options:
-    options = Options(job.family, job.latents, batch=job.batch, steps=job.steps, learning_rate=job.rate)
-    return resolved(options._replace(heldout=len(job.watched), seed=job.seed))
+def _our_rate(family: str, latents: int, steps: int) -> float:
+    return resolved(Options(family, latents, steps=steps)).learning_rate or 0.0
 
 
 def _ours(job: Job) -> SAE:
-    options = _our_options(job)
+    options = Options(job.family, job.latents, batch=job.batch, steps=job.steps, learning_rate=job.rate)
+    options = options._replace(heldout=len(job.watched), seed=job.seed)
     return tuned.train_to(job.rows, job.watched, options, job.l0, lambda text, steps: None).sae
 
 
@@ -221,15 +222,13 @@ FAMILIES = ("relu", "gated", "jumprelu", "topk", "batchtopk", "matryoshka")
 OURS = "jaxsae"
 
 
-def _dictionary_learning_rate(family: str, latents: int) -> float:
+def _dictionary_learning_rate(family: str, latents: int, steps: int) -> float:
     """Its power law for activations that count their latents, its demonstration's rate for others."""
     return 2e-4 * (2**14 / latents) ** 0.5 if family in ("topk", "batchtopk", "matryoshka") else 3e-4
 
 
 TRAINERS = {
-    OURS: Trainer(lambda job: _our_options(job).learning_rate, _ours),
-    "SAELens": Trainer(lambda job: 3e-4, _saelens),
-    "dictionary_learning": Trainer(
-        lambda job: _dictionary_learning_rate(job.family, job.latents), _dictionary_learning
-    ),
+    OURS: Trainer("jaxsae", _our_rate, _ours),
+    "SAELens": Trainer("sae_lens", lambda family, latents, steps: 3e-4, _saelens),
+    "dictionary_learning": Trainer("dictionary_learning", _dictionary_learning_rate, _dictionary_learning),
 }
