@@ -8,6 +8,7 @@ import importlib
 import json
 import pkgutil
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -134,6 +135,7 @@ def test_commands_of_the_pages_run(tmp_path, monkeypatch):
     for name in ("noisy", "scratched"):
         image_files.write(f"{name}.png", generator.uniform(0, 255, (40, 40)))
     image_files.write("scratches.png", 255.0 * (generator.uniform(size=(40, 40)) < 0.1))
+    shutil.copytree(ROOT / "benchmarks/results/study", "study")
     done = set()
     for argv in (argv for path in WITH_COMMANDS for argv in commands(path.read_text().replace(HUB, "run"))):
         elsewhere = {"smollm2", "--distributed", "--topology"} & set(argv)

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import inspect
 import io
+import itertools
 import os
 import shutil
 from pathlib import Path
@@ -368,6 +369,8 @@ def here(world, monkeypatch, tmp_path):
     for name in ("FULL", "QUICK", "FULL_MODEL", "QUICK_MODEL", "FULL_SYNTHETIC", "QUICK_SYNTHETIC"):
         heldout = 15 if "MODEL" in name else 16
         monkeypatch.setattr(study, name, study.Plan(M, 2, 8, heldout, ("topk",), (2,), train_rows=64))
+    jobs = study._jobs  # of which there may be billions
+    monkeypatch.setattr(study, "_jobs", lambda plan, seed: itertools.islice(jobs(plan, seed), 4))
     monkeypatch.setattr(sources, "CONTEXT", 16)
     monkeypatch.setattr(harvest, "standard_library", lambda: [world / "text.txt"])
     return tmp_path / "a/b"
@@ -406,7 +409,12 @@ BOUNDED = hypothesis.settings(
 @pytest.fixture
 def short(monkeypatch):
     """The work done, but of any training some steps, and no state that is large."""
-    whole = job.run
+    whole, train_to = job.run, study.train_to
+
+    def to_l0(rows, watched, options, *rest):
+        if options.latents > 1000:
+            raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        return train_to(rows, watched, options._replace(steps=min(options.steps, 3)), *rest)
 
     def loop(step, init_fn, batches, checkpoints, *, steps, **options):
         if sharding.abstract(init_fn).sae.m > 1000:
@@ -414,6 +422,7 @@ def short(monkeypatch):
         return whole(step, init_fn, batches, checkpoints, steps=min(steps, 3), **options)
 
     monkeypatch.setattr(job, "run", loop)
+    monkeypatch.setattr(study, "train_to", to_l0)
 
 
 def try_values(command: str, world: Path, here: Path, examples: int) -> None:
