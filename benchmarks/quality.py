@@ -1,11 +1,12 @@
 """Autoencoders trained by ours and by other libraries' trainers: the same rows, batches, steps, latents and L0.
 
-Each trainer's learning rate is its own one and, for other libraries, the best of a few more, on the held-out rows; the
+Each trainer's learning rate is its own one and, for other libraries, the best of rising ones, on the held-out rows; the
 thresholds of all are then set to the L0. What is compared is measured here, for all alike.
 """
 
 import importlib.util
 import itertools
+import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -37,13 +38,14 @@ class Case(NamedTuple):
     batch: int
     l0: int
     seeds: int
-    rates: tuple[float, ...]  # that are tried for other libraries, beside their own
+    rates: tuple[float, ...]  # that are tried for other libraries, rising, beside their own
 
 
+_RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 SIZES = {
     "tiny": Case(None, 4000, 256, 64, 20, 64, 4, 1, ()),
-    "small": Case(None, 200_000, 2048, 512, 1000, 256, 16, 1, (1e-3, 3e-3)),
-    "paper": Case("smollm2", 200_000, 4080, 1024, 1500, 256, 16, 3, (1e-3, 3e-3)),
+    "small": Case(None, 200_000, 2048, 512, 1000, 256, 16, 1, _RATES),
+    "paper": Case("smollm2", 200_000, 4080, 1024, 1500, 256, 16, 3, _RATES),
 }
 
 _WARM = 20  # steps
@@ -54,7 +56,7 @@ def run(
 ) -> Iterator[dict[str, Any]]:
     """A row for each training that is not among those `there`; `folder` keeps a model's activations.
 
-    The first seed is trained at each rate, then the others at the best one: an interrupted run has all families.
+    The first seed is trained at each rate until the error rises, then the others at the best one.
     """
     case = SIZES[size]
     rows = _load(case, folder)
@@ -62,19 +64,27 @@ def run(
     compared = _compared(with_peers)
     found = {(row["library"], row["family"], row["seed"], row["rate"]): row for row in there}
     for seed, family, library in itertools.product(range(case.seeds), families, compared):
-        trainer = compared[library]
-        rates = [trainer.rate(family, case.latents, case.steps), *(() if library == trainers.OURS else case.rates)]
+        trainer, errors = compared[library], {}
+        rates = {trainer.rate(family, case.latents, case.steps), *(() if library == trainers.OURS else case.rates)}
         if seed:
-            rates = [min(rates, key=lambda rate: found[library, family, 0, rate]["nmse"])]
-        for rate in rates:
+            tried = {key[-1]: _error(row) for key, row in found.items() if key[:3] == (library, family, 0)}
+            rates = {min(tried, key=tried.__getitem__)}
+        for rate in sorted(rates):
             key = (library, family, seed, rate)
-            if key in found:
-                continue
-            say(f"{library}: {family}, seed {seed}, rate {rate:.2g}")
-            sae, seconds = _train(trainer, _job(case, rows, family, rate, seed))
-            row = dict(zip(("library", "family", "seed", "rate"), key, strict=True)) | {"seconds": seconds}
-            found[key] = row | _measure(rescale(sae, rows.scale), rows, ablated)
-            yield found[key]
+            if key not in found:
+                say(f"{library}: {family}, seed {seed}, rate {rate:.2g}")
+                sae, seconds = _train(trainer, _job(case, rows, family, rate, seed))
+                row = dict(zip(("library", "family", "seed", "rate"), key, strict=True)) | {"seconds": seconds}
+                found[key] = row | _measure(rescale(sae, rows.scale), rows, ablated)
+                yield found[key]
+            errors[rate] = _error(found[key])
+            if errors[rate] > min(errors.values()):
+                break  # larger ones are worse still
+
+
+def _error(row: dict[str, Any]) -> float:
+    """The NMSE; infinite where a training diverged."""
+    return math.inf if row["nmse"] is None else row["nmse"]
 
 
 def _compared(with_peers: bool) -> dict[str, trainers.Trainer]:
@@ -159,6 +169,6 @@ def markdown(report: dict[str, Any], machine: str) -> list[str]:
 def _mean(rows: list[dict[str, Any]], library: str) -> dict[str, Any]:
     """The mean over seeds of a library's rows of a family, at its learning rate that is best at the first seed."""
     mine = [row for row in rows if row["library"] == library]
-    best = min((row for row in mine if row["seed"] == 0), key=lambda row: row["nmse"])
+    best = min((row for row in mine if row["seed"] == 0), key=_error)
     (mean,) = means([row | {"l0_target": None} for row in mine if row["rate"] == best["rate"]])
     return mean
