@@ -154,9 +154,9 @@ def markdown(report: dict[str, Any], machine: str) -> list[str]:
         of_library = {
             library: _mean(of_family, library) for library in dict.fromkeys(row["library"] for row in of_family)
         }
-        least = min(mean["nmse"] for mean in of_library.values())
+        least = min(map(_error, of_library.values()))
         for library, mean in of_library.items():
-            nmse = f"**{cell(mean, 'nmse', '.4f')}**" if mean["nmse"] == least else cell(mean, "nmse", ".4f")
+            nmse = f"**{cell(mean, 'nmse', '.4f')}**" if _error(mean) == least else cell(mean, "nmse", ".4f")
             numbers = [cell(mean, "l0", ".1f"), nmse, cell(mean, "dead", ".1%"), cell(mean, "recovered", ".1%")]
             about = [family, library, str(mean["seeds"]), f"{mean['rate']:.2g}"]
             lines.append("| " + " | ".join([*about, *numbers, f"{mean['seconds']:.0f}"]) + " |")
