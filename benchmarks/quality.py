@@ -1,7 +1,7 @@
 """Autoencoders trained by ours and by other libraries' trainers: the same rows, batches, steps, latents and L0.
 
-Each trainer's learning rate is its own one and, for other libraries, the best of rising ones, on the held-out rows; the
-thresholds of all are then set to the L0. What is compared is measured here, for all alike.
+Each trainer's learning rate is its own one, and the best of several on the held-out rows; the thresholds of all are then
+set to the L0. What is compared is measured here, for all alike.
 """
 
 import importlib.util
@@ -38,7 +38,7 @@ class Case(NamedTuple):
     batch: int
     l0: int
     seeds: int
-    rates: tuple[float, ...]  # that are tried for other libraries, rising, beside their own
+    rates: tuple[float, ...]  # rising
 
 
 _RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
@@ -49,6 +49,7 @@ SIZES = {
 }
 
 _WARM = 20  # steps
+_KEY = ("library", "family", "seed", "rate")
 
 
 def run(
@@ -56,30 +57,34 @@ def run(
 ) -> Iterator[dict[str, Any]]:
     """A row for each training that is not among those `there`; `folder` keeps a model's activations.
 
-    The first seed is trained at each rate until the error rises, then the others at the best one.
+    Each trainer has its own rate and, at the first seed, rising ones until the error rises; the other seeds its own one
+    and the best.
     """
     case = SIZES[size]
     rows = _load(case, folder)
     ablated = _ablated(rows)
     compared = _compared(with_peers)
-    found = {(row["library"], row["family"], row["seed"], row["rate"]): row for row in there}
+    found = {tuple(row[name] for name in _KEY): row for row in there}
     for seed, family, library in itertools.product(range(case.seeds), families, compared):
-        trainer, errors = compared[library], {}
-        rates = {trainer.rate(family, case.latents, case.steps), *(() if library == trainers.OURS else case.rates)}
+        trainer = compared[library]
+        own = trainer.rate(family, case.latents, case.steps)
+        rates = [own, *case.rates]
         if seed:
             tried = {key[-1]: _error(row) for key, row in found.items() if key[:3] == (library, family, 0)}
-            rates = {min(tried, key=tried.__getitem__)}
-        for rate in sorted(rates):
+            rates = list(dict.fromkeys([own, min(tried, key=tried.__getitem__)]))
+        least = math.inf
+        for rate in rates:
             key = (library, family, seed, rate)
             if key not in found:
                 say(f"{library}: {family}, seed {seed}, rate {rate:.2g}")
                 sae, seconds = _train(trainer, _job(case, rows, family, rate, seed))
-                row = dict(zip(("library", "family", "seed", "rate"), key, strict=True)) | {"seconds": seconds}
+                row = dict(zip(_KEY, key, strict=True)) | {"own": rate == own, "seconds": seconds}
                 found[key] = row | _measure(rescale(sae, rows.scale), rows, ablated)
                 yield found[key]
-            errors[rate] = _error(found[key])
-            if errors[rate] > min(errors.values()):
-                break  # larger ones are worse still
+            if seed == 0 and rate != own:
+                if _error(found[key]) > least:
+                    break  # larger ones are worse still
+                least = _error(found[key])
 
 
 def _error(row: dict[str, Any]) -> float:
@@ -147,28 +152,29 @@ def _measure(sae: SAE, rows: sources.Rows, ablated: language_model.NextToken | N
 
 def markdown(report: dict[str, Any], machine: str) -> list[str]:
     """A line for each family and trainer, as means over seeds with standard errors; the least NMSE in bold."""
-    head = ("family", "trainer", "seeds", "learning rate", "L0", "NMSE", "dead", "loss recovered", "s")
+    head = ("family", "trainer", "seeds", "own rate", "NMSE", "best rate", "NMSE", "L0", "dead", "loss recovered", "s")
     lines = ["| " + " | ".join(head) + " |", "|---|---|" + "--:|" * (len(head) - 2)]
     for family in dict.fromkeys(row["family"] for row in report["rows"]):
         of_family = [row for row in report["rows"] if row["family"] == family]
-        of_library = {
-            library: _mean(of_family, library) for library in dict.fromkeys(row["library"] for row in of_family)
-        }
-        least = min(map(_error, of_library.values()))
-        for library, mean in of_library.items():
-            nmse = f"**{cell(mean, 'nmse', '.4f')}**" if _error(mean) == least else cell(mean, "nmse", ".4f")
-            numbers = [cell(mean, "l0", ".1f"), nmse, cell(mean, "dead", ".1%"), cell(mean, "recovered", ".1%")]
-            about = [family, library, str(mean["seeds"]), f"{mean['rate']:.2g}"]
-            lines.append("| " + " | ".join([*about, *numbers, f"{mean['seconds']:.0f}"]) + " |")
+        each = {library: _means(of_family, library) for library in dict.fromkeys(row["library"] for row in of_family)}
+        least = [min(map(_error, column)) for column in zip(*each.values(), strict=True)]
+        for library, (own, best) in each.items():
+            numbers = []
+            for mean, lowest in zip((own, best), least, strict=True):
+                nmse = cell(mean, "nmse", ".4f")
+                numbers += [f"{mean['rate']:.2g}", f"**{nmse}**" if _error(mean) == lowest else nmse]
+            numbers += [cell(best, "l0", ".1f"), cell(best, "dead", ".1%"), cell(best, "recovered", ".1%")]
+            lines.append(f"| {family} | {library} | {best['seeds']} | {' | '.join(numbers)} | {best['seconds']:.0f} |")
     case = report["case"]
     data = f"residual of {case['model']}" if case["model"] else "patches of photographs"
     sizes = f"{case['latents']:,} latents, L0 {case['l0']}, {case['steps']:,} steps of {case['batch']} rows"
     return [f"{machine}; {data}; {sizes}.", "\n".join(lines)]
 
 
-def _mean(rows: list[dict[str, Any]], library: str) -> dict[str, Any]:
-    """The mean over seeds of a library's rows of a family, at its learning rate that is best at the first seed."""
+def _means(rows: list[dict[str, Any]], library: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Means over seeds of a library's rows of a family, at its own learning rate, and at the best of the first seed."""
     mine = [row for row in rows if row["library"] == library]
-    best = min((row for row in mine if row["seed"] == 0), key=_error)
-    (mean,) = means([row | {"l0_target": None} for row in mine if row["rate"] == best["rate"]])
-    return mean
+    own = next(row["rate"] for row in mine if row["own"])
+    best = min((row for row in mine if row["seed"] == 0), key=_error)["rate"]
+    found = (means([row | {"l0_target": None} for row in mine if row["rate"] == rate]) for rate in (own, best))
+    return tuple(mean for (mean,) in found)  # pyright: ignore[reportReturnType]
