@@ -1,7 +1,7 @@
 """Autoencoders trained by ours and by other libraries' trainers: the same rows, batches, steps, latents and L0.
 
-Each trainer's learning rate is its own one, and the best of several on the held-out rows; the thresholds of all are then
-set to the L0. What is compared is measured here, for all alike.
+Each trainer's learning rate is its own one, and the best of several on the held-out rows. The thresholds of all are set
+to the L0, and what is compared is measured here.
 """
 
 import importlib.util
