@@ -302,7 +302,7 @@ def test_readme_has_the_rates_of_the_committed_refits(case):
 def test_the_tables_of_benchmarks_are_those_of_the_committed_results():
     text = (ROOT / "benchmarks/README.md").read_text()
     names = ("refine", "nnls", "first-call", "train", "harvest", "load", "jobs")
-    names += ("pursuit", "transitions", "lasso", "ksvd", "pictures")
+    names += ("pursuit", "transitions", "lasso", "ksvd", "pictures", "quality")
     results = [ROOT / f"benchmarks/results/{name}/paper-cpu.json" for name in names]
     results += [ROOT / f"benchmarks/results/{name}/small-cpu.json" for name in ("kernels", "rates")]
     assert table.insert(text, [json.loads(path.read_text()) for path in results]) == text
