@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -41,18 +42,8 @@ from jaxsae._core import arguments
 from jaxsae.app import study
 
 ROOT = Path(__file__).parents[1]
-_PEERS = (
-    "scipy",
-    "jaxnnls",
-    "jaxopt",
-    "optax",
-    "overcomplete",
-    "torch",
-    "eai-sparsify",
-    "sae-lens",
-    "dictionary-learning",
-)
-_PEERS += ("scikit-learn", "spams-bin", "dictlearn", "ksvd", "celer", "skglm", "qpax")
+_PEERS = ("scipy", "jaxnnls", "jaxopt", "optax", "overcomplete", "torch", "eai-sparsify", "sae-lens")
+_PEERS += ("dictionary-learning", "scikit-learn", "spams-bin", "dictlearn", "ksvd", "celer", "skglm", "qpax")
 
 
 def main() -> None:
@@ -85,7 +76,7 @@ def main() -> None:
     )
     command.add_argument("--size", choices=quality.SIZES, default="tiny")
     command.add_argument("--peers", action="store_true", help="other libraries' trainers too; pip install '.[peers]'")
-    command.add_argument("--families", nargs="+", default=list(trainers.FAMILIES), choices=trainers.FAMILIES)
+    command.add_argument("--families", nargs="+", default=list(trainers.COMPARED), choices=trainers.COMPARED)
     command.add_argument(
         "--data", type=Path, metavar="DIR", default=Path("jaxsae-quality"), help="keeps a model's activations"
     )
@@ -226,27 +217,22 @@ def _report(args: argparse.Namespace, **measured: Any) -> None:
 
 
 def _rates(args: argparse.Namespace) -> None:
-    """Add a row for each training to those in the file, if there is one: of other data, say."""
-    there = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else []
-    report: dict[str, Any] = {**_environment(args.command), "rows": there}
     options = {name: getattr(args, name) for name in ("families", "l0", "latents", "batch", "steps", "rates")}
-    for row in rates.run(args.data, **options):
-        report["rows"].append(row)
-        _write(args.json, report)  # after each: an interruption keeps finished ones
-    print(table.markdown(report))
+    _grow(args, lambda there: rates.run(args.data, **options))
 
 
 def _quality(args: argparse.Namespace) -> None:
-    """Add a row for each training that is not in the file, if there is one: of an interrupted run, say."""
-    there = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else []
-    report: dict[str, Any] = {
-        **_environment(args.command),
-        "size": args.size,
-        "case": quality.SIZES[args.size]._asdict(),
-    }
-    report["rows"] = there
     options = {"with_peers": args.peers, "families": args.families, "folder": args.data}
-    for row in quality.run(args.size, there=tuple(there), **options):
+    _grow(args, lambda there: quality.run(args.size, there=there, **options), size=args.size)
+
+
+def _grow(args: argparse.Namespace, measure: Callable[[list[dict[str, Any]]], Iterable[dict]], **about: Any) -> None:
+    """Add rows to those in the file, if there is one: of other data, say, or of an interrupted run."""
+    before = json.loads(args.json.read_text()) if args.json and args.json.exists() else {"rows": [], **about}
+    if any(before.get(name) != value for name, value in about.items()):
+        raise SystemExit(f"{args.json}: was measured with other options than {about}; choose another --json.")
+    report: dict[str, Any] = {**_environment(args.command), **about, "rows": before["rows"]}
+    for row in measure(list(before["rows"])):
         report["rows"].append(row)
         _write(args.json, report)  # after each: an interruption keeps finished ones
     print(table.markdown(report))

@@ -165,9 +165,9 @@ def markdown(report: dict[str, Any], machine: str) -> list[str]:
                 numbers += [f"{mean['rate']:.2g}", f"**{nmse}**" if _error(mean) == lowest else nmse]
             numbers += [cell(best, "l0", ".1f"), cell(best, "dead", ".1%"), cell(best, "recovered", ".1%")]
             lines.append(f"| {family} | {library} | {best['seeds']} | {' | '.join(numbers)} | {best['seconds']:.0f} |")
-    case = report["case"]
-    data = f"residual of {case['model']}" if case["model"] else "patches of photographs"
-    sizes = f"{case['latents']:,} latents, L0 {case['l0']}, {case['steps']:,} steps of {case['batch']} rows"
+    case = SIZES[report["size"]]
+    data = f"residual of {case.model}" if case.model else "patches of photographs"
+    sizes = f"{case.latents:,} latents, L0 {case.l0}, {case.steps:,} steps of {case.batch} rows"
     return [f"{machine}; {data}; {sizes}.", "\n".join(lines)]
 
 

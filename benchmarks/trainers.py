@@ -1,6 +1,6 @@
-"""Trainings of autoencoders by ours and other libraries' trainers, as the latters' documentation recommends them.
+"""Autoencoders trained by our trainer, and by those of other libraries as their documentation recommends.
 
-What that counts in steps (warm-up, decay, windows for dead latents) is scaled to the length of a run. Where a penalty
+What it counts in steps (warm-up, decay, windows for dead latents) is scaled to the length of a run. Where a penalty
 makes sparse, its weight is moved towards the L0 as it is for ours, by `tuned.Multiplier`.
 """
 
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxsae.app import tuned
-from jaxsae.app.options import Options, resolved
+from jaxsae.app.options import FAMILIES, Options, resolved
 from jaxsae.autoencoder.sae import SAE
 from jaxsae.formats import pretrained
 
@@ -40,8 +40,9 @@ class Job(NamedTuple):
 
     @property
     def widths(self) -> list[int]:
-        """Widths of nested autoencoders."""
-        return [self.latents >> n for n in (4, 3, 2, 1, 0)]
+        """Widths of nested autoencoders, those of our `matryoshka`."""
+        (nested,) = FAMILIES["matryoshka"].terms(Options("matryoshka", self.latents), lambda step: 1.0)
+        return [*nested.prefixes, self.latents]
 
 
 class Trainer(NamedTuple):
@@ -164,6 +165,7 @@ def _saelens(job: Job) -> SAE:
 def _dictionary_learning(job: Job) -> SAE:
     import torch  # pyright: ignore[reportMissingImports]
 
+    torch.manual_seed(job.seed)  # its JumpReLU's does not
     norm = float(np.sqrt(np.mean(np.sum(job.rows[:10_000] ** 2, axis=1))))
     trainer = _dictionary_learning_trainer(job)
     weight = None
@@ -218,7 +220,7 @@ def _dictionary_learning_trainer(job: Job) -> Any:
 # --- All
 
 
-FAMILIES = ("relu", "gated", "jumprelu", "topk", "batchtopk", "matryoshka")
+COMPARED = ("relu", "gated", "jumprelu", "topk", "batchtopk", "matryoshka")
 OURS = "jaxsae"
 
 

@@ -322,23 +322,9 @@ def cut(monkeypatch):
     monkeypatch.setattr(train, "geometric_median", lambda rows: rows.mean(0))
     zeros = lambda model, ids, layer: jnp.zeros((*ids[:, 1:].shape, model.config.width))  # noqa: E731
     monkeypatch.setattr(harvest, "_after_first", zeros)
-    row = {
-        "l0": 1.0,
-        "l0_after": 1.0,
-        "nmse_before": 1.0,
-        "nmse_after": 0.5,
-        "mean_before": 1.0,
-        "mean_after": 2.0,
-        "mean_change": 1.0,
-    }
-    row |= {
-        "mean_change": 1.0,
-        "rising": 1.0,
-        "gamma_before": 0.5,
-        "gamma_after": None,
-        "worst_kkt": 0.0,
-        "certified": 1.0,
-    }
+    ones = ("l0", "l0_after", "nmse_before", "mean_before", "mean_change", "rising", "certified")
+    row = dict.fromkeys(ones, 1.0) | {"nmse_after": 0.5, "mean_after": 2.0, "gamma_before": 0.5}
+    row |= {"gamma_after": None, "worst_kkt": 0.0}
     monkeypatch.setattr(study, "measure", lambda *_, **__: row)
     monkeypatch.setattr(study, "train_to", lambda rows, *_: Trained(sae(d=rows.shape[1], m=M), 2, {}))
     monkeypatch.setattr(plots, "shrinkage", lambda report, path: path.write_bytes(b""))
