@@ -35,12 +35,6 @@ def names(page: str) -> list[str]:
     return re.findall(r"<!-- guide: (.*?) -->", page)
 
 
-def _markdown(head: list[str], rows: list[list[str]]) -> str:
-    """The first column is words, the others are numbers."""
-    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def _best(values: Sequence[float | None], form: str, *, most: bool) -> list[str]:
     """Numbers as text, the best one bold; missing ones are blank."""
     shown = ["" if value is None else form.format(value) for value in values]
@@ -58,7 +52,7 @@ def _refits(report: dict[str, Any]) -> str:
         of_case = {row["solver"]: row for row in ours if row["case"] == case["case"]}
         rates = [of_case[name]["rows_per_s"] if of_case[name]["gate_met"] else None for name in solvers]
         columns.append([text or "not finished" for text in _best(rates, "{:,.0f}", most=True)])
-    return _markdown(head, [[name, *cells] for name, *cells in zip(solvers, *columns, strict=True)])
+    return studies.markdown(head, [[name, *cells] for name, *cells in zip(solvers, *columns, strict=True)])
 
 
 def _selectors(report: dict[str, Any]) -> str:
@@ -69,7 +63,7 @@ def _selectors(report: dict[str, Any]) -> str:
         of_case = {row["selector"]: row for row in report["rows"] if row["case"] == case}
         columns.append(_best([of_case[name]["nmse"] for name in names], "{:.4f}", most=False))
         columns.append([f"{of_case[name]['ms_a_row']:.3g}" for name in names])
-    return _markdown(head, [[f"`{name}`", *cells] for name, *cells in zip(names, *columns, strict=True)])
+    return studies.markdown(head, [[f"`{name}`", *cells] for name, *cells in zip(names, *columns, strict=True)])
 
 
 def _recovery(report: dict[str, Any]) -> str:
@@ -82,7 +76,7 @@ def _recovery(report: dict[str, Any]) -> str:
         half = [half_point(rhos, [rates[name, rho] for rho in rhos]) for name in names]
         columns.append(_best(half, "{:.2f}", most=True))
     head = ["k / d at which half are recovered", *(f"d / m = {delta}" for delta in deltas)]
-    return _markdown(head, [[name, *cells] for name, *cells in zip(names, *columns, strict=True)])
+    return studies.markdown(head, [[name, *cells] for name, *cells in zip(names, *columns, strict=True)])
 
 
 def _lasso(report: dict[str, Any]) -> str:
@@ -92,7 +86,7 @@ def _lasso(report: dict[str, Any]) -> str:
         [row["method"], f"{row['noise_variables']:.1f}", f"{row['strong_variables']:.1f}", f"{row['test_error']:.3f}"]
         for row in rows
     ]
-    return _markdown(head, cells)
+    return studies.markdown(head, cells)
 
 
 def _ksvd(report: dict[str, Any]) -> str:
@@ -106,11 +100,11 @@ def _ksvd(report: dict[str, Any]) -> str:
         found.append(
             [name.removeprefix("jaxsae "), *(f"{of_name[snr]['mean']:.1%}" for snr in noises), f"{seconds:.2f}"]
         )
-    return _markdown(head, found)
+    return studies.markdown(head, found)
 
 
 def _loading(report: dict[str, Any]) -> str:
-    return _markdown(
+    return studies.markdown(
         ["encoder stored as in", "load time / read time", "peak memory / file size"],
         [
             [row["format"], f"{row['load_s'] / row['read_s']:.2f}", f"{row['peak'] / row['bytes']:.2f}"]
@@ -122,7 +116,7 @@ def _loading(report: dict[str, Any]) -> str:
 def _steps(report: dict[str, Any]) -> str:
     names = {"jaxsae": "of active latents alone", "jaxsae, dense autodiff": "of all latents"}
     rows = {names[row["step"]]: row for row in report["rows"] if row["step"] in names}
-    return _markdown(
+    return studies.markdown(
         ["a training step of TopK", "ms"], [[name, f"{1000 * row['seconds']:.0f}"] for name, row in rows.items()]
     )
 

@@ -51,7 +51,7 @@ def lengths(report: dict[str, Any]) -> str:
     for family in dict.fromkeys(family for family, _ in by):
         cells = [format(by[family, step][key], how) for key, how in keys for step in steps]
         rows.append([f"{FAMILIES[family][0]}, L0 {first['l0_target']}", *cells])
-    return _markdown(head, rows)
+    return markdown(head, rows)
 
 
 def settings(report: dict[str, Any]) -> str:
@@ -62,7 +62,7 @@ def settings(report: dict[str, Any]) -> str:
         sparsity = sorted({f"{row['k_or_l1']:.2g}" for row in members}, key=float)
         seconds = statistics.median(row["seconds"]["training"] for row in members)
         rate, name = members[0]["learning_rate"], FAMILIES[family][0]
-        rows.append([name, f"{rate:.2g}", f"{sparsity[0]} to {sparsity[-1]}", f"{seconds:.0f}"])
+        rows.append([name, f"{rate:.2g}", " to ".join(dict.fromkeys((sparsity[0], sparsity[-1]))), f"{seconds:.0f}"])
     total = sum(sum(row["seconds"].values()) for row in [*report["rows"], *report["shorter"]]) / 3600
     config, data = report["config"], report["data"]
     note = (
@@ -70,7 +70,7 @@ def settings(report: dict[str, Any]) -> str:
         f"passes over {data['rows']:,} rows of width {data['width']}; {data['heldout']:,} rows held out. {total:.1f} "
         "hours in all."
     )
-    return f"{_markdown(['family', 'learning rate', 'k, or weight of the penalty', 's a training'], rows)}\n\n{note}"
+    return f"{markdown(['family', 'learning rate', 'k, or weight of the penalty', 's a training'], rows)}\n\n{note}"
 
 
 def _milliseconds(report: dict[str, Any], name: str) -> float:
@@ -81,9 +81,10 @@ def _table(report: dict[str, Any], columns: Any) -> str:
     rows = means(report["rows"])
     columns = [column for column in columns if any(row.get(column[1]) is not None for row in rows)]
     cells = [[method(row), *(cell(row, key, how) for _, key, how in columns)] for row in rows]
-    return _markdown(["method", *(name for name, *_ in columns)], cells)
+    return markdown(["method", *(name for name, *_ in columns)], cells)
 
 
-def _markdown(head: list[str], rows: list[list[str]]) -> str:
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A table whose first column is words, and the others numbers."""
     lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
