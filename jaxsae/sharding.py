@@ -17,15 +17,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType, ManualAxisType, Mesh, NamedSharding, PartitionSpec
 
 __all__ = [
     "abstract",
     "create",
-    "gathered",
     "make_global_batch",
     "make_mesh",
+    "replicate",
     "rows_needed",
     "rows_sharding",
     "shardings",
@@ -129,7 +128,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
     def place(leaf, spec):
         spec = PartitionSpec(*(axis if axis in mesh.shape else None for axis in spec))
-        for size, axis in zip(leaf.shape, spec, strict=False):
+        for size, axis in zip(np.shape(leaf), spec, strict=False):
             if axis is not None and size % mesh.shape[axis]:
                 raise ValueError(
                     f"got {size} latents for a mesh that splits them {mesh.shape[axis]} ways; pass a multiple of that."
@@ -233,17 +232,22 @@ def rows_needed(size: int) -> slice:
     return slice(min(start for start, _, _ in parts), max(stop for _, stop, _ in parts))
 
 
-def gathered(tree: Any) -> Any:
-    """Fetch whole arrays to the host, wherever their parts are; in every process.
+def replicate(tree: Any) -> Any:
+    """Give every device of the current mesh the whole of each array: for small results, which the host then reads.
 
     Args:
       tree: pytree of arrays.
 
     Example:
-      >>> gathered({"x": jnp.arange(2)})
-      {'x': array([0, 1], dtype=int32)}
+      >>> with jax.set_mesh(make_mesh(1, 1)):
+      ...     replicate({"x": jnp.arange(2)})["x"].sharding.is_fully_replicated
+      True
     """
-    return multihost_utils.process_allgather(tree, tiled=True) if jax.process_count() > 1 else jax.device_get(tree)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.manual_axes:
+        return tree
+    place = jax.sharding.reshard if mesh.explicit_axes else jax.lax.with_sharding_constraint
+    return jax.tree.map(lambda x: place(x, REPLICATED), tree)
 
 
 def on_cpu() -> bool:

@@ -15,7 +15,7 @@ from problems import activations, assert_same_bits, sae
 import jaxsae
 from jaxsae import train
 from jaxsae._core.files import InputError
-from jaxsae.train import checkpoint
+from jaxsae.train import checkpoint, echoes
 from jaxsae.train.checkpoint import Checkpoints, fingerprint
 from jaxsae.train.objectives import AuxK, Objective
 
@@ -354,7 +354,7 @@ def test_echoes_of_a_failed_write_are_dropped_and_nothing_else(monkeypatch, capl
     monkeypatch.setattr(sys, "unraisablehook", heard.append)
     echo = ValueError('OUT_OF_RANGE: Error writing "state.nu/0" in OCDBT database at local file "a": File too large')
     other = ValueError("Error writing a letter")
-    with checkpoint._without_echoes(), checkpoint._without_echoes():
+    with echoes.suppressed(), echoes.suppressed():
         for error in (echo, other):
             sys.unraisablehook(types.SimpleNamespace(exc_value=error))
             logging.getLogger("asyncio").error("Future exception was never retrieved", exc_info=error)
@@ -380,9 +380,9 @@ def test_after_a_failure_echoes_alone_are_dropped(tmp_path, monkeypatch):
     before = process_settings()
     for _ in range(2):
         with (
-            checkpoint._without_echoes(),
+            echoes.suppressed(),
             pytest.raises(InputError, match="cannot write"),
-            checkpoint._without_echoes(),
+            echoes.suppressed(),
             checkpoint._one_line(tmp_path),
         ):
             raise ValueError("a file")
@@ -405,7 +405,7 @@ def test_a_reading_of_orbax_that_never_began_is_an_echo_and_no_other_coroutine(t
     monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: heard.append(unraisable.exc_value))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        with checkpoint._without_echoes():
+        with echoes.suppressed():
             if then:
                 warnings.simplefilter(then)
             for begin in (_read_array_index_and_device_put, letter):

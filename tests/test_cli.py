@@ -486,10 +486,6 @@ BAD_TRAIN = {
     "parts that do not divide": (["--mesh", 2, 3], f"got {M} latents for a mesh that splits them 3 ways"),
     "a weight that is none": (["--weights", "1e-300"], "got --weights 1e-300; pass a number from 1e-06 to 1000000."),
     "no parts": (["--mesh", 0, 1], "got --mesh 0; pass"),
-    "a process alone": (["--process", 1], "pass --coordinator, --processes N and --process"),
-    "processes alone": (["--processes", 2], "pass --coordinator, --processes N and --process"),
-    "a process too many": (["--coordinator", "a:1", "--processes", 2, "--process", 2], "from 0 to N - 1"),
-    "no port": (["--coordinator", "a", "--processes", 2, "--process", 1], "got --coordinator 'a'; pass HOST:PORT."),
     "a rate of NaN": (["--learning-rate", "nan"], "got --learning-rate nan; pass a number above 0"),
     "an infinite rate": (["--learning-rate", "inf"], "got --learning-rate inf; pass a number above 0"),
     "a negative rate": (["--learning-rate", -1], "got --learning-rate -1; pass a number above 0"),
@@ -513,6 +509,22 @@ def test_bad_input_to_train_is_exit_code_2_and_one_line(case, folder, capsys, mo
     assert message.format(folder=folder) in error_line(err)
     assert out == ""
     assert snapshot(folder) == before
+
+
+HERE = {"JAX_COORDINATOR_ADDRESS": "localhost:1"}
+ENVIRONMENTS = {
+    "one alone": ({}, "the processes do not find each other ("),
+    "no number": (HERE | {"JAX_NUM_PROCESSES": "two"}, "got JAX_NUM_PROCESSES='two', expected a number"),
+    "one too many": (HERE | {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"}, "process_id < num_processes"),
+}
+
+
+@pytest.mark.parametrize("case", ENVIRONMENTS)
+def test_processes_that_cannot_find_each_other_are_one_line(case, folder, tmp_path):
+    variables, message = ENVIRONMENTS[case]
+    done = process("eval", "--sae", folder / "topk", "--data", folder / "x.npy", "--distributed", **variables)
+    assert done.returncode == 2
+    assert message in error_line(done.stderr)
 
 
 @pytest.mark.parametrize("command", ["eval", "refine"])

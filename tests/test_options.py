@@ -136,6 +136,7 @@ def test_what_follows_from_options_is_in_range_too(steps, batch):
 def test_the_jobs_check_their_own_options(tmp_path):
     rows = np.zeros((64, D), np.float32)
     options = Options("topk", M, k=K, batch=8, steps=2, heldout=8)
+    three_ways = jax.set_mesh(sharding.make_mesh(1, 3))
     calls = {
         "learning_rate": lambda: runs.run(
             tmp_path / "run", data={"x": rows}, options=options._replace(learning_rate=-1.0)
@@ -149,7 +150,7 @@ def test_the_jobs_check_their_own_options(tmp_path):
         "window": lambda: harvest.live(MODEL, CONTEXTS, layer=1, window=-1),
         "1 tokens": lambda: harvest.live(MODEL, CONTEXTS[:, :1], layer=1),
         "2 latents": lambda: runs.run(tmp_path / "run", data={"x": rows}, options=options._replace(latents=2)),
-        "3 ways": lambda: runs.run(tmp_path / "x", data={"x": rows}, options=options, mesh=sharding.make_mesh(1, 3)),
+        "3 ways": lambda: three_ways(runs.run)(tmp_path / "x", data={"x": rows}, options=options),
         "cannot write": lambda: study.run("/dev/null/run"),
     }
     for message, call in calls.items():

@@ -33,11 +33,16 @@ def start(folder, out, mesh, processes):
     """As many processes, of two devices each."""
     port, together = free_port(), []
     for process in range(processes):
-        join = ["--coordinator", f"127.0.0.1:{port}", "--processes", processes, "--process", process]
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-        argv = command(folder, out, "--mesh", *mesh, *(join if processes > 1 else []))
-        together.append(subprocess.Popen(argv, env=environment, stdout=-1, stderr=-1, text=True))
+        argv = command(folder, out, "--mesh", *mesh, *(["--distributed"] if processes > 1 else []))
+        together.append(subprocess.Popen(argv, env=joined(port, processes, process), stdout=-1, stderr=-1, text=True))
     return together
+
+
+def joined(port, processes, process):
+    """The environment of one of several processes, of two devices each."""
+    found = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": processes, "JAX_PROCESS_ID": process}
+    found |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    return {**os.environ, **{name: str(value) for name, value in found.items()}}
 
 
 def finish(together):
@@ -78,6 +83,45 @@ def test_two_processes_train_like_one(mesh, tmp_path):
         np.testing.assert_array_equal(value, b[name])
     reports = [json.loads((tmp_path / out / "report.json").read_text()) for out in ("two", "stopped")]
     assert reports[0] == reports[1]
+
+
+@pytest.mark.parametrize("mesh", [(1, 4), (4, 1)])
+def test_two_processes_measure_refine_and_convert_like_one(mesh, tmp_path):
+    x = np.random.default_rng(0).standard_normal((900, 16)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    x[7, 3] = np.nan
+    np.save(tmp_path / "bad.npy", x)
+    finish(start(tmp_path, "run", mesh, 2))
+    sae, rows = ["--sae", tmp_path / "run"], ["--data", tmp_path / "bad.npy"]
+    commands = {
+        "eval": [*sae, *rows, "--json"],
+        "refine": [*sae, *rows, "--out", "{}.npz", "--json"],
+        "convert": [tmp_path / "run", "{}.pt", "--to", "dictionary_learning"],
+        "convert a save": [tmp_path / f"run/checkpoints/{STEPS}", "{}", "--to", "saelens"],
+    }
+    for name, options in commands.items():
+        said = {}
+        for out, count in {"one": 1, "two": 2}.items():
+            more = ["--mesh", *mesh, "--distributed"] if count > 1 else []
+            argv = [name.split()[0], *options, *more]
+            argv = [str(word).format(tmp_path / f"{name}-{out}") for word in argv]
+            port, command = free_port(), [sys.executable, "-m", "jaxsae", *argv]
+            each = [joined(port, count, number) for number in range(count)]
+            together = [subprocess.Popen(command, env=env, stdout=-1, stderr=-1, text=True) for env in each]
+            said[out] = finish(together)
+        assert said["two"][1][0] == ""  # one process speaks
+        if name == "eval":
+            one, two = (json.loads(said[out][0][0]) for out in said)
+            assert two["nonfinite"] == 1
+            np.testing.assert_allclose([two[key] for key in ("nmse", "l0")], [one[key] for key in ("nmse", "l0")], 1e-5)
+    with np.load(tmp_path / "refine-one.npz") as one, np.load(tmp_path / "refine-two.npz") as two:
+        np.testing.assert_array_equal(two["status"], one["status"])
+        np.testing.assert_allclose(two["values"], one["values"], rtol=1e-3, atol=1e-5)
+    for file in ("ae.pt", "config.json"):
+        assert (tmp_path / "convert-one.pt" / file).read_bytes() == (tmp_path / "convert-two.pt" / file).read_bytes()
+    one, two = (tmp_path / f"convert a save-{out}" for out in ("one", "two"))
+    assert (one / "cfg.json").read_bytes() == (two / "cfg.json").read_bytes()
+    assert (one / "sae_weights.safetensors").stat().st_size == (two / "sae_weights.safetensors").stat().st_size
 
 
 # Saves two steps together; then each restores from a place of its own, in which one of the two may be damaged.
@@ -127,5 +171,5 @@ def test_of_two_jobs_of_two_processes_one_owns_the_directory(tmp_path):
         said = [process.communicate(timeout=120) for process in together]
     assert [process.returncode for process in together] == [2, 2], said
     assert "another process writes there" in said[0][1]
-    assert "the first process could not lock it" in said[1][1]
+    assert "process 0 failed, and with it all of them" in said[1][1]
     assert not any("Traceback" in err for _, err in said)

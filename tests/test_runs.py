@@ -15,7 +15,7 @@ from problems import TRAINING, TRAININGS, activations, cli, compilations, f64, s
 import jaxsae
 from jaxsae import pretrained
 from jaxsae._core.files import InputError
-from jaxsae.app import runs
+from jaxsae.app import evaluation, runs
 from jaxsae.app.options import Options, resolved
 
 D, M, K = 16, 32, 4
@@ -80,7 +80,7 @@ def test_eval_prints_what_the_run_measured(data, tmp_path, capsys):
 
 def test_eval_of_a_progressive_code_is_that_of_its_largest_values():
     model, x = sae(m=M), activations(batch=(50,))
-    found = runs.evaluate(model, np.asarray(x))["nmse_at"]
+    found = evaluation.evaluate(model, np.asarray(x))["nmse_at"]
     z = f64(jaxsae.encode_dense(model, x))
     for n in (1, 2, 4):
         cut = np.where(z >= np.sort(z, axis=1)[:, [-n]], z, 0)
@@ -91,9 +91,9 @@ def test_eval_of_a_progressive_code_is_that_of_its_largest_values():
 
 def test_eval_leaves_out_and_counts_rows_that_are_not_finite():
     x = np.array(activations(batch=(50,)))
-    clean = runs.evaluate(sae(m=M), x[2:])
+    clean = evaluation.evaluate(sae(m=M), x[2:])
     x[0, 3], x[1, 0] = np.nan, np.inf
-    spoilt = runs.evaluate(sae(m=M), x)
+    spoilt = evaluation.evaluate(sae(m=M), x)
     assert spoilt["nonfinite"] == 2
     np.testing.assert_allclose(spoilt["nmse"], clean["nmse"], rtol=1e-5)
 

@@ -244,15 +244,6 @@ def test_latents_that_cannot_be_split_are_left_to_xla():
         np.testing.assert_allclose(jax.jit(jaxsae.reconstruct)(model, x), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_what_is_gathered_is_on_the_host():
-    with under((1, 8)):
-        state = sharding.create(init_fn)
-    assert len(state.sae.W_dec.sharding.device_set) == 8
-    found = sharding.gathered(state)
-    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(found))
-    np.testing.assert_array_equal(found.sae.W_dec, state.sae.W_dec)
-
-
 def test_moments_of_another_shape_than_their_parameter_are_on_every_device():
     tx = optax.adafactor(1e-2, min_dim_size_to_factor=8)
 

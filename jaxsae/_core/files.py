@@ -154,7 +154,7 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
       'whole'
     """
     path = local_path(path)
-    with _temporary_directory(path) as folder:
+    with temporary_directory(path) as folder:
         yield folder / path.name
         _flush(folder / path.name)
         os.replace(folder / path.name, path)
@@ -183,7 +183,7 @@ def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
       'whole'
     """
     path = local_path(path)
-    with _temporary_directory(path) as folder:
+    with temporary_directory(path) as folder:
         new = folder / "new"
         new.mkdir()
         yield new
@@ -329,7 +329,21 @@ def _locked(folder: Path, warn: Callable[[str], None]) -> IO[str]:
 
 
 @contextlib.contextmanager
-def _temporary_directory(path: Path) -> Iterator[Path]:
+def temporary_directory(path: Path) -> Iterator[Path]:
+    """Yield a new directory beside `path`, and remove it in the end.
+
+    Args:
+      path: of a file or directory, which need not exist; missing parents are created.
+
+    Raises:
+      InputError: if nothing can be written there.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder, temporary_directory(Path(folder, "a.txt")) as beside:
+      ...     beside.parent == Path(folder)
+      True
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))

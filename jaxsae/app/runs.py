@@ -5,10 +5,8 @@ A run is a directory: `sae/`, the autoencoder in the units of the data; `report.
 """
 
 import contextlib
-import dataclasses
 import functools
 import json
-import operator
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,15 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
 
 from jaxsae import data as data_module, sharding, train
-from jaxsae._core import arguments
-from jaxsae._core.files import InputError, atomic_file, json_number, local_path
+from jaxsae._core import arguments, processes
+from jaxsae._core.files import InputError, atomic_file, in_one_line, json_number, local_path
+from jaxsae.app import evaluation
 from jaxsae.app.logs import Log
 from jaxsae.app.options import Options, _warmup, passes, resolved, validate
 from jaxsae.autoencoder import calibration, metrics, stream
-from jaxsae.autoencoder.sae import SAE, encode, init, reconstruct
+from jaxsae.autoencoder.sae import SAE, init
 from jaxsae.autoencoder.surgery import rescale
 from jaxsae.formats import pretrained
 from jaxsae.train import checkpoint, job
@@ -45,7 +43,6 @@ def run(
     options: Options,
     weights: Sequence[arguments.Proportion] | None = None,
     window: arguments.Count | None = None,
-    mesh: Mesh | None = None,
     save_every: arguments.Weight = 60.0,
     resume: bool = False,
     progress: Progress = lambda text, steps: None,
@@ -55,7 +52,8 @@ def run(
 ) -> dict[str, Any]:
     """Train on activations, measure on the last rows, which are held out, and save; resume the run in `out` if any.
 
-    With the same options and data, the result is bitwise identical to that of an uninterrupted run. With more steps the
+    On a mesh (`jax.set_mesh`), rows and latents are spread over it, and nothing is ever whole on one device. With the
+    same options and data, the result is bitwise identical to that of an uninterrupted run. With more steps the
     run is extended: the learning rate, its warm-up and decay, and whatever else depends on the number of steps, are
     then those of the longer run; the report records it as `lengthened`.
 
@@ -65,7 +63,6 @@ def run(
       options: of the training.
       weights: proportions in which to mix the data; by default those of their lengths.
       window: as of `data.batches`; all rows are shuffled together by default.
-      mesh: of `sharding.make_mesh`, to spread rows and latents over; one device by default.
       save_every: seconds between saves of the whole state.
       resume: refuse to start a new run.
       progress: called with a description and the number of steps just taken; `options.steps` in all.
@@ -92,8 +89,7 @@ def run(
     """
     validate(options)
     arguments.check(run, {"out": out, "weights": weights, "window": window, "save_every": save_every})
-    if mesh is not None and options.latents % mesh.shape["latent"]:
-        parts = mesh.shape["latent"]
+    if options.latents % (parts := sharding.axis_size("latent")):
         raise InputError(f"got {options.latents} latents for a mesh that splits them {parts} ways; pass a multiple.")
     out = local_path(out)
     if resume and not (out / "checkpoints").is_dir():  # before a directory is made
@@ -102,10 +98,9 @@ def run(
     passed = passes(options, rows.total, warn)
     centre, scale = _centre_and_scale(_sample(rows.read(), rows.total), rows.name)
     objective, tx, init_fn = recipe(options, centre, scale)
-    with (
-        jax.set_mesh(mesh) if mesh else contextlib.nullcontext(),
-        checkpoint.Checkpoints(out / "checkpoints", config=rows.config, grows={"steps"}, warn=warn) as checkpoints,
-    ):
+    with checkpoint.Checkpoints(
+        out / "checkpoints", config=rows.config, extra={"scale": scale}, grows={"steps"}, warn=warn
+    ) as checkpoints:
         if resume and not checkpoints.steps():
             raise InputError(f"{out}: holds no run to resume; leave out --resume to begin one.")
         part = sharding.rows_needed(options.batch)
@@ -125,16 +120,57 @@ def run(
             except job.TooManyRollbacks as error:
                 state, reached, diverged = error.state, error.progress, error
     sae = _finished(state, scale, options, rows)
-    is_primary = jax.process_index() == 0
-    if is_primary:
-        pretrained.save(sae, out / "sae")
+    pretrained.save(sae, out / "sae")
     report = _report(sae, state, reached, options, rows, passed, batches)
-    if is_primary:
-        _write_report(report, out)
+    with processes.all_or_none():
+        if processes.is_primary():
+            _write_report(report, out)
     if diverged is not None:
         message = f"{rows.name}: {diverged} {describe_nonfinite(report)} The last good autoencoder is in {out / 'sae'}."
         raise InputError(message) from diverged
     return report
+
+
+def is_checkpoint(path: str | os.PathLike) -> bool:
+    """Whether a path is one save of a run, `RUN/checkpoints/N`.
+
+    Args:
+      path: any path, or a name on the hub.
+
+    Example:
+      >>> is_checkpoint("hf://organisation/repository")
+      False
+    """
+    path = Path(path)
+    return path.name.isdecimal() and (path / "manifest").is_dir() and (path / "state").is_dir()
+
+
+def load(path: str | os.PathLike) -> SAE:
+    """Load the autoencoder in one save of a run, in the units of its data; its thresholds are as trained.
+
+    On a mesh (`jax.set_mesh`), each device reads its own part.
+
+    Args:
+      path: `RUN/checkpoints/N`.
+
+    Raises:
+      InputError: if it is damaged, or was saved by another version.
+
+    Example:
+      >>> import tempfile
+      >>> options, rows = Options("topk", latents=16, k=2, batch=32, steps=10, heldout=32), np.eye(128)[:, :4]
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     _ = run(folder, data={"rows": rows}, options=options)
+      ...     load(f"{folder}/checkpoints/10").m
+      16
+    """
+    with in_one_line(f"{path}: is damaged", "take another step"):
+        manifest = checkpoint.read_manifest(local_path(path).absolute())
+        config, scale = manifest["config"], manifest["extra"]["scale"]
+        options = Options(**{name: config[name] for name in Options._fields})
+        _, _, init_fn = recipe(options, jnp.zeros(config["data"][-1]), 1.0)
+        like = sharding.abstract(init_fn)
+    return rescale(checkpoint.load(path, like, "sae"), scale)
 
 
 class _Data(NamedTuple):
@@ -205,7 +241,7 @@ class _Monitor:
 
 def _finished(state: train.TrainState, scale: float, options: Options, rows: _Data) -> SAE:
     """The autoencoder for unscaled rows, with thresholds calibrated to `k` latents per row if it has any."""
-    sae = rescale(jax.tree.map(jnp.asarray, sharding.gathered(state.sae)), scale)
+    sae = rescale(state.sae, scale)
     if options.k is None or sae.activation.slots is not None:
         return sae
     # On held-out rows: at the same thresholds, rows seen several times have fewer active latents, by 12 % after
@@ -216,9 +252,7 @@ def _finished(state: train.TrainState, scale: float, options: Options, rows: _Da
 def _report(
     sae: SAE, state: train.TrainState, reached: job.LoopState, options: Options, rows: _Data, passed: float, batches
 ) -> dict[str, Any]:
-    trained = calibration.activity(
-        sae, _in_order(rows.read().source, options.batch, min(rows.total, metrics.DEAD_ROWS))
-    )
+    trained = calibration.activity(sae, _in_order(rows, options.batch, min(rows.total, metrics.DEAD_ROWS)))
     data = {"path": rows.name, "rows": rows.total, "passes": passed, "heldout": len(rows.heldout)}
     return {
         "options": resolved(options)._asdict(),
@@ -229,7 +263,7 @@ def _report(
         "rollbacks": reached.rollbacks,
         "lengthened": [dict(zip(("at", "from", "to"), each, strict=True)) for each in reached.lengthened],
         "nonfinite_rows": _nonfinite_rows(rows.sources, rows.names, batches, reached.bad),
-        "heldout": evaluate(sae, rows.heldout, trained),
+        "heldout": evaluation.evaluate(sae, rows.heldout, trained),
         "trained": {"l0": json_number(trained.l0), "rows": int(trained.rows)},
         "versions": checkpoint.versions() | {"backend": jax.default_backend()},
     }
@@ -282,63 +316,6 @@ def _lengthened(options: Options, step: int, before: int, steps: int) -> str:
         f"the run is lengthened from {before} to {steps} steps: from step {step} on, all that depends on their number "
         f"is that of {steps}, such as the learning rate ({new:.3g}, it was {old:.3g})."
     )
-
-
-def evaluate(sae: SAE, rows: data_module.Rows, more: metrics.Activity | None = None) -> dict[str, Any]:
-    """Measure an autoencoder on rows: `nmse`, `explained_variance`, `l0`, `dead`, `nmse_at` and `firing`.
-
-    `nmse_at` is the NMSE with only the 1, 2, 4 … largest latents of each row, the progressive code. `dead` is the share
-    of the latents that never fire, and `firing` counts those that fire on no row, on 1, on 2 or 3, on 4 to 7 …: both
-    over `dead_rows` rows, these and those of `more`.
-
-    Args:
-      sae: the autoencoder.
-      rows: `[n d]`, may be memory-mapped; rows with NaN or Inf are left out, and counted as `nonfinite`.
-      more: activity on other rows, if these are few: a latent may be inactive on thousands of rows without being dead.
-
-    Raises:
-      InputError: if the rows are not of the autoencoder's width.
-
-    Example:
-      >>> import numpy as np, jaxsae
-      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.TopK(2))
-      >>> evaluate(sae, np.random.default_rng(0).normal(size=(64, 4)))["l0"]
-      2.0
-    """
-    if rows.shape[1] != sae.d:
-        raise InputError(f"got rows of width {rows.shape[1]} for an SAE of {sae.d}; pass those of its layer.")
-    if sae.transcoder:
-        raise InputError("got a transcoder, whose target is not its input; measure `jaxsae.reconstruct` against that.")
-    capacity = sae.activation.slots or stream.max_l0(sae, rows)
-    keep = tuple(2**n for n in range(capacity.bit_length()))
-    parts, nonfinite = [], 0
-    for _, x in stream.chunks(sae, rows):
-        parts.append(_measure(sae, x, capacity, keep))
-        nonfinite += int(jnp.sum(~jnp.isfinite(x).all(1)))
-    whole, active, progressive = (functools.reduce(operator.add, part) for part in zip(*parts, strict=True))
-    counted = active if more is None else active + more
-    numbers = {
-        "nmse": whole.nmse,
-        "explained_variance": whole.explained_variance,
-        "l0": active.l0,
-        "dead": counted.dead,
-    }
-    return {name: json_number(value) for name, value in numbers.items()} | {
-        "nmse_at": {str(n): json_number(value) for n, value in zip(keep, progressive.nmse, strict=True)},
-        "firing": counted.log2_histogram,
-        "dead_rows": int(counted.rows),
-        "rows": len(rows),
-        "nonfinite": nonfinite,
-    }
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _measure(sae: SAE, x, capacity: int, keep: tuple[int, ...]):
-    finite = jnp.isfinite(x).all(1, keepdims=True)
-    code = encode(sae, jnp.where(finite, x, jnp.nan), capacity=capacity)
-    code = dataclasses.replace(code, values=jnp.where(finite, code.values, jnp.nan))  # a threshold passes over NaN
-    whole = metrics.reconstruction(x, reconstruct(sae, x, code))
-    return whole, metrics.activity(code), metrics.progressive(sae, x, code, keep)
 
 
 def _nonfinite_rows(sources, names, batches: data_module.Batches, bad: Sequence[int]) -> dict[str, list[int]]:
@@ -462,9 +439,11 @@ def _schedule(rate: float | jax.Array, steps: int) -> optax.Schedule:
 _optimiser = functools.cache(optimiser)  # training steps that share an optimizer share their compilation
 
 
-def _in_order(source, size: int, count: int) -> Iterator[np.ndarray]:
+def _in_order(rows: _Data, size: int, count: int) -> Iterator[jax.Array]:
     """The first training rows, in batches; the last one is padded with NaN."""
+    part = sharding.rows_needed(size)
+    source = rows.read(part=part).source
     for start in range(0, count, size):
         x = np.array(source[start // size], np.float32)
-        x[count - start :] = np.nan
-        yield x
+        x[max(0, count - start - part.start) :] = np.nan
+        yield sharding.make_global_batch(x, size, part.start)

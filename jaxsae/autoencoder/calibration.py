@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from jaxsae import codes
+from jaxsae import codes, sharding
 from jaxsae._core.linalg import divide, widen
 from jaxsae.autoencoder import metrics
 from jaxsae.autoencoder.activations import MatchingPursuit
@@ -51,7 +52,7 @@ def _activity(sae: SAE, x) -> metrics.Activity:
         code = encode(sae, jnp.where(finite[:, None], x, 0))
         code = dataclasses.replace(code, values=jnp.where(finite[:, None], code.values, 0))
         fired = metrics.activity(code).fired
-    return metrics.Activity(jnp.sum(finite, dtype=jnp.float32), fired)
+    return sharding.replicate(metrics.Activity(jnp.sum(finite, dtype=jnp.float32), fired))
 
 
 def calibrate(sae: SAE, batches: Iterable[Float[Array, "b d"] | np.ndarray], l0: float) -> SAE:
@@ -104,6 +105,7 @@ def _calibrate_steps(sae: SAE, activation: MatchingPursuit, batches: Iterable, l
     longer = dataclasses.replace(activation, max_steps=most)
     total, rows = np.zeros(most), 0
     for x in batches:
+        x = np.asarray(sharding.replicate(jnp.asarray(x)))
         x = x[np.isfinite(x).all(axis=1)]
         total += len(x) * np.asarray(_l0_by_step(dataclasses.replace(sae, activation=longer), jnp.asarray(x)))
         rows += len(x)
@@ -128,7 +130,19 @@ def _count(sae: SAE, x):
     key = bits ^ (bits >> 31 & 0x7FFFFFFF)  # ordered as the floats are
     counted = finite[:, None] & (pre > 0) & jnp.isfinite(margin)
     bins = jnp.where(counted, (key >> _LEFT_OUT) + _BINS // 2, _BINS)
-    return jnp.zeros(_BINS, jnp.int32).at[bins.ravel()].add(1, mode="drop"), jnp.sum(finite)
+    return sharding.replicate((_histogram(bins), jnp.sum(finite)))
+
+
+def _histogram(bins):
+    """How often each bin occurs in `[n m]`, of which each device counts its own part."""
+    is_split, rows = sharding.is_sharded(bins.shape[-1]), sharding.rows_spec(bins)
+
+    def here(bins):
+        counts = jnp.zeros(_BINS, jnp.int32).at[bins.ravel()].add(1, mode="drop")
+        return jax.lax.psum(counts, ("latent", *rows)) if is_split else counts
+
+    spec = PartitionSpec(*(rows or (None,)), "latent")
+    return sharding.shard_map(here, spec, PartitionSpec())(bins) if is_split else here(bins)
 
 
 def latent_factors(

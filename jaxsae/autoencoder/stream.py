@@ -1,6 +1,8 @@
 """Refine more rows than fit in memory: blocks of rows in, blocks of codes out."""
 
+import contextlib
 import functools
+import math
 import operator
 import os
 import shutil
@@ -14,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from jaxsae import sharding
+from jaxsae._core import processes
 from jaxsae._core.files import InputError, atomic_file, local_path
 from jaxsae._core.linalg import result_type
 from jaxsae.autoencoder.refinement import refine
@@ -50,6 +54,8 @@ class Block(NamedTuple):
 def chunks(sae: SAE, rows: Rows | Array) -> Iterator[tuple[int, Array]]:
     """Yield rows in chunks whose pre-activations fit in memory, each with the number of its first row.
 
+    On a mesh (`jax.set_mesh`) each process reads the rows that its devices need.
+
     Args:
       sae: the autoencoder.
       rows: `[n d]`, may be memory-mapped.
@@ -60,12 +66,16 @@ def chunks(sae: SAE, rows: Rows | Array) -> Iterator[tuple[int, Array]]:
       >>> [(start, x.shape) for start, x in chunks(sae, np.zeros((600, 4)))]
       [(0, (600, 4))]
     """
-    size = max(_BLOCK, _PRE_ACTIVATIONS // (4 * sae.m) // _BLOCK * _BLOCK)
+    mesh = jax.sharding.get_mesh()
+    size = max(_BLOCK, max(1, mesh.size) * _PRE_ACTIVATIONS // (4 * sae.m) // _BLOCK * _BLOCK)
     # At least float32, whatever the SAE's dtype, so that the certified values are those written.
     dtype = result_type(sae.W_dec.dtype, jnp.float32)
     for start in range(0, len(rows), size):
-        block, numbers = rows[start : start + size], range(start, len(rows))
-        yield start, jnp.asarray(shards.cast(block, dtype, "the rows", "scale them", numbers))
+        count = min(size, len(rows) - start)
+        part = sharding.rows_needed(count)
+        block, numbers = rows[start + part.start : start + part.stop], range(start + part.start, len(rows))
+        x = shards.cast(block, dtype, "the rows", "scale them", numbers)
+        yield start, sharding.make_global_batch(x, count, part.start)
 
 
 @jax.jit
@@ -120,7 +130,7 @@ def refine_blocks(
     if capacity is None and sae.activation.slots is None:
         capacity = max_l0(sae, rows)
     for start, x in chunks(sae, rows):
-        code = encode(sae, x, capacity=capacity)
+        x, code = sharding.replicate((x, encode(sae, x, capacity=capacity)))  # small; blocks are made of any rows
         l0 = np.asarray(code.l0)
         order = np.argsort(l0, kind="stable")
         for at in range(0, len(order), _BLOCK):
@@ -129,7 +139,7 @@ def refine_blocks(
             values, indices = _resize(code.values[block], slots, 0), _resize(code.indices[block], slots, sae.m)
             part = SparseCode(values, indices, sae.m, code.num_dropped[block])
             block_solver = solver(slots, sae.W_dec.shape[1]) if callable(solver) else solver
-            refined, info = refine(sae, x[block], part, block_solver)
+            refined, info = sharding.replicate(refine(sae, x[block], part, block_solver))
             yield Block(start + block, x[block], part, refined, info)
 
 
@@ -189,7 +199,8 @@ def refine_file(
 ) -> RefineSummary:
     """Refine rows into an `.npz` file, in order: `indices`, `values` `[n k]`, `kkt`, `status`, `num_dropped` `[n]`.
 
-    Only blocks are held in memory, so rows may be a larger memory-mapped file; `out` appears only once complete.
+    Only blocks are held in memory, so rows may be a larger memory-mapped file; `out` appears only once complete. Of
+    several processes, the first one writes.
 
     Args:
       sae: the autoencoder.
@@ -222,37 +233,53 @@ def refine_file(
         "status": (np.int32, (len(rows),)),
         "num_dropped": (np.int32, (len(rows),)),
     }
-    with atomic_file(out) as temporary:
-        _require_space(temporary, 2 * len(rows) * (8 * capacity + 12))  # the columns, and the file made of them
-        parts = {name: f"{temporary}.{name}.npy" for name in columns}
-        arrays = {name: np.lib.format.open_memmap(parts[name], "w+", *columns[name]) for name in columns}
+    with contextlib.ExitStack() as held:
+        with processes.all_or_none():
+            arrays = held.enter_context(_columns(out, columns)) if processes.is_primary() else {}
 
-        def write(block: Block) -> Shrinkage:
-            slots = min(capacity, block.refined.indices.shape[1])
-            arrays["indices"][block.rows, :slots] = block.refined.indices[:, :slots]
-            arrays["indices"][block.rows, slots:] = sae.m
-            arrays["values"][block.rows, :slots] = block.refined.values[:, :slots]
-            arrays["kkt"][block.rows] = block.info.kkt
-            arrays["status"][block.rows] = block.info.status
-            arrays["num_dropped"][block.rows] = block.code.num_dropped
+        def write(block: Block) -> tuple[Shrinkage, np.ndarray]:
+            refined, info, num_dropped = jax.device_get((block.refined, block.info, block.code.num_dropped))
+            slots, kkt, status = min(capacity, refined.indices.shape[1]), info.kkt, info.status
+            if arrays:  # all of them numpy's: other processes do not take part
+                arrays["indices"][block.rows, :slots] = refined.indices[:, :slots]
+                arrays["indices"][block.rows, slots:] = sae.m
+                arrays["values"][block.rows, :slots] = refined.values[:, :slots]
+                arrays["kkt"][block.rows] = kkt
+                arrays["status"][block.rows] = status
+                arrays["num_dropped"][block.rows] = num_dropped
             progress(len(block.rows))
-            return shrinkage(sae, block.x, block.code, block.refined)
+            dropped = (num_dropped > 0) & (status != Status.NONFINITE)
+            counts = [np.count_nonzero(x) for x in (dropped, status == Status.NONFINITE, status == Status.MAX_STEPS)]
+            found = np.array([*counts, np.max(np.nan_to_num(kkt), initial=0)])
+            return sharding.replicate(shrinkage(sae, block.x, block.code, block.refined)), found
 
-        measured = functools.reduce(operator.add, map(write, refine_blocks(sae, rows, solver, capacity=capacity)))
-        summary = RefineSummary(
+        measured, found = zip(*map(write, refine_blocks(sae, rows, solver, capacity=capacity)), strict=True)
+        total = jax.device_get(functools.reduce(operator.add, measured))  # so that one process alone can read it
+        overflowed, nonfinite, unconverged = np.sum(found, axis=0)[:3].astype(int).tolist()
+        return RefineSummary(
             rows=len(rows),
             capacity=capacity,
-            shrinkage=measured,
-            overflowed=int(np.count_nonzero(arrays["num_dropped"] * (arrays["status"] != Status.NONFINITE))),
-            nonfinite=int(np.count_nonzero(arrays["status"] == Status.NONFINITE)),
-            unconverged=int(np.count_nonzero(arrays["status"] == Status.MAX_STEPS)),
-            worst_kkt=float(np.max(np.nan_to_num(arrays["kkt"]), initial=0)),
+            shrinkage=jax.tree.map(jnp.asarray, total),
+            overflowed=overflowed,
+            nonfinite=nonfinite,
+            unconverged=unconverged,
+            worst_kkt=float(np.max(found, axis=0)[3]),
         )
+
+
+@contextlib.contextmanager
+def _columns(out: Path, columns: dict[str, tuple[type, tuple[int, ...]]]) -> Iterator[dict[str, np.memmap]]:
+    """Arrays on disk, of which an `.npz` file is made in the end."""
+    with atomic_file(out) as temporary:
+        size = sum(np.dtype(dtype).itemsize * math.prod(shape) for dtype, shape in columns.values())
+        _require_space(temporary, 2 * size)  # the columns, and the file made of them
+        parts = {name: f"{temporary}.{name}.npy" for name in columns}
+        arrays = {name: np.lib.format.open_memmap(parts[name], "w+", *columns[name]) for name in columns}
+        yield arrays
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
             for name, array in arrays.items():
                 array.flush()
                 archive.write(parts[name], f"{name}.npy")
-    return summary
 
 
 def _require_space(path: Path, needed: int) -> None:

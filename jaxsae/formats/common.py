@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 import jax
 import ml_dtypes
 import numpy as np
-import safetensors.numpy
 
+from jaxsae import sharding
 from jaxsae._core.files import InputError
 from jaxsae.autoencoder.activations import Activation, Gated, GroupMax, TopK
 from jaxsae.autoencoder.normalisation import Normalisation
 from jaxsae.autoencoder.sae import SAE
-from jaxsae.formats import torch_pickle
-from jaxsae.formats.tensors import Arrays, place, read_json, read_safetensors, safetensors_file, writable
+from jaxsae.formats import tensors, torch_pickle
+from jaxsae.formats.tensors import Arrays, place, read_json, read_safetensors, ready, safetensors_file
 
 
 class Tensors(dict[str, np.ndarray]):
@@ -305,18 +305,39 @@ def assemble(
     require_k(f"{raw.path}: ", activation, m)
     if np.any(np.asarray(weights.b_enc) == np.inf):
         raise InputError(f"{raw.path}: b_enc holds +inf, expected numbers, or -inf for a latent that is never active.")
-    arrays = {
-        name: place(array, raw.dtype, name=f"{raw.path}: {name}", infinite=name == "b_enc")  # −∞ silences a latent
-        for name, array in weights._asdict().items()
-        if array is not None
-    }
-    return SAE(
-        **arrays,
+    sae = SAE(
+        **weights._asdict(),
         activation=activation,
         apply_b_dec_to_input=apply_b_dec_to_input,
         transcoder=transcoder,
         normalisation=normalisation,
     )
+    where: dict[str, Any] = _where(raw, sae)
+    arrays: dict[str, Any] = {
+        name: place(array, raw.dtype, name=f"{raw.path}: {name}", infinite=name == "b_enc", where=where.get(name))
+        for name, array in weights._asdict().items()  # a b_enc of −∞ silences a latent
+        if array is not None
+    }
+    if where:
+        arrays["activation"] = jax.tree.map(_move, activation, where["activation"])
+    return dataclasses.replace(sae, **arrays)
+
+
+def _where(raw: Raw, sae: SAE) -> dict[str, Any]:
+    """How to split the arrays over the current mesh, by field; {} without a mesh."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return {}
+    try:
+        return vars(sharding.shardings(sae, mesh))
+    except ValueError as error:
+        raise InputError(f"{raw.path}: {error}") from error
+
+
+def _move(leaf: Any, where: jax.sharding.Sharding) -> jax.Array:
+    """Split a small array that is on one device."""
+    whole = np.asarray(leaf)
+    return jax.make_array_from_callback(whole.shape, where, lambda index: whole[index])
 
 
 def require_k(where: str, activation: Activation, m: int) -> None:
@@ -396,8 +417,8 @@ def gate_biases(sae: SAE) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_safetensors(file: Path, arrays: Mapping[str, Any]) -> None:
-    """Write arrays, without metadata."""
-    safetensors.numpy.save_file({name: writable(array, name) for name, array in arrays.items()}, file)
+    """Write arrays of this process, without metadata."""
+    tensors.write_safetensors(file, {name: ready(array, name) for name, array in arrays.items()})
 
 
 def write_json(file: Path, config: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 Our own is a directory: `sae.json` describes the SAE, `sae.safetensors` holds its arrays.
 """
 
+import contextlib
 import dataclasses
 import os
 import typing
@@ -14,13 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsae._core.files import InputError, atomic_directory, local_path, settled
+from jaxsae._core import processes
+from jaxsae._core.files import InputError, atomic_directory, local_path, settled, temporary_directory
 from jaxsae.autoencoder import activations, normalisation
 from jaxsae.autoencoder.sae import SAE, describe as describe_sae
 from jaxsae.autoencoder.surgery import fold_scale
 from jaxsae.formats import common, dictionary_learning, gemma_scope, hub, llama_scope, openai, saelens, sparsify
 from jaxsae.formats.common import Raw, Tensors, Weights
-from jaxsae.formats.tensors import place, read_json, read_safetensors, writable
+from jaxsae.formats.tensors import place, read_json, read_safetensors, ready, writable, write_safetensors
 
 _VERSION = 1
 _CONFIG, _WEIGHTS = "sae.json", "sae.safetensors"
@@ -42,14 +44,15 @@ class _Format(NamedTuple):
     detect: Callable[[Path], bool]
     read: Callable[[Path], Raw]
     convert: Callable[[Raw], SAE]
-    write: Callable[[SAE, Path], None] | None = None
+    write: Callable[[SAE, Any], None] | None = None
 
 
 def load(path: str | os.PathLike, *, format: str | None = None, dtype: Any = None, revision: str | None = None) -> SAE:
     """Load an SAE from disk or the Hugging Face hub; it computes the same function as the original.
 
-    Large arrays are mapped and copied piece by piece, so that memory holds little more than the SAE itself. Torch
-    pickles are read without torch, and without executing them.
+    Large arrays are mapped and copied piece by piece, so that memory holds little more than the SAE itself; on a mesh
+    (`jax.set_mesh`) each device gets its part of them. Torch pickles are read without torch, and without executing
+    them.
 
     Args:
       path: what `save` wrote, a training run, or a directory or file of another library; on the hub,
@@ -178,6 +181,9 @@ def detect(path: str | os.PathLike) -> str:
 def save(sae: SAE, path: str | os.PathLike, *, format: str = "jaxsae") -> None:
     """Save an SAE atomically, replacing an SAE of the same format at `path`.
 
+    Arrays that are split over devices are written piece by piece: no device and no host ever holds more of them. If
+    they are split over several processes, call it in all of them; the first one writes.
+
     Args:
       sae: the autoencoder; its arrays may be numpy's, of any memory order.
       path: to write; a directory, or a file for `"openai"`.
@@ -199,26 +205,50 @@ def save(sae: SAE, path: str | os.PathLike, *, format: str = "jaxsae") -> None:
     if row.write is None:
         written = ", ".join(name for name, row in FORMATS.items() if row.write)
         raise InputError(f"{format} is read, not written; expected one of: {written}.")
-    sae = _on_host(sae)
-    if path.exists() and (_within_run(path) != path or not _is(row, path)):
-        raise InputError(f"{path}: exists and is not a saved SAE; choose another place, or remove it.")
-    row.write(sae, path)
+    sae = _checked(sae)
+    on_devices = [leaf for leaf in jax.tree.leaves(sae) if isinstance(leaf, jax.Array)]
+    is_split = any(len(leaf.sharding.device_set) > 1 for leaf in on_devices)
+    is_shared = not all(leaf.is_fully_addressable for leaf in on_devices)
+    target = path if processes.is_primary() or not is_shared else None
+    with processes.all_or_none() if is_shared else contextlib.nullcontext():
+        if target is not None and path.exists() and (_within_run(path) != path or not _is(row, path)):
+            raise InputError(f"{path}: exists and is not a saved SAE; choose another place, or remove it.")
+    with processes.all_or_none() if is_shared else contextlib.nullcontext():
+        if row.write is _write_own:
+            _write_own(sae, target)
+        elif is_split:
+            _write_through_own(sae, row.write, target)
+        else:
+            row.write(jax.tree.map(lambda leaf: writable(leaf) if isinstance(leaf, jax.Array) else leaf, sae), path)
 
 
-def _on_host(sae: SAE) -> SAE:
-    """The SAE with its arrays in host memory, ready to be written; raise if it cannot be saved."""
+def _write_through_own(sae: SAE, write: Callable[[SAE, Path], None], path: Path | None) -> None:
+    """Write an SAE that is split over devices from files in our own format, of which little is in memory at a time."""
+    with contextlib.nullcontext() if path is None else temporary_directory(path) as folder:
+        own = None if folder is None else folder / "own"
+        _write_own(sae, own)
+        if own is None or path is None:
+            return
+        arrays = read_safetensors(own / _WEIGHTS)
+        parameters = {name: arrays.pop(f"activation.{name}") for name in _parameters(sae.activation)}
+        activation = dataclasses.replace(sae.activation, **parameters)  # pyright: ignore[reportArgumentType]
+        write(dataclasses.replace(sae, **arrays, activation=activation), path)
+
+
+def _checked(sae: SAE) -> SAE:
+    """The SAE with arrays that can be written; raise if it cannot be saved."""
     if not isinstance(sae, SAE):
         raise InputError(f"got a {type(sae).__name__} to save, expected an SAE; pass one.")
     _require_known("activation", sae.activation, _ACTIVATIONS)
     _require_known("normalisation", sae.normalisation, _NORMALISATIONS)
     names = ("W_enc", "b_enc", "W_dec", "b_dec", *(() if sae.W_skip is None else ("W_skip",)))
-    arrays = {name: writable(getattr(sae, name), name) for name in names}
+    arrays = {name: ready(getattr(sae, name), name) for name in names}
     d, m, d_out = arrays["W_enc"].shape[:1], arrays["W_dec"].shape[:1], arrays["W_dec"].shape[1:]
     shapes = {"W_enc": (*d, *m), "b_enc": m, "W_dec": (*m, *d_out), "b_dec": d_out, "W_skip": (*d, *d_out)}
     parameters = {
         name: float(p) if isinstance(p, int | float) else p for name, p in _parameters(sae.activation).items()
     }
-    parameters = {name: writable(value, name) for name, value in parameters.items()}
+    parameters = {name: ready(value, name) for name, value in parameters.items()}
     shapes |= {name: m if value.ndim else () for name, value in parameters.items()}
     for name, array in (arrays | parameters).items():
         if array.shape != shapes[name] or arrays["W_dec"].ndim != 2:
@@ -277,7 +307,8 @@ def _detect_own(path: Path) -> bool:
     return (_within_run(path) / _CONFIG).is_file()
 
 
-def _write_own(sae: SAE, path: Path) -> None:
+def _write_own(sae: SAE, path: Path | None) -> None:
+    """Write an SAE; processes that only send their parts of it pass None."""
     values, static = _options(sae.activation)
     config = {
         "format": "jaxsae",
@@ -297,9 +328,10 @@ def _write_own(sae: SAE, path: Path) -> None:
         config["normalisation"] = {"name": type(sae.normalisation).__name__, **_options(sae.normalisation)[0]}
     arrays = {name: getattr(sae, name) for name in _shapes(config)}
     arrays |= {f"activation.{name}": value for name, value in _parameters(sae.activation).items()}
-    with atomic_directory(path) as folder:
-        common.write_safetensors(folder / _WEIGHTS, arrays)
-        common.write_json(folder / _CONFIG, config | {"arrays": sorted(arrays)})
+    with contextlib.nullcontext() if path is None else atomic_directory(path) as folder:
+        write_safetensors(None if folder is None else folder / _WEIGHTS, arrays)
+        if folder is not None:
+            common.write_json(folder / _CONFIG, config | {"arrays": sorted(arrays)})
 
 
 def _options(part: Any) -> tuple[dict[str, Any], set[str]]:

@@ -4,6 +4,7 @@ The sizes that a file declares are compared with its own before memory is alloca
 opened, and whatever is wrong raises one `InputError`.
 """
 
+import contextlib
 import io
 import json
 import math
@@ -12,16 +13,18 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jax.core import Tracer
 from safetensors import safe_open
 
+from jaxsae._core import processes
 from jaxsae._core.files import InputError, in_one_line
 
 Arrays = dict[str, np.ndarray]
@@ -134,6 +137,56 @@ def _read_one_safetensors(path: Path) -> Arrays:
         return arrays
 
 
+def write_safetensors(file: Path | None, arrays: Mapping[str, Any]) -> None:
+    """Write arrays piece by piece, so that no more than a piece of them is in memory; without metadata.
+
+    The safetensors library writes only what is all in memory. If the arrays are spread over several processes, all of
+    them call it, and those that have no file to write pass None.
+
+    Args:
+      file: to write, or None.
+      arrays: by name, each of jax or as `writable` returns it.
+    """
+    names = {np.dtype(dtype): name for name, dtype in _SAFETENSORS.items()}
+    order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))  # each is then aligned
+    ends = np.cumsum([0, *(arrays[name].size * arrays[name].dtype.itemsize for name in order)]).tolist()
+    header = {
+        name: {"dtype": names[arrays[name].dtype], "shape": arrays[name].shape, "data_offsets": span}
+        for name, *span in zip(order, ends, ends[1:], strict=False)
+    }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    failure: OSError | None = None
+    with contextlib.nullcontext() if file is None else open(file, "wb") as out:
+        if out is not None:
+            out.write(len(text).to_bytes(8, "little") + text)
+        for name, start in zip(order, ends, strict=False):
+            for place, piece in processes.pieces(arrays[name]):
+                if out is None or failure is not None:
+                    continue  # other processes wait for this one to take the piece
+                try:
+                    _write_at(out, 8 + len(text) + start, arrays[name], place, piece)
+                except OSError as error:
+                    failure = error
+    if failure is not None:
+        raise failure
+
+
+def _write_at(out: IO[bytes], start: int, array: Any, place: tuple[slice, ...], piece: np.ndarray) -> None:
+    """Write a piece of an array that begins at `start`, row by row unless it has whole rows."""
+    row = math.prod(array.shape[1:]) * piece.dtype.itemsize
+    piece = np.ascontiguousarray(piece, piece.dtype.newbyteorder("<"))
+    _forget(array)
+    if array.ndim < 2 or piece.shape[1:] == array.shape[1:]:
+        out.seek(start + (place[0].start * row if place else 0))
+        out.write(piece.reshape(-1).view(np.uint8).data)
+        return
+    before = place[1].start * piece.dtype.itemsize
+    for number, values in enumerate(piece, place[0].start):
+        out.seek(start + number * row + before)
+        out.write(values.view(np.uint8).data)
+
+
 def read_zip(path: Path, *, check: bool = True) -> dict[str, memoryview]:
     """The members of a zip file by name: mapped if they are stored uncompressed, else unpacked.
 
@@ -225,7 +278,14 @@ def _npy(content: memoryview) -> np.ndarray:
     return np.frombuffer(body, dtype).reshape(shape, order="F" if fortran else "C")
 
 
-def place(array: np.ndarray, dtype: Any = None, *, name: str = "an array", infinite: bool = False) -> jax.Array:
+def place(
+    array: np.ndarray,
+    dtype: Any = None,
+    *,
+    name: str = "an array",
+    infinite: bool = False,
+    where: jax.sharding.Sharding | None = None,
+) -> jax.Array:
     """Copy an array, perhaps memory-mapped and transposed, to jax's device, in another dtype if given.
 
     It is copied piece by piece, and pages that were read are released, so that memory holds no more of a large file
@@ -236,11 +296,21 @@ def place(array: np.ndarray, dtype: Any = None, *, name: str = "an array", infin
       dtype: of the copy; that of the array by default.
       name: what it is called in errors.
       infinite: whether infinite numbers are valid, such as thresholds that nothing exceeds.
+      where: how to split it over devices, each of which then reads its own part; one device by default.
 
     Raises:
       InputError: if it holds NaN or, unless they are valid, infinite numbers.
     """
     dtype = jax.dtypes.canonicalize_dtype(array.dtype if dtype is None else dtype)
+    if where is None:
+        return jax.device_put(_checked(array, dtype, name, infinite))
+    return jax.make_array_from_callback(
+        array.shape, where, lambda index: _checked(array[index], dtype, name, infinite), dtype=dtype
+    )
+
+
+def _checked(array: np.ndarray, dtype: np.dtype, name: str, infinite: bool) -> np.ndarray:
+    """A copy in memory that jax can use as it is, of valid numbers only."""
     size = array.size * dtype.itemsize
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
@@ -258,7 +328,33 @@ def place(array: np.ndarray, dtype: Any = None, *, name: str = "an array", infin
                 f"{name} holds {kind} numbers in {dtype}, such as {out[part][~valid].flat[0]}; expected numbers: "
                 "use another SAE, or another dtype if they are too large for this one."
             )
-    return jax.device_put(out)
+    return out
+
+
+def ready(value: Any, name: str = "an array") -> jax.Array | np.ndarray:
+    """An array as `write_safetensors` takes it: of jax, where it is, or what `writable` makes of it.
+
+    Args:
+      value: as for `writable`.
+      name: what it is called in errors.
+
+    Raises:
+      InputError: as `writable`.
+
+    Example:
+      >>> ready(2.0).dtype
+      dtype('float32')
+    """
+    if not isinstance(value, jax.Array) or isinstance(value, Tracer) or value.is_deleted():
+        return writable(value, name)
+    if jnp.issubdtype(value.dtype, jax.dtypes.extended) or value.dtype not in _WRITTEN:
+        raise _unwritable(value, name)
+    return value
+
+
+def _unwritable(value: Any, name: str) -> InputError:
+    known = ", ".join(sorted(kind.name for kind in _WRITTEN))
+    return InputError(f"{name} holds {value.dtype}, expected one of {known}; convert it.")
 
 
 def writable(value: Any, name: str = "an array") -> np.ndarray:
@@ -292,8 +388,7 @@ def writable(value: Any, name: str = "an array") -> np.ndarray:
         array = narrow
     dtype = array.dtype.newbyteorder("<")
     if dtype not in _WRITTEN:
-        known = ", ".join(sorted(kind.name for kind in _WRITTEN))
-        raise InputError(f"{name} holds {array.dtype}, expected one of {known}; convert it.")
+        raise _unwritable(array, name)
     return np.ascontiguousarray(array, dtype).reshape(array.shape)
 
 

@@ -8,17 +8,12 @@ otherwise the step before it is, with a warning.
 """
 
 import contextlib
-import gc
 import json
-import logging
 import math
 import os
 import platform
 import re
 import shutil
-import sys
-import traceback
-import warnings
 import zlib
 from collections.abc import Callable, Collection, Iterator
 from importlib.metadata import version
@@ -28,16 +23,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jaxtyping import Array, UInt32
 
-from jaxsae._core.files import InputError, first_line, local_path, owned
+from jaxsae._core import processes
+from jaxsae._core.files import InputError, first_line, in_one_line, local_path, owned
 from jaxsae.formats.tensors import writable
+from jaxsae.train import echoes
 
 _VERSION = 1
-# Coroutines that are never awaited once an earlier file could not be read or written.
-_UNBEGUN = r"coroutine '\S*(_read_array_index_and_device_put|write_fragment)' was never awaited"
-_ECHOES = f"Event loop is closed|Encountered error while reading array index|in OCDBT database at|{_UNBEGUN}"
 _NOT_SAVED = "state{} is not what was saved"
 
 
@@ -102,6 +95,7 @@ class Checkpoints:
         folder: str | os.PathLike,
         *,
         config: Any,
+        extra: Any = None,
         grows: Collection[str] = (),
         keep: int = 2,
         warn: Callable[[str], None] = lambda text: None,
@@ -111,6 +105,7 @@ class Checkpoints:
         Args:
           folder: directory of the checkpoints.
           config: any JSON; a directory can only be resumed with an equal one.
+          extra: any JSON to keep with each step, which may differ; `read_manifest` returns it.
           grows: members of the configuration that may have increased.
           keep: number of latest steps to keep, besides the best.
           warn: called with warnings.
@@ -120,6 +115,7 @@ class Checkpoints:
         """
         self.folder, self._warn, self._keep = local_path(folder).absolute(), warn, keep
         self._config, self._grows = json.loads(json.dumps(config, allow_nan=False)), frozenset(grows)
+        self._extra = extra
         self._manager: Any = None
         self._held = contextlib.ExitStack()
         self._require_same_run()
@@ -127,7 +123,7 @@ class Checkpoints:
     def _require_same_run(self) -> None:
         for step in self.steps():
             try:
-                manifest = _read_manifest(self.folder / str(step))
+                manifest = read_manifest(self.folder / str(step))
             except Exception:  # noqa: BLE001  orbax raises no narrower one for a damaged file; `restore` warns
                 continue
             if manifest["version"] != _VERSION:
@@ -148,7 +144,7 @@ class Checkpoints:
 
     def __enter__(self) -> "Checkpoints":
         with contextlib.ExitStack() as held:
-            held.enter_context(_without_echoes())
+            held.enter_context(echoes.suppressed())
             held.enter_context(_owned(self.folder, self._warn))
             held.callback(self._close)
             self._require_same_run()  # again, now that no other process writes there
@@ -187,7 +183,7 @@ class Checkpoints:
             self._manager = self._open()
         state = jax.tree.map(_leaf, state)
         content = {"version": _VERSION, "config": self._config, "versions": versions(), "step": step}
-        content |= {"progress": progress}
+        content |= {"progress": progress, "extra": self._extra}
         args = ocp.args.Composite(
             state=ocp.args.StandardSave({"state": state, "fingerprint": fingerprint(state)}),
             manifest=ocp.args.JsonSave({"content": content, "crc32": _crc32(content)}),
@@ -230,7 +226,7 @@ class Checkpoints:
             with _one_line(self.folder):
                 self._manager.wait_until_finished()
         local_steps, damaged = self.steps(), []
-        while (step := max(_of_all(local_steps[0] if local_steps else -1))) >= 0:
+        while (step := max(processes.of_all(local_steps[0] if local_steps else -1))) >= 0:
             local_steps = [other for other in local_steps if other < step]
             found = self._read(self.folder / str(step), like)
             if found is None:
@@ -238,9 +234,9 @@ class Checkpoints:
                 continue
             if damaged:
                 self._warn(f"{self.folder}: went back to step {step}.")
-                for later in damaged if jax.process_index() == 0 else ():
+                for later in damaged if processes.is_primary() else ():
                     shutil.rmtree(self.folder / str(later), ignore_errors=True)
-                _of_all(0)  # a barrier: no process looks before they are removed
+                processes.of_all(0)  # a barrier: no process looks before they are removed
                 self._manager = None
             return found
         if damaged:
@@ -250,13 +246,13 @@ class Checkpoints:
     def _read(self, path: Path, like: Any) -> Saved | None:
         """Read a step; None unless all processes can read it and its fingerprints match."""
         manifest, found, reason = {}, {}, ""
-        with _without_echoes():
+        with echoes.suppressed():
             try:
-                manifest, found = _read_manifest(path), _read_state(path, like)
+                manifest, found = read_manifest(path), _read_state(path, like)
             except Exception as error:  # noqa: BLE001  orbax raises no narrower one for a damaged file
                 reason = first_line(error)[:200]
-                _free(error)
-        if not all(_of_all(not reason)):
+                echoes.free(error)
+        if not all(processes.of_all(not reason)):
             reason = reason or "for another process"
         else:  # all processes take part in the sums over their shards
             names = [name for name, _ in jax.tree.leaves_with_path(found["state"])]
@@ -276,22 +272,10 @@ class Checkpoints:
 def _owned(folder: Path, warn: Callable[[str], None]) -> Iterator[None]:
     """Lock a directory, through the first of several processes."""
     with contextlib.ExitStack() as held:
-        refusal = None
-        try:
-            if jax.process_index() == 0:
+        with processes.all_or_none():
+            if processes.is_primary():
                 held.enter_context(owned(folder, warn=warn))
-        except InputError as error:
-            refusal = error
-        if not all(_of_all(refusal is None)):
-            raise refusal or InputError(f"{folder}: the first process could not lock it; see its message.")
         yield
-
-
-def _of_all(value: int | bool) -> list[int]:
-    """Gather a value from every process."""
-    if jax.process_count() == 1:
-        return [int(value)]
-    return multihost_utils.process_allgather(np.array(value, np.int32)).tolist()
 
 
 def _leaf(leaf: Any) -> Any:
@@ -318,7 +302,15 @@ def _crc32(content: Any) -> str:
     return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What is saved beside a state: `version`, `config`, `versions`, `step`, `progress` and `extra`.
+
+    Args:
+      path: directory of the step.
+
+    Raises:
+      ValueError: or another error, if it is damaged.
+    """
     import orbax.checkpoint as ocp
 
     alone = _alone()
@@ -359,52 +351,42 @@ def _read_state(path: Path, like: Any) -> Any:
     return found
 
 
-@contextlib.contextmanager
-def _without_echoes() -> Iterator[None]:
-    """Suppress follow-up errors: if one file fails, orbax abandons the others, which then raise uncaught.
+def load(path: str | os.PathLike, like: Any, field: str) -> Any:
+    """Restore one field of the state of a step, and read nothing else of it.
 
-    They do so when coroutines and asyncio's futures are freed, as by `_free`, and when threads of TensorStore end. So
-    after a failure the hook, which suppresses nothing else, stays installed.
+    Args:
+      path: directory of the step, `checkpoints/N`.
+      like: the whole state's structure, as for `Checkpoints.restore`.
+      field: name of the field, such as `"sae"` of a `TrainState`.
+
+    Raises:
+      InputError: if the step is damaged or of another structure.
+
+    Example:
+      >>> import tempfile, jax.numpy as jnp
+      >>> state = {"a": jnp.arange(3), "b": jnp.zeros(2)}
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     with Checkpoints(folder, config=None) as checkpoints:
+      ...         checkpoints.save(1, state, progress=0, wait=True)
+      ...     load(f"{folder}/1", state, "a").tolist()
+      [0, 1, 2]
     """
-    hook, logger = sys.unraisablehook, logging.getLogger("asyncio")
-    ours = hook if isinstance(hook, _WithoutEchoes) else _WithoutEchoes(hook)
+    import orbax.checkpoint as ocp
 
-    def no_echo(record: logging.LogRecord) -> bool:
-        return not (record.exc_info and _is_echo(record.exc_info[1]))
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", _UNBEGUN, RuntimeWarning)
-        sys.unraisablehook = ours
-        logger.addFilter(no_echo)
-        try:
-            yield
-        finally:
-            logger.removeFilter(no_echo)
-            if not ours.stays:
-                sys.unraisablehook = hook
-
-
-class _WithoutEchoes:
-    def __init__(self, hook: Callable[[Any], Any]):
-        self._hook, self.stays = hook, False
-
-    def __call__(self, unraisable: Any) -> None:
-        if not _is_echo(unraisable.exc_value):
-            self._hook(unraisable)
-
-
-def _free(error: BaseException | None) -> None:
-    """Clear the frames kept alive by an error from orbax and by its context."""
-    if isinstance(sys.unraisablehook, _WithoutEchoes):
-        sys.unraisablehook.stays = True
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__context__
-    gc.collect()
-
-
-def _is_echo(error: object) -> bool:
-    return re.search(_ECHOES, str(error)) is not None
+    path, keys = local_path(path).absolute(), [key[0] for key, _ in jax.tree.leaves_with_path(like)]
+    part = like[field] if isinstance(like, dict) else getattr(like, field)
+    item = {"state": {field: jax.tree.map(ocp.utils.to_shape_dtype_struct, part)}}
+    item |= {"fingerprint": jax.ShapeDtypeStruct((len(keys),), jnp.uint32)}
+    how = ocp.args.PyTreeRestore(
+        item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
+    )
+    with echoes.suppressed(), in_one_line(f"{path}: is damaged", "take another step"):
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())) as reader:
+            found = reader.restore(path / "state", how)
+        named = [getattr(key, "name", getattr(key, "key", None)) == field for key in keys]
+        if (np.asarray(fingerprint(found["state"])) != np.asarray(found["fingerprint"])[named]).any():
+            raise ValueError(_NOT_SAVED.format(f".{field}"))
+    return jax.tree.map(jnp.asarray, found["state"][field])
 
 
 @contextlib.contextmanager
@@ -419,7 +401,7 @@ def _one_line(folder: Path) -> Iterator[None]:
         text = first_line(error).partition(" [")[0]
         reason = getattr(error, "strerror", None) or text.rpartition(": ")[2]
         last = next(iter(steps(folder)), None)
-        _free(error)
+        echoes.free(error)
         kept = "no step was saved before" if last is None else f"step {last} is kept, and can be resumed from"
         raise InputError(f"cannot write {folder}: {reason}; {kept}: make room.") from error
 

@@ -2,32 +2,60 @@
 
 import functools
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from jaxsae._core import arguments
 from jaxsae._core.files import InputError
 from jaxsae.app import console
+from jaxsae.app.commands import devices
 
 FORMATS = arguments.Choice(
     ("jaxsae", "saelens", "gemma_scope", "gemma_scope_2", "sparsify", "dictionary_learning", "openai", "llama_scope")
 )
 
 
-def evaluate(*, sae: arguments.Autoencoder, data: arguments.InputPath, json: bool = False) -> int:
+def _load(path: str, *, dtype: str | None = None, revision: str | None = None) -> Any:
+    """The SAE at a path, which may also be one save of a run."""
+    from jaxsae.app import runs
+    from jaxsae.formats import pretrained
+
+    if not runs.is_checkpoint(path):
+        return pretrained.load(path, dtype=dtype, revision=revision)
+    if dtype is not None or revision is not None:
+        raise InputError(f"{path}: is a save of a run, which has neither --dtype nor --revision; convert it first.")
+    return runs.load(path)
+
+
+def evaluate(
+    *,
+    sae: arguments.Autoencoder,
+    data: arguments.InputPath,
+    mesh: tuple[arguments.Parts, arguments.Parts] | None = None,
+    distributed: bool = False,
+    json: bool = False,
+) -> int:
     """Measure an autoencoder on activations.
 
     Example: jaxsae eval --sae run --data x.npy
 
     Args:
-        sae: a training run, or an SAE of any format, on disk or on the hub (hf://organisation/repository/path).
+        sae: a training run or one of its saves (RUN/checkpoints/N), or an SAE of any format, on disk or on the hub
+            (hf://organisation/repository/path).
         data: file or directory of activations (rows, width).
+        mesh: how many ways to split the rows, and the latents, of an SAE wider than a device; by default one device.
+        distributed: run as one of several processes, as for jaxsae train.
         json: print the measurements as one JSON object.
     """
-    from jaxsae.app import runs
+    from jaxsae._core import processes
+    from jaxsae.app import evaluation
     from jaxsae.data import open_rows
-    from jaxsae.formats import pretrained
 
-    measured = runs.evaluate(pretrained.load(sae), open_rows(data))
+    with devices.spread(mesh, distributed=distributed) as first:
+        with processes.all_or_none():
+            model, rows = _load(sae), open_rows(data)
+        measured = evaluation.evaluate(model, rows)
+    if not first:
+        return 0
     shown = {name: measured[name] for name in ("nmse", "explained_variance", "l0", "dead")}
     lines = [f"{name:18}  {console.number(value)}" for name, value in shown.items()]
     lines[-1] += f" of {measured['dead_rows']:,} rows"
@@ -47,6 +75,8 @@ def refine(
     tol: Annotated[float, arguments.Range(0, 1)] | None = None,
     max_steps: arguments.Count | None = None,
     strict: bool = False,
+    mesh: tuple[arguments.Parts, arguments.Parts] | None = None,
+    distributed: bool = False,
     json: bool = False,
 ) -> int:
     """Refine the codes of activations, and write them to a file.
@@ -56,33 +86,41 @@ def refine(
     Example: jaxsae refine --sae run --data x.npy --out codes.npz
 
     Args:
-        sae: a training run, or an SAE of any format, on disk or on the hub (hf://organisation/repository/path).
+        sae: a training run or one of its saves (RUN/checkpoints/N), or an SAE of any format, on disk or on the hub
+            (hf://organisation/repository/path).
         data: file or directory of activations (rows, width).
         out: the .npz file to write.
         capacity: slots per row; by default what the densest row needs.
         tol: KKT residual at which a row has converged; 1e-5 by default.
         max_steps: maximum number of solver steps per row; by default the solver's own limit.
         strict: exit with code 1 after any warning.
+        mesh: how many ways to split the rows, and the latents, of an SAE wider than a device; by default one device.
+        distributed: run as one of several processes, as for jaxsae train.
         json: print the shrinkage and the status of the rows as one JSON object.
     """
+    from jaxsae._core import processes
     from jaxsae.autoencoder import stream
     from jaxsae.data import open_rows
-    from jaxsae.formats import pretrained
     from jaxsae.least_squares import solvers
 
-    model, rows = pretrained.load(sae), open_rows(data)
-    if capacity is not None and (model.activation.slots or capacity) != capacity:
-        name, slots = type(model.activation).__name__, model.activation.slots
-        raise InputError(f"got --capacity {capacity} for {name}({f'k={slots}' if slots else ''}); leave it out.")
     solver = None  # the default one, which a kernel may replace
     if tol is not None or max_steps is not None:
         solver = lambda k, d: solvers.within(solvers.default(k, d), tol=tol, max_steps=max_steps)  # noqa: E731
     for what, path in {"the data": data, "the SAE": Path(sae)}.items():
         if out.exists() and path.exists() and out.samefile(path):
             raise InputError(f"{out}: is {what}; write the codes to another file.")
-    with console.progress(len(rows)) as update:
-        progress = functools.partial(update, "refining")
-        summary = stream.refine_file(model, rows, out, solver, capacity=capacity, progress=progress)
+    with devices.spread(mesh, distributed=distributed) as first:
+        with processes.all_or_none():
+            model, rows = _load(sae), open_rows(data)
+            if capacity is not None and (model.activation.slots or capacity) != capacity:
+                slots = f"k={model.activation.slots}" if model.activation.slots else ""
+                name = type(model.activation).__name__
+                raise InputError(f"got --capacity {capacity} for {name}({slots}); leave it out.")
+        with console.progress(len(rows), quiet=not first) as update:
+            progress = functools.partial(update, "refining")
+            summary = stream.refine_file(model, rows, out, solver, capacity=capacity, progress=progress)
+    if not first:
+        return 0
     written = f"{summary.rows} rows of {summary.capacity} slots, worst KKT {summary.worst_kkt:.1e}"
     shown = summary._asdict() | {"out": out, "shrinkage": summary.shrinkage.numbers()}
     console.show(shown, f"{summary.shrinkage}\nWritten: {out}, {written}", as_json=json)
@@ -105,6 +143,8 @@ def convert(
     to: Annotated[str, FORMATS],
     dtype: Annotated[str, arguments.Choice(("float32", "bfloat16", "float16", "float64"))] | None = None,
     revision: arguments.Revision | None = None,
+    mesh: tuple[arguments.Parts, arguments.Parts] | None = None,
+    distributed: bool = False,
     json: bool = False,
 ) -> int:
     """Write an SAE in the format of another library.
@@ -112,17 +152,25 @@ def convert(
     Example: jaxsae convert run published --to saelens
 
     Args:
-        src: a training run, or an SAE of any format, on disk or on the hub (hf://organisation/repository/path).
+        src: a training run or one of its saves (RUN/checkpoints/N), or an SAE of any format, on disk or on the hub
+            (hf://organisation/repository/path).
         dst: path to write; a directory, or a file for openai.
         to: jaxsae, saelens, gemma_scope, gemma_scope_2, sparsify, dictionary_learning, openai or llama_scope.
         dtype: of the weights, float32, bfloat16, float16 or float64; that of the files by default.
         revision: branch, tag or commit on the hub.
+        mesh: how many ways to split rows, and the latents of an SAE wider than a device; by default one device.
+        distributed: run as one of several processes, as for jaxsae train.
         json: print the path and the format as one JSON object.
     """
+    from jaxsae._core import processes
     from jaxsae.formats import pretrained
 
-    pretrained.save(pretrained.load(src, dtype=dtype, revision=revision), dst, format=to)
-    console.show({"out": dst, "format": to}, f"Written: {dst}, {to}", as_json=json)
+    with devices.spread(mesh, distributed=distributed) as first:
+        with processes.all_or_none():
+            sae = _load(src, dtype=dtype, revision=revision)
+        pretrained.save(sae, dst, format=to)
+    if first:
+        console.show({"out": dst, "format": to}, f"Written: {dst}, {to}", as_json=json)
     return 0
 
 

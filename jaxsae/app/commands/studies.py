@@ -6,6 +6,7 @@ from typing import Annotated
 from jaxsae._core import arguments
 from jaxsae._core.files import InputError
 from jaxsae.app import console
+from jaxsae.app.commands import devices
 
 
 def study(
@@ -27,6 +28,7 @@ def study(
     steps: arguments.Count | None = None,
     quick: bool = False,
     seed: arguments.Seed = 0,
+    mesh: tuple[arguments.Parts, arguments.Parts] | None = None,
     json: bool = False,
 ) -> int:
     """Train autoencoders, refine their codes, measure the shrinkage.
@@ -61,6 +63,7 @@ def study(
         steps: of each training.
         quick: train few and small autoencoders.
         seed: of initialisation and shuffles, and of patches or features.
+        mesh: with --sae, how many ways to split the rows, and the latents, of SAEs wider than a device.
         json: print the report as one JSON object.
     """
     from jaxsae.app import study as job
@@ -74,6 +77,8 @@ def study(
         raise InputError("got --noise without --synthetic; pass both.")
     if sae and data is None and model is None:
         raise InputError("got --sae without --data or --model; pass the activations that they are for.")
+    if mesh is not None and not sae:
+        raise InputError("got --mesh without --sae; a study trains on one device.")
     source = job.HookPoint(model, layer, text or None) if model else job.Features(noise=noise) if synthetic else data
     full, small = (job.FULL_MODEL, job.QUICK_MODEL) if model else (job.FULL, job.QUICK)
     if synthetic:
@@ -81,7 +86,7 @@ def study(
     plan = (small if quick else full)._replace(seeds=seeds, halvings=halvings)
     given = {"families": families, "l0": l0, "grid": grid, "latents": latents, "steps": steps}
     plan = plan._replace(**{name: value for name, value in given.items() if value})
-    with console.progress(job.total_steps(plan, source, sae)) as update:
+    with devices.spread(mesh, distributed=False), console.progress(job.total_steps(plan, source, sae)) as update:
         report = job.run(out, data=source, plan=plan, seed=seed, saes=sae, progress=update, warn=console.warn)
     written = f"Written: {out / 'report.json'}, {out / 'shrinkage.png'}" + ("" if sae else f", {out / 'sae'}/")
     console.show(report, f"{console.study_table(report)}\n{written}", as_json=json)

@@ -1,13 +1,13 @@
 """The command that trains: train."""
 
 import logging
-import os
 import signal
 from typing import Annotated, Any
 
 from jaxsae._core import arguments
-from jaxsae._core.files import InputError, first_line
+from jaxsae._core.files import InputError
 from jaxsae.app import console
+from jaxsae.app.commands import devices
 from jaxsae.app.commands.texts import live
 
 
@@ -38,9 +38,6 @@ def train(
     resume: bool = False,
     mesh: tuple[arguments.Parts, arguments.Parts] | None = None,
     distributed: bool = False,
-    coordinator: Annotated[str, arguments.Text(r"\S+:\d{1,5}", "HOST:PORT")] | None = None,
-    processes: arguments.Count | None = None,
-    process: arguments.Index | None = None,
     wandb: bool = False,
     json: bool = False,
 ) -> int:
@@ -82,15 +79,11 @@ def train(
         save_every: seconds between saves.
         resume: resume the run in --out; fail if there is none.
         mesh: how many ways to split the rows of a batch, and the latents; by default one device.
-        distributed: run as one of several processes, found automatically on Cloud TPU, SLURM and Open MPI.
-        coordinator: elsewhere, HOST:PORT of the first process.
-        processes: elsewhere, the number of processes.
-        process: elsewhere, the index of this process, from 0.
+        distributed: run as one of several processes, found automatically on Cloud TPU, SLURM and Open MPI; elsewhere
+            set JAX_COORDINATOR_ADDRESS (HOST:PORT of the first), JAX_NUM_PROCESSES and JAX_PROCESS_ID (from 0).
         wandb: also log to Weights & Biases (with WANDB_MODE=offline, to files).
         json: print the report as one JSON object, or the number of steps if training was stopped.
     """
-    import jax
-
     from jaxsae.app import logs
     from jaxsae.app.options import Options, validate
 
@@ -102,18 +95,15 @@ def train(
         raise InputError("pass --data, or --model and --layer.")
     if model is None and (text or tokens is not None):
         raise InputError("got --text or --tokens without --model; pass the model that is to read it.")
-    if len({coordinator is None, processes is None, process is None}) > 1 or (process or 0) >= (processes or 1):
-        raise InputError("pass --coordinator, --processes N and --process, from 0 to N - 1, or none of them.")
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax's errors are reported below
-    if distributed or coordinator is not None:
-        _join(coordinator, processes, process)
-    how: dict[str, Any] = {"mesh": mesh and _mesh(*mesh), "weights": weights or None, "window": window}
-    how |= {"save_every": save_every, "resume": resume, "data": data}
-    log = logs.logs(out, options, wandb=wandb) if jax.process_index() == 0 else None
-    if model is not None and layer is not None:
-        how["window"] = 1 << 16 if window is None else window
-        how["data"] = live(model, layer, text, tokens, context, how["window"])
-    return _run(out, options, log, how, json)
+    with devices.spread(mesh, distributed=distributed) as first:
+        how: dict[str, Any] = {"weights": weights or None, "window": window}
+        how |= {"save_every": save_every, "resume": resume, "data": data}
+        log = logs.logs(out, options, wandb=wandb) if first else None
+        if model is not None and layer is not None:
+            how["window"] = 1 << 16 if window is None else window
+            how["data"] = live(model, layer, text, tokens, context, how["window"])
+        return _run(out, options, log, how, json)
 
 
 def _run(out, options, log, how: dict[str, Any], json: bool) -> int:
@@ -141,26 +131,3 @@ def _run(out, options, log, how: dict[str, Any], json: bool) -> int:
         skipped = f"{report['skipped']} batches were skipped, since their loss was not finite."
         console.warn(f"{skipped} {runs.describe_nonfinite(report)}")
     return 0
-
-
-def _mesh(data: int, latent: int):
-    from jaxsae import sharding
-
-    # Devices made of one CPU share threads; if collectives wait in all of them, jaxlib 0.10 deadlocks.
-    os.environ.setdefault("PJRT_NPROC", str(max(os.cpu_count() or 1, min(8 * data * latent, 1 << 12))))
-    try:
-        return sharding.make_mesh(data, latent)
-    except ValueError as error:
-        raise InputError(str(error)) from error
-
-
-def _join(coordinator: str | None, processes: int | None, process: int | None) -> None:
-    import jax
-
-    if jax.config.jax_platforms == "cpu":  # pyright: ignore[reportAttributeAccessIssue]
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    try:
-        jax.distributed.initialize(coordinator, processes, process)
-    except (ValueError, RuntimeError) as error:
-        what = f"the processes do not find each other ({first_line(error)})"
-        raise InputError(f"{what}; pass --coordinator HOST:PORT --processes N --process I.") from error

@@ -1,0 +1,71 @@
+"""What an autoencoder reconstructs, and which of its latents fire, on rows of any number."""
+
+import dataclasses
+import functools
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxsae import data as data_module, sharding
+from jaxsae._core.files import InputError, json_number
+from jaxsae.autoencoder import metrics, stream
+from jaxsae.autoencoder.sae import SAE, encode, reconstruct
+
+
+def evaluate(sae: SAE, rows: data_module.Rows, more: metrics.Activity | None = None) -> dict[str, Any]:
+    """Measure an autoencoder on rows: `nmse`, `explained_variance`, `l0`, `dead`, `nmse_at` and `firing`.
+
+    `nmse_at` is the NMSE with only the 1, 2, 4 … largest latents of each row, the progressive code. `dead` is the share
+    of the latents that never fire, and `firing` counts those that fire on no row, on 1, on 2 or 3, on 4 to 7 …: both
+    over `dead_rows` rows, these and those of `more`.
+
+    Args:
+      sae: the autoencoder.
+      rows: `[n d]`, may be memory-mapped; rows with NaN or Inf are left out, and counted as `nonfinite`.
+      more: activity on other rows, if these are few: a latent may be inactive on thousands of rows without being dead.
+
+    Raises:
+      InputError: if the rows are not of the autoencoder's width.
+
+    Example:
+      >>> import numpy as np, jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.TopK(2))
+      >>> evaluate(sae, np.random.default_rng(0).normal(size=(64, 4)))["l0"]
+      2.0
+    """
+    if rows.shape[1] != sae.d:
+        raise InputError(f"got rows of width {rows.shape[1]} for an SAE of {sae.d}; pass those of its layer.")
+    if sae.transcoder:
+        raise InputError("got a transcoder, whose target is not its input; measure `jaxsae.reconstruct` against that.")
+    capacity = sae.activation.slots or stream.max_l0(sae, rows)
+    keep = tuple(2**n for n in range(capacity.bit_length()))
+    parts, nonfinite = [], 0
+    for _, x in stream.chunks(sae, rows):
+        parts.append(_measure(sae, x, capacity, keep))
+        nonfinite += int(jnp.sum(~jnp.isfinite(x).all(1)))
+    whole, active, progressive = (functools.reduce(operator.add, part) for part in zip(*parts, strict=True))
+    counted = active if more is None else active + more
+    numbers = {
+        "nmse": whole.nmse,
+        "explained_variance": whole.explained_variance,
+        "l0": active.l0,
+        "dead": counted.dead,
+    }
+    return {name: json_number(value) for name, value in numbers.items()} | {
+        "nmse_at": {str(n): json_number(value) for n, value in zip(keep, progressive.nmse, strict=True)},
+        "firing": counted.log2_histogram,
+        "dead_rows": int(counted.rows),
+        "rows": len(rows),
+        "nonfinite": nonfinite,
+    }
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _measure(sae: SAE, x, capacity: int, keep: tuple[int, ...]):
+    finite = jnp.isfinite(x).all(1, keepdims=True)
+    code = encode(sae, jnp.where(finite, x, jnp.nan), capacity=capacity)
+    code = dataclasses.replace(code, values=jnp.where(finite, code.values, jnp.nan))  # a threshold passes over NaN
+    whole = metrics.reconstruction(x, reconstruct(sae, x, code))
+    return sharding.replicate((whole, metrics.activity(code), metrics.progressive(sae, x, code, keep)))
