@@ -12,12 +12,13 @@ import safetensors.numpy
 from problems import activations, assert_same_bits, cli, every_activation
 
 import jaxsae
-from jaxsae import pretrained, sharding
+from jaxsae import pretrained, sharding, train
 from jaxsae._core import processes
 from jaxsae._core.files import InputError
-from jaxsae.app import evaluation, runs
+from jaxsae.app import evaluation, plan, runs
 from jaxsae.app.options import Options
 from jaxsae.autoencoder import calibration
+from jaxsae.autoencoder.activations import top_k
 from jaxsae.formats import tensors
 
 D, M, K = 8, 64, 4
@@ -250,3 +251,74 @@ def test_a_save_of_a_run_is_an_sae(tmp_path, capsys):
     assert cli("convert", save, tmp_path / "other", "--to", "jaxsae") == 2
     assert "is damaged" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+
+
+# --- A training step
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (1, 64), (7, 24)], ids=str)
+@pytest.mark.parametrize("kind", ["distinct", "ties", "all equal", "few positive", "with NaN"])
+def test_the_largest_of_a_batch_are_found_by_counting(kind, shape):
+    rng, size = np.random.default_rng(0), shape[0] * shape[1]
+    z = np.maximum(rng.normal(size=shape), 0).astype(np.float32)
+    if kind == "ties":
+        z = np.round(2 * z) / 2
+    elif kind == "all equal":
+        z[:] = 1.5
+    elif kind == "few positive":
+        z[rng.random(shape) < 0.9] = 0
+    elif kind == "with NaN":
+        z[0, :2] = np.nan
+    find = jax.jit(top_k._beyond, static_argnums=1)
+    for count in {1, 2, size // 3, size // 2, size - 1, size}:
+        if count <= np.isnan(z).sum():  # then the batch is skipped
+            assert np.isnan(np.where(find(z, count), 0, z)).sum() == 2
+            continue
+        expected = np.where(top_k.dropped(jnp.asarray(z.reshape(-1)), count), 0, z.reshape(-1)).reshape(shape)
+        np.testing.assert_array_equal(np.where(find(z, count), 0, z), expected, err_msg=str(count))
+
+
+@pytest.mark.parametrize("digits", [1, 4])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_so_are_those_of_other_dtypes_and_on_accelerators(dtype, digits, monkeypatch):
+    monkeypatch.setattr(sharding, "on_cpu", lambda: digits == 1)
+    z = jnp.asarray(np.maximum(np.random.default_rng(1).normal(size=(6, 32)), 0), dtype)
+    for count in (1, 50, 191):
+        expected = jnp.where(top_k.dropped(z.reshape(-1), count), 0, z.reshape(-1)).reshape(z.shape)
+        np.testing.assert_array_equal(jnp.where(top_k._beyond(z, count), 0, z), expected)
+
+
+def test_counts_beyond_32_bits():
+    by_row = np.array([2**31 - 1, 2**31 - 1, 5], np.int64)
+    high, low = top_k._split_sum(jnp.asarray(by_row, jnp.int32))
+    assert (int(high) << 12) + int(low) == by_row.sum()
+
+
+FAMILIES = {"topk": {"k": K}, "jumprelu": {"k": K}, "relu": {"l1": 0.1}, "gated": {"l1": 0.1}, "groupmax": {"k": K}}
+FAMILIES |= {"abstopk": {"k": K}, "matryoshka": {"k": K}, "matchingpursuit": {"k": K}}
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+
+
+@pytest.mark.parametrize("shape", [(2, 4), pytest.param((1, 8), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("family", ["batchtopk", *SLOW])
+def test_a_step_exchanges_neither_weights_nor_pre_activations(family, shape):
+    d, m, b = 16, 4096, 256
+    options = Options(family, latents=m, batch=b, steps=2, **FAMILIES.get(family, {"k": K}))
+    program = plan.training_step(options, d, sharding.make_mesh(*shape))
+    exchanged = [size for kind, size in program.collectives if kind != "all-reduce"]
+    assert max(exchanged, default=0) < 4 * m * d // 8
+
+
+def test_a_batch_top_k_has_the_same_numbers():
+    options = Options("batchtopk", latents=M, k=K, batch=64, steps=5)
+    objective, tx, init_fn = runs.recipe(options, jnp.zeros(D), 1.0)
+    step, x, found = train.make_step(objective, tx), np.asarray(activations(batch=(64,), d=D)), []
+    for shape in ((1, 1), (2, 4)):
+        with under(shape):
+            state = sharding.create(init_fn)
+            for _ in range(5):
+                state, shown = step(state, sharding.make_global_batch(x, 64, 0))
+        found.append((float(shown["loss"]), float(state.sae.activation.threshold), np.asarray(state.sae.W_dec)))
+    np.testing.assert_allclose(found[1][0], found[0][0], rtol=1e-5)
+    np.testing.assert_allclose(found[1][1], found[0][1], rtol=1e-5)
+    np.testing.assert_allclose(found[1][2], found[0][2], atol=2e-5)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsae import codes
+from jaxsae import codes, sharding
 from jaxsae._core import pytrees
 from jaxsae._core.linalg import promote_dtypes, result_type
 from jaxsae.autoencoder.activations.base import Activation, _of_any_units, _past, check_number
@@ -261,8 +261,11 @@ class BatchTopK(Activation):
         count = self.k * math.prod(pre.shape[:-1])
         if count > pre.size:
             raise ValueError(f"BatchTopK got k = {self.k} for {pre.shape[-1]} latents; pass a smaller k.")
-        flat = z.reshape(-1)
-        z = jnp.where(dropped(flat, count), 0, flat).reshape(pre.shape)
+        if sharding.is_sharded(pre.shape[-1]):
+            z = jnp.where(_beyond(jax.lax.stop_gradient(z), count), 0, z)
+        else:
+            flat = z.reshape(-1)
+            z = jnp.where(dropped(flat, count), 0, flat).reshape(pre.shape)
         least = jnp.min(jax.lax.stop_gradient(z), where=z > 0, initial=jnp.inf).astype(jnp.float32)
         least, before = promote_dtypes(least, self.threshold)
         threshold = jnp.where(before < 0, least, 0.99 * before + 0.01 * least)
@@ -279,3 +282,61 @@ class BatchTopK(Activation):
     def rescale(self, scale: float | Array) -> "BatchTopK":
         """The activation in other units."""
         return dataclasses.replace(self, threshold=self.threshold / scale)
+
+
+def _beyond(z: Float[Array, "*b m"], count: int) -> Bool[Array, "*b m"]:
+    """Mask of the values outside the `count` largest of the whole batch, none of them negative; NaN is never masked.
+
+    As `dropped` of the flat batch, which would be gathered, but by bisection on the number of values above a threshold:
+    devices exchange only these counts. (On one CPU it takes four times as long as `dropped`: 309 and 77 ms for 1,024
+    rows of 16,384 latents.)
+    """
+    wide = z.astype(result_type(z.dtype, jnp.float32)).reshape(-1, z.shape[-1])
+    size = jnp.finfo(wide.dtype).bits
+    integer = jnp.dtype(f"int{size}")
+    # The bits of floats of one sign are ordered as the floats are.
+    keys = jax.lax.bitcast_convert_type(wide, integer) & jnp.iinfo(integer).max
+    digits = 1 if sharding.on_cpu() else 4  # at a time; more of them read the batch less often, and compare more
+
+    def narrow(number, least):
+        place = integer.type(size - digits) - integer.type(digits) * number.astype(integer)
+        steps = [least + (integer.type(step) << place) for step in range(1, 1 << digits)]
+        passed = jnp.stack([_has(keys >= at, count) & (at > least) for at in steps])  # not beyond the largest integer
+        return least + (jnp.sum(passed, dtype=integer) << place)
+
+    least = jax.lax.fori_loop(0, size // digits, narrow, jnp.zeros((), integer))
+    ties, above = keys == least, jnp.sum(keys > least, dtype=jnp.int32)
+    beyond = (keys < least) | (ties & _after(ties, count - above))
+    return (beyond & ~jnp.isnan(wide)).reshape(z.shape)
+
+
+def _has(mask: Bool[Array, "b m"], count: int) -> Bool[Array, ""]:
+    """Whether at least so many are true."""
+    high, low = _split_sum(jnp.sum(mask, axis=1, dtype=jnp.int32))
+    return (high > count >> 12) | ((high == count >> 12) & (low >= count & 0xFFF))
+
+
+def _split_sum(counts: Int[Array, " b"]) -> tuple[Int[Array, ""], Int[Array, ""]]:
+    """A sum that may exceed 32 bits, as `2¹² high + low`."""
+    low = jnp.sum(counts & 0xFFF)
+    return jnp.sum(counts >> 12) + (low >> 12), low & 0xFFF
+
+
+def _after(ties: Bool[Array, "b m"], count: Array) -> Bool[Array, "b m"]:
+    """Mask of the values after the first `count` that are true, row by row."""
+    rows, columns = (jnp.arange(size, dtype=jnp.int32) for size in ties.shape)
+    by_row = jnp.minimum(jnp.sum(ties, axis=1, dtype=jnp.int32), count)
+    so_far = jax.lax.associative_scan(lambda a, b: jnp.minimum(a + b, count), by_row)
+    row = jnp.argmax(so_far >= count)  # in which the last of them is
+    within = (ties & (rows == row)[:, None]).any(0)
+    left = count - jnp.where(row > 0, so_far[row - 1], 0)
+
+    def narrow(_, bounds):
+        low, high = bounds
+        middle = low + (high - low) // 2
+        enough = jnp.sum(within & (columns <= middle), dtype=jnp.int32) >= left
+        return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
+
+    ends = jnp.int32(0), jnp.int32(ties.shape[1] - 1)
+    column, _ = jax.lax.fori_loop(0, max(1, (ties.shape[1] - 1).bit_length()), narrow, ends)
+    return (rows[:, None] > row) | ((rows[:, None] == row) & (columns > column))
