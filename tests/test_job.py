@@ -158,8 +158,8 @@ def loop(tmp_path):
         assert len(seen) - seen.index(metrics["number"]) <= PATIENCE
         return {"nmse": float(step)}
 
-    def loop(steps, save_every=60.0):
-        options = {
+    def loop(steps, save_every=60.0, **more):
+        options = more | {
             "steps": steps,
             "save_every": save_every,
             "shard_fn": lambda x: batches.position - 1,
@@ -177,6 +177,17 @@ def loop(tmp_path):
 def saved(loop):
     like = training.init_state(loop.model, loop.tx)
     return checkpoint.Checkpoints(loop.folder, config={}).restore(like)
+
+
+@pytest.mark.parametrize("bad", [(), (3, 4, 9), range(4, 13)])
+def test_every_so_many_steps_it_saves_and_measures(bad, loop):
+    loop.bad, measured = bad, []
+    loop(13, save_every_steps=5, eval_every=4, eval_fn=lambda step, state: measured.append((step, int(state.step))))
+    assert measured == [(4, 4), (8, 8), (12, 12)]
+    kept = [int(path.name) for path in loop.folder.iterdir() if path.name.isdecimal()]
+    assert len(kept) >= 2
+    state = saved(loop).state
+    assert int(state.step) == 13
 
 
 @pytest.mark.parametrize("bad", [(), (0,), (3, 4, 9), range(5, 14), (24, 25, 26), range(0, 50, 2)])

@@ -165,7 +165,7 @@ def test_idle_counts_rows_and_starts_again_when_a_latent_fires():
         state, shown = train.make_step(fires(*latents), tx)(state, x)
     np.testing.assert_array_equal(state.rows_since_fired, [2 * B, 0, 0] + [3 * B] * (M - 3))
     assert state.step == 3
-    assert sorted(shown) == ["dead", "dead_rows", "loss", "seen", "skipped"]
+    assert sorted(shown) == ["dead", "dead_rows", "gradient_norm", "loss", "seen", "skipped"]
 
 
 def test_dead_is_the_share_of_latents_that_never_fired_on_the_last_100_000_rows_or_on_all(monkeypatch):

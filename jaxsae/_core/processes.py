@@ -35,6 +35,7 @@ def pieces(x: jax.Array | np.ndarray) -> Iterator[tuple[tuple[slice, ...], np.nd
       x: an array, wherever its parts are.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> [(place, piece.tolist()) for place, piece in pieces(jnp.arange(2))]
       [((slice(0, 2, None),), [0, 1])]
     """
@@ -58,10 +59,10 @@ def _resolved(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[i
 
 
 def _cuts(index: tuple[slice, ...], x: Any) -> Iterator[tuple[slice, ...]]:
-    """Split a part of an array along its first axis, and rows that are too long along the second."""
+    """Split a part of an array into as many whole rows as fit, and rows that are too long."""
     spans = [cut.indices(size)[:2] for cut, size in zip(index, x.shape, strict=True)]
     most, steps = max(1, _PIECE // x.dtype.itemsize), []
-    for start, stop in reversed(spans):  # the last axis first: a piece has as many whole rows as fit
+    for start, stop in reversed(spans):
         step = min(most, max(1, stop - start))
         steps.append([slice(at, min(at + step, stop)) for at in range(start, stop, step)])
         most = max(1, most // max(1, stop - start))

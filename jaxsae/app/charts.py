@@ -9,7 +9,15 @@ LABELS = {
     "nmse": "NMSE of a batch",
     "l0": "L0: active latents per row",
     "dead": "dead latents, of up to 100,000 rows",
+    "heldout_nmse": "NMSE on held-out rows",
+    "heldout_l0": "L0 on held-out rows",
+    "heldout_dead": "latents dead on held-out rows",
     "loss": "loss",
+    "gradient_norm": "norm of the gradient",
+    "learning_rate": "learning rate",
+    "rows_per_second": "rows per second",
+    "step_seconds": "seconds per step",
+    "data_wait": "share of the time spent waiting for data",
     "skipped": "batches skipped so far",
 }
 
@@ -65,9 +73,10 @@ def curve(name: str, series: list[svg.Line], box: svg.Box) -> str:
     label, values = LABELS.get(name, name), [value for line in series for value in line.y if value is not None]
     if not values:
         return ""
-    log = name in ("nmse", "loss") and min(values) > 0
+    log = name in ("nmse", "heldout_nmse", "loss", "gradient_norm") and min(values) > 0
     x = svg.axis("step", [step for line in series for step in line.x], zero=True)
-    least = [0.01] if name == "dead" else []  # for an axis if all are 0
-    y = svg.axis(label, values + least, log=log, zero=not log, form=percent if name == "dead" else plain)
+    is_share = name in ("dead", "heldout_dead", "data_wait")
+    least = [0.01] if is_share else []  # for an axis if all are 0
+    y = svg.axis(label, values + least, log=log, zero=not log, form=percent if is_share else plain)
     ends = "; ".join(f"{line.name} ends at {form(line.y[-1], '.4g')}".strip() for line in series if line.y)
     return html.figure(svg.lines(series, x, y, f"{label}, by training step. {ends}.", box))

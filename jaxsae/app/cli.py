@@ -9,7 +9,7 @@ from typing import Annotated, Any, Union
 
 from jaxsae._core import arguments
 from jaxsae._core.files import InputError
-from jaxsae.app import allocator, compilation_cache, console
+from jaxsae.app import allocator, compilation_cache, config, console
 from jaxsae.app.commands import autoencoders, pictures, plans, studies, texts, training
 
 _NEEDS = "the command line needs the extra 'study'; pip install 'jaxsae[study]'."
@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             allocator.keep_freed()
     asked = argv[0] if argv else ""
     try:
+        argv = config.expanded(argv, COMMANDS)
         return tyro.cli(
             _commands(asked),
             prog="jaxsae",

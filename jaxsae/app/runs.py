@@ -8,6 +8,7 @@ import contextlib
 import functools
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -44,6 +45,8 @@ def run(
     weights: Sequence[arguments.Proportion] | None = None,
     window: arguments.Count | None = None,
     save_every: arguments.Weight = 60.0,
+    save_every_steps: arguments.Count | None = None,
+    eval_every: arguments.Count | None = None,
     resume: bool = False,
     progress: Progress = lambda text, steps: None,
     warn: Callable[[str], None] = lambda text: None,
@@ -64,6 +67,9 @@ def run(
       weights: proportions in which to mix the data; by default those of their lengths.
       window: as of `data.batches`; all rows are shuffled together by default.
       save_every: seconds between saves of the whole state.
+      save_every_steps: steps between saves, besides.
+      eval_every: steps between measurements on the held-out rows, which are logged as `heldout_nmse`, `heldout_l0` and
+        `heldout_dead`; thresholds are then those of the training, not yet calibrated.
       resume: refuse to start a new run.
       progress: called with a description and the number of steps just taken; `options.steps` in all.
       warn: called with warnings.
@@ -88,7 +94,8 @@ def run(
       (10, 32)
     """
     validate(options)
-    arguments.check(run, {"out": out, "weights": weights, "window": window, "save_every": save_every})
+    given = {"out": out, "weights": weights, "window": window, "save_every": save_every}
+    arguments.check(run, given | {"save_every_steps": save_every_steps, "eval_every": eval_every})
     if options.latents % (parts := sharding.axis_size("latent")):
         raise InputError(f"got {options.latents} latents for a mesh that splits them {parts} ways; pass a multiple.")
     out = local_path(out)
@@ -106,12 +113,15 @@ def run(
         part = sharding.rows_needed(options.batch)
         batches, diverged = rows.read(part=part), None
         with log or contextlib.nullcontext(lambda step, numbers: None) as write:
-            monitor = _Monitor(options, write, progress, resumed, warn)
+            monitor = _Monitor(options, write, progress, resumed, warn, batches)
             try:
                 state, reached = job.run(
                     *(train.make_step(objective, tx), init_fn, batches, checkpoints),
                     steps=options.steps,
                     save_every=save_every,
+                    save_every_steps=save_every_steps,
+                    eval_every=eval_every,
+                    eval_fn=lambda step, state: monitor.measure(step, rescale(state.sae, scale), rows.heldout),
                     shard_fn=lambda x: sharding.make_global_batch(scale * x, options.batch, part.start),
                     log_fn=monitor.log,
                     warn=warn,
@@ -120,7 +130,8 @@ def run(
             except job.TooManyRollbacks as error:
                 state, reached, diverged = error.state, error.progress, error
     sae = _finished(state, scale, options, rows)
-    pretrained.save(sae, out / "sae")
+    if processes.is_primary() or not sae.W_dec.is_fully_addressable:  # then each process sends its parts
+        pretrained.save(sae, out / "sae")
     report = _report(sae, state, reached, options, rows, passed, batches)
     with processes.all_or_none():
         if processes.is_primary():
@@ -216,9 +227,11 @@ def _prepare(data, options: Options, weights, window: int | None) -> _Data:
 class _Monitor:
     """Shows and logs the numbers of a training, every few steps."""
 
-    def __init__(self, options: Options, write: Log, progress: Progress, resumed: Callable[[int], None], warn):
+    def __init__(self, options: Options, write: Log, progress: Progress, resumed: Callable[[int], None], warn, batches):
         self._options, self._write, self._progress = options, write, progress
-        self._resumed, self._warn, self._shown = resumed, warn, 0
+        self._resumed, self._warn, self._shown, self._batches = resumed, warn, 0, batches
+        self._schedule = _schedule(resolved(options).learning_rate or 0.0, options.steps)
+        self._clock: tuple[int, float, float] | None = None  # step, time, and seconds that were waited for data
 
     def resume(self, step: int, reached: job.LoopState) -> None:
         """Report that `step` steps were taken before."""
@@ -232,11 +245,28 @@ class _Monitor:
         if step % _REPORT_EVERY and step != self._options.steps:
             return {}
         numbers = {name: float(value) for name, value in metrics.items()}
-        self._write(step, numbers)
+        numbers["learning_rate"] = float(self._schedule(step - 1))
+        self._write(step, numbers | self._speed(step))
         text = f"NMSE {numbers['nmse']:.3f}  L0 {numbers['l0']:.0f}  dead {numbers['dead']:.1%}"
         self._progress(text, step - self._shown)
         self._shown = step
         return numbers
+
+    def measure(self, step: int, sae: SAE, heldout: np.ndarray) -> None:
+        """Measure an autoencoder on the held-out rows, and log it."""
+        found = evaluation.evaluate(sae, heldout)
+        self._write(step, {f"heldout_{name}": found[name] for name in ("nmse", "l0", "dead")})
+        self._clock = None  # the next steps are timed from their own start
+
+    def _speed(self, step: int) -> dict[str, float]:
+        """What the steps since the last call took; {} at first, since they contain compilation."""
+        now, before = (step, time.perf_counter(), self._batches.waited), self._clock
+        self._clock = now
+        if before is None:
+            return {}
+        steps, seconds, waited = (b - a for a, b in zip(before, now, strict=True))
+        speed = {"step_seconds": seconds / steps, "rows_per_second": steps * self._options.batch / seconds}
+        return speed | {"data_wait": waited / seconds}
 
 
 def _finished(state: train.TrainState, scale: float, options: Options, rows: _Data) -> SAE:

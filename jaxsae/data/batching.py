@@ -1,6 +1,7 @@
 """Batches of rows in an order fixed by a seed, prefetched by grain."""
 
 import itertools
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ class Batches:
 
     Attributes:
       position: number of batches taken; set it to resume from any batch.
+      waited: seconds that were spent waiting for batches.
     """
 
     def __init__(self, source: "_Numbered"):
@@ -28,7 +30,7 @@ class Batches:
         """
         import grain
 
-        self.source = source
+        self.source, self.waited = source, 0.0
         reading = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_AHEAD)
         self._iterator = iter(grain.MapDataset.source(source).to_iter_dataset(reading))
 
@@ -36,10 +38,13 @@ class Batches:
         return self
 
     def __next__(self) -> np.ndarray:
+        start = time.perf_counter()
         try:
             return next(self._iterator)
         except InputError as error:  # grain adds lines of its own
             raise InputError(first_line(error)) from error
+        finally:
+            self.waited += time.perf_counter() - start
 
     @property
     def position(self) -> int:

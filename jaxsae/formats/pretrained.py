@@ -206,26 +206,38 @@ def save(sae: SAE, path: str | os.PathLike, *, format: str = "jaxsae") -> None:
         written = ", ".join(name for name, row in FORMATS.items() if row.write)
         raise InputError(f"{format} is read, not written; expected one of: {written}.")
     sae = _checked(sae)
-    on_devices = [leaf for leaf in jax.tree.leaves(sae) if isinstance(leaf, jax.Array)]
-    is_split = any(len(leaf.sharding.device_set) > 1 for leaf in on_devices)
-    is_shared = not all(leaf.is_fully_addressable for leaf in on_devices)
-    target = path if processes.is_primary() or not is_shared else None
-    with processes.all_or_none() if is_shared else contextlib.nullcontext():
+    target = path if processes.is_primary() or not _is_shared(sae) else None
+    with _agreed(sae):
         if target is not None and path.exists() and (_within_run(path) != path or not _is(row, path)):
             raise InputError(f"{path}: exists and is not a saved SAE; choose another place, or remove it.")
-    with processes.all_or_none() if is_shared else contextlib.nullcontext():
+    with _agreed(sae):
         if row.write is _write_own:
             _write_own(sae, target)
-        elif is_split:
+        elif any(len(leaf.sharding.device_set) > 1 for leaf in _on_devices(sae)):
             _write_through_own(sae, row.write, target)
         else:
             row.write(jax.tree.map(lambda leaf: writable(leaf) if isinstance(leaf, jax.Array) else leaf, sae), path)
 
 
+def _on_devices(sae: SAE) -> list[jax.Array]:
+    return [leaf for leaf in jax.tree.leaves(sae) if isinstance(leaf, jax.Array)]
+
+
+def _is_shared(sae: SAE) -> bool:
+    """Whether several processes hold parts of it."""
+    return not all(leaf.is_fully_addressable for leaf in _on_devices(sae))
+
+
+def _agreed(sae: SAE) -> contextlib.AbstractContextManager[None]:
+    """A block that fails in all processes that hold parts of an SAE, or in none."""
+    return processes.all_or_none() if _is_shared(sae) else contextlib.nullcontext()
+
+
 def _write_through_own(sae: SAE, write: Callable[[SAE, Path], None], path: Path | None) -> None:
     """Write an SAE that is split over devices from files in our own format, of which little is in memory at a time."""
-    with contextlib.nullcontext() if path is None else temporary_directory(path) as folder:
-        own = None if folder is None else folder / "own"
+    with contextlib.ExitStack() as held:
+        with _agreed(sae):
+            own = None if path is None else held.enter_context(temporary_directory(path)) / "own"
         _write_own(sae, own)
         if own is None or path is None:
             return
@@ -328,7 +340,9 @@ def _write_own(sae: SAE, path: Path | None) -> None:
         config["normalisation"] = {"name": type(sae.normalisation).__name__, **_options(sae.normalisation)[0]}
     arrays = {name: getattr(sae, name) for name in _shapes(config)}
     arrays |= {f"activation.{name}": value for name, value in _parameters(sae.activation).items()}
-    with contextlib.nullcontext() if path is None else atomic_directory(path) as folder:
+    with contextlib.ExitStack() as held:
+        with _agreed(sae):
+            folder = None if path is None else held.enter_context(atomic_directory(path))
         write_safetensors(None if folder is None else folder / _WEIGHTS, arrays)
         if folder is not None:
             common.write_json(folder / _CONFIG, config | {"arrays": sorted(arrays)})

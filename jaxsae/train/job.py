@@ -83,6 +83,9 @@ def run(
     *,
     steps: int,
     save_every: float,
+    save_every_steps: int | None = None,
+    eval_every: int | None = None,
+    eval_fn: Callable[[int, TrainState], None] = lambda number, state: None,
     shard_fn: Callable[[np.ndarray], Any] = jnp.asarray,
     log_fn: Callable[[int, dict[str, Any]], dict[str, float]] = lambda number, metrics: {},
     warn: Callable[[str], None] = lambda text: None,
@@ -104,6 +107,9 @@ def run(
       checkpoints: where to save.
       steps: total number of steps, at least as many as before; skipped batches do not count.
       save_every: seconds between saves.
+      save_every_steps: steps between saves, besides.
+      eval_every: steps between calls of `eval_fn`.
+      eval_fn: called with the number of steps taken and the state, whose buffers the next step takes over.
       shard_fn: maps a host batch to a batch on the devices.
       log_fn: called for each step with its number and metrics, on the device, up to nine batches later; returns the
         numbers to keep. Step numbers increase: skipped batches and repeated steps are not logged.
@@ -150,7 +156,8 @@ def run(
             taken, progress = taken + 1, progress._replace(position=batches.position)
             watch.see(progress.position - 1, metrics)
             signum, due = _agree(progress.position, received[-1], time.monotonic() - last >= save_every)
-            if not (signum or due or taken == steps or watch.in_a_row >= PATIENCE):
+            due, measured = due or _at(taken, save_every_steps), _at(taken, eval_every)
+            if not (signum or due or measured or taken == steps or watch.in_a_row >= PATIENCE):
                 continue
             watch.flush()
             taken, progress = int(state.step), record.add_to(progress)
@@ -163,9 +170,12 @@ def run(
             elif signum:
                 save(wait=True)
                 raise Preempted(signum, taken)
-            elif taken < steps and due:
-                save()
-                last = time.monotonic()
+            else:
+                if _at(taken, eval_every):  # skipped batches are no longer counted
+                    eval_fn(taken, state)
+                if taken < steps and due:
+                    save()
+                    last = time.monotonic()
     save(wait=True)
     return state, progress
 
@@ -256,6 +266,11 @@ def _signals() -> Iterator[list[int]]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+def _at(taken: int, every: int | None) -> bool:
+    """Whether something that is done every so many steps is due."""
+    return every is not None and taken % every == 0
 
 
 def _agree(position: int, signum: int, due: bool) -> tuple[int, bool]:

@@ -111,8 +111,9 @@ def make_step(
       tx: optax transformation.
 
     Returns:
-      The step. Its metrics are those of the objective, and `loss`; `dead`, the share of latents that fired on none of
-      the last `dead_rows` rows: 100,000 in whole batches, or all so far; `skipped`, batches skipped so far.
+      The step. Its metrics are those of the objective, and `loss`; `gradient_norm`, over all parameters, before any
+      clipping; `dead`, the share of latents that fired on none of the last `dead_rows` rows: 100,000 in whole batches,
+      or all so far; `skipped`, batches skipped so far.
 
     Example:
       >>> import jax, optax, jaxsae
@@ -123,7 +124,7 @@ def make_step(
       >>> step = train.make_step(objectives.Objective((objectives.L1(0.1),)), tx)
       >>> state, metrics = step(train.init_state(sae, tx), jax.random.normal(jax.random.key(1), (16, 8)))
       >>> sorted(metrics)
-      ['dead', 'dead_rows', 'l0', 'loss', 'nmse', 'skipped']
+      ['dead', 'dead_rows', 'gradient_norm', 'l0', 'loss', 'nmse', 'skipped']
     """
     return functools.partial(_step, tx, _as_pytree(loss))
 
@@ -169,7 +170,8 @@ def _update(tx: Any, loss: Any, state: TrainState, batch: Any) -> tuple[TrainSta
     state = jax.lax.cond(good, learn, skip, state)
     rows = count * jnp.minimum(state.step, -(-DEAD_ROWS // count))
     dead = jnp.mean(state.rows_since_fired >= jnp.maximum(rows, 1))
-    return state, {**metrics, "loss": value, "dead": dead, "dead_rows": rows, "skipped": state.skipped}
+    shown = {"loss": value, "gradient_norm": jnp.sqrt(squares), "dead": dead, "dead_rows": rows}
+    return state, {**metrics, **shown, "skipped": state.skipped}
 
 
 def _without_infinity(param: Array) -> Array:

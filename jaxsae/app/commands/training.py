@@ -1,7 +1,10 @@
 """The command that trains: train."""
 
+import contextlib
 import logging
 import signal
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 from jaxsae._core import arguments
@@ -35,18 +38,21 @@ def train(
     seed: arguments.Seed = 0,
     weights: tuple[arguments.Proportion, ...] = (),
     save_every: arguments.Weight = 60.0,
+    save_every_steps: arguments.Count | None = None,
+    eval_every: arguments.Count | None = None,
     resume: bool = False,
     mesh: tuple[arguments.Parts, arguments.Parts] | None = None,
     distributed: bool = False,
     wandb: bool = False,
+    config: Annotated[Path, arguments.Input()] | None = None,
     json: bool = False,
 ) -> int:
     """Train an autoencoder on activations, and measure it.
 
-    Follows the recipe of Gao et al. (2024). Writes sae/, report.json, checkpoints/ and TensorBoard event files. Rows
-    are centred and scaled to unit mean square for training; the saved autoencoder takes unscaled rows. If interrupted,
-    the same command resumes with bitwise identical results; on SIGTERM it saves and exits with 0. To extend a run,
-    rerun it with more --steps; the schedule is then that of the longer run.
+    Follows the recipe of Gao et al. (2024). Writes sae/, report.json, config.json, checkpoints/ and TensorBoard event
+    files. Rows are centred and scaled to unit mean square for training; the saved autoencoder takes unscaled rows. If
+    interrupted, the same command, or --config OUT/config.json, resumes with bitwise identical results; on SIGTERM it
+    saves and exits with 0. To extend a run, rerun it with more --steps; the schedule is then that of the longer run.
 
     With --model instead of --data, activations are computed during training and never written to disk. They are
     shuffled in windows of 65,536 rows unless --window is given.
@@ -77,13 +83,17 @@ def train(
         seed: of initialisation and shuffles.
         weights: proportions in which to mix several --data; by default those of their lengths.
         save_every: seconds between saves.
+        save_every_steps: steps between saves, besides.
+        eval_every: steps between measurements on the held-out rows, which are logged.
         resume: resume the run in --out; fail if there is none.
         mesh: how many ways to split the rows of a batch, and the latents; by default one device.
         distributed: run as one of several processes, found automatically on Cloud TPU, SLURM and Open MPI; elsewhere
             set JAX_COORDINATOR_ADDRESS (HOST:PORT of the first), JAX_NUM_PROCESSES and JAX_PROCESS_ID (from 0).
         wandb: also log to Weights & Biases (with WANDB_MODE=offline, to files).
+        config: TOML or JSON file of options by these names, such as run/config.json; those of the command line win.
         json: print the report as one JSON object, or the number of steps if training was stopped.
     """
+    given = dict(locals())
     from jaxsae.app import logs
     from jaxsae.app.options import Options, validate
 
@@ -98,12 +108,26 @@ def train(
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax's errors are reported below
     with devices.spread(mesh, distributed=distributed) as first:
         how: dict[str, Any] = {"weights": weights or None, "window": window}
-        how |= {"save_every": save_every, "resume": resume, "data": data}
-        log = logs.logs(out, options, wandb=wandb) if first else None
+        how |= {"save_every": save_every, "save_every_steps": save_every_steps, "eval_every": eval_every}
+        how |= {"resume": resume, "data": data}
+        log = _recorded(given, options, logs.logs(out, options, wandb=wandb)) if first else None
         if model is not None and layer is not None:
             how["window"] = 1 << 16 if window is None else window
             how["data"] = live(model, layer, text, tokens, context, how["window"])
         return _run(out, options, log, how, json)
+
+
+@contextlib.contextmanager
+def _recorded(given: dict[str, Any], options, log) -> Iterator[Any]:
+    """The log, entered when training begins, after the options are written."""
+    from jaxsae.app import config
+    from jaxsae.app.options import resolved
+
+    followed = resolved(options)
+    derived = {"learning_rate": followed.learning_rate, "idle_after": followed.idle_after}
+    config.write(given["out"] / "config.json", given, derived)
+    with log as write:
+        yield write
 
 
 def _run(out, options, log, how: dict[str, Any], json: bool) -> int:
