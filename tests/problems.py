@@ -177,6 +177,7 @@ def cli(*argv) -> int:
 TRAINING = ("--latents", 32, "--batch", 64, "--steps", 60, "--heldout", 100, "--learning-rate", 1e-2)
 TRAININGS = {
     "relu": ("--l1", 0.05),
+    "alignedrelu": ("--l1", 0.05),
     "topk": ("--k", 4, "--multi-topk"),
     "abstopk": ("--k", 4),
     "groupmax": ("--k", 4),

@@ -284,6 +284,7 @@ LAWLESS = {
     "sharding.": "it says where arrays are: no arithmetic",
     "solvers.": "it makes the options of a solver",
     "stream.": "host side: it goes over a file, block by block",
+    "train.aligned_encoder": "it makes an optax transformation",
     "train.checkpoint.": "host side: it reads and writes files",
     "train.default_optimizer": "it makes an optax transformation",
     "train.ema": "it makes an optax transformation, or reads its state",

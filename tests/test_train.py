@@ -114,6 +114,60 @@ def test_unit_norm_decoder_needs_the_parameters():
         tx.update(sae(), tx.init(sae()))
 
 
+# --- aligned_encoder
+
+
+def aligned(model):
+    """The definition, one latent after another."""
+    W_enc, W_dec = model.W_enc.T, model.W_dec
+    moved = [w + (1 - w @ a) / (a @ a) * a for w, a in zip(W_enc, W_dec, strict=True)]
+    return model.replace(W_enc=jnp.stack(moved).T)
+
+
+def test_the_optimiser_sees_the_gradient_of_the_aligned_loss_and_its_update_is_aligned():
+    seen = []
+
+    def spy(updates, state, params=None):
+        seen.append(updates)
+        return updates, state
+
+    def loss(model):
+        return jnp.sum(jnp.sin(3 * model.W_enc)) + jnp.sum(model.W_dec**3) + jnp.sum(model.b_enc**2)
+
+    model = aligned(sae(m=M))
+    tx = train.aligned_encoder(optax.GradientTransformation(lambda _: (), spy))
+    updates, _ = tx.update(jax.grad(loss)(model), (), model)
+    expected = jax.grad(lambda model: loss(aligned(model)))(model)
+    for found, wanted in zip(*map(jax.tree.leaves, (seen[0], expected)), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+    moved = optax.apply_updates(model, updates)
+    np.testing.assert_allclose(np.sum(f64(moved.W_enc).T * f64(moved.W_dec), axis=1), 1, atol=1e-4)
+    # Only along its atom is a direction moved; other parameters pass as they are.
+    off = f64(moved.W_enc).T - f64(model.W_enc + seen[0].W_enc).T
+    np.testing.assert_allclose(off, np.sum(off * f64(moved.W_dec), 1)[:, None] * _unit(moved.W_dec), atol=1e-4)
+    assert_same_bits(updates.replace(W_enc=0), seen[0].replace(W_enc=0))
+
+
+def _unit(atoms):
+    return f64(atoms) / np.sum(f64(atoms) ** 2, axis=1, keepdims=True)
+
+
+def test_a_latent_without_an_atom_keeps_its_direction():
+    model = sae(m=M)
+    model = model.replace(W_dec=model.W_dec.at[3].set(0))
+    tx = train.aligned_encoder(optax.sgd(0.1))
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, model), tx.init(model), model)
+    moved = optax.apply_updates(model, updates)
+    assert_same_bits(moved.W_enc[:, 3], model.W_enc[:, 3])
+    assert jnp.isfinite(moved.W_enc).all()
+
+
+def test_aligned_encoder_needs_the_parameters():
+    tx = train.aligned_encoder(optax.sgd(0.1))
+    with pytest.raises(ValueError, match=r"`aligned_encoder` got no params"):
+        tx.update(sae(), tx.init(sae()))
+
+
 # --- The losses
 
 

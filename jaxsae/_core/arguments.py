@@ -140,7 +140,10 @@ Model = Annotated[str, Input()]
 Context = Annotated[int, Range(2, 2**31 - 1)]
 Revision = Annotated[str, Text(r"\S+", "a branch, a tag or a commit")]
 ACTIVATION = Choice(
-    ("relu", "topk", "abstopk", "groupmax", "batchtopk", "jumprelu", "gated", "matryoshka", "matchingpursuit")
+    (
+        *("relu", "alignedrelu", "gated", "alignedgated", "topk", "abstopk", "groupmax", "batchtopk", "jumprelu"),
+        *("matryoshka", "matchingpursuit"),
+    )
 )
 ROWS_DTYPE = Choice(("float16", "float32"))
 

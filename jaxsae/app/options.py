@@ -111,6 +111,7 @@ class _Family(NamedTuple):
     activation: Callable[[Options], Activation]
     terms: Callable[[Options, optax.Schedule], tuple[Any, ...]] = lambda o, warm: ()
     rate: float = 1.0  # of learning, relative to `train.learning_rate`: by `python -m benchmarks rates`
+    transform: Callable[[optax.GradientTransformation], optax.GradientTransformation] = lambda tx: tx
 
 
 # Bandwidth and threshold of JumpReLU are for rows of unit mean square, whose pre-activations are of order 0.1.
@@ -143,6 +144,9 @@ FAMILIES = {
         lambda o: MatchingPursuit(0.0, max_steps=o.k, stop_on_duplicate=False),
     ),
 }
+
+
+FAMILIES |= {f"aligned{name}": FAMILIES[name]._replace(transform=train.aligned_encoder) for name in ("relu", "gated")}
 
 
 def validate(options: Options) -> _Family:

@@ -328,7 +328,7 @@ def recipe(
     activation = family.activation(o)
     if o.auxk and not activation.encoder_free:  # without an encoder, idle latents have no pre-activations
         terms += (AuxK(min(2 ** max(0, round(np.log2(d / 2))), o.latents)),)
-    tx = _optimiser(o.learning_rate, o.steps)
+    tx = family.transform(_optimiser(o.learning_rate, o.steps))
 
     def init_fn() -> train.TrainState:
         sae = init(jax.random.key(o.seed), d=d, m=o.latents, activation=activation, b_dec=scale * centre)

@@ -18,6 +18,7 @@ from jaxsae._core import lazy
 if TYPE_CHECKING:
     from jaxsae.train import checkpoint as checkpoint, job as job, losses as losses, objectives as objectives
     from jaxsae.train.optim import (
+        aligned_encoder as aligned_encoder,
         default_optimizer as default_optimizer,
         ema as ema,
         ema_params as ema_params,

@@ -84,6 +84,53 @@ def unit_norm_decoder(tx: optax.GradientTransformation) -> optax.GradientTransfo
     return _around(tx, init, update)
 
 
+@_remembered
+def aligned_encoder(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Keep `⟨w_i, a_i⟩ = 1` for each latent's direction `w_i` in the encoder and its atom `a_i`.
+
+        w_i ← w_i + (1 − ⟨w_i, a_i⟩) a_i / ‖a_i‖²
+
+    Then the encoder maps `z a_i` to `z`, biases apart: an L1 penalty cannot be lowered by directions that shrink. `tx`
+    gets the gradient of the loss as a function of directions that are aligned, so that an atom which moves takes its
+    direction along. A latent whose atom is 0 is left unchanged.
+
+    Args:
+      tx: any transformation of gradients shaped like an `SAE` with as many inputs as outputs.
+
+    Returns:
+      A transformation that needs the parameters, as optax passes them.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.ReLU())
+      >>> tx = jaxsae.train.aligned_encoder(jaxsae.train.default_optimizer(0.1))
+      >>> updates, _ = tx.update(jax.tree.map(jnp.ones_like, sae), tx.init(sae), sae)
+      >>> moved = optax.apply_updates(sae, updates)
+      >>> bool(jnp.allclose(jnp.sum(moved.W_enc.T * moved.W_dec, axis=1), 1, atol=1e-5))
+      True
+
+    Source: arXiv:2605.18629, which calls this aligned training.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None):
+        if params is None:
+            raise ValueError("`aligned_encoder` got no params; pass them, tx.update(grads, state, params).")
+        updates, params = widen(updates), widen(params)
+        _, pull_back = jax.vjp(_align, params.W_enc, params.W_dec)
+        by_enc, by_dec = pull_back(updates.W_enc)
+        updates, state = tx.update(updates.replace(W_enc=by_enc, W_dec=updates.W_dec + by_dec), state, params)
+        moved = _align(params.W_enc + updates.W_enc, params.W_dec + widen(updates.W_dec))
+        return updates.replace(W_enc=moved - params.W_enc), state
+
+    return _around(tx, lambda params: tx.init(widen(params)), update)
+
+
+def _align(W_enc: Array, W_dec: Array) -> Array:
+    """`W_enc` with each direction moved along its atom."""
+    missing = divide(1 - jnp.sum(W_enc.T * W_dec, axis=1), jnp.sum(W_dec**2, axis=1))
+    return W_enc + (missing[:, None] * W_dec).T
+
+
 def learning_rate(m: int, steps: int | None = None) -> float:
     """The learning rate of Gao et al. (2024) for at least 10⁵ steps, and a larger one for fewer.
 
