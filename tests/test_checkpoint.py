@@ -14,6 +14,7 @@ from problems import activations, assert_same_bits, sae
 
 import jaxsae
 from jaxsae import train
+from jaxsae._core import processes
 from jaxsae._core.files import InputError
 from jaxsae.train import checkpoint, echoes
 from jaxsae.train.checkpoint import Checkpoints, fingerprint
@@ -309,7 +310,7 @@ def test_processes_agree_on_the_last_step_that_all_can_read(case, tmp_path, monk
         asked.append(max([value, *below]))
         return [value, max([-1, *below])]
 
-    monkeypatch.setattr(checkpoint, "_of_all", of_all)
+    monkeypatch.setattr(processes, "of_all", of_all)
     checkpoints = Checkpoints(tmp_path, config={"k": 4}, warn=warned.append)
     if agreed is None:
         with pytest.raises(InputError, match="every step is damaged"):

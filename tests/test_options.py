@@ -22,7 +22,7 @@ import jaxsae
 from jaxsae import language_model, pretrained, sharding, stream, train
 from jaxsae._core import arguments
 from jaxsae._core.files import InputError
-from jaxsae.app import plan, plots, runs, sources, study
+from jaxsae.app import evaluation, plan, plots, runs, sources, study
 from jaxsae.app.cli import COMMANDS, main
 from jaxsae.app.commands import autoencoders, texts, training
 from jaxsae.app.options import FAMILIES, Options, resolved
@@ -136,7 +136,11 @@ def test_what_follows_from_options_is_in_range_too(steps, batch):
 def test_the_jobs_check_their_own_options(tmp_path):
     rows = np.zeros((64, D), np.float32)
     options = Options("topk", M, k=K, batch=8, steps=2, heldout=8)
-    three_ways = jax.set_mesh(sharding.make_mesh(1, 3))
+
+    def three_ways():
+        with jax.set_mesh(sharding.make_mesh(1, 3)):
+            runs.run(tmp_path / "x", data={"x": rows}, options=options)
+
     calls = {
         "learning_rate": lambda: runs.run(
             tmp_path / "run", data={"x": rows}, options=options._replace(learning_rate=-1.0)
@@ -150,7 +154,7 @@ def test_the_jobs_check_their_own_options(tmp_path):
         "window": lambda: harvest.live(MODEL, CONTEXTS, layer=1, window=-1),
         "1 tokens": lambda: harvest.live(MODEL, CONTEXTS[:, :1], layer=1),
         "2 latents": lambda: runs.run(tmp_path / "run", data={"x": rows}, options=options._replace(latents=2)),
-        "3 ways": lambda: three_ways(runs.run)(tmp_path / "x", data={"x": rows}, options=options),
+        "3 ways": three_ways,
         "cannot write": lambda: study.run("/dev/null/run"),
     }
     for message, call in calls.items():
@@ -160,6 +164,14 @@ def test_the_jobs_check_their_own_options(tmp_path):
 
 
 # --- Random values
+
+
+def slice_of(topology, data=1, latent=8):
+    """The devices of this machine, for a slice of TPUs."""
+    try:
+        return sharding.make_mesh(data, latent)
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 @pytest.fixture(scope="module")
@@ -319,7 +331,7 @@ def cut(monkeypatch):
     measured = {"nmse": None, "l0": 0.0, "dead": 1.0, "rows": 1, "nmse_at": {}, "firing": [], "nonfinite": 0}
     measured["dead_rows"] = 1
     monkeypatch.setattr(job, "run", loop)
-    monkeypatch.setattr(runs, "evaluate", lambda *_: measured | {"explained_variance": None})
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_: measured | {"explained_variance": None})
     monkeypatch.setattr(train, "geometric_median", lambda rows: rows.mean(0))
     zeros = lambda model, ids, layer: jnp.zeros((*ids[:, 1:].shape, model.config.width))  # noqa: E731
     monkeypatch.setattr(harvest, "_after_first", zeros)
@@ -352,7 +364,7 @@ def here(world, monkeypatch, tmp_path):
 
     monkeypatch.setattr(hub, "_fetch", offline)
     monkeypatch.setattr(language_model, "fetch", lambda name: Path(name))
-    monkeypatch.setattr(plan, "topology_mesh", lambda topology, data=1, latent=8: training._mesh(data, latent))
+    monkeypatch.setattr(plan, "topology_mesh", slice_of)
     for name in ("FULL", "QUICK", "FULL_MODEL", "QUICK_MODEL", "FULL_SYNTHETIC", "QUICK_SYNTHETIC"):
         heldout = 15 if "MODEL" in name else 16
         monkeypatch.setattr(study, name, study.Plan(M, 2, 8, heldout, ("topk",), (2,), train_rows=64))

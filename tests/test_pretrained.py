@@ -11,6 +11,7 @@ from problems import activations, assert_same_bits, full_disk, sae
 import jaxsae
 from jaxsae import pretrained
 from jaxsae._core.files import InputError
+from jaxsae.formats import tensors
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
@@ -71,7 +72,7 @@ def test_a_place_that_cannot_be_written(tmp_path):
 def test_an_sae_that_fails_to_save_leaves_the_old_one(tmp_path, monkeypatch):
     pretrained.save(sae(), tmp_path / "sae")
 
-    monkeypatch.setattr(safetensors.numpy, "save_file", full_disk)
+    monkeypatch.setattr(tensors, "_write_at", full_disk)
     with pytest.raises(OSError, match="No space"):
         pretrained.save(sae(1), tmp_path / "sae")
     assert_same_bits(pretrained.load(tmp_path / "sae"), sae())

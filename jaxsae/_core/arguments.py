@@ -141,8 +141,8 @@ Context = Annotated[int, Range(2, 2**31 - 1)]
 Revision = Annotated[str, Text(r"\S+", "a branch, a tag or a commit")]
 ACTIVATION = Choice(
     (
-        *("relu", "alignedrelu", "gated", "alignedgated", "topk", "abstopk", "groupmax", "batchtopk", "jumprelu"),
-        *("matryoshka", "matchingpursuit"),
+        *("relu", "topk", "abstopk", "groupmax", "batchtopk", "jumprelu", "gated", "matryoshka", "matchingpursuit"),
+        *("alignedrelu", "alignedgated"),
     )
 )
 ROWS_DTYPE = Choice(("float16", "float32"))

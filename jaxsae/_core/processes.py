@@ -49,8 +49,8 @@ def pieces(x: jax.Array | np.ndarray) -> Iterator[tuple[tuple[slice, ...], np.nd
     for index in owners:
         for place in _cuts(tuple(slice(*ends) for ends in index), x):
             within = [slice(cut.start - ends[0], cut.stop - ends[0]) for cut, ends in zip(place, index, strict=True)]
-            piece = np.asarray(here[index][tuple(within)]) if index in here else None
-            yield place, piece if local else _broadcast(piece, owners[index], place, x.dtype)
+            piece = here[index][tuple(within)] if index in here else None
+            yield place, np.asarray(piece) if local else _broadcast(piece, owners[index], place, x.dtype)
 
 
 def _resolved(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
@@ -69,10 +69,10 @@ def _cuts(index: tuple[slice, ...], x: Any) -> Iterator[tuple[slice, ...]]:
     yield from itertools.product(*reversed(steps))
 
 
-def _broadcast(piece: np.ndarray | None, owner: int, place: tuple[slice, ...], dtype: Any) -> np.ndarray:
+def _broadcast(piece: jax.Array | None, owner: int, place: tuple[slice, ...], dtype: Any) -> np.ndarray:
     """A piece that one process has, in all of them."""
     shape = tuple(cut.stop - cut.start for cut in place)
-    mine = np.empty(shape, dtype) if piece is None else np.ascontiguousarray(piece)
+    mine = np.empty(shape, dtype) if piece is None else np.ascontiguousarray(np.asarray(piece))
     # As bytes: the exchange is a sum, which makes 0 of −0.
     sent = mine.reshape(-1).view(np.uint8)
     found = multihost_utils.broadcast_one_to_all(sent, is_source=jax.process_index() == owner)

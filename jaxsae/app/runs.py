@@ -94,8 +94,8 @@ def run(
       (10, 32)
     """
     validate(options)
-    given = {"out": out, "weights": weights, "window": window, "save_every": save_every}
-    arguments.check(run, given | {"save_every_steps": save_every_steps, "eval_every": eval_every})
+    every: Any = {"save_every": save_every, "save_every_steps": save_every_steps, "eval_every": eval_every}
+    arguments.check(run, {"out": out, "weights": weights, "window": window} | every)
     if options.latents % (parts := sharding.axis_size("latent")):
         raise InputError(f"got {options.latents} latents for a mesh that splits them {parts} ways; pass a multiple.")
     out = local_path(out)
@@ -105,32 +105,24 @@ def run(
     passed = passes(options, rows.total, warn)
     centre, scale = _centre_and_scale(_sample(rows.read(), rows.total), rows.name)
     objective, tx, init_fn = recipe(options, centre, scale)
+    hooks: Any = {"progress": progress, "resumed": resumed, "warn": warn}
     with checkpoint.Checkpoints(
         out / "checkpoints", config=rows.config, extra={"scale": scale}, grows={"steps"}, warn=warn
     ) as checkpoints:
         if resume and not checkpoints.steps():
             raise InputError(f"{out}: holds no run to resume; leave out --resume to begin one.")
-        part = sharding.rows_needed(options.batch)
-        batches, diverged = rows.read(part=part), None
+        batches, diverged = rows.read(part=sharding.rows_needed(options.batch)), None
         with log or contextlib.nullcontext(lambda step, numbers: None) as write:
-            monitor = _Monitor(options, write, progress, resumed, warn, batches)
+            monitor = _Monitor(options, rows.heldout, scale, write, batches, **hooks)
             try:
+                step = train.make_step(objective, tx)
                 state, reached = job.run(
-                    *(train.make_step(objective, tx), init_fn, batches, checkpoints),
-                    steps=options.steps,
-                    save_every=save_every,
-                    save_every_steps=save_every_steps,
-                    eval_every=eval_every,
-                    eval_fn=lambda step, state: monitor.measure(step, rescale(state.sae, scale), rows.heldout),
-                    shard_fn=lambda x: sharding.make_global_batch(scale * x, options.batch, part.start),
-                    log_fn=monitor.log,
-                    warn=warn,
-                    resumed=monitor.resume,
+                    step, init_fn, batches, checkpoints, steps=options.steps, **every, **monitor.hooks()
                 )
             except job.TooManyRollbacks as error:
                 state, reached, diverged = error.state, error.progress, error
     sae = _finished(state, scale, options, rows)
-    if processes.is_primary() or not sae.W_dec.is_fully_addressable:  # then each process sends its parts
+    if processes.is_primary() or not jax.sharding.get_mesh().empty:  # then each process sends its parts
         pretrained.save(sae, out / "sae")
     report = _report(sae, state, reached, options, rows, passed, batches)
     with processes.all_or_none():
@@ -225,13 +217,25 @@ def _prepare(data, options: Options, weights, window: int | None) -> _Data:
 
 
 class _Monitor:
-    """Shows and logs the numbers of a training, every few steps."""
+    """Shows, measures and logs a training, every few steps."""
 
-    def __init__(self, options: Options, write: Log, progress: Progress, resumed: Callable[[int], None], warn, batches):
-        self._options, self._write, self._progress = options, write, progress
-        self._resumed, self._warn, self._shown, self._batches = resumed, warn, 0, batches
+    def __init__(self, options: Options, heldout, scale: float, write: Log, batches, *, progress, resumed, warn):
+        self._options, self._heldout, self._scale, self._write, self._batches = options, heldout, scale, write, batches
+        self._progress, self._resumed, self._warn, self._shown = progress, resumed, warn, 0
         self._schedule = _schedule(resolved(options).learning_rate or 0.0, options.steps)
         self._clock: tuple[int, float, float] | None = None  # step, time, and seconds that were waited for data
+
+    def hooks(self) -> dict[str, Any]:
+        """What `job.run` calls."""
+        size = self._options.batch
+        first = sharding.rows_needed(size).start
+        return {
+            "shard_fn": lambda x: sharding.make_global_batch(self._scale * x, size, first),
+            "log_fn": self.log,
+            "eval_fn": self.measure,
+            "resumed": self.resume,
+            "warn": self._warn,
+        }
 
     def resume(self, step: int, reached: job.LoopState) -> None:
         """Report that `step` steps were taken before."""
@@ -245,16 +249,16 @@ class _Monitor:
         if step % _REPORT_EVERY and step != self._options.steps:
             return {}
         numbers = {name: float(value) for name, value in metrics.items()}
-        numbers["learning_rate"] = float(self._schedule(step - 1))
+        numbers["learning_rate"] = np.asarray(self._schedule(step - 1)).item()
         self._write(step, numbers | self._speed(step))
         text = f"NMSE {numbers['nmse']:.3f}  L0 {numbers['l0']:.0f}  dead {numbers['dead']:.1%}"
         self._progress(text, step - self._shown)
         self._shown = step
         return numbers
 
-    def measure(self, step: int, sae: SAE, heldout: np.ndarray) -> None:
-        """Measure an autoencoder on the held-out rows, and log it."""
-        found = evaluation.evaluate(sae, heldout)
+    def measure(self, step: int, state: train.TrainState) -> None:
+        """Measure the autoencoder on the held-out rows, and log it."""
+        found = evaluation.evaluate(rescale(state.sae, self._scale), self._heldout)
         self._write(step, {f"heldout_{name}": found[name] for name in ("nmse", "l0", "dead")})
         self._clock = None  # the next steps are timed from their own start
 

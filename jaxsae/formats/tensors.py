@@ -342,8 +342,8 @@ def ready(value: Any, name: str = "an array") -> jax.Array | np.ndarray:
       InputError: as `writable`.
 
     Example:
-      >>> ready(2.0).dtype
-      dtype('float32')
+      >>> ready(2.0).itemsize
+      4
     """
     if not isinstance(value, jax.Array) or isinstance(value, Tracer) or value.is_deleted():
         return writable(value, name)

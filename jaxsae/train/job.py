@@ -150,6 +150,7 @@ def run(
         )
 
     taken, last = int(state.step), time.monotonic()
+    evaluated = taken
     with _signals() as received:
         while taken < steps:
             state, metrics = step(state, shard_fn(next(batches)))
@@ -171,8 +172,9 @@ def run(
                 save(wait=True)
                 raise Preempted(signum, taken)
             else:
-                if _at(taken, eval_every):  # skipped batches are no longer counted
+                if _at(taken, eval_every) and taken > evaluated:  # skipped batches are no longer counted
                     eval_fn(taken, state)
+                    evaluated = taken
                 if taken < steps and due:
                     save()
                     last = time.monotonic()
