@@ -13,6 +13,7 @@ from jaxsae._core import lazy
 
 if TYPE_CHECKING:
     from jaxsae.app import (
+        evaluation as evaluation,
         logs as logs,
         measure as measure,
         options as options,

@@ -168,7 +168,7 @@ def load(path: str | os.PathLike) -> SAE:
       16
     """
     with in_one_line(f"{path}: is damaged", "take another step"):
-        manifest = checkpoint.read_manifest(local_path(path).absolute())
+        manifest = checkpoint.read_manifest(path)
         config, scale = manifest["config"], manifest["extra"]["scale"]
         options = Options(**{name: config[name] for name in Options._fields})
         _, _, init_fn = recipe(options, jnp.zeros(config["data"][-1]), 1.0)

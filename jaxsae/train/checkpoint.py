@@ -302,7 +302,7 @@ def _crc32(content: Any) -> str:
     return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
     """What is saved beside a state: `version`, `config`, `versions`, `step`, `progress` and `extra`.
 
     Args:
@@ -310,9 +310,18 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
     Raises:
       ValueError: or another error, if it is damaged.
+
+    Example:
+      >>> import tempfile, jax.numpy as jnp
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     with Checkpoints(folder, config={"k": 4}) as checkpoints:
+      ...         checkpoints.save(1, {"x": jnp.zeros(2)}, progress=0, wait=True)
+      ...     read_manifest(f"{folder}/1")["config"]
+      {'k': 4}
     """
     import orbax.checkpoint as ocp
 
+    path = local_path(path).absolute()
     alone = _alone()
     handler = ocp.JsonCheckpointHandler(multiprocessing_options=alone)
     with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
