@@ -295,7 +295,7 @@ def test_counts_beyond_32_bits():
 
 
 FAMILIES = {"topk": {"k": K}, "jumprelu": {"k": K}, "relu": {"l1": 0.1}, "gated": {"l1": 0.1}, "groupmax": {"k": K}}
-FAMILIES |= {"abstopk": {"k": K}, "matryoshka": {"k": K}, "matchingpursuit": {"k": K}}
+FAMILIES |= {"abstopk": {"k": K}, "matryoshka": {"k": K}, "matchingpursuit": {"k": K}, "alignedrelu": {"l1": 0.1}}
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 
 

@@ -142,7 +142,7 @@ Revision = Annotated[str, Text(r"\S+", "a branch, a tag or a commit")]
 ACTIVATION = Choice(
     (
         *("relu", "topk", "abstopk", "groupmax", "batchtopk", "jumprelu", "gated", "matryoshka", "matchingpursuit"),
-        *("alignedrelu", "alignedgated"),
+        "alignedrelu",
     )
 )
 ROWS_DTYPE = Choice(("float16", "float32"))

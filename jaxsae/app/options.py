@@ -146,7 +146,7 @@ FAMILIES = {
 }
 
 
-FAMILIES |= {f"aligned{name}": FAMILIES[name]._replace(transform=train.aligned_encoder) for name in ("relu", "gated")}
+FAMILIES["alignedrelu"] = FAMILIES["relu"]._replace(transform=train.aligned_encoder)
 
 
 def validate(options: Options) -> _Family:

@@ -9,7 +9,6 @@ FAMILIES = {
     "relu": ("ReLU + L1", "#c93a4c", "#f0808c"),
     "alignedrelu": ("ReLU + L1, aligned", "#a8402a", "#f0a58c"),
     "gated": ("Gated", "#6a4c93", "#b79be0"),
-    "alignedgated": ("Gated, aligned", "#7d3a86", "#d19be0"),
     "jumprelu": ("JumpReLU", "#8f5d00", "#edae49"),
     "topk": ("TopK", "#00798c", "#4cc3d4"),
     "batchtopk": ("BatchTopK", "#30638e", "#7eb2e0"),

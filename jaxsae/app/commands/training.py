@@ -60,8 +60,8 @@ def train(
     Example: jaxsae train --data x.npy --activation topk --k 32 --latents 4096 --out run
 
     Args:
-        activation: relu, gated, topk, abstopk, groupmax, batchtopk, jumprelu, matryoshka or matchingpursuit; or
-            alignedrelu or alignedgated, whose encoder directions have product 1 with their atoms.
+        activation: relu, topk, abstopk, groupmax, batchtopk, jumprelu, gated, matryoshka or matchingpursuit; or
+            alignedrelu, a ReLU whose encoder directions have product 1 with their atoms.
         latents: number of latents.
         out: directory for the results.
         data: files or directories of activations (rows, width).
@@ -73,7 +73,7 @@ def train(
         window: rows that are shuffled together, one window after another; by default all --data.
         k: active latents per row; for batchtopk, matryoshka, jumprelu and matchingpursuit, on average over held-out
             rows.
-        l1: weight of the L1 penalty (relu, gated, alignedrelu, alignedgated).
+        l1: weight of the L1 penalty (relu, gated, alignedrelu).
         batch: rows per step.
         steps: number of steps; warns if they are more than ten passes over the data.
         learning_rate: by default from --activation, --latents and --steps, see jaxsae.train.learning_rate.
