@@ -91,6 +91,17 @@ def test_eval_of_a_progressive_code_is_that_of_its_largest_values():
     assert sorted(found) == ["1", "2", "4"]
 
 
+def test_what_cannot_be_measured_during_a_training_is_not_logged(tmp_path, monkeypatch):
+    original, logged = evaluation.evaluate, []
+    monkeypatch.setattr(evaluation, "evaluate", lambda *args: original(*args) | {"nmse": None})
+    log = contextlib.nullcontext(lambda step, numbers: logged.append((step, numbers)))
+    options = Options("topk", latents=16, k=2, batch=32, steps=4, heldout=32)
+    rows = np.asarray(activations(batch=(128,), d=8))
+    runs.run(tmp_path / "run", data={"x": rows}, options=options, eval_every=2, log=log)
+    measured = [(step, sorted(numbers)) for step, numbers in logged if "heldout_l0" in numbers]
+    assert measured == [(2, ["heldout_dead", "heldout_l0"]), (4, ["heldout_dead", "heldout_l0"])]
+
+
 def test_eval_leaves_out_and_counts_rows_that_are_not_finite():
     x = np.array(activations(batch=(50,)))
     clean = evaluation.evaluate(sae(m=M), x[2:])

@@ -31,16 +31,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError:
         console.fail(_NEEDS)
         return 2
-    if argv is None:  # run as a command, not from a process with its own settings
-        argv = sys.argv[1:]
+    as_command = argv is None  # not from a process with its own settings
+    try:
+        argv = config.expanded(sys.argv[1:] if argv is None else argv, COMMANDS)
+    except InputError as error:
+        console.fail(str(error))
+        return 2
+    if as_command:
         # Processes that work together must not load different programs: they would wait for each other.
-        if not any(word.startswith(("--distributed", "--coordinator")) for word in argv):
+        if not any(word.startswith("--distributed") for word in argv):
             compilation_cache.keep()
         if argv[:1] in (["train"], ["study"]):
             allocator.keep_freed()
     asked = argv[0] if argv else ""
     try:
-        argv = config.expanded(argv, COMMANDS)
         return tyro.cli(
             _commands(asked),
             prog="jaxsae",

@@ -259,7 +259,8 @@ class _Monitor:
     def measure(self, step: int, state: train.TrainState) -> None:
         """Measure the autoencoder on the held-out rows, and log it."""
         found = evaluation.evaluate(rescale(state.sae, self._scale), self._heldout)
-        self._write(step, {f"heldout_{name}": found[name] for name in ("nmse", "l0", "dead")})
+        numbers = {f"heldout_{name}": found[name] for name in ("nmse", "l0", "dead")}
+        self._write(step, {name: value for name, value in numbers.items() if value is not None})
         self._clock = None  # the next steps are timed from their own start
 
     def _speed(self, step: int) -> dict[str, float]:
