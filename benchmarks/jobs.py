@@ -21,7 +21,7 @@ from benchmarks.clock import say
 from jaxsae import data, train
 from jaxsae.app import runs
 from jaxsae.app.options import Options
-from jaxsae.data import shards
+from jaxsae.data import lazy, shards
 from jaxsae.train import checkpoint
 
 SIZES = {
@@ -134,7 +134,7 @@ def costs(size: str) -> dict[str, Any]:
     return {"case": c, **loader, **saving, "needed_rows_per_s": needed, "ratio": loader["loaded_rows_per_s"] / needed}
 
 
-def _rows(folder: Path, n: int, d: int) -> shards.Rows:
+def _rows(folder: Path, n: int, d: int) -> lazy.LazyRows:
     """Activations in float16 on disk, evicted from the page cache where possible."""
     writer = shards.Writer(folder, width=d, dtype="float16", source="random")
     generator = np.random.default_rng(0)
@@ -148,7 +148,7 @@ def _rows(folder: Path, n: int, d: int) -> shards.Rows:
     return shards.open_rows(folder)
 
 
-def _loader(rows: shards.Rows, batch: int) -> dict[str, float]:
+def _loader(rows: lazy.LazyRows, batch: int) -> dict[str, float]:
     began = time.perf_counter()
     stream = data.batches(rows, batch, seed=0)
     next(stream)  # verifies every shard that it reads
@@ -159,7 +159,7 @@ def _loader(rows: shards.Rows, batch: int) -> dict[str, float]:
     return {"first_batch_s": first, "loaded_rows_per_s": 100 * batch / (time.perf_counter() - began)}
 
 
-def _saving(folder: Path, rows: shards.Rows, c: dict[str, int]) -> dict[str, float]:
+def _saving(folder: Path, rows: lazy.LazyRows, c: dict[str, int]) -> dict[str, float]:
     """Seconds of an undisturbed step; extra seconds of all steps after a save; seconds of a resume."""
     options = Options("topk", c["m"], c["k"], batch=c["batch"], steps=1000)
     objective, tx, init_fn = runs.recipe(options, jnp.zeros(c["d"]), 1.0)

@@ -490,7 +490,7 @@ BAD_TRAIN = {
     "an infinite rate": (["--learning-rate", "inf"], "got --learning-rate inf; pass a number above 0"),
     "a negative rate": (["--learning-rate", -1], "got --learning-rate -1; pass a number above 0"),
     "seconds of NaN": (["--save-every", "nan"], "got --save-every nan; pass a number from 0"),
-    "a bucket": (["--out", "gs://bucket/run"], "gs:/bucket/run"),
+    "a bucket": (["--out", "abfs://bucket/run"], "abfs:/bucket/run"),
     "nothing to resume": (["--resume"], "out: holds no run to resume; leave out --resume to begin one."),
     "a file in the way": (["--out", "{folder}/x.npy"], "cannot write {folder}/x.npy: "),
     "nothing can be written": (["--out", "/proc/run"], "cannot write /proc/run: "),

@@ -265,7 +265,11 @@ while owned < 40:
 
 # --- addresses
 
-ADDRESSES = ["gs://bucket/run", "s3://bucket/x.npy", "GS://bucket/run", "https://host/x.npy", "abfs+ssl://a/b"]
+BUCKETS = ["gs://bucket/run", "s3://bucket/x.npy", "GS://bucket/run"]
+ADDRESSES = [*BUCKETS, "https://host/x.npy", "abfs+ssl://a/b"]
+# These take an address in a bucket too; see test_buckets.py.
+IN_BUCKETS = ("pretrained.save", "pretrained.load", "pretrained.describe", "atomic_", "owned", "settled", "Checkpoints")
+IN_BUCKETS += ("steps", "open_rows", "shards.", "runs.run", "study.run, data", "stream.refine_file")
 
 
 def entry_points():
@@ -313,9 +317,18 @@ WRITTEN = [name for name, row in pretrained.FORMATS.items() if row.write]
 def test_an_address_is_refused_wherever_a_path_is_taken_and_nothing_is_made(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for address in ADDRESSES:
-        for call in entry_points().values():
-            refused("is a URL, expected a local path; copy it here", call, kind(address))
+        for name, call in entry_points().items():
+            if address not in BUCKETS or not name.startswith(IN_BUCKETS):
+                refused("is a URL, expected a local path; copy it here", call, kind(address))
     assert os.listdir(tmp_path) == []
+
+
+def test_an_address_in_a_bucket_keeps_its_slashes():
+    assert [files.address(kind(f"{scheme}://b/x")) for kind in (str, Path) for scheme in ("gs", "S3")] == [
+        *("gs://b/x", "s3://b/x") * 2
+    ]
+    assert [files.address(path) for path in ("gs:x", "./gs://x", "hf://x", "https://x", "x")] == [None] * 5
+    assert files.address(Path("gs://")) == "gs://"
 
 
 def test_a_path_with_a_colon_is_a_path(tmp_path, monkeypatch):

@@ -146,7 +146,7 @@ def test_the_jobs_check_their_own_options(tmp_path):
             tmp_path / "run", data={"x": rows}, options=options._replace(learning_rate=-1.0)
         ),
         "save_every": lambda: runs.run(tmp_path / "run", data={"x": rows}, options=options, save_every=np.nan),
-        "is a URL": lambda: runs.run("gs://bucket/run", data={"x": rows}, options=options),
+        "is a URL": lambda: runs.run("abfs://bucket/run", data={"x": rows}, options=options),
         "seed": lambda: study.run(tmp_path / "run", seed=-1),
         "steps": lambda: study.run(tmp_path / "run", plan=study.QUICK._replace(steps=0)),
         "batch": lambda: harvest.run(tmp_path / "x", MODEL, CONTEXTS, layer=1, source={}, batch=0),
@@ -263,7 +263,7 @@ STRINGS = (
     "%s",
     "a" * 300,
 )
-STRINGS += ("gs://bucket/x", "s3://bucket/x", "hf://", "hf://a", "hf://org/repository/x", "file:///tmp/x", "a/b/c")
+STRINGS += ("gs://", "s3:///x", "hf://", "hf://a", "hf://org/repository/x", "file:///tmp/x", "a/b/c")
 STRINGS += ("/dev/null", "/dev/null/x", "/proc/x", "localhost:1", "v5e:4x4", "v5e:0x0", "v9:1x1", "float32", "int32")
 STRINGS += (
     "relu",

@@ -93,7 +93,7 @@ NO_EXAMPLE = {
         "jaxsae.app.plan.Program",
         "jaxsae.autoencoder.Fit",
         "jaxsae.data.shards.Manifest",
-        "jaxsae.data.shards.Rows",
+        "jaxsae.data.LazyRows",
         "jaxsae.stream.Block",
     ),
     *("jaxsae.stream.RefineSummary", "jaxsae.train.Diverged", "jaxsae.train.TrainState"),

@@ -19,7 +19,7 @@ from problems import dying, full_disk, refused
 import jaxsae
 from jaxsae import data
 from jaxsae._core.files import InputError
-from jaxsae.data import shards
+from jaxsae.data import lazy, shards
 
 WIDTH, SOURCE = 6, {"model": "none", "layer": 2}
 
@@ -284,7 +284,7 @@ from pathlib import Path
 sys.modules["jaxsae"] = package = types.ModuleType("jaxsae")
 package.__path__ = [sys.argv[1]]
 import numpy as np
-from jaxsae.data import shards
+from jaxsae.data import lazy, shards
 WIDTH, SOURCE = {WIDTH}, {SOURCE}
 """ + "".join(map(inspect.getsource, (part, writer, fill, dying)))
 RUN = f"{SCRIPT}\nprint('ready', flush=True)\nfill(sys.argv[2], 10**6)"
@@ -552,7 +552,7 @@ def test_a_view_slices_as_numpy_does(opened):
     bounds = [None, *range(-12, 13)]
     for begin, end in itertools.product(bounds, bounds):
         view, expected = opened[begin:end], ROWS[begin:end]
-        assert isinstance(view, shards.Rows)
+        assert isinstance(view, lazy.LazyRows)
         assert (view.shape, len(view), view.size, view.nbytes) == (
             *(expected.shape, len(expected)),
             *(expected.size, expected.nbytes),
@@ -658,7 +658,7 @@ def test_data_opens_a_directory_whether_complete_or_not(tmp_path):
     for finish in (False, True):
         fill(tmp_path, 2, finish)
         found = data.open_rows(tmp_path)
-        assert isinstance(found, shards.Rows)
+        assert isinstance(found, lazy.LazyRows)
         np.testing.assert_array_equal(found, np.concatenate([part(0)[0], part(1)[0]]))
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from jaxsae._core.files import InputError, local_path
+from jaxsae._core.files import InputError, address, any_path, local_path
 
 _LARGEST = 2.0**127  # about the largest float32
 
@@ -83,14 +83,19 @@ class Input(NamedTuple):
     Attributes:
       must_exist: whether to check that it exists; False if its reader has a better error message.
       scheme: URL scheme that is accepted too, such as `"hf"`.
+      bucket: whether it may be in a bucket, where its reader looks for it.
     """
 
     must_exist: bool = False
     scheme: str | None = None
+    bucket: bool = False
 
     def require(self, kind: Any, name: str, value: Any) -> None:
         """Raise unless the path is valid and, if required, exists."""
         if self.scheme is not None and str(value).startswith(f"{self.scheme}://"):
+            return
+        if self.bucket and address(value):
+            any_path(value)
             return
         path = _local(name, value)
         try:
@@ -107,12 +112,19 @@ class Output(NamedTuple):
 
     Attributes:
       over: what may exist there already: `Path.is_file`, `Path.is_dir`, or both.
+      bucket: whether it may be in a bucket.
     """
 
     over: tuple[Callable[[Path], bool], ...]
+    bucket: bool = False
 
     def require(self, kind: Any, name: str, value: Any) -> None:
         """Raise unless the path is writable; leaves no file behind."""
+        if self.bucket and address(value):
+            from jaxsae._core import buckets
+
+            buckets.require_writable(any_path(value))
+            return
         path = _local(name, value)
         try:
             if path.exists() and not any(test(path) for test in self.over):
@@ -132,10 +144,14 @@ Weight = Annotated[float, Range(0)]
 Proportion = Annotated[float, Range(1e-6, 1e6)]
 InputPath = Annotated[Path, Input()]
 InputFiles = tuple[Annotated[Path, Input(must_exist=True)], ...]  # read in order
+Rows = Annotated[Path, Input(bucket=True)]  # activations
 DIRECTORY = Output((Path.is_dir,))
+ANY_DIRECTORY = Output((Path.is_dir,), bucket=True)
 OutputFile = Annotated[Path, Output((Path.is_file,))]
+AnyFile = Annotated[Path, Output((Path.is_file,), bucket=True)]  # on disk or in a bucket
 OutputDirectory = Annotated[Path, DIRECTORY]
-Autoencoder = Annotated[str, Input(scheme="hf")]
+AnyDirectory = Annotated[Path, ANY_DIRECTORY]
+Autoencoder = Annotated[str, Input(scheme="hf", bucket=True)]
 Model = Annotated[str, Input()]
 Context = Annotated[int, Range(2, 2**31 - 1)]
 Revision = Annotated[str, Text(r"\S+", "a branch, a tag or a commit")]

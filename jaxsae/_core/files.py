@@ -1,4 +1,4 @@
-"""Atomic writes, paths and locks, with errors that are one sentence."""
+"""Atomic writes, paths on disk and in buckets, and locks, with errors that are one sentence."""
 
 import contextlib
 import ctypes
@@ -11,7 +11,13 @@ import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
+
+# A path on disk, or one in a bucket, which has the methods of `Path` that make sense there.
+if TYPE_CHECKING:
+    AnyPath = Path
+else:
+    AnyPath = Any
 
 
 class InputError(ValueError):
@@ -76,7 +82,93 @@ def local_path(path: str | os.PathLike) -> Path:
     raise InputError(f"{os.fspath(path)}: is a URL, expected a local path; {do}.")
 
 
-def settled(path: str | os.PathLike) -> Path:
+def address(path: str | os.PathLike) -> str | None:
+    """The address of a path in a bucket, `gs://…` or `s3://…`, of which `Path` takes one slash; None for other paths.
+
+    Args:
+      path: any path.
+
+    Example:
+      >>> address(Path("gs://bucket/run")), address("run")
+      ('gs://bucket/run', None)
+    """
+    found = re.match(r"(gs|s3):(//?|$)", os.fspath(path), re.IGNORECASE)
+    return None if found is None else f"{found[1].lower()}://{os.fspath(path)[found.end() :]}"
+
+
+def shown(path: str | os.PathLike) -> str:
+    """A path as its user wrote it.
+
+    Args:
+      path: any path.
+
+    Example:
+      >>> shown(Path("gs://bucket/run"))
+      'gs://bucket/run'
+    """
+    return address(path) or os.fspath(path)
+
+
+def any_path(path: str | os.PathLike) -> AnyPath:
+    """A path on a local file system, or in a bucket.
+
+    Args:
+      path: any path.
+
+    Raises:
+      InputError: if it is another URL; or in a bucket, and the extra `cloud` is not installed.
+
+    Example:
+      >>> any_path("run/sae").name
+      'sae'
+    """
+    where = address(path)
+    if where is None:
+        return local_path(path)
+    from jaxsae._core import buckets
+
+    return buckets.path(where)
+
+
+def reached(path: AnyPath) -> contextlib.AbstractContextManager[None]:
+    """A block in which any exception of an object store is turned into an `InputError`; local ones pass through.
+
+    Args:
+      path: what is read or written, as from `any_path`.
+
+    Example:
+      >>> with reached(Path("x")):
+      ...     pass
+    """
+    if isinstance(path, Path):
+        return contextlib.nullcontext()
+    from jaxsae._core import buckets
+
+    return buckets.reached(path)
+
+
+def names(folder: AnyPath) -> dict[str, int]:
+    """The files in a folder by name, with their sizes in bytes; none if it is missing.
+
+    Args:
+      folder: as from `any_path`.
+
+    Example:
+      >>> names(Path("no-such-place"))
+      {}
+    """
+    if not isinstance(folder, Path):
+        from jaxsae._core import buckets
+
+        return buckets.names(folder)
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+
+
+def settled(path: str | os.PathLike) -> AnyPath:
     """The path of a directory that `atomic_directory` wrote, or of the old version that a crash left beside it.
 
     Args:
@@ -86,7 +178,9 @@ def settled(path: str | os.PathLike) -> Path:
       >>> settled("run/sae").name
       'sae'
     """
-    path = local_path(path)
+    path = any_path(path)
+    if not isinstance(path, Path):
+        return path
     return _aside(path) if not os.path.lexists(path) and _aside(path).is_dir() else path
 
 
@@ -140,7 +234,7 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
     After a crash the old file or the new one is there, whole; `.NAME.….partial` may be left beside it.
 
     Args:
-      path: of the file; missing directories are created.
+      path: of the file; missing directories are created. In a bucket, the temporary path is on the local disk.
 
     Raises:
       InputError: if nothing can be written there.
@@ -153,9 +247,12 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
       ...     Path(folder, "a.txt").read_text()
       'whole'
     """
-    path = local_path(path)
+    path = any_path(path)
     with temporary_directory(path) as folder:
         yield folder / path.name
+        if not isinstance(path, Path):
+            _upload(folder / path.name, path)
+            return
         _flush(folder / path.name)
         os.replace(folder / path.name, path)
         flush_folder(path.parent)
@@ -166,10 +263,11 @@ def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary directory beside `path`, which replaces `path` when the block succeeds.
 
     After a crash the old directory or the new one is there, whole. Where the file system cannot exchange two
-    directories, the old one may have another name: `settled` finds it.
+    directories, the old one may have another name: `settled` finds it. In a bucket, after a crash there may be neither:
+    the files of JSON, without which no reader takes it for whole, are removed first and written last.
 
     Args:
-      path: of the directory; missing parents are created.
+      path: of the directory; missing parents are created. In a bucket, the temporary one is on the local disk.
 
     Raises:
       InputError: if nothing can be written there.
@@ -182,11 +280,14 @@ def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
       ...     Path(folder, "run", "a.txt").read_text()
       'whole'
     """
-    path = local_path(path)
+    path = any_path(path)
     with temporary_directory(path) as folder:
         new = folder / "new"
         new.mkdir()
         yield new
+        if not isinstance(path, Path):
+            _upload(new, path)
+            return
         for place, _, names in os.walk(new):
             for name in names:
                 _flush(Path(place, name))
@@ -194,6 +295,12 @@ def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
         _put(new, path)
         flush_folder(path.parent)
         remove(_aside(path))
+
+
+def _upload(local: Path, path: Any) -> None:
+    from jaxsae._core import buckets
+
+    buckets.upload(local, path)
 
 
 def _put(new: Path, path: Path) -> None:
@@ -230,7 +337,7 @@ def _exchange(a: Path, b: Path) -> None:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(b))
 
 
-def remove(path: Path) -> None:
+def remove(path: AnyPath) -> None:
     """Remove a file, or a directory and its contents, if it exists.
 
     Args:
@@ -239,7 +346,11 @@ def remove(path: Path) -> None:
     Example:
       >>> remove(Path("no-such-place"))
     """
-    if path.is_dir() and not path.is_symlink():
+    if not isinstance(path, Path):
+        from jaxsae._core import buckets
+
+        buckets.remove(path)
+    elif path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
@@ -272,7 +383,7 @@ def owned(folder: str | os.PathLike, *, warn: Callable[[str], None] = lambda tex
     """Hold the lock of a folder, so that one process writes to it; the lock is released however the process ends.
 
     Args:
-      folder: created if missing; the lock file is `.lock` in it.
+      folder: created if missing; the lock file is `.lock` in it. In a bucket there are no locks.
       warn: called if the file system does not support locks.
 
     Raises:
@@ -285,7 +396,10 @@ def owned(folder: str | os.PathLike, *, warn: Callable[[str], None] = lambda tex
       Traceback (most recent call last):
       jaxsae.InputError: ...: another process writes there (...); stop it, or choose another --out.
     """
-    folder = local_path(folder)
+    folder = any_path(folder)
+    if not isinstance(folder, Path):
+        yield
+        return
     with _locked(folder, warn) as file:
         file.truncate(0)
         file.write(f"process {os.getpid()} of {socket.gethostname()}")
@@ -329,8 +443,8 @@ def _locked(folder: Path, warn: Callable[[str], None]) -> IO[str]:
 
 
 @contextlib.contextmanager
-def temporary_directory(path: Path) -> Iterator[Path]:
-    """Yield a new directory beside `path`, and remove it in the end.
+def temporary_directory(path: AnyPath) -> Iterator[Path]:
+    """Yield a new directory beside `path`, and remove it in the end; for a path in a bucket, one on the local disk.
 
     Args:
       path: of a file or directory, which need not exist; missing parents are created.
@@ -344,6 +458,10 @@ def temporary_directory(path: Path) -> Iterator[Path]:
       ...     beside.parent == Path(folder)
       True
     """
+    if not isinstance(path, Path):
+        with tempfile.TemporaryDirectory(prefix="jaxsae.") as elsewhere:
+            yield Path(elsewhere)
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))

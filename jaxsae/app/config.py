@@ -2,12 +2,12 @@
 
 import inspect
 import json
+import os
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from jaxsae._core.files import InputError, atomic_file, in_one_line
+from jaxsae._core.files import AnyPath, InputError, any_path, atomic_file, in_one_line, reached, shown
 
 VERSION = 1
 _OWN = ("config", "json", "resume")  # options of one call rather than of what it does
@@ -31,13 +31,14 @@ def expanded(argv: Sequence[str], commands: Mapping[str, Callable[..., Any]]) ->
     end = at + (1 if given else 2)
     if not given and end > len(argv):
         return list(argv)  # whose error the command line gives
-    options = _read(Path(value if given else argv[at + 1]), command)
+    options = _read(any_path(value if given else argv[at + 1]), command)
     return [argv[0], *_words(options), *argv[1:at], *argv[end:]]
 
 
-def _read(path: Path, command: Callable[..., Any]) -> dict[str, Any]:
+def _read(path: AnyPath, command: Callable[..., Any]) -> dict[str, Any]:
     with in_one_line(f"{path}: not a file of options", "pass TOML or JSON"):
-        text = path.read_text(encoding="utf-8")
+        with reached(path):
+            text = path.read_bytes().decode("utf-8")
         found = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
         if not isinstance(found, dict):
             raise ValueError(f"it holds {type(found).__name__}")
@@ -66,7 +67,7 @@ def _words(options: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def write(path: Path, options: Mapping[str, Any], derived: Mapping[str, Any]) -> None:
+def write(path: AnyPath, options: Mapping[str, Any], derived: Mapping[str, Any]) -> None:
     """Write the options of a run, so that `--config` repeats it.
 
     Args:
@@ -83,4 +84,4 @@ def write(path: Path, options: Mapping[str, Any], derived: Mapping[str, Any]) ->
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [_plain(each) for each in value]
-    return str(value) if isinstance(value, Path) else value
+    return shown(value) if isinstance(value, os.PathLike) else value

@@ -3,13 +3,17 @@
 import contextlib
 import functools
 import os
+import tempfile
+import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
-from jaxsae._core.files import InputError, local_path
+from jaxsae._core.files import AnyPath, InputError, any_path, local_path
 from jaxsae.app.options import Options
 
 _NO_TENSORBOARD = "TensorBoard files need tensorboardX, which is missing; pip install 'jaxsae[study]'."
+_COPY_EVERY = 60.0  # seconds
 Log = Callable[[int, dict[str, float]], None]
 
 
@@ -17,7 +21,7 @@ def logs(folder: str | os.PathLike, options: Options, *, wandb: bool = False) ->
     """Log to TensorBoard event files in a folder and, if asked, to Weights & Biases (or, `WANDB_MODE=offline`, files).
 
     Args:
-      folder: of the event files.
+      folder: of the event files, on disk or in a bucket.
       options: of the run, for Weights & Biases.
       wandb: whether to log there.
 
@@ -33,15 +37,15 @@ def logs(folder: str | os.PathLike, options: Options, *, wandb: bool = False) ->
         from tensorboardX import SummaryWriter
     except ImportError as error:
         raise InputError(_NO_TENSORBOARD) from error
-    start = _wandb(folder, options) if wandb else None
-    return _writing(lambda: SummaryWriter(str(local_path(folder))), start)
+    return _writing(any_path(folder), SummaryWriter, _wandb(options) if wandb else None)
 
 
 @contextlib.contextmanager
-def _writing(open_writer: Callable[[], Any], start: Callable[[], Any] | None) -> Iterator[Log]:
+def _writing(folder: AnyPath, writer_of: Callable[[str], Any], start: Callable[..., Any] | None) -> Iterator[Log]:
     with contextlib.ExitStack() as stack:
-        writer = stack.enter_context(open_writer())
-        active = None if start is None else stack.enter_context(start())
+        local = stack.enter_context(_local(folder))
+        writer = stack.enter_context(writer_of(str(local)))
+        active = None if start is None else stack.enter_context(start(dir=str(local)))
 
         def log(step: int, numbers: dict[str, float]) -> None:
             for name, value in numbers.items():
@@ -50,6 +54,32 @@ def _writing(open_writer: Callable[[], Any], start: Callable[[], Any] | None) ->
                 active.log(numbers, step=step)
 
         yield log
+
+
+@contextlib.contextmanager
+def _local(folder: AnyPath) -> Iterator[Path]:
+    """A folder on disk, whose files are copied every minute, and in the end, if it stands for one in a bucket."""
+    if isinstance(folder, Path):
+        yield folder
+        return
+    from jaxsae._core import buckets
+
+    done = threading.Event()
+    with tempfile.TemporaryDirectory() as local:
+
+        def copy() -> None:
+            while not done.wait(_COPY_EVERY):
+                with contextlib.suppress(InputError):  # it is tried again
+                    buckets.upload(Path(local), folder)
+
+        thread = threading.Thread(target=copy, daemon=True)
+        thread.start()
+        try:
+            yield Path(local)
+        finally:
+            done.set()
+            thread.join()
+            buckets.upload(Path(local), folder)
 
 
 def curves(folder: str | os.PathLike) -> dict[str, dict[int, float]]:
@@ -100,9 +130,9 @@ def _records(content: bytes) -> Iterator[bytes]:
             yield content[start:end]
 
 
-def _wandb(folder, options: Options) -> Callable[[], Any]:
+def _wandb(options: Options) -> Callable[..., Any]:
     try:
         import wandb  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise InputError("got --wandb, but wandb is missing; pip install wandb.") from error
-    return functools.partial(wandb.init, dir=str(folder), project="jaxsae", config=options._asdict())
+    return functools.partial(wandb.init, project="jaxsae", config=options._asdict())

@@ -20,13 +20,24 @@ import optax
 
 from jaxsae import data as data_module, sharding, train
 from jaxsae._core import arguments, processes
-from jaxsae._core.files import InputError, atomic_file, in_one_line, json_number, local_path
+from jaxsae._core.files import (
+    AnyPath,
+    InputError,
+    address,
+    any_path,
+    atomic_file,
+    in_one_line,
+    json_number,
+    reached,
+    shown,
+)
 from jaxsae.app import evaluation
 from jaxsae.app.logs import Log
 from jaxsae.app.options import Options, _warmup, passes, resolved, validate
 from jaxsae.autoencoder import calibration, metrics, stream
 from jaxsae.autoencoder.sae import SAE, init
 from jaxsae.autoencoder.surgery import rescale
+from jaxsae.data import batching
 from jaxsae.formats import pretrained
 from jaxsae.train import checkpoint, job
 from jaxsae.train.objectives import AuxK, MultiTopK, Objective
@@ -38,12 +49,13 @@ Progress = Callable[[str, int], None]
 
 
 def run(
-    out: Annotated[str | os.PathLike, arguments.DIRECTORY],
+    out: Annotated[str | os.PathLike, arguments.ANY_DIRECTORY],
     *,
     data: str | os.PathLike | Sequence[str | os.PathLike] | Mapping[str, data_module.Rows],
     options: Options,
     weights: Sequence[arguments.Proportion] | None = None,
     window: arguments.Count | None = None,
+    reader_threads: arguments.Count = 2,
     save_every: arguments.Weight = 60.0,
     save_every_steps: arguments.Count | None = None,
     eval_every: arguments.Count | None = None,
@@ -65,7 +77,8 @@ def run(
       data: file or directory of activations, or several; or rows, by names that say where they come from.
       options: of the training.
       weights: proportions in which to mix the data; by default those of their lengths.
-      window: as of `data.batches`; all rows are shuffled together by default.
+      window: as of `data.batches`.
+      reader_threads: that read ahead.
       save_every: seconds between saves of the whole state.
       save_every_steps: steps between saves, besides.
       eval_every: steps between measurements on the held-out rows, which are logged as `heldout_nmse`, `heldout_l0` and
@@ -95,13 +108,14 @@ def run(
     """
     validate(options)
     every: Any = {"save_every": save_every, "save_every_steps": save_every_steps, "eval_every": eval_every}
-    arguments.check(run, {"out": out, "weights": weights, "window": window} | every)
+    reading: Any = {"weights": weights, "window": window, "reader_threads": reader_threads}
+    arguments.check(run, {"out": out} | reading | every)
     if options.latents % (parts := sharding.axis_size("latent")):
         raise InputError(f"got {options.latents} latents for a mesh that splits them {parts} ways; pass a multiple.")
-    out = local_path(out)
-    if resume and not (out / "checkpoints").is_dir():  # before a directory is made
+    out = any_path(out)
+    if resume and isinstance(out, Path) and not (out / "checkpoints").is_dir():  # before a directory is made
         raise InputError(f"{out}: holds no run to resume; leave out --resume to begin one.")
-    rows = _prepare(data, options, weights, window)
+    rows = _prepare(data, options, **reading)
     passed = passes(options, rows.total, warn)
     centre, scale = _centre_and_scale(_sample(rows.read(), rows.total), rows.name)
     objective, tx, init_fn = recipe(options, centre, scale)
@@ -144,8 +158,9 @@ def is_checkpoint(path: str | os.PathLike) -> bool:
       >>> is_checkpoint("hf://organisation/repository")
       False
     """
-    path = Path(path)
-    return path.name.isdecimal() and (path / "manifest").is_dir() and (path / "state").is_dir()
+    where = any_path(path) if address(path) else Path(path)
+    with reached(where):
+        return where.name.isdecimal() and (where / "manifest").is_dir() and (where / "state").is_dir()
 
 
 def load(path: str | os.PathLike) -> SAE:
@@ -204,13 +219,14 @@ class _Data(NamedTuple):
         return sum(map(len, self.sources))
 
 
-def _prepare(data, options: Options, weights, window: int | None) -> _Data:
+def _prepare(data, options: Options, weights, window: int | None, reader_threads: int) -> _Data:
     names, everything = _open(data)
+    window = batching.shuffle_window(everything, window)
     sources, heldout = _split(names, everything, options, weights)
     config = options._asdict() | {"data": [*map(len, sources), heldout.shape[1]], "weights": weights and list(weights)}
     config |= {"window": window, "rows of": names if isinstance(data, Mapping) else None}  # files may have been moved
     config |= {"values of the data, by checksum": list(map(data_module.fingerprint, everything))}
-    order = {"seed": options.seed, "weights": weights, "window": window, "names": names}
+    order = {"seed": options.seed, "weights": weights, "window": window, "names": names, "threads": reader_threads}
     return _Data(
         names, sources, heldout, config, functools.partial(data_module.batches, sources, options.batch, **order)
     )
@@ -304,7 +320,7 @@ def _report(
     }
 
 
-def _write_report(report: dict[str, Any], out: Path) -> None:
+def _write_report(report: dict[str, Any], out: AnyPath) -> None:
     with atomic_file(out / "report.json") as temporary:
         temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
 
@@ -403,7 +419,7 @@ def _open(data) -> tuple[list[str], list[data_module.Rows]]:
     if isinstance(data, Mapping):
         return list(data), list(data.values())
     paths = [data] if isinstance(data, str | os.PathLike) else list(data)
-    return list(map(str, paths)), [data_module.open_rows(path) for path in paths]
+    return list(map(shown, paths)), [data_module.open_rows(path) for path in paths]
 
 
 def _split(names, everything, options: Options, weights) -> tuple[list[data_module.Rows], np.ndarray]:

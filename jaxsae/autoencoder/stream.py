@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from jaxsae import sharding
 from jaxsae._core import processes
-from jaxsae._core.files import InputError, atomic_file, local_path
+from jaxsae._core.files import AnyPath, InputError, any_path, atomic_file
 from jaxsae._core.linalg import result_type
 from jaxsae.autoencoder.refinement import refine
 from jaxsae.autoencoder.sae import SAE, encode, encode_dense
@@ -221,7 +221,7 @@ def refine_file(
       ...     summary.unconverged, np.load(f"{folder}/codes.npz")["values"].shape
       (0, (64, 2))
     """
-    out = local_path(out)
+    out = any_path(out)
     _require_fit(sae, rows)
     capacity = capacity or sae.activation.slots or max_l0(sae, rows)
     if capacity > sae.m:
@@ -268,7 +268,7 @@ def refine_file(
 
 
 @contextlib.contextmanager
-def _columns(out: Path, columns: dict[str, tuple[type, tuple[int, ...]]]) -> Iterator[dict[str, np.memmap]]:
+def _columns(out: AnyPath, columns: dict[str, tuple[type, tuple[int, ...]]]) -> Iterator[dict[str, np.memmap]]:
     """Arrays on disk, of which an `.npz` file is made in the end."""
     with atomic_file(out) as temporary:
         size = sum(np.dtype(dtype).itemsize * math.prod(shape) for dtype, shape in columns.values())

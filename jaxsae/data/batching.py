@@ -9,9 +9,10 @@ import numpy as np
 
 from jaxsae._core.files import InputError, first_line
 from jaxsae.data import shards
+from jaxsae.data.lazy import LazyRows
 from jaxsae.data.rows import Rows
 
-_THREADS, _AHEAD = 2, 8  # reader threads, and batches prefetched
+_AHEAD = 8  # batches prefetched
 
 
 class Batches:
@@ -22,16 +23,17 @@ class Batches:
       waited: seconds that were spent waiting for batches.
     """
 
-    def __init__(self, source: "_Numbered"):
+    def __init__(self, source: "_Numbered", threads: int):
         """See `batches`.
 
         Args:
           source: maps a number to its batch.
+          threads: that read.
         """
         import grain
 
         self.source, self.waited = source, 0.0
-        reading = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_AHEAD)
+        reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=_AHEAD)
         self._iterator = iter(grain.MapDataset.source(source).to_iter_dataset(reading))
 
     def __iter__(self) -> "Batches":
@@ -88,6 +90,30 @@ class _Numbered:
         return batch
 
 
+def shuffle_window(sources: Sequence[Rows], window: int | None) -> int | None:
+    """The number of rows that `batches` shuffles together; None if it is all.
+
+    Args:
+      sources: rows, which may have their own.
+      window: what was asked for, if anything.
+
+    Raises:
+      InputError: if so many rows cannot be kept in memory, so that each would be read or computed several times.
+
+    Example:
+      >>> shuffle_window([np.zeros((4, 2))], None), shuffle_window([np.zeros((4, 2))], 3)
+      (None, 3)
+    """
+    for source in sources:
+        if not isinstance(source, LazyRows) or source.shuffled is None:
+            continue
+        best, most = source.shuffled
+        if window is not None and window > most:
+            raise InputError(f"got window {window}; pass at most {most}, of which each of these rows is read once.")
+        window = best if window is None else window
+    return window
+
+
 def batches(
     rows: Rows | Sequence[Rows],
     size: int,
@@ -97,6 +123,7 @@ def batches(
     window: int | None = None,
     part: slice = slice(None),
     names: Sequence[str] | None = None,
+    threads: int = 2,
 ) -> Batches:
     """Yield float32 batches `[size d]` indefinitely: each epoch holds every row once, in a new order.
 
@@ -107,10 +134,12 @@ def batches(
       size: rows per batch, at most `n`.
       seed: seed of the shuffles.
       weights: proportions in which to mix the sources; by default those of their lengths, as if concatenated.
-      window: shuffle only within consecutive windows of this many rows, where rows are best read in order
-        (`harvest.live`); by default, shuffle all rows together. The last window of an epoch holds the rest.
+      window: shuffle only within consecutive windows of this many rows. By default shuffle all rows together, except
+        where rows are best read in order: in windows of 256 MiB for those in a bucket, of its own for `harvest.live`.
+        The last window of an epoch holds the rest.
       part: the rows of each batch that this process reads; all by default.
       names: names of the sources, for messages.
+      threads: that read ahead.
 
     Raises:
       InputError: if there are fewer rows than a batch holds, or the shapes, dtypes, window or weights do not fit;
@@ -129,7 +158,7 @@ def batches(
         if source.ndim != 2 or not source.size or source.dtype.kind in "cObSU":
             got = f"{source.dtype} of shape {source.shape}"
             raise InputError(f"{name}: got {got}, expected real numbers (rows, width); pass those.")
-    for option, value in (("size", size), ("window", window)):
+    for option, value in (("size", size), ("window", window), ("threads", threads)):
         if value is not None and value < 1:
             raise InputError(f"got {option} {value}; pass at least 1.")
     total = sum(map(len, sources))
@@ -138,6 +167,7 @@ def batches(
     widths = {source.shape[1] for source in sources}
     if len(widths) > 1:
         raise InputError(f"got sources of widths {sorted(widths)}; pass activations of one layer.")
+    window = shuffle_window(sources, window)
 
     def shuffled(first: int, end: int, seed: int):
         def together(first):
@@ -161,4 +191,4 @@ def batches(
         edges = np.cumsum([0, *map(len, sources)]).tolist()
         pairs = enumerate(itertools.pairwise(edges))
         order = grain.MapDataset.mix([shuffled(*pair, seed + number) for number, pair in pairs], weights)
-    return Batches(_Numbered(sources, names, order, size, part))
+    return Batches(_Numbered(sources, names, order, size, part), threads)

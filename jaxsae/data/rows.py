@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-from jaxsae._core.files import InputError, first_line, in_one_line, local_path
-from jaxsae.data import shards
+from jaxsae._core import buckets
+from jaxsae._core.files import InputError, any_path, first_line, in_one_line, reached
+from jaxsae.data import remote, shards
+from jaxsae.data.lazy import LazyRows
 
-Rows = np.ndarray | shards.Rows  # `[n d]`, in memory or not
+Rows = np.ndarray | LazyRows  # `[n d]`, in memory or not
 _SAMPLED, _BLOCKS = 64 << 20, 256  # bytes of rows that are hashed, and in how many blocks
+_HEADER = 1 << 16  # bytes, which a header does not fill
 _MEND = "write the file again"
 
 
@@ -24,7 +28,8 @@ def open_rows(path: str | os.PathLike) -> Rows:
 
     Formats are `.npy` and `.safetensors`, memory-mapped; `.npz`; and `.array_record`, whose records are rows, each as
     the bytes of an `.npy` file. Leading axes are flattened into rows. A file must hold exactly one array. In a
-    directory that is still being written, the complete shards are opened.
+    directory that is still being written, the complete shards are opened. In a bucket (`gs://`, `s3://`), directories
+    and `.npy` files are read in ranges, ahead of a reader that takes rows in order or by windows.
 
     Args:
       path: the file, or the directory.
@@ -42,14 +47,18 @@ def open_rows(path: str | os.PathLike) -> Rows:
       ...     open_rows(f"{folder}/x.npy").shape
       (6, 4)
     """
-    path = local_path(path)
+    path = any_path(path)
     expected = "expected a .npy or .npz array of floating-point activations (rows, width)"
     kind = {".safetensors": _open_safetensors, ".array_record": _open_records}.get(path.suffix)
-    if Path(path, shards.MANIFEST).is_file():
+    with reached(path):
+        is_directory = (path / shards.MANIFEST).is_file()
+    if is_directory:
         rows = shards.open_rows(path)
         if not len(rows):
             raise InputError(f"{path}: has shape {rows.shape}; {expected}.")
         return rows
+    if not isinstance(path, Path):
+        return _open_remote(path, expected)
     if not path.is_file():
         what = f"a directory without {shards.MANIFEST}" if path.is_dir() else "no such file"
         raise InputError(f"{path}: {what}; {expected}.")
@@ -70,12 +79,34 @@ def open_rows(path: str | os.PathLike) -> Rows:
         raise InputError(f"{path}: holds {array.dtype}; {expected}: convert it with .astype('float32').")
     if array.ndim < 2 or array.size == 0:
         raise InputError(f"{path}: has shape {array.shape}; {expected}.")
-    if isinstance(array, shards.Rows):
+    if isinstance(array, LazyRows):
         return array
     rows = array.reshape(-1, array.shape[-1])
     if dtype == array.dtype:
         return rows
-    return shards.Rows(lambda _: rows, np.array([0, len(rows)]), range(len(rows)), rows.shape[1], dtype)
+    return LazyRows(lambda _: rows, np.array([0, len(rows)]), range(len(rows)), rows.shape[1], dtype)
+
+
+def _open_remote(path: Any, expected: str) -> LazyRows:
+    """The rows of a `.npy` file in a bucket."""
+    size, version = buckets.describe(path)
+    if path.suffix != ".npy":
+        raise InputError(f"{path}: neither a .npy file nor a directory with {shards.MANIFEST}; copy it here.")
+    with reached(path):
+        file = io.BytesIO(buckets.start_reading(path, 0, min(size, _HEADER)).result() if size else b"")
+    with in_one_line(f"{path}: not a .npy file", expected):
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, fortran, dtype = read[np.lib.format.read_magic(file)](file)
+    offset = file.tell()
+    if dtype.newbyteorder("=") not in (np.float16, np.float32, np.float64) or not dtype.isnative or fortran:
+        kind = f"{dtype.str} in Fortran order" if fortran else dtype.str
+        raise InputError(f"{path}: holds {kind}; {expected}: convert it with .astype('float32').")
+    if len(shape) < 2 or 0 in shape:
+        raise InputError(f"{path}: has shape {shape}; {expected}.")
+    rows = math.prod(shape[:-1])
+    if size != offset + rows * shape[-1] * dtype.itemsize:
+        raise InputError(f"{path}: has {size} bytes, too few or too many for {shape}; {_MEND}.")
+    return remote.open_files([remote.File(path, offset, rows)], shape[-1], dtype, version)
 
 
 def _open_safetensors(path: Path) -> np.ndarray:
@@ -133,10 +164,10 @@ class _Records:
             raise InputError(f"{self._path}: {what}; {_MEND}.") from error
 
 
-def _open_records(path: Path) -> shards.Rows:
+def _open_records(path: Path) -> LazyRows:
     records: Any = _Records(path)
     window, dtype = range(len(records)), records.first.dtype.newbyteorder("=")
-    return shards.Rows(lambda _: records, np.array([0, len(records)]), window, len(records.first), dtype)
+    return LazyRows(lambda _: records, np.array([0, len(records)]), window, len(records.first), dtype)
 
 
 def _only_array(archive, path: Path) -> np.ndarray:
@@ -188,7 +219,7 @@ def fingerprint(rows: Rows) -> str:
       (True, False)
     """
     hashed = hashlib.blake2b(repr((rows.shape, rows.dtype.newbyteorder("=").name)).encode(), digest_size=8)
-    if isinstance(rows, shards.Rows) and rows.checksum is not None:
+    if isinstance(rows, LazyRows) and rows.checksum is not None:
         hashed.update(rows.checksum.encode())
         return hashed.hexdigest()
     hashed_rows = max(_BLOCKS, _SAMPLED // max(1, rows.nbytes // len(rows)))

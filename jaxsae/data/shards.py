@@ -15,14 +15,25 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsae._core.files import InputError, atomic_file, flush_folder, in_one_line, local_path, remove
+from jaxsae._core.files import (
+    AnyPath,
+    InputError,
+    any_path,
+    atomic_file,
+    flush_folder,
+    in_one_line,
+    names as names_in,
+    reached,
+    remove,
+)
+from jaxsae.data import remote
+from jaxsae.data.lazy import LazyRows
 
 MANIFEST = "manifest.json"
 _FORMAT, _VERSION, _DTYPES = "jaxsae-activations", 1, ("float16", "float32", "bfloat16")
@@ -76,18 +87,20 @@ def read(folder: str | os.PathLike) -> Manifest:
       ...     read(folder).rows, read(folder).complete
       (6, False)
     """
-    path = local_path(folder) / MANIFEST
+    folder = any_path(folder)
+    path = folder / MANIFEST
     try:
-        content = path.read_bytes()
+        with reached(path):
+            content = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; expected the manifest of a directory of activations.") from error
     with in_one_line(f"{path}: is damaged or no manifest of activations", _MEND):
         manifest = _parse(content)
+    sizes = names_in(folder) if manifest.shards else {}
     for name, file in manifest.files.items():
-        path = Path(folder, name)
-        found = f"has {path.stat().st_size} bytes" if path.is_file() else "no such file"
-        if found != f"has {file['bytes']} bytes":
-            raise InputError(f"{path}: {found}, expected {file['bytes']} bytes; {_MEND}.")
+        if sizes.get(name) != file["bytes"]:
+            found = f"has {sizes[name]} bytes" if name in sizes else "no such file"
+            raise InputError(f"{folder / name}: {found}, expected {file['bytes']} bytes; {_MEND}.")
     return manifest
 
 
@@ -142,7 +155,7 @@ class Writer:
         Raises:
           InputError: if the directory holds something else, was made with other arguments, or is damaged.
         """
-        self.folder = local_path(folder)
+        self.folder = any_path(folder)
         self._path = self.folder / MANIFEST
         name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
         if isinstance(width, bool) or not isinstance(width, int | np.integer):
@@ -152,18 +165,21 @@ class Writer:
                 f"{folder}: got width {width} and dtype {name}; pass at least 1, and one of {', '.join(_DTYPES)}."
             )
         new = Manifest(int(width), name, json.loads(json.dumps(source, allow_nan=False)))
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot write {folder}: {error.strerror}; choose another --out.") from error
-        flush_folder(self.folder.parent)
-        if self._path.exists():
+        if isinstance(self.folder, Path):  # in a bucket, names need no folders
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(f"cannot write {folder}: {error.strerror}; choose another --out.") from error
+            flush_folder(self.folder.parent)
+        with reached(self.folder):
+            begun = self._path.exists()
+        if begun:
             self._hold(read(folder))
             got, expected = _arguments(new), _arguments(self.manifest)
             for name in (name for name in sorted(got | expected) if got.get(name) != expected.get(name)):
                 what = f"got {name} {got.get(name, 'nothing')}, expected {expected.get(name, 'nothing')}"
                 raise InputError(f"{folder}: {what}; choose another --out, or remove it.")
-        elif all(_PARTIAL.fullmatch(name) for name in os.listdir(folder)):
+        elif all(_PARTIAL.fullmatch(name) for name in self._names()):
             self._commit(new)
         else:
             raise InputError(f"{folder}: holds files but no {MANIFEST}; choose another --out, or remove it.")
@@ -195,7 +211,7 @@ class Writer:
             self._commit(self.manifest._replace(shards=shards))
         except BaseException:
             with contextlib.suppress(OSError, ValueError):
-                if _parse(self._path.read_bytes()) == self.manifest:  # else it lists the new shard
+                if self._on_disk() == self.manifest:  # else it lists the new shard
                     self._sweep()
             raise
 
@@ -208,7 +224,7 @@ class Writer:
     def _require_writable(self) -> None:
         if self.manifest.complete:
             raise InputError(f"{self.folder}: is complete; choose another --out, or remove it.")
-        if _parse(self._path.read_bytes()) != self.manifest:
+        if self._on_disk() != self.manifest:
             raise InputError(f"{self.folder}: another process has written there; stop one, and start the other again.")
 
     def _commit(self, manifest: Manifest) -> None:
@@ -216,12 +232,20 @@ class Writer:
         _write(self._path, json.dumps(record, indent=1).encode())
         self._hold(manifest)
 
+    def _on_disk(self) -> Manifest:
+        with reached(self._path):
+            return _parse(self._path.read_bytes())
+
+    def _names(self) -> list[str]:
+        """What the directory holds; in a bucket, its files."""
+        return os.listdir(self.folder) if isinstance(self.folder, Path) else list(names_in(self.folder))
+
     def _hold(self, manifest: Manifest) -> None:
         self.manifest, self.shards, self.rows = manifest, len(manifest.shards), manifest.rows
 
     def _sweep(self) -> None:
         """Remove the files of unfinished shards."""
-        for name in os.listdir(self.folder):
+        for name in self._names():
             if _PARTIAL.fullmatch(name) or (_SHARD.fullmatch(name) and name not in self.manifest.files):
                 remove(self.folder / name)
 
@@ -234,7 +258,7 @@ def _arguments(manifest: Manifest) -> dict[str, str]:
     return {name: json.dumps(value, sort_keys=True) for name, value in parts.items()}
 
 
-def _stored_rows(rows: Any, manifest: Manifest, folder: Path) -> np.ndarray:
+def _stored_rows(rows: Any, manifest: Manifest, folder: AnyPath) -> np.ndarray:
     rows = np.asarray(rows)
     if rows.ndim != 2 or rows.shape[1] != manifest.width or not len(rows):
         raise InputError(f"{folder}: got rows of shape {rows.shape}; pass at least one, {manifest.width} wide.")
@@ -301,7 +325,7 @@ def _crc32(content: bytes) -> str:
     return f"{zlib.crc32(content):08x}"
 
 
-def _write(path: Path, content: bytes) -> None:
+def _write(path: AnyPath, content: bytes) -> None:
     with atomic_file(path) as temporary:
         temporary.write_bytes(content)
 
@@ -327,10 +351,11 @@ def column(folder: str | os.PathLike, name: str) -> np.ndarray:
     files = [_name(number, name) for number in range(len(manifest.shards))]
     if not files or not manifest.files.keys() >= set(files):
         raise InputError(f"{folder}: not every shard has a column {name!r}; pass one that its {MANIFEST} lists.")
-    for file in files:
-        _check(Path(folder, file), manifest.files[file]["crc32"])
+    paths = [any_path(folder) / file for file in files]
+    for path in paths:
+        _check(path, manifest.files[path.name]["crc32"])
     with in_one_line(f"{folder}: the column {name!r} does not fit together", "read its files"):
-        return np.concatenate([np.load(Path(folder, file), allow_pickle=False) for file in files])
+        return np.concatenate([np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) for path in paths])
 
 
 def verify(folder: str | os.PathLike) -> None:
@@ -349,14 +374,14 @@ def verify(folder: str | os.PathLike) -> None:
       ...     verify(folder)
     """
     for name, file in read(folder).files.items():
-        _check(Path(folder, name), file["crc32"])
+        _check(any_path(folder) / name, file["crc32"])
 
 
-def _check(path: Path, crc32: str) -> None:
+def _check(path: AnyPath, crc32: str) -> None:
     """Compare a file, which need not fit into memory, with its checksum."""
     total = 0
     try:
-        with open(path, "rb") as file:
+        with reached(path), path.open("rb") as file:
             while piece := file.read(1 << 22):
                 total = zlib.crc32(piece, total)
     except OSError as error:
@@ -365,71 +390,7 @@ def _check(path: Path, crc32: str) -> None:
         raise InputError(f"{path}: is damaged, its CRC-32 is {total:08x}, expected {crc32}; {_MEND}.")
 
 
-class Rows:
-    """Rows `[n d]` of a directory, memory-mapped and read on access.
-
-    A slice is a view and reads nothing. A row, rows by number, a slice with a step and `np.asarray(rows)` are arrays.
-    """
-
-    def __init__(
-        self,
-        load: Callable[[int], np.ndarray],
-        edges: np.ndarray,
-        window: range,
-        width: int,
-        dtype: Any,
-        checksum: str | None = None,
-    ):
-        """See `open_rows`.
-
-        Args:
-          load: returns a shard by its number.
-          edges: first row of each shard, and the total.
-          window: the visible rows.
-          width: width of the rows.
-          dtype: dtype of the rows.
-          checksum: checksum of all shards, if known; "" for computed rows.
-        """
-        self._load, self._edges, self._window, self.checksum = load, edges, window, checksum
-        self.shape, self.ndim, self.dtype = (len(window), width), 2, np.dtype(dtype)
-        self.size = len(window) * width
-        self.nbytes = self.size * self.dtype.itemsize
-
-    def __len__(self) -> int:
-        return len(self._window)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            window = self._window[index]
-            if window.step == 1:
-                return Rows(self._load, self._edges, window, self.shape[1], self.dtype, self.checksum)
-            return self._take(np.arange(window.start, window.stop, window.step), self.dtype)
-        numbers = np.asarray(index)
-        if isinstance(index, tuple) or (numbers.dtype.kind not in "iu" and numbers.size):
-            raise IndexError("rows are taken by a slice or by number; np.asarray(rows) takes any index")
-        if ((numbers < -len(self)) | (numbers >= len(self))).any():
-            raise IndexError(f"an index is out of range for {len(self)} rows")
-        return self._take(self._window.start + numbers.astype(np.intp) % max(1, len(self)), self.dtype)
-
-    def _take(self, numbers: Any, dtype: Any) -> np.ndarray:
-        """Rows by their numbers in the directory."""
-        numbers = np.asarray(numbers, np.intp)
-        flat = numbers.ravel()
-        shards = np.searchsorted(self._edges, flat, side="right") - 1
-        order = np.argsort(shards, kind="stable")
-        out = np.empty((flat.size, self.shape[1]), dtype)
-        for part in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1) if flat.size else ():
-            number = int(shards[part[0]])
-            out[part] = self._load(number)[flat[part] - self._edges[number]]
-        return out.reshape(*numbers.shape, self.shape[1])
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        if copy is False:
-            raise ValueError("rows of a directory cannot be an array without a copy")
-        return self._take(np.arange(self._window.start, self._window.stop), dtype or self.dtype)
-
-
-def open_rows(folder: str | os.PathLike) -> Rows:
+def open_rows(folder: str | os.PathLike) -> LazyRows:
     """Open the rows of a directory; if it is incomplete, those of its complete shards.
 
     Args:
@@ -437,7 +398,7 @@ def open_rows(folder: str | os.PathLike) -> Rows:
 
     Returns:
       `[n d]`, float16, float32 or bfloat16. A shard's checksum is verified on first read, which raises `InputError` if
-      it is damaged.
+      it is damaged; not in a bucket, where only what is needed is read (`verify` reads all).
 
     Raises:
       InputError: as `read`, or if a shard does not hold an array of the manifest's shape and dtype.
@@ -450,9 +411,12 @@ def open_rows(folder: str | os.PathLike) -> Rows:
       ...     rows[2:4].shape, rows[0].tolist()
       ((2, 4), [1.0, 1.0, 1.0, 1.0])
     """
-    manifest = read(folder)
-    paths = [Path(folder, _name(number)) for number in range(len(manifest.shards))]
+    manifest, where = read(folder), any_path(folder)
+    paths = [where / _name(number) for number in range(len(manifest.shards))]
     shapes, dtype = [(shard["rows"], manifest.width) for shard in manifest.shards], jnp.dtype(manifest.dtype)
+    checksum = " ".join(manifest.files[path.name]["crc32"] for path in paths)
+    if not isinstance(where, Path):
+        return _open_remote(paths, manifest, shapes, checksum)
     offsets = [_offset(path, shape, manifest.dtype) for path, shape in zip(paths, shapes, strict=True)]
 
     checked: set[int] = set()
@@ -465,18 +429,38 @@ def open_rows(folder: str | os.PathLike) -> Rows:
         return np.asarray(np.memmap(paths[number], dtype, "r", offsets[number], shapes[number]))
 
     edges = np.cumsum([0, *(rows for rows, _ in shapes)])
-    checksum = " ".join(manifest.files[path.name]["crc32"] for path in paths)
-    return Rows(load, edges, range(manifest.rows), manifest.width, dtype, checksum)
+    return LazyRows(load, edges, range(manifest.rows), manifest.width, dtype, checksum)
+
+
+def _open_remote(paths: list[Any], manifest: Manifest, shapes: list[tuple[int, int]], checksum: str) -> LazyRows:
+    """The rows of a directory in a bucket; the header of each shard is checked when its first rows are read."""
+    dtype = jnp.dtype(manifest.dtype)
+    sizes = [manifest.files[path.name]["bytes"] for path in paths]
+    files = [
+        remote.File(path, size - math.prod(shape) * dtype.itemsize, shape[0])
+        for path, shape, size in zip(paths, shapes, sizes, strict=True)
+    ]
+
+    def check(number: int, header: bytes) -> None:
+        _read_header(io.BytesIO(header), paths[number], shapes[number], manifest.dtype, sizes[number])
+
+    return remote.open_files(files, manifest.width, dtype, checksum, check)
 
 
 def _offset(path: Path, shape: tuple[int, int], dtype: str) -> int:
     """Byte offset of the values of a shard."""
     with in_one_line(f"{path}: is not a .npy file", _MEND), open(path, "rb") as file:
+        return _read_header(file, path, shape, dtype, path.stat().st_size)
+
+
+def _read_header(file: io.BufferedIOBase, path: AnyPath, shape: tuple[int, int], dtype: str, size: int) -> int:
+    """The length of a shard's header, which must be that of an array of such a shape and dtype."""
+    with in_one_line(f"{path}: is not a .npy file", _MEND):
         version = np.lib.format.read_magic(file)
         found = np.lib.format.read_array_header_1_0(file)
         offset = file.tell()
     expected = (shape, False, np.dtype(_stored(dtype)).newbyteorder("<"))
-    whole = offset + math.prod(shape) * jnp.dtype(dtype).itemsize == path.stat().st_size
+    whole = offset + math.prod(shape) * jnp.dtype(dtype).itemsize == size
     if version != (1, 0) or found != expected or not whole:
         raise InputError(f"{path}: does not hold an array {shape} of {dtype} in C order; {_MEND}.")
     return offset

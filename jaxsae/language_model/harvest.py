@@ -26,8 +26,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxsae._core import arguments
 from jaxsae._core.arguments import Count, Index
-from jaxsae._core.files import InputError, local_path
+from jaxsae._core.files import InputError, any_path, local_path
 from jaxsae.data import shards
+from jaxsae.data.lazy import LazyRows, Windows
 from jaxsae.language_model import config, files as model_files
 from jaxsae.language_model.models import LanguageModel, residual
 
@@ -281,7 +282,7 @@ def run(
     batch: Count = 8,
     dtype: Annotated[str, arguments.ROWS_DTYPE] = "float16",
     progress: Callable[[int], None] = lambda contexts: None,
-) -> shards.Rows:
+) -> LazyRows:
     """Write the residual stream of a language model over contexts, as shards, with the tokens beside them.
 
     Row `r` of a shard belongs to position `1 + r mod (s − 1)` of context `r // (s − 1)` in its column `tokens`. An
@@ -334,7 +335,7 @@ def run(
 
 def live(
     model: LanguageModel, contexts: np.ndarray, *, layer: Index, batch: Count = 8, window: Count = 1 << 16
-) -> shards.Rows:
+) -> LazyRows:
     """The residual stream of a language model over contexts, computed on demand and never written.
 
     Row `r` belongs to position `1 + r mod (s − 1)` of context `r // (s − 1)`. Contexts are computed a step at a time,
@@ -376,7 +377,8 @@ def live(
             return compute(number)
 
     edges = np.minimum(np.arange(-(-n // batch) + 1) * step, n * (length - 1))
-    return shards.Rows(load, edges, range(n * (length - 1)), model.config.width, np.float32, "")
+    windows = Windows(window, window)
+    return LazyRows(load, edges, range(n * (length - 1)), model.config.width, np.float32, "", windows)
 
 
 def check(model: str | os.PathLike, *, layer: int, context: int, out: str | os.PathLike | None = None) -> None:
@@ -396,9 +398,10 @@ def check(model: str | os.PathLike, *, layer: int, context: int, out: str | os.P
       Traceback (most recent call last):
       jaxsae.InputError: no-such-place: no such file; expected a GGUF file, a Hugging Face directory, or ...
     """
-    if out is not None and Path(out).exists() and not Path(out).is_dir():
+    where = None if out is None else any_path(out)
+    if isinstance(where, Path) and where.exists() and not where.is_dir():
         raise InputError(f"cannot write {out}: Not a directory; choose another --out.")
-    if out is not None and Path(out).is_dir() and any(Path(out).iterdir()) and not Path(out, shards.MANIFEST).exists():
+    if isinstance(where, Path) and where.is_dir() and any(where.iterdir()) and not (where / shards.MANIFEST).exists():
         raise InputError(f"{out}: holds files but no {shards.MANIFEST}; choose another --out, or remove it.")
     _require_site(model_files.read_config(model), layer, context)
 

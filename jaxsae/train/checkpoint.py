@@ -13,7 +13,6 @@ import math
 import os
 import platform
 import re
-import shutil
 import zlib
 from collections.abc import Callable, Collection, Iterator
 from importlib.metadata import version
@@ -26,7 +25,7 @@ import numpy as np
 from jaxtyping import Array, UInt32
 
 from jaxsae._core import processes
-from jaxsae._core.files import InputError, first_line, in_one_line, local_path, owned
+from jaxsae._core.files import AnyPath, InputError, address, any_path, first_line, in_one_line, owned, reached, remove
 from jaxsae.formats.tensors import writable
 from jaxsae.train import echoes
 
@@ -69,9 +68,24 @@ def steps(folder: str | os.PathLike) -> list[int]:
       >>> steps("no-such-place")
       []
     """
-    folder = local_path(folder)
-    names = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
-    return sorted((int(name) for name in names if re.fullmatch("[0-9]+", name)), reverse=True)
+    folder = any_path(folder)
+    with reached(folder):
+        found = list(folder.iterdir()) if folder.is_dir() else []
+        found = [path for path in found if re.fullmatch("[0-9]+", path.name) and _is_whole(path)]
+    return sorted((int(path.name) for path in found), reverse=True)
+
+
+def _is_whole(path: AnyPath) -> bool:
+    """Whether a step is finished: its directory then gets its name, or in a bucket, a last object."""
+    return path.is_dir() if isinstance(path, Path) else (path / "commit_success.txt").exists()
+
+
+def _absolute(path: str | os.PathLike) -> AnyPath:
+    """A path for orbax."""
+    if (address(path) or "").startswith("s3:"):
+        raise InputError(f"{path}: orbax saves on disks and in gs://, not in s3://; choose another place, and copy it.")
+    found = any_path(path)
+    return found.absolute() if isinstance(found, Path) else found
 
 
 class Checkpoints:
@@ -113,7 +127,7 @@ class Checkpoints:
         Raises:
           InputError: if the directory was made with another configuration, or by an unknown version.
         """
-        self.folder, self._warn, self._keep = local_path(folder).absolute(), warn, keep
+        self.folder, self._warn, self._keep = _absolute(folder), warn, keep
         self._config, self._grows = json.loads(json.dumps(config, allow_nan=False)), frozenset(grows)
         self._extra = extra
         self._manager: Any = None
@@ -235,7 +249,7 @@ class Checkpoints:
             if damaged:
                 self._warn(f"{self.folder}: went back to step {step}.")
                 for later in damaged if processes.is_primary() else ():
-                    shutil.rmtree(self.folder / str(later), ignore_errors=True)
+                    remove(self.folder / str(later))
                 processes.of_all(0)  # a barrier: no process looks before they are removed
                 self._manager = None
             return found
@@ -243,7 +257,7 @@ class Checkpoints:
             raise InputError(f"{self.folder}: every step is damaged; remove it to start over.")
         return None
 
-    def _read(self, path: Path, like: Any) -> Saved | None:
+    def _read(self, path: AnyPath, like: Any) -> Saved | None:
         """Read a step; None unless all processes can read it and its fingerprints match."""
         manifest, found, reason = {}, {}, ""
         with echoes.suppressed():
@@ -269,7 +283,7 @@ class Checkpoints:
 
 
 @contextlib.contextmanager
-def _owned(folder: Path, warn: Callable[[str], None]) -> Iterator[None]:
+def _owned(folder: AnyPath, warn: Callable[[str], None]) -> Iterator[None]:
     """Lock a directory, through the first of several processes."""
     with contextlib.ExitStack() as held:
         with processes.all_or_none():
@@ -321,7 +335,7 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
     """
     import orbax.checkpoint as ocp
 
-    path = local_path(path).absolute()
+    path = _absolute(path)
     alone = _alone()
     handler = ocp.JsonCheckpointHandler(multiprocessing_options=alone)
     with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
@@ -345,7 +359,7 @@ def _alone() -> Any:
     )
 
 
-def _read_state(path: Path, like: Any) -> Any:
+def _read_state(path: AnyPath, like: Any) -> Any:
     import orbax.checkpoint as ocp
 
     expected = {
@@ -382,7 +396,7 @@ def load(path: str | os.PathLike, like: Any, field: str) -> Any:
     """
     import orbax.checkpoint as ocp
 
-    path, keys = local_path(path).absolute(), [key[0] for key, _ in jax.tree.leaves_with_path(like)]
+    path, keys = _absolute(path), [key[0] for key, _ in jax.tree.leaves_with_path(like)]
     part = like[field] if isinstance(like, dict) else getattr(like, field)
     item = {"state": {field: jax.tree.map(ocp.utils.to_shape_dtype_struct, part)}}
     item |= {"fingerprint": jax.ShapeDtypeStruct((len(keys),), jnp.uint32)}
@@ -399,7 +413,7 @@ def load(path: str | os.PathLike, like: Any, field: str) -> Any:
 
 
 @contextlib.contextmanager
-def _one_line(folder: Path) -> Iterator[None]:
+def _one_line(folder: AnyPath) -> Iterator[None]:
     """Turn errors that orbax raises while writing into one-line `InputError`s."""
     try:
         yield
@@ -412,7 +426,8 @@ def _one_line(folder: Path) -> Iterator[None]:
         last = next(iter(steps(folder)), None)
         echoes.free(error)
         kept = "no step was saved before" if last is None else f"step {last} is kept, and can be resumed from"
-        raise InputError(f"cannot write {folder}: {reason}; {kept}: make room.") from error
+        do = "make room" if isinstance(folder, Path) else "check the network and the credentials"
+        raise InputError(f"cannot write {folder}: {reason}; {kept}: {do}.") from error
 
 
 def fingerprint(tree: Any) -> UInt32[Array, " n"]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from jaxsae._core import arguments
-from jaxsae._core.files import InputError
+from jaxsae._core.files import InputError, address, shown
 from jaxsae.app import console
 from jaxsae.app.commands import devices
 
@@ -26,10 +26,17 @@ def _load(path: str, *, dtype: str | None = None, revision: str | None = None) -
     return runs.load(path)
 
 
+def _is_same(a: Path, b: str | Path) -> bool:
+    """Whether two paths, on disk or in a bucket, are the same file or directory."""
+    if address(a) or address(b):
+        return address(a) == address(b)
+    return a.exists() and Path(b).exists() and a.samefile(b)
+
+
 def evaluate(
     *,
     sae: arguments.Autoencoder,
-    data: arguments.InputPath,
+    data: arguments.Rows,
     mesh: tuple[arguments.Parts, arguments.Parts] | None = None,
     distributed: bool = False,
     json: bool = False,
@@ -39,9 +46,9 @@ def evaluate(
     Example: jaxsae eval --sae run --data x.npy
 
     Args:
-        sae: a training run or one of its saves (RUN/checkpoints/N), or an SAE of any format, on disk or on the hub
-            (hf://organisation/repository/path).
-        data: file or directory of activations (rows, width).
+        sae: a training run or one of its saves (RUN/checkpoints/N), or an SAE of any format, on disk, in a bucket
+            or on the hub (hf://organisation/repository/path).
+        data: file or directory of activations (rows, width), on disk or in a bucket.
         mesh: how many ways to split the rows, and the latents, of an SAE wider than a device; by default one device.
         distributed: run as one of several processes, as for jaxsae train.
         json: print the measurements as one JSON object.
@@ -56,8 +63,8 @@ def evaluate(
         measured = evaluation.evaluate(model, rows)
     if not first:
         return 0
-    shown = {name: measured[name] for name in ("nmse", "explained_variance", "l0", "dead")}
-    lines = [f"{name:18}  {console.number(value)}" for name, value in shown.items()]
+    named = {name: measured[name] for name in ("nmse", "explained_variance", "l0", "dead")}
+    lines = [f"{name:18}  {console.number(value)}" for name, value in named.items()]
     lines[-1] += f" of {measured['dead_rows']:,} rows"
     largest = ", ".join(f"{n}: {console.number(value)}" for n, value in measured["nmse_at"].items())
     console.show(measured, "\n".join([*lines, f"NMSE with only the largest latents: {largest}"]), as_json=json)
@@ -69,8 +76,8 @@ def evaluate(
 def refine(
     *,
     sae: arguments.Autoencoder,
-    data: arguments.InputPath,
-    out: arguments.OutputFile,
+    data: arguments.Rows,
+    out: arguments.AnyFile,
     capacity: arguments.Count | None = None,
     tol: Annotated[float, arguments.Range(0, 1)] | None = None,
     max_steps: arguments.Count | None = None,
@@ -86,10 +93,10 @@ def refine(
     Example: jaxsae refine --sae run --data x.npy --out codes.npz
 
     Args:
-        sae: a training run or one of its saves (RUN/checkpoints/N), or an SAE of any format, on disk or on the hub
-            (hf://organisation/repository/path).
-        data: file or directory of activations (rows, width).
-        out: the .npz file to write.
+        sae: a training run or one of its saves (RUN/checkpoints/N), or an SAE of any format, on disk, in a bucket
+            or on the hub (hf://organisation/repository/path).
+        data: file or directory of activations (rows, width), on disk or in a bucket.
+        out: the .npz file to write, on disk or in a bucket.
         capacity: slots per row; by default what the densest row needs.
         tol: KKT residual at which a row has converged; 1e-5 by default.
         max_steps: maximum number of solver steps per row; by default the solver's own limit.
@@ -106,9 +113,9 @@ def refine(
     solver = None  # the default one, which a kernel may replace
     if tol is not None or max_steps is not None:
         solver = lambda k, d: solvers.within(solvers.default(k, d), tol=tol, max_steps=max_steps)  # noqa: E731
-    for what, path in {"the data": data, "the SAE": Path(sae)}.items():
-        if out.exists() and path.exists() and out.samefile(path):
-            raise InputError(f"{out}: is {what}; write the codes to another file.")
+    for what, path in {"the data": data, "the SAE": sae}.items():
+        if _is_same(out, path):
+            raise InputError(f"{shown(out)}: is {what}; write the codes to another file.")
     with devices.spread(mesh, distributed=distributed) as first:
         with processes.all_or_none():
             model, rows = _load(sae), open_rows(data)
@@ -122,8 +129,8 @@ def refine(
     if not first:
         return 0
     written = f"{summary.rows} rows of {summary.capacity} slots, worst KKT {summary.worst_kkt:.1e}"
-    shown = summary._asdict() | {"out": out, "shrinkage": summary.shrinkage.numbers()}
-    console.show(shown, f"{summary.shrinkage}\nWritten: {out}, {written}", as_json=json)
+    found = summary._asdict() | {"out": shown(out), "shrinkage": summary.shrinkage.numbers()}
+    console.show(found, f"{summary.shrinkage}\nWritten: {shown(out)}, {written}", as_json=json)
     warnings = {
         f"{summary.overflowed} rows have more active latents than slots; raise --capacity.": summary.overflowed,
         f"{summary.nonfinite} rows hold NaN or Inf and are left as encoded (status 2).": summary.nonfinite,
@@ -137,7 +144,7 @@ def refine(
 
 def convert(
     src: arguments.Autoencoder,
-    dst: Annotated[Path, arguments.Output((Path.is_file, Path.is_dir))],
+    dst: Annotated[Path, arguments.Output((Path.is_file, Path.is_dir), bucket=True)],
     /,
     *,
     to: Annotated[str, FORMATS],
@@ -152,9 +159,9 @@ def convert(
     Example: jaxsae convert run published --to saelens
 
     Args:
-        src: a training run or one of its saves (RUN/checkpoints/N), or an SAE of any format, on disk or on the hub
-            (hf://organisation/repository/path).
-        dst: path to write; a directory, or a file for openai.
+        src: a training run or one of its saves (RUN/checkpoints/N), or an SAE of any format, on disk, in a bucket
+            or on the hub (hf://organisation/repository/path).
+        dst: path to write, on disk or in a bucket; a directory, or a file for openai.
         to: jaxsae, saelens, gemma_scope, gemma_scope_2, sparsify, dictionary_learning, openai or llama_scope.
         dtype: of the weights, float32, bfloat16, float16 or float64; that of the files by default.
         revision: branch, tag or commit on the hub.
@@ -170,7 +177,7 @@ def convert(
             sae = _load(src, dtype=dtype, revision=revision)
         pretrained.save(sae, dst, format=to)
     if first:
-        console.show({"out": dst, "format": to}, f"Written: {dst}, {to}", as_json=json)
+        console.show({"out": shown(dst), "format": to}, f"Written: {shown(dst)}, {to}", as_json=json)
     return 0
 
 
@@ -182,7 +189,8 @@ def info(path: arguments.Autoencoder, /, *, revision: arguments.Revision | None 
     Example: jaxsae info run
 
     Args:
-        path: a training run, or an SAE of any format, on disk or on the hub (hf://organisation/repository/path).
+        path: a training run, or an SAE of any format, on disk, in a bucket or on the hub
+            (hf://organisation/repository/path).
         revision: branch, tag or commit on the hub.
         json: print the description as one JSON object.
     """

@@ -12,7 +12,7 @@ from jaxsae.app.commands import devices
 def study(
     *,
     out: arguments.OutputDirectory = Path("jaxsae-study"),
-    data: arguments.InputPath | None = None,
+    data: arguments.Rows | None = None,
     model: arguments.Model | None = None,
     layer: arguments.Index = 8,
     text: arguments.InputFiles = (),
@@ -47,7 +47,8 @@ def study(
 
     Args:
         out: directory for the results.
-        data: file or directory of activations (rows, width); by default patches of two photographs.
+        data: file or directory of activations (rows, width), on disk or in a bucket; by default patches of two
+            photographs.
         model: instead of --data, a language model: smollm2, a GGUF file or a Hugging Face directory.
         layer: block of the model after which the residual is taken, from 0.
         text: UTF-8 files for the model to read; by default Python's standard library.

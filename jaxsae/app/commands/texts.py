@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 from jaxsae._core import arguments
+from jaxsae._core.files import shown
 from jaxsae.app import console
 
 
@@ -30,7 +31,7 @@ def harvest(
     *,
     model: arguments.Model,
     layer: arguments.Index,
-    out: arguments.OutputDirectory,
+    out: arguments.AnyDirectory,
     text: arguments.InputFiles = (),
     tokens: arguments.Count | None = None,
     context: arguments.Context = 256,
@@ -48,7 +49,7 @@ def harvest(
     Args:
         model: smollm2, a GGUF file or a Hugging Face directory.
         layer: block after which the residual is taken, from 0.
-        out: directory to write.
+        out: directory to write, on disk or in a bucket.
         text: UTF-8 files to read, in this order; by default Python's standard library, four million tokens.
         tokens: number of tokens to read, rounded up to whole contexts; all by default.
         context: number of tokens in a context.
@@ -65,8 +66,8 @@ def harvest(
     with console.progress(len(packed.contexts), rows=context, unit="tokens") as update:
         rows = job.run(out, net, packed.contexts, **how, progress=functools.partial(update, "harvesting"))
     n, width = rows.shape
-    summary = {"out": out, "rows": n, "width": width, "dtype": dtype, "files": packed.files}
-    written = f"Written: {out}, {n} rows of width {width}, {dtype}, from {len(packed.files)} files"
+    summary = {"out": shown(out), "rows": n, "width": width, "dtype": dtype, "files": packed.files}
+    written = f"Written: {shown(out)}, {n} rows of width {width}, {dtype}, from {len(packed.files)} files"
     console.show(summary | {"replaced": packed.replaced, "empty": packed.empty}, written, as_json=json)
     return 0
 
@@ -85,7 +86,7 @@ def _read(model: str, text: tuple[Path, ...], tokens: int | None, context: int):
     return language_model.load(model), packed
 
 
-def live(model: str, layer: int, text: tuple[Path, ...], tokens: int | None, context: int, window: int):
+def live(model: str, layer: int, text: tuple[Path, ...], tokens: int | None, context: int, window: int | None):
     """Activations of a model on text, computed on demand, by a name for both."""
     import zlib
 
@@ -94,4 +95,5 @@ def live(model: str, layer: int, text: tuple[Path, ...], tokens: int | None, con
     job.check(model, layer=layer, context=context)
     net, packed = _read(model, text, tokens, context)
     name = f"{model}, layer {layer}, text {zlib.crc32(packed.contexts.tobytes()):08x}"
-    return {name: job.live(net, packed.contexts, layer=layer, window=window)}
+    how = {} if window is None else {"window": window}
+    return {name: job.live(net, packed.contexts, layer=layer, **how)}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from jaxsae._core import arguments
-from jaxsae._core.files import InputError
+from jaxsae._core.files import InputError, shown
 from jaxsae.app import console
 from jaxsae.app.commands import devices
 from jaxsae.app.commands.texts import live
@@ -18,14 +18,15 @@ def train(
     *,
     activation: Annotated[str, arguments.ACTIVATION],
     latents: arguments.Count,
-    out: arguments.OutputDirectory,
-    data: tuple[arguments.InputPath, ...] = (),
+    out: arguments.AnyDirectory,
+    data: tuple[arguments.Rows, ...] = (),
     model: arguments.Model | None = None,
     layer: arguments.Index | None = None,
     text: arguments.InputFiles = (),
     tokens: arguments.Count | None = None,
     context: arguments.Context = 256,
     window: arguments.Count | None = None,
+    reader_threads: arguments.Count = 2,
     k: arguments.Count | None = None,
     l1: arguments.Weight | None = None,
     batch: arguments.Count = 1024,
@@ -44,7 +45,7 @@ def train(
     mesh: tuple[arguments.Parts, arguments.Parts] | None = None,
     distributed: bool = False,
     wandb: bool = False,
-    config: Annotated[Path, arguments.Input()] | None = None,
+    config: Annotated[Path, arguments.Input(bucket=True)] | None = None,
     json: bool = False,
 ) -> int:
     """Train an autoencoder on activations, and measure it.
@@ -55,7 +56,8 @@ def train(
     saves and exits with 0. To extend a run, rerun it with more --steps; the schedule is then that of the longer run.
 
     With --model instead of --data, activations are computed during training and never written to disk. They are
-    shuffled in windows of 65,536 rows unless --window is given.
+    shuffled in windows of 65,536 rows unless --window is given, those in a bucket in windows of 256 MiB. --data takes
+    addresses in buckets, gs://BUCKET/NAME and s3://BUCKET/NAME, --out those of gs://.
 
     Example: jaxsae train --data x.npy --activation topk --k 32 --latents 4096 --out run
 
@@ -63,14 +65,15 @@ def train(
         activation: relu, topk, abstopk, groupmax, batchtopk, jumprelu, gated, matryoshka or matchingpursuit; or
             alignedrelu, a ReLU whose encoder directions have product 1 with their atoms.
         latents: number of latents.
-        out: directory for the results.
-        data: files or directories of activations (rows, width).
+        out: directory for the results, on disk or in a bucket.
+        data: files or directories of activations (rows, width), on disk or in a bucket.
         model: instead of --data, a language model: smollm2, a GGUF file or a Hugging Face directory.
         layer: block of the model after which the residual is taken, from 0.
         text: UTF-8 files for the model to read; by default Python's standard library, four million tokens.
         tokens: number of tokens to read, rounded up to whole contexts; all by default.
         context: number of tokens in a context.
-        window: rows that are shuffled together, one window after another; by default all --data.
+        window: rows that are shuffled together, one window after another; by default all --data on disk.
+        reader_threads: that read --data ahead.
         k: active latents per row; for batchtopk, matryoshka, jumprelu and matchingpursuit, on average over held-out
             rows.
         l1: weight of the L1 penalty (relu, gated, alignedrelu).
@@ -108,13 +111,12 @@ def train(
         raise InputError("got --text or --tokens without --model; pass the model that is to read it.")
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax's errors are reported below
     with devices.spread(mesh, distributed=distributed) as first:
-        how: dict[str, Any] = {"weights": weights or None, "window": window}
+        how: dict[str, Any] = {"weights": weights or None, "window": window, "reader_threads": reader_threads}
         how |= {"save_every": save_every, "save_every_steps": save_every_steps, "eval_every": eval_every}
         how |= {"resume": resume, "data": data}
         log = _recorded(given, options, logs.logs(out, options, wandb=wandb)) if first else None
         if model is not None and layer is not None:
-            how["window"] = 1 << 16 if window is None else window
-            how["data"] = live(model, layer, text, tokens, context, how["window"])
+            how["data"] = live(model, layer, text, tokens, context, window)
         return _run(out, options, log, how, json)
 
 
@@ -148,9 +150,9 @@ def _run(out, options, log, how: dict[str, Any], json: bool) -> int:
     if log is None:
         return 0
     measured = report["heldout"]
-    shown = f"NMSE {console.number(measured['nmse'])}, L0 {measured['l0']:.1f}, dead {measured['dead']:.1%}"
-    text = f"{options.heldout} held-out rows: {shown} of {measured['dead_rows']:,} rows\n{runs.summary(report)}\n"
-    text += f"Written: {out / 'sae'}/, {out / 'report.json'}"
+    numbers = f"NMSE {console.number(measured['nmse'])}, L0 {measured['l0']:.1f}, dead {measured['dead']:.1%}"
+    text = f"{options.heldout} held-out rows: {numbers} of {measured['dead_rows']:,} rows\n{runs.summary(report)}\n"
+    text += f"Written: {shown(out / 'sae')}/, {shown(out / 'report.json')}"
     console.show(report, text, as_json=json)
     if report["skipped"]:
         skipped = f"{report['skipped']} batches were skipped, since their loss was not finite."
