@@ -131,6 +131,7 @@ def top_k(
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
+@jax.named_scope("top_k")
 def _top_k(x, k: int, among: int | None):
     """`top_k`, approximate if the number of latents is given among which the `k` largest are wanted in the end."""
     m, size = x.shape[-1], 1
@@ -171,21 +172,22 @@ def _top_k_of_groups(x, *, k: int, size: int):
 def _top_k_of_all(x, k: int, approximate: bool):
     """`top_k` where the latents are split over devices: among each device's own, then among all candidates."""
     row, devices, m = sharding.rows_spec(x), sharding.axis_size("latent"), x.shape[-1]
+    axis = sharding.axis("latent")
 
     def here(x):
         values, indices = _top_k(x, min(k, x.shape[-1]), m if approximate else None)
-        found = values, indices + x.shape[-1] * jax.lax.axis_index("latent")
+        found = values, indices + x.shape[-1] * jax.lax.axis_index(axis)
         shared = x.ndim > 1 and len(x) % devices == 0  # then each device selects for some of the rows
         if shared:
             trade = functools.partial(jax.lax.all_to_all, split_axis=0, concat_axis=x.ndim - 1)
         else:
             trade = functools.partial(jax.lax.all_gather, axis=x.ndim - 1)
-        values, indices = (trade(each, "latent", tiled=True) for each in found)
+        values, indices = (trade(each, axis, tiled=True) for each in found)
         values, at = jax.lax.top_k(values, k)
         found = values, jnp.take_along_axis(indices, at, axis=-1)
-        return tuple(jax.lax.all_gather(each, "latent", axis=0, tiled=True) for each in found) if shared else found
+        return tuple(jax.lax.all_gather(each, axis, axis=0, tiled=True) for each in found) if shared else found
 
-    places = [*row, *[None] * (x.ndim - 1 - len(row)), "latent"]
+    places = [*row, *[None] * (x.ndim - 1 - len(row)), axis]
     return sharding.shard_map(here, PartitionSpec(*places), row)(x)
 
 
@@ -293,8 +295,8 @@ def _sum_by_latent(values, indices, *, m: int):
     row = sharding.rows_spec(indices)
 
     def here(values, indices):
-        m_here = m // jax.lax.axis_size("latent")
+        m_here = m // jax.lax.axis_size(sharding.axis("latent"))
         total = add_at(jnp.zeros(m_here, values.dtype), sharding.local_indices(indices, m_here), values)
         return sharding.sum_rows(total, row)
 
-    return sharding.shard_map(here, (row, row), sharding.LATENTS)(values, indices)
+    return sharding.shard_map(here, (row, row), sharding.by_latent())(values, indices)

@@ -5,12 +5,15 @@
         state = sharding.create(lambda: train.init_state(jaxsae.init(...), tx))    # each device makes its part
         state, metrics = step(state, jax.device_put(x, sharding.rows_sharding(x, mesh)))
 
-Results are the same with and without a mesh. XLA splits most of the work automatically. Arrays that must not be
-gathered (pre-activations, atoms) are split by hand in `codes` and `refit`: each device works on its own latents, and
-devices exchange candidates or sums. On a mesh without both axes XLA splits everything.
+Results are the same with and without a mesh. The axes of a mesh that was made elsewhere may have other names: `axes`
+says which they are. XLA splits most of the work automatically. Arrays that must not be gathered (pre-activations,
+atoms) are split by hand in `codes` and `refit`: each device works on its own latents, and devices exchange candidates
+or sums. On a mesh without these axes XLA splits everything.
 """
 
+import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +24,7 @@ from jax.sharding import AxisType, ManualAxisType, Mesh, NamedSharding, Partitio
 
 __all__ = [
     "abstract",
+    "axes",
     "create",
     "make_global_batch",
     "make_mesh",
@@ -31,9 +35,46 @@ __all__ = [
     "specs",
 ]
 
-LATENTS = PartitionSpec("latent")
 REPLICATED = PartitionSpec()
-BOTH = PartitionSpec(("data", "latent"))  # rows over all devices
+_DEFAULT = {"data": ("data",), "latent": ("latent",)}
+_axes = jax.make_user_context(default_value=tuple(_DEFAULT.values()))  # programs are compiled for each
+
+
+def axes(data: str | Sequence[str] = "data", latent: str = "latent") -> contextlib.AbstractContextManager[None]:
+    """Name the axes of the mesh over which rows and latents are split.
+
+    Args:
+      data: the axis, or several, over which the rows of a batch are split.
+      latent: the axis over which latents are split.
+
+    Example:
+      >>> mesh = jax.make_mesh((1, 1, 1), ("replica", "fsdp", "tensor"))
+      >>> with jax.set_mesh(mesh), axes(data=("replica", "fsdp"), latent="tensor"):
+      ...     tuple(rows_sharding(jnp.zeros((6, 4)), mesh).spec)
+      (('replica', 'fsdp'),)
+    """
+    return _axes(((data,) if isinstance(data, str) else tuple(data), (latent,)))
+
+
+def _named(role: str) -> tuple[str, ...]:
+    """The axes of a role, `"data"` or `"latent"`."""
+    return dict(zip(_DEFAULT, _axes.value, strict=True))[role]
+
+
+def axis(role: str) -> Any:
+    """The name of the axis of a role, `"data"` or `"latent"`, or of several, for specs and collectives."""
+    names = _named(role)
+    return names[0] if len(names) == 1 else names
+
+
+def by_latent() -> PartitionSpec:
+    """Latents split over their axis."""
+    return PartitionSpec(axis("latent"))
+
+
+def by_all() -> PartitionSpec:
+    """Rows split over all devices."""
+    return PartitionSpec((*_named("data"), *_named("latent")))
 
 
 def make_mesh(data: int = 1, latent: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
@@ -85,8 +126,10 @@ def _specs(node: Any, known: tuple[int, int] | None) -> Any:
     if jax.tree_util.all_leaves([node]):
         return REPLICATED
     fields = dataclasses.fields(node) if dataclasses.is_dataclass(node) else ()
-    axes = {field.name: field.metadata["axes"] for field in fields if "axes" in field.metadata}
-    found = {name: _latents(x, axes[name]) for name in axes if hasattr(x := getattr(node, name), "ndim")}  # not masked
+    roles = {field.name: field.metadata["axes"] for field in fields if "axes" in field.metadata}
+    found = {
+        name: _latents(x, roles[name]) for name in roles if hasattr(x := getattr(node, name), "ndim")
+    }  # not masked
     if known is None and found:
         first, *others = set(found.values())
         known = (-1, 0) if others else first  # if shapes are inconsistent, no array is split
@@ -98,7 +141,8 @@ def _specs(node: Any, known: tuple[int, int] | None) -> Any:
         stacked, _ = found[name]
         if stacked < 0 or found[name] != known:
             return REPLICATED
-        return PartitionSpec(*[None] * stacked, *axes[name][: axes[name].index("latent") + 1])
+        declared = roles[name][: roles[name].index("latent") + 1]
+        return PartitionSpec(*[None] * stacked, *(None if role is None else axis(role) for role in declared))
 
     return jax.tree.map_with_path(spec, node, is_leaf=lambda other: other is not node)
 
@@ -127,11 +171,11 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     """
 
     def place(leaf, spec):
-        spec = PartitionSpec(*(axis if axis in mesh.shape else None for axis in spec))
-        for size, axis in zip(np.shape(leaf), spec, strict=False):
-            if axis is not None and size % mesh.shape[axis]:
+        spec = PartitionSpec(*(name if name in mesh.shape else None for name in spec))
+        for size, name in zip(np.shape(leaf), spec, strict=False):
+            if name is not None and size % mesh.shape[name]:
                 raise ValueError(
-                    f"got {size} latents for a mesh that splits them {mesh.shape[axis]} ways; pass a multiple of that."
+                    f"got {size} latents for a mesh that splits them {mesh.shape[name]} ways; pass a multiple of that."
                 )
         return NamedSharding(mesh, spec)
 
@@ -185,8 +229,10 @@ def rows_sharding(x: Any, mesh: Mesh) -> NamedSharding:
       >>> tuple(rows_sharding(jnp.zeros((6, 4)), make_mesh(1, 1)).spec)
       ('data',)
     """
-    parts = mesh.shape.get("data", 0)
-    return NamedSharding(mesh, PartitionSpec("data") if parts and x.shape[0] % parts == 0 else REPLICATED)
+    names = _named("data")
+    parts = math.prod(mesh.shape.get(name, 0) for name in names)
+    divides = parts and x.shape[0] % parts == 0
+    return NamedSharding(mesh, PartitionSpec(axis("data")) if divides else REPLICATED)
 
 
 def make_global_batch(x: np.ndarray, size: int, first: int) -> jax.Array:
@@ -275,16 +321,17 @@ def is_divided() -> bool:
     return jax.device_count() > 1 if mesh.empty else mesh.size > 1 and set(mesh.manual_axes) != set(mesh.axis_names)
 
 
-def axis_size(axis: str) -> int:
-    """The number of devices along an axis of the current mesh; 1 without a mesh, and for manual axes."""
+def axis_size(role: str) -> int:
+    """How many ways the current mesh splits rows, `"data"`, or latents, `"latent"`; manual axes do not count."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty or axis in mesh.manual_axes else mesh.shape.get(axis, 1)
+    sizes = {} if mesh.empty else mesh.shape
+    return math.prod(sizes.get(name, 1) for name in _named(role) if mesh.empty or name not in mesh.manual_axes)
 
 
 def is_sharded(latents: int) -> bool:
     """Whether the current mesh splits work on so many latents by hand, over several devices."""
     mesh = jax.sharding.get_abstract_mesh()
-    ours = not mesh.empty and {"data", "latent"} <= set(mesh.axis_names)
+    ours = not mesh.empty and {*_named("data"), *_named("latent")} <= set(mesh.axis_names)
     return ours and axis_size("data") * axis_size("latent") > 1 and latents % axis_size("latent") == 0
 
 
@@ -327,17 +374,17 @@ def automatic(f: Callable, rows: Any = None) -> Callable:
 def rows_spec(x: Any) -> PartitionSpec:
     """The `PartitionSpec` of the rows of `x [*b k]` on the current mesh."""
     parts = axis_size("data")
-    return PartitionSpec("data") if x.ndim > 1 and parts > 1 and x.shape[0] % parts == 0 else PartitionSpec()
+    return PartitionSpec(axis("data")) if x.ndim > 1 and parts > 1 and x.shape[0] % parts == 0 else PartitionSpec()
 
 
 def sum_rows(total: jax.Array, row: PartitionSpec) -> jax.Array:
     """Sum a per-device total over the devices, if rows are split. In `shard_map`."""
-    return jax.lax.psum(total, "data") if len(row) else total
+    return jax.lax.psum(total, axis("data")) if len(row) else total
 
 
 def local_indices(indices: jax.Array, m: int) -> jax.Array:
     """Indices relative to the first of this device's `m` latents; `m` for latents of others. In `shard_map`."""
-    at = indices - m * jax.lax.axis_index("latent")
+    at = indices - m * jax.lax.axis_index(axis("latent"))
     return jnp.where((at >= 0) & (at < m), at, m)
 
 
@@ -351,14 +398,14 @@ def gather_atoms(dictionary: jax.Array, indices: jax.Array) -> jax.Array:
       dictionary: `[m d]`, the atoms of this device.
       indices: `[n k]`, among the latents of all devices.
     """
-    devices, (n, k), (m, d) = jax.lax.axis_size("latent"), indices.shape, dictionary.shape
-    everyone = jax.lax.all_gather(indices, "latent", axis=0, tiled=True)
+    devices, (n, k), (m, d) = jax.lax.axis_size(axis("latent")), indices.shape, dictionary.shape
+    everyone = jax.lax.all_gather(indices, axis("latent"), axis=0, tiled=True)
     if devices * n * k <= m + n * k or d % devices:
         atoms = dictionary.at[local_indices(everyone, m)].get(mode="fill", fill_value=0)
-        return jax.lax.psum_scatter(atoms, "latent", scatter_dimension=0, tiled=True)
-    columns = jax.lax.all_to_all(dictionary, "latent", split_axis=1, concat_axis=0, tiled=True)
+        return jax.lax.psum_scatter(atoms, axis("latent"), scatter_dimension=0, tiled=True)
+    columns = jax.lax.all_to_all(dictionary, axis("latent"), split_axis=1, concat_axis=0, tiled=True)
     parts = columns.at[everyone].get(mode="clip")  # zeros in unused slots would be another pass over all
-    return jax.lax.all_to_all(parts, "latent", split_axis=0, concat_axis=2, tiled=True)
+    return jax.lax.all_to_all(parts, axis("latent"), split_axis=0, concat_axis=2, tiled=True)
 
 
 def shard_map(f: Callable, in_specs: Any, out_specs: Any) -> Callable:

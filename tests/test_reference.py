@@ -87,7 +87,7 @@ NO_EXAMPLE = {
         "jaxsae.metrics.Reconstruction",
         "jaxsae.train.objectives.Aux",
         "jaxsae.train.objectives.ForwardPass",
-        "jaxsae.app.plan.Chip",
+        "jaxsae.app.chips.Chip",
     ),
     *(
         "jaxsae.app.plan.Program",

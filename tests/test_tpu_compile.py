@@ -12,7 +12,7 @@ from problems import cli
 
 import jaxsae
 from jaxsae import codes, kernels
-from jaxsae.app import plan
+from jaxsae.app import chips, plan
 from jaxsae.app.options import Options
 
 pytestmark = pytest.mark.tpu
@@ -90,7 +90,8 @@ def command(capsys, *options):
 
 def test_the_command_tells_what_a_slice_is_used_for(capsys):
     code, out, err = command(capsys, "--latents", 4096, "--topology", "v5e:2x2", "--mesh", 2, 2)
-    assert (code, err) == (0, "")
+    assert code == 0
+    assert [line[:5] for line in err.splitlines()] == [" 25% ", " 50% ", " 75% ", "100% "]
     assert out.startswith("4 chips v5e:2x2: rows 2 ways, latents 2 ways; a chip has 16.00 GiB\n")
     names = "training step without AuxK", "training step with AuxK at work", "encode", "encode and refit"
     assert [line.partition(",")[0] for line in out.splitlines() if line.endswith("of each chip:")] == [*names]
@@ -106,10 +107,25 @@ def test_the_command_tells_what_a_slice_is_used_for(capsys):
         assert program["exchanged"] == sum(each["bytes"] * each["count"] for each in collectives) > 0
         assert ("all-reduce" in {each["kind"] for each in collectives}) == (name != "encode")
         seconds = max(program["seconds_at_peak"].values())
+        assert program["mfu_at_most"] == pytest.approx(program["flops"] / 197e12 / seconds, rel=1e-6)
         assert program["input_bytes_per_second"] == pytest.approx(4 * 64 * 64 / seconds)
         assert program["network_bytes_per_second"] == pytest.approx(program["exchanged"] / seconds)
     without, at_work = (told["programs"][name] for name in names[:2])
     assert without["flops"] < at_work["flops"]
+
+
+@pytest.mark.parametrize("kind", chips.CHIPS)
+def test_the_peak_of_a_chip_is_found_by_the_name_that_jax_gives_it(kind):
+    (device,) = plan.topology_mesh(f"{kind}:1x1" if kind in ("v5e", "v6e") else f"{kind}:1x1x1").devices.ravel()[:1]
+    assert chips.peak_flops(device) == chips.CHIPS[kind].flops
+
+
+def test_flops_of_a_step_are_those_of_its_products():
+    d, m, k, batch = 512, 4096, 8, 256
+    options = Options("topk", m, k, batch=batch, auxk=False)
+    program = plan.training_step(options, d, plan.topology_mesh("v5e:1x1"))
+    products = 2 * batch * d * m  # of the encoder; other products are of k latents per row, and its gradient dense
+    assert products < program.flops < 1.5 * 3 * products
 
 
 @pytest.mark.parametrize(

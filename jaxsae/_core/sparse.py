@@ -217,10 +217,10 @@ def _in_order(x, order):
 
 def _on_each_device(wrt: str, left, right, indices, *, m: int, implementation: str | None):
     """`_on_one_device` on each device's own latents, then summed over devices."""
-    row = sharding.rows_spec(indices)
+    row, axis = sharding.rows_spec(indices), sharding.axis("latent")
 
     def here(left, right, indices):
-        m_here = m // jax.lax.axis_size("latent")
+        m_here = m // jax.lax.axis_size(axis)
         order, at, count = _own_slots(indices, m_here)
         part = functools.partial(_on_one_device, wrt, m=m_here, implementation=implementation)
         dtype = result_type(left, right, jnp.float32)
@@ -231,17 +231,17 @@ def _on_each_device(wrt: str, left, right, indices, *, m: int, implementation: s
 
             found = _for_slots(put, jnp.zeros(at.shape, dtype), count, at)
             back = jnp.argsort(order, axis=-1)[..., : indices.shape[-1]]
-            return jax.lax.psum(jnp.take_along_axis(found, back, axis=-1), "latent")
+            return jax.lax.psum(jnp.take_along_axis(found, back, axis=-1), axis)
         if wrt == "rows":
             total = jnp.zeros((*indices.shape[:-1], left.shape[-1]), dtype)
             values = _in_order(right, order)
             total = _for_slots(lambda total, _, z, at: total + part(left, z, at), total, count, values, at)
-            return jax.lax.psum(total, "latent").astype(result_type(left, right))
+            return jax.lax.psum(total, axis).astype(result_type(left, right))
         total, values = jnp.zeros((m_here, right.shape[-1]), dtype), _in_order(left, order)
         total = _for_slots(lambda total, _, z, at: part(z, right, at, total=total), total, count, values, at)
         return sharding.sum_rows(total, row)
 
-    specs = {"atoms": sharding.LATENTS, "values": row, "rows": row}
+    specs = {"atoms": sharding.by_latent(), "values": row, "rows": row}
     return sharding.shard_map(here, (*(specs[name] for name in _OTHERS[wrt]), row), specs[wrt])(left, right, indices)
 
 

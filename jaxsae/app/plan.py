@@ -7,7 +7,7 @@ import collections
 import dataclasses
 import math
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,37 +17,10 @@ from jax.sharding import AxisType, Mesh
 from jaxsae import sharding, train
 from jaxsae._core.files import InputError, first_line
 from jaxsae.app import runs
+from jaxsae.app.chips import CHIPS, Chip
 from jaxsae.app.options import Options
 from jaxsae.autoencoder.refinement import refine
 from jaxsae.autoencoder.sae import encode
-
-
-class Chip(NamedTuple):
-    """One chip.
-
-    Attributes:
-      flops: bfloat16 operations per second.
-      memory: bytes.
-      bandwidth: bytes per second, of its memory.
-      network: bytes per second, of all its links to other chips.
-      price: US dollars per hour, on demand in us-central or us-east, in 2025.
-
-    Source: https://cloud.google.com/tpu/docs.
-    """
-
-    flops: float
-    memory: int
-    bandwidth: float
-    network: float
-    price: float
-
-
-CHIPS = {
-    "v4": Chip(275e12, 32 << 30, 1228e9, 300e9, 3.22),
-    "v5e": Chip(197e12, 16 << 30, 819e9, 200e9, 1.20),
-    "v5p": Chip(459e12, 95 << 30, 2765e9, 600e9, 4.20),
-    "v6e": Chip(918e12, 32 << 30, 1640e9, 448e9, 2.70),
-}
 
 
 @dataclasses.dataclass(frozen=True)

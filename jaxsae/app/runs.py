@@ -25,13 +25,14 @@ from jaxsae._core.files import (
     InputError,
     address,
     any_path,
+    atomic_directory,
     atomic_file,
     in_one_line,
     json_number,
     reached,
     shown,
 )
-from jaxsae.app import evaluation
+from jaxsae.app import chips, evaluation
 from jaxsae.app.logs import Log
 from jaxsae.app.options import Options, _warmup, passes, resolved, validate
 from jaxsae.autoencoder import calibration, metrics, stream
@@ -59,6 +60,7 @@ def run(
     save_every: arguments.Weight = 60.0,
     save_every_steps: arguments.Count | None = None,
     eval_every: arguments.Count | None = None,
+    profile: tuple[arguments.Index, arguments.Count] | None = None,
     resume: bool = False,
     progress: Progress = lambda text, steps: None,
     warn: Callable[[str], None] = lambda text: None,
@@ -83,6 +85,7 @@ def run(
       save_every_steps: steps between saves, besides.
       eval_every: steps between measurements on the held-out rows, which are logged as `heldout_nmse`, `heldout_l0` and
         `heldout_dead`; thresholds are then those of the training, not yet calibrated.
+      profile: the steps, from the first number to the second, of which an xplane trace is written to `profile/`.
       resume: refuse to start a new run.
       progress: called with a description and the number of steps just taken; `options.steps` in all.
       warn: called with warnings.
@@ -109,7 +112,12 @@ def run(
     validate(options)
     every: Any = {"save_every": save_every, "save_every_steps": save_every_steps, "eval_every": eval_every}
     reading: Any = {"weights": weights, "window": window, "reader_threads": reader_threads}
-    arguments.check(run, {"out": out} | reading | every)
+    arguments.check(run, {"out": out, "profile": profile} | reading | every)
+    if profile is not None and not profile[0] < profile[1] <= options.steps:
+        got = "{}:{}".format(*profile)
+        raise InputError(
+            f"got profile {got} for {options.steps} steps; pass START:STOP, of which STOP is at most that."
+        )
     if options.latents % (parts := sharding.axis_size("latent")):
         raise InputError(f"got {options.latents} latents for a mesh that splits them {parts} ways; pass a multiple.")
     out = any_path(out)
@@ -127,12 +135,13 @@ def run(
             raise InputError(f"{out}: holds no run to resume; leave out --resume to begin one.")
         batches, diverged = rows.read(part=sharding.rows_needed(options.batch)), None
         with log or contextlib.nullcontext(lambda step, numbers: None) as write:
-            monitor = _Monitor(options, rows.heldout, scale, write, batches, **hooks)
+            step = train.make_step(objective, tx)
+            flops = functools.partial(_flops, step, init_fn, options.batch, rows.heldout.shape[1])
+            monitor = _Monitor(options, rows.heldout, scale, write, batches, flops, **hooks)
             try:
-                step = train.make_step(objective, tx)
-                state, reached = job.run(
-                    step, init_fn, batches, checkpoints, steps=options.steps, **every, **monitor.hooks()
-                )
+                with _traced(profile, out / "profile", warn) as before_fn:
+                    every |= {"steps": options.steps, "before_fn": before_fn}
+                    state, reached = job.run(step, init_fn, batches, checkpoints, **every, **monitor.hooks())
             except job.TooManyRollbacks as error:
                 state, reached, diverged = error.state, error.progress, error
     sae = _finished(state, scale, options, rows)
@@ -191,6 +200,39 @@ def load(path: str | os.PathLike) -> SAE:
     return rescale(checkpoint.load(path, like, "sae"), scale)
 
 
+@contextlib.contextmanager
+def _traced(steps: tuple[int, int] | None, folder: AnyPath, warn) -> Iterator[Callable[[int, Any], None]]:
+    """A function to call before each step, which traces some of them; the trace appears once it is whole."""
+    if steps is None or not processes.is_primary():
+        yield lambda taken, state: None
+        return
+    begun = False
+    with contextlib.ExitStack() as held:
+
+        def before(taken: int, state: Any) -> None:
+            nonlocal begun
+            if taken == steps[0]:
+                begun = True
+                jax.block_until_ready(state)
+                jax.profiler.start_trace(str(held.enter_context(atomic_directory(folder))))
+                held.callback(jax.profiler.stop_trace)
+            elif taken == steps[1]:
+                jax.block_until_ready(state)
+                held.close()
+
+        yield before
+    if not begun:
+        warn(f"step {steps[0]} was taken before, and is not traced.")
+
+
+def _flops(step: Any, init_fn, batch: int, d: int) -> float:
+    """The FLOPs of a step on all devices, as XLA counts them before it optimises; the body of a loop once."""
+    x = jax.ShapeDtypeStruct((batch, d), jnp.float32)
+    if not (mesh := jax.sharding.get_mesh()).empty:
+        x = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.rows_sharding(x, mesh))
+    return float(step.func.lower(*step.args, sharding.abstract(init_fn), x).cost_analysis()["flops"])
+
+
 class _Data(NamedTuple):
     """The data of a run.
 
@@ -235,11 +277,15 @@ def _prepare(data, options: Options, weights, window: int | None, reader_threads
 class _Monitor:
     """Shows, measures and logs a training, every few steps."""
 
-    def __init__(self, options: Options, heldout, scale: float, write: Log, batches, *, progress, resumed, warn):
+    def __init__(self, options: Options, heldout, scale: float, write: Log, batches, flops, *, progress, resumed, warn):
         self._options, self._heldout, self._scale, self._write, self._batches = options, heldout, scale, write, batches
         self._progress, self._resumed, self._warn, self._shown = progress, resumed, warn, 0
         self._schedule = _schedule(resolved(options).learning_rate or 0.0, options.steps)
         self._clock: tuple[int, float, float] | None = None  # step, time, and seconds that were waited for data
+        mesh = jax.sharding.get_mesh()
+        devices = jax.devices()[:1] if mesh.empty else mesh.devices.ravel()
+        peak = chips.peak_flops(devices[0])
+        self._ideal = None if peak is None else flops() / (peak * len(devices))  # seconds of a step
 
     def hooks(self) -> dict[str, Any]:
         """What `job.run` calls."""
@@ -266,7 +312,7 @@ class _Monitor:
             return {}
         numbers = {name: float(value) for name, value in metrics.items()}
         numbers["learning_rate"] = np.asarray(self._schedule(step - 1)).item()
-        self._write(step, numbers | self._speed(step))
+        self._write(step, numbers | {"rows": step * self._options.batch} | self._speed(step))
         text = f"NMSE {numbers['nmse']:.3f}  L0 {numbers['l0']:.0f}  dead {numbers['dead']:.1%}"
         self._progress(text, step - self._shown)
         self._shown = step
@@ -287,6 +333,8 @@ class _Monitor:
             return {}
         steps, seconds, waited = (b - a for a, b in zip(before, now, strict=True))
         speed = {"step_seconds": seconds / steps, "rows_per_second": steps * self._options.batch / seconds}
+        if self._ideal is not None:
+            speed["mfu"] = self._ideal * steps / seconds
         return speed | {"data_wait": waited / seconds}
 
 

@@ -139,9 +139,10 @@ def _histogram(bins):
 
     def here(bins):
         counts = jnp.zeros(_BINS, jnp.int32).at[bins.ravel()].add(1, mode="drop")
-        return jax.lax.psum(counts, ("latent", *rows)) if is_split else counts
+        total = jax.lax.psum(counts, sharding.axis("latent")) if is_split else counts
+        return sharding.sum_rows(total, rows)
 
-    spec = PartitionSpec(*(rows or (None,)), "latent")
+    spec = PartitionSpec(*(rows or (None,)), sharding.axis("latent"))
     return sharding.shard_map(here, spec, PartitionSpec())(bins) if is_split else here(bins)
 
 

@@ -189,6 +189,7 @@ def _unit_rows(key, m: int, d: int, dtype):
     return (rows / jnp.linalg.norm(rows, axis=1, keepdims=True)).astype(dtype)
 
 
+@jax.named_scope("encode")
 def pre_activations(sae: SAE, x: Float[Array, "*b d"]) -> Float[Array, "*b m"]:
     """Compute `(x − b_dec) W_enc + b_enc`, with `x` normalised if the SAE has a normalisation.
 
@@ -330,6 +331,7 @@ def _restores(sae: SAE) -> bool:
 
 
 @functools.partial(jax.jit, static_argnums=0)
+@jax.named_scope("decode")
 def _decode(name: str, sae: SAE, code):
     z: Any = code if isinstance(code, SparseCode) else _floating(code, name, "a code")
     m = z.num_latents if isinstance(z, SparseCode) else z.shape[-1] if z.ndim else 0

@@ -107,6 +107,7 @@ def estimate(dictionary: Any, y: Array, code: SparseCode, solver: solvers.Solver
     return _refit_code(dictionary, y, code, solver, nonnegative, 0.0, None, passes=1)[0]
 
 
+@jax.named_scope("refit")
 def _refit_code(
     dictionary, y, code: SparseCode, solver, nonnegative: bool, ridge, workspace_bytes: int | None, *, passes: int
 ) -> tuple[SparseCode, RefitInfo]:
@@ -167,15 +168,15 @@ def _refit_by_devices(static: "_Static", solver, dictionary, y, indices, values,
 
     def here(solver, dictionary, y, indices, values, ridge):
         # Were `y` split over all devices outside, XLA would split the encoder's input likewise, and multiply in pieces.
-        y = jax.lax.dynamic_slice_in_dim(y, len(indices) * jax.lax.axis_index("latent"), len(indices))
+        y = jax.lax.dynamic_slice_in_dim(y, len(indices) * jax.lax.axis_index(sharding.axis("latent")), len(indices))
         atoms = sharding.gather_atoms(dictionary, indices)
         slots = jnp.arange(indices.size, dtype=indices.dtype).reshape(indices.shape)
         slots = jnp.where(sparse.used(indices, static.num_latents), slots, indices.size)
         own = static._replace(num_latents=indices.size)
         return _refit(own, (solver, atoms.reshape(-1, atoms.shape[-1]), ridge), (y, slots, values))
 
-    row, whole = sharding.BOTH, sharding.REPLICATED
-    split = sharding.shard_map(here, (whole, sharding.LATENTS, PartitionSpec("data"), row, row, whole), row)
+    row, whole, by_data = sharding.by_all(), sharding.REPLICATED, PartitionSpec(sharding.axis("data"))
+    split = sharding.shard_map(here, (whole, sharding.by_latent(), by_data, row, row, whole), row)
     values, info = split(solver, dictionary, y, indices, values, ridge)
     return values[:n].reshape(*batch, -1), jax.tree.map(lambda x: x[:n].reshape(batch), info)
 

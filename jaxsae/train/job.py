@@ -86,6 +86,7 @@ def run(
     save_every_steps: int | None = None,
     eval_every: int | None = None,
     eval_fn: Callable[[int, TrainState], None] = lambda number, state: None,
+    before_fn: Callable[[int, TrainState], None] = lambda number, state: None,
     shard_fn: Callable[[np.ndarray], Any] = jnp.asarray,
     log_fn: Callable[[int, dict[str, Any]], dict[str, float]] = lambda number, metrics: {},
     warn: Callable[[str], None] = lambda text: None,
@@ -110,6 +111,7 @@ def run(
       save_every_steps: steps between saves, besides.
       eval_every: steps between calls of `eval_fn`.
       eval_fn: called with the number of steps taken and the state, whose buffers the next step takes over.
+      before_fn: called likewise before each step, and after the last.
       shard_fn: maps a host batch to a batch on the devices.
       log_fn: called for each step with its number and metrics, on the device, up to nine batches later; returns the
         numbers to keep. Step numbers increase: skipped batches and repeated steps are not logged.
@@ -153,6 +155,7 @@ def run(
     evaluated = taken
     with _signals() as received:
         while taken < steps:
+            before_fn(taken, state)
             state, metrics = step(state, shard_fn(next(batches)))
             taken, progress = taken + 1, progress._replace(position=batches.position)
             watch.see(progress.position - 1, metrics)
@@ -178,6 +181,7 @@ def run(
                 if taken < steps and due:
                     save()
                     last = time.monotonic()
+    before_fn(taken, state)
     save(wait=True)
     return state, progress
 

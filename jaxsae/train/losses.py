@@ -142,6 +142,7 @@ def _first(code, latents: int):
 
 
 @functools.partial(jax.jit, static_argnames="k_aux")
+@jax.named_scope("auxk")
 def auxk(
     sae: SAE, x: Float[Array, "b d"], residual: Float[Array, "b d"], idle: Bool[Array, " m"], *, k_aux: int
 ) -> Float[Array, ""]:

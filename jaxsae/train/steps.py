@@ -146,6 +146,7 @@ def _update(tx: Any, loss: Any, state: TrainState, batch: Any) -> tuple[TrainSta
     (value, (active, metrics, activation)), grads = jax.value_and_grad(value_of, has_aux=True)(params)
     grads, count = widen(grads), len(jax.tree.leaves(batch)[0])
 
+    @jax.named_scope("optimiser")
     def learn(state: TrainState) -> TrainState:
         params, rest = pytrees.partition(state.sae)
         updates, opt_state = tx.update(grads, state.opt_state, jax.tree.map(_without_infinity, params))

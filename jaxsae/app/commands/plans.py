@@ -42,13 +42,14 @@ def plan(
 
     jax.config.update("jax_platforms", "cpu")
     from jaxsae.app import plan as job
+    from jaxsae.app.chips import CHIPS
     from jaxsae.app.options import Options
 
     options = Options(activation, latents, k, batch=batch)
     for name, value in job.LIBTPU.items():
         os.environ.setdefault(name, value)
     slice_ = job.topology_mesh(topology, *(mesh or ()))
-    chips, chip = slice_.size, job.CHIPS[topology.partition(":")[0]]
+    chips, chip = slice_.size, CHIPS[topology.partition(":")[0]]
     price = chip.price if price is None else price
     data, latent = slice_.shape.values()
     lines = [
@@ -56,16 +57,20 @@ def plan(
     ]
     summary: dict[str, Any] = {"chips": chips, "topology": topology, "data": data, "latent": latent}
     summary |= {"chip_memory": chip.memory, "fits": True, "programs": {}}
-    for name, compile_it in (
+    programs = (
         ("training step without AuxK", lambda: job.training_step(options._replace(auxk=False), d, slice_)),
         ("training step with AuxK at work", lambda: job.training_step(options, d, slice_)),
         ("encode", lambda: job.encode_step(options, d, slice_)),
         ("encode and refit", lambda: job.refit_step(options, d, slice_)),
-    ):
-        program = compile_it()
-        summary["fits"] &= program.memory < chip.memory
-        summary["programs"][name] = found = _measured(program, chip, batch, d, chips * price)
-        lines += [f"\n{name}, of each chip:", *_described(found)]
+    )
+    with console.progress(len(programs)) as update:
+        for name, compile_it in programs:
+            update(f"compiling: {name}", 0)
+            program = compile_it()
+            update(f"compiled: {name}", 1)
+            summary["fits"] &= program.memory < chip.memory
+            summary["programs"][name] = found = _measured(program, chip, batch, d, chips * price)
+            lines += [f"\n{name}, of each chip:", *_described(found)]
     console.show(summary, "\n".join(lines), as_json=json)
     if not summary["fits"]:
         console.warn("this is more memory than a chip has; take more chips, or a smaller batch.")
@@ -81,6 +86,7 @@ def _measured(program: Any, chip: Any, batch: int, d: int, price: float) -> dict
         **{"memory": program.memory, "arguments": program.arguments, "flops": program.flops, "bytes": program.bytes},
         **{"exchanged": program.exchanged, "collectives": collectives, "seconds_at_peak": seconds},
         **{"network_bytes_per_second": program.exchanged / slowest, "input_bytes_per_second": 4 * batch * d / slowest},
+        **{"mfu_at_most": program.flops / chip.flops / slowest},
         **{"most_rows_per_second": batch / slowest, "least_dollars_per_billion_rows": slowest * price / 3.6e-6 / batch},
     }
 
@@ -97,5 +103,6 @@ def _described(found: dict[str, Any]) -> list[str]:
         f"  memory   {console.gib(found['memory'])}: {console.gib(found['arguments'])} of arguments and state",
         f"  at peak  {', '.join(times)}",
         f"  at most  {speed:,.0f} rows/s, for which all chips read {inputs} of input, and each exchanges {network}",
+        f"  MFU      at most {found['mfu_at_most']:.1%}",
         f"  costs    at least ${cost:,.2f} a billion rows",
     ]

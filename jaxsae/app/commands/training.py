@@ -41,6 +41,7 @@ def train(
     save_every: arguments.Weight = 60.0,
     save_every_steps: arguments.Count | None = None,
     eval_every: arguments.Count | None = None,
+    profile: Annotated[str, arguments.Text(r"[0-9]{1,9}:[0-9]{1,9}", "START:STOP, two numbers of steps")] | None = None,
     resume: bool = False,
     mesh: tuple[arguments.Parts, arguments.Parts] | None = None,
     distributed: bool = False,
@@ -89,6 +90,7 @@ def train(
         save_every: seconds between saves.
         save_every_steps: steps between saves, besides.
         eval_every: steps between measurements on the held-out rows, which are logged.
+        profile: START:STOP, the steps of which to write a trace for XProf or Perfetto, to profile/.
         resume: resume the run in --out; fail if there is none.
         mesh: how many ways to split the rows of a batch, and the latents; by default one device.
         distributed: run as one of several processes, found automatically on Cloud TPU, SLURM and Open MPI; elsewhere
@@ -114,6 +116,7 @@ def train(
         how: dict[str, Any] = {"weights": weights or None, "window": window, "reader_threads": reader_threads}
         how |= {"save_every": save_every, "save_every_steps": save_every_steps, "eval_every": eval_every}
         how |= {"resume": resume, "data": data}
+        how["profile"] = None if profile is None else tuple(map(int, profile.split(":")))
         log = _recorded(given, options, logs.logs(out, options, wandb=wandb)) if first else None
         if model is not None and layer is not None:
             how["data"] = live(model, layer, text, tokens, context, window)
