@@ -12,7 +12,7 @@ from jaxsae.app.options import Options
 
 D, M, B = 16, 64, 32
 OPTIONS = Options("topk", M, k=4, batch=B, steps=20, heldout=32, idle_after=64)
-SCOPES = ("encode", "top_k", "decode", "auxk", "optimiser", "transpose(jvp(encode))", "transpose(jvp(decode))")
+SCOPES = ("/encode/", "/top_k/", "/decode/", "/auxk/", "/optimiser/", "transpose(jvp(jit(_encode)))")
 
 
 def run(out, **more):
