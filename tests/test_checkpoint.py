@@ -413,3 +413,23 @@ def test_a_reading_of_orbax_that_never_began_is_an_echo_and_no_other_coroutine(t
                 begin()  # and freed at once
     (only,) = heard + [each.message for each in caught]
     assert "letter' was never awaited" in str(only)
+
+
+def test_a_step_opens_with_orbax_alone(tmp_path):
+    """As docs/guides/training_jobs.md shows."""
+    import orbax.checkpoint as ocp
+
+    from jaxsae.app import runs
+    from jaxsae.app.options import Options
+
+    options = Options("topk", 16, k=2, batch=16, steps=3, heldout=16, auxk=False)
+    runs.run(tmp_path / "run", data={"x": np.random.default_rng(0).standard_normal((64, 4))}, options=options)
+    step = tmp_path / "run/checkpoints/3"
+    with ocp.StandardCheckpointer() as reader:
+        state = reader.restore(step / "state")["state"]
+    saved = runs.load(step)
+    np.testing.assert_array_equal(state["sae"]["W_dec"], saved.W_dec)
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        manifest = reader.restore(step / "manifest")
+    assert manifest["content"]["config"]["latents"] == 16
+    np.testing.assert_allclose(state["sae"]["b_dec"] / manifest["content"]["extra"]["scale"], saved.b_dec, rtol=1e-6)

@@ -85,6 +85,24 @@ def test_two_processes_train_like_one(mesh, tmp_path):
     assert reports[0] == reports[1]
 
 
+def test_processes_that_were_told_different_things_all_end_with_their_names(tmp_path):
+    rows = np.random.default_rng(0).standard_normal((900, 16)).astype(np.float32)
+    np.save(tmp_path / "x.npy", rows)
+    np.save(tmp_path / "y.npy", rows + 1)
+    for more, names in {("--seed", "1"): "seed", ("--data", tmp_path / "y.npy"): "values of the data"}.items():
+        port, together = free_port(), []
+        for process in range(2):
+            argv = command(tmp_path, "run", "--mesh", 1, 4, "--distributed", *(more if process else ()))
+            env = joined(port, 2, process)
+            together.append(subprocess.Popen(argv, env=env, stdout=-1, stderr=-1, text=True))
+        said = [process.communicate(timeout=120)[1] for process in together]
+        assert [process.returncode for process in together] == [2, 2], said
+        for each in said:
+            (line,) = [line for line in each.splitlines() if line.startswith("jaxsae: ")]
+            assert line.startswith(f"jaxsae: the processes disagree about {names}")
+    assert not (tmp_path / "run/sae").exists()
+
+
 @pytest.mark.parametrize("mesh", [(1, 4), (4, 1)])
 def test_two_processes_measure_refine_and_convert_like_one(mesh, tmp_path):
     x = np.random.default_rng(0).standard_normal((900, 16)).astype(np.float32)

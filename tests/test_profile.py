@@ -7,7 +7,7 @@ import pytest
 from problems import cli, refused, rows
 
 from jaxsae import sharding, train
-from jaxsae.app import chips, runs
+from jaxsae.app import chips, monitor, runs
 from jaxsae.app.options import Options
 
 D, M, B = 16, 64, 32
@@ -46,7 +46,7 @@ def test_a_trace_of_a_run_that_failed_is_not_left(tmp_path, monkeypatch):
     def measure(*of):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(runs._Monitor, "measure", measure)
+    monkeypatch.setattr(monitor.Monitor, "measure", measure)
     with pytest.raises(ZeroDivisionError):
         run(tmp_path, profile=(3, 6), eval_every=5)
     assert not (tmp_path / "profile").exists()
@@ -96,10 +96,10 @@ def logged(tmp_path, mesh=None):
     objective, tx, init_fn = runs.recipe(OPTIONS, jnp.zeros(D), 1.0)
     if mesh is None:
         run(tmp_path, log=Log())
-        return found, runs._flops(train.make_step(objective, tx), init_fn, B, D)
+        return found, monitor.flops_of(train.make_step(objective, tx), init_fn, B, D)
     with jax.set_mesh(sharding.make_mesh(*mesh)):
         run(tmp_path, log=Log())
-        return found, runs._flops(train.make_step(objective, tx), init_fn, B, D)
+        return found, monitor.flops_of(train.make_step(objective, tx), init_fn, B, D)
 
 
 def test_the_share_of_the_peak_is_left_out_where_it_is_not_known(tmp_path):
@@ -119,10 +119,10 @@ def test_the_share_of_the_peak_follows_from_flops_and_seconds(mesh, tmp_path, mo
 def test_flops_are_those_of_the_whole_batch_however_it_is_split():
     d, m, batch = 128, 4096, 256
     objective, tx, init_fn = runs.recipe(OPTIONS._replace(auxk=False, latents=m), jnp.zeros(d), 1.0)
-    step, found = train.make_step(objective, tx), [runs._flops(train.make_step(objective, tx), init_fn, batch, d)]
+    step, found = train.make_step(objective, tx), [monitor.flops_of(train.make_step(objective, tx), init_fn, batch, d)]
     for mesh in ((2, 1), (1, 4)):
         with jax.set_mesh(sharding.make_mesh(*mesh)):
-            found.append(runs._flops(step, init_fn, batch, d))
+            found.append(monitor.flops_of(step, init_fn, batch, d))
     assert found[1:] == pytest.approx([found[0]] * 2, rel=0.05)
     assert found[0] > 2 * batch * d * m
 

@@ -256,6 +256,26 @@ def test_a_mesh_of_another_kind_gives_the_same_numbers(shape, names, kind, roles
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["TopK", "BatchTopK"])
+def test_a_step_on_a_mesh_of_others_is_that_on_ours(name):
+    activation = {"TopK": jaxsae.TopK(K), "BatchTopK": jaxsae.BatchTopK(K)}[name]
+
+    def made():
+        model = jaxsae.init(jax.random.key(0), d=D, m=M, activation=activation)
+        return train.init_state(model, TX)
+
+    step, x, losses = train.make_step(Objective((AuxK(k_aux=4),), idle_after=8), TX), activations(batch=(16,), d=D), []
+    theirs = jax.make_mesh((2, 2, 2), THREE, axis_types=(AUTO,) * 3)
+    for mesh, roles in ((sharding.make_mesh(4, 2), {}), (theirs, {"data": THREE[:2], "latent": "tensor"})):
+        with jax.set_mesh(mesh), sharding.axes(**roles):
+            state = sharding.create(made)
+            for _ in range(3):
+                state, shown = step(state, sharding.make_global_batch(np.asarray(x), 16, 0))
+            losses.append(float(shown["loss"]))
+            assert state.sae.W_dec.addressable_shards[0].data.shape == (M // 2, D)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_latents_that_cannot_be_split_are_left_to_xla():
     model, x = jaxsae.init(jax.random.key(0), d=16, m=30, activation=jaxsae.TopK(6)), activations()
     expected = jaxsae.reconstruct(model, x)

@@ -2,7 +2,9 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+import json
+import zlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -24,6 +26,28 @@ def of_all(value: int | bool) -> list[int]:
     if jax.process_count() == 1:
         return [int(value)]
     return multihost_utils.process_allgather(np.array(value, np.int32)).tolist()
+
+
+def require_same(values: Mapping[str, Any]) -> None:
+    """Raise in every process if they have different values.
+
+    Args:
+      values: JSON by name, the same names in each.
+
+    Raises:
+      InputError: with the names of those that differ.
+
+    Example:
+      >>> require_same({"batch": 1024})
+    """
+    if jax.process_count() == 1:
+        return
+    hashes = [zlib.crc32(json.dumps(value, sort_keys=True).encode()) >> 1 for value in values.values()]
+    found = multihost_utils.process_allgather(np.array(hashes, np.int32))
+    differing = [name for name, column in zip(values, found.T, strict=True) if len(set(column.tolist())) > 1]
+    if differing:
+        names = ", ".join(differing)
+        raise InputError(f"the processes disagree about {names}; start all of them with the same options and data.")
 
 
 def pieces(x: jax.Array | np.ndarray) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:

@@ -88,14 +88,33 @@ def _checked(command: Callable[..., int]) -> Callable[..., int]:
 
     def name(parameter: str) -> str:
         named = parameters[parameter].kind is inspect.Parameter.KEYWORD_ONLY
-        return f"--{parameter.replace('_', '-')}" if named else parameter.upper()
+        return config.flag(parameter) if named else parameter.upper()
 
     @functools.wraps(command)
     def checked(*args: Any, **kwargs: Any) -> int:
         arguments.check(command, inspect.signature(command).bind(*args, **kwargs).arguments, name)
         return command(*args, **kwargs)
 
-    return checked
+    return _with_flags(checked)
+
+
+def _with_flags(command: Callable[..., int]) -> Callable[..., int]:
+    """A command whose parameters that end with `_`, since Python keeps the word to itself, have flags without it."""
+    import tyro
+
+    signature = inspect.signature(command, eval_str=True)
+    renamed = {
+        name: each.replace(annotation=Annotated[each.annotation, tyro.conf.arg(name=name.rstrip("_"))])
+        for name, each in signature.parameters.items()
+        if name.endswith("_")
+    }
+    if renamed:
+        changed = (signature.parameters | renamed).values()
+        command.__signature__ = signature.replace(parameters=list(changed))  # pyright: ignore[reportFunctionMemberAccess]
+        del command.__wrapped__  # pyright: ignore[reportFunctionMemberAccess]  whose annotations tyro would read
+        command.__annotations__ = {name: each.annotation for name, each in (signature.parameters | renamed).items()}
+        command.__annotations__["return"] = int
+    return command
 
 
 def _kept() -> str:

@@ -42,7 +42,9 @@ def _read(path: AnyPath, command: Callable[..., Any]) -> dict[str, Any]:
         found = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
         if not isinstance(found, dict):
             raise ValueError(f"it holds {type(found).__name__}")
-    found = {name.replace("-", "_"): value for name, value in found.items()}
+    parameters = {flag(name)[2:]: name for name in inspect.signature(command).parameters}
+    found = {name.replace("_", "-"): value for name, value in found.items()}
+    found = {parameters.get(name, name.replace("-", "_")): value for name, value in found.items()}
     found.pop("derived", None)  # for readers
     version = found.pop("version", VERSION)
     if version != VERSION or isinstance(version, bool):
@@ -56,14 +58,28 @@ def _read(path: AnyPath, command: Callable[..., Any]) -> dict[str, Any]:
     return found
 
 
+def flag(parameter: str) -> str:
+    """The option of a command that stands for a parameter; a word that Python keeps to itself ends with `_` there.
+
+    Args:
+      parameter: its name.
+
+    Example:
+      >>> flag("save_every"), flag("from_")
+      ('--save-every', '--from')
+    """
+    return f"--{parameter.rstrip('_').replace('_', '-')}"
+
+
 def _words(options: Mapping[str, Any]) -> list[str]:
     """Options as words of a command line; what is null or false is left out."""
     words = []
     for name, value in options.items():
-        flag = f"--{name.replace('_', '-')}"
         if value is None or value is False or value == []:
             continue
-        words += [flag] if value is True else [flag, *map(str, value if isinstance(value, list) else [value])]
+        words += (
+            [flag(name)] if value is True else [flag(name), *map(str, value if isinstance(value, list) else [value])]
+        )
     return words
 
 
@@ -75,7 +91,7 @@ def write(path: AnyPath, options: Mapping[str, Any], derived: Mapping[str, Any])
       options: by name; those of one call are left out.
       derived: what followed from them, to be read and not to be repeated.
     """
-    found = {name: _plain(value) for name, value in options.items() if name not in _OWN}
+    found = {name.rstrip("_"): _plain(value) for name, value in options.items() if name not in _OWN}
     found = {"version": VERSION} | found | {"derived": derived}
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")

@@ -4,7 +4,9 @@ import functools
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxsae import train
@@ -185,3 +187,43 @@ def validate(options: Options) -> _Family:
 def _warmup(steps: int) -> optax.Schedule:
     """Warm-up of the penalties' weights over the first fifth of the steps."""
     return optax.linear_schedule(0.0, 1.0, max(1, steps // 5))
+
+
+def schedule(rate: float | jax.Array, steps: int) -> optax.Schedule:
+    """A learning rate that warms up over the first twentieth of the steps and decays to 0 over the last fifth.
+
+    Args:
+      rate: the largest.
+      steps: of the training.
+
+    Example:
+      >>> [round(float(schedule(1.0, 100)(step)), 2) for step in (0, 4, 79, 90, 100)]
+      [0.2, 1.0, 1.0, 0.5, 0.0]
+    """
+    warmup, decay = max(1, steps // 20), max(1, steps // 5)
+    factor = optax.join_schedules(
+        (optax.linear_schedule(1 / warmup, 1.0, warmup), optax.linear_schedule(1.0, 0.0, decay)), [steps - decay]
+    )
+    return lambda step: rate * factor(step)
+
+
+def lengthened(options: Options, step: int, before: int, steps: int) -> str:
+    """One sentence on what changes in a run that is lengthened.
+
+    Args:
+      options: of the run.
+      step: at which it is.
+      before: the number of steps that it had.
+      steps: the number that it has.
+
+    Example:
+      >>> lengthened(Options("topk", 16, k=2, learning_rate=1e-3), 90, 100, 200)[:61]
+      'the run is lengthened from 100 to 200 steps: from step 90 on,'
+    """
+    rates = (resolved(options._replace(steps=count)).learning_rate for count in (before, steps))
+    schedules = (schedule(rate or 0.0, count) for rate, count in zip(rates, (before, steps), strict=True))
+    old, new = (np.asarray(schedule(step)).item() for schedule in schedules)
+    return (
+        f"the run is lengthened from {before} to {steps} steps: from step {step} on, all that depends on their number "
+        f"is that of {steps}, such as the learning rate ({new:.3g}, it was {old:.3g})."
+    )

@@ -5,13 +5,13 @@ A run is a directory: `sae/`, the autoencoder in the units of the data; `report.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -25,27 +25,22 @@ from jaxsae._core.files import (
     InputError,
     address,
     any_path,
-    atomic_directory,
     atomic_file,
     in_one_line,
     json_number,
     reached,
-    shown,
 )
-from jaxsae.app import chips, evaluation
+from jaxsae.app import evaluation, monitor, run_data
 from jaxsae.app.logs import Log
-from jaxsae.app.options import Options, _warmup, passes, resolved, validate
+from jaxsae.app.options import Options, _warmup, passes, resolved, schedule, validate
+from jaxsae.app.start import prepared
 from jaxsae.autoencoder import calibration, metrics, stream
 from jaxsae.autoencoder.sae import SAE, init
 from jaxsae.autoencoder.surgery import rescale
-from jaxsae.data import batching
 from jaxsae.formats import pretrained
 from jaxsae.train import checkpoint, job
 from jaxsae.train.objectives import AuxK, MultiTopK, Objective
 
-_SAMPLE = 10_000  # rows from which centre and scale are estimated
-_REPORT_EVERY = 10  # steps
-_MAX_SEARCHED = 1000  # skipped batches that are searched for NaN and Inf
 Progress = Callable[[str, int], None]
 
 
@@ -54,6 +49,7 @@ def run(
     *,
     data: str | os.PathLike | Sequence[str | os.PathLike] | Mapping[str, data_module.Rows],
     options: Options,
+    start: str | os.PathLike | None = None,
     weights: Sequence[arguments.Proportion] | None = None,
     window: arguments.Count | None = None,
     reader_threads: arguments.Count = 2,
@@ -78,6 +74,7 @@ def run(
       out: directory, made if missing.
       data: file or directory of activations, or several; or rows, by names that say where they come from.
       options: of the training.
+      start: an autoencoder to start from, as for `load_any`; its parameters replace the initial ones.
       weights: proportions in which to mix the data; by default those of their lengths.
       window: as of `data.batches`.
       reader_threads: that read ahead.
@@ -123,10 +120,12 @@ def run(
     out = any_path(out)
     if resume and isinstance(out, Path) and not (out / "checkpoints").is_dir():  # before a directory is made
         raise InputError(f"{out}: holds no run to resume; leave out --resume to begin one.")
-    rows = _prepare(data, options, **reading)
+    rows = run_data.prepare(data, options, start, **reading)
+    processes.require_same({"start": None} | rows.config)
     passed = passes(options, rows.total, warn)
-    centre, scale = _centre_and_scale(_sample(rows.read(), rows.total), rows.name)
+    centre, scale = run_data.centre_and_scale(run_data.sample(rows.read(), rows.total), rows.name)
     objective, tx, init_fn = recipe(options, centre, scale)
+    start_fn = _start_from(start, options, rows.heldout.shape[1], scale)
     hooks: Any = {"progress": progress, "resumed": resumed, "warn": warn}
     with checkpoint.Checkpoints(
         out / "checkpoints", config=rows.config, extra={"scale": scale}, grows={"steps"}, warn=warn
@@ -136,12 +135,12 @@ def run(
         batches, diverged = rows.read(part=sharding.rows_needed(options.batch)), None
         with log or contextlib.nullcontext(lambda step, numbers: None) as write:
             step = train.make_step(objective, tx)
-            flops = functools.partial(_flops, step, init_fn, options.batch, rows.heldout.shape[1])
-            monitor = _Monitor(options, rows.heldout, scale, write, batches, flops, **hooks)
+            flops = functools.partial(monitor.flops_of, step, init_fn, options.batch, rows.heldout.shape[1])
+            watch = monitor.Monitor(options, rows.heldout, scale, write, batches, flops, **hooks)
             try:
-                with _traced(profile, out / "profile", warn) as before_fn:
-                    every |= {"steps": options.steps, "before_fn": before_fn}
-                    state, reached = job.run(step, init_fn, batches, checkpoints, **every, **monitor.hooks())
+                with monitor.traced(profile, out / "profile", warn) as before_fn:
+                    every |= {"steps": options.steps, "before_fn": before_fn, "start_fn": start_fn}
+                    state, reached = job.run(step, init_fn, batches, checkpoints, **every, **watch.hooks())
             except job.TooManyRollbacks as error:
                 state, reached, diverged = error.state, error.progress, error
     sae = _finished(state, scale, options, rows)
@@ -200,145 +199,42 @@ def load(path: str | os.PathLike) -> SAE:
     return rescale(checkpoint.load(path, like, "sae"), scale)
 
 
-@contextlib.contextmanager
-def _traced(steps: tuple[int, int] | None, folder: AnyPath, warn) -> Iterator[Callable[[int, Any], None]]:
-    """A function to call before each step, which traces some of them; the trace appears once it is whole."""
-    if steps is None or not processes.is_primary():
-        yield lambda taken, state: None
-        return
-    begun = False
-    with contextlib.ExitStack() as held:
+def load_any(path: str | os.PathLike, *, dtype: str | None = None, revision: str | None = None) -> SAE:
+    """Load an autoencoder: of any format, as `pretrained.load`, a run's, or one save of a run, as `load`.
 
-        def before(taken: int, state: Any) -> None:
-            nonlocal begun
-            if taken == steps[0]:
-                begun = True
-                jax.block_until_ready(state)
-                jax.profiler.start_trace(str(held.enter_context(atomic_directory(folder))))
-                held.callback(jax.profiler.stop_trace)
-            elif taken == steps[1]:
-                jax.block_until_ready(state)
-                held.close()
+    Args:
+      path: of it.
+      dtype: as of `pretrained.load`; not for a save of a run.
+      revision: likewise.
 
-        yield before
-    if not begun:
-        warn(f"step {steps[0]} was taken before, and is not traced.")
+    Raises:
+      InputError: as those functions.
 
-
-def _flops(step: Any, init_fn, batch: int, d: int) -> float:
-    """The FLOPs of a step on all devices, as XLA counts them before it optimises; the body of a loop once."""
-    x = jax.ShapeDtypeStruct((batch, d), jnp.float32)
-    if not (mesh := jax.sharding.get_mesh()).empty:
-        x = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.rows_sharding(x, mesh))
-    return float(step.func.lower(*step.args, sharding.abstract(init_fn), x).cost_analysis()["flops"])
-
-
-class _Data(NamedTuple):
-    """The data of a run.
-
-    Attributes:
-      names: of the sources.
-      sources: the rows to train on.
-      heldout: those to measure on, `[n d]`.
-      config: the options, and whatever else must be equal for a run to be resumed.
-      read: makes the batches.
+    Example:
+      >>> import tempfile
+      >>> import jaxsae
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     pretrained.save(init(jax.random.key(0), d=4, m=8, activation=jaxsae.ReLU()), f"{folder}/sae")
+      ...     load_any(f"{folder}/sae").m
+      8
     """
-
-    names: list[str]
-    sources: list[data_module.Rows]
-    heldout: np.ndarray
-    config: dict[str, Any]
-    read: Callable[..., data_module.Batches]
-
-    @property
-    def name(self) -> str:
-        """The names of all sources."""
-        return ", ".join(self.names)
-
-    @property
-    def total(self) -> int:
-        """The number of rows to train on."""
-        return sum(map(len, self.sources))
+    return load(path) if is_checkpoint(path) else pretrained.load(path, dtype=dtype, revision=revision)
 
 
-def _prepare(data, options: Options, weights, window: int | None, reader_threads: int) -> _Data:
-    names, everything = _open(data)
-    window = batching.shuffle_window(everything, window)
-    sources, heldout = _split(names, everything, options, weights)
-    config = options._asdict() | {"data": [*map(len, sources), heldout.shape[1]], "weights": weights and list(weights)}
-    config |= {"window": window, "rows of": names if isinstance(data, Mapping) else None}  # files may have been moved
-    config |= {"values of the data, by checksum": list(map(data_module.fingerprint, everything))}
-    order = {"seed": options.seed, "weights": weights, "window": window, "names": names, "threads": reader_threads}
-    return _Data(
-        names, sources, heldout, config, functools.partial(data_module.batches, sources, options.batch, **order)
-    )
+def _start_from(start, options: Options, d: int, scale: float) -> Callable[[train.TrainState], train.TrainState]:
+    """A function that puts an autoencoder in the place of the initial one."""
+    if start is None:
+        return lambda state: state
+    sae = prepared(load_any(start, dtype="float32"), options, d, scale)
+
+    def start_fn(state: train.TrainState) -> train.TrainState:
+        place = lambda new, old: jax.device_put(new.astype(old.dtype), old.sharding)  # noqa: E731
+        return dataclasses.replace(state, sae=jax.tree.map(place, sae, state.sae))
+
+    return start_fn
 
 
-class _Monitor:
-    """Shows, measures and logs a training, every few steps."""
-
-    def __init__(self, options: Options, heldout, scale: float, write: Log, batches, flops, *, progress, resumed, warn):
-        self._options, self._heldout, self._scale, self._write, self._batches = options, heldout, scale, write, batches
-        self._progress, self._resumed, self._warn, self._shown = progress, resumed, warn, 0
-        self._schedule = _schedule(resolved(options).learning_rate or 0.0, options.steps)
-        self._clock: tuple[int, float, float] | None = None  # step, time, and seconds that were waited for data
-        mesh = jax.sharding.get_mesh()
-        devices = jax.devices()[:1] if mesh.empty else mesh.devices.ravel()
-        peak = chips.peak_flops(devices[0])
-        self._ideal = None if peak is None else flops() / (peak * len(devices))  # seconds of a step
-
-    def hooks(self) -> dict[str, Any]:
-        """What `job.run` calls."""
-        size = self._options.batch
-        first = sharding.rows_needed(size).start
-        return {
-            "shard_fn": lambda x: sharding.make_global_batch(self._scale * x, size, first),
-            "log_fn": self.log,
-            "eval_fn": self.measure,
-            "resumed": self.resume,
-            "warn": self._warn,
-        }
-
-    def resume(self, step: int, reached: job.LoopState) -> None:
-        """Report that `step` steps were taken before."""
-        self._shown = step
-        self._resumed(step)
-        if reached.lengthened and reached.lengthened[-1][0] == step:
-            self._warn(_lengthened(self._options, *reached.lengthened[-1]))
-
-    def log(self, step: int, metrics: dict[str, Any]) -> dict[str, float]:
-        """The metrics of a step as numbers; {} for steps that are not logged."""
-        if step % _REPORT_EVERY and step != self._options.steps:
-            return {}
-        numbers = {name: float(value) for name, value in metrics.items()}
-        numbers["learning_rate"] = np.asarray(self._schedule(step - 1)).item()
-        self._write(step, numbers | {"rows": step * self._options.batch} | self._speed(step))
-        text = f"NMSE {numbers['nmse']:.3f}  L0 {numbers['l0']:.0f}  dead {numbers['dead']:.1%}"
-        self._progress(text, step - self._shown)
-        self._shown = step
-        return numbers
-
-    def measure(self, step: int, state: train.TrainState) -> None:
-        """Measure the autoencoder on the held-out rows, and log it."""
-        found = evaluation.evaluate(rescale(state.sae, self._scale), self._heldout)
-        numbers = {f"heldout_{name}": found[name] for name in ("nmse", "l0", "dead")}
-        self._write(step, {name: value for name, value in numbers.items() if value is not None})
-        self._clock = None  # the next steps are timed from their own start
-
-    def _speed(self, step: int) -> dict[str, float]:
-        """What the steps since the last call took; {} at first, since they contain compilation."""
-        now, before = (step, time.perf_counter(), self._batches.waited), self._clock
-        self._clock = now
-        if before is None:
-            return {}
-        steps, seconds, waited = (b - a for a, b in zip(before, now, strict=True))
-        speed = {"step_seconds": seconds / steps, "rows_per_second": steps * self._options.batch / seconds}
-        if self._ideal is not None:
-            speed["mfu"] = self._ideal * steps / seconds
-        return speed | {"data_wait": waited / seconds}
-
-
-def _finished(state: train.TrainState, scale: float, options: Options, rows: _Data) -> SAE:
+def _finished(state: train.TrainState, scale: float, options: Options, rows: run_data.RunData) -> SAE:
     """The autoencoder for unscaled rows, with thresholds calibrated to `k` latents per row if it has any."""
     sae = rescale(state.sae, scale)
     if options.k is None or sae.activation.slots is not None:
@@ -349,9 +245,15 @@ def _finished(state: train.TrainState, scale: float, options: Options, rows: _Da
 
 
 def _report(
-    sae: SAE, state: train.TrainState, reached: job.LoopState, options: Options, rows: _Data, passed: float, batches
+    sae: SAE,
+    state: train.TrainState,
+    reached: job.LoopState,
+    options: Options,
+    rows: run_data.RunData,
+    passed: float,
+    batches,
 ) -> dict[str, Any]:
-    trained = calibration.activity(sae, _in_order(rows, options.batch, min(rows.total, metrics.DEAD_ROWS)))
+    trained = calibration.activity(sae, run_data.in_order(rows, options.batch, min(rows.total, metrics.DEAD_ROWS)))
     data = {"path": rows.name, "rows": rows.total, "passes": passed, "heldout": len(rows.heldout)}
     return {
         "options": resolved(options)._asdict(),
@@ -361,7 +263,7 @@ def _report(
         "skipped_batches": list(reached.bad),
         "rollbacks": reached.rollbacks,
         "lengthened": [dict(zip(("at", "from", "to"), each, strict=True)) for each in reached.lengthened],
-        "nonfinite_rows": _nonfinite_rows(rows.sources, rows.names, batches, reached.bad),
+        "nonfinite_rows": run_data.nonfinite_rows(rows.sources, rows.names, batches, reached.bad),
         "heldout": evaluation.evaluate(sae, rows.heldout, trained),
         "trained": {"l0": json_number(trained.l0), "rows": int(trained.rows)},
         "versions": checkpoint.versions() | {"backend": jax.default_backend()},
@@ -406,27 +308,6 @@ def recipe(
     return Objective(terms, idle_after=o.idle_after), tx, init_fn  # pyright: ignore[reportArgumentType]
 
 
-def _lengthened(options: Options, step: int, before: int, steps: int) -> str:
-    """One sentence on what changes in a run that is lengthened."""
-    rates = (resolved(options._replace(steps=count)).learning_rate for count in (before, steps))
-    schedules = (_schedule(rate or 0.0, count) for rate, count in zip(rates, (before, steps), strict=True))
-    old, new = (np.asarray(schedule(step)).item() for schedule in schedules)
-    return (
-        f"the run is lengthened from {before} to {steps} steps: from step {step} on, all that depends on their number "
-        f"is that of {steps}, such as the learning rate ({new:.3g}, it was {old:.3g})."
-    )
-
-
-def _nonfinite_rows(sources, names, batches: data_module.Batches, bad: Sequence[int]) -> dict[str, list[int]]:
-    """The rows with NaN or Inf in the skipped batches, by file."""
-    found: dict[str, set[int]] = {}
-    for number in bad[-_MAX_SEARCHED:]:
-        for source, rows in batches.rows(number):
-            wrong = rows[~np.isfinite(np.asarray(sources[source][rows], np.float32)).all(axis=1)]
-            found.setdefault(names[source], set()).update(wrong.tolist())
-    return {path: sorted(rows) for path, rows in found.items() if rows}
-
-
 def summary(report: dict[str, Any]) -> str:
     """One line on how a run was trained: its passes, and the values that by default depend on its length.
 
@@ -462,58 +343,6 @@ def describe_nonfinite(report: dict[str, Any]) -> str:
     return f"NaN or Inf: {' and '.join(parts)}."
 
 
-def _open(data) -> tuple[list[str], list[data_module.Rows]]:
-    """Names and rows of all sources."""
-    if isinstance(data, Mapping):
-        return list(data), list(data.values())
-    paths = [data] if isinstance(data, str | os.PathLike) else list(data)
-    return list(map(shown, paths)), [data_module.open_rows(path) for path in paths]
-
-
-def _split(names, everything, options: Options, weights) -> tuple[list[data_module.Rows], np.ndarray]:
-    """The rows to train on, by source, and the last rows of each, `heldout` in all."""
-    if weights is not None and len(weights) != len(names):
-        raise InputError(f"got {len(weights)} weights for {len(names)} files; pass one for each.")
-    total, needed = sum(map(len, everything)), options.batch + options.heldout
-    if total < needed:
-        what = f"holds {total} rows, but a batch and the held-out rows are {needed}"
-        raise InputError(f"{', '.join(names)}: {what}; pass more rows, or less of either.")
-    ends = np.cumsum([0, *map(len, everything)]) * options.heldout // total
-    counts = np.diff(ends)
-    heldout = [
-        data_module.shards.cast(
-            rows[len(rows) - count :], np.float32, name, "scale it", range(len(rows) - count, len(rows))
-        )
-        for name, rows, count in zip(names, everything, counts, strict=True)
-    ]
-    if len({rows.shape[1] for rows in everything}) > 1:
-        widths = ", ".join(str(rows.shape[1]) for rows in everything)
-        raise InputError(f"{', '.join(names)}: have widths {widths}; pass one layer's.")
-    for name, rows in zip(names, heldout, strict=True):
-        if len(rows):
-            data_module.require_finite(rows, f"{name}, held-out part")
-    rest = [rows[: len(rows) - count] for rows, count in zip(everything, counts, strict=True)]
-    return rest, np.concatenate(heldout)
-
-
-def _sample(batches: data_module.Batches, rows: int) -> np.ndarray:
-    """A sample of the rows: those of the first batches."""
-    first = batches.source[0]
-    more = range(1, -(-min(_SAMPLE, rows) // len(first)))
-    return np.concatenate([first, *(batches.source[number] for number in more)])[:_SAMPLE]
-
-
-def _centre_and_scale(sample: np.ndarray, name: str) -> tuple[jax.Array, float]:
-    """Geometric median of a sample, and the scale that gives it unit mean square about it."""
-    sample = sample[np.isfinite(sample).all(1)]
-    if len(sample) == 0 or (sample == sample[0]).all():
-        raise InputError(f"{name}: all rows are equal, or none is finite; pass activations of varied inputs.")
-    unit = float(np.abs(sample).max())  # so that nothing overflows
-    centre = train.geometric_median(jnp.asarray(sample / unit))
-    variance = np.mean(np.sum((np.float64(sample) / unit - np.asarray(centre, np.float64)) ** 2, axis=1))
-    return unit * centre, float(1 / (unit * np.sqrt(variance)))
-
-
 def optimiser(rate: float | jax.Array, steps: int) -> optax.GradientTransformation:
     """`train.default_optimizer` at a rate that warms up over the first twentieth and decays to 0 over the last fifth.
 
@@ -524,25 +353,7 @@ def optimiser(rate: float | jax.Array, steps: int) -> optax.GradientTransformati
     Example:
       >>> tx = optimiser(3e-3, steps=500)
     """
-    return train.default_optimizer(_schedule(rate, steps), clip=1.0)
-
-
-def _schedule(rate: float | jax.Array, steps: int) -> optax.Schedule:
-    warmup, decay = max(1, steps // 20), max(1, steps // 5)
-    factor = optax.join_schedules(
-        (optax.linear_schedule(1 / warmup, 1.0, warmup), optax.linear_schedule(1.0, 0.0, decay)), [steps - decay]
-    )
-    return lambda step: rate * factor(step)
+    return train.default_optimizer(schedule(rate, steps), clip=1.0)
 
 
 _optimiser = functools.cache(optimiser)  # training steps that share an optimizer share their compilation
-
-
-def _in_order(rows: _Data, size: int, count: int) -> Iterator[jax.Array]:
-    """The first training rows, in batches; the last one is padded with NaN."""
-    part = sharding.rows_needed(size)
-    source = rows.read(part=part).source
-    for start in range(0, count, size):
-        x = np.array(source[start // size], np.float32)
-        x[max(0, count - start - part.start) :] = np.nan
-        yield sharding.make_global_batch(x, size, part.start)

@@ -8,8 +8,10 @@ otherwise the step before it is, with a warning.
 """
 
 import contextlib
+import functools
 import json
 import math
+import operator
 import os
 import platform
 import re
@@ -398,7 +400,10 @@ def load(path: str | os.PathLike, like: Any, field: str) -> Any:
 
     path, keys = _absolute(path), [key[0] for key, _ in jax.tree.leaves_with_path(like)]
     part = like[field] if isinstance(like, dict) else getattr(like, field)
-    item = {"state": {field: jax.tree.map(ocp.utils.to_shape_dtype_struct, part)}}
+    leaves, structure = jax.tree.flatten(jax.tree.map(ocp.utils.to_shape_dtype_struct, part))
+    # As dictionaries, as which it is stored: orbax cannot read a part that has classes without arrays, such as `ReLU`.
+    names = [tuple(map(ocp.utils.get_key_name, path)) for path, _ in jax.tree.leaves_with_path(part)]
+    item: Any = {"state": _nested({(field, *map(str, name)): leaf for name, leaf in zip(names, leaves, strict=True)})}
     item |= {"fingerprint": jax.ShapeDtypeStruct((len(keys),), jnp.uint32)}
     how = ocp.args.PyTreeRestore(
         item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
@@ -406,10 +411,19 @@ def load(path: str | os.PathLike, like: Any, field: str) -> Any:
     with echoes.suppressed(), in_one_line(f"{path}: is damaged", "take another step"):
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())) as reader:
             found = reader.restore(path / "state", how)
+        restored = [functools.reduce(operator.getitem, map(str, name), found["state"][field]) for name in names]
         named = [getattr(key, "name", getattr(key, "key", None)) == field for key in keys]
-        if (np.asarray(fingerprint(found["state"])) != np.asarray(found["fingerprint"])[named]).any():
+        if (np.asarray(fingerprint(restored)) != np.asarray(found["fingerprint"])[named]).any():
             raise ValueError(_NOT_SAVED.format(f".{field}"))
-    return jax.tree.map(jnp.asarray, found["state"][field])
+    return structure.unflatten(map(jnp.asarray, restored))
+
+
+def _nested(leaves: dict[tuple[str, ...], Any]) -> Any:
+    """Dictionaries of dictionaries, of values by their paths."""
+    nested: dict[str, Any] = {}
+    for (*path, last), leaf in leaves.items():
+        functools.reduce(lambda inner, name: inner.setdefault(name, {}), path, nested)[last] = leaf
+    return nested
 
 
 @contextlib.contextmanager

@@ -83,6 +83,7 @@ def run(
     *,
     steps: int,
     save_every: float,
+    start_fn: Callable[[TrainState], TrainState] = lambda state: state,
     save_every_steps: int | None = None,
     eval_every: int | None = None,
     eval_fn: Callable[[int, TrainState], None] = lambda number, state: None,
@@ -108,6 +109,7 @@ def run(
       checkpoints: where to save.
       steps: total number of steps, at least as many as before; skipped batches do not count.
       save_every: seconds between saves.
+      start_fn: changes the initial state, to start from what no traced function makes.
       save_every_steps: steps between saves, besides.
       eval_every: steps between calls of `eval_fn`.
       eval_fn: called with the number of steps taken and the state, whose buffers the next step takes over.
@@ -139,7 +141,8 @@ def run(
       ([5], 5)
     """
     like = sharding.abstract(init_fn)
-    state, progress = _restored(checkpoints.restore(like), init_fn, steps)
+    fresh = lambda: start_fn(sharding.create(init_fn))  # noqa: E731
+    state, progress = _restored(checkpoints.restore(like), fresh, steps)
     if int(state.step):
         resumed(int(state.step), progress)
     batches.position = progress.position
@@ -168,7 +171,7 @@ def run(
             good = not (_infinite(state) > may_be_infinite).any()
             if watch.in_a_row >= PATIENCE or not good:
                 reason = f"the loss of {PATIENCE} batches in a row" if good else "a number of the state"
-                state, progress = _back(state, good, progress, checkpoints.restore(like), init_fn, reason, warn)
+                state, progress = _back(state, good, progress, checkpoints.restore(like), fresh, reason, warn)
                 taken = record.step = int(state.step)
                 watch.restart(state)
             elif signum:
@@ -186,10 +189,10 @@ def run(
     return state, progress
 
 
-def _restored(saved, init_fn, steps: int) -> tuple[TrainState, LoopState]:
+def _restored(saved, fresh, steps: int) -> tuple[TrainState, LoopState]:
     """The initial or restored state and progress."""
     if saved is None:
-        return sharding.create(init_fn), LoopState(steps=steps)
+        return fresh(), LoopState(steps=steps)
     record = LoopState(**saved.progress)  # JSON has lists in place of tuples
     progress = record._replace(bad=tuple(record.bad), lengthened=tuple(map(tuple, record.lengthened)))
     if progress.steps < steps:
@@ -198,9 +201,9 @@ def _restored(saved, init_fn, steps: int) -> tuple[TrainState, LoopState]:
     return saved.state, progress
 
 
-def _back(state, good: bool, progress: LoopState, saved, init_fn, reason: str, warn) -> tuple[TrainState, LoopState]:
+def _back(state, good: bool, progress: LoopState, saved, fresh, reason: str, warn) -> tuple[TrainState, LoopState]:
     """Roll back to the last saved state, keeping the position in the data."""
-    old = sharding.create(init_fn) if saved is None else saved.state
+    old = fresh() if saved is None else saved.state
     if progress.rollbacks == ROLLBACKS:
         raise TooManyRollbacks(state if good else old, progress, f"{reason} was not finite")
     warn(f"{reason} was not finite: going back to step {int(old.step)}.")

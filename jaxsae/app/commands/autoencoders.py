@@ -17,13 +17,10 @@ FORMATS = arguments.Choice(
 def _load(path: str, *, dtype: str | None = None, revision: str | None = None) -> Any:
     """The SAE at a path, which may also be one save of a run."""
     from jaxsae.app import runs
-    from jaxsae.formats import pretrained
 
-    if not runs.is_checkpoint(path):
-        return pretrained.load(path, dtype=dtype, revision=revision)
-    if dtype is not None or revision is not None:
+    if (dtype is not None or revision is not None) and runs.is_checkpoint(path):
         raise InputError(f"{path}: is a save of a run, which has neither --dtype nor --revision; convert it first.")
-    return runs.load(path)
+    return runs.load_any(path, dtype=dtype, revision=revision)
 
 
 def _is_same(a: Path, b: str | Path) -> bool:

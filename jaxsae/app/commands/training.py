@@ -22,6 +22,7 @@ def train(
     data: tuple[arguments.Rows, ...] = (),
     model: arguments.Model | None = None,
     layer: arguments.Index | None = None,
+    from_: arguments.Autoencoder | None = None,
     text: arguments.InputFiles = (),
     tokens: arguments.Count | None = None,
     context: arguments.Context = 256,
@@ -70,6 +71,8 @@ def train(
         data: files or directories of activations (rows, width), on disk or in a bucket.
         model: instead of --data, a language model: smollm2, a GGUF file or a Hugging Face directory.
         layer: block of the model after which the residual is taken, from 0.
+        from_: an SAE to start from, of the same width, latents and activation: a run, one save of a run, or any format,
+            on disk, in a bucket or on the hub (hf://organisation/repository/path).
         text: UTF-8 files for the model to read; by default Python's standard library, four million tokens.
         tokens: number of tokens to read, rounded up to whole contexts; all by default.
         context: number of tokens in a context.
@@ -115,7 +118,7 @@ def train(
     with devices.spread(mesh, distributed=distributed) as first:
         how: dict[str, Any] = {"weights": weights or None, "window": window, "reader_threads": reader_threads}
         how |= {"save_every": save_every, "save_every_steps": save_every_steps, "eval_every": eval_every}
-        how |= {"resume": resume, "data": data}
+        how |= {"resume": resume, "data": data, "start": from_}
         how["profile"] = None if profile is None else tuple(map(int, profile.split(":")))
         log = _recorded(given, options, logs.logs(out, options, wandb=wandb)) if first else None
         if model is not None and layer is not None:
