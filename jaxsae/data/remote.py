@@ -89,9 +89,10 @@ class _Blocks:
         ahead = range(wanted[-1] + 1, min(wanted[-1] + 1 + len(wanted), int(self._blocks[-1])))
         with self._lock:
             self._most = max(self._most, len(wanted))
-            for block in (*ahead, *wanted):
+            for block in (*wanted, *ahead):
                 if block not in self._kept:
                     self._kept[block] = buckets.start_reading(*self._span(block))
+            for block in (*ahead, *wanted):
                 self._kept.move_to_end(block)
             pending = [self._kept[block] for block in wanted]
             # Two windows, and one more for a reader that is ahead of the others.
