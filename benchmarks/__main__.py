@@ -15,6 +15,7 @@ import jax
 
 from benchmarks import (
     accelerator,
+    bucket,
     cases,
     clock,
     first_call,
@@ -118,6 +119,9 @@ def main() -> None:
     command = commands.add_parser("load", help="loading a large SAE: time and memory relative to its file")
     command.add_argument("--size", choices=load.SIZES, default="tiny")
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
+    command = commands.add_parser("bucket", help="rows read from a bucket on this machine; pip install '.[test]'")
+    command.add_argument("--size", choices=bucket.SIZES, default="tiny")
+    command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
     command = commands.add_parser("jobs", help="training jobs: the cost of saving and loading, and recovery from kills")
     command.add_argument("--size", choices=jobs.SIZES, default="tiny")
     command.add_argument("--kills", type=int, default=0, metavar="N", help="kill a job N times; pip install '.[study]'")
@@ -173,6 +177,8 @@ def main() -> None:
         _report(args, size=args.size, rows=nnls.run(args.size, with_peers=args.peers))
     elif args.command == "load":
         _report(args, size=args.size, rows=load.run(args.size))
+    elif args.command == "bucket":
+        _report(args, size=args.size, **bucket.run(args.size))
     elif args.command == "jobs":
         survived = {"survived": jobs.survive(args.kills)} if args.kills else {}
         _report(args, size=args.size, costs=jobs.costs(args.size), **survived)

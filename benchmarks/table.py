@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from benchmarks import accelerator, kernels, lasso, quality
+from benchmarks import accelerator, bucket, kernels, lasso, quality
 from benchmarks.pursuit import half_point
 from jaxsae.app.study import MANY_DEAD
 
@@ -242,6 +242,7 @@ def _jobs(report: dict[str, Any], machine: str) -> list[str]:
 
 _TABLES = {
     "accelerator": accelerator.markdown,
+    "bucket": bucket.markdown,
     "jobs": _jobs,
     "refine": _refine,
     "first-call": _first_call,

@@ -324,7 +324,7 @@ def test_the_guide_says_how_our_trainers_compare():
 
 def test_the_tables_of_benchmarks_are_those_of_the_committed_results():
     text = (ROOT / "benchmarks/README.md").read_text()
-    names = ("refine", "nnls", "first-call", "train", "harvest", "load", "jobs")
+    names = ("refine", "nnls", "first-call", "train", "harvest", "load", "jobs", "bucket")
     names += ("pursuit", "transitions", "lasso", "ksvd", "pictures", "quality")
     results = [ROOT / f"benchmarks/results/{name}/paper-cpu.json" for name in names]
     results += [ROOT / f"benchmarks/results/{name}/small-cpu.json" for name in ("kernels", "rates")]
