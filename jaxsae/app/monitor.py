@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxsae import sharding, train
 from jaxsae._core import processes
-from jaxsae._core.files import AnyPath, atomic_directory
+from jaxsae._core.files import AnyPath, InputError, atomic_directory
 from jaxsae.app import chips, evaluation
 from jaxsae.app.logs import Log
 from jaxsae.app.options import Options, lengthened, resolved, schedule
@@ -96,6 +96,24 @@ class Monitor:
         if self._ideal is not None:
             speed["mfu"] = self._ideal * steps / seconds
         return speed | {"data_wait": waited / seconds}
+
+
+def require_traceable(steps: tuple[int, int] | None, total: int) -> None:
+    """Raise unless there are such steps.
+
+    Args:
+      steps: the first, and the one after the last.
+      total: number of steps of the run.
+
+    Raises:
+      InputError: with what to pass.
+
+    Example:
+      >>> require_traceable((3, 6), 10)
+    """
+    if steps is not None and not steps[0] < steps[1] <= total:
+        got = "{}:{}".format(*steps)
+        raise InputError(f"got profile {got} for {total} steps; pass START:STOP, of which STOP is at most that.")
 
 
 @contextlib.contextmanager

@@ -197,7 +197,7 @@ def schedule(rate: float | jax.Array, steps: int) -> optax.Schedule:
       steps: of the training.
 
     Example:
-      >>> [round(float(schedule(1.0, 100)(step)), 2) for step in (0, 4, 79, 90, 100)]
+      >>> [round(float(schedule(1.0, 100)(step)), 2) for step in (0, 5, 79, 90, 100)]
       [0.2, 1.0, 1.0, 0.5, 0.0]
     """
     warmup, decay = max(1, steps // 20), max(1, steps // 5)

@@ -110,11 +110,7 @@ def run(
     every: Any = {"save_every": save_every, "save_every_steps": save_every_steps, "eval_every": eval_every}
     reading: Any = {"weights": weights, "window": window, "reader_threads": reader_threads}
     arguments.check(run, {"out": out, "profile": profile} | reading | every)
-    if profile is not None and not profile[0] < profile[1] <= options.steps:
-        got = "{}:{}".format(*profile)
-        raise InputError(
-            f"got profile {got} for {options.steps} steps; pass START:STOP, of which STOP is at most that."
-        )
+    monitor.require_traceable(profile, options.steps)
     if options.latents % (parts := sharding.axis_size("latent")):
         raise InputError(f"got {options.latents} latents for a mesh that splits them {parts} ways; pass a multiple.")
     out = any_path(out)
@@ -126,23 +122,23 @@ def run(
     centre, scale = run_data.centre_and_scale(run_data.sample(rows.read(), rows.total), rows.name)
     objective, tx, init_fn = recipe(options, centre, scale)
     start_fn = _start_from(start, options, rows.heldout.shape[1], scale)
-    hooks: Any = {"progress": progress, "resumed": resumed, "warn": warn}
+    made = (train.make_step(objective, tx), init_fn)
     with checkpoint.Checkpoints(
         out / "checkpoints", config=rows.config, extra={"scale": scale}, grows={"steps"}, warn=warn
     ) as checkpoints:
         if resume and not checkpoints.steps():
             raise InputError(f"{out}: holds no run to resume; leave out --resume to begin one.")
-        batches, diverged = rows.read(part=sharding.rows_needed(options.batch)), None
-        with log or contextlib.nullcontext(lambda step, numbers: None) as write:
-            step = train.make_step(objective, tx)
-            flops = functools.partial(monitor.flops_of, step, init_fn, options.batch, rows.heldout.shape[1])
-            watch = monitor.Monitor(options, rows.heldout, scale, write, batches, flops, **hooks)
-            try:
-                with monitor.traced(profile, out / "profile", warn) as before_fn:
-                    every |= {"steps": options.steps, "before_fn": before_fn, "start_fn": start_fn}
-                    state, reached = job.run(step, init_fn, batches, checkpoints, **every, **watch.hooks())
-            except job.TooManyRollbacks as error:
-                state, reached, diverged = error.state, error.progress, error
+        batches = rows.read(part=sharding.rows_needed(options.batch))
+        with (
+            log or contextlib.nullcontext(lambda step, numbers: None) as write,
+            monitor.traced(profile, out / "profile", warn) as before_fn,
+        ):
+            flops = functools.partial(monitor.flops_of, *made, options.batch, rows.heldout.shape[1])
+            shown_by = monitor.Monitor(
+                options, rows.heldout, scale, write, batches, flops, progress=progress, resumed=resumed, warn=warn
+            )
+            every |= {"steps": options.steps, "before_fn": before_fn, "start_fn": start_fn}
+            state, reached, diverged = _trained(*made, batches, checkpoints, **every, **shown_by.hooks())
     sae = _finished(state, scale, options, rows)
     if processes.is_primary() or not jax.sharding.get_mesh().empty:  # then each process sends its parts
         pretrained.save(sae, out / "sae")
@@ -154,6 +150,14 @@ def run(
         message = f"{rows.name}: {diverged} {describe_nonfinite(report)} The last good autoencoder is in {out / 'sae'}."
         raise InputError(message) from diverged
     return report
+
+
+def _trained(*what: Any, **how: Any) -> tuple[train.TrainState, job.LoopState, job.TooManyRollbacks | None]:
+    """The last good state of `job.run`, and why it was given up, if it was."""
+    try:
+        return *job.run(*what, **how), None
+    except job.TooManyRollbacks as error:
+        return error.state, error.progress, error
 
 
 def is_checkpoint(path: str | os.PathLike) -> bool:

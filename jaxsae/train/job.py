@@ -150,12 +150,11 @@ def run(
     watch = _Watch(state, record.see)
 
     def save(wait: bool = False) -> None:
-        checkpoints.save(
-            progress.position, state, progress=progress._asdict(), loss=progress.logged.get("nmse"), wait=wait
-        )
+        loss = progress.logged.get("nmse")
+        checkpoints.save(progress.position, state, progress=progress._asdict(), loss=loss, wait=wait)
 
-    taken, last = int(state.step), time.monotonic()
-    evaluated = taken
+    taken = evaluated = int(state.step)
+    last = time.monotonic()
     with _signals() as received:
         while taken < steps:
             before_fn(taken, state)
@@ -170,8 +169,7 @@ def run(
             taken, progress = int(state.step), record.add_to(progress)
             good = not (_infinite(state) > may_be_infinite).any()
             if watch.in_a_row >= PATIENCE or not good:
-                reason = f"the loss of {PATIENCE} batches in a row" if good else "a number of the state"
-                state, progress = _back(state, good, progress, checkpoints.restore(like), fresh, reason, warn)
+                state, progress = _back(state, good, progress, checkpoints.restore(like), fresh, warn)
                 taken = record.step = int(state.step)
                 watch.restart(state)
             elif signum:
@@ -201,8 +199,9 @@ def _restored(saved, fresh, steps: int) -> tuple[TrainState, LoopState]:
     return saved.state, progress
 
 
-def _back(state, good: bool, progress: LoopState, saved, fresh, reason: str, warn) -> tuple[TrainState, LoopState]:
+def _back(state, good: bool, progress: LoopState, saved, fresh, warn) -> tuple[TrainState, LoopState]:
     """Roll back to the last saved state, keeping the position in the data."""
+    reason = f"the loss of {PATIENCE} batches in a row" if good else "a number of the state"
     old = fresh() if saved is None else saved.state
     if progress.rollbacks == ROLLBACKS:
         raise TooManyRollbacks(state if good else old, progress, f"{reason} was not finite")
