@@ -1,8 +1,8 @@
 """The command `jaxsae`: its options, runs, studies, reports and pictures. The only place that prints.
 
 `cli` runs the `commands`, `console` prints their results, `compilation_cache` keeps compiled programs, and `allocator`
-freed memory. `options`, `config`, `run_data`, `start`, `runs`, `monitor` and `logs` are for `jaxsae train`: its options,
-a file of them, its data, what it starts from, the training, what it shows meanwhile, and its logged metrics.
+freed memory. `options`, `config`, `run_data`, `start`, `runs`, `monitor` and `logs` are for `jaxsae train`: its
+options, a file of them, its data, what it starts from, the training, what it shows meanwhile, and its logged metrics.
 `study` runs `jaxsae study`: `sources` has its rows, `tuned` trains to an L0, `measure` refines and compares, `summary`
 takes means over seeds, `plots` draws figures. `report` makes a page of a run, and `study_page` that of a study, of
 `html` with `charts` of `svg`. `plan` estimates what a training needs on TPUs, whose rates are in `chips`.

@@ -123,9 +123,9 @@ def run(
     objective, tx, init_fn = recipe(options, centre, scale)
     start_fn = _start_from(start, options, rows.heldout.shape[1], scale)
     made = (train.make_step(objective, tx), init_fn)
-    with checkpoint.Checkpoints(
-        out / "checkpoints", config=rows.config, extra={"scale": scale}, grows={"steps"}, warn=warn
-    ) as checkpoints:
+    saved: Any = {"config": rows.config, "extra": {"scale": scale}, "grows": {"steps"}, "warn": warn}
+    hooks: Any = {"progress": progress, "resumed": resumed, "warn": warn}
+    with checkpoint.Checkpoints(out / "checkpoints", **saved) as checkpoints:
         if resume and not checkpoints.steps():
             raise InputError(f"{out}: holds no run to resume; leave out --resume to begin one.")
         batches = rows.read(part=sharding.rows_needed(options.batch))
@@ -134,18 +134,14 @@ def run(
             monitor.traced(profile, out / "profile", warn) as before_fn,
         ):
             flops = functools.partial(monitor.flops_of, *made, options.batch, rows.heldout.shape[1])
-            shown_by = monitor.Monitor(
-                options, rows.heldout, scale, write, batches, flops, progress=progress, resumed=resumed, warn=warn
-            )
+            shown_by = monitor.Monitor(options, rows.heldout, scale, write, batches, flops, **hooks)
             every |= {"steps": options.steps, "before_fn": before_fn, "start_fn": start_fn}
             state, reached, diverged = _trained(*made, batches, checkpoints, **every, **shown_by.hooks())
     sae = _finished(state, scale, options, rows)
     if processes.is_primary() or not jax.sharding.get_mesh().empty:  # then each process sends its parts
         pretrained.save(sae, out / "sae")
     report = _report(sae, state, reached, options, rows, passed, batches)
-    with processes.all_or_none():
-        if processes.is_primary():
-            _write_report(report, out)
+    _write_report(report, out)
     if diverged is not None:
         message = f"{rows.name}: {diverged} {describe_nonfinite(report)} The last good autoencoder is in {out / 'sae'}."
         raise InputError(message) from diverged
@@ -275,8 +271,11 @@ def _report(
 
 
 def _write_report(report: dict[str, Any], out: AnyPath) -> None:
-    with atomic_file(out / "report.json") as temporary:
-        temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    """Write it, through the first of several processes."""
+    with processes.all_or_none():
+        if processes.is_primary():
+            with atomic_file(out / "report.json") as temporary:
+                temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
 
 
 def recipe(

@@ -142,9 +142,7 @@ def run(
     """
     like = sharding.abstract(init_fn)
     fresh = lambda: start_fn(sharding.create(init_fn))  # noqa: E731
-    state, progress = _restored(checkpoints.restore(like), fresh, steps)
-    if int(state.step):
-        resumed(int(state.step), progress)
+    state, progress = _restored(checkpoints.restore(like), fresh, steps, resumed)
     batches.position = progress.position
     record, may_be_infinite = _Record(state, log_fn), _infinite(state)
     watch = _Watch(state, record.see)
@@ -153,8 +151,7 @@ def run(
         loss = progress.logged.get("nmse")
         checkpoints.save(progress.position, state, progress=progress._asdict(), loss=loss, wait=wait)
 
-    taken = evaluated = int(state.step)
-    last = time.monotonic()
+    taken, evaluated, last = int(state.step), int(state.step), time.monotonic()
     with _signals() as received:
         while taken < steps:
             before_fn(taken, state)
@@ -187,7 +184,7 @@ def run(
     return state, progress
 
 
-def _restored(saved, fresh, steps: int) -> tuple[TrainState, LoopState]:
+def _restored(saved, fresh, steps: int, resumed) -> tuple[TrainState, LoopState]:
     """The initial or restored state and progress."""
     if saved is None:
         return fresh(), LoopState(steps=steps)
@@ -196,6 +193,8 @@ def _restored(saved, fresh, steps: int) -> tuple[TrainState, LoopState]:
     if progress.steps < steps:
         longer = (int(saved.state.step), progress.steps, steps)
         progress = progress._replace(steps=steps, lengthened=(*progress.lengthened, longer))
+    if int(saved.state.step):
+        resumed(int(saved.state.step), progress)
     return saved.state, progress
 
 
