@@ -14,6 +14,7 @@ from typing import Any
 
 from jaxsae._core.files import InputError, first_line
 
+_AT_A_TIME = asyncio.Semaphore(16)  # of fsspec's one loop
 _LIBRARIES = {"gs": "gcsfs", "s3": "s3fs"}
 
 
@@ -173,7 +174,7 @@ def describe(path: Any) -> tuple[int, str]:
 
 
 def start_reading(path: Any, start: int, stop: int) -> "Future[bytes]":
-    """Begin to read bytes of an object; many may be read at a time.
+    """Begin to read bytes of an object: some are read at a time, in the order in which they were asked for.
 
     Args:
       path: as from `path`.
@@ -183,4 +184,9 @@ def start_reading(path: Any, start: int, stop: int) -> "Future[bytes]":
     import fsspec.asyn
 
     store, inside = _store(path)
-    return asyncio.run_coroutine_threadsafe(store._cat_file(inside, start=start, end=stop), fsspec.asyn.get_loop())
+
+    async def read() -> bytes:
+        async with _AT_A_TIME:  # so that what was asked for first comes first
+            return await store._cat_file(inside, start=start, end=stop)
+
+    return asyncio.run_coroutine_threadsafe(read(), fsspec.asyn.get_loop())
