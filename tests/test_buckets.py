@@ -262,13 +262,16 @@ def test_batches_are_those_from_disk_and_each_row_is_read_once_an_epoch(threads,
     assert_same_bits(next(left), next(right))
 
 
-def test_what_is_kept_is_bounded(place, small_blocks):
+def test_what_is_kept_is_bounded(place, small_blocks, monkeypatch):
     write_shards(place, [N])
     opened = data.open_rows(place)
     kept = opened._load(0)._kept
     for batch in range(N // 8):
         opened[batch // 8 * 64 + np.arange(8) * 8]
         assert len(kept) <= 3 * 5
+    monkeypatch.setattr(remote, "_IN_ORDER", 5)
+    assert_same_bits(np.asarray(opened), rows(N, D).astype(np.float16))
+    assert len(kept) <= 3 * 5
 
 
 def test_windows_are_the_default_in_a_bucket(place, monkeypatch):

@@ -154,7 +154,8 @@ def require_writable(path: Any) -> None:
     store, inside = _store(f"{path}.writable")
     with reached(path):
         store.pipe_file(inside, b"")
-        store.rm_file(inside)
+        with contextlib.suppress(FileNotFoundError):  # another process, which asks the same, has removed it
+            store.rm_file(inside)
 
 
 def describe(path: Any) -> tuple[int, str]:

@@ -12,8 +12,9 @@ from jaxsae._core.files import InputError
 from jaxsae.data.lazy import LazyRows, Windows
 
 _BLOCK = 4 << 20  # bytes that are read together
-_TOGETHER = 256  # blocks that are read at a time
-_WINDOW = 64  # blocks of rows that are shuffled together by default
+_WIDEST = 256  # blocks of rows that may be shuffled together
+_WINDOW = 64  # those that are by default
+_IN_ORDER = 16  # blocks that are read together where each is wanted once
 
 
 class File(NamedTuple):
@@ -47,7 +48,7 @@ def open_files(
       check: called with the number of a file and its bytes before the rows, when its first rows are read.
     """
     rows: Any = _Blocks(files, width, np.dtype(dtype), check)
-    windows = Windows(*(blocks * _BLOCK // (width * np.dtype(dtype).itemsize) for blocks in (_WINDOW, _TOGETHER)))
+    windows = Windows(*(blocks * _BLOCK // (width * np.dtype(dtype).itemsize) for blocks in (_WINDOW, _WIDEST)))
     return LazyRows(lambda _: rows, np.array([0, len(rows)]), range(len(rows)), width, dtype, checksum, windows)
 
 
@@ -77,8 +78,10 @@ class _Blocks:
         blocks = self._blocks[files] + within // self._per_block
         order, out = np.argsort(blocks, kind="stable"), np.empty((len(numbers), self._width), self._dtype)
         groups = np.split(order, np.flatnonzero(np.diff(blocks[order])) + 1) if len(order) else []
-        for start in range(0, len(groups), _TOGETHER):
-            some = groups[start : start + _TOGETHER]
+        all_of_them = 2 * len(numbers) > self._per_block * len(groups)  # so that nobody comes back to these blocks
+        together = _IN_ORDER if all_of_them else _WIDEST
+        for start in range(0, len(groups), together):
+            some = groups[start : start + together]
             wanted = [int(blocks[group[0]]) for group in some]
             for block, pending, group in zip(wanted, self._request(wanted), some, strict=True):
                 out[group] = self._parse(block, pending)[within[group] % self._per_block]
