@@ -191,3 +191,64 @@ def test_of_two_jobs_of_two_processes_one_owns_the_directory(tmp_path):
     assert "another process writes there" in said[0][1]
     assert "process 0 failed, and with it all of them" in said[1][1]
     assert not any("Traceback" in err for _, err in said)
+
+
+# Harvests what is left of a folder, and prints how many contexts this process computed itself.
+HARVEST = """
+import os, sys
+import numpy as np
+import jax
+out, stop = sys.argv[1], int(sys.argv[2])
+if os.environ["JAX_NUM_PROCESSES"] != "1":
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    count, number = (int(os.environ[name]) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+    jax.distributed.initialize(num_processes=count, process_id=number)
+from jaxsae.data import shards
+from jaxsae.language_model import harvest, tiny
+computed, step = [0], harvest._step
+harvest._MAX_STEPS = 1
+def count(model, some, *more):
+    computed[0] += len(some)
+    return step(model, some, *more)
+harvest._step = count
+append, left = shards.Writer.append, [stop]
+def until(self, *rows, **columns):
+    if not left[0]:
+        raise SystemExit(0)
+    left[0] -= 1
+    append(self, *rows, **columns)
+shards.Writer.append = until
+contexts = np.random.default_rng(0).integers(0, 16, (26, 6), dtype=np.int32)
+try:
+    rows = harvest.run(out, tiny(), contexts, layer=1, source={}, batch=4, dtype="float32")
+finally:
+    print("computed", computed[0])
+"""
+
+
+def harvest(folder, processes, stop=-1):
+    port = free_port()
+    command = [sys.executable, "-c", HARVEST, str(folder), str(stop)]
+    each = [joined(port, processes, number) for number in range(processes)]
+    said = finish([subprocess.Popen(command, env=env, stdout=-1, stderr=-1, text=True) for env in each])
+    return [int(out.rpartition("computed ")[2]) for out, _ in said]
+
+
+def test_each_of_two_processes_harvests_its_half(tmp_path):
+    from jaxsae import data
+    from jaxsae.data import shards
+
+    assert harvest(tmp_path / "one", 1) == [26]
+    assert harvest(tmp_path / "two", 2) == [14, 12]  # 4 and 4, thrice, then the last 2
+    assert harvest(tmp_path / "begun", 2, stop=2)  # two shards each; then two are done by one, and two by two
+    assert shards.read(tmp_path / "begun").rows == 16 * 5
+    assert harvest(tmp_path / "begun", 1, stop=1)[0] >= 4
+    assert harvest(tmp_path / "begun", 2) == [4, 2]
+    expected = data.open_rows(tmp_path / "one")
+    assert expected.shape == (26 * 5, 8)
+    for folder in ("two", "begun"):
+        assert shards.read(tmp_path / folder).complete
+        np.testing.assert_allclose(np.asarray(data.open_rows(tmp_path / folder)), np.asarray(expected), 1e-5, 1e-6)
+        found, tokens = (shards.column(tmp_path / name, "tokens") for name in (folder, "one"))
+        np.testing.assert_array_equal(found, tokens)
+        shards.verify(tmp_path / folder)

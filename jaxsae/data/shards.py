@@ -18,9 +18,11 @@ import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsae._core import processes
 from jaxsae._core.files import (
     AnyPath,
     InputError,
@@ -143,7 +145,7 @@ class Writer:
       (1, (6, 4), (6,))
     """
 
-    def __init__(self, folder: str | os.PathLike, *, width: int, dtype: Any, source: Any):
+    def __init__(self, folder: str | os.PathLike, *, width: int, dtype: Any, source: Any, together: bool = False):
         """Start or resume a directory.
 
         Args:
@@ -151,6 +153,8 @@ class Writer:
           width: width of the rows.
           dtype: float16, float32 or bfloat16.
           source: any JSON that describes where the rows come from; a directory is only resumed with an equal one.
+          together: of several processes, each makes a writer, and calls all its methods: each writes a shard, and the
+            first one the manifest.
 
         Raises:
           InputError: if the directory holds something else, was made with other arguments, or is damaged.
@@ -165,31 +169,48 @@ class Writer:
                 f"{folder}: got width {width} and dtype {name}; pass at least 1, and one of {', '.join(_DTYPES)}."
             )
         new = Manifest(int(width), name, json.loads(json.dumps(source, allow_nan=False)))
+        self._together = together and jax.process_count() > 1
+        with self._all_or_none():
+            if self._commits():
+                self._begin(new)
+        if not self._commits():
+            self._hold(read(self.folder))
+
+    def _commits(self) -> bool:
+        """Whether this process writes the manifest."""
+        return not self._together or processes.is_primary()
+
+    def _all_or_none(self) -> contextlib.AbstractContextManager[None]:
+        """A block that fails in all processes that write together, or in none."""
+        return processes.all_or_none() if self._together else contextlib.nullcontext()
+
+    def _begin(self, new: Manifest) -> None:
+        """Write the first manifest, or read what is there, and remove unfinished shards."""
         if isinstance(self.folder, Path):  # in a bucket, names need no folders
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise InputError(f"cannot write {folder}: {error.strerror}; choose another --out.") from error
+                raise InputError(f"cannot write {self.folder}: {error.strerror}; choose another --out.") from error
             flush_folder(self.folder.parent)
         with reached(self.folder):
             begun = self._path.exists()
         if begun:
-            self._hold(read(folder))
+            self._hold(read(self.folder))
             got, expected = _arguments(new), _arguments(self.manifest)
             for name in (name for name in sorted(got | expected) if got.get(name) != expected.get(name)):
                 what = f"got {name} {got.get(name, 'nothing')}, expected {expected.get(name, 'nothing')}"
-                raise InputError(f"{folder}: {what}; choose another --out, or remove it.")
+                raise InputError(f"{self.folder}: {what}; choose another --out, or remove it.")
         elif all(_PARTIAL.fullmatch(name) for name in self._names()):
-            self._commit(new)
+            self._write_manifest(new)
         else:
-            raise InputError(f"{folder}: holds files but no {MANIFEST}; choose another --out, or remove it.")
+            raise InputError(f"{self.folder}: holds files but no {MANIFEST}; choose another --out, or remove it.")
         self._sweep()
 
     def append(self, rows: Any, /, **columns: Any) -> None:
-        """Write a shard atomically.
+        """Write a shard atomically; several processes that write together, one each, in their order.
 
         Args:
-          rows: `[n d]`, cast to the directory's dtype.
+          rows: `[n d]`, cast to the directory's dtype; None from the last of several processes, if they have none left.
           **columns: arrays of any shape and dtype, the same names in every shard.
 
         Raises:
@@ -197,23 +218,30 @@ class Writer:
           OSError: if writing fails, as on a full disk; existing shards are kept.
         """
         self._require_writable()
+        try:
+            with self._all_or_none():
+                shard = None if rows is None else self._write_shard(rows, columns)
+            added = [each for each in (processes.gather(shard) if self._together else [shard]) if each is not None]
+            self._commit(self.manifest._replace(shards=(*self.manifest.shards, *added)))
+        except BaseException:
+            with contextlib.suppress(OSError, ValueError):
+                if self._commits() and self._on_disk() == self.manifest:  # else it lists the new shard
+                    self._sweep()
+            raise
+
+    def _write_shard(self, rows: Any, columns: dict[str, Any]) -> dict[str, Any]:
+        """Write the files of a shard, and return its entry for the manifest."""
+        number = self.shards + (jax.process_index() if self._together else 0)
         rows = _stored_rows(rows, self.manifest, self.folder)
-        contents = {_name(self.shards, name): _serialised(x, name) for name, x in {None: rows, **columns}.items()}
+        contents = {_name(number, name): _serialised(x, name) for name, x in {None: rows, **columns}.items()}
         first = self.manifest.shards[0]["files"] if self.shards else contents
         same = {name.partition(".")[2] for name in first} == {name.partition(".")[2] for name in contents}
         if not same or not all(map(_SHARD.fullmatch, contents)):
             raise InputError(f"{self.folder}: got columns {list(columns)}; pass plain names, the same in every shard.")
+        for name, content in contents.items():
+            _write(self.folder / name, content)
         files = {name: {"bytes": len(content), "crc32": _crc32(content)} for name, content in contents.items()}
-        shards = (*self.manifest.shards, {"rows": len(rows), "files": files})
-        try:
-            for name, content in contents.items():
-                _write(self.folder / name, content)
-            self._commit(self.manifest._replace(shards=shards))
-        except BaseException:
-            with contextlib.suppress(OSError, ValueError):
-                if self._on_disk() == self.manifest:  # else it lists the new shard
-                    self._sweep()
-            raise
+        return {"rows": len(rows), "files": files}
 
     def finish(self) -> None:
         """Mark the directory complete."""
@@ -224,10 +252,16 @@ class Writer:
     def _require_writable(self) -> None:
         if self.manifest.complete:
             raise InputError(f"{self.folder}: is complete; choose another --out, or remove it.")
-        if self._on_disk() != self.manifest:
+        if self._commits() and self._on_disk() != self.manifest:
             raise InputError(f"{self.folder}: another process has written there; stop one, and start the other again.")
 
     def _commit(self, manifest: Manifest) -> None:
+        with self._all_or_none():
+            if self._commits():
+                self._write_manifest(manifest)
+        self._hold(manifest)
+
+    def _write_manifest(self, manifest: Manifest) -> None:
         record = {"format": _FORMAT, "version": _VERSION, "rows": manifest.rows, **manifest._asdict()}
         _write(self._path, json.dumps(record, indent=1).encode())
         self._hold(manifest)

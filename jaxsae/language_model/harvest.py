@@ -286,7 +286,8 @@ def run(
     """Write the residual stream of a language model over contexts, as shards, with the tokens beside them.
 
     Row `r` of a shard belongs to position `1 + r mod (s − 1)` of context `r // (s − 1)` in its column `tokens`. An
-    interrupted harvest of the same contexts in `out` is resumed.
+    interrupted harvest of the same contexts in `out` is resumed. Several processes compute a shard each, on their own
+    devices, and the result is that of one; it may be resumed by another number of them.
 
     Args:
       out: directory.
@@ -317,18 +318,20 @@ def run(
     n, length = contexts.shape
     crc = f"{zlib.crc32(np.asarray(contexts, np.int32).tobytes()):08x}"
     source = {**source, "layer": layer, "contexts": n, "context": length, "tokens_crc32": crc}
-    writer = shards.Writer(out, width=model.config.width, dtype=dtype, source=source)
-    first = writer.rows // (length - 1)
+    writer = shards.Writer(out, width=model.config.width, dtype=dtype, source=source, together=True)
+    first, count, me = writer.rows // (length - 1), jax.process_count(), jax.process_index()
     if first:
         progress(first)
     if not writer.manifest.complete:
-        mesh, batch = _data_mesh(jax.devices(), batch, n)
+        mesh, batch = _data_mesh(jax.local_devices(), batch, n)
         # Bounded, since a shard is held in memory, and lost if the harvest is killed.
         steps = max(1, min(_MAX_STEPS, _SHARD // (4 * batch * (length - 1) * model.config.width)))
-        residuals = _residuals(model, contexts[first:], layer, batch, mesh, progress)
-        for start in range(first, n, steps * batch):
-            rows = np.concatenate(list(itertools.islice(residuals, steps)))
-            writer.append(rows.reshape(-1, rows.shape[-1]), tokens=contexts[start : start + len(rows)])
+        own = [contexts[at + me * steps * batch :][: steps * batch] for at in range(first, n, count * steps * batch)]
+        of_all = lambda done: progress(count * done)  # noqa: E731  the others are about as far
+        residuals = _residuals(model, np.concatenate(own), layer, batch, mesh, of_all)
+        for some in own:
+            rows = np.concatenate(list(itertools.islice(residuals, steps))) if len(some) else None
+            writer.append(None if rows is None else rows.reshape(-1, rows.shape[-1]), tokens=some)
         writer.finish()
     return shards.open_rows(out)
 

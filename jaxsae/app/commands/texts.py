@@ -7,6 +7,7 @@ from typing import Annotated
 from jaxsae._core import arguments
 from jaxsae._core.files import shown
 from jaxsae.app import console
+from jaxsae.app.commands import devices
 
 
 def fetch(name: Annotated[str, arguments.Choice(("smollm2",))], /, *, json: bool = False) -> int:
@@ -37,6 +38,7 @@ def harvest(
     context: arguments.Context = 256,
     batch: arguments.Count = 8,
     dtype: Annotated[str, arguments.ROWS_DTYPE] = "float16",
+    distributed: bool = False,
     json: bool = False,
 ) -> int:
     """Write a language model's residual stream over text to disk.
@@ -55,16 +57,25 @@ def harvest(
         context: number of tokens in a context.
         batch: contexts in a step.
         dtype: of the rows, float16 or float32.
+        distributed: run as one of several processes, as for jaxsae train; each computes its part.
         json: print the path, shape, dtype and text files as one JSON object.
     """
+    import zlib
+
+    from jaxsae._core import processes
     from jaxsae.language_model import harvest as job
 
-    job.check(model, layer=layer, context=context, out=out)
-    net, packed = _read(model, text, tokens, context)
-    source = {"model": model, "text": packed.files}
-    how = {"layer": layer, "source": source, "batch": batch, "dtype": dtype}
-    with console.progress(len(packed.contexts), rows=context, unit="tokens") as update:
-        rows = job.run(out, net, packed.contexts, **how, progress=functools.partial(update, "harvesting"))
+    with devices.spread(None, distributed=distributed) as here:
+        with processes.all_or_none():
+            job.check(model, layer=layer, context=context, out=out)
+            net, packed = _read(model, text, tokens, context)
+        processes.require_same({"the text": zlib.crc32(packed.contexts.tobytes()), "--layer": layer, "--batch": batch})
+        source = {"model": model, "text": packed.files}
+        how = {"layer": layer, "source": source, "batch": batch, "dtype": dtype}
+        with console.progress(len(packed.contexts), rows=context, unit="tokens", quiet=not here) as update:
+            rows = job.run(out, net, packed.contexts, **how, progress=functools.partial(update, "harvesting"))
+    if not here:
+        return 0
     n, width = rows.shape
     summary = {"out": shown(out), "rows": n, "width": width, "dtype": dtype, "files": packed.files}
     written = f"Written: {shown(out)}, {n} rows of width {width}, {dtype}, from {len(packed.files)} files"
