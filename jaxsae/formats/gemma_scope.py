@@ -78,7 +78,8 @@ def write(sae: SAE, path: Path) -> None:
     arrays = {name: getattr(sae, name) for name in ("W_enc", "W_dec", "b_enc", "b_dec")} | {"threshold": threshold}
     wide = {name: writable(array.astype(_wide(array)), name) for name, array in arrays.items()}
     with atomic_directory(path) as folder:
-        np.savez(folder / _NPZ, allow_pickle=False, **wide)  # pyright: ignore[reportArgumentType]
+        # Without `allow_pickle`, which numpy 2.0 takes for one more array.
+        np.savez(folder / _NPZ, **wide)  # pyright: ignore[reportArgumentType]
 
 
 def _written(sae: SAE, format: str) -> tuple[SAE, np.ndarray]:
