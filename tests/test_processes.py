@@ -206,7 +206,7 @@ if os.environ["JAX_NUM_PROCESSES"] != "1":
 from jaxsae.data import shards
 from jaxsae.language_model import harvest, tiny
 computed, step = [0], harvest._step
-harvest._MAX_STEPS = 1
+harvest._MAX_STEPS = int(sys.argv[3])
 def count(model, some, *more):
     computed[0] += len(some)
     return step(model, some, *more)
@@ -226,9 +226,9 @@ finally:
 """
 
 
-def harvest(folder, processes, stop=-1):
+def harvest(folder, processes, stop=-1, steps=1):
     port = free_port()
-    command = [sys.executable, "-c", HARVEST, str(folder), str(stop)]
+    command = [sys.executable, "-c", HARVEST, str(folder), str(stop), str(steps)]
     each = [joined(port, processes, number) for number in range(processes)]
     said = finish([subprocess.Popen(command, env=env, stdout=-1, stderr=-1, text=True) for env in each])
     return [int(out.rpartition("computed ")[2]) for out, _ in said]
@@ -240,13 +240,14 @@ def test_each_of_two_processes_harvests_its_half(tmp_path):
 
     assert harvest(tmp_path / "one", 1) == [26]
     assert harvest(tmp_path / "two", 2) == [14, 12]  # 4 and 4, thrice, then the last 2
+    assert harvest(tmp_path / "large", 2, steps=100) == [16, 10]  # a shard each, of whole steps
     assert harvest(tmp_path / "begun", 2, stop=2)  # two shards each; then two are done by one, and two by two
     assert shards.read(tmp_path / "begun").rows == 16 * 5
     assert harvest(tmp_path / "begun", 1, stop=1)[0] >= 4
     assert harvest(tmp_path / "begun", 2) == [4, 2]
     expected = data.open_rows(tmp_path / "one")
     assert expected.shape == (26 * 5, 8)
-    for folder in ("two", "begun"):
+    for folder in ("two", "large", "begun"):
         assert shards.read(tmp_path / folder).complete
         np.testing.assert_allclose(np.asarray(data.open_rows(tmp_path / folder)), np.asarray(expected), 1e-5, 1e-6)
         found, tokens = (shards.column(tmp_path / name, "tokens") for name in (folder, "one"))

@@ -324,8 +324,13 @@ def run(
         progress(first)
     if not writer.manifest.complete:
         mesh, batch = _data_mesh(jax.local_devices(), batch, n)
-        # Bounded, since a shard is held in memory, and lost if the harvest is killed.
-        steps = max(1, min(_MAX_STEPS, _SHARD // (4 * batch * (length - 1) * model.config.width)))
+        # Bounded, since a shard is held in memory, and lost if the harvest is killed; and by what is a process's part.
+        bounds = (
+            _MAX_STEPS,
+            _SHARD // (4 * batch * (length - 1) * model.config.width),
+            -(-(n - first) // (count * batch)),
+        )
+        steps = max(1, min(bounds))
         own = [contexts[at + me * steps * batch :][: steps * batch] for at in range(first, n, count * steps * batch)]
         of_all = lambda done: progress(count * done)  # noqa: E731  the others are about as far
         residuals = _residuals(model, np.concatenate(own), layer, batch, mesh, of_all)
