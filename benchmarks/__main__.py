@@ -119,7 +119,7 @@ def main() -> None:
     command = commands.add_parser("load", help="loading a large SAE: time and memory relative to its file")
     command.add_argument("--size", choices=load.SIZES, default="tiny")
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
-    command = commands.add_parser("bucket", help="rows read from a bucket on this machine; pip install '.[test]'")
+    command = commands.add_parser("bucket", help="rows read from a bucket on this machine; pip install '.[test-cloud]'")
     command.add_argument("--size", choices=bucket.SIZES, default="tiny")
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
     command = commands.add_parser("jobs", help="training jobs: the cost of saving and loading, and recovery from kills")

@@ -45,7 +45,7 @@ def _wait(port: int) -> None:
             return
         except OSError:
             time.sleep(0.1)
-    raise SystemExit("no server of S3 started; pip install '.[test]'.")
+    raise SystemExit("no server of S3 started; pip install '.[test-cloud]'.")
 
 
 def _measure(c: dict[str, int]) -> dict[str, float]:
