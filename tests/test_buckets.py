@@ -24,7 +24,7 @@ from jaxsae._core.files import any_path, atomic_directory, atomic_file, names
 from jaxsae.app import runs
 from jaxsae.app.options import Options
 from jaxsae.autoencoder import stream
-from jaxsae.data import batching, remote, shards
+from jaxsae.data import batching, lazy, remote, shards
 from jaxsae.train import checkpoint
 
 # Before gcsfs is imported: else it asks a server for its kind of buckets in a protocol that only Google's own speaks.
@@ -62,7 +62,7 @@ class Server:
         self._process.wait()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def google(tmp_path_factory):
     """A server of Google's protocol, which keeps objects on disk."""
     folder = tmp_path_factory.mktemp("google")
@@ -80,7 +80,7 @@ def google(tmp_path_factory):
     server.kill()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def amazon():
     """A server of Amazon's protocol."""
     server = Server("-m", "moto.server", "-H", "127.0.0.1", "-p")
@@ -88,9 +88,9 @@ def amazon():
     server.kill()
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def environment(google, amazon):
-    """What a user sets for servers other than Google's and Amazon's own."""
+    """What a user sets for servers other than Google's and Amazon's own; for the session, as stores keep addresses."""
     patch = pytest.MonkeyPatch()
     for name, value in {
         "STORAGE_EMULATOR_HOST": google.url,
@@ -281,6 +281,10 @@ def test_windows_are_the_default_in_a_bucket(place, monkeypatch):
     assert opened[3:].shuffled == opened.shuffled
     assert batching.shuffle_window([opened, rows(3)], None) == opened.shuffled.best
     assert batching.shuffle_window([rows(3)], None) is None
+    few = opened[:]
+    few.shuffled = lazy.Windows(5, 5)  # as those of a model
+    assert batching.shuffle_window([opened, few], None) == batching.shuffle_window([few, opened], None) == 5
+    refused("got window 6; pass at most 5", batching.shuffle_window, [opened, few], 6)
     refused("got window 33554433; pass at most 33554432", data.batches, opened, 8, seed=0, window=2**25 + 1)
 
 

@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from jaxsae._core.files import InputError, first_line
+from jaxsae._core.files import InputError, in_one_line
 
 _AT_A_TIME = asyncio.Semaphore(16)  # of fsspec's one loop
 _LIBRARIES = {"gs": "gcsfs", "s3": "s3fs"}
@@ -61,15 +61,11 @@ def reached(path: Any) -> Iterator[None]:
       Traceback (most recent call last):
       jaxsae.InputError: gs://bucket/x: no such bucket or object; check the address.
     """
-    try:
-        yield
-    except (InputError, ImportError):
-        raise
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such bucket or object; check the address.") from error
-    except Exception as error:
-        reason = first_line(error).rstrip(".")
-        raise InputError(f"{path}: cannot be used ({reason}); check the network and the credentials.") from error
+    with in_one_line(f"{path}: cannot be used", "check the network and the credentials"):
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise InputError(f"{path}: no such bucket or object; check the address.") from error
 
 
 def _store(path: Any) -> tuple[Any, str]:

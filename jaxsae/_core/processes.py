@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import json
-import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -58,11 +57,8 @@ def require_same(values: Mapping[str, Any]) -> None:
     Example:
       >>> require_same({"batch": 1024})
     """
-    if jax.process_count() == 1:
-        return
-    hashes = [zlib.crc32(json.dumps(value, sort_keys=True).encode()) >> 1 for value in values.values()]
-    found = multihost_utils.process_allgather(np.array(hashes, np.int32))
-    differing = [name for name, column in zip(values, found.T, strict=True) if len(set(column.tolist())) > 1]
+    found = gather(dict(values))
+    differing = [name for name in values if any(each[name] != found[0][name] for each in found)]
     if differing:
         names = ", ".join(differing)
         raise InputError(f"the processes disagree about {names}; start all of them with the same options and data.")

@@ -134,9 +134,9 @@ def run(
             monitor.traced(profile, out / "profile", warn) as before_fn,
         ):
             flops = functools.partial(monitor.flops_of, *made, options.batch, rows.heldout.shape[1])
-            shown_by = monitor.Monitor(options, rows.heldout, scale, write, batches, flops, **hooks)
+            watch = monitor.Monitor(options, rows.heldout, scale, write, batches, flops, **hooks)
             every |= {"steps": options.steps, "before_fn": before_fn, "start_fn": start_fn}
-            state, reached, diverged = _trained(*made, batches, checkpoints, **every, **shown_by.hooks())
+            state, reached, diverged = _trained(*made, batches, checkpoints, **every, **watch.hooks())
     sae = _finished(state, scale, options, rows)
     if processes.is_primary() or not jax.sharding.get_mesh().empty:  # then each process sends its parts
         pretrained.save(sae, out / "sae")

@@ -104,13 +104,12 @@ def shuffle_window(sources: Sequence[Rows], window: int | None) -> int | None:
       >>> shuffle_window([np.zeros((4, 2))], None), shuffle_window([np.zeros((4, 2))], 3)
       (None, 3)
     """
-    for source in sources:
-        if not isinstance(source, LazyRows) or source.shuffled is None:
-            continue
-        best, most = source.shuffled
-        if window is not None and window > most:
-            raise InputError(f"got window {window}; pass at most {most}, of which each of these rows is read once.")
-        window = best if window is None else window
+    known = [source.shuffled for source in sources if isinstance(source, LazyRows) and source.shuffled is not None]
+    if window is None:
+        return min((each.best for each in known), default=None)
+    most = min((each.most for each in known), default=window)
+    if window > most:
+        raise InputError(f"got window {window}; pass at most {most}, of which each of these rows is read once.")
     return window
 
 
