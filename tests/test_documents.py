@@ -119,6 +119,7 @@ def test_commands_of_a_page_are_understood(page, tmp_path, monkeypatch):
 
         monkeypatch.setitem(cli.COMMANDS, name, functools.wraps(command)(note))
     monkeypatch.setattr(buckets, "require_writable", lambda path: None)  # which there are none of
+    monkeypatch.setattr(buckets, "path", Path)  # without the extra `cloud` too
     monkeypatch.chdir(tmp_path)
     Path("run").mkdir()
     Path("run/config.json").write_text('{"activation": "topk", "k": 4, "latents": 64, "data": "x.npy"}')
