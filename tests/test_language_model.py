@@ -1,5 +1,6 @@
 import functools
 import json
+import re
 from pathlib import Path
 
 import chex
@@ -14,24 +15,30 @@ from problems import atoms_of, f64, optimum, sae
 import jaxsae
 from jaxsae import language_model as lm
 from jaxsae._core.files import InputError
-from jaxsae.language_model import files
+from jaxsae.language_model import config, files, sites
 
 SAVED = Path(__file__).parent / "language_models"
 GOLDEN = Path(__file__).parents[2] / "shared" / "fixtures" / "smollm2" / "golden.npz"
-EVERY_MODEL = pytest.mark.parametrize("name", ["gpt2", "llama", "llama3"])
-LAYERS = range(3)  # of every model here
+EVERY_MODEL = pytest.mark.parametrize("name", sorted(path.parent.name for path in SAVED.glob("*/config.json")))
 
 # Compiled, since op by op every shape costs dozens of small compilations.
 residual = jax.jit(lm.residual, static_argnums=2)
 logits = jax.jit(lm.logits, static_argnums=2)
-splice = jax.jit(lm.splice, static_argnums=(2, 3), static_argnames="skip_first")
+splice = jax.jit(lm.splice, static_argnums=(2, 3), static_argnames=("site", "skip_first"))
+
+
+def points(model):
+    """Every site of every block."""
+    sites = [site for site in lm.SITES if site != "resid_mid" or not model.config.parallel]
+    return [(layer, site) for layer in range(model.config.layers) for site in sites]
 
 
 @jax.jit
 def everything(model, ids):
-    """The residual after every block, and the logits that follow from the first and the last."""
-    hidden = [lm.residual(model, ids, layer) for layer in LAYERS]
-    return hidden, [lm.logits(model, hidden[layer], layer) for layer in (0, 2)]
+    """The activations at every site, and the logits that follow from the first residual and the last."""
+    found = dict(zip(points(model), lm.residuals(model, ids, points(model)), strict=True))
+    last = model.config.layers - 1
+    return found, [lm.logits(model, found[layer, "resid_post"], layer) for layer in (0, last)]
 
 
 @functools.cache
@@ -49,26 +56,129 @@ def tokens(batch=2, length=6, seed=0, vocab=16):
 # --- residual and logits
 
 
+def wanted_at(expected, layer, site):
+    if site == "resid_mid":
+        return expected["resid_pre"][layer] + expected["attn_out"][layer]
+    return expected[site][layer]
+
+
 @EVERY_MODEL
-def test_every_residual_and_the_logits_are_those_of_transformers(name):
+def test_every_site_and_the_logits_are_those_of_transformers(name):
     model, expected = saved(name)
-    hidden, found = everything(model, expected["ids"])
-    np.testing.assert_allclose(np.stack(hidden), expected["hidden"], atol=1e-5)
-    for each in found:
+    found, predicted = everything(model, expected["ids"])
+    assert found.keys() == set(points(model))
+    for (layer, site), x in found.items():
+        wanted = wanted_at(expected, layer, site)
+        np.testing.assert_allclose(x, wanted, atol=1e-5 * np.abs(wanted).max(), err_msg=f"{layer} {site}")
+    for each in predicted:
         assert each.dtype == jnp.float32
-        np.testing.assert_allclose(each, expected["logits"], atol=1e-5)
+        np.testing.assert_allclose(each, expected["logits"], atol=1e-5 * np.abs(expected["logits"]).max())
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama3"])
+@EVERY_MODEL
 def test_bfloat16_is_close(name, mixed):
     model, expected = saved(name, "bfloat16")
-    hidden, found = everything(model, expected["ids"])
-    assert {h.dtype for h in hidden} == {jnp.dtype(jnp.bfloat16)}
-    for got, wanted in [*zip(hidden, expected["hidden"], strict=True), (found[0], expected["logits"])]:
+    found, predicted = everything(model, expected["ids"])
+    assert {x.dtype for x in found.values()} == {jnp.dtype(jnp.bfloat16)}
+    pairs = [(x, wanted_at(expected, *point)) for point, x in found.items()]
+    for got, wanted in [*pairs, (predicted[0], expected["logits"])]:
         assert np.linalg.norm(f64(got) - wanted) < 0.05 * np.linalg.norm(wanted)
     # Summed in bfloat16, logits would be of few values.
-    assert found[0].dtype == jnp.float32
-    assert np.any(found[0] != found[0].astype(jnp.bfloat16))
+    assert predicted[0].dtype == jnp.float32
+    assert np.any(predicted[0] != predicted[0].astype(jnp.bfloat16))
+
+
+@jax.jit
+def spliced(model, ids):
+    """The logits with the last block's activation at each site replaced by itself, and without its MLP."""
+    layer = model.config.layers - 1
+    same = {site: lm.splice(model, ids, layer, lambda h: h, site=site) for _, site in points(model)}
+    return same, lm.splice(model, ids, layer, jnp.zeros_like, site="mlp_out", skip_first=0)
+
+
+@EVERY_MODEL
+def test_a_splice_at_every_site(name):
+    """Of itself it changes nothing; zeros at what the MLP adds leave the rest."""
+    model, expected = saved(name)
+    same, without = spliced(model, expected["ids"])
+    for site, found in same.items():
+        np.testing.assert_allclose(
+            found, expected["logits"], atol=1e-5 * np.abs(expected["logits"]).max(), err_msg=site
+        )
+    last = model.config.layers - 1
+    rest = expected["resid_post"][last] - expected["mlp_out"][last]
+    np.testing.assert_allclose(without, logits(model, jnp.asarray(rest), last), atol=1e-4)
+
+
+@EVERY_MODEL
+def test_cross_entropies_are_those_of_the_logits_of_transformers(name):
+    model, expected = saved(name)
+    ids, predicted = expected["ids"], f64(expected["logits"])[:, :-1]
+    surprise = scipy.special.logsumexp(predicted, axis=-1)
+    surprise -= np.take_along_axis(predicted, ids[:, 1:, None], axis=-1)[..., 0]
+    for site in ("resid_post", "mlp_out"):
+        found = lm.cross_entropy(model, [jnp.asarray(ids)], 1, {"same": lambda h: h, "zero": jnp.zeros_like}, site=site)
+        np.testing.assert_allclose(
+            [found[each].cross_entropy for each in ("clean", "same")], surprise.mean(), rtol=1e-5
+        )
+        assert found["zero"].kl > 1e-5
+
+
+def test_families_differ_where_their_configurations_do():
+    """Each of the data in a configuration has an effect on some model here, so that the comparisons would see it."""
+    plain = config.Config(1, 1, 1, 1, 1, 1, 1, 1, 1e-5, tied=True, rope=None)
+    found = [saved(path.parent.name)[0].config for path in SAVED.glob("*/config.json")]
+    sizes = ("vocab", "width", "layers", "heads", "kv_heads", "head_width", "hidden", "context", "eps", "dtype")
+    for field in set(plain._fields) - set(sizes):
+        assert any(getattr(c, field) != getattr(plain, field) for c in found), field
+    assert any(max(filter(None, c.windows)) < 11 for c in found if c.windows)
+
+
+@pytest.mark.parametrize(
+    ("point", "message"),
+    [
+        ((3, "resid_post"), "got layer 3 for 3 blocks; pass 0 to 2."),
+        ((True, "resid_post"), "got layer True for 3 blocks"),
+        ((0, "mlp"), "got site 'mlp'; pass one of resid_pre, hook_z, attn_out, resid_mid, mlp_in, mlp_out, resid_post"),
+        ((0, "resid_mid"), "got site 'resid_mid', and a gpt_neox runs attention and MLP in parallel; pass another"),
+    ],
+)
+def test_a_place_that_a_model_has_not_is_refused(point, message):
+    model, expected = saved("gpt_neox")
+    ids = jnp.asarray(expected["ids"])
+    for call in (
+        lambda: lm.residual(model, ids, *point),
+        lambda: lm.residuals(model, ids, [(0, "resid_post"), point]),
+        lambda: lm.splice(model, ids, point[0], lambda h: h, site=point[1]),
+        lambda: lm.cross_entropy(model, [ids], point[0], {}, site=point[1]),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("resid_mid", (None, "resid_mid")),
+        ("blocks.8.hook_resid_pre", (8, "resid_pre")),
+        ("blocks.12.attn.hook_z", (12, "hook_z")),
+        ("blocks.0.hook_attn_out", (0, "attn_out")),
+        ("blocks.3.mlp.hook_in", (3, "mlp_in")),
+        ("model.layers.9.output", (9, "resid_post")),
+        ("model.layers.9.self_attn.o_proj.input", (9, "hook_z")),
+        ("model.layers.9.pre_feedforward_layernorm.output", (9, "mlp_in")),
+        ("model.layers.9.post_feedforward_layernorm.output", (9, "mlp_out")),
+    ],
+)
+def test_names_of_places(name, place):
+    assert sites.parse(name) == place
+
+
+# In TransformerLens `hook_mlp_in` is before the norm, and SAELens takes it for behind.
+@pytest.mark.parametrize("name", ["", "mlp", "blocks.8", "blocks.8.hook_mlp_in", "blocks.x.hook_mlp_out", "hook_embed"])
+def test_another_name_of_a_place_is_refused(name):
+    with pytest.raises(InputError, match=re.escape(f"got site {name!r}; pass one of resid_pre")):
+        sites.parse(name)
 
 
 def test_a_model_is_traced_once():
@@ -88,11 +198,11 @@ def test_a_batch_on_eight_devices_stays_there(name):
     everywhere = jax.device_put(model, NamedSharding(mesh, PartitionSpec()))
     ids = jax.device_put(expected["ids"][rows], split)
     compiled = everything.lower(everywhere, ids).compile()
-    hidden, found = compiled(everywhere, ids)
-    wanted_ones = [*expected["hidden"], *[expected["logits"]] * 2]
-    for got, wanted in zip([*hidden, *found], [one[rows] for one in wanted_ones], strict=True):
+    found, predicted = compiled(everywhere, ids)
+    pairs = [(x, wanted_at(expected, *point)) for point, x in found.items()]
+    for got, wanted in [*pairs, *((each, expected["logits"]) for each in predicted)]:
         assert got.sharding.is_equivalent_to(split, got.ndim)
-        np.testing.assert_allclose(got, wanted, atol=1e-5)
+        np.testing.assert_allclose(got, wanted[rows], atol=1e-4)
     assert "all-gather" not in compiled.as_text()
 
 
@@ -159,16 +269,18 @@ def test_zeros_and_means(layer, fn, skip_first):
 
 @pytest.mark.parametrize("fn", [lambda h: h[..., :4], lambda h: h[:, 1:], lambda h: h[0], jnp.sum])
 def test_a_splice_of_another_shape_is_refused(fn):
-    with pytest.raises(ValueError, match=r"`splice` got \(.*\) from fn for residuals \(2, 6, 8\); return one for each"):
+    with pytest.raises(
+        ValueError, match=r"`splice` got \(.*\) from fn for activations \(2, 6, 8\); return one for each"
+    ):
         lm.splice(tiny(), tokens(), 1, fn)
 
 
 @pytest.mark.parametrize(
     ("fn", "skip_first", "error", "message"),
     [
-        (lambda h: (h, h), 1, TypeError, "got tuple from fn; return residuals"),
+        (lambda h: (h, h), 1, TypeError, "got tuple from fn; return activations"),
         (lambda h: 0.0, 1, TypeError, "got float from fn"),
-        (lambda h: h > 0, 1, TypeError, "got bool from fn for residuals of float32"),
+        (lambda h: h > 0, 1, TypeError, "got bool from fn for activations of float32"),
         (lambda h: h.astype(int), 1, TypeError, "got int32 from fn"),
         (lambda h: h.astype(complex), 1, TypeError, "got complex64 from fn"),
         (jnp.zeros_like, -1, ValueError, "got skip_first -1 for 6 positions"),

@@ -1,6 +1,7 @@
 """The language model of the activations: extract its residual stream, replace it, and measure the loss.
 
-`models` computes, `files` reads GGUF files and Hugging Face directories, `harvest` turns text into activations.
+`models` computes, from the block in `blocks`; `sites` names where activations are taken; `next_token` measures the
+loss; `files` reads GGUF files and Hugging Face directories; `harvest` turns text into activations.
 """
 
 from jaxsae.language_model import harvest as harvest
@@ -8,12 +9,16 @@ from jaxsae.language_model.download import cached as cached, fetch as fetch
 from jaxsae.language_model.files import read_tokenizer as read_tokenizer
 from jaxsae.language_model.models import (
     LanguageModel as LanguageModel,
-    NextToken as NextToken,
-    cross_entropy as cross_entropy,
     load as load,
     logits as logits,
-    loss_recovered as loss_recovered,
     residual as residual,
+    residuals as residuals,
     splice as splice,
     tiny as tiny,
 )
+from jaxsae.language_model.next_token import (
+    NextToken as NextToken,
+    cross_entropy as cross_entropy,
+    loss_recovered as loss_recovered,
+)
+from jaxsae.language_model.sites import SITES as SITES

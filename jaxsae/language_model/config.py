@@ -1,7 +1,7 @@
-"""What every reader of language models returns: the sizes, and the arrays by the names of our parameters."""
+"""What every reader of language models returns: an architecture as data, and arrays by the names of our parameters."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -9,7 +9,10 @@ from jaxsae._core.files import InputError
 
 
 class Config(NamedTuple):
-    """Sizes of a decoder-only transformer."""
+    """A decoder-only transformer: its sizes, and by what its blocks differ from a llama's.
+
+    A family of models is a function from its own configuration to this.
+    """
 
     vocab: int
     width: int
@@ -21,9 +24,22 @@ class Config(NamedTuple):
     context: int  # maximum number of tokens
     eps: float  # of the norms
     tied: bool  # the head is the embedding
-    rope: tuple[float, ...] | None  # radians per position, for each pair of a head; None if positions are learned
-    dtype: np.dtype = np.dtype("float32")  # of the weights
-    family: str = "llama"  # in `models.BLOCKS`
+    rope: tuple[float, ...] | None  # radians per position, for each rotated pair of a head; None: learned positions
+    dtype: np.dtype = np.dtype("float32")  # of the weights, except those of norms, which are float32
+    family: str = "llama"  # the `model_type` of transformers
+    norm: Literal["rms", "layer"] = "rms"
+    norms: Literal["before", "after", "around"] = "before"  # where they are, of attention and of the MLP
+    qk_norm: Literal["head", "all"] | None = None  # of queries and keys: of each head, or of all heads together
+    parallel: bool = False  # attention and MLP read the same residual
+    gated: bool = True  # the MLP
+    activation: str = "silu"  # of the MLP, in `blocks.ACTIVATIONS`
+    biases: tuple[str, ...] = ()  # the maps that have one, of q, k, v, o, gate, up and down
+    scale: float | None = None  # of attention's logits; 1/√head_width by default
+    attention_cap: float | None = None  # attention's logits `x` become `cap · tanh(x / cap)`
+    logits_cap: float | None = None  # likewise the model's
+    embedding_scale: float = 1.0
+    windows: tuple[int | None, ...] = ()  # by layer, how many tokens it attends to; () if each attends to all
+    local_rope: tuple[float, ...] | None = None  # in layers with a window; `rope` by default
 
 
 Arrays = dict[str, np.ndarray]  # by the names of `LanguageModel`'s parameters; those of blocks are stacked
@@ -36,12 +52,21 @@ def _import(name: str):
         raise InputError(f"language models need {name}, which is missing; pip install 'jaxsae[lm]'.") from error
 
 
-def _stack(names: dict[str, str], layers: int, get: Callable[[str, str], np.ndarray], dtype) -> Arrays:
+def _stack(names: dict[str, str], config: Config, get: Callable[[str, str], np.ndarray], dtype) -> Arrays:
     """Arrays by parameter, as `get(parameter, name in the file)` reads them; those of blocks are stacked."""
 
-    def one(parameter, pattern):
+    def one(parameter: str, pattern: str) -> np.ndarray:
+        kept = np.float32 if "norm" in parameter else dtype
         if not parameter.startswith("blocks."):
-            return get(parameter, pattern).astype(dtype, copy=False)
-        return np.stack([get(parameter, pattern.format(i)).astype(dtype, copy=False) for i in range(layers)])
+            return get(parameter, pattern).astype(kept, copy=False)
+        return np.stack([get(parameter, pattern.format(i)).astype(kept, copy=False) for i in range(config.layers)])
 
     return {parameter: one(parameter, pattern) for parameter, pattern in names.items()}
+
+
+def _has(config: Config, parameter: str) -> bool:
+    """Whether a model has a parameter that some of its family have."""
+    part, _, kind = parameter.removeprefix("blocks.").partition(".")
+    if kind != "bias":
+        return parameter != "head.kernel" or not config.tied
+    return config.norm == "layer" if "norm" in part else part in config.biases

@@ -144,8 +144,10 @@ def _damage_in_one_line(path: Path) -> contextlib.AbstractContextManager[None]:
 
 def _require_sizes(c: Config, path: Path) -> None:
     """Refuse sizes that fit the weights and would fail when the model is called."""
-    others = ("eps", "tied", "rope", "dtype", "family")
-    sizes = {name: value for name, value in c._asdict().items() if name not in others}
+    names = ("vocab", "width", "layers", "heads", "kv_heads", "head_width", "hidden", "context")
+    sizes = {name: getattr(c, name) for name in names} | {
+        "window": min((size for size in c.windows if size is not None), default=1)
+    }
     whole = all(type(size) is int and size > 0 for size in sizes.values()) and isinstance(c.eps, int | float)
-    if not whole or c.heads % c.kv_heads or (c.rope is None and c.heads * c.head_width != c.width):
+    if not whole or c.heads % c.kv_heads or len(c.windows) not in (0, c.layers):
         raise InputError(f"{path}: has invalid sizes: {sizes | {'eps': c.eps}}; get the file again.")

@@ -8,7 +8,7 @@ import numpy as np
 from jaxsae._core.files import InputError
 from jaxsae.language_model.config import Arrays, Config, _import, _stack
 from jaxsae.language_model.download import _EXPECTED
-from jaxsae.language_model.hugging_face import _refuse, _rope
+from jaxsae.language_model.families import refuse, rope_turns
 
 _GGUF_NAMES = {
     "embedding.embedding": "token_embd.weight",
@@ -83,7 +83,7 @@ def _read_gguf(path: Path, dtype) -> tuple[Config, Arrays]:
         return array.T if parameter.endswith(".kernel") else array
 
     names = {parameter: name for parameter, name in _GGUF_NAMES.items() if name != "output.weight" or not config.tied}
-    arrays = _stack(names, config.layers, get, dtype)
+    arrays = _stack(names, config, get, dtype)
     if unused := tensors.keys() - {"rope_freqs.weight"}:  # biases or experts, without which it would be another model
         raise InputError(f"{path}: has tensors that a llama does not use: {min(unused)}; pass another model.")
     return config, arrays
@@ -103,7 +103,7 @@ def _gguf_config(path: Path) -> tuple[Config, dict[str, Any]]:
     _refuse_unknown(reader, head_width, path)
     scaling = number("rope.scaling.type", "linear")  # llama.cpp's default if only a factor is given
     rope = {"rope_theta": number("rope.freq_base", 10000.0), "factor": number("rope.scaling.factor", 1.0)}
-    rope = np.array(_rope(rope | {"rope_type": "default" if scaling == "none" else scaling}, head_width, path))
+    rope = np.array(rope_turns(rope | {"rope_type": "default" if scaling == "none" else scaling}, head_width, path))
     if "rope_freqs.weight" in tensors:  # Llama 3's stretched context
         rope /= dequantize(tensors["rope_freqs.weight"].data, tensors["rope_freqs.weight"].tensor_type)
     config = Config(
@@ -129,7 +129,7 @@ def _refuse_unknown(reader, head_width: int, path: Path) -> None:
     heads = dict.fromkeys(("rope.dimension_count", "attention.value_length"), head_width)
     neutral = heads | {"attention.causal": True} | dict.fromkeys(_GGUF_SCALES, 1.0)
     unknown = [name for name, value in others.items() if value and name not in neutral]
-    _refuse(others, neutral | dict.fromkeys(unknown), path)
+    refuse(others, neutral | dict.fromkeys(unknown), path)
 
 
 def _halves(rows: np.ndarray, head_width: int) -> np.ndarray:

@@ -1,17 +1,15 @@
-"""The language model of the activations: extract its residual stream, replace it, and measure the loss.
+"""The language model of the activations: extract them at its sites, and replace them.
 
-    ids ──embed──▶ blocks[:layer] ──residual──▶ fn ──splice──▶ blocks[layer:] ──▶ logits ──▶ cross-entropy
+    ids ──embed──▶ blocks[:layer] ──▶ block[layer], its sites ──residual──▶ fn ──splice──▶ blocks[layer + 1:] ──▶ logits
 
-The llama family and GPT-2, in Flax NNX. A model is a pytree, so it may be an argument of `jit`; where `ids [b s]` are
-sharded over their batch, so is everything computed from them. `layer` counts blocks: the residual of layer 0 is the
-output of the first block.
+Decoder-only transformers in Flax NNX; `blocks` computes, `sites` names the places. A model is a pytree, so it may be an
+argument of `jit`; where `ids [b s]` are sharded over their batch, so is everything computed from them. `layer` counts
+blocks: the residual of layer 0 is the output of the first block.
 """
 
 import functools
-import math
-import operator
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,99 +19,21 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from jaxsae._core import linalg, pytrees
 from jaxsae._core.files import InputError
-from jaxsae.language_model import files
+from jaxsae.language_model import blocks, files, sites
 from jaxsae.language_model.config import Config
 
 Splice = Callable[[Float[Array, "b s d"]], Float[Array, "b s d"]]
-
-
-class LlamaBlock(nnx.Module):
-    """Grouped attention with rotary positions, then a gated MLP, each behind an RMSNorm."""
-
-    def __init__(self, config: Config, rngs: nnx.Rngs):
-        """Draw parameters at random."""
-        c = config
-        linear = functools.partial(nnx.Linear, use_bias=False, param_dtype=c.dtype, rngs=rngs)
-        self.config = c
-        self.attention_norm = _rms_norm(c, rngs)
-        self.q = linear(c.width, c.heads * c.head_width)
-        self.k = linear(c.width, c.kv_heads * c.head_width)
-        self.v = linear(c.width, c.kv_heads * c.head_width)
-        self.o = linear(c.heads * c.head_width, c.width)
-        self.mlp_norm = _rms_norm(c, rngs)
-        self.gate = linear(c.width, c.hidden)
-        self.up = linear(c.width, c.hidden)
-        self.down = linear(c.hidden, c.width)
-
-    def __call__(self, h: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
-        """The residual after the block."""
-        x = self.attention_norm(h)
-        q, k, v = (self._heads(project(x)) for project in (self.q, self.k, self.v))
-        angles = jnp.arange(h.shape[1], dtype=jnp.float32)[:, None] * jnp.asarray(self.config.rope, jnp.float32)
-        h = h + self.o(_attend(_rotate(q, angles), _rotate(k, angles), v))
-        x = self.mlp_norm(h)
-        return h + self.down(jax.nn.silu(self.gate(x)) * self.up(x))
-
-    def _heads(self, x):
-        return x.reshape(*x.shape[:2], -1, self.config.head_width)
-
-
-class GPT2Block(nnx.Module):
-    """Attention, then an MLP, each behind a LayerNorm; biases everywhere."""
-
-    def __init__(self, config: Config, rngs: nnx.Rngs):
-        """Draw parameters at random."""
-        c = config
-        linear = functools.partial(nnx.Linear, param_dtype=c.dtype, rngs=rngs)
-        self.config = c
-        self.attention_norm = _layer_norm(c, rngs)
-        self.qkv = linear(c.width, 3 * c.width)
-        self.o = linear(c.width, c.width)
-        self.mlp_norm = _layer_norm(c, rngs)
-        self.up = linear(c.width, c.hidden)
-        self.down = linear(c.hidden, c.width)
-
-    def __call__(self, h: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
-        """The residual after the block."""
-        qkv = self.qkv(self.attention_norm(h)).reshape(*h.shape[:2], 3, self.config.heads, self.config.head_width)
-        h = h + self.o(_attend(*jnp.moveaxis(qkv, 2, 0)))
-        return h + self.down(jax.nn.gelu(self.up(self.mlp_norm(h)), approximate=True))
-
-
-def _rms_norm(c: Config, rngs) -> nnx.RMSNorm:
-    return nnx.RMSNorm(c.width, epsilon=c.eps, param_dtype=c.dtype, rngs=rngs)
-
-
-def _layer_norm(c: Config, rngs) -> nnx.LayerNorm:
-    # In one pass, E[x²] − E[x]² would lose digits: GPT-2's residuals have a large mean.
-    return nnx.LayerNorm(c.width, epsilon=c.eps, use_fast_variance=False, param_dtype=c.dtype, rngs=rngs)
-
-
-def _attend(q, k, v):
-    mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-    return mixed.reshape(*mixed.shape[:2], -1)
-
-
-def _rotate(x, angles):
-    """Rotate the pairs `(x_i, x_{i + n/2})` of each head by the angles `[s n/2]` of its position."""
-    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
-BLOCKS = {"llama": (LlamaBlock, _rms_norm), "gpt2": (GPT2Block, _layer_norm)}  # by family, with the last norm
 
 
 class LanguageModel(nnx.Module):
     """A decoder-only transformer; parameters of all blocks are stacked along a leading axis.
 
     Attributes:
-      config: sizes, static.
+      config: the architecture, static.
       embedding: of tokens, `[v d]`; also the head, if `head` is None.
       positions: learned, `[context d]`; None if blocks rotate by position.
-      blocks: `LlamaBlock` or `GPT2Block`.
+      blocks: `blocks.Block`.
       norm: before the head.
       head: `[d v]`, or None.
     """
@@ -122,27 +42,26 @@ class LanguageModel(nnx.Module):
         """Draw parameters at random.
 
         Args:
-          config: sizes, as `files` reads them.
+          config: the architecture, as `files` reads it.
           rngs: of flax.
         """
         c = config
-        block, norm = BLOCKS[c.family]
         embed = functools.partial(nnx.Embed, features=c.width, param_dtype=c.dtype, rngs=rngs)
         self.config = c
         self.embedding = embed(c.vocab)
         self.positions = embed(c.context) if c.rope is None else None
         keys = jax.random.split(rngs(), c.layers)
-        self.blocks = nnx.vmap(lambda key: block(c, nnx.Rngs(key)))(keys)
-        self.norm = norm(c, rngs)
+        self.blocks = nnx.vmap(lambda key: blocks.Block(c, nnx.Rngs(key)))(keys)
+        self.norm = blocks.norm(c, c.width, rngs)
         self.head = None if c.tied else nnx.Linear(c.width, c.vocab, use_bias=False, param_dtype=c.dtype, rngs=rngs)
 
 
 def load(path: str | os.PathLike, *, dtype: Any = jnp.float32) -> LanguageModel:
-    """Load a language model of the llama family or a GPT-2, without torch.
+    """Load a language model, without torch.
 
     Args:
-      path: a GGUF file of a llama, a Hugging Face directory (`config.json`, `model.safetensors` or its shards), or the
-        name of a fetched model, `"smollm2"`.
+      path: a GGUF file of a llama; a Hugging Face directory (`config.json`, `model.safetensors` or its shards) of a
+        family in `families.FAMILIES`; or the name of a fetched model, `"smollm2"`.
       dtype: of the weights and the computation, float32 or bfloat16; norms, softmax and logits are float32.
 
     Raises:
@@ -173,32 +92,68 @@ def load(path: str | os.PathLike, *, dtype: Any = jnp.float32) -> LanguageModel:
     return jax.tree.unflatten(structure, [jnp.asarray(arrays.pop(name)) for name in names])
 
 
-def residual(model: LanguageModel, ids: Int[Array, "b s"], layer: int) -> Float[Array, "b s d"]:
-    """The residual stream after block `layer`, counted from 0.
+def residual(
+    model: LanguageModel, ids: Int[Array, "b s"], layer: int, site: str = "resid_post"
+) -> Float[Array, "b s n"]:
+    """The activations at a site of block `layer`, by default the residual stream after it.
 
     Args:
       model: the language model.
       ids: tokens `[b s]`, with `s` at most its context.
       layer: from 0 to the number of blocks less 1; static.
+      site: one of `sites.SITES`; static.
 
     Returns:
-      `[b s d]`; under `jit`, where tokens cannot be checked, NaN in a row with one outside the vocabulary.
+      `[b s n]`, `n` the width of the model, or of all heads for `"hook_z"`; under `jit`, where tokens cannot be
+      checked, NaN in a row with one outside the vocabulary.
 
     Raises:
-      TypeError, ValueError: at trace time, if `ids` or `layer` does not fit the model; outside of `jit`, if a token is
-        not in the vocabulary.
+      TypeError, ValueError: at trace time, if `ids`, `layer` or `site` does not fit the model; outside of `jit`, if a
+        token is not in the vocabulary.
 
     Example:
       >>> import jax.numpy as jnp
       >>> residual(tiny(), jnp.array([[1, 2, 3]]), 1).shape
       (1, 3, 8)
+      >>> residual(tiny(), jnp.array([[1, 2, 3]]), 1, "mlp_out").shape
+      (1, 3, 8)
     """
-    _validate(model, ids, layer)
-    # `take` would map -1 to the last row, but maps an index beyond the end to NaN.
-    h = model.embedding(jnp.where(ids < 0, jnp.iinfo(jnp.int32).max, ids.astype(jnp.int32)))
-    if model.positions is not None:
-        h = h + model.positions(jnp.arange(ids.shape[1]))
-    return _run(model, h, 0, layer + 1)
+    return residuals(model, ids, [(layer, site)])[0]
+
+
+def residuals(
+    model: LanguageModel, ids: Int[Array, "b s"], points: Sequence[tuple[int, str]]
+) -> list[Float[Array, "b s n"]]:
+    """The activations at several places, from one pass that ends with the last of them.
+
+    Args:
+      model: the language model.
+      ids: as for `residual`.
+      points: pairs of layer and site, as there; static.
+
+    Returns:
+      An array for each of `points`.
+
+    Raises:
+      TypeError, ValueError: as `residual`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> found = residuals(tiny(), jnp.array([[1, 2, 3]]), [(2, "mlp_in"), (0, "resid_post"), (2, "mlp_out")])
+      >>> [x.shape for x in found]
+      [(1, 3, 8), (1, 3, 8), (1, 3, 8)]
+    """
+    _validate(model, ids, points)
+    h, done, found = _embed(model, ids), 0, {}
+    for layer in sorted({layer for layer, _ in points}):
+        h = _run(model, h, done, layer)
+
+        def keep(site, x, layer=layer):
+            found[layer, site] = x
+            return x
+
+        h, done = _block(model, h, layer, keep), layer + 1
+    return [found[layer, site] for layer, site in points]
 
 
 def logits(model: LanguageModel, h: Float[Array, "b s d"], layer: int) -> Float[Array, "b s v"]:
@@ -223,27 +178,36 @@ def logits(model: LanguageModel, h: Float[Array, "b s d"], layer: int) -> Float[
     c = model.config
     if jnp.ndim(h) != 3 or h.shape[-1] != c.width:
         raise ValueError(f"`logits` got residuals of shape {jnp.shape(h)}; pass (b, s, {c.width}).")
-    _require_layer(c, layer)
+    sites.require(c, layer, "resid_post")
     return _unembed(model, _run(model, h, layer + 1, c.layers))
 
 
 def splice(
-    model: LanguageModel, ids: Int[Array, "b s"], layer: int, fn: Splice, *, skip_first: int = 1
+    model: LanguageModel,
+    ids: Int[Array, "b s"],
+    layer: int,
+    fn: Splice,
+    *,
+    site: str = "resid_post",
+    skip_first: int = 1,
 ) -> Float[Array, "b s v"]:
-    """The logits of a model whose residual after block `layer` is replaced by `fn` of it.
+    """The logits of a model whose activation at a site of block `layer` is replaced by `fn` of it.
 
-    The first position keeps its residual by default: its activation is massive in most models, and autoencoders are not
+    The first position keeps its own by default: it is massive in the residual of most models, and autoencoders are not
     trained on it.
 
     Args:
       model: the language model.
       ids: tokens `[b s]`.
       layer: as for `residual`.
-      fn: from residual to residual `[b s d]`, for example an SAE's reconstruction; it sees the first positions too.
-      skip_first: how many positions at the beginning keep their residual; fewer than all.
+      fn: from activations to activations `[b s n]`, for example an SAE's reconstruction; it sees the first positions
+        too.
+      site: as for `residual`.
+      skip_first: how many positions at the beginning keep their activation; fewer than all.
 
     Raises:
-      TypeError, ValueError: at trace time, if `ids`, `layer`, `skip_first` or what `fn` returns does not fit the model.
+      TypeError, ValueError: at trace time, if `ids`, `layer`, `site`, `skip_first` or what `fn` returns does not fit
+        the model.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsae
@@ -253,168 +217,78 @@ def splice(
       >>> splice(tiny(), jnp.array([[1, 2, 3]]), 1, refined).shape
       (1, 3, 16)
     """
-    h = residual(model, ids, layer)
-    return logits(model, _replace(h, fn(h), skip_first), layer)
+    _validate(model, ids, [(layer, site)])
+    h = _run(model, _embed(model, ids), 0, layer)
+    return _after(model, h, layer, lambda name, x: _replace(x, fn(x), skip_first) if name == site else x)
 
 
 def _replace(h, new, skip_first):
     if not isinstance(new, jax.Array | np.ndarray):
-        raise TypeError(f"`splice` got {type(new).__name__} from fn; return residuals {h.shape}.")
+        raise TypeError(f"`splice` got {type(new).__name__} from fn; return activations {h.shape}.")
     if not 0 <= skip_first < h.shape[1]:
         raise ValueError(f"`splice` got skip_first {skip_first} for {h.shape[1]} positions; pass 0 or more, but fewer.")
     if not jnp.issubdtype(new.dtype, jnp.floating):
-        raise TypeError(f"`splice` got {new.dtype} from fn for residuals of {h.dtype}; return floating-point numbers.")
+        raise TypeError(
+            f"`splice` got {new.dtype} from fn for activations of {h.dtype}; return floating-point numbers."
+        )
     if new.shape != h.shape:
-        raise ValueError(f"`splice` got {new.shape} from fn for residuals {h.shape}; return one for each.")
+        raise ValueError(f"`splice` got {new.shape} from fn for activations {h.shape}; return one for each.")
     return jnp.where(jnp.arange(h.shape[1])[:, None] < skip_first, h, new.astype(h.dtype))
 
 
-@pytrees.dataclass
-class NextToken:
-    """Sums over the predicted tokens; `a + b` is the measurement of both.
-
-    Attributes:
-      tokens: how many.
-      surprise: `Σ −log p(token)`, in nats.
-      divergence: `Σ KL(clean ‖ this)`, in nats, from the predictions of the unmodified model.
-    """
-
-    tokens: Float[Array, ""] | float
-    surprise: Float[Array, ""] | float
-    divergence: Float[Array, ""] | float
-
-    def __add__(self, other: "NextToken") -> "NextToken":
-        return jax.tree.map(operator.add, self, other)
-
-    @property
-    def cross_entropy(self) -> Float[Array, ""] | float:
-        """Mean over tokens, in nats."""
-        return _ratio(self.surprise, self.tokens)
-
-    @property
-    def kl(self) -> Float[Array, ""] | float:
-        """Mean KL divergence from the clean predictions, in nats."""
-        return _ratio(self.divergence, self.tokens)
+def _embed(model, ids):
+    # `take` would map -1 to the last row, but maps an index beyond the end to NaN.
+    h = model.embedding(jnp.where(ids < 0, jnp.iinfo(jnp.int32).max, ids.astype(jnp.int32)))
+    if model.config.embedding_scale != 1:
+        h = h * jnp.asarray(model.config.embedding_scale, h.dtype)
+    return h if model.positions is None else h + model.positions(jnp.arange(ids.shape[1]))
 
 
-def cross_entropy(
-    model: LanguageModel,
-    batches: Iterable[Int[Array, "b s"]],
-    layer: int,
-    splices: Mapping[str, Splice],
-    *,
-    skip_first: int = 1,
-) -> dict[str, NextToken]:
-    """Measure next-token prediction under splices, by name, and `"clean"`, of the unmodified model.
-
-    Batches are streamed, and their means are weighted by tokens, so that batches may differ in shape. Blocks up to
-    `layer` run once for all splices. A splice runs outside of `jit`: one that is slow should be jitted.
-
-    Args:
-      model: the language model.
-      batches: of tokens `[b s]`, `s` at least 2 more than `skip_first`, so that a prediction sees the splice; the
-        logits of one are in memory at a time, `4·b·s·v` bytes.
-      layer: as for `residual`.
-      splices: functions as for `splice`.
-      skip_first: as for `splice`.
-
-    Returns:
-      `NextToken` for each name; `loss_recovered` compares three of them.
-
-    Raises:
-      ValueError: if there are no batches, or as `splice`.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> ids = jnp.arange(12).reshape(2, 6)
-      >>> found = cross_entropy(tiny(), [ids], 1, {"zero": jnp.zeros_like, "same": lambda h: h})
-      >>> bool(found["same"].cross_entropy == found["clean"].cross_entropy), float(found["zero"].tokens)
-      (True, 10.0)
-    """
-    total: dict[str, NextToken] | None = None
-    for ids in batches:
-        _validate(model, ids, layer)
-        if ids.shape[1] < 2 + skip_first:
-            got = f"{ids.shape[1]} tokens in a row with skip_first {skip_first}, so that no prediction sees the splice"
-            raise ValueError(f"`cross_entropy` got {got}; pass at least {2 + skip_first}.")
-        h, clean = _clean(model, ids, layer)
-        part = {"clean": _score(clean, ids, clean)}
-        for name, fn in splices.items():
-            part[name] = _score_splice(model, _replace(h, fn(h), skip_first), ids, clean, layer)
-        part = jax.tree.map(float, jax.device_get(part))  # in float64 from here on
-        total = part if total is None else {name: total[name] + part[name] for name in part}
-    if total is None:
-        raise ValueError("`cross_entropy` got no batches; pass at least one.")
-    return total
-
-
-def loss_recovered(clean: NextToken, spliced: NextToken, ablated: NextToken) -> Float[Array, ""] | float:
-    """The share of an ablation's loss that a splice recovers: 1 is as good as the model itself, 0 as the ablation.
-
-    NaN where the ablation loses nothing.
-
-    Args:
-      clean: the unmodified model.
-      spliced: the model with a reconstruction.
-      ablated: the model with zeros, or the mean, in place of the reconstruction.
-
-    Example:
-      >>> clean, spliced, ablated = (NextToken(1.0, nats, 0.0) for nats in (2.0, 3.0, 6.0))
-      >>> loss_recovered(clean, spliced, ablated)
-      0.75
-    """
-    worst = ablated.cross_entropy
-    return _ratio(worst - spliced.cross_entropy, worst - clean.cross_entropy)
-
-
-def _ratio(a, b):
-    if isinstance(b, jax.Array):
-        return linalg.ratio(a, b)
-    return a / b if b else math.nan
-
-
-@functools.partial(jax.jit, static_argnames="layer")
-def _clean(model, ids, layer):
-    h = residual(model, ids, layer)
-    return h, logits(model, h, layer)
-
-
-@functools.partial(jax.jit, static_argnames="layer")
-def _score_splice(model, h, ids, clean, layer):
-    return _score(logits(model, h, layer), ids, clean)
-
-
-@jax.jit
-def _score(predicted, ids, clean):
-    """Sums over the tokens after the first, by reductions only: no array as large as the logits is made."""
-    predicted, clean = predicted[:, :-1], clean[:, :-1]
-    normaliser, clean_normaliser = (jax.nn.logsumexp(x, axis=-1, keepdims=True) for x in (predicted, clean))
-    surprise = normaliser - jnp.take_along_axis(predicted, ids[:, 1:, None], axis=-1)
-    log_ratio = (clean - clean_normaliser) - (predicted - normaliser)
-    divergence = jnp.exp(clean - clean_normaliser) * log_ratio
-    return NextToken(jnp.asarray(surprise.size, jnp.float32), jnp.sum(surprise), jnp.sum(divergence))
+def _layers(model, length: int):
+    """The blocks, stacked, with what else differs between them: see `blocks.Block.__call__`."""
+    c = model.config
+    windows = c.windows or (None,) * c.layers
+    local = c.rope if c.local_rope is None else c.local_rope
+    ropes = [c.rope if window is None else local for window in windows]
+    turns = None if c.rope is None else jnp.asarray(np.array(ropes), jnp.float32)
+    if all(window is None or window >= length for window in windows):
+        return model.blocks, turns, None
+    return model.blocks, turns, jnp.array([length if window is None else window for window in windows], jnp.int32)
 
 
 def _run(model, h, first: int, last: int):
     """The residual after blocks `first` to `last − 1`."""
-    some = jax.tree.map(lambda stacked: stacked[first:last], model.blocks)
-    return jax.lax.scan(lambda h, block: (block(h), None), h, some)[0]
+    some = jax.tree.map(lambda stacked: stacked[first:last], _layers(model, h.shape[1]))
+    return jax.lax.scan(lambda h, layer: (layer[0](h, *layer[1:]), None), h, some)[0]
+
+
+def _block(model, h, layer: int, tap: blocks.Tap):
+    """The residual after one block, whose sites `tap` sees."""
+    block, *how = jax.tree.map(lambda stacked: stacked[layer], _layers(model, h.shape[1]))
+    return block(h, *how, tap)
+
+
+def _after(model, h, layer: int, tap: blocks.Tap):
+    """The logits that follow from the residual before a block, whose sites `tap` sees."""
+    return _unembed(model, _run(model, _block(model, h, layer, tap), layer + 1, model.config.layers))
 
 
 def _unembed(model, h):
-    h = model.norm(h)
-    if model.head is None:
-        return jnp.einsum("bsd,vd->bsv", h, model.embedding.embedding[...], preferred_element_type=jnp.float32)
-    return jnp.einsum("bsd,dv->bsv", h, model.head.kernel[...], preferred_element_type=jnp.float32)
+    h = model.norm(h).astype(h.dtype)
+    head = model.embedding.embedding[...].T if model.head is None else model.head.kernel[...]
+    found = jnp.einsum("bsd,dv->bsv", h, head, preferred_element_type=jnp.float32)
+    cap = model.config.logits_cap
+    return found if cap is None else cap * jnp.tanh(found / cap)
 
 
-def _validate(model, ids, layer) -> None:
+def _validate(model, ids, points) -> None:
     c = model.config
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(f"`residual` got ids of dtype {ids.dtype}, expected integers; pass tokens, not embeddings.")
     if ids.ndim != 2 or not 1 <= ids.shape[1] <= c.context:
         raise ValueError(f"`residual` got ids of shape {ids.shape}; pass (b, s) with s from 1 to {c.context}.")
-    _require_layer(c, layer)
+    for point in points:
+        sites.require(c, *point)
     if isinstance(ids, Tracer) or not getattr(ids, "is_fully_addressable", True) or not ids.size:
         return
     tokens = np.asarray(ids)
@@ -422,11 +296,6 @@ def _validate(model, ids, layer) -> None:
     if low < 0 or high >= c.vocab:
         do = f"pass 0 to {c.vocab - 1}, those of the vocabulary"
         raise ValueError(f"`residual` got tokens from {low} to {high}; {do}.")
-
-
-def _require_layer(c: Config, layer) -> None:
-    if not isinstance(layer, int | np.integer) or not 0 <= layer < c.layers:
-        raise ValueError(f"got layer {layer} for {c.layers} blocks; pass 0 to {c.layers - 1}.")
 
 
 def tiny() -> LanguageModel:

@@ -1,0 +1,109 @@
+"""Places in a language model where activations are taken or replaced, and their names in other libraries.
+
+Of block `layer`, in the order of computation:
+
+    resid_pre   the residual before the block
+    hook_z      what attention mixed, heads side by side, before its output map
+    attn_out    what attention adds to the residual
+    resid_mid   the residual between attention and MLP; blocks that run both in parallel have none
+    mlp_in      what the MLP reads, behind its norm
+    mlp_out     what the MLP adds to the residual
+    resid_post  the residual after the block
+"""
+
+import re
+from typing import NamedTuple
+
+from jaxsae._core.files import InputError
+from jaxsae.language_model.config import Config
+
+SITES = ("resid_pre", "hook_z", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")
+_HOOKS = {  # of TransformerLens and SAELens, `blocks.{layer}.…`
+    **{f"hook_{site}": site for site in SITES if site not in ("hook_z", "mlp_in")},
+    "attn.hook_z": "hook_z",
+    "mlp.hook_in": "mlp_in",
+    "mlp.hook_out": "mlp_out",
+}
+_MODULES = {  # of transformers, `model.layers.{layer}.…`, in the configurations of Gemma Scope 2
+    "output": "resid_post",
+    "mlp.input": "mlp_in",
+    "mlp.output": "mlp_out",
+    "self_attn.o_proj.input": "hook_z",
+    "pre_feedforward_layernorm.output": "mlp_in",
+    "post_feedforward_layernorm.output": "mlp_out",
+}
+
+
+class Site(NamedTuple):
+    """A place in a language model.
+
+    Attributes:
+      layer: the block, from 0.
+      site: one of `SITES`.
+    """
+
+    layer: int
+    site: str = "resid_post"
+
+
+def parse(name: str) -> tuple[int | None, str]:
+    """The layer, if it says so, and the site of a name: ours, or a hook of SAELens, TransformerLens or Gemma Scope.
+
+    Args:
+      name: such as `"mlp_out"`, `"blocks.8.hook_mlp_out"` or `"model.layers.8.mlp.output"`.
+
+    Raises:
+      InputError: if there is no such site.
+
+    Example:
+      >>> parse("blocks.8.attn.hook_z"), parse("mlp_out")
+      ((8, 'hook_z'), (None, 'mlp_out'))
+    """
+    if name in SITES:
+        return None, name
+    found = re.fullmatch(r"(blocks|model\.layers)\.(\d+)\.(.+)", name)
+    table = _HOOKS if found and found[1] == "blocks" else _MODULES
+    if found is None or found[3] not in table:
+        raise InputError(f"got site {name!r}; pass one of {', '.join(SITES)}, or a hook such as blocks.8.hook_mlp_out.")
+    return int(found[2]), table[found[3]]
+
+
+def require(config: Config, layer: int, site: str) -> None:
+    """Raise if a model has no such place.
+
+    Args:
+      config: of the model.
+      layer: the block, from 0.
+      site: one of `SITES`.
+
+    Raises:
+      ValueError: naming what the model has.
+
+    Example:
+      >>> from jaxsae.language_model import tiny
+      >>> require(tiny().config, 3, "mlp_out")
+      Traceback (most recent call last):
+      ValueError: got layer 3 for 3 blocks; pass 0 to 2.
+    """
+    if isinstance(layer, bool) or not hasattr(layer, "__index__") or not 0 <= layer < config.layers:
+        raise ValueError(f"got layer {layer} for {config.layers} blocks; pass 0 to {config.layers - 1}.")
+    if site not in SITES:
+        raise ValueError(f"got site {site!r}; pass one of {', '.join(SITES)}.")
+    if site == "resid_mid" and config.parallel:
+        what = f"a {config.family} runs attention and MLP in parallel"
+        raise ValueError(f"got site 'resid_mid', and {what}; pass another site.")
+
+
+def width(config: Config, site: str) -> int:
+    """The width of the activations at a site.
+
+    Args:
+      config: of the model.
+      site: one of `SITES`.
+
+    Example:
+      >>> from jaxsae.language_model import tiny
+      >>> width(tiny().config, "hook_z")
+      8
+    """
+    return config.heads * config.head_width if site == "hook_z" else config.width
