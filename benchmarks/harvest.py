@@ -31,7 +31,7 @@ def run(model: str, *, layer: int, context: int, batch: int) -> dict[str, Any]:
             return [residual(net, ids, layer) for ids in batches]
 
         def harvested():
-            harvest.run(next(places), net, contexts, layer=layer, source={}, batch=batch)
+            harvest.run(next(places), net, contexts, points=[(layer, "resid_post")], source={}, batch=batch)
             return 0
 
         say(f"{model}, layer {layer}: {contexts.size:,} tokens a round")

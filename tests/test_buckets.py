@@ -427,7 +427,7 @@ def test_a_harvest_into_a_bucket_is_that_on_disk(here):
     contexts = np.random.default_rng(0).integers(0, 16, (6, 8), dtype=np.int32)
     place.count += 1
     for out in (here / "h", f"gs://bucket/{place.count}", f"s3://bucket/{place.count}"):
-        harvest.run(out, tiny(), contexts, layer=1, source={})
+        harvest.run(out, tiny(), contexts, points=[(1, "resid_post")], source={})
     assert content(here / "h") == content(f"gs://bucket/{place.count}") == content(f"s3://bucket/{place.count}")
 
 

@@ -18,7 +18,7 @@ from jaxsae.app import logs, report, runs, study
 from jaxsae.app.options import Options
 from jaxsae.data import shards
 from jaxsae.ksvd import image_files
-from jaxsae.language_model import files as model_files, harvest
+from jaxsae.language_model import files as model_files, text
 from jaxsae.train.checkpoint import Checkpoints, steps
 
 
@@ -303,7 +303,7 @@ def entry_points():
         "study.run, data": lambda path: study.run("out", data=path),
         "images.read": image_files.read,
         "image_files.write": lambda path: image_files.write(path, np.zeros((8, 8))),
-        "harvest.pack": lambda path: harvest.pack([Path(path)], tokenizer, context=8),
+        "text.pack": lambda path: text.pack([Path(path)], tokenizer, context=8),
         "language_model.load": language_model.load,
         "model_files.read_tokenizer": model_files.read_tokenizer,
         "stream.refine_file": lambda path: stream.refine_file(sae(), rows, path),

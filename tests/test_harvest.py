@@ -1,6 +1,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,9 +16,9 @@ from problems import cli, full_disk
 
 from jaxsae import language_model
 from jaxsae._core.files import InputError
-from jaxsae.data import shards
+from jaxsae.data import open_rows, shards
 from jaxsae.data.batching import batches
-from jaxsae.language_model import files, harvest
+from jaxsae.language_model import files, harvest, text as texts
 
 MODEL = Path(__file__).parent / "language_models" / "llama"
 END = 256  # <|endoftext|>; every byte is a token of its own
@@ -38,7 +39,10 @@ def contexts_of(n, length=16, seed=0):
 
 
 def run(out, model, contexts, **options):
-    return harvest.run(out, model, contexts, **{"layer": 1, "source": {"from": "a test"}} | options)
+    [rows] = harvest.run(
+        out, model, contexts, **{"points": [(1, "resid_post")], "source": {"from": "a test"}} | options
+    )
+    return rows
 
 
 # --- Text
@@ -51,7 +55,7 @@ def write(folder, *contents: bytes):
 
 
 def test_files_follow_one_another_and_a_rest_is_left_out(tmp_path, tokenizer):
-    text = harvest.pack(write(tmp_path, b"abcd", b"efghi"), tokenizer, context=4)
+    text = texts.pack(write(tmp_path, b"abcd", b"efghi"), tokenizer, context=4)
     first = tokenizer.encode("abcd").ids
     second = tokenizer.encode("efghi").ids
     np.testing.assert_array_equal(text.contexts, np.reshape([*first, END, *second, END][:8], (2, 4)))
@@ -64,7 +68,7 @@ def test_contexts_begin_as_the_tokenizer_begins_texts(tmp_path):
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", END)]
     )
-    text = harvest.pack(write(tmp_path, b"abcdef"), tokenizer, context=4)
+    text = texts.pack(write(tmp_path, b"abcdef"), tokenizer, context=4)
     ids = tokenizer.encode("abcdef", add_special_tokens=False).ids
     assert text.contexts.tolist() == [[END, *ids[:3]], [END, *ids[3:]]]
 
@@ -72,21 +76,21 @@ def test_contexts_begin_as_the_tokenizer_begins_texts(tmp_path):
 @pytest.mark.parametrize("tokens, contexts, read", [(1, 1, 1), (8, 2, 1), (9, 3, 2), (10**9, 5, 3), (None, 5, 3)])
 def test_it_stops_after_so_many_tokens(tokens, contexts, read, tmp_path, tokenizer):
     files = write(tmp_path, b"a" * 8, b"b" * 4, b"c" * 5)
-    text = harvest.pack(files, tokenizer, context=4, tokens=tokens)
+    text = texts.pack(files, tokenizer, context=4, tokens=tokens)
     assert text.contexts.shape == (contexts, 4)
     assert len(text.files) == read
 
 
 def test_what_is_not_utf_8_is_counted(tmp_path, tokenizer):
     genuine = "�".encode()
-    text = harvest.pack(write(tmp_path, b"ab\xff\xfecd", genuine * 3, b""), tokenizer, context=4)
+    text = texts.pack(write(tmp_path, b"ab\xff\xfecd", genuine * 3, b""), tokenizer, context=4)
     assert (text.replaced, text.empty) == (2, 1)
 
 
 def test_the_standard_library_is_there_and_in_one_order():
-    files = harvest.standard_library()
+    files = texts.standard_library()
     assert len(files) > 100
-    assert files == harvest.standard_library()
+    assert files == texts.standard_library()
     assert not any("site-packages" in file.parts for file in files)
 
 
@@ -96,7 +100,7 @@ def test_the_standard_library_is_there_and_in_one_order():
 )
 def test_text_that_fills_no_context_is_refused(contents, message, tmp_path, tokenizer):
     with pytest.raises(InputError, match=message):
-        harvest.pack(write(tmp_path, *contents), tokenizer, context=4)
+        texts.pack(write(tmp_path, *contents), tokenizer, context=4)
 
 
 # --- Rows
@@ -111,7 +115,10 @@ def test_rows_are_the_residuals_after_the_first_position(n, batch, tmp_path, mod
     np.testing.assert_array_equal(shards.column(tmp_path, "tokens"), contexts)
     manifest = shards.read(tmp_path)
     assert manifest.complete
-    assert manifest.source | {"from": "a test", "layer": 1, "contexts": n, "context": 16} == manifest.source
+    assert (
+        manifest.source | {"from": "a test", "layer": 1, "site": "resid_post", "contexts": n, "context": 16}
+        == manifest.source
+    )
 
 
 def small_shards(monkeypatch, steps=2):
@@ -150,7 +157,8 @@ from jaxsae.language_model import harvest
 harvest._MAX_STEPS = 1
 contexts = np.random.default_rng(0).integers(0, 256, (400, 16), np.int32)
 print("ready", flush=True)
-harvest.run(sys.argv[2], language_model.load(sys.argv[1]), contexts, layer=1, source={"from": "a test"})
+model, points = language_model.load(sys.argv[1]), [(1, "resid_post")]
+harvest.run(sys.argv[2], model, contexts, points=points, source={"from": "a test"})
 """
 
 
@@ -199,9 +207,87 @@ def test_a_full_disk_leaves_whole_shards(tmp_path, model, monkeypatch):
     np.testing.assert_array_equal(np.asarray(run(tmp_path / "parts", model, contexts)), whole)
 
 
+POINTS = [(0, "resid_post"), (2, "mlp_out"), (1, "hook_z"), (2, "resid_pre")]
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_sites_of_one_pass_are_those_of_several_to_the_bit(tmp_path, model, monkeypatch):
+    small_shards(monkeypatch)
+    contexts = contexts_of(40)
+    rows = harvest.run(tmp_path / "many", model, contexts, points=POINTS, source={})
+    found = harvest.directories(tmp_path / "many", POINTS)
+    assert {path.name for path in (tmp_path / "many").iterdir()} == {"harvest.json", *(path.name for path in found)}
+    for point, folder, here in zip(POINTS, found, rows, strict=True):
+        alone = tmp_path / folder.name
+        harvest.run(alone, model, contexts, points=[point], source={})
+        assert files_of(folder) == files_of(alone)
+        wanted = language_model.residual(model, jnp.asarray(contexts), *point)[:, 1:].reshape(-1, 24)
+        np.testing.assert_allclose(np.asarray(here), wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_a_harvest_that_was_stopped_between_two_sites_goes_on(tmp_path, model, monkeypatch):
+    """With other steps too, whose shards have other edges."""
+    small_shards(monkeypatch)
+    contexts, writing = contexts_of(60), shards.Writer.append
+    for kept in (1, 5, 6, 10):
+        calls = []
+
+        def stopping(writer, rows, **columns):
+            if len(calls) >= kept:  # noqa: B023 - of this attempt
+                raise KeyboardInterrupt
+            calls.append(writer)  # noqa: B023
+            writing(writer, rows, **columns)
+
+        monkeypatch.setattr(shards.Writer, "append", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            harvest.run(tmp_path / str(kept), model, contexts, points=POINTS, source={})
+        monkeypatch.setattr(shards.Writer, "append", writing)
+        progress = []
+        again = {"points": POINTS, "source": {}, "batch": 5, "progress": progress.append}
+        rows = harvest.run(tmp_path / str(kept), model, contexts, **again)
+        assert sum(progress) == 60
+        for point, here, folder in zip(POINTS, rows, harvest.directories(tmp_path / str(kept), POINTS), strict=True):
+            wanted = language_model.residual(model, jnp.asarray(contexts), *point)[:, 1:].reshape(-1, 24)
+            np.testing.assert_allclose(np.asarray(here), wanted, rtol=1e-3, atol=1e-3)
+            np.testing.assert_array_equal(shards.column(folder, "tokens"), contexts)
+
+
+def test_the_pass_ends_with_the_last_site(model):
+    compiled = [
+        harvest._after_first.lower(model, jnp.asarray(contexts_of(4)), points).compile().cost_analysis()["flops"]
+        for points in ([(0, "resid_pre")], [(0, "mlp_in")], [(0, "mlp_out")])
+        for points in [tuple(points)]
+    ]
+    assert compiled == sorted(compiled)
+    assert len(set(compiled)) == 3
+
+
+def test_other_sites_are_not_mixed_in(tmp_path, model):
+    harvest.run(tmp_path, model, contexts_of(8), points=POINTS, source={})
+    for points in (POINTS[:2], POINTS[:1]):
+        with pytest.raises(InputError, match=re.escape(str(tmp_path))):
+            harvest.run(tmp_path, model, contexts_of(8), points=points, source={})
+
+
+def test_the_directory_of_several_sites_names_them(tmp_path, model):
+    harvest.run(tmp_path, model, contexts_of(8), points=POINTS, source={})
+    named = r"holds activations of several sites; pass one of layer_0_resid_post, layer_1_hook_z, "
+    with pytest.raises(InputError, match=named):
+        open_rows(tmp_path)
+
+
 def test_other_text_is_not_mixed_in(tmp_path, model):
     run(tmp_path, model, contexts_of(8))
-    for options in ({"contexts": contexts_of(8, seed=1)}, {"layer": 0}, {"dtype": "float32"}, {"source": {}}):
+    for options in (
+        {"contexts": contexts_of(8, seed=1)},
+        {"points": [(0, "resid_post")]},
+        {"points": [(1, "mlp_out")]},
+        {"dtype": "float32"},
+        {"source": {}},
+    ):
         with pytest.raises(InputError, match=str(tmp_path)):
             run(tmp_path, model, **{"contexts": contexts_of(8)} | options)
 
@@ -220,6 +306,26 @@ def test_the_command_harvests_and_tells(tmp_path, capsys):
     assert "jaxsae: warning: 1 files are empty." in err
     assert "tokens/s" in err
     assert json.loads((out / "manifest.json").read_text())["source"]["text"] == [str(file) for file in files]
+
+
+def test_the_command_harvests_several_sites(tmp_path, capsys):
+    text = write(tmp_path, b"some text\n" * 30)
+    where = ["--model", MODEL, "--text", *text, "--context", 16, "--out", tmp_path / "out"]
+    assert cli("harvest", *where, "--layer", 0, 2, "--site", "mlp_out", "blocks.1.hook_resid_pre", "--json") == 0
+    summary = json.loads(capsys.readouterr().out)
+    names = ["layer_0_mlp_out", "layer_2_mlp_out", "layer_1_resid_pre"]
+    assert [Path(each["out"]).name for each in summary["directories"]] == names
+    assert [each["rows"] for each in summary["directories"]] == [len(open_rows(tmp_path / "out" / n)) for n in names]
+    listed = json.loads((tmp_path / "out/harvest.json").read_text())["directories"]
+    assert listed["layer_1_resid_pre"] == {"layer": 1, "site": "resid_pre"}
+    sae = ["--activation", "topk", "--k", 4, "--latents", 32, "--batch", 32, "--steps", 3, "--heldout", 32]
+    assert cli("train", "--data", tmp_path / "out/layer_0_mlp_out", *sae, "--out", tmp_path / "run") == 0
+    live = [*where[:-2], "--site", "blocks.0.hook_mlp_out", "--out", tmp_path / "live"]
+    assert cli("train", *live, *sae) == 0
+    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("run", "live")]
+    assert reports[1]["data"]["path"].startswith(f"{MODEL}, layer 0, mlp_out, text ")
+    measured = [report["heldout"]["nmse"] for report in reports]  # float16 and float32, in another order
+    assert abs(measured[0] - measured[1]) < 0.2
 
 
 def test_what_was_harvested_can_be_trained_on(tmp_path, capsys):
@@ -279,7 +385,7 @@ def test_a_live_training_that_is_stopped_goes_on_to_the_bit(tmp_path, capsys):
     options += ["--activation", "topk", "--k", 4, "--latents", 32, "--batch", 64, "--steps", 60, "--heldout", 64]
     assert cli("train", *options, "--out", tmp_path / "alone") == 0
     code, began = None, json.loads((tmp_path / "alone/report.json").read_text())
-    assert began["data"]["path"].startswith(f"{MODEL}, layer 1, text ")
+    assert began["data"]["path"].startswith(f"{MODEL}, layer 1, resid_post, text ")
 
     def stop(text, steps):
         if steps and not (tmp_path / "run/report.json").exists():
@@ -300,10 +406,21 @@ def test_a_live_training_that_is_stopped_goes_on_to_the_bit(tmp_path, capsys):
     assert "holds another run (got " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("options", [[], ["--model", MODEL], ["--layer", 1, "--data", "x.npy"]])
-def test_a_training_takes_data_or_a_model(options, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ([], "pass --data, or --model and --layer."),
+        (["--layer", 1, "--data", "x.npy"], "pass --data, or --model and --layer."),
+        (["--model", MODEL], "got a site without a layer; pass --layer too."),
+        (
+            ["--site", "mlp_out", "--data", "x.npy"],
+            "got --text, --tokens or --site without --model; pass the model that",
+        ),
+    ],
+)
+def test_a_training_takes_data_or_a_model(options, message, tmp_path, capsys):
     assert cli("train", *options, "--activation", "topk", "--k", 2, "--latents", 32, "--out", tmp_path / "run") == 2
-    assert capsys.readouterr().err == "jaxsae: pass --data, or --model and --layer.\n"
+    assert capsys.readouterr().err.startswith(f"jaxsae: {message}")
 
 
 BAD = {
@@ -311,6 +428,10 @@ BAD = {
     "empty text": (["--text", "empty.txt"], "empty.txt: the text is empty"),
     "layer": (["--layer", 3], "got layer 3, the model has 3; pass one from 0 to 2"),
     "negative layer": (["--layer", -1], "got --layer -1; pass"),
+    "no layer": (["--layer", None], "got a site without a layer; pass --layer too"),
+    "no such site": (["--site", "mlp"], "got site 'mlp'; pass one of resid_pre, hook_z"),
+    "layers for nothing": (["--site", "blocks.1.hook_mlp_out"], "got layers [1], and sites that name their own"),
+    "a site twice": (["--site", ["mlp_out", "mlp_out"]], "got 2 places, 1 of them different; pass"),
     "long context": (["--context", 65], "got contexts of 65 tokens, the model takes 64"),
     "short context": (["--context", 1], "got --context 1; pass"),
     "no batch": (["--batch", 0], "--batch 0"),
@@ -334,7 +455,8 @@ def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path, monkeypatch, caps
     given = {"--model": MODEL, "--layer": 1, "--text": "text.txt", "--context": 16, "--out": "out"}
     given |= dict(zip(options[::2], options[1::2], strict=True))
     before = sorted(tmp_path.rglob("*"))
-    assert cli("harvest", *(part for pair in given.items() for part in pair)) == 2
+    given = {name: value if isinstance(value, list) else [value] for name, value in given.items() if value is not None}
+    assert cli("harvest", *(part for name, values in given.items() for part in (name, *values))) == 2
     out, err = capsys.readouterr()
     (line,) = err.splitlines()
     assert line.startswith("jaxsae: ")

@@ -29,7 +29,7 @@ from jaxsae.app.options import FAMILIES, Options, resolved
 from jaxsae.app.tuned import Trained
 from jaxsae.formats import hub
 from jaxsae.ksvd import image_files, images
-from jaxsae.language_model import download, harvest
+from jaxsae.language_model import download, harvest, text as text_module
 from jaxsae.least_squares.outcome import RefitInfo
 from jaxsae.train import job
 
@@ -149,8 +149,10 @@ def test_the_jobs_check_their_own_options(tmp_path):
         "is a URL": lambda: runs.run("abfs://bucket/run", data={"x": rows}, options=options),
         "seed": lambda: study.run(tmp_path / "run", seed=-1),
         "steps": lambda: study.run(tmp_path / "run", plan=study.QUICK._replace(steps=0)),
-        "batch": lambda: harvest.run(tmp_path / "x", MODEL, CONTEXTS, layer=1, source={}, batch=0),
-        "dtype": lambda: harvest.run(tmp_path / "x", MODEL, CONTEXTS, layer=1, source={}, dtype="int8"),
+        "batch": lambda: harvest.run(tmp_path / "x", MODEL, CONTEXTS, points=[(1, "resid_post")], source={}, batch=0),
+        "dtype": lambda: harvest.run(
+            tmp_path / "x", MODEL, CONTEXTS, points=[(1, "resid_post")], source={}, dtype="int8"
+        ),
         "window": lambda: harvest.live(MODEL, CONTEXTS, layer=1, window=-1),
         "1 tokens": lambda: harvest.live(MODEL, CONTEXTS[:, :1], layer=1),
         "2 latents": lambda: runs.run(tmp_path / "run", data={"x": rows}, options=options._replace(latents=2)),
@@ -371,7 +373,7 @@ def here(world, monkeypatch, tmp_path):
     jobs = study._jobs  # of which there may be billions
     monkeypatch.setattr(study, "_jobs", lambda plan, seed: itertools.islice(jobs(plan, seed), 4))
     monkeypatch.setattr(sources, "CONTEXT", 16)
-    monkeypatch.setattr(harvest, "standard_library", lambda: [world / "text.txt"])
+    monkeypatch.setattr(text_module, "standard_library", lambda: [world / "text.txt"])
     return tmp_path / "a/b"
 
 

@@ -220,7 +220,7 @@ def until(self, *rows, **columns):
 shards.Writer.append = until
 contexts = np.random.default_rng(0).integers(0, 16, (26, 6), dtype=np.int32)
 try:
-    rows = harvest.run(out, tiny(), contexts, layer=1, source={}, batch=4, dtype="float32")
+    [rows] = harvest.run(out, tiny(), contexts, points=[(1, "resid_post")], source={}, batch=4, dtype="float32")
 finally:
     print("computed", computed[0])
 """

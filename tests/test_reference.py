@@ -72,7 +72,7 @@ NO_EXAMPLE = {
         "jaxsae.train.checkpoint.Saved",
         "jaxsae.data.Batches",
         "jaxsae.InputError",
-        "jaxsae.language_model.harvest.Text",
+        "jaxsae.language_model.text.Text",
     ),
     *(
         "jaxsae.formats.hub.Found",

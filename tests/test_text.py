@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 
 from jaxsae._core.files import InputError
 from jaxsae.app.cli import main
-from jaxsae.language_model import files, harvest
+from jaxsae.language_model import files, harvest, text as texts
 
 MODEL = Path(__file__).parent / "language_models" / "llama"
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "—", "déjà", "vu,", "日本語", "テキスト"]
@@ -92,17 +92,17 @@ def test_the_tokens_of_a_long_text_are_those_of_the_text_as_a_whole(seed, named,
     (name, tokenizer), text = named, text_of(seed)
     (tmp_path / "a.txt").write_bytes(text.encode())
     ids = tokenizer.encode(text, add_special_tokens=False).ids
-    monkeypatch.setattr(harvest, "_PIECE", 5000)
-    monkeypatch.setattr(harvest, "_OVERLAP", 1200)
-    lengths, encode = [], harvest._encode
+    monkeypatch.setattr(texts, "_PIECE", 5000)
+    monkeypatch.setattr(texts, "_OVERLAP", 1200)
+    lengths, encode = [], texts._encode
 
     def spied(tokenizer, text, first, last):
         lengths.append(min(last, len(text)) - first)
         return encode(tokenizer, text, first, last)
 
-    monkeypatch.setattr(harvest, "_encode", spied)
+    monkeypatch.setattr(texts, "_encode", spied)
     for tokens in (None, len(ids) // 3):
-        found = harvest.pack([tmp_path / "a.txt"], tokenizer, context=2, tokens=tokens).contexts.ravel()
+        found = texts.pack([tmp_path / "a.txt"], tokenizer, context=2, tokens=tokens).contexts.ravel()
         assert len(found) == (len(ids) // 2 * 2 if tokens is None else -(-tokens // 2) * 2)
         np.testing.assert_array_equal(found, ids[: len(found)])
     if not seed % 2 and name != "SentencePiece, one word":
@@ -115,7 +115,7 @@ PLAIN = "The quick — 日本語 🙂 fox\r\n" * 20
 
 def packed(folder, content, tokenizer=None, context=16, **options):
     (folder / "a.txt").write_bytes(content)
-    return harvest.pack([folder / "a.txt"], tokenizer or files.read_tokenizer(MODEL), context=context, **options)
+    return texts.pack([folder / "a.txt"], tokenizer or files.read_tokenizer(MODEL), context=context, **options)
 
 
 @pytest.mark.parametrize("marked", [True, False])
@@ -154,7 +154,7 @@ def test_what_is_not_utf_8_is_counted_and_said_where(tmp_path):
 
 def test_a_directory_is_no_text(tmp_path):
     with pytest.raises(InputError, match="Is a directory; pass files of text"):
-        harvest.pack([tmp_path], files.read_tokenizer(MODEL), context=4)
+        texts.pack([tmp_path], files.read_tokenizer(MODEL), context=4)
 
 
 @pytest.mark.parametrize("tokens", [0, -5])
@@ -307,7 +307,7 @@ def test_a_choice_that_the_model_has_not_is_refused_before_the_work(
     def work(*args, **options):
         raise AssertionError("nothing should be read before it is refused")
 
-    monkeypatch.setattr(harvest, "pack", work)
+    monkeypatch.setattr(texts, "pack", work)
     monkeypatch.setattr("jaxsae.language_model.load", work)
     given = ["--model", str(MODEL), "--text", "a.txt", *options, *([] if "--out" in options else ["--out", "out"])]
     assert main([command, *given]) == 2
@@ -323,7 +323,7 @@ def test_what_are_no_contexts_are_refused(contexts, tmp_path):
     from jaxsae.language_model.models import tiny
 
     for call in (
-        lambda: harvest.run(tmp_path, tiny(), contexts, layer=1, source={}),
+        lambda: harvest.run(tmp_path, tiny(), contexts, points=[(1, "resid_post")], source={}),
         lambda: harvest.live(tiny(), contexts, layer=1),
     ):
         with pytest.raises(InputError, match="got contexts of"):

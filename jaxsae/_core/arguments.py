@@ -153,6 +153,7 @@ OutputDirectory = Annotated[Path, DIRECTORY]
 AnyDirectory = Annotated[Path, ANY_DIRECTORY]
 Autoencoder = Annotated[str, Input(scheme="hf", bucket=True)]
 Model = Annotated[str, Input()]
+Site = Annotated[str, Text(r"[\w.]+", "a site such as mlp_out, or a hook such as blocks.8.hook_mlp_out")]
 Context = Annotated[int, Range(2, 2**31 - 1)]
 Revision = Annotated[str, Text(r"\S+", "a branch, a tag or a commit")]
 ACTIVATION = Choice(
@@ -161,6 +162,8 @@ ACTIVATION = Choice(
         "alignedrelu",
     )
 )
+# Places in a block of a language model, see `language_model.sites`.
+SITE = Choice(("resid_pre", "hook_z", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post"))
 ROWS_DTYPE = Choice(("float16", "float32"))
 
 

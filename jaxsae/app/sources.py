@@ -5,7 +5,7 @@ import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import numpy as np
 from jaxsae import data as data_module, language_model
 from jaxsae._core import arguments
 from jaxsae._core.files import InputError
-from jaxsae.language_model import harvest
+from jaxsae.language_model import harvest, text as texts
 
 CONTEXT = 256  # tokens in a context; the first gives no row
 _TOGETHER = 4  # contexts whose logits are in memory together
@@ -29,8 +29,9 @@ class HookPoint(NamedTuple):
 
     Attributes:
       model: as for `language_model.load`.
-      layer: block after which, from 0.
+      layer: block, from 0.
       text: files; Python's standard library if None.
+      site: where in the block, one of `language_model.SITES`.
 
     Example:
       >>> HookPoint("smollm2").layer
@@ -40,6 +41,7 @@ class HookPoint(NamedTuple):
     model: str | os.PathLike
     layer: arguments.Index = 8
     text: Sequence[Path] | None = None
+    site: Annotated[str, arguments.SITE] = "resid_post"
 
 
 class Features(NamedTuple):
@@ -107,12 +109,14 @@ class Probe(NamedTuple):
 
     Attributes:
       model: the model.
-      layer: block after which the rows are taken.
+      layer: block of which the rows are.
+      site: where in the block.
       contexts: `[n s]`, tokens.
     """
 
     model: language_model.LanguageModel
     layer: int
+    site: str
     contexts: np.ndarray
 
 
@@ -234,19 +238,21 @@ def from_model(site: HookPoint, folder: Path, train_rows: int, heldout: int, bat
       InputError: if the model or the text cannot be used, or the text is too short.
     """
     arguments.check(HookPoint, site._asdict())
-    harvest.check(site.model, layer=site.layer, context=CONTEXT, out=folder)
+    points = [(site.layer, site.site)]
+    harvest.check(site.model, points=points, context=CONTEXT, out=folder)
     tokenizer = language_model.read_tokenizer(site.model)
     model = language_model.load(site.model)
     wanted = contexts(train_rows + heldout)
-    files = harvest.standard_library() if site.text is None else site.text
-    text = harvest.pack(files, tokenizer, context=CONTEXT, tokens=wanted * CONTEXT)
-    texts = "the sources of Python's standard library" if site.text is None else ", ".join(text.files)
-    source = {"model": str(site.model), "text": texts}
+    files = texts.standard_library() if site.text is None else site.text
+    text = texts.pack(files, tokenizer, context=CONTEXT, tokens=wanted * CONTEXT)
+    read = "the sources of Python's standard library" if site.text is None else ", ".join(text.files)
+    source = {"model": str(site.model), "text": read}
     show = functools.partial(progress, f"{site.model}  harvesting")
-    harvest.run(folder, model, text.contexts, layer=site.layer, source=source, progress=show)
-    name = f"residual of {site.model} after block {site.layer}, on {texts}"
+    harvest.run(folder, model, text.contexts, points=points, source=source, progress=show)
+    where = "residual of {} after block {}" if site.site == "resid_post" else f"{site.site} of {{}}, block {{}}"
+    name = f"{where.format(site.model, site.layer)}, on {read}"
     name += f" ({text.replaced} characters of it not UTF-8)" if text.replaced else ""
-    probe = Probe(model, site.layer, text.contexts[-contexts(heldout) :])
+    probe = Probe(model, site.layer, site.site, text.contexts[-contexts(heldout) :])
     return from_file(folder, train_rows, heldout, batch)._replace(source=name, probe=probe)
 
 
@@ -264,7 +270,7 @@ def contexts(rows: int) -> int:
 
 
 def losses(probe: Probe, replaced: Mapping[str, np.ndarray]) -> dict[str, language_model.NextToken]:
-    """Next-token losses with rows in place of the residual stream, by name, and `"clean"` ones.
+    """Next-token losses with rows in place of the activations, by name, and `"clean"` ones.
 
     Args:
       probe: the model, and its contexts.
@@ -279,5 +285,6 @@ def losses(probe: Probe, replaced: Mapping[str, np.ndarray]) -> dict[str, langua
         some = probe.contexts[start : start + _TOGETHER]
         span = slice(start * (CONTEXT - 1), (start + len(some)) * (CONTEXT - 1))
         splices = {name: functools.partial(replace, rows[span]) for name, rows in replaced.items()}
-        found.append(language_model.cross_entropy(probe.model, [jnp.asarray(some)], probe.layer, splices))
+        ids = [jnp.asarray(some)]
+        found.append(language_model.cross_entropy(probe.model, ids, probe.layer, splices, site=probe.site))
     return {name: functools.reduce(operator.add, (part[name] for part in found)) for name in found[0]}

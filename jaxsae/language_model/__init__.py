@@ -4,7 +4,8 @@
 loss; `files` reads GGUF files and Hugging Face directories; `harvest` turns text into activations.
 """
 
-from jaxsae.language_model import harvest as harvest
+from jaxsae.language_model import harvest as harvest, sites as sites, text as text
+from jaxsae.language_model.config import SITES as SITES
 from jaxsae.language_model.download import cached as cached, fetch as fetch
 from jaxsae.language_model.files import read_tokenizer as read_tokenizer
 from jaxsae.language_model.models import (
@@ -21,4 +22,3 @@ from jaxsae.language_model.next_token import (
     cross_entropy as cross_entropy,
     loss_recovered as loss_recovered,
 )
-from jaxsae.language_model.sites import SITES as SITES

@@ -5,7 +5,10 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from jaxsae._core import arguments
 from jaxsae._core.files import InputError
+
+SITES = arguments.SITE.names  # see `sites`
 
 
 class Config(NamedTuple):

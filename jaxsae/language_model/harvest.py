@@ -1,275 +1,36 @@
-"""From text to activations: tokenise, pack into contexts, run a language model, write or stream its residuals.
+"""From contexts of tokens to activations: run a language model, write or stream what it computes at its sites.
 
 A context holds `context` tokens, and gives `context − 1` rows: its first position, whose activation is massive in most
 models, is left out. Each shard holds the rows of whole contexts, so that an interrupted harvest resumes without
 repeating or losing a row.
 """
 
-import codecs
-import contextlib
 import functools
 import itertools
+import json
 import os
-import random
-import sys
-import sysconfig
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxsae._core import arguments
+from jaxsae._core import arguments, processes
 from jaxsae._core.arguments import Count, Index
-from jaxsae._core.files import InputError, any_path, local_path
+from jaxsae._core.files import AnyPath, InputError, any_path, atomic_file, reached
 from jaxsae.data import shards
 from jaxsae.data.lazy import LazyRows, Windows
-from jaxsae.language_model import config, files as model_files
-from jaxsae.language_model.models import LanguageModel, residual
+from jaxsae.language_model import config, files as model_files, sites
+from jaxsae.language_model.models import LanguageModel, residuals
 
+MANIFEST = "harvest.json"  # of several directories from one pass
 _SHARD = 128 << 20  # bytes of float32 rows, about
 _MAX_STEPS = 32  # in a shard
-_PIECE = 1 << 20  # characters tokenised at a time: a tokenizer takes some hundred bytes for each
-_OVERLAP = 1 << 14  # characters that two pieces share, at first
-_AGREE = 32  # tokens that must be the same in both
-_ENCODINGS = {  # by byte-order mark, those of four bytes first
-    codecs.BOM_UTF32_LE: "utf-32-le",
-    codecs.BOM_UTF32_BE: "utf-32-be",
-    codecs.BOM_UTF16_LE: "utf-16-le",
-    codecs.BOM_UTF16_BE: "utf-16-be",
-    codecs.BOM_UTF8: "utf-8",
-}
-
-
-class Text(NamedTuple):
-    """Tokens of files, packed into contexts.
-
-    Attributes:
-      contexts: `[n s]` int32.
-      files: those that were read, until `tokens` was reached.
-      replaced: number of characters that were not UTF-8.
-      empty: number of empty files.
-      replaced_at: file and byte of the first character that was not UTF-8; "" if there is none.
-    """
-
-    contexts: np.ndarray
-    files: list[str]
-    replaced: int
-    empty: int
-    replaced_at: str = ""
-
-
-def standard_library() -> list[Path]:
-    """The sources of Python's standard library, without its tests, shuffled: a text available on every machine.
-
-    Example:
-      >>> standard_library()[0].suffix
-      '.py'
-    """
-    root = Path(sysconfig.get_path("stdlib"))
-    left_out = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
-    files = [file for file in sorted(root.rglob("*.py")) if not left_out & set(file.relative_to(root).parts)]
-    random.Random(0).shuffle(files)
-    return files
-
-
-def pack(files: Sequence[Path], tokenizer: Any, *, context: int, tokens: int | None = None) -> Text:
-    """Tokenise files in order, and cut them into contexts; tokens that do not fill a context are left out.
-
-    Files are separated by `<|endoftext|>` if the vocabulary has it, and contexts begin with the special tokens that the
-    tokenizer prepends to a text. Special tokens written in a file, such as `<|endoftext|>`, are plain text.
-
-    Args:
-      files: text, in this order: UTF-8, or UTF-16 or UTF-32 if a byte-order mark, which is dropped, says so.
-        Bytes that are not UTF-8 become U+FFFD and are counted.
-      tokenizer: a `tokenizers.Tokenizer`.
-      context: tokens in a context, at least 2.
-      tokens: number of tokens to read, rounded up to whole contexts; all by default.
-
-    Raises:
-      InputError: if a file cannot be read, holds NULs or text that the tokenizer turns into a control token, or if the
-        files do not fill a context.
-
-    Example:
-      >>> import tempfile, tokenizers
-      >>> tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
-      >>> tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-      >>> with tempfile.TemporaryDirectory() as folder:
-      ...     _ = Path(folder, "x.txt").write_text("a b b a b")
-      ...     pack([Path(folder, "x.txt")], tokenizer, context=2).contexts.tolist()
-      [[0, 1], [1, 0]]
-    """
-    start = model_files.start(tokenizer)
-    body = context - len(start)
-    if body < 1 or context < 2:
-        raise InputError(f"got contexts of {context} tokens; pass at least {max(2, 1 + len(start))}.")
-    if tokens is not None and tokens < 1:
-        raise InputError(f"got {tokens} tokens to read; pass at least 1.")
-    control = {id: token.content for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    separator = tokenizer.token_to_id("<|endoftext|>")
-    control |= {} if separator is None else {separator: "<|endoftext|>"}
-    wanted = sys.maxsize if tokens is None else -(-tokens // context) * body
-    parts, count, found = [], 0, Text(np.zeros((0, context), np.int32), [], 0, 0)
-    with _as_text(tokenizer):
-        for file in files:
-            if count >= wanted:
-                break
-            text, bad, at = _read(file)
-            found = found._replace(
-                files=[*found.files, str(file)],
-                replaced=found.replaced + bad,
-                empty=found.empty + (not text),
-                replaced_at=found.replaced_at or at,
-            )
-            for piece in _tokenise(tokenizer, text, wanted - count):
-                _require_text(piece, text, control, file)
-                parts.append(piece.ids)
-                count += len(piece.ids)
-            if separator is not None and text:
-                parts.append(np.array([separator], np.int32))
-                count += 1
-    ids = np.concatenate([np.zeros(0, np.int32), *parts])[:wanted]
-    rows = ids[: len(ids) // body * body].reshape(-1, body)
-    if not len(rows):
-        what = "the text is empty" if not len(ids) else f"the text has {len(ids)} tokens, less than a context of {body}"
-        names = str(files[0]) if len(files) == 1 else f"{len(files)} files"
-        raise InputError(f"{names}: {what}; pass more text, or a smaller --context.")
-    before = np.tile(np.asarray(start, np.int32), (len(rows), 1))
-    return found._replace(contexts=np.concatenate([before, rows], axis=1))
-
-
-def _read(file: Path) -> tuple[str, int, str]:
-    """A file's text, how many of its characters were not UTF-8, and where the first was."""
-    try:
-        content = local_path(file).read_bytes()
-    except OSError as error:
-        raise InputError(f"{file}: {error.strerror}; pass files of text.") from error
-    mark = next((mark for mark in _ENCODINGS if content.startswith(mark)), b"")
-    encoding, content = _ENCODINGS.get(mark, "utf-8"), content[len(mark) :]
-    bad, at = 0, ""
-    try:
-        text = content.decode(encoding)
-    except UnicodeDecodeError as error:
-        at = f"{file}, byte {len(mark) + error.start}"
-        if encoding != "utf-8":
-            raise InputError(f"{at}: is not {encoding}, as its byte-order mark says; convert it to UTF-8.") from error
-        text = content.decode(errors="replace")
-        bad = text.count("\ufffd") - content.count("\ufffd".encode())
-    if "\0" in text:
-        where = text.index("\0")
-        raise InputError(f"{file}: holds NULs, the first after {where} characters; expected text: convert it to UTF-8.")
-    return text, bad, at
-
-
-# --- Tokens
-
-
-@contextlib.contextmanager
-def _as_text(tokenizer) -> Iterator[None]:
-    """Make a tokenizer read special tokens as plain text, without truncation or padding.
-
-    The tokenizer itself is changed: copying goes through JSON, which rounds the scores of Unigram.
-    """
-    before = tokenizer.encode_special_tokens, tokenizer.truncation, tokenizer.padding
-    tokenizer.encode_special_tokens = True
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    try:
-        yield
-    finally:
-        tokenizer.encode_special_tokens, truncation, padding = before
-        if truncation is not None:
-            tokenizer.enable_truncation(**truncation)
-        if padding is not None:
-            tokenizer.enable_padding(**padding)
-
-
-class _Piece(NamedTuple):
-    """Tokens of a part of a text; the characters of each, `[n 2]`, counted from the beginning of the text; and which of
-    them begin a word.
-    """
-
-    ids: np.ndarray
-    places: np.ndarray
-    first: np.ndarray
-
-    def part(self, first: int | None, last: int | None) -> "_Piece":
-        return _Piece(*(each[first:last] for each in self))
-
-
-def _encode(tokenizer, text: str, first: int, last: int) -> _Piece:
-    found = tokenizer.encode(text[first:last], add_special_tokens=False)
-    places = first + np.asarray(found.offsets, np.int64).reshape(-1, 2)
-    words = np.array([-1, *(-1 if word is None else word for word in found.word_ids)])
-    return _Piece(np.asarray(found.ids, np.int32), places, words[1:] != words[:-1])
-
-
-def _tokenise(tokenizer, text: str, max_tokens: int) -> Iterator[_Piece]:
-    """The tokens of a text as if tokenised whole, or at least the first `max_tokens`; a long text is read in pieces.
-
-    Pieces overlap, and are joined where a word begins in both, among tokens that are the same and far from the ends of
-    either. Artefacts at the ends of a piece, such as half a word or the "▁" that SentencePiece prepends, then have no
-    effect: a tokenizer splits off words from left to right, and the tokens of a word depend on that word only. For
-    byte-pair encoding the whole text may be one word, but its merges are as local. (Unigram's paths are not: equal
-    ones differ by the rounding of sums over the word.) If pieces disagree they overlap by more; if they never agree,
-    the text is tokenised whole.
-    """
-    from tokenizers import models
-
-    in_words = isinstance(tokenizer.model, models.BPE)
-    end, count = min(_PIECE, len(text)), 0
-    piece = _encode(tokenizer, text, 0, end)
-    while end < len(text) and count < max_tokens:
-        overlap, joint, following = _OVERLAP, None, piece
-        while joint is None and 2 * overlap <= _PIECE:
-            following = _encode(tokenizer, text, end - overlap, end - overlap + _PIECE)
-            joint, overlap = _joint(piece, following, end - overlap, end, in_words=in_words), 2 * overlap
-        if joint is None:
-            end, piece = len(text), _encode(tokenizer, text, 0, len(text)).part(count, None)
-        else:
-            yield piece.part(None, joint[0])
-            end, count = min(end - overlap // 2 + _PIECE, len(text)), count + joint[0]
-            piece = following.part(joint[1], None)
-    if count < max_tokens:
-        yield piece
-
-
-def _joint(piece: _Piece, following: _Piece, first: int, last: int, *, in_words: bool) -> tuple[int, int] | None:
-    """Indices of one token in two pieces that share the characters from `first` to `last`; None if they disagree.
-
-    The token begins a word; with `in_words` it may be inside one if none begins there.
-    """
-    margin = (last - first) // 4
-
-    def shared(tokens):
-        inside = (tokens.places[:, 0] >= first + margin) & (tokens.places[:, 1] <= last - margin)
-        begin, count = int(np.argmax(inside)), int(np.count_nonzero(inside))
-        return begin, tokens.part(begin, begin + count)
-
-    (begin, ours), (other, theirs) = shared(piece), shared(following)
-    places = np.flatnonzero(ours.first) if ours.first.any() or not in_words else np.arange(len(ours.ids))
-    same = len(ours.ids) == len(theirs.ids) and all(map(np.array_equal, ours, theirs))
-    if not same or len(ours.ids) < _AGREE or not len(places):
-        return None
-    middle = int(places[len(places) // 2])
-    return begin + middle, other + middle
-
-
-def _require_text(piece: _Piece, text: str, control: dict[int, str], file: Path) -> None:
-    """Refuse control tokens that are written in a text; unknown tokens are allowed."""
-    for n in np.flatnonzero(np.isin(piece.ids, list(control))):
-        (first, last), name = piece.places[n], control[int(piece.ids[n])]
-        if name in text[first:last]:
-            what = f"holds {name!r} after {first} characters, which the tokenizer turns into a control token"
-            raise InputError(f"{file}: {what}; remove it, or write it in another way.")
-
-
-# --- Rows
 
 
 def run(
@@ -277,30 +38,32 @@ def run(
     model: LanguageModel,
     contexts: np.ndarray,
     *,
-    layer: Index,
+    points: Sequence[tuple[Index, Annotated[str, arguments.SITE]]],
     source: dict[str, Any],
     batch: Count = 8,
     dtype: Annotated[str, arguments.ROWS_DTYPE] = "float16",
     progress: Callable[[int], None] = lambda contexts: None,
-) -> LazyRows:
-    """Write the residual stream of a language model over contexts, as shards, with the tokens beside them.
+) -> list[LazyRows]:
+    """Write the activations of a language model over contexts, as shards, with the tokens beside them.
 
-    Row `r` of a shard belongs to position `1 + r mod (s − 1)` of context `r // (s − 1)` in its column `tokens`. An
-    interrupted harvest of the same contexts in `out` is resumed. Several processes compute a shard each, on their own
-    devices, and the result is that of one; it may be resumed by another number of them.
+    One place is written to `out`; several, from one pass, each to a directory of its own below it, as `directories`
+    names them, which `out/harvest.json` lists. Row `r` of a shard belongs to position `1 + r mod (s − 1)` of context
+    `r // (s − 1)` in its column `tokens`. An interrupted harvest of the same contexts in `out` is resumed. Several
+    processes compute a shard each, on their own devices, and the result is that of one; it may be resumed by another
+    number of them.
 
     Args:
       out: directory.
       model: the language model.
       contexts: tokens `[n s]`.
-      layer: block after which the residual is taken, from 0.
+      points: pairs of a layer and one of `sites.SITES`.
       source: where the contexts come from; written into the manifest.
       batch: contexts in a step, rounded up to a multiple of the devices, over which they are spread.
       dtype: of the rows, float16 or float32.
       progress: called with the number of contexts just done, those of an interrupted harvest first.
 
     Returns:
-      All rows, `[n·(s − 1) d]`.
+      All rows `[n·(s − 1) d]` of each of `points`.
 
     Raises:
       InputError: if an argument does not fit the model, a row overflows `dtype`, or `out` holds something else.
@@ -310,41 +73,101 @@ def run(
       >>> from jaxsae.language_model import tiny
       >>> contexts = np.arange(12, dtype=np.int32).reshape(2, 6)
       >>> with tempfile.TemporaryDirectory() as folder:
-      ...     run(folder, tiny(), contexts, layer=1, source={"model": "tiny"}).shape
+      ...     [rows] = run(folder, tiny(), contexts, points=[(1, "resid_post")], source={"model": "tiny"})
+      ...     rows.shape
       (10, 8)
     """
-    arguments.check(run, {"layer": layer, "batch": batch, "dtype": dtype})
-    require_fit(model, contexts, layer)
+    arguments.check(run, {"points": points, "batch": batch, "dtype": dtype})
+    require_fit(model, contexts, points)
     n, length = contexts.shape
     crc = f"{zlib.crc32(np.asarray(contexts, np.int32).tobytes()):08x}"
-    source = {**source, "layer": layer, "contexts": n, "context": length, "tokens_crc32": crc}
-    writer = shards.Writer(out, width=model.config.width, dtype=dtype, source=source, together=True)
-    first, count, me = writer.rows // (length - 1), jax.process_count(), jax.process_index()
-    if first:
-        progress(first)
-    if not writer.manifest.complete:
-        mesh, batch = _data_mesh(jax.local_devices(), batch, n)
-        # Bounded, since a shard is held in memory, and lost if the harvest is killed; and by what is a process's part.
-        bounds = (
-            _MAX_STEPS,
-            _SHARD // (4 * batch * (length - 1) * model.config.width),
-            -(-(n - first) // (count * batch)),
+    source = {**source, "contexts": n, "context": length, "tokens_crc32": crc}
+    folders = directories(out, points)
+    if len(folders) > 1:
+        _write_list(any_path(out), folders, points, source)
+    writers = [
+        shards.Writer(
+            folder,
+            width=sites.width(model.config, site),
+            dtype=dtype,
+            source={**source, "layer": layer, "site": site},
+            together=True,
         )
-        steps = max(1, min(bounds))
-        own = [contexts[at + me * steps * batch :][: steps * batch] for at in range(first, n, count * steps * batch)]
-        of_all = lambda done: progress(count * done)  # noqa: E731  the others are about as far
-        residuals = _residuals(model, np.concatenate(own), layer, batch, mesh, of_all)
-        for some in own:
-            rows = np.concatenate(list(itertools.islice(residuals, steps))) if len(some) else None
-            writer.append(None if rows is None else rows.reshape(-1, rows.shape[-1]), tokens=some)
+        for folder, (layer, site) in zip(folders, points, strict=True)
+    ]
+    done = [writer.rows // (length - 1) for writer in writers]
+    if min(done):
+        progress(min(done))
+    # Where a harvest was killed between two directories, those behind catch up first.
+    for first, last in itertools.pairwise(sorted({*done, n})):
+        behind = [place for place, each in enumerate(done) if each <= first]
+        how = {"points": [points[place] for place in behind], "batch": batch, "progress": progress}
+        _write([writers[place] for place in behind], model, contexts[:last], first, **how)
+    for writer in writers:
         writer.finish()
-    return shards.open_rows(out)
+    return [shards.open_rows(folder) for folder in folders]
+
+
+def _write(writers, model: LanguageModel, contexts: np.ndarray, first: int, *, points, batch: int, progress) -> None:
+    """Append the activations over the contexts from the `first` on; each process has a part of them."""
+    (n, length), count, me = contexts.shape, jax.process_count(), jax.process_index()
+    mesh, batch = _data_mesh(jax.local_devices(), batch, n)
+    # Bounded, since a shard is held in memory, and lost if the harvest is killed; and by what is a process's part.
+    bounds = (_MAX_STEPS, _SHARD // (4 * batch * (length - 1) * model.config.width), -(-(n - first) // (count * batch)))
+    steps = max(1, min(bounds))
+    own = [contexts[at + me * steps * batch :][: steps * batch] for at in range(first, n, count * steps * batch)]
+    of_all = lambda done: progress(count * done)  # noqa: E731  the others are about as far
+    computed = _activations(model, np.concatenate(own), points, batch, mesh, of_all)
+    for some in own:
+        parts = list(itertools.islice(computed, steps)) if len(some) else []
+        for place, writer in enumerate(writers):
+            rows = np.concatenate([part[place] for part in parts]) if parts else None
+            writer.append(None if rows is None else rows.reshape(-1, rows.shape[-1]), tokens=some)
+
+
+def directories(out: str | os.PathLike, points: Sequence[tuple[int, str]]) -> list[AnyPath]:
+    """Where a harvest writes the rows of each of its points.
+
+    Args:
+      out: of the harvest.
+      points: likewise.
+
+    Example:
+      >>> [path.name for path in directories("out", [(4, "resid_post"), (8, "mlp_out")])]
+      ['layer_4_resid_post', 'layer_8_mlp_out']
+    """
+    folder = any_path(out)
+    return [folder] if len(points) == 1 else [folder / f"layer_{layer}_{site}" for layer, site in points]
+
+
+def _write_list(out: AnyPath, folders: list[AnyPath], points, source: dict[str, Any]) -> None:
+    """Write which directories a harvest has; refuse those of another one."""
+    names = {path.name: {"layer": layer, "site": site} for path, (layer, site) in zip(folders, points, strict=True)}
+    content = json.dumps({"directories": names, "source": source}, indent=1)
+    with processes.all_or_none(), reached(out):
+        if not processes.is_primary():
+            return
+        found = out / MANIFEST
+        if found.exists():
+            if json.loads(found.read_bytes()) != json.loads(content):
+                raise InputError(f"{out}: holds another harvest, see {MANIFEST}; choose another --out, or remove it.")
+            return
+        if isinstance(out, Path):
+            out.mkdir(parents=True, exist_ok=True)
+        with atomic_file(found) as temporary:
+            temporary.write_text(content + "\n")
 
 
 def live(
-    model: LanguageModel, contexts: np.ndarray, *, layer: Index, batch: Count = 8, window: Count = 1 << 16
+    model: LanguageModel,
+    contexts: np.ndarray,
+    *,
+    layer: Index,
+    site: str = "resid_post",
+    batch: Count = 8,
+    window: Count = 1 << 16,
 ) -> LazyRows:
-    """The residual stream of a language model over contexts, computed on demand and never written.
+    """The activations of a language model over contexts, computed on demand and never written.
 
     Row `r` belongs to position `1 + r mod (s − 1)` of context `r // (s − 1)`. Contexts are computed a step at a time,
     and kept as long as a reader of windows, `data.batches(rows, …, window=window)`, needs them, so that each is
@@ -353,7 +176,8 @@ def live(
     Args:
       model: the language model.
       contexts: tokens `[n s]`.
-      layer: block after which the residual is taken, from 0.
+      layer: the block, from 0.
+      site: where in it, one of `sites.SITES`.
       batch: contexts in a step, rounded up to a multiple of this process' devices, over which they are spread.
       window: rows that are shuffled together; two windows are kept in memory, in float32.
 
@@ -369,16 +193,17 @@ def live(
       (2, 8)
     """
     arguments.check(live, {"layer": layer, "batch": batch, "window": window})
-    require_fit(model, contexts, layer)
+    points = [(layer, site)]
+    require_fit(model, contexts, points)
     mesh, batch = _data_mesh(jax.local_devices(), batch, len(contexts))
     model = jax.device_put(model, NamedSharding(mesh, PartitionSpec()))
     (n, length), lock = contexts.shape, threading.Lock()
-    step = batch * (length - 1)
+    step, width = batch * (length - 1), sites.width(model.config, site)
 
     @functools.lru_cache(2 * (-(-window // step) + 1))
     def compute(number):
         some = contexts[number * batch : (number + 1) * batch]
-        return np.asarray(_step(model, some, layer, batch, mesh)).reshape(-1, model.config.width)
+        return np.asarray(_step(model, some, points, batch, mesh)[0]).reshape(-1, width)
 
     def load(number):
         with lock:  # of concurrent readers, only one computes a step
@@ -386,48 +211,55 @@ def live(
 
     edges = np.minimum(np.arange(-(-n // batch) + 1) * step, n * (length - 1))
     windows = Windows(window, window)
-    return LazyRows(load, edges, range(n * (length - 1)), model.config.width, np.float32, "", windows)
+    return LazyRows(load, edges, range(n * (length - 1)), width, np.float32, "", windows)
 
 
-def check(model: str | os.PathLike, *, layer: int, context: int, out: str | os.PathLike | None = None) -> None:
+def check(
+    model: str | os.PathLike,
+    *,
+    points: Sequence[tuple[int, str]],
+    context: int,
+    out: str | os.PathLike | None = None,
+) -> None:
     """Raise the errors of a harvest before text is tokenised and weights are read.
 
     Args:
       model: as for `language_model.load`; only its configuration is read.
-      layer: block after which the residual is to be taken, from 0.
+      points: pairs of layer and site.
       context: tokens in a context.
       out: directory to write, or None.
 
     Raises:
-      InputError: if the model cannot be read, `layer` or `context` does not fit it, or `out` holds something else.
+      InputError: if the model cannot be read, `points` or `context` do not fit it, or `out` holds something else.
 
     Example:
-      >>> check("no-such-place", layer=1, context=64)
+      >>> check("no-such-place", points=[(1, "resid_post")], context=64)
       Traceback (most recent call last):
       jaxsae.InputError: no-such-place: no such file; expected a GGUF file, a Hugging Face directory, or ...
     """
     where = None if out is None else any_path(out)
+    manifest = shards.MANIFEST if len(points) == 1 else MANIFEST
     if isinstance(where, Path) and where.exists() and not where.is_dir():
         raise InputError(f"cannot write {out}: Not a directory; choose another --out.")
-    if isinstance(where, Path) and where.is_dir() and any(where.iterdir()) and not (where / shards.MANIFEST).exists():
-        raise InputError(f"{out}: holds files but no {shards.MANIFEST}; choose another --out, or remove it.")
-    _require_site(model_files.read_config(model), layer, context)
+    if isinstance(where, Path) and where.is_dir() and any(where.iterdir()) and not (where / manifest).exists():
+        raise InputError(f"{out}: holds files but no {manifest}; choose another --out, or remove it.")
+    _require_points(model_files.read_config(model), points, context)
 
 
-def require_fit(model: LanguageModel, contexts: np.ndarray, layer: int) -> None:
-    """Raise if a model does not have a layer, or cannot read the contexts.
+def require_fit(model: LanguageModel, contexts: np.ndarray, points: Sequence[tuple[int, str]]) -> None:
+    """Raise if a model does not have a place, or cannot read the contexts.
 
     Args:
       model: the language model.
       contexts: tokens `[n s]`.
-      layer: block after which the residual is to be taken, from 0.
+      points: pairs of layer and site.
 
     Raises:
       InputError: with the value, and the range that fits the model.
 
     Example:
       >>> from jaxsae.language_model import tiny
-      >>> require_fit(tiny(), np.array([[1, 2, 99]]), 1)
+      >>> require_fit(tiny(), np.array([[1, 2, 99]]), [(1, "resid_post")])
       Traceback (most recent call last):
       jaxsae.InputError: the tokenizer made token 99, the model's vocabulary has 16; pass the model's own.
     """
@@ -435,16 +267,20 @@ def require_fit(model: LanguageModel, contexts: np.ndarray, layer: int) -> None:
         what = f"{np.shape(contexts)} of {np.asarray(contexts).dtype}"
         raise InputError(f"got contexts of shape {what}; pass tokens (n, s), at least one context.")
     c, (low, high) = model.config, (int(np.min(contexts)), int(np.max(contexts)))
-    _require_site(c, layer, np.shape(contexts)[1])
+    _require_points(c, points, np.shape(contexts)[1])
     if low < 0 or high >= c.vocab:
         wrong = low if low < 0 else high
         what = f"the tokenizer made token {wrong}, the model's vocabulary has {c.vocab}"
         raise InputError(f"{what}; pass the model's own.")
 
 
-def _require_site(c: config.Config, layer: int, context: int) -> None:
-    if not 0 <= layer < c.layers:
-        raise InputError(f"got layer {layer}, the model has {c.layers}; pass one from 0 to {c.layers - 1}.")
+def _require_points(c: config.Config, points: Sequence[tuple[int, str]], context: int) -> None:
+    for point in points:
+        sites.require(c, *point)
+    if len(set(points)) < max(1, len(points)):
+        raise InputError(
+            f"got {len(points)} places, {len(set(points))} of them different; pass at least one, each once."
+        )
     if context < 2:
         raise InputError(f"got contexts of {context} tokens, and the first gives no row; pass at least 2.")
     if context > c.context:
@@ -457,28 +293,28 @@ def _data_mesh(devices, batch: int, contexts: int) -> tuple[Mesh, int]:
     return mesh, -(-min(batch, contexts) // len(devices)) * len(devices)
 
 
-def _residuals(model, contexts, layer: int, batch: int, mesh: Mesh, progress) -> Iterator[np.ndarray]:
-    """Residuals `[batch s − 1 d]`, without those of the first position; the last batch may be smaller."""
+def _activations(model, contexts, points, batch: int, mesh: Mesh, progress) -> Iterator[list[np.ndarray]]:
+    """Activations `[batch s − 1 n]` at each point, without the first position; the last batch may be smaller."""
     model = jax.device_put(model, NamedSharding(mesh, PartitionSpec()))
     pending = None
     for start in range(0, len(contexts), batch):
         some = contexts[start : start + batch]
-        rows = _step(model, some, layer, batch, mesh)
+        rows = _step(model, some, points, batch, mesh)
         # One step ahead: the device computes while rows are fetched and written.
         if pending is not None:
-            yield np.asarray(pending)
+            yield list(map(np.asarray, pending))
         pending = rows
         progress(len(some))
     if pending is not None:
-        yield np.asarray(pending)
+        yield list(map(np.asarray, pending))
 
 
-def _step(model, some: np.ndarray, layer: int, batch: int, mesh: Mesh) -> jax.Array:
-    """Residuals of at most `batch` contexts."""
-    ids = np.pad(some, [(0, batch - len(some)), (0, 0)])
-    return _after_first(model, jax.device_put(ids, NamedSharding(mesh, PartitionSpec("data"))), layer)[: len(some)]
+def _step(model, some: np.ndarray, points, batch: int, mesh: Mesh) -> list[jax.Array]:
+    """Activations at each point over at most `batch` contexts."""
+    ids = jax.device_put(np.pad(some, [(0, batch - len(some)), (0, 0)]), NamedSharding(mesh, PartitionSpec("data")))
+    return [rows[: len(some)] for rows in _after_first(model, ids, tuple(map(tuple, points)))]
 
 
-@functools.partial(jax.jit, static_argnames="layer")
-def _after_first(model, ids, layer):
-    return residual(model, ids, layer)[:, 1:].astype(jnp.float32)
+@functools.partial(jax.jit, static_argnames="points")
+def _after_first(model, ids, points):
+    return [x[:, 1:].astype(jnp.float32) for x in residuals(model, ids, points)]

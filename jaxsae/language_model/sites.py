@@ -12,12 +12,12 @@ Of block `layer`, in the order of computation:
 """
 
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from jaxsae._core.files import InputError
-from jaxsae.language_model.config import Config
+from jaxsae.language_model.config import SITES, Config
 
-SITES = ("resid_pre", "hook_z", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")
 _HOOKS = {  # of TransformerLens and SAELens, `blocks.{layer}.…`
     **{f"hook_{site}": site for site in SITES if site not in ("hook_z", "mlp_in")},
     "attn.hook_z": "hook_z",
@@ -68,6 +68,30 @@ def parse(name: str) -> tuple[int | None, str]:
     return int(found[2]), table[found[3]]
 
 
+def points(layers: Sequence[int], names: Sequence[str]) -> list[Site]:
+    """All sites at all layers; a name that says its layer stands for itself.
+
+    Args:
+      layers: blocks, from 0.
+      names: as for `parse`.
+
+    Raises:
+      InputError: if there is no such site, or no layer, or none of the names needs the layers.
+
+    Example:
+      >>> [tuple(point) for point in points([4, 8], ["resid_post", "blocks.6.hook_mlp_out"])]
+      [(4, 'resid_post'), (8, 'resid_post'), (6, 'mlp_out')]
+    """
+    found, parsed = [], [parse(name) for name in names]
+    alone = [layer for layer, _ in parsed if layer is None]
+    if bool(alone) != bool(layers):
+        what = "a site without a layer" if alone else f"layers {list(layers)}, and sites that name their own"
+        raise InputError(f"got {what}; pass {'--layer too' if alone else 'one of them'}.")
+    for layer, site in parsed:
+        found += [Site(each, site) for each in (layers if layer is None else [layer])]
+    return found
+
+
 def require(config: Config, layer: int, site: str) -> None:
     """Raise if a model has no such place.
 
@@ -77,21 +101,21 @@ def require(config: Config, layer: int, site: str) -> None:
       site: one of `SITES`.
 
     Raises:
-      ValueError: naming what the model has.
+      InputError: naming what the model has.
 
     Example:
       >>> from jaxsae.language_model import tiny
       >>> require(tiny().config, 3, "mlp_out")
       Traceback (most recent call last):
-      ValueError: got layer 3 for 3 blocks; pass 0 to 2.
+      jaxsae.InputError: got layer 3, the model has 3; pass one from 0 to 2.
     """
     if isinstance(layer, bool) or not hasattr(layer, "__index__") or not 0 <= layer < config.layers:
-        raise ValueError(f"got layer {layer} for {config.layers} blocks; pass 0 to {config.layers - 1}.")
+        raise InputError(f"got layer {layer}, the model has {config.layers}; pass one from 0 to {config.layers - 1}.")
     if site not in SITES:
-        raise ValueError(f"got site {site!r}; pass one of {', '.join(SITES)}.")
+        raise InputError(f"got site {site!r}; pass one of {', '.join(SITES)}.")
     if site == "resid_mid" and config.parallel:
         what = f"a {config.family} runs attention and MLP in parallel"
-        raise ValueError(f"got site 'resid_mid', and {what}; pass another site.")
+        raise InputError(f"got site 'resid_mid', and {what}; pass another site.")
 
 
 def width(config: Config, site: str) -> int:

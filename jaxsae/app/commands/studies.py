@@ -15,6 +15,7 @@ def study(
     data: arguments.Rows | None = None,
     model: arguments.Model | None = None,
     layer: arguments.Index = 8,
+    site: Annotated[str, arguments.SITE] = "resid_post",
     text: arguments.InputFiles = (),
     synthetic: bool = False,
     noise: arguments.Weight = 0.0,
@@ -50,7 +51,8 @@ def study(
         data: file or directory of activations (rows, width), on disk or in a bucket; by default patches of two
             photographs.
         model: instead of --data, a language model: smollm2, a GGUF file or a Hugging Face directory.
-        layer: block of the model after which the residual is taken, from 0.
+        layer: block of the model, from 0.
+        site: resid_pre, hook_z, attn_out, resid_mid, mlp_in, mlp_out or resid_post of that block.
         text: UTF-8 files for the model to read; by default Python's standard library.
         synthetic: instead of --data, rows made of known features, with which codes are compared.
         noise: root mean square norm of the noise in them, relative to the features' part.
@@ -80,7 +82,9 @@ def study(
         raise InputError("got --sae without --data or --model; pass the activations that they are for.")
     if mesh is not None and not sae:
         raise InputError("got --mesh without --sae; a study trains on one device.")
-    source = job.HookPoint(model, layer, text or None) if model else job.Features(noise=noise) if synthetic else data
+    source = (
+        job.HookPoint(model, layer, text or None, site) if model else job.Features(noise=noise) if synthetic else data
+    )
     full, small = (job.FULL_MODEL, job.QUICK_MODEL) if model else (job.FULL, job.QUICK)
     if synthetic:
         full, small = job.FULL_SYNTHETIC, job.QUICK_SYNTHETIC

@@ -31,8 +31,9 @@ def fetch(name: Annotated[str, arguments.Choice(("smollm2",))], /, *, json: bool
 def harvest(
     *,
     model: arguments.Model,
-    layer: arguments.Index,
     out: arguments.AnyDirectory,
+    layer: tuple[arguments.Index, ...] = (),
+    site: tuple[arguments.Site, ...] = ("resid_post",),
     text: arguments.InputFiles = (),
     tokens: arguments.Count | None = None,
     context: arguments.Context = 256,
@@ -41,17 +42,22 @@ def harvest(
     distributed: bool = False,
     json: bool = False,
 ) -> int:
-    """Write a language model's residual stream over text to disk.
+    """Write a language model's activations over text to disk.
 
-    Writes a directory of shards. The first position of each context is left out; tokens are kept beside the rows. If
+    Writes a directory of shards; of several layers or sites, from one pass, a directory each, such as
+    OUT/layer_8_mlp_out. The first position of each context is left out; tokens are kept beside the rows. If
     interrupted, the same command resumes.
 
     Example: jaxsae harvest --model smollm2 --layer 8 --tokens 100000 --out activations
 
+    Example: jaxsae harvest --model smollm2 --layer 4 8 12 --site resid_post mlp_out --tokens 100000 --out many
+
     Args:
         model: smollm2, a GGUF file or a Hugging Face directory.
-        layer: block after which the residual is taken, from 0.
         out: directory to write, on disk or in a bucket.
+        layer: blocks, from 0.
+        site: resid_pre, hook_z, attn_out, resid_mid, mlp_in, mlp_out or resid_post of each of them; or hooks that name
+            their own, such as blocks.8.hook_mlp_out.
         text: UTF-8 files to read, in this order; by default Python's standard library, four million tokens.
         tokens: number of tokens to read, rounded up to whole contexts; all by default.
         context: number of tokens in a context.
@@ -63,32 +69,39 @@ def harvest(
     import zlib
 
     from jaxsae._core import processes
-    from jaxsae.language_model import harvest as job
+    from jaxsae.language_model import harvest as job, sites
 
+    points = sites.points(layer, site)
     with devices.spread(None, distributed=distributed) as here:
         with processes.all_or_none():
-            job.check(model, layer=layer, context=context, out=out)
+            job.check(model, points=points, context=context, out=out)
             net, packed = _read(model, text, tokens, context)
-        processes.require_same({"the text": zlib.crc32(packed.contexts.tobytes()), "--layer": layer, "--batch": batch})
+        same = {"the text": zlib.crc32(packed.contexts.tobytes()), "--layer and --site": points, "--batch": batch}
+        processes.require_same(same)
         source = {"model": model, "text": packed.files}
-        how = {"layer": layer, "source": source, "batch": batch, "dtype": dtype}
+        how = {"points": points, "source": source, "batch": batch, "dtype": dtype}
         with console.progress(len(packed.contexts), rows=context, unit="tokens", quiet=not here) as update:
-            rows = job.run(out, net, packed.contexts, **how, progress=functools.partial(update, "harvesting"))
+            found = job.run(out, net, packed.contexts, **how, progress=functools.partial(update, "harvesting"))
     if not here:
         return 0
-    n, width = rows.shape
-    summary = {"out": shown(out), "rows": n, "width": width, "dtype": dtype, "files": packed.files}
-    written = f"Written: {shown(out)}, {n} rows of width {width}, {dtype}, from {len(packed.files)} files"
-    console.show(summary | {"replaced": packed.replaced, "empty": packed.empty}, written, as_json=json)
+    written = [
+        {"out": shown(folder), "layer": point.layer, "site": point.site, "rows": len(rows), "width": rows.shape[1]}
+        for folder, point, rows in zip(job.directories(out, points), points, found, strict=True)
+    ]
+    of = f"{dtype}, from {len(packed.files)} files"
+    text_lines = [f"Written: {each['out']}, {each['rows']} rows of width {each['width']}, {of}" for each in written]
+    summary = {"dtype": dtype, "files": packed.files, "replaced": packed.replaced, "empty": packed.empty}
+    summary |= written[0] if len(written) == 1 else {"out": shown(out), "directories": written}
+    console.show(summary, "\n".join(text_lines), as_json=json)
     return 0
 
 
 def _read(model: str, text: tuple[Path, ...], tokens: int | None, context: int):
     """A language model and its tokenised text; warns of undecodable characters and empty files."""
     from jaxsae import language_model
-    from jaxsae.language_model import files, harvest as job
+    from jaxsae.language_model import files, text as texts
 
-    packed = job.pack(text or job.standard_library(), files.read_tokenizer(model), context=context, tokens=tokens)
+    packed = texts.pack(text or texts.standard_library(), files.read_tokenizer(model), context=context, tokens=tokens)
     if packed.replaced:
         at = f"The first: {packed.replaced_at}."
         console.warn(f"{packed.replaced} characters were not UTF-8, and were read as U+FFFD. {at}")
@@ -97,14 +110,23 @@ def _read(model: str, text: tuple[Path, ...], tokens: int | None, context: int):
     return language_model.load(model), packed
 
 
-def live(model: str, layer: int, text: tuple[Path, ...], tokens: int | None, context: int, window: int | None):
+def live(
+    model: str,
+    layer: int | None,
+    site: str,
+    text: tuple[Path, ...],
+    tokens: int | None,
+    context: int,
+    window: int | None,
+):
     """Activations of a model on text, computed on demand, by a name for both."""
     import zlib
 
-    from jaxsae.language_model import harvest as job
+    from jaxsae.language_model import harvest as job, sites
 
-    job.check(model, layer=layer, context=context)
+    [point] = sites.points([] if layer is None else [layer], [site])
+    job.check(model, points=[point], context=context)
     net, packed = _read(model, text, tokens, context)
-    name = f"{model}, layer {layer}, text {zlib.crc32(packed.contexts.tobytes()):08x}"
+    name = f"{model}, layer {point.layer}, {point.site}, text {zlib.crc32(packed.contexts.tobytes()):08x}"
     how = {} if window is None else {"window": window}
-    return {name: job.live(net, packed.contexts, layer=layer, **how)}
+    return {name: job.live(net, packed.contexts, layer=point.layer, site=point.site, **how)}

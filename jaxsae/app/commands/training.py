@@ -22,6 +22,7 @@ def train(
     data: tuple[arguments.Rows, ...] = (),
     model: arguments.Model | None = None,
     layer: arguments.Index | None = None,
+    site: arguments.Site = "resid_post",
     from_: arguments.Autoencoder | None = None,
     text: arguments.InputFiles = (),
     tokens: arguments.Count | None = None,
@@ -70,7 +71,9 @@ def train(
         out: directory for the results, on disk or in a bucket.
         data: files or directories of activations (rows, width), on disk or in a bucket.
         model: instead of --data, a language model: smollm2, a GGUF file or a Hugging Face directory.
-        layer: block of the model after which the residual is taken, from 0.
+        layer: block of the model, from 0.
+        site: resid_pre, hook_z, attn_out, resid_mid, mlp_in, mlp_out or resid_post of that block; or a hook that names
+            its own, such as blocks.8.hook_mlp_out.
         from_: an SAE to start from, of the same width, latents and activation: a run, one save of a run, or any format,
             on disk, in a bucket or on the hub (hf://organisation/repository/path).
         text: UTF-8 files for the model to read; by default Python's standard library, four million tokens.
@@ -110,10 +113,10 @@ def train(
         activation, latents, k, l1, not no_auxk, multi_topk, batch, steps, learning_rate, idle_after, heldout, seed
     )
     validate(options)
-    if bool(data) == (model is not None) or (model is None) != (layer is None):
+    if bool(data) == (model is not None) or (model is None and layer is not None):
         raise InputError("pass --data, or --model and --layer.")
-    if model is None and (text or tokens is not None):
-        raise InputError("got --text or --tokens without --model; pass the model that is to read it.")
+    if model is None and (text or tokens is not None or site != "resid_post"):
+        raise InputError("got --text, --tokens or --site without --model; pass the model that is to read it.")
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax's errors are reported below
     with devices.spread(mesh, distributed=distributed) as first:
         how: dict[str, Any] = {"weights": weights or None, "window": window, "reader_threads": reader_threads}
@@ -121,8 +124,8 @@ def train(
         how |= {"resume": resume, "data": data, "start": from_}
         how["profile"] = None if profile is None else tuple(map(int, profile.split(":")))
         log = _recorded(given, options, logs.logs(out, options, wandb=wandb)) if first else None
-        if model is not None and layer is not None:
-            how["data"] = live(model, layer, text, tokens, context, window)
+        if model is not None:
+            how["data"] = live(model, layer, site, text, tokens, context, window)
         return _run(out, options, log, how, json)
 
 
