@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -253,3 +254,46 @@ def test_each_of_two_processes_harvests_its_half(tmp_path):
         found, tokens = (shards.column(tmp_path / name, "tokens") for name in (folder, "one"))
         np.testing.assert_array_equal(found, tokens)
         shards.verify(tmp_path / folder)
+
+
+# Trains on a language model, and prints how many contexts this process' devices computed.
+LIVE = """
+import sys
+from jaxsae.app import cli
+from jaxsae.language_model import harvest
+computed, after_first = [0], harvest._after_first
+harvest._COPIED = int(sys.argv[1])
+def count(model, ids, points):
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(model)) == (harvest._COPIED > 0)
+    computed[0] += sum(shard.data.shape[0] for shard in ids.addressable_shards)
+    return after_first(model, ids, points)
+import jax
+harvest._after_first = count
+code = cli.main(sys.argv[2:])
+print("computed", computed[0])
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize("mesh, copied", [((1, 4), 1 << 30), ((2, 2), 1 << 30), ((2, 2), 0)])
+def test_each_of_two_processes_computes_half_of_a_live_harvest(mesh, copied, tmp_path):
+    (tmp_path / "text.txt").write_text("".join(map(chr, range(32, 127))) * 60)
+    model = Path(__file__).parent / "language_models" / "llama"
+    options = ["--model", model, "--layer", 1, "--site", "mlp_out", "--text", tmp_path / "text.txt", "--context", 17]
+    options += ["--window", 640, "--activation", "topk", "--k", 4, "--latents", 64, "--batch", 64, "--heldout", 64]
+    options += ["--steps", 100, "--learning-rate", 1e-3, "--no-auxk", "--mesh", *mesh]
+    computed = {}
+    for out, count in {"one": 1, "two": 2}.items():
+        more = ["--out", tmp_path / out, *(["--distributed"] if count > 1 else [])]
+        command = [sys.executable, "-c", LIVE, str(copied), "train", *map(str, [*options, *more])]
+        port = free_port()
+        environments = [joined(port, count, number) for number in range(count)]
+        if count == 1:
+            environments[0]["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+        said = finish([subprocess.Popen(command, env=env, stdout=-1, stderr=-1, text=True) for env in environments])
+        computed[out] = [int(output.rpartition("computed ")[2]) for output, _ in said]
+    assert computed["two"][0] == computed["two"][1]
+    assert sum(computed["two"]) <= computed["one"][0]  # which reads ahead
+    a, b = weights(tmp_path, "one"), weights(tmp_path, "two")
+    for name in a:
+        np.testing.assert_allclose(a[name], b[name], rtol=1e-3, atol=1e-5, err_msg=name)

@@ -33,7 +33,7 @@ class Batches:
         import grain
 
         self.source, self.waited = source, 0.0
-        reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=_AHEAD)
+        reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=_AHEAD if threads else 0)
         self._iterator = iter(grain.MapDataset.source(source).to_iter_dataset(reading))
 
     def __iter__(self) -> "Batches":
@@ -59,6 +59,7 @@ class Batches:
 
     def rows(self, number: int) -> list[tuple[int, np.ndarray]]:
         """The rows in batch `number`: `(source, row numbers)` for each source that it draws from."""
+        self.source.load_together(number)
         return [(source, numbers) for source, _, numbers in self.source.parts(number)]
 
 
@@ -69,20 +70,34 @@ class _Numbered:
         self._sources, self._names, self._order = sources, names, order
         self._size, self._part = size, range(size)[part]
         self._edges = np.cumsum([0, *map(len, sources)])
+        self.together = any(isinstance(rows, LazyRows) and rows.together for rows in sources)
 
     def __len__(self) -> int:
         return (1 << 62) // self._size
 
-    def parts(self, number: int) -> list[tuple[int, np.ndarray, np.ndarray]]:
-        """For each source that a batch draws from: its number, places in the batch, and row numbers, ascending."""
-        flat = np.array([self._order[number * self._size + place] for place in self._part])
+    def parts(self, number: int, whole: bool = False) -> list[tuple[int, np.ndarray, np.ndarray]]:
+        """For each source that a batch draws from: its number, places in the batch, and row numbers, ascending.
+
+        Of this process's part of the batch, or of the whole.
+        """
+        places = range(self._size) if whole else self._part
+        flat = np.array([self._order[number * self._size + place] for place in places])
         sources = np.searchsorted(self._edges, flat, side="right") - 1
         order = np.argsort(flat, kind="stable")  # a memory-mapped file is then read forwards
         cuts = np.searchsorted(sources[order], range(len(self._sources) + 1))
         found = [(source, order[cuts[source] : cuts[source + 1]]) for source in range(len(self._sources))]
         return [(source, at, flat[at] - self._edges[source]) for source, at in found if len(at)]
 
+    def load_together(self, number: int) -> None:
+        """Load what the whole batch draws from, where that takes all processes: their parts draw from other shards."""
+        if self.together:
+            for source, _, numbers in self.parts(number, whole=True):
+                rows = self._sources[source]
+                if isinstance(rows, LazyRows) and rows.together:
+                    rows.load(numbers)
+
     def __getitem__(self, index: int) -> np.ndarray:
+        self.load_together(index)
         batch = np.empty((len(self._part), self._sources[0].shape[1]), np.float32)
         for source, at, numbers in self.parts(index):
             rows = self._sources[source][numbers]
@@ -138,7 +153,7 @@ def batches(
         The last window of an epoch holds the rest.
       part: the rows of each batch that this process reads; all by default.
       names: names of the sources, for messages.
-      threads: that read ahead.
+      threads: that read ahead; none do where loading takes all processes.
 
     Raises:
       InputError: if there are fewer rows than a batch holds, or the shapes, dtypes, window or weights do not fit;
@@ -190,4 +205,5 @@ def batches(
         edges = np.cumsum([0, *map(len, sources)]).tolist()
         pairs = enumerate(itertools.pairwise(edges))
         order = grain.MapDataset.mix([shuffled(*pair, seed + number) for number, pair in pairs], weights)
-    return Batches(_Numbered(sources, names, order, size, part), threads)
+    numbered = _Numbered(sources, names, order, size, part)
+    return Batches(numbered, 0 if numbered.together else threads)

@@ -1,5 +1,6 @@
 """Rows `[n d]` that are read or computed on access."""
 
+import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ class LazyRows:
         dtype: Any,
         checksum: str | None = None,
         shuffled: Windows | None = None,
+        together: bool = False,
     ):
         """See `open_rows`, which makes them.
 
@@ -44,11 +46,17 @@ class LazyRows:
           dtype: dtype of the rows.
           checksum: checksum of all shards, if known; "" for computed rows.
           shuffled: how many rows to shuffle together, where they are best read in order.
+          together: whether loading a shard takes all processes: they load the same ones, in the same order, and in
+            their main threads.
         """
-        self._load, self._edges, self._window, self.checksum = load, edges, window, checksum
-        self.shuffled = shuffled
-        self.shape, self.ndim, self.dtype = (len(window), width), 2, np.dtype(dtype)
-        self.size = len(window) * width
+        self._load, self._edges, self.checksum = load, edges, checksum
+        self.shuffled, self.together = shuffled, together
+        self.shape, self.ndim, self.dtype = (0, width), 2, np.dtype(dtype)
+        self._view(window)
+
+    def _view(self, window: range) -> None:
+        self._window, self.shape = window, (len(window), self.shape[1])
+        self.size = len(window) * self.shape[1]
         self.nbytes = self.size * self.dtype.itemsize
 
     def __len__(self) -> int:
@@ -58,9 +66,9 @@ class LazyRows:
         if isinstance(index, slice):
             window = self._window[index]
             if window.step == 1:
-                return LazyRows(
-                    self._load, self._edges, window, self.shape[1], self.dtype, self.checksum, self.shuffled
-                )
+                view = copy.copy(self)
+                view._view(window)
+                return view
             return self._take(np.arange(window.start, window.stop, window.step), self.dtype)
         numbers = np.asarray(index)
         if isinstance(index, tuple) or (numbers.dtype.kind not in "iu" and numbers.size):
@@ -68,6 +76,15 @@ class LazyRows:
         if ((numbers < -len(self)) | (numbers >= len(self))).any():
             raise IndexError(f"an index is out of range for {len(self)} rows")
         return self._take(self._window.start + numbers.astype(np.intp) % max(1, len(self)), self.dtype)
+
+    def load(self, numbers: np.ndarray) -> None:
+        """Load the shards of some rows, in order.
+
+        Args:
+          numbers: of the rows.
+        """
+        for shard in np.unique(np.searchsorted(self._edges, self._window.start + numbers, side="right") - 1):
+            self._load(int(shard))
 
     def _take(self, numbers: Any, dtype: Any) -> np.ndarray:
         """Rows by their numbers in the directory."""

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxsae._core import arguments, processes
@@ -31,6 +32,7 @@ from jaxsae.language_model.models import LanguageModel, residuals
 MANIFEST = "harvest.json"  # of several directories from one pass
 _SHARD = 128 << 20  # bytes of float32 rows, about
 _MAX_STEPS = 32  # in a shard
+_COPIED = 2 << 30  # bytes of a model that is copied to each device
 
 
 def run(
@@ -172,13 +174,14 @@ def live(
     Row `r` belongs to position `1 + r mod (s − 1)` of context `r // (s − 1)`. Contexts are computed a step at a time,
     and kept as long as a reader of windows, `data.batches(rows, …, window=window)`, needs them, so that each is
     computed once per pass. Such a reader saves only its position; when resumed, it computes the current window again.
+    Several processes compute each step together, every device some of its contexts, and each gets all rows.
 
     Args:
       model: the language model.
       contexts: tokens `[n s]`.
       layer: the block, from 0.
       site: where in it, one of `sites.SITES`.
-      batch: contexts in a step, rounded up to a multiple of this process' devices, over which they are spread.
+      batch: contexts in a step, rounded up to a multiple of the devices of all processes, over which they are spread.
       window: rows that are shuffled together; two windows are kept in memory, in float32.
 
     Returns:
@@ -195,8 +198,8 @@ def live(
     arguments.check(live, {"layer": layer, "batch": batch, "window": window})
     points = [(layer, site)]
     require_fit(model, contexts, points)
-    mesh, batch = _data_mesh(jax.local_devices(), batch, len(contexts))
-    model = jax.device_put(model, NamedSharding(mesh, PartitionSpec()))
+    mesh, batch = _data_mesh(jax.devices(), batch, len(contexts))
+    model = _placed(model, mesh)
     (n, length), lock = contexts.shape, threading.Lock()
     step, width = batch * (length - 1), sites.width(model.config, site)
 
@@ -211,7 +214,7 @@ def live(
 
     edges = np.minimum(np.arange(-(-n // batch) + 1) * step, n * (length - 1))
     windows = Windows(window, window)
-    return LazyRows(load, edges, range(n * (length - 1)), width, np.float32, "", windows)
+    return LazyRows(load, edges, range(n * (length - 1)), width, np.float32, "", windows, jax.process_count() > 1)
 
 
 def check(
@@ -295,7 +298,7 @@ def _data_mesh(devices, batch: int, contexts: int) -> tuple[Mesh, int]:
 
 def _activations(model, contexts, points, batch: int, mesh: Mesh, progress) -> Iterator[list[np.ndarray]]:
     """Activations `[batch s − 1 n]` at each point, without the first position; the last batch may be smaller."""
-    model = jax.device_put(model, NamedSharding(mesh, PartitionSpec()))
+    model = _placed(model, mesh)
     pending = None
     for start in range(0, len(contexts), batch):
         some = contexts[start : start + batch]
@@ -309,10 +312,31 @@ def _activations(model, contexts, points, batch: int, mesh: Mesh, progress) -> I
         yield list(map(np.asarray, pending))
 
 
-def _step(model, some: np.ndarray, points, batch: int, mesh: Mesh) -> list[jax.Array]:
+def _placed(model: LanguageModel, mesh: Mesh) -> LanguageModel:
+    """The model on a mesh: a copy on each device, or if it is large, every weight split over all of them.
+
+    A split weight is gathered when its block is computed, and let go, as in fully sharded data parallelism.
+    """
+    large = sum(leaf.nbytes for leaf in jax.tree.leaves(model)) > _COPIED and mesh.size > 1
+
+    def place(leaf: jax.Array) -> jax.Array:
+        ends = range(leaf.ndim - 2, leaf.ndim) if large and leaf.ndim > 1 else ()  # of a matrix; not that of the blocks
+        axis = max((n for n in ends if leaf.shape[n] % mesh.size == 0), key=leaf.shape.__getitem__, default=None)
+        spec = PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, "data")
+        return jax.make_array_from_callback(leaf.shape, NamedSharding(mesh, spec), np.asarray(leaf).__getitem__)
+
+    return jax.tree.map(place, model)
+
+
+def _step(model, some: np.ndarray, points, batch: int, mesh: Mesh) -> list[np.ndarray | jax.Array]:
     """Activations at each point over at most `batch` contexts."""
-    ids = jax.device_put(np.pad(some, [(0, batch - len(some)), (0, 0)]), NamedSharding(mesh, PartitionSpec("data")))
-    return [rows[: len(some)] for rows in _after_first(model, ids, tuple(map(tuple, points)))]
+    padded = np.pad(some, [(0, batch - len(some)), (0, 0)])
+    spread = NamedSharding(mesh, PartitionSpec("data"))
+    ids = jax.make_array_from_callback(padded.shape, spread, padded.__getitem__)
+    found = _after_first(model, ids, tuple(map(tuple, points)))
+    if not found[0].is_fully_addressable:  # each process gets all of them
+        found = multihost_utils.process_allgather(found, tiled=True)
+    return [rows[: len(some)] for rows in found]
 
 
 @functools.partial(jax.jit, static_argnames="points")
