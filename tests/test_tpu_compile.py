@@ -84,16 +84,43 @@ def test_rows_with_few_atoms_in_many_slots_are_solved_in_fewer():
     assert all(re.search(rf"f32\[\d+,{width},{width}\]", text) for width in (128, 256, 512))
 
 
-def command(capsys, *options):
-    return cli("plan", "--d", 64, "--k", 4, "--batch", 64, *options), *capsys.readouterr()
+def command(capsys, *options, of=("--d", 64)):
+    return cli("plan", *of, "--k", 4, "--batch", 64, *options), *capsys.readouterr()
+
+
+def test_one_chip_holds_131072_latents_of_width_2304():
+    options = Options("topk", 1 << 17, 64, batch=4096)
+    assert plan.training_step(options, 2304, plan.topology_mesh("v5e:1x1")).memory < 15 * GIB
+
+
+LLAMA_7B = {
+    **{"model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32},
+    **{"num_attention_heads": 32, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "vocab_size": 32000},
+}
+
+
+def test_a_language_model_of_seven_billion_fits_beside_an_autoencoder(capsys, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_7B))
+    of = ("--model", tmp_path, "--layer", 31, "--site", "mlp_out")
+    code, out, _ = command(capsys, "--latents", 1 << 17, "--topology", "v5e:4x4", "--json", of=of)
+    told = json.loads(out)
+    assert (code, told["fits"]) == (0, True)
+    weights, chips = 4 * (32 * (4 * 4096**2 + 3 * 4096 * 11008) + 32000 * 4096), 16
+    harvest, training = told["programs"]["harvest"], told["programs"]["training step with AuxK at work"]
+    assert weights / chips < harvest["arguments"] < 1.02 * weights / chips  # without the head, which it does not need
+    assert harvest["memory"] < harvest["arguments"] + GIB  # one block is gathered at a time
+    assert harvest["rows"] == chips * 255
+    assert told["memory"] > harvest["arguments"] + training["arguments"]
+    assert told["memory"] < 6 * GIB
+    assert told["state"] == pytest.approx(6 * 4 * (1 << 17) * 4096 / chips, rel=0.01)
 
 
 def test_the_command_tells_what_a_slice_is_used_for(capsys):
     code, out, err = command(capsys, "--latents", 4096, "--topology", "v5e:2x2", "--mesh", 2, 2)
     assert code == 0
-    assert [line[:5] for line in err.splitlines()] == [" 25% ", " 50% ", " 75% ", "100% "]
+    assert [line[:5] for line in err.splitlines()] == [" 20% ", " 40% ", " 60% ", " 80% ", "100% "]
     assert out.startswith("4 chips v5e:2x2: rows 2 ways, latents 2 ways; a chip has 16.00 GiB\n")
-    names = "training step without AuxK", "training step with AuxK at work", "encode", "encode and refit"
+    names = "training step without AuxK", "training step with AuxK at work", "encode", "encode and refit", "evaluation"
     assert [line.partition(",")[0] for line in out.splitlines() if line.endswith("of each chip:")] == [*names]
     assert out.count("a billion rows") == len(names)
     code, again, _ = command(capsys, "--latents", 4096, "--topology", "v5e:2x2", "--mesh", 2, 2, "--json")
@@ -108,7 +135,9 @@ def test_the_command_tells_what_a_slice_is_used_for(capsys):
         assert ("all-reduce" in {each["kind"] for each in collectives}) == (name != "encode")
         seconds = max(program["seconds_at_peak"].values())
         assert program["mfu_at_most"] == pytest.approx(program["flops"] / 197e12 / seconds, rel=1e-6)
-        assert program["input_bytes_per_second"] == pytest.approx(4 * 64 * 64 / seconds)
+        assert program["input_bytes_per_second"] == pytest.approx(4 * program["rows"] * 64 / seconds)
+        assert (program["rows"] == 64) == (name != "evaluation")
+        assert told["memory"] >= program["memory"]
         assert program["network_bytes_per_second"] == pytest.approx(program["exchanged"] / seconds)
     without, at_work = (told["programs"][name] for name in names[:2])
     assert without["flops"] < at_work["flops"]

@@ -16,11 +16,13 @@ from jax.sharding import AxisType, Mesh
 
 from jaxsae import sharding, train
 from jaxsae._core.files import InputError, first_line
-from jaxsae.app import runs
+from jaxsae.app import evaluation, runs
 from jaxsae.app.chips import CHIPS, Chip
 from jaxsae.app.options import Options
+from jaxsae.autoencoder import stream
 from jaxsae.autoencoder.refinement import refine
 from jaxsae.autoencoder.sae import encode
+from jaxsae.language_model import harvest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +166,56 @@ def refit_step(options: Options, d: int, mesh: Mesh) -> Program:
       jaxsae.InputError: topk is made sparse by k; pass k, and no l1.
     """
     return _of_a_batch(lambda sae, x: refine(sae, x, capacity=options.k), options, d, mesh)
+
+
+def evaluation_step(options: Options, d: int, mesh: Mesh) -> tuple[Program, int]:
+    """The measurement of a chunk of held-out rows, compiled, and the number of these.
+
+    Args:
+      options: as for `encode_step`.
+      d: as for `encode_step`.
+      mesh: as for `encode_step`.
+
+    Raises:
+      InputError: as `training_step`.
+
+    Example:
+      >>> program, rows = evaluation_step(Options("topk", latents=32, k=2, batch=16), 8, sharding.make_mesh())
+      >>> program.collectives
+      {}
+    """
+    with jax.set_mesh(mesh):
+        rows = stream._chunk_rows(options.latents)
+    capacity = options.k or 1
+    keep = tuple(2**n for n in range(capacity.bit_length()))
+    measure = lambda sae, x: evaluation._measure(sae, x, capacity, keep)  # noqa: E731
+    return _of_a_batch(measure, options._replace(batch=rows), d, mesh), rows
+
+
+def harvest_step(
+    model: str, mesh: Mesh, *, layer: int, site: str = "resid_post", context: int = 256, batch: int = 8
+) -> tuple[Program, int]:
+    """A step of a language model on all chips, compiled, and the rows that it gives.
+
+    Args:
+      model: a language model; only its configuration is read.
+      mesh: of devices that need not exist.
+      layer: block of the model.
+      site: where in it.
+      context: tokens in a context.
+      batch: contexts in a step, rounded up to a multiple of the chips.
+
+    Raises:
+      InputError: as `harvest.check`, or as `training_step`.
+
+    Example:
+      >>> harvest_step("no-such-place", sharding.make_mesh(), layer=1)
+      Traceback (most recent call last):
+      jaxsae.InputError: no-such-place: no such file; expected a GGUF file, a Hugging Face directory, or ...
+    """
+    how: dict[str, Any] = {"layer": layer, "site": site, "context": context, "batch": batch}
+    program, contexts = harvest.lowered(model, devices=list(mesh.devices.flat), **how)
+    return _read(lambda: program), contexts * (context - 1)
 
 
 def _of_a_batch(f, options: Options, d: int, mesh: Mesh) -> Program:

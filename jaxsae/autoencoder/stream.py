@@ -66,8 +66,7 @@ def chunks(sae: SAE, rows: Rows | Array) -> Iterator[tuple[int, Array]]:
       >>> [(start, x.shape) for start, x in chunks(sae, np.zeros((600, 4)))]
       [(0, (600, 4))]
     """
-    mesh = jax.sharding.get_mesh()
-    size = max(_BLOCK, max(1, mesh.size) * _PRE_ACTIVATIONS // (4 * sae.m) // _BLOCK * _BLOCK)
+    size = _chunk_rows(sae.m)
     # At least float32, whatever the SAE's dtype, so that the certified values are those written.
     dtype = result_type(sae.W_dec.dtype, jnp.float32)
     for start in range(0, len(rows), size):
@@ -76,6 +75,12 @@ def chunks(sae: SAE, rows: Rows | Array) -> Iterator[tuple[int, Array]]:
         block, numbers = rows[start + part.start : start + part.stop], range(start + part.start, len(rows))
         x = shards.cast(block, dtype, "the rows", "scale them", numbers)
         yield start, sharding.make_global_batch(x, count, part.start)
+
+
+def _chunk_rows(m: int) -> int:
+    """The number of rows whose pre-activations fit into memory, on the current mesh."""
+    devices = max(1, jax.sharding.get_mesh().size)
+    return max(_BLOCK, devices * _PRE_ACTIVATIONS // (4 * m) // _BLOCK * _BLOCK)
 
 
 @jax.jit

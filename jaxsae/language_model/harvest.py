@@ -18,8 +18,10 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.stages import Lowered
 
 from jaxsae._core import arguments, processes
 from jaxsae._core.arguments import Count, Index
@@ -317,15 +319,50 @@ def _placed(model: LanguageModel, mesh: Mesh) -> LanguageModel:
 
     A split weight is gathered when its block is computed, and let go, as in fully sharded data parallelism.
     """
-    large = sum(leaf.nbytes for leaf in jax.tree.leaves(model)) > _COPIED and mesh.size > 1
+    place = lambda leaf, to: jax.make_array_from_callback(leaf.shape, to, np.asarray(leaf).__getitem__)  # noqa: E731
+    return jax.tree.map(place, model, _shardings(model, mesh))
 
-    def place(leaf: jax.Array) -> jax.Array:
+
+def _shardings(model: LanguageModel, mesh: Mesh) -> Any:
+    large = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(model)) > _COPIED and mesh.size > 1
+
+    def of(leaf: Any) -> NamedSharding:
         ends = range(leaf.ndim - 2, leaf.ndim) if large and leaf.ndim > 1 else ()  # of a matrix; not that of the blocks
         axis = max((n for n in ends if leaf.shape[n] % mesh.size == 0), key=leaf.shape.__getitem__, default=None)
-        spec = PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, "data")
-        return jax.make_array_from_callback(leaf.shape, NamedSharding(mesh, spec), np.asarray(leaf).__getitem__)
+        return NamedSharding(mesh, PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, "data"))
 
-    return jax.tree.map(place, model)
+    return jax.tree.map(of, model)
+
+
+def lowered(
+    model: str | os.PathLike, *, layer: int, site: str, context: int, batch: int, devices: Sequence[Any]
+) -> tuple[Lowered, int]:
+    """A step of a harvest, lowered for devices that need not exist, and the number of its contexts.
+
+    Args:
+      model: as for `language_model.load`; only its configuration is read.
+      layer: the block, from 0.
+      site: one of `sites.SITES`.
+      context: tokens in a context.
+      batch: contexts in a step, rounded up to a multiple of the devices.
+      devices: those of a slice.
+
+    Raises:
+      InputError: as `check`.
+
+    Example:
+      >>> lowered("no-such-place", layer=1, site="resid_post", context=64, batch=8, devices=jax.devices())
+      Traceback (most recent call last):
+      jaxsae.InputError: no-such-place: no such file; expected a GGUF file, a Hugging Face directory, or ...
+    """
+    config = model_files.read_config(model)
+    _require_points(config, [(layer, site)], context)
+    mesh, batch = _data_mesh(devices, batch, batch)
+    abstract = nnx.eval_shape(lambda: LanguageModel(config, nnx.Rngs(0)))
+    place = lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to)  # noqa: E731
+    ids = jax.ShapeDtypeStruct((batch, context), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec("data")))
+    whole = jax.tree.map(place, abstract, _shardings(abstract, mesh))
+    return _after_first.lower(whole, ids, ((layer, site),)), batch
 
 
 def _step(model, some: np.ndarray, points, batch: int, mesh: Mesh) -> list[np.ndarray | jax.Array]:

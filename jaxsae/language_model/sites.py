@@ -40,6 +40,10 @@ class Site(NamedTuple):
     Attributes:
       layer: the block, from 0.
       site: one of `SITES`.
+
+    Example:
+      >>> Site(8).site
+      'resid_post'
     """
 
     layer: int
