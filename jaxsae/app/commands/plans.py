@@ -73,21 +73,13 @@ def plan(
         f"{chips} chips {topology}: rows {data} ways, latents {latent} ways; a chip has {console.gib(chip.memory)}"
     ]
     summary: dict[str, Any] = {"chips": chips, "topology": topology, "data": data, "latent": latent}
-    summary |= {"chip_memory": chip.memory, "fits": True, "programs": {}}
+    summary["chip_memory"] = chip.memory
     programs = _programs(options, d, slice_)
     if model is not None and point is not None:
         how = {"layer": point.layer, "site": point.site, "context": context}
         programs["harvest"] = lambda: job.harvest_step(model, slice_, **how)
-    with console.progress(len(programs)) as update:
-        for name, compile_it in programs.items():
-            update(f"compiling: {name}", 0)
-            program, rows = compile_it()
-            update(f"compiled: {name}", 1)
-            found = {"memory": program.memory, "arguments": program.arguments, "rows": rows}
-            # XLA counts the work of a language model's blocks, which are one loop, once.
-            found |= {} if name == "harvest" else _measured(program, chip, rows, d, chips * price)
-            summary["programs"][name] = found
-            lines += [f"\n{name}, {rows:,} rows, of each chip:", *_described(found)]
+    summary["programs"], described = _compiled(programs, chip, d, chips * price)
+    lines += described
     row = 4 * d // data  # bytes on a chip
     most = _most(summary["programs"], row)
     state = summary["programs"]["training step without AuxK"]["arguments"] - batch * row
@@ -97,6 +89,22 @@ def plan(
     if not summary["fits"]:
         console.warn("this is more memory than a chip has; take more chips, or a smaller batch.")
     return 0 if summary["fits"] else 1
+
+
+def _compiled(programs: dict[str, Callable[[], Any]], chip: Any, d: int, price: float):
+    """What each program needs, by name, and the lines that say so."""
+    measured, lines = {}, []
+    with console.progress(len(programs)) as update:
+        for name, compile_it in programs.items():
+            update(f"compiling: {name}", 0)
+            program, rows = compile_it()
+            update(f"compiled: {name}", 1)
+            found = {"memory": program.memory, "arguments": program.arguments, "rows": rows}
+            # XLA counts the work of a language model's blocks, which are one loop, once.
+            found |= {} if name == "harvest" else _measured(program, chip, rows, d, price)
+            measured[name] = found
+            lines += [f"\n{name}, {rows:,} rows, of each chip:", *_described(found)]
+    return measured, lines
 
 
 def _programs(options: Any, d: int, mesh: Any) -> dict[str, Callable[[], Any]]:
