@@ -154,6 +154,7 @@ AnyDirectory = Annotated[Path, ANY_DIRECTORY]
 Autoencoder = Annotated[str, Input(scheme="hf", bucket=True)]
 Model = Annotated[str, Input()]
 Site = Annotated[str, Text(r"[\w.]+", "a site such as mlp_out, or a hook such as blocks.8.hook_mlp_out")]
+Name = Annotated[str, Text(r"[^\0]+", "a name")]
 Context = Annotated[int, Range(2, 2**31 - 1)]
 Revision = Annotated[str, Text(r"\S+", "a branch, a tag or a commit")]
 ACTIVATION = Choice(

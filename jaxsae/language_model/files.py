@@ -54,17 +54,18 @@ def read_config(path: str | os.PathLike) -> Config:
         return config
 
 
-def read_tokenizer(path: str | os.PathLike) -> Any:
+def read_tokenizer(path: str | os.PathLike, *, bos: bool = False) -> Any:
     """The tokenizer of a language model, a `tokenizers.Tokenizer`.
 
     It prepends the model's BOS to a text if the model's files say so, even if only `tokenizer_config.json` does.
 
     Args:
       path: as for `language_model.load`.
+      bos: prepend it whatever the files say.
 
     Raises:
-      InputError: if there is none, if that of a GGUF file is not byte-level BPE, or if two files disagree on whether
-        texts begin with BOS.
+      InputError: if there is none, if that of a GGUF file is not byte-level BPE, if two files disagree on whether
+        texts begin with BOS, or if there is no BOS to prepend.
 
     Example:
       >>> read_tokenizer("no-such-place")
@@ -75,17 +76,45 @@ def read_tokenizer(path: str | os.PathLike) -> Any:
     tokenizers = _import("tokenizers")
     if not path.is_dir():
         with _damage_in_one_line(path):
-            return _gguf_tokenizer(path, _open_gguf(path))
+            return _gguf_tokenizer(path, _open_gguf(path), bos)
     file = path / "tokenizer.json"
     if not file.is_file():
         raise InputError(f"{path}: has no tokenizer.json; save the tokenizer there, as a fast one.")
     with in_one_line(f"{file}: is not a tokenizer", "save it again"):
         tokenizer = tokenizers.Tokenizer.from_file(str(file))
     beside = path / "tokenizer_config.json"
-    if beside.is_file():
+    if bos or beside.is_file():
         with _damage_in_one_line(beside):
-            _begin_with_bos(tokenizer, json.loads(beside.read_text()), beside)
+            options = json.loads(beside.read_text()) if beside.is_file() else {}
+            _begin_with_bos(tokenizer, options | ({"add_bos_token": True} if bos else {}), beside)
     return tokenizer
+
+
+def end_of_text(path: str | os.PathLike, tokenizer: Any) -> int | None:
+    """The token that separates documents, if the model has one.
+
+    That of pretraining if the vocabulary has a known one, since the EOS of a model that was tuned to chat ends a turn.
+
+    Args:
+      path: as for `language_model.load`.
+      tokenizer: of the model.
+
+    Example:
+      >>> end_of_text("no-such-place", None)
+      Traceback (most recent call last):
+      jaxsae.InputError: no-such-place: no such file; expected a GGUF file, a Hugging Face directory, or ...
+    """
+    path = _locate(path)
+    for name in ("<|endoftext|>", "<|end_of_text|>"):
+        if (number := tokenizer.token_to_id(name)) is not None:
+            return number
+    with _damage_in_one_line(path):
+        if not path.is_dir():
+            field = _open_gguf(path).get_field("tokenizer.ggml.eos_token_id")
+            return None if field is None else int(field.contents())
+        beside = path / "tokenizer_config.json"
+        eos = json.loads(beside.read_text()).get("eos_token") if beside.is_file() else None
+        return None if eos is None else tokenizer.token_to_id(eos["content"] if isinstance(eos, dict) else eos)
 
 
 def start(tokenizer: Any) -> list[int]:

@@ -137,7 +137,7 @@ def _halves(rows: np.ndarray, head_width: int) -> np.ndarray:
     return rows.reshape(-1, head_width // 2, 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
 
 
-def _gguf_tokenizer(path: Path, reader):
+def _gguf_tokenizer(path: Path, reader, bos: bool):
     tokenizers = _import("tokenizers")
     from tokenizers import decoders, models, pre_tokenizers, processors
 
@@ -164,8 +164,10 @@ def _gguf_tokenizer(path: Path, reader):
     kinds = dict(zip(tokens, _field(reader, "tokenizer.ggml.token_type", path), strict=True))
     tokenizer.add_special_tokens([token for token, code in kinds.items() if code == 3])  # control
     tokenizer.add_tokens([token for token, code in kinds.items() if code == 4])  # user-defined: never split
-    if reader.get_field("tokenizer.ggml.add_bos_token") and _field(reader, "tokenizer.ggml.add_bos_token", path):
+    if bos or (
+        reader.get_field("tokenizer.ggml.add_bos_token") and _field(reader, "tokenizer.ggml.add_bos_token", path)
+    ):
         number = _field(reader, "tokenizer.ggml.bos_token_id", path)
-        bos = tokens[number]
-        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, number)])
+        name = tokens[number]
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{name} $A", special_tokens=[(name, number)])
     return tokenizer

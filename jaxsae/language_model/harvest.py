@@ -84,8 +84,7 @@ def run(
     arguments.check(run, {"points": points, "batch": batch, "dtype": dtype})
     require_fit(model, contexts, points)
     n, length = contexts.shape
-    crc = f"{zlib.crc32(np.asarray(contexts, np.int32).tobytes()):08x}"
-    source = {**source, "contexts": n, "context": length, "tokens_crc32": crc}
+    source = {**source, "contexts": n, "context": length, "tokens_crc32": checksum(contexts)}
     folders = directories(out, points)
     if len(folders) > 1:
         _write_list(any_path(out), folders, points, source)
@@ -121,12 +120,25 @@ def _write(writers, model: LanguageModel, contexts: np.ndarray, first: int, *, p
     steps = max(1, min(bounds))
     own = [contexts[at + me * steps * batch :][: steps * batch] for at in range(first, n, count * steps * batch)]
     of_all = lambda done: progress(count * done)  # noqa: E731  the others are about as far
-    computed = _activations(model, np.concatenate(own), points, batch, mesh, of_all)
+    computed = _activations(model, own, points, batch, mesh, of_all)
     for some in own:
         parts = list(itertools.islice(computed, steps)) if len(some) else []
         for place, writer in enumerate(writers):
             rows = np.concatenate([part[place] for part in parts]) if parts else None
             writer.append(None if rows is None else rows.reshape(-1, rows.shape[-1]), tokens=some)
+
+
+def checksum(contexts: np.ndarray) -> str:
+    """The CRC-32 of tokens.
+
+    Args:
+      contexts: `[n s]`.
+
+    Example:
+      >>> checksum(np.arange(4).reshape(2, 2))
+      'fd6fa70e'
+    """
+    return f"{zlib.crc32(np.ascontiguousarray(contexts, np.int32)):08x}"
 
 
 def directories(out: str | os.PathLike, points: Sequence[tuple[int, str]]) -> list[AnyPath]:
@@ -298,12 +310,14 @@ def _data_mesh(devices, batch: int, contexts: int) -> tuple[Mesh, int]:
     return mesh, -(-min(batch, contexts) // len(devices)) * len(devices)
 
 
-def _activations(model, contexts, points, batch: int, mesh: Mesh, progress) -> Iterator[list[np.ndarray]]:
-    """Activations `[batch s − 1 n]` at each point, without the first position; the last batch may be smaller."""
+def _activations(model, parts, points, batch: int, mesh: Mesh, progress) -> Iterator[list[np.ndarray]]:
+    """Activations `[batch s − 1 n]` at each point, without the first position; the last batch of a part may be smaller.
+
+    Contexts are read from where they are as they are needed.
+    """
     model = _placed(model, mesh)
     pending = None
-    for start in range(0, len(contexts), batch):
-        some = contexts[start : start + batch]
+    for some in (part[start : start + batch] for part in parts for start in range(0, len(part), batch)):
         rows = _step(model, some, points, batch, mesh)
         # One step ahead: the device computes while rows are fetched and written.
         if pending is not None:

@@ -1,40 +1,40 @@
-"""From files of text to contexts of tokens."""
+"""From files of text to contexts of tokens.
 
-import codecs
+Documents are tokenised whole or in overlapping pieces, and cut into contexts, which are kept in a temporary file: texts
+of any size take little memory.
+"""
+
 import contextlib
 import random
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxsae._core.files import InputError, local_path
-from jaxsae.language_model import files as model_files
+from jaxsae._core.files import InputError
+from jaxsae.language_model import documents, files as model_files
 
 _PIECE = 1 << 20  # characters tokenised at a time: a tokenizer takes some hundred bytes for each
 _OVERLAP = 1 << 14  # characters that two pieces share, at first
 _AGREE = 32  # tokens that must be the same in both
-_ENCODINGS = {  # by byte-order mark, those of four bytes first
-    codecs.BOM_UTF32_LE: "utf-32-le",
-    codecs.BOM_UTF32_BE: "utf-32-be",
-    codecs.BOM_UTF16_LE: "utf-16-le",
-    codecs.BOM_UTF16_BE: "utf-16-be",
-    codecs.BOM_UTF8: "utf-8",
-}
+_TOGETHER = 1 << 22  # characters of short documents that are tokenised in parallel
+_BUFFER = 1 << 20  # tokens held before they are written
 
 
 class Text(NamedTuple):
     """Tokens of files, packed into contexts.
 
     Attributes:
-      contexts: `[n s]` int32.
+      contexts: `[n s]` int32, in a temporary file, which is removed with the array.
       files: those that were read, until `tokens` was reached.
-      replaced: number of characters that were not UTF-8.
+      replaced: number of characters that were not of the encoding.
       empty: number of empty files.
-      replaced_at: file and byte of the first character that was not UTF-8; "" if there is none.
+      replaced_at: file and byte of the first character that was not of the encoding; "" if there is none.
+      documents: how many were read.
     """
 
     contexts: np.ndarray
@@ -42,6 +42,7 @@ class Text(NamedTuple):
     replaced: int
     empty: int
     replaced_at: str = ""
+    documents: int = 0
 
 
 def standard_library() -> list[Path]:
@@ -58,18 +59,32 @@ def standard_library() -> list[Path]:
     return files
 
 
-def pack(files: Sequence[Path], tokenizer: Any, *, context: int, tokens: int | None = None) -> Text:
-    """Tokenise files in order, and cut them into contexts; tokens that do not fill a context are left out.
+def pack(
+    files: Sequence[Path],
+    tokenizer: Any,
+    *,
+    context: int,
+    tokens: int | None = None,
+    separator: int | None = None,
+    column: str = "text",
+    encoding: str = "utf-8",
+    weights: Sequence[float] | None = None,
+) -> Text:
+    """Tokenise the documents of files, and cut them into contexts; tokens that do not fill a context are left out.
 
-    Files are separated by `<|endoftext|>` if the vocabulary has it, and contexts begin with the special tokens that the
-    tokenizer prepends to a text. Special tokens written in a file, such as `<|endoftext|>`, are plain text.
+    Contexts begin with the special tokens that the tokenizer prepends to a text. Special tokens written in a document,
+    such as `<|endoftext|>`, are plain text.
 
     Args:
-      files: text, in this order: UTF-8, or UTF-16 or UTF-32 if a byte-order mark, which is dropped, says so.
-        Bytes that are not UTF-8 become U+FFFD and are counted.
+      files: plain text, JSON lines or Parquet, as `documents.read` takes them; in this order, unless weighted. Bytes
+        that are not UTF-8 become U+FFFD and are counted.
       tokenizer: a `tokenizers.Tokenizer`.
       context: tokens in a context, at least 2.
       tokens: number of tokens to read, rounded up to whole contexts; all by default.
+      separator: the token after each document; `<|endoftext|>` by default, if the vocabulary has it.
+      column: of the text in JSON lines and Parquet.
+      encoding: of plain text, unless a byte-order mark says another.
+      weights: shares of the characters that are taken from each file, document by document, until it ends.
 
     Raises:
       InputError: if a file cannot be read, holds NULs or text that the tokenizer turns into a control token, or if the
@@ -85,65 +100,101 @@ def pack(files: Sequence[Path], tokenizer: Any, *, context: int, tokens: int | N
       [[0, 1], [1, 0]]
     """
     start = model_files.start(tokenizer)
-    body = context - len(start)
-    if body < 1 or context < 2:
+    if context < max(2, 1 + len(start)):
         raise InputError(f"got contexts of {context} tokens; pass at least {max(2, 1 + len(start))}.")
     if tokens is not None and tokens < 1:
         raise InputError(f"got {tokens} tokens to read; pass at least 1.")
-    control = {id: token.content for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    separator = tokenizer.token_to_id("<|endoftext|>")
-    control |= {} if separator is None else {separator: "<|endoftext|>"}
-    wanted = sys.maxsize if tokens is None else -(-tokens // context) * body
-    parts, count, found = [], 0, Text(np.zeros((0, context), np.int32), [], 0, 0)
-    with _as_text(tokenizer):
-        for file in files:
-            if count >= wanted:
+    if weights is not None and len(weights) != len(files):
+        raise InputError(f"got {len(weights)} weights for {len(files)} files of text; pass one for each.")
+    separator = tokenizer.token_to_id("<|endoftext|>") if separator is None else separator
+    found, names, count = documents.Found(), {}, 0
+    read = [documents.read(file, found, column=column, encoding=encoding) for file in files]
+    most = None if tokens is None else -(-tokens // context)
+    with _Contexts(start, context, most) as contexts, _as_text(tokenizer):
+        for document, pieces in _tokenised(_mixed(read, weights), tokenizer, contexts):
+            names[document.file], count = None, count + 1
+            written = False
+            for piece in pieces:
+                contexts.add(piece.ids)
+                written = written or bool(len(piece.ids))
+            if separator is not None and written:
+                contexts.add(np.array([separator], np.int32))
+            if contexts.full:
                 break
-            text, bad, at = _read(file)
-            found = found._replace(
-                files=[*found.files, str(file)],
-                replaced=found.replaced + bad,
-                empty=found.empty + (not text),
-                replaced_at=found.replaced_at or at,
+        rows = contexts.finish(str(files[0]) if len(files) == 1 else f"{len(files)} files")
+    return Text(rows, list(names), found.replaced, found.empty, found.replaced_at, count)
+
+
+class _Contexts:
+    """Tokens, cut into contexts in a temporary file."""
+
+    def __init__(self, start: list[int], context: int, most: int | None):
+        self._start, self._context, self._body = np.asarray(start, np.int32), context, context - len(start)
+        self._most = sys.maxsize if most is None else most
+        self._file, self._rows, self._held, self._count = tempfile.TemporaryFile(), 0, [], 0  # noqa: SIM115
+
+    def __enter__(self) -> "_Contexts":
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._file.close()  # an array keeps what it maps
+
+    @property
+    def wanted(self) -> int:
+        """How many tokens are still needed."""
+        return max(0, (self._most - self._rows) * self._body - self._count)
+
+    @property
+    def full(self) -> bool:
+        return not self.wanted
+
+    def add(self, ids: np.ndarray) -> None:
+        self._held.append(ids)
+        self._count += len(ids)
+        if self._count >= _BUFFER:
+            self._write()
+
+    def _write(self) -> None:
+        ids = np.concatenate([np.zeros(0, np.int32), *self._held])
+        rows = ids[: len(ids) // self._body * self._body].reshape(-1, self._body)[: self._most - self._rows]
+        self._held = [ids[rows.size :]]
+        self._count, self._rows = len(self._held[0]), self._rows + len(rows)
+        before = np.tile(self._start, (len(rows), 1))
+        try:
+            self._file.write(np.concatenate([before, rows], axis=1).tobytes())
+            self._file.flush()
+        except OSError as error:
+            what = f"cannot write tokens to {tempfile.gettempdir()}: {error.strerror}"
+            raise InputError(f"{what}; set TMPDIR to a place with more room.") from error
+
+    def finish(self, files: str) -> np.ndarray:
+        """All contexts, `[n s]`."""
+        self._write()
+        if not self._rows:
+            has = f"the text has {self._count} tokens, less than a context of {self._body}"
+            raise InputError(
+                f"{files}: {has if self._count else 'the text is empty'}; pass more text, or a smaller --context."
             )
-            for piece in _tokenise(tokenizer, text, wanted - count):
-                _require_text(piece, text, control, file)
-                parts.append(piece.ids)
-                count += len(piece.ids)
-            if separator is not None and text:
-                parts.append(np.array([separator], np.int32))
-                count += 1
-    ids = np.concatenate([np.zeros(0, np.int32), *parts])[:wanted]
-    rows = ids[: len(ids) // body * body].reshape(-1, body)
-    if not len(rows):
-        what = "the text is empty" if not len(ids) else f"the text has {len(ids)} tokens, less than a context of {body}"
-        names = str(files[0]) if len(files) == 1 else f"{len(files)} files"
-        raise InputError(f"{names}: {what}; pass more text, or a smaller --context.")
-    before = np.tile(np.asarray(start, np.int32), (len(rows), 1))
-    return found._replace(contexts=np.concatenate([before, rows], axis=1))
+        return np.memmap(self._file, np.int32, "r", shape=(self._rows, self._context))
 
 
-def _read(file: Path) -> tuple[str, int, str]:
-    """A file's text, how many of its characters were not UTF-8, and where the first was."""
-    try:
-        content = local_path(file).read_bytes()
-    except OSError as error:
-        raise InputError(f"{file}: {error.strerror}; pass files of text.") from error
-    mark = next((mark for mark in _ENCODINGS if content.startswith(mark)), b"")
-    encoding, content = _ENCODINGS.get(mark, "utf-8"), content[len(mark) :]
-    bad, at = 0, ""
-    try:
-        text = content.decode(encoding)
-    except UnicodeDecodeError as error:
-        at = f"{file}, byte {len(mark) + error.start}"
-        if encoding != "utf-8":
-            raise InputError(f"{at}: is not {encoding}, as its byte-order mark says; convert it to UTF-8.") from error
-        text = content.decode(errors="replace")
-        bad = text.count("\ufffd") - content.count("\ufffd".encode())
-    if "\0" in text:
-        where = text.index("\0")
-        raise InputError(f"{file}: holds NULs, the first after {where} characters; expected text: convert it to UTF-8.")
-    return text, bad, at
+def _mixed(
+    read: Sequence[Iterator[documents.Document]], weights: Sequence[float] | None
+) -> Iterator[documents.Document]:
+    """The documents of several files, in order, or from whichever is behind its share of the characters."""
+    if weights is None:
+        for each in read:
+            yield from each
+        return
+    taken = dict.fromkeys(range(len(read)), 0.0)  # characters over weight, of files that have not ended
+    while taken:
+        behind = min(taken, key=taken.__getitem__)
+        document = next(read[behind], None)
+        if document is None:
+            del taken[behind]
+            continue
+        yield document
+        taken[behind] += document.text.reached / weights[behind]  # by now all of it, or as much as was needed
 
 
 # --- Tokens
@@ -182,14 +233,51 @@ class _Piece(NamedTuple):
         return _Piece(*(each[first:last] for each in self))
 
 
-def _encode(tokenizer, text: str, first: int, last: int) -> _Piece:
-    found = tokenizer.encode(text[first:last], add_special_tokens=False)
+def _tokenised(
+    read: Iterator[documents.Document], tokenizer, contexts: _Contexts
+) -> Iterator[tuple[documents.Document, Iterator[_Piece]]]:
+    """The pieces of each document: short ones are tokenised together, in parallel, and long ones in pieces."""
+    control = {id: token.content for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    end = tokenizer.token_to_id("<|endoftext|>")
+    control |= {} if end is None else {end: "<|endoftext|>"}
+    for group in _grouped(read, contexts):
+        if len(group) == 1:
+            pieces = _tokenise(tokenizer, group[0].text, contexts.wanted)
+            yield group[0], (_as_letters(piece, group[0], control) for piece in pieces)
+            continue
+        texts = [document.text[0 : document.text.reach(_PIECE)] for document in group]
+        for document, encoding in zip(group, tokenizer.encode_batch(texts, add_special_tokens=False), strict=True):
+            yield document, iter([_as_letters(_piece(encoding, 0), document, control)])
+
+
+def _grouped(read: Iterator[documents.Document], contexts: _Contexts) -> Iterator[list[documents.Document]]:
+    """Short documents in groups, and long ones alone, in their order; not many more than are needed."""
+    group, size = [], 0
+    for document in read:
+        length = document.text.reach(_PIECE + 1)
+        if group and (length > _PIECE or size + length > min(_TOGETHER, contexts.wanted)):
+            yield group
+            group, size = [], 0
+        group, size = [*group, document], size + length
+        if length > _PIECE:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _encode(tokenizer, text: documents.Characters, first: int, last: int) -> _Piece:
+    return _piece(tokenizer.encode(text[first:last], add_special_tokens=False), first)
+
+
+def _piece(found, first: int) -> _Piece:
+    """What a tokenizer found in a text from its character `first` on."""
     places = first + np.asarray(found.offsets, np.int64).reshape(-1, 2)
     words = np.array([-1, *(-1 if word is None else word for word in found.word_ids)])
     return _Piece(np.asarray(found.ids, np.int32), places, words[1:] != words[:-1])
 
 
-def _tokenise(tokenizer, text: str, max_tokens: int) -> Iterator[_Piece]:
+def _tokenise(tokenizer, text: documents.Characters, max_tokens: int) -> Iterator[_Piece]:
     """The tokens of a text as if tokenised whole, or at least the first `max_tokens`; a long text is read in pieces.
 
     Pieces overlap, and are joined where a word begins in both, among tokens that are the same and far from the ends of
@@ -202,19 +290,23 @@ def _tokenise(tokenizer, text: str, max_tokens: int) -> Iterator[_Piece]:
     from tokenizers import models
 
     in_words = isinstance(tokenizer.model, models.BPE)
-    end, count = min(_PIECE, len(text)), 0
+    end, count = text.reach(_PIECE), 0
     piece = _encode(tokenizer, text, 0, end)
-    while end < len(text) and count < max_tokens:
+    while text.reach(end + 1) > end and count < max_tokens:
         overlap, joint, following = _OVERLAP, None, piece
         while joint is None and 2 * overlap <= _PIECE:
-            following = _encode(tokenizer, text, end - overlap, end - overlap + _PIECE)
-            joint, overlap = _joint(piece, following, end - overlap, end, in_words=in_words), 2 * overlap
+            first = end - overlap
+            following = _encode(tokenizer, text, first, text.reach(first + _PIECE))
+            joint, overlap = _joint(piece, following, first, end, in_words=in_words), 2 * overlap
         if joint is None:
-            end, piece = len(text), _encode(tokenizer, text, 0, len(text)).part(count, None)
+            whole = text.whole()
+            found = tokenizer.encode(whole, add_special_tokens=False)
+            end, piece = text.reach(len(whole)), _piece(found, 0).part(count, None)
         else:
             yield piece.part(None, joint[0])
-            end, count = min(end - overlap // 2 + _PIECE, len(text)), count + joint[0]
+            end, count = text.reach(end - overlap // 2 + _PIECE), count + joint[0]
             piece = following.part(joint[1], None)
+            text.forget(end - _PIECE)
     if count < max_tokens:
         yield piece
 
@@ -240,10 +332,11 @@ def _joint(piece: _Piece, following: _Piece, first: int, last: int, *, in_words:
     return begin + middle, other + middle
 
 
-def _require_text(piece: _Piece, text: str, control: dict[int, str], file: Path) -> None:
-    """Refuse control tokens that are written in a text; unknown tokens are allowed."""
+def _as_letters(piece: _Piece, document: documents.Document, control: dict[int, str]) -> _Piece:
+    """The piece; refuse control tokens that are written in a document. Unknown tokens are allowed."""
     for n in np.flatnonzero(np.isin(piece.ids, list(control))):
         (first, last), name = piece.places[n], control[int(piece.ids[n])]
-        if name in text[first:last]:
+        if name in document.text[first:last]:
             what = f"holds {name!r} after {first} characters, which the tokenizer turns into a control token"
-            raise InputError(f"{file}: {what}; remove it, or write it in another way.")
+            raise InputError(f"{document.where}: {what}; remove it, or write it in another way.")
+    return piece

@@ -2,7 +2,7 @@
 
 import functools
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from jaxsae._core import arguments
 from jaxsae._core.files import shown
@@ -35,6 +35,10 @@ def harvest(
     layer: tuple[arguments.Index, ...] = (),
     site: tuple[arguments.Site, ...] = ("resid_post",),
     text: arguments.InputFiles = (),
+    column: arguments.Name = "text",
+    encoding: arguments.Name = "utf-8",
+    weights: tuple[arguments.Proportion, ...] = (),
+    add_bos: bool = False,
     tokens: arguments.Count | None = None,
     context: arguments.Context = 256,
     batch: arguments.Count = 8,
@@ -58,7 +62,12 @@ def harvest(
         layer: blocks, from 0.
         site: resid_pre, hook_z, attn_out, resid_mid, mlp_in, mlp_out or resid_post of each of them; or hooks that name
             their own, such as blocks.8.hook_mlp_out.
-        text: UTF-8 files to read, in this order; by default Python's standard library, four million tokens.
+        text: files to read, in this order: plain text; JSON lines (.jsonl), whose records are documents; or .parquet;
+            the first two may be compressed (.gz, .zst). By default Python's standard library, four million tokens.
+        column: of the text in JSON lines and Parquet.
+        encoding: of plain text, unless a byte-order mark says another.
+        weights: shares in which to mix the --text, document by document.
+        add_bos: begin each context with the model's BOS, whatever its tokenizer does.
         tokens: number of tokens to read, rounded up to whole contexts; all by default.
         context: number of tokens in a context.
         batch: contexts in a step.
@@ -66,8 +75,6 @@ def harvest(
         distributed: run as one of several processes, as for jaxsae train; each computes its part.
         json: print the path, shape, dtype and text files as one JSON object.
     """
-    import zlib
-
     from jaxsae._core import processes
     from jaxsae.language_model import harvest as job, sites
 
@@ -75,8 +82,9 @@ def harvest(
     with devices.spread(None, distributed=distributed) as here:
         with processes.all_or_none():
             job.check(model, points=points, context=context, out=out)
-            net, packed = _read(model, text, tokens, context)
-        same = {"the text": zlib.crc32(packed.contexts.tobytes()), "--layer and --site": points, "--batch": batch}
+            how = {"column": column, "encoding": encoding, "weights": weights or None}
+            net, packed = _read(model, text, context, add_bos, tokens=tokens, **how)
+        same = {"the text": job.checksum(packed.contexts), "--layer and --site": points, "--batch": batch}
         processes.require_same(same)
         source = {"model": model, "text": packed.files}
         how = {"points": points, "source": source, "batch": batch, "dtype": dtype}
@@ -96,12 +104,14 @@ def harvest(
     return 0
 
 
-def _read(model: str, text: tuple[Path, ...], tokens: int | None, context: int):
+def _read(model: str, text: tuple[Path, ...], context: int, bos: bool, **how: Any):
     """A language model and its tokenised text; warns of undecodable characters and empty files."""
     from jaxsae import language_model
     from jaxsae.language_model import files, text as texts
 
-    packed = texts.pack(text or texts.standard_library(), files.read_tokenizer(model), context=context, tokens=tokens)
+    tokenizer = files.read_tokenizer(model, bos=bos)
+    how |= {"context": context, "separator": files.end_of_text(model, tokenizer)}
+    packed = texts.pack(text or texts.standard_library(), tokenizer, **how)
     if packed.replaced:
         at = f"The first: {packed.replaced_at}."
         console.warn(f"{packed.replaced} characters were not UTF-8, and were read as U+FFFD. {at}")
@@ -115,18 +125,17 @@ def live(
     layer: int | None,
     site: str,
     text: tuple[Path, ...],
-    tokens: int | None,
     context: int,
+    bos: bool,
     window: int | None,
+    **how: Any,
 ):
     """Activations of a model on text, computed on demand, by a name for both."""
-    import zlib
-
     from jaxsae.language_model import harvest as job, sites
 
     [point] = sites.points([] if layer is None else [layer], [site])
     job.check(model, points=[point], context=context)
-    net, packed = _read(model, text, tokens, context)
-    name = f"{model}, layer {point.layer}, {point.site}, text {zlib.crc32(packed.contexts.tobytes()):08x}"
-    how = {} if window is None else {"window": window}
-    return {name: job.live(net, packed.contexts, layer=point.layer, site=point.site, **how)}
+    net, packed = _read(model, text, context, bos, **how)
+    name = f"{model}, layer {point.layer}, {point.site}, text {job.checksum(packed.contexts)}"
+    shuffled = {} if window is None else {"window": window}
+    return {name: job.live(net, packed.contexts, layer=point.layer, site=point.site, **shuffled)}

@@ -25,6 +25,9 @@ def train(
     site: arguments.Site = "resid_post",
     from_: arguments.Autoencoder | None = None,
     text: arguments.InputFiles = (),
+    column: arguments.Name = "text",
+    encoding: arguments.Name = "utf-8",
+    add_bos: bool = False,
     tokens: arguments.Count | None = None,
     context: arguments.Context = 256,
     window: arguments.Count | None = None,
@@ -76,7 +79,11 @@ def train(
             its own, such as blocks.8.hook_mlp_out.
         from_: an SAE to start from, of the same width, latents and activation: a run, one save of a run, or any format,
             on disk, in a bucket or on the hub (hf://organisation/repository/path).
-        text: UTF-8 files for the model to read; by default Python's standard library, four million tokens.
+        text: files for the model to read, as for jaxsae harvest; by default Python's standard library, four million
+            tokens.
+        column: of the text in JSON lines and Parquet.
+        encoding: of plain text, unless a byte-order mark says another.
+        add_bos: begin each context with the model's BOS, whatever its tokenizer does.
         tokens: number of tokens to read, rounded up to whole contexts; all by default.
         context: number of tokens in a context.
         window: rows that are shuffled together, one window after another; by default all --data on disk.
@@ -92,7 +99,7 @@ def train(
         idle_after: rows without firing after which AuxK trains a latent; by default a fiftieth of all rows seen.
         heldout: number of last rows of the data to hold out for measurement.
         seed: of initialisation and shuffles.
-        weights: proportions in which to mix several --data; by default those of their lengths.
+        weights: proportions in which to mix several --data, by default those of their lengths; or several --text.
         save_every: seconds between saves.
         save_every_steps: steps between saves, besides.
         eval_every: steps between measurements on the held-out rows, which are logged.
@@ -125,7 +132,8 @@ def train(
         how["profile"] = None if profile is None else tuple(map(int, profile.split(":")))
         log = _recorded(given, options, logs.logs(out, options, wandb=wandb)) if first else None
         if model is not None:
-            how["data"] = live(model, layer, site, text, tokens, context, window)
+            texts = {"tokens": tokens, "column": column, "encoding": encoding, "weights": how.pop("weights")}
+            how["data"] = live(model, layer, site, text, context, add_bos, window, **texts)
         return _run(out, options, log, how, json)
 
 
