@@ -414,7 +414,7 @@ def test_a_live_training_that_is_stopped_goes_on_to_the_bit(tmp_path, capsys):
         (["--model", MODEL], "got a site without a layer; pass --layer too."),
         (
             ["--site", "mlp_out", "--data", "x.npy"],
-            "got --text, --tokens or --site without --model; pass the model that",
+            "got --site without --model; pass the model that",
         ),
     ],
 )

@@ -138,7 +138,7 @@ def checksum(contexts: np.ndarray) -> str:
       >>> checksum(np.arange(4).reshape(2, 2))
       'fd6fa70e'
     """
-    return f"{zlib.crc32(np.ascontiguousarray(contexts, np.int32)):08x}"
+    return f"{zlib.crc32(np.ascontiguousarray(contexts, np.int32).data):08x}"
 
 
 def directories(out: str | os.PathLike, points: Sequence[tuple[int, str]]) -> list[AnyPath]:

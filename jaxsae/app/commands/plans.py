@@ -1,5 +1,6 @@
 """The command that plans a training: plan."""
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -60,8 +61,8 @@ def plan(
     from jaxsae.app.options import Options
     from jaxsae.language_model import files, sites
 
-    point = None if model is None else sites.points([] if layer is None else [layer], [site])[0]
-    d = d or sites.width(files.read_config(model), point.site)
+    points = [] if model is None else sites.points([] if layer is None else [layer], [site])
+    width = d or sites.width(files.read_config(str(model)), points[0].site)
     options = Options(activation, latents, k, batch=batch)
     for name, value in job.LIBTPU.items():
         os.environ.setdefault(name, value)
@@ -74,13 +75,13 @@ def plan(
     ]
     summary: dict[str, Any] = {"chips": chips, "topology": topology, "data": data, "latent": latent}
     summary["chip_memory"] = chip.memory
-    programs = _programs(options, d, slice_)
-    if model is not None and point is not None:
+    programs = _programs(options, width, slice_)
+    for point in points:
         how = {"layer": point.layer, "site": point.site, "context": context}
-        programs["harvest"] = lambda: job.harvest_step(model, slice_, **how)
-    summary["programs"], described = _compiled(programs, chip, d, chips * price)
+        programs["harvest"] = functools.partial(job.harvest_step, str(model), slice_, **how)
+    summary["programs"], described = _compiled(programs, chip, width, chips * price)
     lines += described
-    row = 4 * d // data  # bytes on a chip
+    row = 4 * width // data  # bytes on a chip
     most = _most(summary["programs"], row)
     state = summary["programs"]["training step without AuxK"]["arguments"] - batch * row
     summary |= {"memory": most, "state": state, "fits": most < chip.memory}

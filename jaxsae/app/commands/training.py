@@ -120,10 +120,7 @@ def train(
         activation, latents, k, l1, not no_auxk, multi_topk, batch, steps, learning_rate, idle_after, heldout, seed
     )
     validate(options)
-    if bool(data) == (model is not None) or (model is None and layer is not None):
-        raise InputError("pass --data, or --model and --layer.")
-    if model is None and (text or tokens is not None or site != "resid_post"):
-        raise InputError("got --text, --tokens or --site without --model; pass the model that is to read it.")
+    _require_source(given)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax's errors are reported below
     with devices.spread(mesh, distributed=distributed) as first:
         how: dict[str, Any] = {"weights": weights or None, "window": window, "reader_threads": reader_threads}
@@ -135,6 +132,18 @@ def train(
             texts = {"tokens": tokens, "column": column, "encoding": encoding, "weights": how.pop("weights")}
             how["data"] = live(model, layer, site, text, context, add_bos, window, **texts)
         return _run(out, options, log, how, json)
+
+
+def _require_source(given: dict[str, Any]) -> None:
+    """Refuse data and a model, neither, and options of a model without one."""
+    model = given["model"]
+    if bool(given["data"]) == (model is not None) or (model is None and given["layer"] is not None):
+        raise InputError("pass --data, or --model and --layer.")
+    usual = {"text": (), "tokens": None, "site": "resid_post", "add_bos": False, "column": "text", "encoding": "utf-8"}
+    names = [name for name, value in usual.items() if given[name] != value]
+    if model is None and names:
+        option = names[0].replace("_", "-")
+        raise InputError(f"got --{option} without --model; pass the model that is to read it.")
 
 
 @contextlib.contextmanager
