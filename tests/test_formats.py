@@ -706,6 +706,99 @@ def test_llama_scopes_learned_thresholds_are_for_pre_activations_times_norms(tmp
     assert_computes(pretrained.load(tmp_path / "a"), X, z, z @ W["W_dec"] + W["b_dec"])
 
 
+# --- Qwen-Scope, circuit-tracer and Goodfire, to the facts
+
+
+def qwen_scope(folder, name="SAE-Res-Qwen3-1.7B-Base-W32K-L0_3", **more):
+    state = {"W_enc": W["W_enc"].T, "W_dec": W["W_dec"].T, "b_enc": W["b_enc"], "b_dec": W["b_dec"]} | more
+    (folder / name).mkdir(parents=True)
+    torch_pickle.write(folder / name / "layer4.sae.pt", state)
+    return folder / name / "layer4.sae.pt"
+
+
+def test_qwen_scopes_k_is_in_the_name_of_its_directory(tmp_path):
+    z = top_k(pre(X, W, apply_b_dec_to_input=False), 3)
+    for path in (
+        qwen_scope(tmp_path),
+        qwen_scope(tmp_path, "models--Qwen--SAE-Res-Qwen3-8B-Base-W64K-L0_3/snapshots/1"),
+    ):
+        assert pretrained.detect(path) == "qwen_scope"
+        assert_computes(pretrained.load(path), X, z, z @ W["W_dec"] + W["b_dec"])
+    assert pretrained.load(tmp_path / "SAE-Res-Qwen3-1.7B-Base-W32K-L0_3").activation.k == 3
+    moved = tmp_path / "layer4.sae.pt"
+    moved.write_bytes(path.read_bytes())
+    refused("its k is in no file, but in the name of its directory", pretrained.load, moved)
+    refused("not an SAE of a known format", pretrained.load, qwen_scope(tmp_path / "a", bias=W["b_dec"]))
+    refused("k 99 of 12 latents|99", pretrained.load, qwen_scope(tmp_path, "x-L0_99"))
+
+
+def circuit_tracer(folder, config=None, **more):
+    state = {"W_enc": W["W_enc"].T, "W_dec": W["W_dec"], "b_enc": W["b_enc"], "b_dec": W["b_dec"]} | more
+    write(folder, "layer_2.safetensors", {name: np.ascontiguousarray(array) for name, array in state.items()})
+    if config is not None:
+        (folder / "config.yaml").write_text(config)
+    return folder
+
+
+HOOKS = "model_name: Qwen/Qwen3-4B\nfeature_input_hook: mlp.hook_in\nfeature_output_hook: mlp.hook_out\n"
+
+
+def test_a_transcoder_of_circuit_tracer(tmp_path):
+    pytest.importorskip("yaml")
+    linear, skip = (
+        pre(X, W, apply_b_dec_to_input=False),
+        np.random.default_rng(3).normal(size=(D, D)).astype(np.float32),
+    )
+    z = relu(linear)
+    model = pretrained.load(circuit_tracer(tmp_path / "a", HOOKS))
+    assert model.transcoder
+    assert_computes(model, X, z, z @ W["W_dec"] + W["b_dec"])
+    assert pretrained.describe(tmp_path / "a")["site"] == "Qwen/Qwen3-4B, mlp.hook_in"
+    model = pretrained.load(circuit_tracer(tmp_path / "b", W_skip=skip) / "layer_2.safetensors")
+    np.testing.assert_allclose(
+        jaxsae.reconstruct(model, jnp.asarray(X)), z @ W["W_dec"] + W["b_dec"] + X @ skip.T, rtol=2e-5, atol=2e-5
+    )
+    jump = circuit_tracer(tmp_path / "c", **{"activation_function.threshold": THRESHOLD})
+    z = np.where(linear > THRESHOLD, relu(linear), 0)
+    assert_computes(pretrained.load(jump), X, z, z @ W["W_dec"] + W["b_dec"])
+
+
+def test_a_transcoder_of_circuit_tracer_that_is_another_is_refused(tmp_path):
+    pytest.importorskip("yaml")
+    refused(
+        "its activation is 'topk', expected one of",
+        pretrained.load,
+        circuit_tracer(tmp_path / "a", "activation: topk\nk: 3\n"),
+    )
+    refused(
+        "has no activation_function.threshold",
+        pretrained.load,
+        circuit_tracer(tmp_path / "b", "activation: jump_relu\n"),
+    )
+    refused(
+        "holds .*k, which ReLU of circuit_tracer|holds k",
+        pretrained.load,
+        circuit_tracer(tmp_path / "c", k=np.float32([3])),
+    )
+    negative = circuit_tracer(tmp_path / "d", **{"activation_function.threshold": -THRESHOLD})
+    refused("has negative thresholds", pretrained.load, negative)
+    refused("is damaged", pretrained.load, circuit_tracer(tmp_path / "e", "a: [\n"))
+    several = circuit_tracer(tmp_path / "f")
+    (several / "layer_3.safetensors").write_bytes((several / "layer_2.safetensors").read_bytes())
+    refused("for each of several layers; pass the file of one", pretrained.load, several)
+
+
+def test_goodfires_two_linear_layers(tmp_path):
+    layers = {"encoder_linear.weight": W["W_enc"].T, "encoder_linear.bias": W["b_enc"]}
+    layers |= {"decoder_linear.weight": W["W_dec"].T, "decoder_linear.bias": W["b_dec"]}
+    torch_pickle.write(tmp_path / "sae.pth", layers)
+    z = relu(pre(X, W, apply_b_dec_to_input=False))
+    assert pretrained.detect(tmp_path / "sae.pth") == "goodfire"
+    assert_computes(pretrained.load(tmp_path / "sae.pth"), X, z, z @ W["W_dec"] + W["b_dec"])
+    torch_pickle.write(tmp_path / "sae.pth", layers | {"more": W["b_dec"]})
+    refused("holds more, which ReLU of goodfire", pretrained.load, tmp_path / "sae.pth")
+
+
 # --- any format
 
 

@@ -26,7 +26,20 @@ from jaxsae._core.files import (
 from jaxsae.autoencoder import normalisation
 from jaxsae.autoencoder.sae import SAE, describe as describe_sae
 from jaxsae.autoencoder.surgery import fold_scale
-from jaxsae.formats import common, dictionary_learning, gemma_scope, hub, llama_scope, openai, own, saelens, sparsify
+from jaxsae.formats import (
+    circuit_tracer,
+    common,
+    dictionary_learning,
+    gemma_scope,
+    goodfire,
+    hub,
+    llama_scope,
+    openai,
+    own,
+    qwen_scope,
+    saelens,
+    sparsify,
+)
 from jaxsae.formats.common import Raw
 from jaxsae.formats.tensors import read_safetensors, ready, writable
 
@@ -90,7 +103,7 @@ def describe(path: str | os.PathLike, *, revision: str | None = None) -> dict[st
     sae, format, config = _load(path, None, None, revision)
     metadata = config.get("metadata")
     known = config | (metadata if isinstance(metadata, dict) else {})
-    names = ("model_name", "lm_name", "hook_name", "hf_hook_point_in", "hook_point_in", "layer")
+    names = ("model_name", "lm_name", "hook_name", "hf_hook_point_in", "hook_point_in", "feature_input_hook", "layer")
     site = ", ".join(str(known[name]) for name in names if known.get(name) is not None)
     return {"format": format, **describe_sae(sae)} | ({"site": site} if site else {})
 
@@ -337,4 +350,7 @@ FORMATS = {
     ),
     "openai": _Format(openai.detect, openai.read, openai.convert, openai.write),
     "llama_scope": _Format(llama_scope.detect, llama_scope.read, llama_scope.convert, llama_scope.write),
+    "qwen_scope": _Format(qwen_scope.detect, qwen_scope.read, qwen_scope.convert),
+    "circuit_tracer": _Format(circuit_tracer.detect, circuit_tracer.read, circuit_tracer.convert),
+    "goodfire": _Format(goodfire.detect, goodfire.read, goodfire.convert),
 }
