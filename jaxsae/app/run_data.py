@@ -13,6 +13,7 @@ from jaxsae import data as data_module, sharding, train
 from jaxsae._core.files import InputError, shown
 from jaxsae.app.options import Options
 from jaxsae.data import batching
+from jaxsae.data.origin import Origin, of_rows
 
 _SAMPLE = 10_000  # rows from which centre and scale are estimated
 _MAX_SEARCHED = 1000  # skipped batches that are searched for NaN and Inf
@@ -27,6 +28,7 @@ class RunData(NamedTuple):
       heldout: those to measure on, `[n d]`.
       config: the options, and whatever else must be equal for a run to be resumed.
       read: makes the batches.
+      origin: where all of the rows come from, if that is known.
     """
 
     names: list[str]
@@ -34,6 +36,7 @@ class RunData(NamedTuple):
     heldout: np.ndarray
     config: dict[str, Any]
     read: Callable[..., data_module.Batches]
+    origin: Origin = Origin()
 
     @property
     def name(self) -> str:
@@ -68,9 +71,15 @@ def prepare(data, options: Options, start, weights, window: int | None, reader_t
     config |= {} if start is None else {"start": shown(start)}
     config |= {"values of the data, by checksum": list(map(data_module.fingerprint, everything))}
     order = {"seed": options.seed, "weights": weights, "window": window, "names": names, "threads": reader_threads}
-    return RunData(
-        names, sources, heldout, config, functools.partial(data_module.batches, sources, options.batch, **order)
-    )
+    read = functools.partial(data_module.batches, sources, options.batch, **order)
+    return RunData(names, sources, heldout, config, read, Origin() if isinstance(data, Mapping) else _origin(data))
+
+
+def _origin(data) -> Origin:
+    """Where the rows come from, if all come from one place."""
+    paths = [data] if isinstance(data, str | os.PathLike) else data
+    first, *others = (of_rows(path).known() for path in paths)
+    return Origin(**{name: value for name, value in first.items() if all(each.get(name) == value for each in others)})
 
 
 def _open(data) -> tuple[list[str], list[data_module.Rows]]:

@@ -37,6 +37,7 @@ from jaxsae.app.start import prepared
 from jaxsae.autoencoder import calibration, metrics, stream
 from jaxsae.autoencoder.sae import SAE, init
 from jaxsae.autoencoder.surgery import rescale
+from jaxsae.data.origin import Origin
 from jaxsae.formats import pretrained
 from jaxsae.train import checkpoint, job
 from jaxsae.train.objectives import AuxK, MultiTopK, Objective
@@ -50,6 +51,7 @@ def run(
     data: str | os.PathLike | Sequence[str | os.PathLike] | Mapping[str, data_module.Rows],
     options: Options,
     start: str | os.PathLike | None = None,
+    origin: Origin | None = None,
     weights: Sequence[arguments.Proportion] | None = None,
     window: arguments.Count | None = None,
     reader_threads: arguments.Count = 2,
@@ -75,6 +77,7 @@ def run(
       data: file or directory of activations, or several; or rows, by names that say where they come from.
       options: of the training.
       start: an autoencoder to start from, as for `load_any`; its parameters replace the initial ones.
+      origin: where the rows come from, written beside the autoencoder; by default what their manifests say.
       weights: proportions in which to mix the data; by default those of their lengths.
       window: as of `data.batches`.
       reader_threads: that read ahead.
@@ -139,7 +142,7 @@ def run(
             state, reached, diverged = _trained(*made, batches, checkpoints, **every, **watch.hooks())
     sae = _finished(state, scale, options, rows)
     if processes.is_primary() or not jax.sharding.get_mesh().empty:  # then each process sends its parts
-        pretrained.save(sae, out / "sae")
+        pretrained.save(sae, out / "sae", origin=rows.origin if origin is None else origin)
     report = _report(sae, state, reached, options, rows, passed, batches)
     _write_report(report, out)
     if diverged is not None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from jaxsae._core.files import InputError
 from jaxsae.autoencoder.activations import Activation, Gated, GroupMax, TopK
 from jaxsae.autoencoder.normalisation import Normalisation
 from jaxsae.autoencoder.sae import SAE
+from jaxsae.data.origin import Origin
 from jaxsae.formats import tensors, torch_pickle
 from jaxsae.formats.tensors import Arrays, place, read_json, read_safetensors, ready, safetensors_file
 
@@ -263,6 +265,49 @@ def require(path: Path, file: Path | None, what: str) -> Path:
 
 def _shown(value: Any) -> str:
     return repr(value) if isinstance(value, int | float | str | None) else repr(type(value).__name__)
+
+
+# --- where it belongs
+
+_SITES = ("hook_name", "hook_point", "hook_point_in", "hf_hook_point_in", "hf_hook_name")
+
+
+def origin(config: Mapping[str, Any]) -> Origin:
+    """Where an autoencoder belongs, by what configurations of several libraries call it."""
+    inner = [config[name] for name in ("metadata", "origin") if isinstance(config.get(name), dict)]
+    known = {name: value for part in (config, *inner) for name, value in part.items() if value is not None}
+    model = next((known[name] for name in ("model_name", "lm_name", "model") if isinstance(known.get(name), str)), None)
+    layer, site = _place(known)
+    context = next(
+        (known[name] for name in ("context_size", "ctx_len", "context") if type(known.get(name)) is int), None
+    )
+    data = next((known[name] for name in ("dataset_path", "data") if isinstance(known.get(name), str)), None)
+    return Origin(model, layer, site, context, data)
+
+
+def _place(known: Mapping[str, Any]) -> tuple[int | None, str | None]:
+    from jaxsae.language_model import sites
+
+    for name in (known[name] for name in _SITES if isinstance(known.get(name), str)):
+        try:
+            return sites.parse(name)
+        except InputError:  # a hook that ours have no name for
+            continue
+    layer = known.get("layer")
+    found = re.fullmatch(r"(\w+)_layer_(\d+)", str(known.get("submodule_name")))
+    if found and found[1] in sites.SITES:
+        return int(found[2]), found[1]
+    site = known.get("site")
+    return layer if type(layer) is int else None, site if site in sites.SITES else None
+
+
+def site_name(origin: Origin, kind: str = "hook") -> str | None:
+    """The name of a site in TransformerLens, or of a module in transformers; None if it is unknown."""
+    if origin.layer is None or origin.site is None:
+        return None
+    from jaxsae.language_model import sites
+
+    return (sites.hook if kind == "hook" else sites.module)(origin.layer, origin.site)
 
 
 # --- making

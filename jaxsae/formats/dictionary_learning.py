@@ -9,6 +9,7 @@ from jaxsae._core.files import InputError, atomic_directory
 from jaxsae.autoencoder.activations import Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK
 from jaxsae.autoencoder.sae import SAE
 from jaxsae.autoencoder.surgery import rescale
+from jaxsae.data.origin import Origin
 from jaxsae.formats import common, torch_pickle
 from jaxsae.formats.common import Raw, Tensors, Weights
 from jaxsae.formats.tensors import Arrays, read_npz
@@ -141,12 +142,16 @@ def _k(raw: Raw) -> int:
     return k
 
 
-def write(sae: SAE, path: Path) -> None:
+def write(sae: SAE, path: Path, origin: Origin) -> None:
     """`ae.pt` and a `config.json` that names the class."""
     common.refuse_unless("dictionary_learning", sae)
     name, sae, state = _written(sae)
     trainer = {"dict_class": name, "activation_dim": sae.d, "dict_size": sae.m}
     trainer |= {"k": int(state["k"])} if "k" in state else {}
+    place = {"lm_name": origin.model, "layer": origin.layer, "submodule_name": None}
+    if origin.site is not None and origin.layer is not None:
+        place["submodule_name"] = f"{origin.site}_layer_{origin.layer}"
+    trainer |= {name: value for name, value in place.items() if value is not None}
     with atomic_directory(path) as folder:
         common.write_json(folder / _CONFIG, {"trainer": trainer})
         torch_pickle.write(folder / _WEIGHTS, {name: np.asarray(array) for name, array in state.items()})

@@ -10,6 +10,7 @@ from jaxsae._core.files import InputError, atomic_directory
 from jaxsae.autoencoder.activations import Activation, BatchTopK, JumpReLU, ReLU
 from jaxsae.autoencoder.sae import SAE
 from jaxsae.autoencoder.surgery import fold_scale
+from jaxsae.data.origin import Origin
 from jaxsae.formats import common
 from jaxsae.formats.common import Raw, Tensors, Weights
 from jaxsae.formats.tensors import read_npz, read_safetensors, writable
@@ -68,7 +69,7 @@ def _activation(raw: Raw) -> Activation:
     return JumpReLU(raw.place_threshold(raw.take("threshold")))
 
 
-def write(sae: SAE, path: Path) -> None:
+def write(sae: SAE, path: Path, origin: Origin) -> None:
     """`params.npz`, in float32 or better."""
     if sae.W_skip is not None:
         raise common.refuse("gemma_scope", "skip connections")
@@ -131,10 +132,13 @@ def convert_2(raw: Raw) -> SAE:
     return common.assemble(raw, _activation(raw), weights, apply_b_dec_to_input=False, transcoder=transcoder)
 
 
-def write_2(sae: SAE, path: Path) -> None:
+def write_2(sae: SAE, path: Path, origin: Origin) -> None:
     """`config.json` and `params.safetensors`."""
     sae, threshold = _written(sae, "gemma_scope_2")
     config = {"architecture": "jump_relu", "width": sae.m, "affine_connection": sae.W_skip is not None}
+    place = common.site_name(origin, "module")
+    config |= {} if origin.model is None else {"model_name": origin.model}
+    config |= {} if place is None else {"hf_hook_point_in": place}
     config |= {"hf_hook_point_in": "input", "hf_hook_point_out": "output"} if sae.transcoder else {}
     arrays = {"w_enc": sae.W_enc, "w_dec": sae.W_dec, "b_enc": sae.b_enc, "b_dec": sae.b_dec, "threshold": threshold}
     arrays |= {} if sae.W_skip is None else {"affine_skip_connection": sae.W_skip}

@@ -11,6 +11,7 @@ from jaxsae._core.files import atomic_directory
 from jaxsae.autoencoder.activations import Activation, BatchTopK, JumpReLU, ReLU, TopK
 from jaxsae.autoencoder.normalisation import AverageNorm, ConstantNorm
 from jaxsae.autoencoder.sae import SAE
+from jaxsae.data.origin import Origin
 from jaxsae.formats import common
 from jaxsae.formats.common import Raw, Tensors, Weights
 from jaxsae.formats.tensors import read_safetensors
@@ -108,7 +109,7 @@ def _activation(raw: Raw, W_dec: np.ndarray, scale: float | None) -> Activation:
     return JumpReLU(raw.place_threshold((threshold / np.where(norms > 0, norms, 1)).astype(wide)))
 
 
-def write(sae: SAE, path: Path) -> None:
+def write(sae: SAE, path: Path, origin: Origin) -> None:
     """Both files, for unscaled rows; the format has a single threshold for all latents."""
     common.refuse_unless("llama_scope", sae)
     sae, activation = common.centre(sae, False), sae.activation
@@ -126,8 +127,8 @@ def write(sae: SAE, path: Path) -> None:
         "sparsity_include_decoder_norm": False,
         "norm_activation": "dataset-wise",
         "dataset_average_activation_norm": {"in": math.sqrt(sae.d), "out": math.sqrt(sae.d)},
-        "hook_point_in": "input",
-        "hook_point_out": "input",
+        "hook_point_in": common.site_name(origin) or "input",
+        "hook_point_out": common.site_name(origin) or "input",
     }
     arrays = {"encoder.weight": np.asarray(sae.W_enc).T, "encoder.bias": sae.b_enc}
     arrays |= {"decoder.weight": np.asarray(sae.W_dec).T, "decoder.bias": sae.b_dec}

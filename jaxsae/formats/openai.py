@@ -8,6 +8,7 @@ from jaxsae._core.files import atomic_file
 from jaxsae.autoencoder.activations import ReLU, TopK
 from jaxsae.autoencoder.normalisation import LayerNorm
 from jaxsae.autoencoder.sae import SAE
+from jaxsae.data.origin import Origin
 from jaxsae.formats import common, torch_pickle
 from jaxsae.formats.common import Raw, Tensors, Weights
 
@@ -46,7 +47,7 @@ def convert(raw: Raw) -> SAE:
     return common.assemble(raw, activation, weights, apply_b_dec_to_input=True, normalisation=LayerNorm())
 
 
-def write(sae: SAE, path: Path) -> None:
+def write(sae: SAE, path: Path, origin: Origin) -> None:
     """One `.pt`; the statistics of its latents, which are unknown, are zeros."""
     activation = sae.activation
     common.refuse_unless("openai", sae, normalised=(LayerNorm,))

@@ -14,6 +14,7 @@ from jaxsae._core import processes
 from jaxsae._core.files import InputError, atomic_directory, settled
 from jaxsae.autoencoder import activations, normalisation
 from jaxsae.autoencoder.sae import SAE
+from jaxsae.data.origin import Origin
 from jaxsae.formats import common
 from jaxsae.formats.common import Raw, Tensors, Weights
 from jaxsae.formats.tensors import place, read_json, read_safetensors, write_safetensors
@@ -28,7 +29,7 @@ ACTIVATIONS = {
     )
 }
 _KEYS = {"format", "version", "d", "m", "d_out", "apply_b_dec_to_input", "transcoder", "skip"}
-_KEYS |= {"activation", "normalisation", "arrays"}
+_KEYS |= {"activation", "normalisation", "arrays", "origin"}
 NORMALISATIONS = {
     cls.__name__: cls for cls in (normalisation.LayerNorm, normalisation.ConstantNorm, normalisation.AverageNorm)
 }
@@ -49,7 +50,7 @@ def detect(path: Path) -> bool:
     return (within_run(path) / CONFIG).is_file()
 
 
-def write(sae: SAE, path: Path | None) -> None:
+def write(sae: SAE, path: Path | None, origin: Origin = Origin()) -> None:  # noqa: B008 - immutable
     """Write an SAE; processes that only send their parts of it pass None."""
     values, static = _options(sae.activation)
     config = {
@@ -68,6 +69,8 @@ def write(sae: SAE, path: Path | None) -> None:
     }
     if sae.normalisation is not None:
         config["normalisation"] = {"name": type(sae.normalisation).__name__, **_options(sae.normalisation)[0]}
+    if known := origin.known():
+        config["origin"] = known
     arrays = {name: getattr(sae, name) for name in _shapes(config)}
     arrays |= {f"activation.{name}": value for name, value in parameters(sae.activation).items()}
     with contextlib.ExitStack() as held:

@@ -26,6 +26,7 @@ from jaxsae._core.files import (
 from jaxsae.autoencoder import normalisation
 from jaxsae.autoencoder.sae import SAE, describe as describe_sae
 from jaxsae.autoencoder.surgery import fold_scale
+from jaxsae.data.origin import Origin
 from jaxsae.formats import (
     circuit_tracer,
     common,
@@ -48,7 +49,7 @@ class _Format(NamedTuple):
     detect: Callable[[Path], bool]
     read: Callable[[Path], Raw]
     convert: Callable[[Raw], SAE]
-    write: Callable[[SAE, Any], None] | None = None
+    write: Callable[[SAE, Any, Origin], None] | None = None
 
 
 def load(path: str | os.PathLike, *, format: str | None = None, dtype: Any = None, revision: str | None = None) -> SAE:
@@ -104,8 +105,37 @@ def describe(path: str | os.PathLike, *, revision: str | None = None) -> dict[st
     metadata = config.get("metadata")
     known = config | (metadata if isinstance(metadata, dict) else {})
     names = ("model_name", "lm_name", "hook_name", "hf_hook_point_in", "hook_point_in", "feature_input_hook", "layer")
-    site = ", ".join(str(known[name]) for name in names if known.get(name) is not None)
+    written = ", ".join(str(known[name]) for name in names if known.get(name) is not None)
+    found = common.origin(config)
+    site = written if found.site is None else str(found)
     return {"format": format, **describe_sae(sae)} | ({"site": site} if site else {})
+
+
+def origin(path: str | os.PathLike, *, revision: str | None = None) -> Origin:
+    """Where the SAE at a path belongs: model, layer, site, context and text, as far as its files say.
+
+    Args:
+      path: as for `load`.
+      revision: branch, tag or commit, on the hub.
+
+    Raises:
+      InputError: as for `load`.
+
+    Example:
+      >>> import tempfile, jax, jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.TopK(2))
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     jaxsae.pretrained.save(sae, f"{folder}/sae", format="saelens", origin=Origin("gpt2", 8, "mlp_out"))
+      ...     str(jaxsae.pretrained.origin(f"{folder}/sae"))
+      'gpt2, layer 8, mlp_out'
+    """
+    if address(path) is not None:
+        with _copied(any_path(path)) as local:
+            return origin(local)
+    found = hub.find(path, revision=revision)
+    name = detect(found.path)
+    local = own.within_run(found.path) if name == "jaxsae" else found.path
+    return common.origin(_row(name).read(local).config | (found.config if name == "saelens" else {}))
 
 
 def _load(
@@ -202,7 +232,13 @@ def detect(path: str | os.PathLike) -> str:
     raise damaged or InputError(f"{path}: not an SAE of a known format; expected one of: {', '.join(FORMATS)}.")
 
 
-def save(sae: SAE, path: str | os.PathLike, *, format: str = "jaxsae") -> None:
+def save(
+    sae: SAE,
+    path: str | os.PathLike,
+    *,
+    format: str = "jaxsae",
+    origin: Origin = Origin(),  # noqa: B008 - immutable
+) -> None:
     """Save an SAE atomically, replacing an SAE of the same format at `path`.
 
     Arrays that are split over devices are written piece by piece: no device and no host ever holds more of them. If
@@ -212,6 +248,7 @@ def save(sae: SAE, path: str | os.PathLike, *, format: str = "jaxsae") -> None:
       sae: the autoencoder; its arrays may be numpy's, of any memory order.
       path: to write, on disk or in a bucket; a directory, or a file for `"openai"`.
       format: a name from `FORMATS` that can be written.
+      origin: where the SAE belongs; written where the format has a place for it.
 
     Raises:
       InputError: if the format is unknown or cannot represent this SAE, for example a custom activation; if its arrays
@@ -230,7 +267,7 @@ def save(sae: SAE, path: str | os.PathLike, *, format: str = "jaxsae") -> None:
         written = ", ".join(name for name, row in FORMATS.items() if row.write)
         raise InputError(f"{format} is read, not written; expected one of: {written}.")
     if address(path) is not None:
-        _save_in_bucket(sae, any_path(path), format)
+        _save_in_bucket(sae, any_path(path), format, origin)
         return
     path, sae = local_path(path), _checked(sae)
     target = path if processes.is_primary() or not own.is_shared(sae) else None
@@ -239,20 +276,21 @@ def save(sae: SAE, path: str | os.PathLike, *, format: str = "jaxsae") -> None:
             raise InputError(f"{path}: exists and is not a saved SAE; choose another place, or remove it.")
     with own.agreed(sae):
         if row.write is own.write:
-            own.write(sae, target)
+            own.write(sae, target, origin)
         elif any(len(leaf.sharding.device_set) > 1 for leaf in own.on_devices(sae)):
-            _write_through_own(sae, row.write, target)
+            _write_through_own(sae, row.write, target, origin)
         else:
-            row.write(jax.tree.map(lambda leaf: writable(leaf) if isinstance(leaf, jax.Array) else leaf, sae), path)
+            whole = jax.tree.map(lambda leaf: writable(leaf) if isinstance(leaf, jax.Array) else leaf, sae)
+            row.write(whole, path, origin)
 
 
-def _save_in_bucket(sae: SAE, path: Any, format: str) -> None:
+def _save_in_bucket(sae: SAE, path: Any, format: str, origin: Origin) -> None:
     """Save an SAE on disk, and copy it, unless other files are there."""
     from jaxsae._core import buckets
 
     with temporary_directory(path) as folder:
         local = folder / path.name
-        save(sae, local, format=format)
+        save(sae, local, format=format, origin=origin)
         with own.agreed(sae):
             if not processes.is_primary() and own.is_shared(sae):
                 return
@@ -263,7 +301,7 @@ def _save_in_bucket(sae: SAE, path: Any, format: str) -> None:
             buckets.upload(local, path)
 
 
-def _write_through_own(sae: SAE, write: Callable[[SAE, Path], None], path: Path | None) -> None:
+def _write_through_own(sae: SAE, write: Callable[[SAE, Path, Origin], None], path: Path | None, origin: Origin) -> None:
     """Write an SAE that is split over devices from files in our own format, of which little is in memory at a time."""
     with contextlib.ExitStack() as held:
         with own.agreed(sae):
@@ -274,7 +312,7 @@ def _write_through_own(sae: SAE, write: Callable[[SAE, Path], None], path: Path 
         arrays = read_safetensors(whole / own.WEIGHTS)
         parameters = {name: arrays.pop(f"activation.{name}") for name in own.parameters(sae.activation)}
         activation = dataclasses.replace(sae.activation, **parameters)  # pyright: ignore[reportArgumentType]
-        write(dataclasses.replace(sae, **arrays, activation=activation), path)
+        write(dataclasses.replace(sae, **arrays, activation=activation), path, origin)
 
 
 def _checked(sae: SAE) -> SAE:

@@ -12,6 +12,7 @@ from jaxsae._core.files import atomic_directory
 from jaxsae.autoencoder.activations import AbsTopK, Activation, BatchTopK, Gated, JumpReLU, MatchingPursuit, ReLU, TopK
 from jaxsae.autoencoder.normalisation import AverageNorm, ConstantNorm, LayerNorm, Normalisation
 from jaxsae.autoencoder.sae import SAE
+from jaxsae.data.origin import Origin
 from jaxsae.formats import common
 from jaxsae.formats.common import Raw, Tensors, Weights
 from jaxsae.formats.tensors import read_safetensors
@@ -166,7 +167,7 @@ _OPTIONS = {
 }
 
 
-def write(sae: SAE, path: Path) -> None:
+def write(sae: SAE, path: Path, origin: Origin) -> None:
     """As SAELens saves for inference: BatchTopK is a JumpReLU whose metadata name its training architecture."""
     if isinstance(sae.normalisation, LayerNorm) and sae.normalisation.eps != 1e-5:
         raise common.refuse("saelens", f"layer norm with eps {sae.normalisation.eps}")
@@ -174,7 +175,10 @@ def write(sae: SAE, path: Path) -> None:
         raise common.refuse("saelens", "skip connection outside transcoders")
     sae = common.centre(sae, False) if sae.transcoder else sae
     kind, options, arrays = _written_activation(sae)
-    metadata = options.pop("metadata", {}) | {"sae_lens_version": _VERSION, "sae_lens_training_version": None}
+    place = {"model_name": origin.model, "hook_name": common.site_name(origin), "context_size": origin.context}
+    place |= {"dataset_path": origin.data}
+    metadata = options.pop("metadata", {}) | {name: value for name, value in place.items() if value is not None}
+    metadata |= {"sae_lens_version": _VERSION, "sae_lens_training_version": None}
     normalisation = next(name for name, value in _NORMALISATIONS.items() if type(value) is type(sae.normalisation))
     config = {
         "d_in": sae.d,

@@ -7,6 +7,7 @@ import numpy as np
 from jaxsae._core.files import atomic_directory
 from jaxsae.autoencoder.activations import GroupMax, TopK
 from jaxsae.autoencoder.sae import SAE
+from jaxsae.data.origin import Origin
 from jaxsae.formats import common
 from jaxsae.formats.common import Raw, Tensors, Weights
 from jaxsae.formats.tensors import read_safetensors
@@ -46,7 +47,7 @@ def convert(raw: Raw) -> SAE:
     return common.assemble(raw, activation, weights, apply_b_dec_to_input=not transcoder, transcoder=transcoder)
 
 
-def write(sae: SAE, path: Path) -> None:
+def write(sae: SAE, path: Path, origin: Origin) -> None:
     """Both files; an autoencoder is converted to subtract `b_dec`."""
     common.refuse_unless("sparsify", sae, transcoder=True)
     kind = next((name for name, made in _ACTIVATIONS.items() if type(sae.activation) is made), None)

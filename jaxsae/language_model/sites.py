@@ -72,6 +72,35 @@ def parse(name: str) -> tuple[int | None, str]:
     return int(found[2]), table[found[3]]
 
 
+def hook(layer: int, site: str) -> str:
+    """The name of a place in TransformerLens and SAELens.
+
+    Args:
+      layer: the block, from 0.
+      site: one of `SITES`.
+
+    Example:
+      >>> hook(8, "hook_z"), hook(8, "resid_post")
+      ('blocks.8.attn.hook_z', 'blocks.8.hook_resid_post')
+    """
+    return f"blocks.{layer}.{next(name for name, known in _HOOKS.items() if known == site)}"
+
+
+def module(layer: int, site: str) -> str | None:
+    """The name of a place in the configurations of Gemma Scope 2, or None.
+
+    Args:
+      layer: the block, from 0.
+      site: one of `SITES`.
+
+    Example:
+      >>> module(8, "resid_post"), module(8, "resid_mid")
+      ('model.layers.8.output', None)
+    """
+    name = next((name for name, known in reversed(_MODULES.items()) if known == site), None)
+    return None if name is None else f"model.layers.{layer}.{name}"
+
+
 def points(layers: Sequence[int], names: Sequence[str]) -> list[Site]:
     """All sites at all layers; a name that says its layer stands for itself.
 

@@ -23,6 +23,18 @@ def _load(path: str, *, dtype: str | None = None, revision: str | None = None) -
     return runs.load_any(path, dtype=dtype, revision=revision)
 
 
+def _opened(sae: str, data: Path) -> tuple[Any, Any]:
+    """An SAE and rows, which must be of its site if both say theirs."""
+    from jaxsae.app import runs
+    from jaxsae.data import open_rows, origin
+    from jaxsae.formats import pretrained
+
+    model, rows = _load(sae), open_rows(data)
+    if not runs.is_checkpoint(sae):
+        origin.require_same(pretrained.origin(sae), origin.of_rows(data))
+    return model, rows
+
+
 def _is_same(a: Path, b: str | Path) -> bool:
     """Whether two paths, on disk or in a bucket, are the same file or directory."""
     if address(a) or address(b):
@@ -52,11 +64,10 @@ def evaluate(
     """
     from jaxsae._core import processes
     from jaxsae.app import evaluation
-    from jaxsae.data import open_rows
 
     with devices.spread(mesh, distributed=distributed) as first:
         with processes.all_or_none():
-            model, rows = _load(sae), open_rows(data)
+            model, rows = _opened(sae, data)
         measured = evaluation.evaluate(model, rows)
     if not first:
         return 0
@@ -104,7 +115,6 @@ def refine(
     """
     from jaxsae._core import processes
     from jaxsae.autoencoder import stream
-    from jaxsae.data import open_rows
     from jaxsae.least_squares import solvers
 
     solver = None  # the default one, which a kernel may replace
@@ -115,7 +125,7 @@ def refine(
             raise InputError(f"{shown(out)}: is {what}; write the codes to another file.")
     with devices.spread(mesh, distributed=distributed) as first:
         with processes.all_or_none():
-            model, rows = _load(sae), open_rows(data)
+            model, rows = _opened(sae, data)
             if capacity is not None and (model.activation.slots or capacity) != capacity:
                 slots = f"k={model.activation.slots}" if model.activation.slots else ""
                 name = type(model.activation).__name__
@@ -145,6 +155,9 @@ def convert(
     /,
     *,
     to: Annotated[str, FORMATS],
+    model_name: arguments.Name | None = None,
+    hook_name: arguments.Site | None = None,
+    context_size: arguments.Count | None = None,
     dtype: Annotated[str, arguments.Choice(("float32", "bfloat16", "float16", "float64"))] | None = None,
     revision: arguments.Revision | None = None,
     mesh: tuple[arguments.Parts, arguments.Parts] | None = None,
@@ -155,11 +168,16 @@ def convert(
 
     Example: jaxsae convert run published --to saelens
 
+    Where the format has a place for it, the copy says where the SAE belongs: what the original says, or the options.
+
     Args:
         src: a training run or one of its saves (RUN/checkpoints/N), or an SAE of any format, on disk, in a bucket
             or on the hub (hf://organisation/repository/path).
         dst: path to write, on disk or in a bucket; a directory, or a file for openai.
         to: jaxsae, saelens, gemma_scope, gemma_scope_2, sparsify, dictionary_learning, openai or llama_scope.
+        model_name: of the language model, such as HuggingFaceTB/SmolLM2-135M-Instruct.
+        hook_name: such as blocks.8.hook_resid_post.
+        context_size: number of tokens in a context.
         dtype: of the weights, float32, bfloat16, float16 or float64; that of the files by default.
         revision: branch, tag or commit on the hub.
         mesh: how many ways to split rows, and the latents of an SAE wider than a device; by default one device.
@@ -172,10 +190,28 @@ def convert(
     with devices.spread(mesh, distributed=distributed) as first:
         with processes.all_or_none():
             sae = _load(src, dtype=dtype, revision=revision)
-        pretrained.save(sae, dst, format=to)
+            origin = _origin(src, revision, model_name, hook_name, context_size)
+        pretrained.save(sae, dst, format=to, origin=origin)
     if first:
         console.show({"out": shown(dst), "format": to}, f"Written: {shown(dst)}, {to}", as_json=json)
     return 0
+
+
+def _origin(src: str, revision: str | None, model: str | None, hook: str | None, context: int | None) -> Any:
+    """Where an SAE belongs, by its files and by options."""
+    from jaxsae.app import runs
+    from jaxsae.data.origin import Origin
+    from jaxsae.formats import pretrained
+
+    given: dict[str, Any] = {"model": model, "context": context}
+    if hook is not None:
+        from jaxsae.language_model import sites
+
+        given["layer"], given["site"] = sites.parse(hook)
+        if given["layer"] is None:
+            raise InputError(f"got --hook-name {hook!r}, which names no layer; pass one such as blocks.8.hook_{hook}.")
+    known = Origin() if runs.is_checkpoint(src) else pretrained.origin(src, revision=revision)
+    return known._replace(**{name: value for name, value in given.items() if value is not None})
 
 
 def info(path: arguments.Autoencoder, /, *, revision: arguments.Revision | None = None, json: bool = False) -> int:

@@ -130,7 +130,8 @@ def live(
     window: int | None,
     **how: Any,
 ):
-    """Activations of a model on text, computed on demand, by a name for both."""
+    """Activations of a model on text, computed on demand, by a name for both; and where they come from."""
+    from jaxsae.data.origin import Origin
     from jaxsae.language_model import harvest as job, sites
 
     [point] = sites.points([] if layer is None else [layer], [site])
@@ -138,4 +139,5 @@ def live(
     net, packed = _read(model, text, context, bos, **how)
     name = f"{model}, layer {point.layer}, {point.site}, text {job.checksum(packed.contexts)}"
     shuffled = {} if window is None else {"window": window}
-    return {name: job.live(net, packed.contexts, layer=point.layer, site=point.site, **shuffled)}
+    rows = job.live(net, packed.contexts, layer=point.layer, site=point.site, **shuffled)
+    return {name: rows}, Origin(model, point.layer, point.site, context, ", ".join(map(str, text)) or None)

@@ -130,7 +130,7 @@ def train(
         log = _recorded(given, options, logs.logs(out, options, wandb=wandb)) if first else None
         if model is not None:
             texts = {"tokens": tokens, "column": column, "encoding": encoding, "weights": how.pop("weights")}
-            how["data"] = live(model, layer, site, text, context, add_bos, window, **texts)
+            how["data"], how["origin"] = live(model, layer, site, text, context, add_bos, window, **texts)
         return _run(out, options, log, how, json)
 
 
