@@ -1,7 +1,7 @@
 """Activations as rows `[n d]`, in memory, on disk or in a bucket, and batches of them in an order fixed by a seed.
 
-`rows` opens files, `shards` is the directory format that a harvest writes, `origin` says where rows are from, `remote` reads from buckets, `lazy` is what
-they return, `batching` draws from them; `photographs` and `synthetic` make rows.
+`rows` opens files, `shards` is the directory format that a harvest writes, `origin` says where rows are from, `remote`
+reads from buckets, `lazy` is what they return, `batching` draws from them; `photographs` and `synthetic` make rows.
 """
 
 from jaxsae.data import shards as shards
