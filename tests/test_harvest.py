@@ -192,7 +192,7 @@ def test_a_full_disk_leaves_whole_shards(tmp_path, model, monkeypatch):
 
     def full(descriptor):
         calls.append(descriptor)
-        if len(calls) > 9:
+        if len(calls) > 14:
             full_disk()
         fsync(descriptor)
 

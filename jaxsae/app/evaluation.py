@@ -7,11 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxsae import data as data_module, sharding
 from jaxsae._core.files import InputError, json_number
 from jaxsae.autoencoder import metrics, stream
 from jaxsae.autoencoder.sae import SAE, encode, reconstruct
+from jaxsae.data import cleaning
 
 
 def evaluate(sae: SAE, rows: data_module.Rows, more: metrics.Activity | None = None) -> dict[str, Any]:
@@ -19,7 +21,8 @@ def evaluate(sae: SAE, rows: data_module.Rows, more: metrics.Activity | None = N
 
     `nmse_at` is the NMSE with only the 1, 2, 4 … largest latents of each row, the progressive code. `dead` is the share
     of the latents that never fire, and `firing` counts those that fire on no row, on 1, on 2 or 3, on 4 to 7 …: both
-    over `dead_rows` rows, these and those of `more`.
+    over `dead_rows` rows, these and those of `more`. Where norms are more than thirty times the median, `outliers` has
+    the share of these rows, theirs of the mean square, and the NMSE without them.
 
     Args:
       sae: the autoencoder.
@@ -41,12 +44,15 @@ def evaluate(sae: SAE, rows: data_module.Rows, more: metrics.Activity | None = N
         raise InputError("got a transcoder, whose target is not its input; measure `jaxsae.reconstruct` against that.")
     capacity = sae.activation.slots or stream.max_l0(sae, rows)
     keep = tuple(2**n for n in range(capacity.bit_length()))
-    parts, nonfinite = [], 0
+    parts, norms, nonfinite = [], [], 0
     for _, x in stream.chunks(sae, rows):
-        parts.append(_measure(sae, x, capacity, keep))
+        *sums, lengths = _measure(sae, x, capacity, keep)
+        parts.append(sums)
+        norms.append(np.asarray(lengths))
         nonfinite += int(jnp.sum(~jnp.isfinite(x).all(1)))
     whole, active, progressive = (functools.reduce(operator.add, part) for part in zip(*parts, strict=True))
     counted = active if more is None else active + more
+    far = cleaning.outliers(lengths := np.concatenate(norms))
     numbers = {
         "nmse": whole.nmse,
         "explained_variance": whole.explained_variance,
@@ -59,7 +65,17 @@ def evaluate(sae: SAE, rows: data_module.Rows, more: metrics.Activity | None = N
         "dead_rows": int(counted.rows),
         "rows": len(rows),
         "nonfinite": nonfinite,
+        **(_without(sae, rows, far, lengths, capacity) if far.any() else {}),
     }
+
+
+def _without(sae: SAE, rows: data_module.Rows, far: np.ndarray, norms: np.ndarray, capacity: int) -> dict[str, Any]:
+    """What outliers are, and the NMSE of the other rows."""
+    squares = np.where(np.isfinite(norms), np.float64(norms) ** 2, 0)
+    parts = [_measure(sae, x, capacity, (1,))[0] for _, x in stream.chunks(sae, cleaning.keep(rows, ~far))]
+    nmse = functools.reduce(operator.add, parts).nmse
+    share = np.sum(squares[far]) / np.sum(squares)
+    return {"outliers": {"rows": int(far.sum()), "mean_square": share, "nmse_without": json_number(nmse)}}
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
@@ -68,4 +84,5 @@ def _measure(sae: SAE, x, capacity: int, keep: tuple[int, ...]):
     code = encode(sae, jnp.where(finite, x, jnp.nan), capacity=capacity)
     code = dataclasses.replace(code, values=jnp.where(finite, code.values, jnp.nan))  # a threshold passes over NaN
     whole = metrics.reconstruction(x, reconstruct(sae, x, code))
-    return sharding.replicate((whole, metrics.activity(code), metrics.progressive(sae, x, code, keep)))
+    norms = jnp.linalg.norm(x.astype(jnp.float32), axis=1)
+    return sharding.replicate((whole, metrics.activity(code), metrics.progressive(sae, x, code, keep), norms))

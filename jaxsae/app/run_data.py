@@ -12,7 +12,7 @@ import numpy as np
 from jaxsae import data as data_module, sharding, train
 from jaxsae._core.files import InputError, shown
 from jaxsae.app.options import Options
-from jaxsae.data import batching
+from jaxsae.data import batching, cleaning
 from jaxsae.data.origin import Origin, of_rows
 
 _SAMPLE = 10_000  # rows from which centre and scale are estimated
@@ -29,6 +29,7 @@ class RunData(NamedTuple):
       config: the options, and whatever else must be equal for a run to be resumed.
       read: makes the batches.
       origin: where all of the rows come from, if that is known.
+      dropped: number of rows that are left out.
     """
 
     names: list[str]
@@ -37,6 +38,7 @@ class RunData(NamedTuple):
     config: dict[str, Any]
     read: Callable[..., data_module.Batches]
     origin: Origin = Origin()
+    dropped: int = 0
 
     @property
     def name(self) -> str:
@@ -49,7 +51,16 @@ class RunData(NamedTuple):
         return sum(map(len, self.sources))
 
 
-def prepare(data, options: Options, start, weights, window: int | None, reader_threads: int) -> RunData:
+def prepare(
+    data,
+    options: Options,
+    start,
+    weights,
+    window: int | None,
+    reader_threads: int,
+    skip_tokens: Sequence[int] = (),
+    max_norm: float | None = None,
+) -> RunData:
     """Open the data of a run, and hold out its last rows.
 
     Args:
@@ -59,20 +70,24 @@ def prepare(data, options: Options, start, weights, window: int | None, reader_t
       weights: likewise.
       window: likewise.
       reader_threads: likewise.
+      skip_tokens: likewise.
+      max_norm: likewise.
 
     Raises:
       InputError: if the rows cannot be used, or are too few.
     """
-    names, everything = _open(data)
+    names, everything, dropped = _open(data, skip_tokens, max_norm)
     window = batching.shuffle_window(everything, window)
     sources, heldout = _split(names, everything, options, weights)
     config = options._asdict() | {"data": [*map(len, sources), heldout.shape[1]], "weights": weights and list(weights)}
     config |= {"window": window, "rows of": names if isinstance(data, Mapping) else None}  # files may have been moved
     config |= {} if start is None else {"start": shown(start)}
+    config |= {"skip_tokens": list(skip_tokens), "max_norm": max_norm} if skip_tokens or max_norm else {}
     config |= {"values of the data, by checksum": list(map(data_module.fingerprint, everything))}
     order = {"seed": options.seed, "weights": weights, "window": window, "names": names, "threads": reader_threads}
     read = functools.partial(data_module.batches, sources, options.batch, **order)
-    return RunData(names, sources, heldout, config, read, Origin() if isinstance(data, Mapping) else _origin(data))
+    origin = Origin() if isinstance(data, Mapping) else _origin(data)
+    return RunData(names, sources, heldout, config, read, origin, dropped)
 
 
 def _origin(data) -> Origin:
@@ -82,12 +97,15 @@ def _origin(data) -> Origin:
     return Origin(**{name: value for name, value in first.items() if all(each.get(name) == value for each in others)})
 
 
-def _open(data) -> tuple[list[str], list[data_module.Rows]]:
-    """Names and rows of all sources."""
+def _open(data, skip_tokens: Sequence[int], max_norm: float | None) -> tuple[list[str], list[data_module.Rows], int]:
+    """Names and rows of all sources, and the number of rows that are left out."""
     if isinstance(data, Mapping):
-        return list(data), list(data.values())
+        return list(data), list(data.values()), 0
     paths = [data] if isinstance(data, str | os.PathLike) else list(data)
-    return list(map(shown, paths)), [data_module.open_rows(path) for path in paths]
+    whole = [data_module.open_rows(path) for path in paths]
+    how: dict[str, Any] = {"skip_tokens": skip_tokens, "max_norm": max_norm}
+    left = [cleaning.clean(path, rows, **how) for path, rows in zip(paths, whole, strict=True)]
+    return list(map(shown, paths)), left, sum(map(len, whole)) - sum(map(len, left))
 
 
 def _split(names, everything, options: Options, weights) -> tuple[list[data_module.Rows], np.ndarray]:
@@ -123,11 +141,23 @@ def sample(batches: data_module.Batches, rows: int) -> np.ndarray:
     return np.concatenate([first, *(batches.source[number] for number in more)])[:_SAMPLE]
 
 
-def centre_and_scale(sample: np.ndarray, name: str) -> tuple[jax.Array, float]:
-    """Geometric median of a sample, and the scale that gives it unit mean square about it."""
+def centre_and_scale(
+    sample: np.ndarray, name: str, warn: Callable[[str], None] = lambda text: None
+) -> tuple[jax.Array, float]:
+    """Geometric median of a sample, and the scale that gives it unit mean square about it, without its outliers.
+
+    Warns if these are more than one in a thousand.
+    """
     sample = sample[np.isfinite(sample).all(1)]
     if len(sample) == 0 or (sample == sample[0]).all():
         raise InputError(f"{name}: all rows are equal, or none is finite; pass activations of varied inputs.")
+    norms = cleaning.norms(sample)
+    if (far := cleaning.outliers(norms)).any():
+        if far.mean() > 1e-3:
+            share = np.sum(np.float64(norms[far]) ** 2) / np.sum(np.float64(norms) ** 2)
+            what = f"{far.mean():.1%} of the rows are more than {cleaning.OUTLIER:g} times the median norm, and have"
+            warn(f"{what} {share:.0%} of the mean square: the training is theirs. --max-norm 10 leaves them out.")
+        sample = sample[~far]
     unit = float(np.abs(sample).max())  # so that nothing overflows
     centre = train.geometric_median(jnp.asarray(sample / unit))
     variance = np.mean(np.sum((np.float64(sample) / unit - np.asarray(centre, np.float64)) ** 2, axis=1))

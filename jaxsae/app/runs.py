@@ -55,6 +55,8 @@ def run(
     weights: Sequence[arguments.Proportion] | None = None,
     window: arguments.Count | None = None,
     reader_threads: arguments.Count = 2,
+    skip_tokens: Sequence[arguments.Index] = (),
+    max_norm: arguments.Positive | None = None,
     save_every: arguments.Weight = 60.0,
     save_every_steps: arguments.Count | None = None,
     eval_every: arguments.Count | None = None,
@@ -81,6 +83,8 @@ def run(
       weights: proportions in which to mix the data; by default those of their lengths.
       window: as of `data.batches`.
       reader_threads: that read ahead.
+      skip_tokens: leave out the rows of these tokens of a harvest.
+      max_norm: leave out rows whose norm is more than so many times the median.
       save_every: seconds between saves of the whole state.
       save_every_steps: steps between saves, besides.
       eval_every: steps between measurements on the held-out rows, which are logged as `heldout_nmse`, `heldout_l0` and
@@ -109,20 +113,14 @@ def run(
       >>> report["steps"], report["heldout"]["rows"]
       (10, 32)
     """
-    validate(options)
-    every: Any = {"save_every": save_every, "save_every_steps": save_every_steps, "eval_every": eval_every}
-    reading: Any = {"weights": weights, "window": window, "reader_threads": reader_threads}
-    arguments.check(run, {"out": out, "profile": profile} | reading | every)
-    monitor.require_traceable(profile, options.steps)
-    if options.latents % (parts := sharding.axis_size("latent")):
-        raise InputError(f"got {options.latents} latents for a mesh that splits them {parts} ways; pass a multiple.")
-    out = any_path(out)
-    if resume and isinstance(out, Path) and not (out / "checkpoints").is_dir():  # before a directory is made
-        raise InputError(f"{out}: holds no run to resume; leave out --resume to begin one.")
+    given = dict(locals())
+    every: Any = {name: given[name] for name in ("save_every", "save_every_steps", "eval_every")}
+    reading: Any = {name: given[name] for name in ("weights", "window", "reader_threads", "skip_tokens", "max_norm")}
+    out = _checked(options, {"out": out, "profile": profile} | reading | every, resume=resume)
     rows = run_data.prepare(data, options, start, **reading)
     processes.require_same({"start": None} | rows.config)
     passed = passes(options, rows.total, warn)
-    centre, scale = run_data.centre_and_scale(run_data.sample(rows.read(), rows.total), rows.name)
+    centre, scale = run_data.centre_and_scale(run_data.sample(rows.read(), rows.total), rows.name, warn)
     objective, tx, init_fn = recipe(options, centre, scale)
     start_fn = _start_from(start, options, rows.heldout.shape[1], scale)
     made = (train.make_step(objective, tx), init_fn)
@@ -146,9 +144,22 @@ def run(
     report = _report(sae, state, reached, options, rows, passed, batches)
     _write_report(report, out)
     if diverged is not None:
-        message = f"{rows.name}: {diverged} {describe_nonfinite(report)} The last good autoencoder is in {out / 'sae'}."
-        raise InputError(message) from diverged
+        what = f"{rows.name}: {diverged} {describe_nonfinite(report)}"
+        raise InputError(f"{what} The last good autoencoder is in {out / 'sae'}.") from diverged
     return report
+
+
+def _checked(options: Options, given: dict[str, Any], *, resume: bool) -> AnyPath:
+    """The directory of a run; refuse what can be refused before it is made."""
+    validate(options)
+    arguments.check(run, given)
+    monitor.require_traceable(given["profile"], options.steps)
+    if options.latents % (parts := sharding.axis_size("latent")):
+        raise InputError(f"got {options.latents} latents for a mesh that splits them {parts} ways; pass a multiple.")
+    out = any_path(given["out"])
+    if resume and isinstance(out, Path) and not (out / "checkpoints").is_dir():
+        raise InputError(f"{out}: holds no run to resume; leave out --resume to begin one.")
+    return out
 
 
 def _trained(*what: Any, **how: Any) -> tuple[train.TrainState, job.LoopState, job.TooManyRollbacks | None]:
@@ -258,6 +269,7 @@ def _report(
 ) -> dict[str, Any]:
     trained = calibration.activity(sae, run_data.in_order(rows, options.batch, min(rows.total, metrics.DEAD_ROWS)))
     data = {"path": rows.name, "rows": rows.total, "passes": passed, "heldout": len(rows.heldout)}
+    data |= {"dropped": rows.dropped} if rows.dropped else {}
     return {
         "options": resolved(options)._asdict(),
         "data": data | {"width": rows.heldout.shape[1]},

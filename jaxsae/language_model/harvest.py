@@ -26,7 +26,7 @@ from jax.stages import Lowered
 from jaxsae._core import arguments, processes
 from jaxsae._core.arguments import Count, Index
 from jaxsae._core.files import AnyPath, InputError, any_path, atomic_file, reached
-from jaxsae.data import shards
+from jaxsae.data import cleaning, shards
 from jaxsae.data.lazy import LazyRows, Windows
 from jaxsae.language_model import config, files as model_files, sites
 from jaxsae.language_model.models import LanguageModel, residuals
@@ -48,7 +48,7 @@ def run(
     dtype: Annotated[str, arguments.ROWS_DTYPE] = "float16",
     progress: Callable[[int], None] = lambda contexts: None,
 ) -> list[LazyRows]:
-    """Write the activations of a language model over contexts, as shards, with the tokens beside them.
+    """Write the activations of a language model over contexts, as shards, with tokens and norms beside them.
 
     One place is written to `out`; several, from one pass, each to a directory of its own below it, as `directories`
     names them, which `out/harvest.json` lists. Row `r` of a shard belongs to position `1 + r mod (s − 1)` of context
@@ -124,8 +124,12 @@ def _write(writers, model: LanguageModel, contexts: np.ndarray, first: int, *, p
     for some in own:
         parts = list(itertools.islice(computed, steps)) if len(some) else []
         for place, writer in enumerate(writers):
-            rows = np.concatenate([part[place] for part in parts]) if parts else None
-            writer.append(None if rows is None else rows.reshape(-1, rows.shape[-1]), tokens=some)
+            if not parts:
+                writer.append(None)
+                continue
+            rows = np.concatenate([part[place] for part in parts])
+            rows = rows.reshape(-1, rows.shape[-1])
+            writer.append(rows, tokens=some, norms=cleaning.norms(rows))
 
 
 def checksum(contexts: np.ndarray) -> str:

@@ -76,6 +76,11 @@ def evaluate(
     lines[-1] += f" of {measured['dead_rows']:,} rows"
     largest = ", ".join(f"{n}: {console.number(value)}" for n, value in measured["nmse_at"].items())
     console.show(measured, "\n".join([*lines, f"NMSE with only the largest latents: {largest}"]), as_json=json)
+    if "outliers" in measured:
+        found = measured["outliers"]
+        what = f"{found['rows']} rows are more than thirty times as long as the median, and have"
+        without = console.number(found["nmse_without"])
+        console.warn(f"{what} {found['mean_square']:.0%} of the mean square; without them the NMSE is {without}.")
     if measured["nonfinite"]:
         console.warn(f"{measured['nonfinite']} of {measured['rows']} rows hold NaN or Inf and are left out.")
     return 0

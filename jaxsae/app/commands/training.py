@@ -32,6 +32,8 @@ def train(
     context: arguments.Context = 256,
     window: arguments.Count | None = None,
     reader_threads: arguments.Count = 2,
+    skip_tokens: tuple[arguments.Index, ...] = (),
+    max_norm: arguments.Positive | None = None,
     k: arguments.Count | None = None,
     l1: arguments.Weight | None = None,
     batch: arguments.Count = 1024,
@@ -88,6 +90,8 @@ def train(
         context: number of tokens in a context.
         window: rows that are shuffled together, one window after another; by default all --data on disk.
         reader_threads: that read --data ahead.
+        skip_tokens: numbers of tokens, such as that of BOS, whose rows of a harvest are left out.
+        max_norm: leave out rows whose norm is more than so many times the median, such as 10.
         k: active latents per row; for batchtopk, matryoshka, jumprelu and matchingpursuit, on average over held-out
             rows.
         l1: weight of the L1 penalty (relu, gated, alignedrelu).
@@ -122,11 +126,9 @@ def train(
     validate(options)
     _require_source(given)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax's errors are reported below
+    how: dict[str, Any] = {name: given[name] for name in _PASSED_ON} | {"weights": weights or None, "start": from_}
+    how["profile"] = None if profile is None else tuple(map(int, profile.split(":")))
     with devices.spread(mesh, distributed=distributed) as first:
-        how: dict[str, Any] = {"weights": weights or None, "window": window, "reader_threads": reader_threads}
-        how |= {"save_every": save_every, "save_every_steps": save_every_steps, "eval_every": eval_every}
-        how |= {"resume": resume, "data": data, "start": from_}
-        how["profile"] = None if profile is None else tuple(map(int, profile.split(":")))
         log = _recorded(given, options, logs.logs(out, options, wandb=wandb)) if first else None
         if model is not None:
             texts = {"tokens": tokens, "column": column, "encoding": encoding, "weights": how.pop("weights")}
@@ -134,9 +136,17 @@ def train(
         return _run(out, options, log, how, json)
 
 
+_PASSED_ON = ("data", "window", "reader_threads", "skip_tokens", "max_norm")
+_PASSED_ON += ("save_every", "save_every_steps", "eval_every", "resume")
+
+
 def _require_source(given: dict[str, Any]) -> None:
     """Refuse data and a model, neither, and options of a model without one."""
     model = given["model"]
+    if model is not None and (given["skip_tokens"] or given["max_norm"] is not None):
+        raise InputError(
+            "got --skip-tokens or --max-norm with --model, which are for --data; run jaxsae harvest first."
+        )
     if bool(given["data"]) == (model is not None) or (model is None and given["layer"] is not None):
         raise InputError("pass --data, or --model and --layer.")
     usual = {"text": (), "tokens": None, "site": "resid_post", "add_bos": False, "column": "text", "encoding": "utf-8"}

@@ -1,0 +1,144 @@
+"""Rows that poison a training are told, and can be left out."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import cli, refused
+
+import jaxsae
+from jaxsae import data
+from jaxsae.app import evaluation, run_data
+from jaxsae.data import cleaning, shards
+
+RNG = np.random.default_rng(0)
+ROWS = RNG.normal(size=(400, 6)).astype(np.float32)
+SINKS = np.arange(7, 400, 100)  # one in a hundred
+POISONED = ROWS.copy()
+POISONED[SINKS] *= 100
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 14])
+def test_norms_and_outliers(chunk, monkeypatch):
+    monkeypatch.setattr(cleaning, "_CHUNK", chunk)
+    np.testing.assert_allclose(cleaning.norms(POISONED), np.linalg.norm(POISONED, axis=1), rtol=1e-6)
+    np.testing.assert_array_equal(np.flatnonzero(cleaning.outliers(cleaning.norms(POISONED))), SINKS)
+    assert not cleaning.outliers(cleaning.norms(ROWS)).any()
+    odd = np.array([np.nan, np.inf, 1.0, 1.0, 40.0])
+    assert cleaning.outliers(odd).tolist() == [False] * 4 + [True]
+    assert cleaning.outliers(np.array([np.nan])).tolist() == [False]
+
+
+def test_kept_rows_are_rows():
+    mask = RNG.random(400) < 0.5
+    kept, expected = cleaning.keep(POISONED, mask), POISONED[mask]
+    assert (kept.shape, kept.dtype, len(kept)) == (expected.shape, expected.dtype, len(expected))
+    np.testing.assert_array_equal(np.asarray(kept), expected)
+    np.testing.assert_array_equal(kept[[3, 1, 1]], expected[[3, 1, 1]])
+    np.testing.assert_array_equal(np.asarray(kept[10:][5:20]), expected[15:30])
+    np.testing.assert_array_equal(kept[::7], expected[::7])
+    assert cleaning.keep(POISONED, np.ones(400, bool)) is POISONED
+    batches = data.batches(kept, 16, seed=0)
+    seen = np.concatenate([next(batches) for _ in range(len(expected) // 16)])
+    assert {row.tobytes() for row in seen} <= {row.tobytes() for row in expected}
+
+
+def harvested(folder, rows=POISONED, contexts=50, norms=True):
+    """As a harvest writes it, contexts of 9 tokens, of which token 3 begins every fourth."""
+    tokens = RNG.integers(4, 9, (contexts, 9)).astype(np.int32)
+    tokens[::4, 1] = 3
+    writer = shards.Writer(folder, width=6, dtype="float32", source={})
+    for half in (slice(0, contexts // 2), slice(contexts // 2, contexts)):
+        part = rows[8 * half.start : 8 * half.stop]
+        writer.append(part, tokens=tokens[half], **({"norms": cleaning.norms(part)} if norms else {}))
+    writer.finish()
+    return folder, tokens[:, 1:].ravel()
+
+
+def test_norms_and_tokens_beside_the_rows(tmp_path, monkeypatch):
+    folder, tokens = harvested(tmp_path / "x")
+    rows = data.open_rows(folder)
+    monkeypatch.setattr(cleaning, "norms", lambda rows: pytest.fail("they are beside the rows"))
+    np.testing.assert_array_equal(
+        np.asarray(cleaning.clean(folder, rows, max_norm=10.0)), np.delete(POISONED, SINKS, 0)
+    )
+    np.testing.assert_array_equal(np.asarray(cleaning.clean(folder, rows, skip_tokens=[3])), POISONED[tokens != 3])
+    both = np.asarray(cleaning.clean(folder, rows, skip_tokens=[3, 5], max_norm=10.0))
+    mask = (tokens != 3) & (tokens != 5)
+    mask[SINKS] = False
+    np.testing.assert_array_equal(both, POISONED[mask])
+    assert cleaning.clean(folder, rows) is rows
+
+
+def test_norms_of_a_file_are_computed(tmp_path):
+    np.save(tmp_path / "x.npy", POISONED)
+    rows = data.open_rows(tmp_path / "x.npy")
+    assert len(cleaning.clean(tmp_path / "x.npy", rows, max_norm=10.0)) == 396
+    refused("nothing says the tokens of its rows", cleaning.clean, tmp_path / "x.npy", rows, skip_tokens=[3])
+    folder, _ = harvested(tmp_path / "y", norms=False)
+    assert len(cleaning.clean(folder, data.open_rows(folder), max_norm=10.0)) == 396
+    refused("no row is left of 400", cleaning.clean, folder, data.open_rows(folder), skip_tokens=range(9))
+    refused("no row is left of 400", cleaning.clean, folder, data.open_rows(folder), max_norm=1e-6)
+
+
+def test_centre_and_scale_are_those_of_the_other_rows():
+    said = []
+    centre, scale = run_data.centre_and_scale(POISONED, "x", said.append)
+    expected_centre, expected = run_data.centre_and_scale(np.delete(POISONED, SINKS, 0), "x", said.append)
+    assert scale == expected
+    np.testing.assert_array_equal(centre, expected_centre)
+    (line,) = said
+    assert line.startswith("1.0% of the rows are more than 30 times the median norm, and have 99% of the mean square")
+    rare = np.concatenate([ROWS] * 5)
+    rare[3] *= 100
+    run_data.centre_and_scale(rare, "x", said.append)
+    assert len(said) == 1, "one in two thousand is not worth a warning"
+
+
+def test_an_evaluation_with_and_without_them():
+    sae = jaxsae.SAE(jnp.eye(6), jnp.zeros(6), 0.5 * jnp.eye(6), jnp.zeros(6), jaxsae.ReLU())
+    found, clean = evaluation.evaluate(sae, POISONED), evaluation.evaluate(sae, np.delete(POISONED, SINKS, 0))
+    assert "outliers" not in clean
+    assert found["outliers"]["rows"] == 4
+    assert found["outliers"]["nmse_without"] == pytest.approx(clean["nmse"], rel=1e-6)
+    squares = np.sum(np.float64(POISONED) ** 2, axis=1)
+    assert found["outliers"]["mean_square"] == pytest.approx(squares[SINKS].sum() / squares.sum(), rel=1e-6)
+    with_nan = POISONED.copy()
+    with_nan[0] = np.nan
+    assert evaluation.evaluate(sae, with_nan)["outliers"]["rows"] == 4
+
+
+SAE = ["--activation", "topk", "--k", 2, "--latents", 16, "--batch", 32, "--steps", 20, "--heldout", 50, "--no-auxk"]
+
+
+def test_a_training_leaves_them_out_and_says_how_many(tmp_path, capsys):
+    folder, tokens = harvested(tmp_path / "x")
+    kept = (tokens != 3) & ~np.isin(np.arange(400), SINKS)
+    np.save(tmp_path / "clean.npy", POISONED[kept])
+    assert cli("train", "--data", tmp_path / "clean.npy", *SAE, "--out", tmp_path / "a") == 0
+    capsys.readouterr()
+    assert cli("train", "--data", folder, *SAE, "--skip-tokens", 3, "--max-norm", 10, "--out", tmp_path / "b") == 0
+    assert "times the median norm" not in capsys.readouterr().err
+    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in "ab"]
+    assert reports[1]["data"]["dropped"] == 400 - kept.sum()
+    assert reports[0]["heldout"] == reports[1]["heldout"]
+    weights = [(tmp_path / name / "sae/sae.safetensors").read_bytes() for name in "ab"]
+    assert weights[0] == weights[1]
+    assert cli("train", "--data", folder, *SAE, "--out", tmp_path / "b") == 2
+    assert "holds another run" in capsys.readouterr().err
+    assert cli("train", "--data", folder, *SAE, "--out", tmp_path / "c") == 0
+    assert "% of the rows are more than 30 times the median norm" in capsys.readouterr().err
+
+
+def test_the_command_says_what_outliers_are(tmp_path, capsys):
+    from problems import sae
+
+    from jaxsae import pretrained
+
+    np.save(tmp_path / "x.npy", POISONED)
+    pretrained.save(sae(d=6), tmp_path / "sae")
+    assert cli("eval", "--sae", tmp_path / "sae", "--data", tmp_path / "x.npy") == 0
+    assert (
+        "4 rows are more than thirty times as long as the median, and have 99% of the mean" in capsys.readouterr().err
+    )
