@@ -27,7 +27,8 @@ def test_norms_and_outliers(chunk, monkeypatch):
     assert not cleaning.outliers(cleaning.norms(ROWS)).any()
     odd = np.array([np.nan, np.inf, 1.0, 1.0, 40.0])
     assert cleaning.outliers(odd).tolist() == [False] * 4 + [True]
-    assert cleaning.outliers(np.array([np.nan])).tolist() == [False]
+    for none in ([np.nan], [0.0, 0.0, 0.0, 7.0]):
+        assert not cleaning.outliers(np.array(none)).any()
 
 
 def test_kept_rows_are_rows():

@@ -34,7 +34,7 @@ def norms(rows: Rows) -> np.ndarray:
 
 
 def outliers(norms: np.ndarray, times: float = OUTLIER) -> np.ndarray:
-    """Which norms are more than so many times their median, `[n]` bool; none that is not finite.
+    """Which norms are more than so many times their median, `[n]` bool; none that is not finite, and none if that is 0.
 
     Args:
       norms: `[n]`.
@@ -45,7 +45,8 @@ def outliers(norms: np.ndarray, times: float = OUTLIER) -> np.ndarray:
       [False, False, False, True]
     """
     finite = np.isfinite(norms)
-    return finite & (norms > times * np.median(norms[finite])) if finite.any() else finite
+    median = np.median(norms[finite]) if finite.any() else 0
+    return finite & (norms > times * median) if median > 0 else np.zeros_like(finite)
 
 
 class _Kept(LazyRows):
