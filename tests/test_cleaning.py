@@ -95,6 +95,9 @@ def test_centre_and_scale_are_those_of_the_other_rows():
     rare[3] *= 100
     run_data.centre_and_scale(rare, "x", said.append)
     assert len(said) == 1, "one in two thousand is not worth a warning"
+    equal = np.ones((400, 6), np.float32)
+    equal[SINKS] *= 100
+    assert np.isfinite(run_data.centre_and_scale(equal, "x", said.append)[1]), "the outliers are all that varies"
 
 
 def test_an_evaluation_with_and_without_them():

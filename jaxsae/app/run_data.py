@@ -157,7 +157,8 @@ def centre_and_scale(
             share = np.sum(np.float64(norms[far]) ** 2) / np.sum(np.float64(norms) ** 2)
             what = f"{far.mean():.1%} of the rows are more than {cleaning.OUTLIER:g} times the median norm, and have"
             warn(f"{what} {share:.0%} of the mean square: the training is theirs. --max-norm 10 leaves them out.")
-        sample = sample[~far]
+        rest = sample[~far]
+        sample = sample if (rest == rest[0]).all() else rest
     unit = float(np.abs(sample).max())  # so that nothing overflows
     centre = train.geometric_median(jnp.asarray(sample / unit))
     variance = np.mean(np.sum((np.float64(sample) / unit - np.asarray(centre, np.float64)) ** 2, axis=1))
