@@ -14,6 +14,7 @@ import numpy as np
 from jaxsae import data as data_module, language_model
 from jaxsae._core import arguments
 from jaxsae._core.files import InputError
+from jaxsae.data.origin import Origin, of_rows
 from jaxsae.language_model import harvest, text as texts
 
 CONTEXT = 256  # tokens in a context; the first gives no row
@@ -89,6 +90,7 @@ class Rows(NamedTuple):
       source: where they come from, in words.
       truth: their features, if these are known.
       probe: the language model that they come from, if any.
+      origin: where in a language model they are, if that is known.
     """
 
     train: np.ndarray
@@ -97,6 +99,7 @@ class Rows(NamedTuple):
     source: str
     truth: Truth | None = None
     probe: "Probe | None" = None
+    origin: Origin = Origin()
 
     @property
     def width(self) -> int:
@@ -213,7 +216,7 @@ def from_file(path: str | os.PathLike, train_rows: int, heldout: int, batch: int
     if (rows == rows[0]).all():
         raise InputError(f"{path}: all rows are equal, there is nothing to learn; pass activations of varied inputs.")
     rows, scale = _scaled(rows)
-    return Rows(rows, rest, scale, str(path))
+    return Rows(rows, rest, scale, str(path), origin=of_rows(path))
 
 
 def _scaled(rows: np.ndarray) -> tuple[np.ndarray, float]:

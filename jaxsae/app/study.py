@@ -35,6 +35,7 @@ from jaxsae.autoencoder.activations import TopK
 from jaxsae.autoencoder.sae import SAE, reconstruct
 from jaxsae.autoencoder.shrinkage import RATIO_EDGES
 from jaxsae.autoencoder.surgery import rescale
+from jaxsae.data.origin import require_same
 from jaxsae.formats import pretrained
 from jaxsae.train.checkpoint import versions
 
@@ -165,6 +166,7 @@ def run(
             if sae.d != rows.width:
                 what = f"is {sae.d} wide, and the rows {rows.width}"
                 raise InputError(f"{name}: {what}; pass activations of the site that it was trained on.")
+            require_same(pretrained.origin(name), rows.origin)
         if not saes:
             _require_width(plan, rows)
         passed = None if saes else passes(_options(plan, plan.families[0], seed), len(rows.train), warn)
@@ -313,7 +315,8 @@ class _Study:
         start = time.monotonic()
         trained = self._train(options, job.l0, name)
         sae = rescale(trained.sae, self.rows.scale)
-        pretrained.save(sae, self.out / "sae" / job.folder(self.plan, self.report["config"]["seed"]))
+        folder = self.out / "sae" / job.folder(self.plan, self.report["config"]["seed"])
+        pretrained.save(sae, folder, origin=self.rows.origin)
         row = named | {"k_or_l1": trained.sparsity, "curve": trained.curve}
         self._add(sae, row, name, rows, time.monotonic() - start)
 
