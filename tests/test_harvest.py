@@ -274,7 +274,7 @@ def test_other_sites_are_not_mixed_in(tmp_path, model):
 
 def test_the_directory_of_several_sites_names_them(tmp_path, model):
     harvest.run(tmp_path, model, contexts_of(8), points=POINTS, source={})
-    named = r"holds activations of several sites; pass one of layer_0_resid_post, layer_1_hook_z, "
+    named = r"a directory without manifest.json; pass one in it: layer_0_resid_post, layer_1_hook_z, "
     with pytest.raises(InputError, match=named):
         open_rows(tmp_path)
 

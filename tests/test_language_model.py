@@ -137,8 +137,8 @@ def test_families_differ_where_their_configurations_do():
 @pytest.mark.parametrize(
     ("point", "message"),
     [
-        ((3, "resid_post"), "got layer 3 for 3 blocks; pass 0 to 2."),
-        ((True, "resid_post"), "got layer True for 3 blocks"),
+        ((3, "resid_post"), "got layer 3, the model has 3; pass one from 0 to 2."),
+        ((True, "resid_post"), "got layer True, the model has 3"),
         ((0, "mlp"), "got site 'mlp'; pass one of resid_pre, hook_z, attn_out, resid_mid, mlp_in, mlp_out, resid_post"),
         ((0, "resid_mid"), "got site 'resid_mid', and a gpt_neox runs attention and MLP in parallel; pass another"),
     ],
@@ -214,8 +214,8 @@ def test_a_batch_on_eight_devices_stays_there(name):
         (tokens()[None], 1, ValueError, r"got ids of shape \(1, 2, 6\); pass \(b, s\)"),
         (tokens(length=33), 1, ValueError, r"got ids of shape \(2, 33\); pass \(b, s\) with s from 1 to 32"),
         (tokens()[:, :0], 1, ValueError, r"got ids of shape \(2, 0\); pass \(b, s\) with s from 1 to 32"),
-        (tokens(), -1, ValueError, "got layer -1 for 3 blocks; pass 0 to 2"),
-        (tokens(), 3, ValueError, "got layer 3 for 3 blocks; pass 0 to 2"),
+        (tokens(), -1, ValueError, "got layer -1, the model has 3; pass one from 0 to 2"),
+        (tokens(), 3, ValueError, "got layer 3, the model has 3; pass one from 0 to 2"),
     ],
 )
 def test_what_does_not_fit_is_refused(ids, layer, error, message, unchecked):
@@ -319,7 +319,7 @@ def test_a_token_that_the_vocabulary_has_not_is_refused_or_nan(bad, name):
 @pytest.mark.parametrize(
     ("h", "layer", "message"),
     [(jnp.zeros((2, 6, 7)), 1, r"pass \(b, s, 8\)"), (jnp.zeros((6, 8)), 1, r"pass \(b, s, 8\)")]
-    + [(jnp.zeros((2, 6, 8)), layer, "pass 0 to 2") for layer in (-1, 3, 1.0)],
+    + [(jnp.zeros((2, 6, 8)), layer, "pass one from 0 to 2") for layer in (-1, 3, 1.0)],
 )
 def test_logits_of_what_does_not_fit_are_refused(h, layer, message, unchecked):
     with pytest.raises(ValueError, match=message):

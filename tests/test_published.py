@@ -49,7 +49,7 @@ def test_info_says_what_site_it_is_for(tmp_path, capsys):
     config["metadata"] |= {"model_name": "gpt2-small", "hook_name": "blocks.8.hook_resid_pre"}
     (tmp_path / "sae" / "cfg.json").write_text(json.dumps(config))
     assert cli("info", tmp_path / "sae") == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "site          gpt2-small, blocks.8.hook_resid_pre"
+    assert capsys.readouterr().out.splitlines()[-1] == "site          gpt2-small, layer 8, resid_pre"
 
 
 def test_convert_writes_what_computes_the_same(tmp_path, capsys):

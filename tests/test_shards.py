@@ -664,7 +664,9 @@ def test_data_opens_a_directory_whether_complete_or_not(tmp_path):
 
 def test_data_refuses_a_directory_without_rows(tmp_path):
     refused(r"has shape \(0, 6\)", data.open_rows, writer(tmp_path / "x").folder)
-    refused("a directory without manifest.json; expected", data.open_rows, tmp_path)
+    refused("a directory without manifest.json; pass one in it: x", data.open_rows, tmp_path)
+    (tmp_path / "y").mkdir()
+    refused("a directory without manifest.json; expected", data.open_rows, tmp_path / "y")
 
 
 def test_data_counts_rows_that_are_not_finite(tmp_path):

@@ -61,7 +61,7 @@ def open_rows(path: str | os.PathLike) -> Rows:
         return _open_remote(path, expected)
     if not path.is_file():
         if below := sorted(each.parent.name for each in path.glob(f"*/{shards.MANIFEST}")):
-            raise InputError(f"{path}: holds activations of several sites; pass one of {', '.join(below)} in it.")
+            raise InputError(f"{path}: a directory without {shards.MANIFEST}; pass one in it: {', '.join(below)}.")
         what = f"a directory without {shards.MANIFEST}" if path.is_dir() else "no such file"
         raise InputError(f"{path}: {what}; {expected}.")
     with open(path, "rb") as file:
