@@ -17,7 +17,7 @@ from jaxsae._core.files import InputError
 from jaxsae.app import console, study
 from jaxsae.app.cli import COMMANDS, main
 from jaxsae.ksvd import image_files, images
-from jaxsae.language_model import text
+from jaxsae.language_model import text as texts
 
 D, M, K, ROWS = 16, 32, 4, 40
 
@@ -540,7 +540,7 @@ def test_a_transcoder_is_one_line(command, folder, capsys):
 
 @pytest.mark.parametrize("options, message", [(["--layer", 3], "got layer 3"), (["--context", 1], "got --context 1")])
 def test_a_harvest_looks_at_its_options_before_the_text(options, message, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(text, "pack", None)
+    monkeypatch.setattr(texts, "pack", None)
     model = Path(__file__).parent / "language_models/llama"
     assert cli("harvest", "--model", model, "--layer", 1, "--context", 16, *options, "--out", tmp_path / "out") == 2
     assert message in error_line(capsys.readouterr().err)

@@ -575,7 +575,7 @@ def test_a_study_of_a_model_has_its_losses(spliced):
         **{"rows": 1500, "passes": 40 * 64 / 1500, "heldout": 90, "width": 24},
     }
     belongs = {pretrained.origin(path) for path in (done.out / "sae").iterdir()}
-    assert belongs == {data.Origin(str(MODEL), 1, "resid_post", 256, str(done.out.parent / "text.txt"))}
+    assert belongs == {data.Origin(str(MODEL), 1, "resid_post", 16, str(done.out.parent / "text.txt"))}
     when = (*WHEN, "omp_nonnegative")
     losses = [f"{name}_{each}" for name in ("ce", "kl", "recovered_zero", "recovered_mean") for each in when]
     assert all(np.isfinite(row[name]) for row in report["rows"] for name in (*NUMBERS, *losses))
