@@ -1,9 +1,11 @@
 """Buckets: what is read from and written to object stores on loopback is what it is on disk, or one line."""
 
+import contextlib
 import http.server
 import io
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -34,13 +36,20 @@ for module in ("gcsfs", "s3fs", "moto", "gcp_storage_emulator"):
 N, D = 640, 16
 
 
+def _free_port():
+    """One that no client is given for its own end, who could then connect to itself while the server is down."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.socket() as free:
+            free.bind(("127.0.0.1", port))
+            return port
+
+
 class Server:
     """A server in a process of its own, that can be killed and started again."""
 
     def __init__(self, *command, environment=None):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = _free_port()
         self.url, self._command = f"http://127.0.0.1:{self.port}", [sys.executable, *command, str(self.port)]
         self._environment = os.environ | (environment or {})
         self.start()
