@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import threading
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +42,7 @@ MANIFEST = "manifest.json"
 _FORMAT, _VERSION, _DTYPES = "jaxsae-activations", 1, ("float16", "float32", "bfloat16")
 _SHARD = re.compile(r"([0-9]{5,})(?:\.([A-Za-z_][A-Za-z0-9_]*))?\.npy")  # its number and, if any, its column
 _PARTIAL = re.compile(rf"\.(?:{_SHARD.pattern}|{re.escape(MANIFEST)})(?:\.\w+)?\.partial")  # of `atomic_file`
+_HEADERS = threading.Lock()  # they are Python, whose parser (3.11) fails at random in several threads
 _MAX_MAPS = 128  # each holds a file descriptor, of which some systems allow 256
 _MEND = "copy or make the directory again"
 
@@ -489,11 +491,11 @@ def _offset(path: Path, shape: tuple[int, int], dtype: str) -> int:
 
 def _read_header(file: io.BufferedIOBase, path: AnyPath, shape: tuple[int, int], dtype: str, size: int) -> int:
     """The length of a shard's header, which must be that of an array of such a shape and dtype."""
-    with in_one_line(f"{path}: is not a .npy file", _MEND):
+    expected = (shape, False, np.dtype(_stored(dtype)).newbyteorder("<"))
+    with _HEADERS, in_one_line(f"{path}: is not a .npy file", _MEND):
         version = np.lib.format.read_magic(file)
         found = np.lib.format.read_array_header_1_0(file)
         offset = file.tell()
-    expected = (shape, False, np.dtype(_stored(dtype)).newbyteorder("<"))
     whole = offset + math.prod(shape) * jnp.dtype(dtype).itemsize == size
     if version != (1, 0) or found != expected or not whole:
         raise InputError(f"{path}: does not hold an array {shape} of {dtype} in C order; {_MEND}.")
