@@ -491,12 +491,10 @@ def _offset(path: Path, shape: tuple[int, int], dtype: str) -> int:
 
 def _read_header(file: io.BufferedIOBase, path: AnyPath, shape: tuple[int, int], dtype: str, size: int) -> int:
     """The length of a shard's header, which must be that of an array of such a shape and dtype."""
-    expected = (shape, False, np.dtype(_stored(dtype)).newbyteorder("<"))
+    expected = (1, 0), (shape, False, np.dtype(_stored(dtype)).newbyteorder("<"))
     with _HEADERS, in_one_line(f"{path}: is not a .npy file", _MEND):
-        version = np.lib.format.read_magic(file)
-        found = np.lib.format.read_array_header_1_0(file)
+        found = np.lib.format.read_magic(file), np.lib.format.read_array_header_1_0(file)
         offset = file.tell()
-    whole = offset + math.prod(shape) * jnp.dtype(dtype).itemsize == size
-    if version != (1, 0) or found != expected or not whole:
+    if found != expected or offset + math.prod(shape) * jnp.dtype(dtype).itemsize != size:
         raise InputError(f"{path}: does not hold an array {shape} of {dtype} in C order; {_MEND}.")
     return offset

@@ -116,10 +116,10 @@ def origin(path: str | os.PathLike, *, revision: str | None = None) -> Origin:
 
     Args:
       path: as for `load`.
-      revision: branch, tag or commit, on the hub.
+      revision: likewise.
 
     Raises:
-      InputError: as for `load`.
+      InputError: likewise.
 
     Example:
       >>> import tempfile, jax, jaxsae
@@ -129,13 +129,30 @@ def origin(path: str | os.PathLike, *, revision: str | None = None) -> Origin:
       ...     str(jaxsae.pretrained.origin(f"{folder}/sae"))
       'gpt2, layer 8, mlp_out'
     """
-    if address(path) is not None:
-        with _copied(any_path(path)) as local:
-            return origin(local)
-    found = hub.find(path, revision=revision)
-    name = detect(found.path)
-    local = own.within_run(found.path) if name == "jaxsae" else found.path
-    return common.origin(_row(name).read(local).config | (found.config if name == "saelens" else {}))
+    return load_with_origin(path, revision=revision)[1]
+
+
+def load_with_origin(path: str | os.PathLike, *, dtype: Any = None, revision: str | None = None) -> tuple[SAE, Origin]:
+    """An SAE, and where it belongs, from one reading of its files.
+
+    Args:
+      path: as for `load`.
+      dtype: likewise.
+      revision: likewise.
+
+    Raises:
+      InputError: likewise.
+
+    Example:
+      >>> import tempfile, jax, jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.TopK(2))
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     jaxsae.pretrained.save(sae, f"{folder}/sae", origin=Origin("gpt2", 8, "mlp_out"))
+      ...     str(load_with_origin(f"{folder}/sae")[1])
+      'gpt2, layer 8, mlp_out'
+    """
+    sae, _, config = _load(path, None, dtype, revision)
+    return sae, common.origin(config)
 
 
 def _load(

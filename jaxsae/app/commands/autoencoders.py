@@ -14,24 +14,25 @@ FORMATS = arguments.Choice(
 )
 
 
-def _load(path: str, *, dtype: str | None = None, revision: str | None = None) -> Any:
-    """The SAE at a path, which may also be one save of a run."""
+def _load(path: str, *, dtype: str | None = None, revision: str | None = None) -> tuple[Any, Any]:
+    """The SAE at a path, which may also be one save of a run, and where it belongs."""
     from jaxsae.app import runs
+    from jaxsae.data.origin import Origin
+    from jaxsae.formats import pretrained
 
-    if (dtype is not None or revision is not None) and runs.is_checkpoint(path):
+    if not runs.is_checkpoint(path):
+        return pretrained.load_with_origin(path, dtype=dtype, revision=revision)
+    if dtype is not None or revision is not None:
         raise InputError(f"{path}: is a save of a run, which has neither --dtype nor --revision; convert it first.")
-    return runs.load_any(path, dtype=dtype, revision=revision)
+    return runs.load(path), Origin()
 
 
 def _opened(sae: str, data: Path) -> tuple[Any, Any]:
     """An SAE and rows, which must be of its site if both say theirs."""
-    from jaxsae.app import runs
     from jaxsae.data import open_rows, origin
-    from jaxsae.formats import pretrained
 
-    model, rows = _load(sae), open_rows(data)
-    if not runs.is_checkpoint(sae):
-        origin.require_same(pretrained.origin(sae), origin.of_rows(data))
+    (model, belongs), rows = _load(sae), open_rows(data)
+    origin.require_same(belongs, origin.of_rows(data))
     return model, rows
 
 
@@ -194,20 +195,16 @@ def convert(
 
     with devices.spread(mesh, distributed=distributed) as first:
         with processes.all_or_none():
-            sae = _load(src, dtype=dtype, revision=revision)
-            origin = _origin(src, revision, model_name, hook_name, context_size)
+            sae, known = _load(src, dtype=dtype, revision=revision)
+            origin = _origin(known, model_name, hook_name, context_size)
         pretrained.save(sae, dst, format=to, origin=origin)
     if first:
         console.show({"out": shown(dst), "format": to}, f"Written: {shown(dst)}, {to}", as_json=json)
     return 0
 
 
-def _origin(src: str, revision: str | None, model: str | None, hook: str | None, context: int | None) -> Any:
+def _origin(known: Any, model: str | None, hook: str | None, context: int | None) -> Any:
     """Where an SAE belongs, by its files and by options."""
-    from jaxsae.app import runs
-    from jaxsae.data.origin import Origin
-    from jaxsae.formats import pretrained
-
     given: dict[str, Any] = {"model": model, "context": context}
     if hook is not None:
         from jaxsae.language_model import sites
@@ -215,7 +212,6 @@ def _origin(src: str, revision: str | None, model: str | None, hook: str | None,
         given["layer"], given["site"] = sites.parse(hook)
         if given["layer"] is None:
             raise InputError(f"got --hook-name {hook!r}, which names no layer; pass one such as blocks.8.hook_{hook}.")
-    known = Origin() if runs.is_checkpoint(src) else pretrained.origin(src, revision=revision)
     return known._replace(**{name: value for name, value in given.items() if value is not None})
 
 
