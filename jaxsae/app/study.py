@@ -35,7 +35,7 @@ from jaxsae.autoencoder.activations import TopK
 from jaxsae.autoencoder.sae import SAE, reconstruct
 from jaxsae.autoencoder.shrinkage import RATIO_EDGES
 from jaxsae.autoencoder.surgery import rescale
-from jaxsae.data.origin import require_same
+from jaxsae.data.origin import Origin, require_same
 from jaxsae.formats import pretrained
 from jaxsae.train.checkpoint import versions
 
@@ -162,11 +162,11 @@ def run(
     ready = None if _live(data) else load()  # before a directory is made
     with owned(out, warn=warn):
         rows = ready or load()
-        for name, sae in published.items():
+        for name, (sae, belongs) in published.items():
             if sae.d != rows.width:
                 what = f"is {sae.d} wide, and the rows {rows.width}"
                 raise InputError(f"{name}: {what}; pass activations of the site that it was trained on.")
-            require_same(pretrained.origin(name), rows.origin)
+            require_same(belongs, rows.origin)
         if not saes:
             _require_width(plan, rows)
         passed = None if saes else passes(_options(plan, plan.families[0], seed), len(rows.train), warn)
@@ -177,7 +177,7 @@ def run(
             study.measure_model()
             progress("tuned", plan.steps * len(report["tuning"]))
             if published:
-                for name, sae in published.items():
+                for name, (sae, _) in published.items():
                     family, k = type(sae.activation).__name__.lower(), getattr(sae.activation, "k", None)
                     study.measure(sae, {"family": family, "k_or_l1": k, "sae": name}, name)
             else:
@@ -218,9 +218,9 @@ def _require_width(plan: Plan, rows: Rows) -> None:
         raise InputError(f"{what}; pass smaller ones.")
 
 
-def _published(names: Sequence[str], data: Source) -> dict[str, SAE]:
-    found = {name: pretrained.load(name) for name in names}
-    for name, sae in found.items():
+def _published(names: Sequence[str], data: Source) -> dict[str, tuple[SAE, Origin]]:
+    found = {name: pretrained.load_with_origin(name) for name in names}
+    for name, (sae, _) in found.items():
         if sae.transcoder:
             raise InputError(f"{name}: is a transcoder, whose target is not its input; pass an autoencoder.")
     if names and (data is None or isinstance(data, Features)):

@@ -337,7 +337,12 @@ def _placed(model: LanguageModel, mesh: Mesh) -> LanguageModel:
 
     A split weight is gathered when its block is computed, and let go, as in fully sharded data parallelism.
     """
-    place = lambda leaf, to: jax.make_array_from_callback(leaf.shape, to, np.asarray(leaf).__getitem__)  # noqa: E731
+
+    def place(leaf: jax.Array, to: NamedSharding) -> jax.Array:
+        if to.is_fully_addressable:
+            return jax.device_put(leaf, to)  # no copy of what is there already
+        return jax.make_array_from_callback(leaf.shape, to, np.asarray(leaf).__getitem__)
+
     return jax.tree.map(place, model, _shardings(model, mesh))
 
 
