@@ -21,6 +21,7 @@ from benchmarks.clock import say
 from jaxsae import data, train
 from jaxsae.app import runs
 from jaxsae.app.options import Options
+from jaxsae.app.units import Units
 from jaxsae.data import lazy, shards
 from jaxsae.train import checkpoint
 
@@ -162,7 +163,7 @@ def _loader(rows: lazy.LazyRows, batch: int) -> dict[str, float]:
 def _saving(folder: Path, rows: lazy.LazyRows, c: dict[str, int]) -> dict[str, float]:
     """Seconds of an undisturbed step; extra seconds of all steps after a save; seconds of a resume."""
     options = Options("topk", c["m"], c["k"], batch=c["batch"], steps=1000)
-    objective, tx, init_fn = runs.recipe(options, jnp.zeros(c["d"]), 1.0)
+    objective, tx, init_fn = runs.recipe(options, Units(jnp.zeros(c["d"])))
     step, stream = train.make_step(objective, tx), data.batches(rows, c["batch"], seed=0)
     state = init_fn()
 

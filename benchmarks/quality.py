@@ -24,7 +24,6 @@ from jaxsae.app.summary import cell, means
 from jaxsae.autoencoder import calibration, metrics, stream
 from jaxsae.autoencoder.activations import BatchTopK, JumpReLU
 from jaxsae.autoencoder.sae import SAE, reconstruct
-from jaxsae.autoencoder.surgery import rescale
 
 
 class Case(NamedTuple):
@@ -79,7 +78,7 @@ def run(
                 say(f"{library}: {family}, seed {seed}, rate {rate:.2g}")
                 sae, seconds = _train(trainer, _job(case, rows, family, rate, seed))
                 row = dict(zip(_KEY, key, strict=True)) | {"own": rate == own, "seconds": seconds}
-                found[key] = row | _measure(rescale(sae, rows.scale), rows, ablated)
+                found[key] = row | _measure(rows.units.for_data(sae), rows, ablated)
                 yield found[key]
             if seed == 0 and rate != own:
                 if _error(found[key]) > least:
@@ -111,7 +110,7 @@ def _load(case: Case, folder: Path) -> sources.Rows:
 
 
 def _job(case: Case, rows: sources.Rows, family: str, rate: float, seed: int) -> trainers.Job:
-    watched = rows.heldout * np.float32(rows.scale)
+    watched = rows.units.scaled(rows.heldout)
     return trainers.Job(rows.train, watched, family, case.l0, case.latents, case.steps, case.batch, rate, seed)
 
 
@@ -130,18 +129,18 @@ def _ablated(rows: sources.Rows) -> language_model.NextToken | None:
     """Losses of the model with the mean in place of its residual."""
     if rows.probe is None:
         return None
-    mean = np.broadcast_to(rows.train.mean(axis=0) / rows.scale, rows.heldout.shape)
+    mean = np.broadcast_to(rows.units.unscaled(rows.train.mean(axis=0)), rows.heldout.shape)
     return sources.losses(rows.probe, {"mean": np.ascontiguousarray(mean)})["mean"]
 
 
 def _measure(sae: SAE, rows: sources.Rows, ablated: language_model.NextToken | None) -> dict[str, Any]:
     """Error, L0 and losses on the held-out rows; latents that fire on none of many training rows."""
-    x_hat = np.concatenate([reconstruct(sae, x) for _, x in stream.chunks(sae, rows.heldout)])
-    more = rows.train[: metrics.DEAD_ROWS] / np.float32(rows.scale)
+    x_hat = np.concatenate([reconstruct(sae, chunk.x) for chunk in stream.chunks(sae, rows.heldout)])
+    more = rows.units.unscaled(rows.train[: metrics.DEAD_ROWS])
     numbers = {
         "nmse": metrics.reconstruction(jnp.asarray(rows.heldout), jnp.asarray(x_hat)).nmse,
-        "l0": calibration.activity(sae, (x for _, x in stream.chunks(sae, rows.heldout))).l0,
-        "dead": calibration.activity(sae, (x for _, x in stream.chunks(sae, more))).dead,
+        "l0": calibration.activity(sae, (chunk.x for chunk in stream.chunks(sae, rows.heldout))).l0,
+        "dead": calibration.activity(sae, (chunk.x for chunk in stream.chunks(sae, more))).dead,
     }
     if rows.probe is not None and ablated is not None:
         found = sources.losses(rows.probe, {"sae": x_hat})

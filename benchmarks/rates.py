@@ -33,7 +33,7 @@ def run(
         rows, name = sources.photographs(_TRAIN, _HELDOUT, 0), "photographs"
     else:
         rows, name = sources.from_file(path, _TRAIN, _HELDOUT, batch), path.stem
-    heldout = rows.heldout * np.float32(rows.scale)
+    heldout = rows.units.scaled(rows.heldout)
     for family in families:
         for number in steps:
             for rate in rates:
@@ -51,7 +51,7 @@ def run(
 
 def _measure(sae: SAE, heldout: np.ndarray, trained: np.ndarray) -> dict[str, float]:
     nmse, l0 = map(float, _numbers(sae, jnp.asarray(heldout)))
-    active = calibration.activity(sae, (x for _, x in stream.chunks(sae, trained[: metrics.DEAD_ROWS])))
+    active = calibration.activity(sae, (chunk.x for chunk in stream.chunks(sae, trained[: metrics.DEAD_ROWS])))
     return {"nmse": nmse, "l0": l0, "dead": float(active.dead)}
 
 

@@ -9,7 +9,7 @@ from problems import cli, refused
 
 import jaxsae
 from jaxsae import data
-from jaxsae.app import evaluation, run_data
+from jaxsae.app import evaluation
 from jaxsae.data import cleaning, shards
 
 RNG = np.random.default_rng(0)
@@ -62,42 +62,42 @@ def test_norms_and_tokens_beside_the_rows(tmp_path, monkeypatch):
     rows = data.open_rows(folder)
     monkeypatch.setattr(cleaning, "norms", lambda rows: pytest.fail("they are beside the rows"))
     np.testing.assert_array_equal(
-        np.asarray(cleaning.clean(folder, rows, max_norm=10.0)), np.delete(POISONED, SINKS, 0)
+        np.asarray(rows)[cleaning.mask(folder, rows, max_norm=10.0)], np.delete(POISONED, SINKS, 0)
     )
-    np.testing.assert_array_equal(np.asarray(cleaning.clean(folder, rows, skip_tokens=[3])), POISONED[tokens != 3])
-    both = np.asarray(cleaning.clean(folder, rows, skip_tokens=[3, 5], max_norm=10.0))
+    np.testing.assert_array_equal(np.asarray(rows)[cleaning.mask(folder, rows, skip_tokens=[3])], POISONED[tokens != 3])
+    both = np.asarray(rows)[cleaning.mask(folder, rows, skip_tokens=[3, 5], max_norm=10.0)]
     mask = (tokens != 3) & (tokens != 5)
     mask[SINKS] = False
     np.testing.assert_array_equal(both, POISONED[mask])
-    assert cleaning.clean(folder, rows) is rows
+    assert cleaning.keep(rows, cleaning.mask(folder, rows)) is rows
 
 
 def test_norms_of_a_file_are_computed(tmp_path):
     np.save(tmp_path / "x.npy", POISONED)
     rows = data.open_rows(tmp_path / "x.npy")
-    assert len(cleaning.clean(tmp_path / "x.npy", rows, max_norm=10.0)) == 396
-    refused("nothing says the tokens of its rows", cleaning.clean, tmp_path / "x.npy", rows, skip_tokens=[3])
+    assert cleaning.mask(tmp_path / "x.npy", rows, max_norm=10.0).sum() == 396
+    refused("nothing says the tokens of its rows", cleaning.mask, tmp_path / "x.npy", rows, skip_tokens=[3])
     folder, _ = harvested(tmp_path / "y", norms=False)
-    assert len(cleaning.clean(folder, data.open_rows(folder), max_norm=10.0)) == 396
-    refused("no row is left of 400", cleaning.clean, folder, data.open_rows(folder), skip_tokens=range(9))
-    refused("no row is left of 400", cleaning.clean, folder, data.open_rows(folder), max_norm=1e-6)
+    assert cleaning.mask(folder, data.open_rows(folder), max_norm=10.0).sum() == 396
+    refused("no row is left of 400", cleaning.mask, folder, data.open_rows(folder), skip_tokens=range(9))
+    refused("no row is left of 400", cleaning.mask, folder, data.open_rows(folder), max_norm=1e-6)
 
 
 def test_centre_and_scale_are_those_of_the_other_rows():
     said = []
-    centre, scale = run_data.centre_and_scale(POISONED, "x", said.append)
-    expected_centre, expected = run_data.centre_and_scale(np.delete(POISONED, SINKS, 0), "x", said.append)
-    assert scale == expected
-    np.testing.assert_array_equal(centre, expected_centre)
+    found = units.measured(POISONED, "x", warn=said.append)
+    expected = units.measured(np.delete(POISONED, SINKS, 0), "x", warn=said.append)
+    assert found.scale == expected.scale
+    np.testing.assert_array_equal(found.centre, expected.centre)
     (line,) = said
     assert line.startswith("1.0% of the rows are more than 30 times the median norm, and have 99% of the mean square")
     rare = np.concatenate([ROWS] * 5)
     rare[3] *= 100
-    run_data.centre_and_scale(rare, "x", said.append)
+    units.measured(rare, "x", warn=said.append)
     assert len(said) == 1, "one in two thousand is not worth a warning"
     equal = np.ones((400, 6), np.float32)
     equal[SINKS] *= 100
-    assert np.isfinite(run_data.centre_and_scale(equal, "x", said.append)[1]), "the outliers are all that varies"
+    assert np.isfinite(units.measured(equal, "x", warn=said.append).scale), "the outliers are all that varies"
 
 
 def test_an_evaluation_with_and_without_them():

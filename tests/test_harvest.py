@@ -362,7 +362,7 @@ def test_live_rows_are_those_that_are_written(tmp_path, model, steps):
     contexts = contexts_of(19)
     written = run(tmp_path / "out", model, contexts, dtype="float32", batch=8)
     steps.clear()
-    rows = harvest.live(model, contexts, layer=1, batch=8)
+    [rows] = harvest.live(model, contexts, points=[(1, "resid_post")], batch=8)
     assert (rows.shape, rows.dtype, steps) == (written.shape, np.float32, [])
     np.testing.assert_array_equal(rows[[280, 3, 3]], written[[280, 3, 3]])
     assert sorted(steps) == [3, 8]
@@ -371,7 +371,7 @@ def test_live_rows_are_those_that_are_written(tmp_path, model, steps):
 
 def test_a_pass_in_windows_computes_each_context_once_and_keeps_two_windows(model, steps):
     contexts = contexts_of(128)
-    rows = harvest.live(model, contexts, layer=1, batch=8, window=480)  # four steps
+    [rows] = harvest.live(model, contexts, points=[(1, "resid_post")], batch=8, window=480)  # four steps
     taken = batches(rows, 96, seed=0, window=480)
     a_pass = [next(taken) for _ in range(len(rows) // 96)]
     ahead = steps.count(8) - 16  # of the next pass, read ahead

@@ -153,8 +153,8 @@ def test_the_jobs_check_their_own_options(tmp_path):
         "dtype": lambda: harvest.run(
             tmp_path / "x", MODEL, CONTEXTS, points=[(1, "resid_post")], source={}, dtype="int8"
         ),
-        "window": lambda: harvest.live(MODEL, CONTEXTS, layer=1, window=-1),
-        "1 tokens": lambda: harvest.live(MODEL, CONTEXTS[:, :1], layer=1),
+        "window": lambda: harvest.live(MODEL, CONTEXTS, points=[(1, "resid_post")], window=-1),
+        "1 tokens": lambda: harvest.live(MODEL, CONTEXTS[:, :1], points=[(1, "resid_post")]),
         "2 latents": lambda: runs.run(tmp_path / "run", data={"x": rows}, options=options._replace(latents=2)),
         "3 ways": three_ways,
         "cannot write": lambda: study.run("/dev/null/run"),

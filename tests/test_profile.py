@@ -9,6 +9,7 @@ from problems import cli, refused, rows
 from jaxsae import sharding, train
 from jaxsae.app import chips, monitor, runs
 from jaxsae.app.options import Options
+from jaxsae.app.units import Units
 
 D, M, B = 16, 64, 32
 OPTIONS = Options("topk", M, k=4, batch=B, steps=20, heldout=32, idle_after=64)
@@ -93,7 +94,7 @@ def logged(tmp_path, mesh=None):
         def __exit__(self, *error):
             pass
 
-    objective, tx, init_fn = runs.recipe(OPTIONS, jnp.zeros(D), 1.0)
+    objective, tx, init_fn = runs.recipe(OPTIONS, Units(jnp.zeros(D)))
     if mesh is None:
         run(tmp_path, log=Log())
         return found, monitor.flops_of(train.make_step(objective, tx), init_fn, B, D)
@@ -118,7 +119,7 @@ def test_the_share_of_the_peak_follows_from_flops_and_seconds(mesh, tmp_path, mo
 
 def test_flops_are_those_of_the_whole_batch_however_it_is_split():
     d, m, batch = 128, 4096, 256
-    objective, tx, init_fn = runs.recipe(OPTIONS._replace(auxk=False, latents=m), jnp.zeros(d), 1.0)
+    objective, tx, init_fn = runs.recipe(OPTIONS._replace(auxk=False, latents=m), Units(jnp.zeros(d)))
     step, found = train.make_step(objective, tx), [monitor.flops_of(train.make_step(objective, tx), init_fn, batch, d)]
     for mesh in ((2, 1), (1, 4)):
         with jax.set_mesh(sharding.make_mesh(*mesh)):

@@ -17,6 +17,7 @@ from jaxsae import pretrained
 from jaxsae._core.files import InputError
 from jaxsae.app import evaluation, runs
 from jaxsae.app.options import Options, resolved
+from jaxsae.app.units import Units
 
 D, M, K = 16, 32, 4
 CENTRE, SIZE = 100.0, 50.0  # raw activations are neither centred nor of unit size
@@ -124,7 +125,7 @@ def test_auxk_starts_in_a_run_of_any_length():
         found = resolved(Options("topk", M, k=K, steps=steps, batch=batch))
         assert batch <= found.idle_after <= max(batch, steps * batch / 50)
     assert resolved(found._replace(idle_after=7)).idle_after == 7
-    objective, _, _ = runs.recipe(Options("topk", M, k=K, steps=100, batch=64), jnp.zeros(D), 1.0)
+    objective, _, _ = runs.recipe(Options("topk", M, k=K, steps=100, batch=64), Units(jnp.zeros(D)))
     assert objective.idle_after == 128
 
 

@@ -324,9 +324,9 @@ def test_what_are_no_contexts_are_refused(contexts, tmp_path):
 
     for call in (
         lambda: harvest.run(tmp_path, tiny(), contexts, points=[(1, "resid_post")], source={}),
-        lambda: harvest.live(tiny(), contexts, layer=1),
+        lambda: harvest.live(tiny(), contexts, points=[(1, "resid_post")]),
     ):
         with pytest.raises(InputError, match="got contexts of"):
             call()
     with pytest.raises(InputError, match="made token -1"):
-        harvest.live(tiny(), np.array([[1, -1, 2]]), layer=1)
+        harvest.live(tiny(), np.array([[1, -1, 2]]), points=[(1, "resid_post")])

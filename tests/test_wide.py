@@ -17,6 +17,7 @@ from jaxsae._core import processes
 from jaxsae._core.files import InputError
 from jaxsae.app import evaluation, plan, runs
 from jaxsae.app.options import Options
+from jaxsae.app.units import Units
 from jaxsae.autoencoder import calibration
 from jaxsae.autoencoder.activations import top_k
 from jaxsae.formats import tensors
@@ -311,7 +312,7 @@ def test_a_step_exchanges_neither_weights_nor_pre_activations(family, shape):
 
 def test_a_batch_top_k_has_the_same_numbers():
     options = Options("batchtopk", latents=M, k=K, batch=64, steps=5)
-    objective, tx, init_fn = runs.recipe(options, jnp.zeros(D), 1.0)
+    objective, tx, init_fn = runs.recipe(options, Units(jnp.zeros(D)))
     step, x, found = train.make_step(objective, tx), np.asarray(activations(batch=(64,), d=D)), []
     for shape in ((1, 1), (2, 4)):
         with under(shape):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsae import data as data_module, sharding
-from jaxsae._core.files import InputError, json_number
+from jaxsae._core.files import json_number
 from jaxsae.autoencoder import metrics, stream
 from jaxsae.autoencoder.sae import SAE, encode, reconstruct
 from jaxsae.data import cleaning
@@ -26,7 +26,8 @@ def evaluate(sae: SAE, rows: data_module.Rows, more: metrics.Activity | None = N
 
     Args:
       sae: the autoencoder.
-      rows: `[n d]`, may be memory-mapped; rows with NaN or Inf are left out, and counted as `nonfinite`.
+      rows: `[n d]`, may be memory-mapped, as `stream.chunks` takes them; rows with NaN or Inf are left out, and counted
+        as `nonfinite`.
       more: activity on other rows, if these are few: a latent may be inactive on thousands of rows without being dead.
 
     Raises:
@@ -38,18 +39,15 @@ def evaluate(sae: SAE, rows: data_module.Rows, more: metrics.Activity | None = N
       >>> evaluate(sae, np.random.default_rng(0).normal(size=(64, 4)))["l0"]
       2.0
     """
-    if rows.shape[1] != sae.d:
-        raise InputError(f"got rows of width {rows.shape[1]} for an SAE of {sae.d}; pass those of its layer.")
-    if sae.transcoder:
-        raise InputError("got a transcoder, whose target is not its input; measure `jaxsae.reconstruct` against that.")
+    stream.require_width(sae, rows)
     capacity = sae.activation.slots or stream.max_l0(sae, rows)
     keep = tuple(2**n for n in range(capacity.bit_length()))
     parts, norms, nonfinite = [], [], 0
-    for _, x in stream.chunks(sae, rows):
-        *sums, lengths = _measure(sae, x, capacity, keep)
+    for _, x, target in stream.chunks(sae, rows):
+        *sums, lengths = _measure(sae, x, target, capacity, keep)
         parts.append(sums)
         norms.append(np.asarray(lengths))
-        nonfinite += int(jnp.sum(~jnp.isfinite(x).all(1)))
+        nonfinite += int(np.sum(~np.isfinite(norms[-1])))
     whole, active, progressive = (functools.reduce(operator.add, part) for part in zip(*parts, strict=True))
     counted = active if more is None else active + more
     far = cleaning.outliers(lengths := np.concatenate(norms))
@@ -72,17 +70,19 @@ def evaluate(sae: SAE, rows: data_module.Rows, more: metrics.Activity | None = N
 def _without(sae: SAE, rows: data_module.Rows, far: np.ndarray, norms: np.ndarray, capacity: int) -> dict[str, Any]:
     """What outliers are, and the NMSE of the other rows."""
     squares = np.where(np.isfinite(norms), np.float64(norms) ** 2, 0)
-    parts = [_measure(sae, x, capacity, (1,))[0] for _, x in stream.chunks(sae, cleaning.keep(rows, ~far))]
+    rest = stream.chunks(sae, cleaning.keep(rows, ~far))
+    parts = [_measure(sae, x, target, capacity, (1,))[0] for _, x, target in rest]
     nmse = functools.reduce(operator.add, parts).nmse
     share = np.sum(squares[far]) / np.sum(squares)
     return {"outliers": {"rows": int(far.sum()), "mean_square": share, "nmse_without": json_number(nmse)}}
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _measure(sae: SAE, x, capacity: int, keep: tuple[int, ...]):
-    finite = jnp.isfinite(x).all(1, keepdims=True)
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _measure(sae: SAE, x, target, capacity: int, keep: tuple[int, ...]):
+    finite = (jnp.isfinite(x).all(1) & jnp.isfinite(target).all(1))[:, None]
     code = encode(sae, jnp.where(finite, x, jnp.nan), capacity=capacity)
     code = dataclasses.replace(code, values=jnp.where(finite, code.values, jnp.nan))  # a threshold passes over NaN
-    whole = metrics.reconstruction(x, reconstruct(sae, x, code))
-    norms = jnp.linalg.norm(x.astype(jnp.float32), axis=1)
-    return sharding.replicate((whole, metrics.activity(code), metrics.progressive(sae, x, code, keep), norms))
+    whole = metrics.reconstruction(target, reconstruct(sae, x, code))
+    progressive = metrics.progressive(sae, x, code, keep, target=target)
+    norms = jnp.linalg.norm(target.astype(jnp.float32), axis=1)
+    return sharding.replicate((whole, metrics.activity(code), progressive, norms))

@@ -17,7 +17,7 @@ from jaxsae._core.files import json_number
 from jaxsae.app.sources import Truth
 from jaxsae.autoencoder import calibration, metrics, stream
 from jaxsae.autoencoder.refinement import to_fit
-from jaxsae.autoencoder.sae import SAE, encode, reconstruct
+from jaxsae.autoencoder.sae import SAE, encode, reconstruct, split_rows
 from jaxsae.autoencoder.shrinkage import RATIO_EDGES, shrinkage
 from jaxsae.codes import SparseCode
 from jaxsae.least_squares import certify, refit, solvers
@@ -58,8 +58,8 @@ def measure(
 
     Args:
       sae: the autoencoder.
-      rows: `[n d]`, finite.
-      more: other rows `[n d]`, such as those it was trained on: to count firing latents, and to fit factors to.
+      rows: `[n d]`, finite, as `stream.chunks` takes them.
+      more: other rows, such as those it was trained on: to count firing latents, and to fit factors to.
       rivals: which of `RIVALS` to compare with.
       truth: the features of `rows`; then also `mcc`, and what `metrics.Recovery` has, of several codes.
       see: called with the name of a reconstruction, the numbers of some rows, and these reconstructed.
@@ -71,14 +71,14 @@ def measure(
     matching = None if truth is None else metrics.match(sae.W_dec, truth.dictionary)
 
     def measure_block(block: stream.Block) -> tuple[tuple, tuple]:
-        y, _ = to_fit(sae, block.x)
+        y, _ = to_fit(sae, block.x, block.target)
         code, found = block.code, {"before": block.code, "after": block.refined}
         found |= {name: _rival(name, sae, y, code, equal, clock) for name in rivals}
         errors = []
         for name, each in found.items():
             x_hat = reconstruct(rescaled if name == "rescaled" else sae, block.x, each)
             see(name, block.rows, x_hat)
-            errors.append(metrics.reconstruction(block.x, x_hat))
+            errors.append(metrics.reconstruction(block.target, x_hat))
         known = []
         if truth is not None and matching is not None:  # whose atoms have norm 1
             z = jnp.asarray(truth.z[block.rows])
@@ -86,14 +86,15 @@ def measure(
                 values = each.values * norms[jnp.minimum(each.indices, sae.m)]
                 known.append(metrics.recovery(matching, dataclasses.replace(each, values=values), z))
         kkt = _certified_kkt(sae.W_dec, y, block.refined, nonnegative=not sae.activation.signed)
-        sums = (shrinkage(sae, block.x, code, block.refined), metrics.activity(code), *errors, *known)
+        shrunk = shrinkage(sae, block.x, code, block.refined, target=block.target)
+        sums = (shrunk, metrics.activity(code), *errors, *known)
         return sums, (block.rows, np.asarray(kkt), np.asarray(code.l0))
 
     sums, columns = zip(*map(measure_block, clock.timed(stream.refine_blocks(sae, rows, _solver))), strict=True)
     shrunk, active, *rest = (functools.reduce(operator.add, part) for part in zip(*sums, strict=True))
     errors, known = rest[: 2 + len(rivals)], rest[2 + len(rivals) :]
     if more is not None:
-        active += calibration.activity(sae, (x for _, x in stream.chunks(sae, more[: metrics.DEAD_ROWS])))
+        active += calibration.activity(sae, (chunk.x for chunk in stream.chunks(sae, more[: metrics.DEAD_ROWS])))
     number, kkt, l0 = map(np.concatenate, zip(*columns, strict=True))
     worst = np.argsort(-np.nan_to_num(kkt, nan=np.inf), kind="stable")[:_WORST]
     ratio = np.asarray(shrunk.ratio)
@@ -130,7 +131,7 @@ def _rival(name: str, sae: SAE, y, code: SparseCode, equal: int, clock: "_Clock"
 
 
 def _mean_l0(sae: SAE, rows: np.ndarray) -> int:
-    mean = calibration.activity(sae, (x for _, x in stream.chunks(sae, rows))).l0
+    mean = calibration.activity(sae, (chunk.x for chunk in stream.chunks(sae, rows))).l0
     return max(1, round(float(jnp.nan_to_num(mean))))
 
 
@@ -138,8 +139,8 @@ def _rescaled(sae: SAE, rows: np.ndarray) -> SAE:
     """The autoencoder with a factor for each latent, fitted to some rows, in its decoder."""
     some = rows[:_FITTED]
     capacity = sae.activation.slots or stream.max_l0(sae, some)
-    x = jnp.asarray(some[: max(256, _CODES // (8 * capacity))])
-    factors = calibration.latent_factors(sae, x, encode(sae, x, capacity=capacity))
+    x, target = split_rows(sae, jnp.asarray(some[: max(256, _CODES // (8 * capacity))]))
+    factors = calibration.latent_factors(sae, x, encode(sae, x, capacity=capacity), target=target)
     return dataclasses.replace(sae, W_dec=factors[:, None] * sae.W_dec)
 
 

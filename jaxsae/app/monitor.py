@@ -15,7 +15,7 @@ from jaxsae._core.files import AnyPath, InputError, atomic_directory
 from jaxsae.app import chips, evaluation
 from jaxsae.app.logs import Log
 from jaxsae.app.options import Options, lengthened, resolved, schedule
-from jaxsae.autoencoder.surgery import rescale
+from jaxsae.app.units import Units
 from jaxsae.train import job
 
 _REPORT_EVERY = 10  # steps
@@ -24,13 +24,13 @@ _REPORT_EVERY = 10  # steps
 class Monitor:
     """Shows, measures and logs a training, every few steps."""
 
-    def __init__(self, options: Options, heldout, scale: float, write: Log, batches, flops, *, progress, resumed, warn):
+    def __init__(self, options: Options, heldout, units: Units, write: Log, batches, flops, *, progress, resumed, warn):
         """See `hooks`.
 
         Args:
           options: of the run.
           heldout: rows to measure on, `[n d]`.
-          scale: of the training.
+          units: of the training.
           write: the log.
           batches: the data.
           flops: returns the FLOPs of a step.
@@ -38,7 +38,7 @@ class Monitor:
           resumed: likewise.
           warn: likewise.
         """
-        self._options, self._heldout, self._scale, self._write, self._batches = options, heldout, scale, write, batches
+        self._options, self._heldout, self._units, self._write, self._batches = options, heldout, units, write, batches
         self._progress, self._resumed, self._warn, self._shown = progress, resumed, warn, 0
         self._schedule = schedule(resolved(options).learning_rate or 0.0, options.steps)
         self._clock: tuple[int, float, float] | None = None  # step, time, and seconds that were waited for data
@@ -52,7 +52,7 @@ class Monitor:
         size = self._options.batch
         first = sharding.rows_needed(size).start
         return {
-            "shard_fn": lambda x: sharding.make_global_batch(self._scale * x, size, first),
+            "shard_fn": lambda x: sharding.make_global_batch(self._units.scaled(x), size, first),
             "log_fn": self.log,
             "eval_fn": self.measure,
             "resumed": self.resume,
@@ -80,7 +80,7 @@ class Monitor:
 
     def measure(self, step: int, state: train.TrainState) -> None:
         """Measure the autoencoder on the held-out rows, and log it."""
-        found = evaluation.evaluate(rescale(state.sae, self._scale), self._heldout)
+        found = evaluation.evaluate(self._units.for_data(state.sae), self._heldout)
         numbers = {f"heldout_{name}": found[name] for name in ("nmse", "l0", "dead")}
         self._write(step, {name: value for name, value in numbers.items() if value is not None})
         self._clock = None  # the next steps are timed from their own start

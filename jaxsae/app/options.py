@@ -44,6 +44,7 @@ class Options(NamedTuple):
       idle_after: rows without firing after which a latent is idle, for `auxk`; a fiftieth of the rows seen if None.
       heldout: how many rows to measure on, the last ones.
       seed: of initialisation and shuffles.
+      skip: whether a transcoder has a skip connection.
 
     Example:
       >>> Options("topk", latents=4096, k=32).batch
@@ -62,6 +63,7 @@ class Options(NamedTuple):
     idle_after: arguments.Count | None = None
     heldout: arguments.Count = 2048
     seed: arguments.Seed = 0
+    skip: bool = False
 
 
 def resolved(options: Options) -> Options:
@@ -151,11 +153,12 @@ FAMILIES = {
 FAMILIES["alignedrelu"] = FAMILIES["relu"]._replace(transform=train.aligned_encoder)
 
 
-def validate(options: Options) -> _Family:
+def validate(options: Options, *, transcoder: bool = False) -> _Family:
     """Raise if an option is invalid, or incompatible with the others.
 
     Args:
       options: of a run.
+      transcoder: whether its target differs from its input.
 
     Returns:
       The activation's family.
@@ -180,6 +183,11 @@ def validate(options: Options) -> _Family:
         raise InputError(f"got k {o.k} for {o.latents} latents; groupmax needs a k that divides them.")
     if o.multi_topk and o.activation != "topk":
         raise InputError(f"got multi-topk for {o.activation}; it is for topk.")
+    if transcoder and o.activation in ("alignedrelu", "matchingpursuit"):
+        what = f"got {o.activation} for a transcoder, whose encoder and decoder are of different spaces"
+        raise InputError(f"{what}; pass another activation.")
+    if o.skip and not transcoder:
+        raise InputError("got skip without a target; an autoencoder could copy its input through it.")
     return family
 
 

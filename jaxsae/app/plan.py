@@ -19,6 +19,7 @@ from jaxsae._core.files import InputError, first_line
 from jaxsae.app import evaluation, runs
 from jaxsae.app.chips import CHIPS, Chip
 from jaxsae.app.options import Options
+from jaxsae.app.units import Units
 from jaxsae.autoencoder import stream
 from jaxsae.autoencoder.refinement import refine
 from jaxsae.autoencoder.sae import encode
@@ -124,7 +125,7 @@ def training_step(options: Options, d: int, mesh: Mesh) -> Program:
       >>> training_step(options, 8, sharding.make_mesh()).collectives
       {}
     """
-    objective, tx, init_fn = runs.recipe(options, jnp.zeros(d), 1.0)
+    objective, tx, init_fn = runs.recipe(options, Units(jnp.zeros(d)))
     step: Any = train.make_step(objective, tx)
     with jax.set_mesh(mesh):
         state = _abstract(init_fn)
@@ -188,7 +189,7 @@ def evaluation_step(options: Options, d: int, mesh: Mesh) -> tuple[Program, int]
         rows = stream._chunk_rows(options.latents)
     capacity = options.k or 1
     keep = tuple(2**n for n in range(capacity.bit_length()))
-    measure = lambda sae, x: evaluation._measure(sae, x, capacity, keep)  # noqa: E731
+    measure = lambda sae, x: evaluation._measure(sae, x, x, capacity, keep)  # noqa: E731
     return _of_a_batch(measure, options._replace(batch=rows), d, mesh), rows
 
 
@@ -219,7 +220,7 @@ def harvest_step(
 
 
 def _of_a_batch(f, options: Options, d: int, mesh: Mesh) -> Program:
-    _, _, init_fn = runs.recipe(options, jnp.zeros(d), 1.0)
+    _, _, init_fn = runs.recipe(options, Units(jnp.zeros(d)))
     with jax.set_mesh(mesh):
         sae = _abstract(init_fn).sae
         return _read(lambda: jax.jit(f).lower(sae, _batch(options.batch, d, mesh)))

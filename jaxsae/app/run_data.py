@@ -1,4 +1,4 @@
-"""The data of a run: opened, the last rows held out, and a sample that gives centre and scale."""
+"""The data of a run: opened, the last rows held out, and a sample that gives the units of the training."""
 
 import functools
 import os
@@ -6,16 +6,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxsae import data as data_module, sharding, train
+from jaxsae import data as data_module, sharding
 from jaxsae._core.files import InputError, shown
 from jaxsae.app.options import Options
 from jaxsae.data import batching, cleaning
-from jaxsae.data.origin import Origin, of_rows
+from jaxsae.data.origin import Origin, of_pairs, of_rows
 
-_SAMPLE = 10_000  # rows from which centre and scale are estimated
+_SAMPLE = 10_000  # rows from which the units are estimated
 _MAX_SEARCHED = 1000  # skipped batches that are searched for NaN and Inf
 
 
@@ -30,6 +29,7 @@ class RunData(NamedTuple):
       read: makes the batches.
       origin: where all of the rows come from, if that is known.
       dropped: number of rows that are left out.
+      inputs: width of a transcoder's inputs, the first columns of its rows; None for an autoencoder.
     """
 
     names: list[str]
@@ -39,6 +39,7 @@ class RunData(NamedTuple):
     read: Callable[..., data_module.Batches]
     origin: Origin = Origin()
     dropped: int = 0
+    inputs: int | None = None
 
     @property
     def name(self) -> str:
@@ -60,6 +61,7 @@ def prepare(
     reader_threads: int,
     skip_tokens: Sequence[int] = (),
     max_norm: float | None = None,
+    target=None,
 ) -> RunData:
     """Open the data of a run, and hold out its last rows.
 
@@ -72,40 +74,59 @@ def prepare(
       reader_threads: likewise.
       skip_tokens: likewise.
       max_norm: likewise.
+      target: likewise.
 
     Raises:
       InputError: if the rows cannot be used, or are too few.
     """
-    names, everything, dropped = _open(data, skip_tokens, max_norm)
+    names, everything, dropped, inputs = _open(data, target, skip_tokens=skip_tokens, max_norm=max_norm)
     window = batching.shuffle_window(everything, window)
     sources, heldout = _split(names, everything, options, weights)
     config = options._asdict() | {"data": [*map(len, sources), heldout.shape[1]], "weights": weights and list(weights)}
     config |= {"window": window, "rows of": names if isinstance(data, Mapping) else None}  # files may have been moved
     config |= {} if start is None else {"start": shown(start)}
+    config |= {} if inputs is None else {"inputs": inputs}
     config |= {"skip_tokens": list(skip_tokens), "max_norm": max_norm} if skip_tokens or max_norm else {}
     config |= {"values of the data, by checksum": list(map(data_module.fingerprint, everything))}
     order = {"seed": options.seed, "weights": weights, "window": window, "names": names, "threads": reader_threads}
     read = functools.partial(data_module.batches, sources, options.batch, **order)
-    origin = Origin() if isinstance(data, Mapping) else _origin(data)
-    return RunData(names, sources, heldout, config, read, origin, dropped)
+    origin = Origin() if isinstance(data, Mapping) else _origin(data, target)
+    return RunData(names, sources, heldout, config, read, origin, dropped, inputs)
 
 
-def _origin(data) -> Origin:
+def _origin(data, target) -> Origin:
     """Where the rows come from, if all come from one place."""
-    paths = [data] if isinstance(data, str | os.PathLike) else data
-    first, *others = (of_rows(path).known() for path in paths)
+    found = [of_rows(path) for path in _paths(data)]
+    if target is not None:
+        found = [of_pairs(*pair) for pair in zip(_paths(data), _paths(target), strict=True)]
+    first, *others = (each.known() for each in found)
     return Origin(**{name: value for name, value in first.items() if all(each.get(name) == value for each in others)})
 
 
-def _open(data, skip_tokens: Sequence[int], max_norm: float | None) -> tuple[list[str], list[data_module.Rows], int]:
-    """Names and rows of all sources, and the number of rows that are left out."""
+def _paths(data) -> list:
+    return [data] if isinstance(data, str | os.PathLike) else list(data)
+
+
+def _open(data, target, **left_out: Any) -> tuple[list[str], list[data_module.Rows], int, int | None]:
+    """Names and rows of all sources, how many of these are left out, and the width of a transcoder's inputs."""
     if isinstance(data, Mapping):
-        return list(data), list(data.values()), 0
-    paths = [data] if isinstance(data, str | os.PathLike) else list(data)
-    whole = [data_module.open_rows(path) for path in paths]
-    how: dict[str, Any] = {"skip_tokens": skip_tokens, "max_norm": max_norm}
-    left = [cleaning.clean(path, rows, **how) for path, rows in zip(paths, whole, strict=True)]
-    return list(map(shown, paths)), left, sum(map(len, whole)) - sum(map(len, left))
+        names, whole, targets = list(data), list(data.values()), target and dict(target)
+        masks = [np.ones(len(rows), bool) for rows in whole]
+    else:
+        paths = _paths(data)
+        names, whole = list(map(shown, paths)), [data_module.open_rows(path) for path in paths]
+        targets = None if target is None else {shown(path): data_module.open_rows(path) for path in _paths(target)}
+        masks = [cleaning.mask(path, rows, **left_out) for path, rows in zip(paths, whole, strict=True)]
+    inputs = None if targets is None else whole[0].shape[1]
+    if targets is not None:
+        if len(targets) != len(names) or len({rows.shape[1] for rows in whole}) > 1:
+            widths = ", ".join(str(rows.shape[1]) for rows in whole)
+            what = f"got {len(names)} inputs, {widths} wide, and {len(targets)} targets"
+            raise InputError(f"{what}; pass a target for each input, and inputs of one width.")
+        pairs = zip(whole, names, targets.values(), targets, strict=True)
+        whole = [data_module.beside([x, y], [name, other]) for x, name, y, other in pairs]
+    left = [cleaning.keep(rows, mask) for rows, mask in zip(whole, masks, strict=True)]
+    return names, left, sum(map(len, whole)) - sum(map(len, left)), inputs
 
 
 def _split(names, everything, options: Options, weights) -> tuple[list[data_module.Rows], np.ndarray]:
@@ -139,30 +160,6 @@ def sample(batches: data_module.Batches, rows: int) -> np.ndarray:
     first = batches.source[0]
     more = range(1, -(-min(_SAMPLE, rows) // len(first)))
     return np.concatenate([first, *(batches.source[number] for number in more)])[:_SAMPLE]
-
-
-def centre_and_scale(
-    sample: np.ndarray, name: str, warn: Callable[[str], None] = lambda text: None
-) -> tuple[jax.Array, float]:
-    """Geometric median of a sample, and the scale that gives it unit mean square about it, without its outliers.
-
-    Warns if these are more than one in a thousand.
-    """
-    sample = sample[np.isfinite(sample).all(1)]
-    if len(sample) == 0 or (sample == sample[0]).all():
-        raise InputError(f"{name}: all rows are equal, or none is finite; pass activations of varied inputs.")
-    norms = cleaning.norms(sample)
-    if (far := cleaning.outliers(norms)).any():
-        if far.mean() > 1e-3:
-            share = np.sum(np.float64(norms[far]) ** 2) / np.sum(np.float64(norms) ** 2)
-            what = f"{far.mean():.1%} of the rows are more than {cleaning.OUTLIER:g} times the median norm, and have"
-            warn(f"{what} {share:.0%} of the mean square: the training is theirs. --max-norm 10 leaves them out.")
-        rest = sample[~far]
-        sample = sample if (rest == rest[0]).all() else rest
-    unit = float(np.abs(sample).max())  # so that nothing overflows
-    centre = train.geometric_median(jnp.asarray(sample / unit))
-    variance = np.mean(np.sum((np.float64(sample) / unit - np.asarray(centre, np.float64)) ** 2, axis=1))
-    return unit * centre, float(1 / (unit * np.sqrt(variance)))
 
 
 def in_order(rows: RunData, size: int, count: int) -> Iterator[jax.Array]:

@@ -34,15 +34,16 @@ from jaxsae.app import evaluation, monitor, run_data
 from jaxsae.app.logs import Log
 from jaxsae.app.options import Options, _warmup, passes, resolved, schedule, validate
 from jaxsae.app.start import prepared
+from jaxsae.app.units import Units, measured
 from jaxsae.autoencoder import calibration, metrics, stream
-from jaxsae.autoencoder.sae import SAE, init
-from jaxsae.autoencoder.surgery import rescale
+from jaxsae.autoencoder.sae import SAE, init, split_rows
 from jaxsae.data.origin import Origin
 from jaxsae.formats import pretrained
 from jaxsae.train import checkpoint, job
 from jaxsae.train.objectives import AuxK, MultiTopK, Objective
 
 Progress = Callable[[str, int], None]
+_READING = ("target", "weights", "window", "reader_threads", "skip_tokens", "max_norm")  # options of the data
 
 
 def run(
@@ -50,6 +51,7 @@ def run(
     *,
     data: str | os.PathLike | Sequence[str | os.PathLike] | Mapping[str, data_module.Rows],
     options: Options,
+    target: str | os.PathLike | Sequence[str | os.PathLike] | Mapping[str, data_module.Rows] | None = None,
     start: str | os.PathLike | None = None,
     origin: Origin | None = None,
     weights: Sequence[arguments.Proportion] | None = None,
@@ -78,6 +80,8 @@ def run(
       out: directory, made if missing.
       data: file or directory of activations, or several; or rows, by names that say where they come from.
       options: of the training.
+      target: what a transcoder reconstructs from the data, row by row: as many files or directories, or rows by the
+        same names. By default an autoencoder is trained, whose target is its input.
       start: an autoencoder to start from, as for `load_any`; its parameters replace the initial ones.
       origin: where the rows come from, written beside the autoencoder; by default what their manifests say.
       weights: proportions in which to mix the data; by default those of their lengths.
@@ -115,16 +119,16 @@ def run(
     """
     given = dict(locals())
     every: Any = {name: given[name] for name in ("save_every", "save_every_steps", "eval_every")}
-    reading: Any = {name: given[name] for name in ("weights", "window", "reader_threads", "skip_tokens", "max_norm")}
+    reading: Any = {name: given[name] for name in _READING}
     out = _checked(options, {"out": out, "profile": profile} | reading | every, resume=resume)
     rows = run_data.prepare(data, options, start, **reading)
     processes.require_same({"start": None} | rows.config)
     passed = passes(options, rows.total, warn)
-    centre, scale = run_data.centre_and_scale(run_data.sample(rows.read(), rows.total), rows.name, warn)
-    objective, tx, init_fn = recipe(options, centre, scale)
-    start_fn = _start_from(start, options, rows.heldout.shape[1], scale)
+    units = measured(run_data.sample(rows.read(), rows.total), rows.name, rows.inputs, warn)
+    objective, tx, init_fn = recipe(options, units)
+    start_fn = _start_from(start, options, units)
     made = (train.make_step(objective, tx), init_fn)
-    saved: Any = {"config": rows.config, "extra": {"scale": scale}, "grows": {"steps"}, "warn": warn}
+    saved: Any = {"config": rows.config, "extra": units.scales, "grows": {"steps"}, "warn": warn}
     hooks: Any = {"progress": progress, "resumed": resumed, "warn": warn}
     with checkpoint.Checkpoints(out / "checkpoints", **saved) as checkpoints:
         if resume and not checkpoints.steps():
@@ -135,10 +139,10 @@ def run(
             monitor.traced(profile, out / "profile", warn) as before_fn,
         ):
             flops = functools.partial(monitor.flops_of, *made, options.batch, rows.heldout.shape[1])
-            watch = monitor.Monitor(options, rows.heldout, scale, write, batches, flops, **hooks)
+            watch = monitor.Monitor(options, rows.heldout, units, write, batches, flops, **hooks)
             every |= {"steps": options.steps, "before_fn": before_fn, "start_fn": start_fn}
             state, reached, diverged = _trained(*made, batches, checkpoints, **every, **watch.hooks())
-    sae = _finished(state, scale, options, rows)
+    sae = _finished(state, units, options, rows)
     if processes.is_primary() or not jax.sharding.get_mesh().empty:  # then each process sends its parts
         pretrained.save(sae, out / "sae", origin=rows.origin if origin is None else origin)
     report = _report(sae, state, reached, options, rows, passed, batches)
@@ -151,7 +155,7 @@ def run(
 
 def _checked(options: Options, given: dict[str, Any], *, resume: bool) -> AnyPath:
     """The directory of a run; refuse what can be refused before it is made."""
-    validate(options)
+    validate(options, transcoder=given["target"] is not None)
     arguments.check(run, given)
     monitor.require_traceable(given["profile"], options.steps)
     if options.latents % (parts := sharding.axis_size("latent")):
@@ -206,11 +210,12 @@ def load(path: str | os.PathLike) -> SAE:
     """
     with in_one_line(f"{path}: is damaged", "take another step"):
         manifest = checkpoint.read_manifest(path)
-        config, scale = manifest["config"], manifest["extra"]["scale"]
+        config, scales, inputs = manifest["config"], manifest["extra"], manifest["config"].get("inputs")
         options = Options(**{name: config[name] for name in Options._fields})
-        _, _, init_fn = recipe(options, jnp.zeros(config["data"][-1]), 1.0)
+        units = Units(jnp.zeros(config["data"][-1] - (inputs or 0)), **scales, inputs=inputs)
+        _, _, init_fn = recipe(options, units)
         like = sharding.abstract(init_fn)
-    return rescale(checkpoint.load(path, like, "sae"), scale)
+    return units.for_data(checkpoint.load(path, like, "sae"))
 
 
 def load_any(path: str | os.PathLike, *, dtype: str | None = None, revision: str | None = None) -> SAE:
@@ -235,11 +240,11 @@ def load_any(path: str | os.PathLike, *, dtype: str | None = None, revision: str
     return load(path) if is_checkpoint(path) else pretrained.load(path, dtype=dtype, revision=revision)
 
 
-def _start_from(start, options: Options, d: int, scale: float) -> Callable[[train.TrainState], train.TrainState]:
+def _start_from(start, options: Options, units: Units) -> Callable[[train.TrainState], train.TrainState]:
     """A function that puts an autoencoder in the place of the initial one."""
     if start is None:
         return lambda state: state
-    sae = prepared(load_any(start, dtype="float32"), options, d, scale)
+    sae = prepared(load_any(start, dtype="float32"), options, units)
 
     def start_fn(state: train.TrainState) -> train.TrainState:
         place = lambda new, old: jax.device_put(new.astype(old.dtype), old.sharding)  # noqa: E731
@@ -248,14 +253,14 @@ def _start_from(start, options: Options, d: int, scale: float) -> Callable[[trai
     return start_fn
 
 
-def _finished(state: train.TrainState, scale: float, options: Options, rows: run_data.RunData) -> SAE:
+def _finished(state: train.TrainState, units: Units, options: Options, rows: run_data.RunData) -> SAE:
     """The autoencoder for unscaled rows, with thresholds calibrated to `k` latents per row if it has any."""
-    sae = rescale(state.sae, scale)
+    sae = units.for_data(state.sae)
     if options.k is None or sae.activation.slots is not None:
         return sae
     # On held-out rows: at the same thresholds, rows seen several times have fewer active latents, by 12 % after
     # fourteen passes over activations of SmolLM2.
-    return calibration.calibrate(sae, (x for _, x in stream.chunks(sae, rows.heldout)), float(options.k))
+    return calibration.calibrate(sae, (chunk.x for chunk in stream.chunks(sae, rows.heldout)), float(options.k))
 
 
 def _report(
@@ -267,7 +272,8 @@ def _report(
     passed: float,
     batches,
 ) -> dict[str, Any]:
-    trained = calibration.activity(sae, run_data.in_order(rows, options.batch, min(rows.total, metrics.DEAD_ROWS)))
+    some = run_data.in_order(rows, options.batch, min(rows.total, metrics.DEAD_ROWS))
+    trained = calibration.activity(sae, (split_rows(sae, x)[0] for x in some))
     data = {"path": rows.name, "rows": rows.total, "passes": passed, "heldout": len(rows.heldout)}
     data |= {"dropped": rows.dropped} if rows.dropped else {}
     return {
@@ -294,34 +300,35 @@ def _write_report(report: dict[str, Any], out: AnyPath) -> None:
 
 
 def recipe(
-    options: Options, centre: jax.Array, scale: float
+    options: Options, units: Units
 ) -> tuple[Objective, optax.GradientTransformation, Callable[[], train.TrainState]]:
     """The objective and optimizer of `run`, and a function that returns its initial state.
 
     Args:
       options: of the run.
-      centre: of the rows, `[d]`.
-      scale: that gives the rows unit mean square.
+      units: of its rows.
 
     Raises:
       InputError: if an option cannot be used.
 
     Example:
-      >>> objective, tx, init_fn = recipe(Options("relu", latents=8, l1=0.1, auxk=False), jnp.zeros(4), 1.0)
+      >>> objective, tx, init_fn = recipe(Options("relu", latents=8, l1=0.1, auxk=False), Units(jnp.zeros(4)))
       >>> [type(term).__name__ for term in objective.terms], init_fn().sae.m
       (['L1'], 8)
     """
-    family, o, d = validate(options), resolved(options), len(centre)
+    transcoder = units.inputs is not None
+    family, o = validate(options, transcoder=transcoder), resolved(options)
     terms = family.terms(o, _warmup(o.steps))
     terms += (MultiTopK(),) if o.multi_topk else ()
     activation = family.activation(o)
     if o.auxk and not activation.encoder_free:  # without an encoder, idle latents have no pre-activations
-        terms += (AuxK(min(2 ** max(0, round(np.log2(d / 2))), o.latents)),)
+        terms += (AuxK(min(2 ** max(0, round(np.log2(len(units.centre) / 2))), o.latents)),)
     tx = family.transform(_optimiser(o.learning_rate, o.steps))
 
     def init_fn() -> train.TrainState:
-        sae = init(jax.random.key(o.seed), d=d, m=o.latents, activation=activation, b_dec=scale * centre)
-        return train.init_state(sae, tx)
+        b_dec = (units.scale if units.target_scale is None else units.target_scale) * units.centre
+        how: Any = {"d": units.width, "m": o.latents, "activation": activation, "b_dec": b_dec}
+        return train.init_state(init(jax.random.key(o.seed), **how, transcoder=transcoder, skip=o.skip), tx)
 
     return Objective(terms, idle_after=o.idle_after), tx, init_fn  # pyright: ignore[reportArgumentType]
 

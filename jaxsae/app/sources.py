@@ -14,7 +14,8 @@ import numpy as np
 from jaxsae import data as data_module, language_model
 from jaxsae._core import arguments
 from jaxsae._core.files import InputError
-from jaxsae.data.origin import Origin, of_rows
+from jaxsae.app.units import Units
+from jaxsae.data.origin import Origin, of_pairs, of_rows
 from jaxsae.language_model import harvest, text as texts
 
 CONTEXT = 256  # tokens in a context; the first gives no row
@@ -33,6 +34,7 @@ class HookPoint(NamedTuple):
       layer: block, from 0.
       text: files; Python's standard library if None.
       site: where in the block, one of `language_model.SITES`.
+      target: of transcoders, the site of the block that they reconstruct; None for autoencoders.
 
     Example:
       >>> HookPoint("smollm2").layer
@@ -43,6 +45,28 @@ class HookPoint(NamedTuple):
     layer: arguments.Index = 8
     text: Sequence[Path] | None = None
     site: Annotated[str, arguments.SITE] = "resid_post"
+    target: Annotated[str, arguments.SITE] | None = None
+
+    @property
+    def points(self) -> list[tuple[int, str]]:
+        """The places of its rows."""
+        return [(self.layer, site) for site in (self.site, self.target) if site is not None]
+
+
+class Paired(NamedTuple):
+    """Rows of files, for transcoders.
+
+    Attributes:
+      data: the inputs, as for `data.open_rows`.
+      target: what is reconstructed from them, row by row.
+
+    Example:
+      >>> Paired("x.npy", "y.npy").target
+      'y.npy'
+    """
+
+    data: str | os.PathLike
+    target: str | os.PathLike
 
 
 class Features(NamedTuple):
@@ -65,7 +89,7 @@ class Features(NamedTuple):
     noise: arguments.Weight = 0.0
 
 
-Source = str | os.PathLike | HookPoint | Features | None
+Source = str | os.PathLike | Paired | HookPoint | Features | None
 
 
 class Truth(NamedTuple):
@@ -81,12 +105,12 @@ class Truth(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The rows of a study.
+    """The rows of a study; of transcoders, inputs and targets side by side.
 
     Attributes:
       train: `[n d]`, scaled to unit mean square about their mean.
       heldout: `[n d]`, to measure on, in their own units.
-      scale: of the training rows.
+      units: of the training rows.
       source: where they come from, in words.
       truth: their features, if these are known.
       probe: the language model that they come from, if any.
@@ -95,7 +119,7 @@ class Rows(NamedTuple):
 
     train: np.ndarray
     heldout: np.ndarray
-    scale: float
+    units: Units
     source: str
     truth: Truth | None = None
     probe: "Probe | None" = None
@@ -103,8 +127,18 @@ class Rows(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Width of the rows."""
-        return self.train.shape[1]
+        """Width of what is reconstructed."""
+        return len(self.units.centre)
+
+    @property
+    def inputs(self) -> int | None:
+        """Width of the inputs of transcoders, the first columns; None for autoencoders."""
+        return self.units.inputs
+
+    @property
+    def targets(self) -> np.ndarray:
+        """What is to be reconstructed of the held-out rows, `[n d_out]`."""
+        return self.heldout[:, self.inputs or 0 :]
 
 
 class Probe(NamedTuple):
@@ -112,7 +146,7 @@ class Probe(NamedTuple):
 
     Attributes:
       model: the model.
-      layer: block of which the rows are.
+      layer: block of which the reconstructed rows are.
       site: where in the block.
       contexts: `[n s]`, tokens.
     """
@@ -136,7 +170,7 @@ def photographs(train_rows: int, heldout: int, seed: int) -> Rows:
       192
     """
     rows, rest = data_module.image_patches(train_rows, heldout, side=8, seed=seed)
-    return Rows(rows, rest, 1.0, "8 × 8 colour patches of scikit-learn's two photographs")
+    return Rows(rows, rest, Units(jnp.zeros(rows.shape[1])), "8 × 8 colour patches of scikit-learn's two photographs")
 
 
 def synthetic(features: Features, train_rows: int, heldout: int, seed: int) -> Rows:
@@ -181,15 +215,15 @@ def synthetic(features: Features, train_rows: int, heldout: int, seed: int) -> R
     z = np.concatenate([z for _, z in parts if z is not None])[train_rows % _CHUNK :][:heldout]
     source = f"{_FEATURES * d} known features in {d} dimensions, {features.l0:g} per row"
     source += f", with noise of {features.noise:g} of their norm" if features.noise else ""
-    rows, scale = _scaled(x[:train_rows])
-    return Rows(rows, x[train_rows:], scale, source, Truth(world.dictionary, z))
+    units = _units(x[:train_rows])
+    return Rows(units.scaled(x[:train_rows]), x[train_rows:], units, source, Truth(world.dictionary, z))
 
 
-def from_file(path: str | os.PathLike, train_rows: int, heldout: int, batch: int) -> Rows:
+def from_file(path: str | os.PathLike | Paired, train_rows: int, heldout: int, batch: int) -> Rows:
     """The first rows of a file or directory to train on, and its last ones held out.
 
     Args:
-      path: the file or directory.
+      path: the file or directory; or two, of inputs and targets.
       train_rows: most rows to train on.
       heldout: number of rows held out.
       batch: least number of rows to train on.
@@ -205,25 +239,40 @@ def from_file(path: str | os.PathLike, train_rows: int, heldout: int, batch: int
       >>> rows.train.shape, rows.heldout.shape
       ((80, 4), (20, 4))
     """
-    everything = data_module.open_rows(path)
+    if not isinstance(path, Paired):
+        return _of_rows(data_module.open_rows(path), str(path), None, train_rows, heldout, batch)._replace(
+            origin=of_rows(path)
+        )
+    origin, parts = of_pairs(*path), [data_module.open_rows(each) for each in path]
+    everything, name = data_module.beside(parts, list(map(str, path))), " to ".join(map(str, path))
+    return _of_rows(everything, name, parts[0].shape[1], train_rows, heldout, batch)._replace(origin=origin)
+
+
+def _of_rows(everything, name: str, inputs: int | None, train_rows: int, heldout: int, batch: int) -> Rows:
     needed = batch + heldout
     if len(everything) < needed:
-        raise InputError(f"{path}: holds {len(everything)} rows, the study needs at least {needed}; pass more.")
-    data_module.require_finite(everything, str(path))
+        raise InputError(f"{name}: holds {len(everything)} rows, the study needs at least {needed}; pass more.")
+    data_module.require_finite(everything, name)
     first, cast = len(everything) - heldout, data_module.shards.cast
-    rows = cast(everything[: min(first, train_rows)], np.float32, str(path), "scale it")
-    rest = cast(everything[first:], np.float32, str(path), "scale it", range(first, len(everything)))
-    if (rows == rows[0]).all():
-        raise InputError(f"{path}: all rows are equal, there is nothing to learn; pass activations of varied inputs.")
-    rows, scale = _scaled(rows)
-    return Rows(rows, rest, scale, str(path), origin=of_rows(path))
+    rows = cast(everything[: min(first, train_rows)], np.float32, name, "scale it")
+    rest = cast(everything[first:], np.float32, name, "scale it", range(first, len(everything)))
+    if any((part == part[0]).all() for part in np.split(rows, [inputs or 0], axis=1) if part.size):
+        raise InputError(f"{name}: all rows are equal, there is nothing to learn; pass activations of varied inputs.")
+    units = _units(rows, inputs)
+    return Rows(units.scaled(rows), rest, units, name)
 
 
-def _scaled(rows: np.ndarray) -> tuple[np.ndarray, float]:
-    """The rows, scaled to unit mean square about their mean, and the scale."""
-    variance = np.sum(np.var(rows[:: max(1, len(rows) // 10_000)], axis=0, dtype=np.float64))
-    scale = float(1 / np.sqrt(variance))
-    return rows * scale, scale
+def _units(rows: np.ndarray, inputs: int | None = None) -> Units:
+    """Those in which rows have unit mean square about their mean; inputs and targets, each."""
+
+    def scale(part: np.ndarray) -> float:
+        return float(1 / np.sqrt(np.sum(np.var(part[:: max(1, len(part) // 10_000)], axis=0, dtype=np.float64))))
+
+    target = rows[:, inputs or 0 :]
+    centre = jnp.asarray(target[:10_000].mean(axis=0))
+    if inputs is None:
+        return Units(centre, scale(target))
+    return Units(centre, scale(rows[:, :inputs]), scale(target), inputs)
 
 
 def from_model(site: HookPoint, folder: Path, train_rows: int, heldout: int, batch: int, progress: Progress) -> Rows:
@@ -241,7 +290,7 @@ def from_model(site: HookPoint, folder: Path, train_rows: int, heldout: int, bat
       InputError: if the model or the text cannot be used, or the text is too short.
     """
     arguments.check(HookPoint, site._asdict())
-    points = [(site.layer, site.site)]
+    points = site.points
     harvest.check(site.model, points=points, context=CONTEXT, out=folder)
     tokenizer = language_model.read_tokenizer(site.model)
     model = language_model.load(site.model)
@@ -252,11 +301,14 @@ def from_model(site: HookPoint, folder: Path, train_rows: int, heldout: int, bat
     source = {"model": str(site.model), "text": read}
     show = functools.partial(progress, f"{site.model}  harvesting")
     harvest.run(folder, model, text.contexts, points=points, source=source, progress=show)
-    where = "residual of {} after block {}" if site.site == "resid_post" else f"{site.site} of {{}}, block {{}}"
+    place = site.site if site.target is None else f"{site.site} to {site.target}"
+    where = "residual of {} after block {}" if place == "resid_post" else f"{place} of {{}}, block {{}}"
     name = f"{where.format(site.model, site.layer)}, on {read}"
     name += f" ({text.replaced} characters of it not UTF-8)" if text.replaced else ""
-    probe = Probe(model, site.layer, site.site, text.contexts[-contexts(heldout) :])
-    return from_file(folder, train_rows, heldout, batch)._replace(source=name, probe=probe)
+    probe = Probe(model, *points[-1], text.contexts[-contexts(heldout) :])
+    folders = harvest.directories(folder, points)
+    rows = folders[0] if len(folders) == 1 else Paired(*folders)
+    return from_file(rows, train_rows, heldout, batch)._replace(source=name, probe=probe)
 
 
 def contexts(rows: int) -> int:

@@ -8,21 +8,20 @@ import jax.numpy as jnp
 from jaxsae._core.files import InputError
 from jaxsae._core.linalg import norms
 from jaxsae.app.options import FAMILIES, Options
+from jaxsae.app.units import Units
 from jaxsae.autoencoder.activations import JumpReLU, ReLU
 from jaxsae.autoencoder.sae import SAE
-from jaxsae.autoencoder.surgery import rescale
 
 _UNIT = 1e-3  # how far from 1 the norm of an atom may be
 
 
-def prepared(sae: SAE, options: Options, d: int, scale: float) -> SAE:
+def prepared(sae: SAE, options: Options, units: Units) -> SAE:
     """The autoencoder for rows scaled for training, with atoms of norm 1 and the options' sparsity.
 
     Args:
       sae: for unscaled rows, such as a published one.
       options: of the training.
-      d: width of the rows.
-      scale: of the training.
+      units: of the training.
 
     Raises:
       InputError: if it does not fit the options or the rows, or computes what no training keeps.
@@ -30,24 +29,31 @@ def prepared(sae: SAE, options: Options, d: int, scale: float) -> SAE:
     Example:
       >>> import jax, jaxsae
       >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.TopK(2), b_dec=jax.numpy.ones(4))
-      >>> prepared(sae, Options("topk", latents=8, k=3), 4, 0.5).activation.k
+      >>> prepared(sae, Options("topk", latents=8, k=3), Units(jnp.zeros(4), 0.5)).activation.k
       3
     """
     expected = FAMILIES[options.activation].activation(options)
     for what, got, wanted in (
         ("latents", sae.m, options.latents),
-        ("width", sae.d, d),
+        ("width", sae.d, units.width),
+        ("output width", sae.b_dec.size, len(units.centre)),
+        ("kind", _kind(sae.transcoder), _kind(units.inputs is not None)),
+        ("skip connection", sae.W_skip is not None, options.skip),
         ("activation", type(sae.activation).__name__, type(expected).__name__),
     ):
         if got != wanted:
             raise InputError(f"got an SAE of {what} {got} to start from, expected {wanted}; pass options that fit it.")
-    if sae.transcoder or sae.W_skip is not None or not sae.apply_b_dec_to_input:
-        raise InputError("got a transcoder, or an SAE that does not subtract b_dec; start from an autoencoder.")
+    if sae.apply_b_dec_to_input == sae.transcoder:
+        raise InputError("got an SAE that does not subtract b_dec from its input to start from; take another.")
     if sae.normalisation is not None:
         name = type(sae.normalisation).__name__
         raise InputError(f"got an SAE with {name} to start from, whose rows a training scales otherwise; take another.")
     sae = dataclasses.replace(sae, activation=_with_sparsity(sae.activation, expected))
-    return rescale(_with_unit_atoms(sae), 1 / scale)
+    return units.for_training(_with_unit_atoms(sae))
+
+
+def _kind(transcoder: bool) -> str:
+    return "transcoder" if transcoder else "autoencoder"
 
 
 def _with_sparsity(found: Any, expected: Any) -> Any:

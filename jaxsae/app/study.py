@@ -27,14 +27,13 @@ from jaxsae._core.files import InputError, in_one_line, json_number, local_path,
 from jaxsae.app import plots, runs, sources
 from jaxsae.app.measure import CERTIFIED, RIVALS, TOL, measure
 from jaxsae.app.options import Options, passes, resolved
-from jaxsae.app.sources import CONTEXT, Features, HookPoint, Progress, Rows, Source
+from jaxsae.app.sources import CONTEXT, Features, HookPoint, Paired, Progress, Rows, Source
 from jaxsae.app.summary import FAMILIES
 from jaxsae.app.tuned import Trained, train_to
 from jaxsae.autoencoder import calibration, metrics, stream
 from jaxsae.autoencoder.activations import TopK
 from jaxsae.autoencoder.sae import SAE, reconstruct
 from jaxsae.autoencoder.shrinkage import RATIO_EDGES
-from jaxsae.autoencoder.surgery import rescale
 from jaxsae.data.origin import Origin, require_same
 from jaxsae.formats import pretrained
 from jaxsae.train.checkpoint import versions
@@ -66,6 +65,7 @@ class Plan(NamedTuple):
         dead, is used for all seeds and lengths.
       rivals: which of `measure.RIVALS` to compare with.
       train_rows: maximum number of rows to train on.
+      skip: whether transcoders have a skip connection.
 
     Example:
       >>> QUICK._replace(steps=50).latents
@@ -83,9 +83,11 @@ class Plan(NamedTuple):
     grid: tuple[arguments.Positive, ...] = (1.0,)
     rivals: tuple[Annotated[str, arguments.Choice(tuple(RIVALS))], ...] = tuple(RIVALS)
     train_rows: arguments.Count = 200_000
+    skip: bool = False
 
 
 _FEW = ("omp_nonnegative",)  # each takes seconds to compile
+_NO_TRANSCODERS = ("matchingpursuit", "alignedrelu")  # families whose encoder is of the decoder's space
 ALL = ("relu", "gated", "jumprelu", "topk", "batchtopk", "matryoshka", "matchingpursuit")
 FULL = Plan(512, 1000, 256, 1024, ("relu", "topk", "batchtopk"), (16, 32))
 QUICK = Plan(512, 200, 256, 256, ("relu", "topk"), (16,), rivals=_FEW)
@@ -153,7 +155,7 @@ def run(
         process writes there.
     """
     arguments.check(run, {"out": out, "seed": seed})
-    _check(plan)
+    _check(plan, transcoder=transcodes(data), published=bool(saes))
     out = local_path(out)
     published = _published(saes, data)
     if saes:
@@ -163,9 +165,10 @@ def run(
     with owned(out, warn=warn):
         rows = ready or load()
         for name, (sae, belongs) in published.items():
-            if sae.d != rows.width:
-                what = f"is {sae.d} wide, and the rows {rows.width}"
-                raise InputError(f"{name}: {what}; pass activations of the site that it was trained on.")
+            try:
+                stream.require_width(sae, rows.heldout)
+            except InputError as error:
+                raise InputError(f"{name}: {error}") from error
             require_same(belongs, rows.origin)
         if not saes:
             _require_width(plan, rows)
@@ -196,8 +199,27 @@ def _live(data: Source) -> bool:
     return isinstance(data, HookPoint)
 
 
-def _check(plan: Plan) -> None:
+def transcodes(data: Source) -> bool:
+    """Whether rows are pairs, for transcoders.
+
+    Args:
+      data: as of `run`.
+
+    Example:
+      >>> transcodes(HookPoint("smollm2", site="mlp_in", target="mlp_out"))
+      True
+    """
+    return isinstance(data, Paired) or (isinstance(data, HookPoint) and data.target is not None)
+
+
+def _check(plan: Plan, *, transcoder: bool, published: bool) -> None:
     arguments.check(Plan, plan._asdict())
+    if plan.skip and not transcoder:
+        raise InputError("got skip without targets; it is a connection of transcoders, from their inputs.")
+    wrong = [family for family in plan.families if family in _NO_TRANSCODERS]
+    if transcoder and wrong and not published:
+        what = f"got {wrong[0]} for transcoders, whose encoder and decoder are of different spaces"
+        raise InputError(f"{what}; pass other --families.")
     for name in ("families", "l0", "grid"):
         values = getattr(plan, name)
         if not values:
@@ -220,9 +242,6 @@ def _require_width(plan: Plan, rows: Rows) -> None:
 
 def _published(names: Sequence[str], data: Source) -> dict[str, tuple[SAE, Origin]]:
     found = {name: pretrained.load_with_origin(name) for name in names}
-    for name, (sae, _) in found.items():
-        if sae.transcoder:
-            raise InputError(f"{name}: is a transcoder, whose target is not its input; pass an autoencoder.")
     if names and (data is None or isinstance(data, Features)):
         raise InputError("got autoencoders and no activations; pass those of the site that they are for.")
     return found
@@ -240,7 +259,7 @@ def _load(data: Source, plan: Plan, seed: int, folder: Path, progress: Progress)
 
 def _options(plan: Plan, family: str, seed: int) -> Options:
     """Options of the trainings of a family, except their sparsity."""
-    options = Options(family, plan.latents, heldout=plan.heldout, seed=seed)
+    options = Options(family, plan.latents, heldout=plan.heldout, seed=seed, skip=plan.skip)
     return resolved(options._replace(batch=plan.batch, steps=plan.steps))
 
 
@@ -314,15 +333,15 @@ class _Study:
             return
         start = time.monotonic()
         trained = self._train(options, job.l0, name)
-        sae = rescale(trained.sae, self.rows.scale)
+        sae = self.rows.units.for_data(trained.sae)
         folder = self.out / "sae" / job.folder(self.plan, self.report["config"]["seed"])
         pretrained.save(sae, folder, origin=self.rows.origin)
         row = named | {"k_or_l1": trained.sparsity, "curve": trained.curve}
         self._add(sae, row, name, rows, time.monotonic() - start)
 
     def _train(self, options: Options, l0: int, name: str) -> Trained:
-        heldout = self.rows.heldout * np.float32(self.rows.scale)
-        return train_to(self.rows.train, heldout, options, l0, lambda text, n: self.progress(f"{name}  {text}", n))
+        rows, progress = self.rows, lambda text, n: self.progress(f"{name}  {text}", n)
+        return train_to(rows.train, rows.units.scaled(rows.heldout), options, l0, progress, rows.inputs)
 
     def _factor(self, family: str, l0: int) -> float:
         """The learning rate of the grid that suits a family and L0 best, relative to the family's default."""
@@ -335,9 +354,10 @@ class _Study:
             options = options._replace(learning_rate=factor * (options.learning_rate or 0.0))
             name = f"{FAMILIES[family][0]}, L0 {l0}, learning rate {options.learning_rate:.2g}"
             sae, rows = self._train(options, l0, name).sae, self.rows.train
-            parts = [metrics.reconstruction(x, reconstruct(sae, x)) for _, x in stream.chunks(sae, rows[:_TUNED])]
+            some = stream.chunks(sae, rows[:_TUNED])
+            parts = [metrics.reconstruction(target, reconstruct(sae, x)) for _, x, target in some]
             error = functools.reduce(operator.add, parts)
-            active = calibration.activity(sae, (x for _, x in stream.chunks(sae, rows[: metrics.DEAD_ROWS])))
+            active = calibration.activity(sae, (chunk.x for chunk in stream.chunks(sae, rows[: metrics.DEAD_ROWS])))
             row = {"family": family, "l0_target": l0, "factor": factor, "learning_rate": options.learning_rate}
             tried[factor] = row | {"nmse": json_number(error.nmse), "dead": json_number(active.dead)}
             found.append(tried[factor])
@@ -367,21 +387,22 @@ class _Study:
         """Add the next-token loss of the language model itself, and without its residual, if there is a model."""
         if self.rows.probe is None or "ce_clean" in self.report:
             return
-        heldout = self.rows.heldout
-        mean = np.broadcast_to(self.rows.train.mean(axis=0) / self.rows.scale, heldout.shape)
-        found = sources.losses(self.rows.probe, {"zero": np.zeros_like(heldout), "mean": mean})
+        targets, rows = self.rows.targets, self.rows
+        mean = rows.units.unscaled(rows.train.mean(axis=0))[rows.inputs or 0 :]
+        replaced = {"zero": np.zeros_like(targets), "mean": np.broadcast_to(mean, targets.shape)}
+        found = sources.losses(self.rows.probe, replaced)
         self.report |= {f"ce_{name}": json_number(loss.cross_entropy) for name, loss in found.items()}
         self.progress("next-token loss", 2 * len(self.rows.probe.contexts))
 
     def _add(self, sae: SAE, row: dict[str, Any], name: str, rows: list[dict[str, Any]], training: float) -> None:
         start, probe, heldout = time.monotonic(), self.rows.probe, self.rows.heldout
-        spliced = {} if probe is None else {name: np.empty_like(heldout) for name in _SPLICED}
+        spliced = {} if probe is None else {name: np.empty_like(self.rows.targets) for name in _SPLICED}
 
         def see(name: str, numbers: np.ndarray, x_hat: jax.Array) -> None:
             if name in spliced:
                 spliced[name][numbers] = x_hat
 
-        more = self.rows.train[: metrics.DEAD_ROWS] / np.float32(self.rows.scale)
+        more = self.rows.units.unscaled(self.rows.train[: metrics.DEAD_ROWS])
         row = {**row, **measure(sae, heldout, more, rivals=self.plan.rivals, truth=self.rows.truth, see=see)}
         if probe is not None:
             row |= self._losses(sources.losses(probe, spliced))

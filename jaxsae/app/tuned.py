@@ -12,8 +12,9 @@ from jaxsae import train
 from jaxsae._core.files import json_number
 from jaxsae.app import runs
 from jaxsae.app.options import FAMILIES, Options
+from jaxsae.app.units import Units
 from jaxsae.autoencoder import calibration
-from jaxsae.autoencoder.sae import SAE
+from jaxsae.autoencoder.sae import SAE, split_rows
 from jaxsae.train.objectives import Objective
 
 EVERY = 10  # steps between changes of a penalty's weight
@@ -74,7 +75,9 @@ class Trained(NamedTuple):
     curve: dict[str, list]
 
 
-def train_to(rows: np.ndarray, watched: np.ndarray, options: Options, l0: int, progress: Progress) -> Trained:
+def train_to(
+    rows: np.ndarray, watched: np.ndarray, options: Options, l0: int, progress: Progress, inputs: int | None = None
+) -> Trained:
     """Train to a mean L0 on `watched` rows, as `jaxsae train` does but for the weight of a penalty.
 
     Families that count their active latents are trained with `k = l0`; thresholds are then calibrated. Where a penalty
@@ -86,6 +89,7 @@ def train_to(rows: np.ndarray, watched: np.ndarray, options: Options, l0: int, p
       options: of the training, but for its sparsity.
       l0: mean number of active latents per row.
       progress: called with a description and the number of steps just taken.
+      inputs: width of a transcoder's inputs, the first columns of the rows.
 
     Example:
       >>> rows = np.random.default_rng(0).normal(size=(512, 8)).astype(np.float32) / 8**0.5
@@ -98,8 +102,10 @@ def train_to(rows: np.ndarray, watched: np.ndarray, options: Options, l0: int, p
     multiplier = Multiplier(l0, options.steps)
     sparsity: float = multiplier.weight if penalised else l0
     options = options._replace(**{"l1" if penalised else "k": sparsity})
-    objective, tx, init_fn = runs.recipe(options, jnp.asarray(rows[:10_000].mean(axis=0)), 1.0)
-    batches, state, seen = shuffled(rows, options.batch, options.seed), init_fn(), jnp.asarray(watched)
+    units = Units(jnp.asarray(rows[:10_000, inputs or 0 :].mean(axis=0)), 1.0, inputs and 1.0, inputs)
+    objective, tx, init_fn = runs.recipe(options, units)
+    batches, state = shuffled(rows, options.batch, options.seed), init_fn()
+    seen, _ = split_rows(state.sae, jnp.asarray(watched))
     curve: dict[str, list] = {"step": [], "nmse": [], "l0": []}
     last: dict[str, Any] = {}
     every = max(EVERY, options.steps // _POINTS // EVERY * EVERY)

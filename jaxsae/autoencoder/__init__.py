@@ -40,6 +40,8 @@ from jaxsae.autoencoder.sae import (
     init as init,
     pre_activations as pre_activations,
     reconstruct as reconstruct,
+    row_width as row_width,
+    split_rows as split_rows,
 )
 from jaxsae.autoencoder.shrinkage import Shrinkage as Shrinkage, shrinkage as shrinkage
 from jaxsae.autoencoder.surgery import fold_scale as fold_scale, rescale as rescale, rethreshold as rethreshold

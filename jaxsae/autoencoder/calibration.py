@@ -147,7 +147,13 @@ def _histogram(bins):
 
 
 def latent_factors(
-    sae: SAE, x: Float[Array, "n d"], code: SparseCode, *, ridge: float = 0.01, steps: int = 100
+    sae: SAE,
+    x: Float[Array, "n d"],
+    code: SparseCode,
+    *,
+    target: Float[Array, "n d_out"] | None = None,
+    ridge: float = 0.01,
+    steps: int = 100,
 ) -> Float[Array, " m"]:
     """One factor for each latent, by which its values are multiplied wherever it is active: the cheap refinement.
 
@@ -164,6 +170,7 @@ def latent_factors(
       sae: the autoencoder; if it normalises each row, errors are in the units of the normalised rows.
       x: rows `[n d]`, such as those it was trained on.
       code: their code, `[n k]`.
+      target: `[n d_out]`, what to reconstruct; `x` by default, required for transcoders.
       ridge: weight of the distance from 1.
       steps: of conjugate gradient.
 
@@ -180,7 +187,7 @@ def latent_factors(
 
     Source: Wright & Sharkey (2024), "Addressing feature suppression in SAEs", who train such factors.
     """
-    return _latent_factors(sae.W_dec, to_fit(sae, x).y, code, ridge, steps=steps)
+    return _latent_factors(sae.W_dec, to_fit(sae, x, target).y, code, ridge, steps=steps)
 
 
 @functools.partial(jax.jit, static_argnames="steps")

@@ -153,7 +153,14 @@ class Progressive(_Sums):
         return jnp.stack([part.nmse for part in self.parts])
 
 
-def progressive(sae: SAE, x: Float[Array, "*b d"], code: SparseCode, keep: Sequence[int]) -> Progressive:
+def progressive(
+    sae: SAE,
+    x: Float[Array, "*b d"],
+    code: SparseCode,
+    keep: Sequence[int],
+    *,
+    target: Float[Array, "*b d_out"] | None = None,
+) -> Progressive:
     """Measure a code truncated to its largest values.
 
     Args:
@@ -161,6 +168,7 @@ def progressive(sae: SAE, x: Float[Array, "*b d"], code: SparseCode, keep: Seque
       x: activations `[*b d]`.
       code: `[*b k]`, slots in descending order of magnitude, as from `encode`.
       keep: numbers of latents to keep.
+      target: `[*b d_out]`, what to reconstruct; `x` by default, required for transcoders.
 
     Example:
       >>> import jax, jaxsae
@@ -176,7 +184,7 @@ def progressive(sae: SAE, x: Float[Array, "*b d"], code: SparseCode, keep: Seque
 
     def cut(n: int) -> Reconstruction:
         first = dataclasses.replace(code, values=jnp.where(slots < n, code.values, 0))
-        return reconstruction(x, reconstruct(sae, x, first))
+        return reconstruction(x if target is None else target, reconstruct(sae, x, first))
 
     return Progressive(tuple(cut(n) for n in keep))
 

@@ -388,6 +388,46 @@ def _reconstruct(sae: SAE, x, code):
     return x_hat + x @ W_skip
 
 
+def split_rows(sae: SAE, rows: Float[Array, "*b n"]) -> tuple[Float[Array, "*b d"], Float[Array, "*b d_out"]]:
+    """The inputs and the targets in rows: of a transcoder, rows hold both side by side; of an autoencoder, one is both.
+
+    Args:
+      sae: the autoencoder or transcoder.
+      rows: `[*b d]`, or `[*b d + d_out]` for a transcoder.
+
+    Raises:
+      ValueError: at trace time, if the rows are of another width.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsae
+      >>> sae = jaxsae.init(
+      ...     jax.random.key(0), d=4, m=8, activation=jaxsae.TopK(2), b_dec=jnp.ones(6), transcoder=True
+      ... )
+      >>> x, target = jaxsae.autoencoder.split_rows(sae, jnp.ones((3, 10)))
+      >>> x.shape, target.shape
+      ((3, 4), (3, 6))
+    """
+    width = row_width(sae)
+    if rows.shape[-1:] != (width,):
+        pair = f", {sae.d} of the input and {width - sae.d} of the target" if sae.transcoder else ""
+        raise ValueError(f"got rows of width {rows.shape[-1:]}, expected {width}{pair}; pass those of its site.")
+    return (rows[..., : sae.d], rows[..., sae.d :]) if sae.transcoder else (rows, rows)
+
+
+def row_width(sae: SAE) -> int:
+    """The width of the rows that `split_rows` takes: `d`, or `d + d_out` for a transcoder.
+
+    Args:
+      sae: the autoencoder or transcoder.
+
+    Example:
+      >>> import jax, jaxsae
+      >>> row_width(jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.TopK(2)))
+      4
+    """
+    return sae.d + (sae.W_dec.shape[-1] if sae.transcoder else 0)
+
+
 def _floating(x, name: str, what: str) -> Array:
     """An array; raise if it is not floating point."""
     x = as_array(x)

@@ -21,7 +21,7 @@ from jaxsae._core import processes
 from jaxsae._core.files import AnyPath, InputError, any_path, atomic_file
 from jaxsae._core.linalg import result_type
 from jaxsae.autoencoder.refinement import refine
-from jaxsae.autoencoder.sae import SAE, encode, encode_dense
+from jaxsae.autoencoder.sae import SAE, encode, encode_dense, row_width, split_rows
 from jaxsae.autoencoder.shrinkage import Shrinkage, shrinkage
 from jaxsae.codes import SparseCode
 from jaxsae.data import shards
@@ -39,6 +39,7 @@ class Block(NamedTuple):
     Attributes:
       rows: `[n]`, row numbers in the input.
       x: `[n d]`.
+      target: what the code is to reconstruct, `[n d_out]`; `x`, except of transcoders.
       code: the encoder's code, `[n k]`.
       refined: `[n k]`.
       info: `[n]`.
@@ -46,24 +47,39 @@ class Block(NamedTuple):
 
     rows: np.ndarray
     x: Array
+    target: Array
     code: SparseCode
     refined: SparseCode
     info: RefitInfo
 
 
-def chunks(sae: SAE, rows: Rows | Array) -> Iterator[tuple[int, Array]]:
-    """Yield rows in chunks whose pre-activations fit in memory, each with the number of its first row.
+class Chunk(NamedTuple):
+    """Some rows.
+
+    Attributes:
+      start: number of the first.
+      x: activations `[n d]`.
+      target: what to reconstruct, `[n d_out]`; `x`, except of transcoders.
+    """
+
+    start: int
+    x: Array
+    target: Array
+
+
+def chunks(sae: SAE, rows: Rows | Array) -> Iterator[Chunk]:
+    """Yield rows in chunks whose pre-activations fit in memory.
 
     On a mesh (`jax.set_mesh`) each process reads the rows that its devices need.
 
     Args:
       sae: the autoencoder.
-      rows: `[n d]`, may be memory-mapped.
+      rows: `[n d]`, or as `split_rows` takes them from a transcoder; may be memory-mapped.
 
     Example:
       >>> import jaxsae
       >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.ReLU())
-      >>> [(start, x.shape) for start, x in chunks(sae, np.zeros((600, 4)))]
+      >>> [(start, x.shape) for start, x, _ in chunks(sae, np.zeros((600, 4)))]
       [(0, (600, 4))]
     """
     size = _chunk_rows(sae.m)
@@ -74,7 +90,7 @@ def chunks(sae: SAE, rows: Rows | Array) -> Iterator[tuple[int, Array]]:
         part = sharding.rows_needed(count)
         block, numbers = rows[start + part.start : start + part.stop], range(start + part.start, len(rows))
         x = shards.cast(block, dtype, "the rows", "scale them", numbers)
-        yield start, sharding.make_global_batch(x, count, part.start)
+        yield Chunk(start, *split_rows(sae, sharding.make_global_batch(x, count, part.start)))
 
 
 def _chunk_rows(m: int) -> int:
@@ -102,7 +118,7 @@ def max_l0(sae: SAE, rows: Rows | Array) -> int:
       >>> max_l0(sae, np.array([[1.0, 0.0, 0.0], [1.0, 2.0, 0.0]]))
       2
     """
-    return max([1, *(int(_max_l0(sae, x)) for _, x in chunks(sae, rows))])
+    return max([1, *(int(_max_l0(sae, chunk.x)) for chunk in chunks(sae, rows))])
 
 
 def refine_blocks(
@@ -112,7 +128,7 @@ def refine_blocks(
     *,
     capacity: int | None = None,
 ) -> Iterator[Block]:
-    """Encode and refine rows, a block at a time.
+    """Encode and refine rows, a block at a time; a transcoder's towards its targets.
 
     Rows of similar L0 share a block with as few slots as hold them, 32, 128, 256 … or the width: the cost of a refit
     grows with the square of its slots, and a ReLU's L0 has a long tail. So blocks are not in row order: see
@@ -120,7 +136,7 @@ def refine_blocks(
 
     Args:
       sae: the autoencoder.
-      rows: `[n d]`, may be memory-mapped.
+      rows: as for `chunks`.
       solver: as for `refine`, or a function that makes one for rows of `k` slots and width `d`.
       capacity: maximum slots per row; `max_l0` by default, unless the activation fixes it.
 
@@ -134,8 +150,9 @@ def refine_blocks(
     _require_fit(sae, rows)
     if capacity is None and sae.activation.slots is None:
         capacity = max_l0(sae, rows)
-    for start, x in chunks(sae, rows):
-        x, code = sharding.replicate((x, encode(sae, x, capacity=capacity)))  # small; blocks are made of any rows
+    for start, x, target in chunks(sae, rows):
+        # Small; blocks are made of any rows.
+        x, target, code = sharding.replicate((x, target, encode(sae, x, capacity=capacity)))
         l0 = np.asarray(code.l0)
         order = np.argsort(l0, kind="stable")
         for at in range(0, len(order), _BLOCK):
@@ -144,19 +161,41 @@ def refine_blocks(
             values, indices = _resize(code.values[block], slots, 0), _resize(code.indices[block], slots, sae.m)
             part = SparseCode(values, indices, sae.m, code.num_dropped[block])
             block_solver = solver(slots, sae.W_dec.shape[1]) if callable(solver) else solver
-            refined, info = sharding.replicate(refine(sae, x[block], part, block_solver))
-            yield Block(start + block, x[block], part, refined, info)
+            refined, info = sharding.replicate(refine(sae, x[block], part, block_solver, target=target[block]))
+            yield Block(start + block, x[block], target[block], part, refined, info)
 
 
 def _require_fit(sae: SAE, rows: Rows | Array) -> None:
-    if sae.transcoder:
-        raise InputError("got a transcoder, whose target is not its input; call `jaxsae.refine` with that as `target`.")
     if not len(rows):
         raise InputError("got no rows; pass at least one.")
-    if rows.shape[1] != sae.d:
-        raise InputError(
-            f"got rows of width {rows.shape[1]}, but this SAE has d = {sae.d}; pass the data it was made for."
-        )
+    require_width(sae, rows)
+
+
+def require_width(sae: SAE, rows: Rows | Array) -> None:
+    """Raise unless rows are of the width that an SAE takes; a transcoder's hold its targets too.
+
+    Args:
+      sae: the autoencoder.
+      rows: as for `chunks`.
+
+    Raises:
+      InputError: with both widths.
+
+    Example:
+      >>> import jaxsae
+      >>> require_width(jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.ReLU()), np.zeros((2, 5)))
+      Traceback (most recent call last):
+      jaxsae.InputError: got rows of width 5, but this SAE has d = 4; pass the data it was made for.
+    """
+    got, d, d_out = rows.shape[1], sae.d, row_width(sae) - sae.d
+    if got == d + d_out:
+        return
+    if not d_out:
+        raise InputError(f"got rows of width {got}, but this SAE has d = {d}; pass the data it was made for.")
+    if got == d:
+        raise InputError(f"got a transcoder and no target, {d_out} wide; pass --target, the rows that it reconstructs.")
+    what = f"got inputs and targets {got} wide together, but this transcoder maps {d} to {d_out}"
+    raise InputError(f"{what}; pass the data it was made for.")
 
 
 def _slots(l0: int, sae: SAE) -> int:
@@ -209,7 +248,7 @@ def refine_file(
 
     Args:
       sae: the autoencoder.
-      rows: `[n d]`.
+      rows: as for `chunks`.
       out: the file to write.
       solver: as for `refine_blocks`.
       capacity: slots per row; `max_l0` by default, unless the activation fixes it.
@@ -256,7 +295,8 @@ def refine_file(
             dropped = (num_dropped > 0) & (status != Status.NONFINITE)
             counts = [np.count_nonzero(x) for x in (dropped, status == Status.NONFINITE, status == Status.MAX_STEPS)]
             found = np.array([*counts, np.max(np.nan_to_num(kkt), initial=0)])
-            return sharding.replicate(shrinkage(sae, block.x, block.code, block.refined)), found
+            measured = shrinkage(sae, block.x, block.code, block.refined, target=block.target)
+            return sharding.replicate(measured), found
 
         measured, found = zip(*map(write, refine_blocks(sae, rows, solver, capacity=capacity)), strict=True)
         total = jax.device_get(functools.reduce(operator.add, measured))  # so that one process alone can read it

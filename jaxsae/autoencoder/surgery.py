@@ -1,6 +1,7 @@
 """Changes to a trained SAE with a known effect on what it computes: units and thresholds."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,21 +14,23 @@ from jaxsae.autoencoder.activations import JumpReLU
 from jaxsae.autoencoder.sae import SAE, pre_activations
 
 
-def rescale(sae: SAE, scale: float | Float[Array, ""]) -> SAE:
+def rescale(sae: SAE, scale: float | Float[Array, ""], target_scale: float | Float[Array, ""] | None = None) -> SAE:
     """Change units: the result does to `x` what `sae` does to `scale · x`.
 
         reconstruct(rescale(sae, scale), x) = reconstruct(sae, scale · x) / scale
 
     Supports are equal, and values become `z / scale`, or stay equal if each row is normalised. Weights are unchanged,
-    so atoms of unit norm keep it; only biases and thresholds change units.
+    so atoms of unit norm keep it; only biases and thresholds change units. A transcoder's target has a scale of its
+    own, in place of the one that divides above; its encoder's weights then change too.
 
     Args:
       sae: an autoencoder of scaled activations.
       scale: positive factor from raw to scaled activations.
+      target_scale: likewise of a transcoder's target.
 
     Raises:
-      ValueError: if the scale is not positive and finite; for a transcoder, whose target may be in other units; or if
-        the activation or normalisation does not define `rescale`.
+      ValueError: if a scale is not positive and finite; if a transcoder gets no `target_scale`, or an autoencoder one;
+        or if the activation or normalisation does not define `rescale`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsae
@@ -35,16 +38,25 @@ def rescale(sae: SAE, scale: float | Float[Array, ""]) -> SAE:
       >>> jaxsae.autoencoder.rescale(sae, 0.5).b_dec
       Array([2., 2., 2., 2.], dtype=float32)
     """
-    _validate_scale(scale, "rescale")
-    if sae.transcoder or sae.W_skip is not None:
-        raise ValueError(
-            "`rescale` got a transcoder, whose target may be in other units; scale its input weights, "
-            "sae.replace(W_enc=scale * sae.W_enc), and W_skip likewise if it has one."
+    if sae.transcoder != (target_scale is not None):
+        what = (
+            "a transcoder and no target_scale; pass that of its target"
+            if sae.transcoder
+            else ("a target_scale and an autoencoder, whose target is its input; leave it out")
         )
+        raise ValueError(f"`rescale` got {what}.")
+    target_scale = scale if target_scale is None else target_scale
+    for each in (scale, target_scale):
+        _validate_scale(each, "rescale")
     if sae.normalisation is not None and sae.normalisation.per_row:  # weights act on normalised rows
+        if sae.transcoder:
+            raise ValueError("`rescale` got a transcoder that normalises each row; scale W_dec and b_dec yourself.")
         return dataclasses.replace(sae, normalisation=sae.normalisation.rescale(scale))
-    activation = sae.activation.rescale(scale)
-    return dataclasses.replace(sae, b_enc=sae.b_enc / scale, b_dec=sae.b_dec / scale, activation=activation)
+    changed: dict[str, Any] = {"b_enc": sae.b_enc / target_scale, "b_dec": sae.b_dec / target_scale}
+    if sae.transcoder:
+        changed["W_enc"] = sae.W_enc * (scale / target_scale)
+        changed["W_skip"] = None if sae.W_skip is None else sae.W_skip * (scale / target_scale)
+    return dataclasses.replace(sae, **changed, activation=sae.activation.rescale(target_scale))
 
 
 def _validate_scale(scale, name: str) -> None:

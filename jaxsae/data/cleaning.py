@@ -81,10 +81,10 @@ def keep(rows: Rows, mask: np.ndarray) -> Rows:
     return rows if mask.all() else _Kept(rows, np.flatnonzero(mask))
 
 
-def clean(
+def mask(
     path: str | os.PathLike, rows: Rows, *, skip_tokens: Sequence[int] = (), max_norm: float | None = None
-) -> Rows:
-    """The rows of a file or directory, without some.
+) -> np.ndarray:
+    """Which rows of a file or directory to keep, `[n]` bool.
 
     Args:
       path: of them; norms and tokens are read beside the shards of a harvest.
@@ -97,17 +97,17 @@ def clean(
         row is left.
 
     Example:
-      >>> clean("x.npy", np.diag([1.0, 2.0, 3.0, 99.0]), max_norm=10.0).shape
-      (3, 4)
+      >>> mask("x.npy", np.diag([1.0, 2.0, 3.0, 99.0]), max_norm=10.0).tolist()
+      [True, True, True, False]
     """
-    mask = np.ones(len(rows), bool)
+    kept = np.ones(len(rows), bool)
     if skip_tokens:
-        mask &= ~np.isin(_tokens(path, len(rows)), skip_tokens)
+        kept &= ~np.isin(_tokens(path, len(rows)), skip_tokens)
     if max_norm is not None:
-        mask &= ~outliers(_norms(path, rows), max_norm)
-    if not mask.any():
+        kept &= ~outliers(_norms(path, rows), max_norm)
+    if not kept.any():
         raise InputError(f"{path}: no row is left of {len(rows)}; pass fewer tokens to skip, or a larger norm.")
-    return keep(rows, mask)
+    return kept
 
 
 def _has(path: str | os.PathLike, column: str) -> bool:

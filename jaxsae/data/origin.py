@@ -3,7 +3,7 @@
 import os
 from typing import Any, NamedTuple
 
-from jaxsae._core.files import InputError, any_path, reached
+from jaxsae._core.files import InputError, any_path, reached, shown
 from jaxsae.data import shards
 
 
@@ -16,6 +16,8 @@ class Origin(NamedTuple):
       site: where in it, one of `language_model.SITES`.
       context: tokens in a context.
       data: the text that it read.
+      target_layer: of a transcoder, the block that its target is in.
+      target_site: and where in it.
 
     Example:
       >>> str(Origin("gpt2", 8, "mlp_out", 256))
@@ -27,11 +29,14 @@ class Origin(NamedTuple):
     site: str | None = None
     context: int | None = None
     data: str | None = None
+    target_layer: int | None = None
+    target_site: str | None = None
 
     def __str__(self) -> str:
         """What is known, in words."""
-        shown = {"model": "{}", "layer": "layer {}", "site": "{}", "context": "contexts of {} tokens", "data": "on {}"}
-        return ", ".join(shown[name].format(value) for name, value in self.known().items())
+        texts = {"model": "{}", "layer": "layer {}", "site": "{}", "context": "contexts of {} tokens", "data": "on {}"}
+        texts |= {"target_layer": "to layer {}", "target_site": "to {}"}
+        return ", ".join(texts[name].format(value) for name, value in self.known().items())
 
     def known(self) -> dict[str, Any]:
         """What is known, by name."""
@@ -48,17 +53,49 @@ def of_rows(path: str | os.PathLike) -> Origin:
       >>> of_rows("x.npy")
       Origin(model=None, layer=None, site=None, context=None, data=None)
     """
+    return _read(_source(path))
+
+
+def _source(path: str | os.PathLike) -> dict[str, Any]:
+    """What the manifest of a directory says of its rows, if there is one."""
     folder = any_path(path)
     with reached(folder):
         if not (folder / shards.MANIFEST).is_file():
-            return Origin()
+            return {}
     source = shards.read(folder).source
-    source = source if isinstance(source, dict) else {}
+    return source if isinstance(source, dict) else {}
+
+
+def _read(source: dict[str, Any]) -> Origin:
     texts = source.get("text")
     data = ", ".join(map(str, texts[:3])) + (", …" if len(texts) > 3 else "") if isinstance(texts, list) else texts
     kinds = {"model": str, "layer": int, "site": str, "context": int}
     found = {name: source[name] for name, kind in kinds.items() if type(source.get(name)) is kind}
     return Origin(**found, data=data if isinstance(data, str) else None)
+
+
+def of_pairs(path: str | os.PathLike, target: str | os.PathLike) -> Origin:
+    """Where the inputs and targets of a transcoder come from, if their manifests say so.
+
+    Args:
+      path: the inputs, as for `open_rows`.
+      target: the targets, likewise.
+
+    Raises:
+      InputError: if they are known to be of other texts, or of other models.
+
+    Example:
+      >>> of_pairs("x.npy", "y.npy").known()
+      {}
+    """
+    inputs, targets = _source(path), _source(target)
+    for name in ("model", "context", "contexts", "tokens_crc32"):
+        got, other = inputs.get(name), targets.get(name)
+        if None not in (got, other) and got != other:
+            what = f"is of {name} {other}, and {shown(path)} of {got}"
+            raise InputError(f"{shown(target)}: {what}; pass rows of the same tokens, from one harvest.")
+    found = _read(targets)
+    return _read(inputs)._replace(target_layer=found.layer, target_site=found.site)
 
 
 def require_same(sae: Origin, rows: Origin) -> None:
@@ -76,12 +113,14 @@ def require_same(sae: Origin, rows: Origin) -> None:
       Traceback (most recent call last):
       jaxsae.InputError: the SAE is of layer 8, the rows of layer 4; pass rows of its own site.
     """
-    for name, shown in {"model": "{}", "layer": "layer {}", "site": "site {}"}.items():
+    kinds = {"model": "{}", "layer": "layer {}", "site": "site {}"}
+    kinds |= {"target_layer": "a target in layer {}", "target_site": "the target {}"}
+    for name, text in kinds.items():
         own, other = getattr(sae, name), getattr(rows, name)
         # A model may be a path here, and a name on the hub there.
         differ = _last(own) != _last(other) if name == "model" else own != other
         if own is not None and other is not None and differ:
-            what = f"the SAE is of {shown.format(own)}, the rows of {shown.format(other)}"
+            what = f"the SAE is of {text.format(own)}, the rows of {text.format(other)}"
             raise InputError(f"{what}; pass rows of its own site.")
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -270,6 +270,7 @@ def _shown(value: Any) -> str:
 # --- where it belongs
 
 _SITES = ("hook_name", "hook_point", "hook_point_in", "hf_hook_point_in", "hf_hook_name")
+_TARGETS = ("hook_name_out", "hook_point_out", "hf_hook_point_out")
 
 
 def origin(config: Mapping[str, Any]) -> Origin:
@@ -277,18 +278,25 @@ def origin(config: Mapping[str, Any]) -> Origin:
     inner = [config[name] for name in ("metadata", "origin") if isinstance(config.get(name), dict)]
     known = {name: value for part in (config, *inner) for name, value in part.items() if value is not None}
     model = next((known[name] for name in ("model_name", "lm_name", "model") if isinstance(known.get(name), str)), None)
-    layer, site = _place(known)
+    place, target = _place(known), _target(known)
     context = next(
         (known[name] for name in ("context_size", "ctx_len", "context") if type(known.get(name)) is int), None
     )
     data = next((known[name] for name in ("dataset_path", "data") if isinstance(known.get(name), str)), None)
-    return Origin(model, layer, site, context, data)
+    # Some configurations of autoencoders name their site twice, as input and output.
+    return Origin(model, *place, context, data, *(target if target != place else (None, None)))
 
 
-def _place(known: Mapping[str, Any]) -> tuple[int | None, str | None]:
+def _target(known: Mapping[str, Any]) -> tuple[int | None, str | None]:
+    """Where the target of a transcoder is."""
+    ours = {name.removeprefix("target_"): value for name, value in known.items() if name.startswith("target_")}
+    return _place(ours | {name: known.get(name) for name in _TARGETS}, _TARGETS)
+
+
+def _place(known: Mapping[str, Any], hooks: Sequence[str] = _SITES) -> tuple[int | None, str | None]:
     from jaxsae.language_model import sites
 
-    for name in (known[name] for name in _SITES if isinstance(known.get(name), str)):
+    for name in (known[name] for name in hooks if isinstance(known.get(name), str)):
         try:
             return sites.parse(name)
         except InputError:  # a hook that ours have no name for
@@ -301,13 +309,14 @@ def _place(known: Mapping[str, Any]) -> tuple[int | None, str | None]:
     return layer if type(layer) is int else None, site if site in sites.SITES else None
 
 
-def site_name(origin: Origin, kind: str = "hook") -> str | None:
+def site_name(origin: Origin, kind: str = "hook", *, target: bool = False) -> str | None:
     """The name of a site in TransformerLens, or of a module in transformers; None if it is unknown."""
-    if origin.layer is None or origin.site is None:
+    layer, site = (origin.target_layer, origin.target_site) if target else (origin.layer, origin.site)
+    if layer is None or site is None:
         return None
     from jaxsae.language_model import sites
 
-    return (sites.hook if kind == "hook" else sites.module)(origin.layer, origin.site)
+    return (sites.hook if kind == "hook" else sites.module)(layer, site)
 
 
 # --- making

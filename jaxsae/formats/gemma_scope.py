@@ -136,10 +136,11 @@ def write_2(sae: SAE, path: Path, origin: Origin) -> None:
     """`config.json` and `params.safetensors`."""
     sae, threshold = _written(sae, "gemma_scope_2")
     config = {"architecture": "jump_relu", "width": sae.m, "affine_connection": sae.W_skip is not None}
-    place = common.site_name(origin, "module")
+    place, target = (common.site_name(origin, "module", target=target) for target in (False, True))
     config |= {} if origin.model is None else {"model_name": origin.model}
     config |= {} if place is None else {"hf_hook_point_in": place}
-    config |= {"hf_hook_point_in": "input", "hf_hook_point_out": "output"} if sae.transcoder else {}
+    # That two names differ is what makes it a transcoder.
+    config |= {"hf_hook_point_in": place or "input", "hf_hook_point_out": target or "output"} if sae.transcoder else {}
     arrays = {"w_enc": sae.W_enc, "w_dec": sae.W_dec, "b_enc": sae.b_enc, "b_dec": sae.b_dec, "threshold": threshold}
     arrays |= {} if sae.W_skip is None else {"affine_skip_connection": sae.W_skip}
     with atomic_directory(path) as folder:

@@ -176,7 +176,7 @@ def write(sae: SAE, path: Path, origin: Origin) -> None:
     sae = common.centre(sae, False) if sae.transcoder else sae
     kind, options, arrays = _written_activation(sae)
     place = {"model_name": origin.model, "hook_name": common.site_name(origin), "context_size": origin.context}
-    place |= {"dataset_path": origin.data}
+    place |= {"dataset_path": origin.data, "hook_name_out": common.site_name(origin, target=True)}
     metadata = options.pop("metadata", {}) | {name: value for name, value in place.items() if value is not None}
     metadata |= {"sae_lens_version": _VERSION, "sae_lens_training_version": None}
     normalisation = next(name for name, value in _NORMALISATIONS.items() if type(value) is type(sae.normalisation))

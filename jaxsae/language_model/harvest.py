@@ -182,11 +182,10 @@ def live(
     model: LanguageModel,
     contexts: np.ndarray,
     *,
-    layer: Index,
-    site: str = "resid_post",
+    points: Sequence[tuple[Index, Annotated[str, arguments.SITE]]],
     batch: Count = 8,
     window: Count = 1 << 16,
-) -> LazyRows:
+) -> list[LazyRows]:
     """The activations of a language model over contexts, computed on demand and never written.
 
     Row `r` belongs to position `1 + r mod (s − 1)` of context `r // (s − 1)`. Contexts are computed a step at a time,
@@ -197,42 +196,52 @@ def live(
     Args:
       model: the language model.
       contexts: tokens `[n s]`.
-      layer: the block, from 0.
-      site: where in it, one of `sites.SITES`.
+      points: pairs of a layer and one of `sites.SITES`, all computed in one pass.
       batch: contexts in a step, rounded up to a multiple of the devices of all processes, over which they are spread.
       window: rows that are shuffled together; two windows are kept in memory, in float32.
 
     Returns:
-      `[n·(s − 1) d]`, float32.
+      `[n·(s − 1) d]`, float32, of each of `points`.
 
     Raises:
       InputError: if an argument does not fit the model.
 
     Example:
       >>> from jaxsae.language_model import tiny
-      >>> live(tiny(), np.arange(12, dtype=np.int32).reshape(2, 6), layer=1)[np.array([3, 9])].shape
+      >>> [rows] = live(tiny(), np.arange(12, dtype=np.int32).reshape(2, 6), points=[(1, "resid_post")])
+      >>> rows[np.array([3, 9])].shape
       (2, 8)
     """
-    arguments.check(live, {"layer": layer, "batch": batch, "window": window})
-    points = [(layer, site)]
+    arguments.check(live, {"points": points, "batch": batch, "window": window})
     require_fit(model, contexts, points)
     mesh, batch = _data_mesh(jax.devices(), batch, len(contexts))
     model = _placed(model, mesh)
     (n, length), lock = contexts.shape, threading.Lock()
-    step, width = batch * (length - 1), sites.width(model.config, site)
+    step = batch * (length - 1)
 
     @functools.lru_cache(2 * (-(-window // step) + 1))
     def compute(number):
         some = contexts[number * batch : (number + 1) * batch]
-        return np.asarray(_step(model, some, points, batch, mesh)[0]).reshape(-1, width)
+        found = map(np.asarray, _step(model, some, points, batch, mesh))
+        return [rows.reshape(-1, rows.shape[-1]) for rows in found]
 
-    def load(number):
+    def load(place, number):
         with lock:  # of concurrent readers, only one computes a step
-            return compute(number)
+            return compute(number)[place]
 
     edges = np.minimum(np.arange(-(-n // batch) + 1) * step, n * (length - 1))
-    windows = Windows(window, window)
-    return LazyRows(load, edges, range(n * (length - 1)), width, np.float32, "", windows, jax.process_count() > 1)
+    shared = {
+        "dtype": np.float32,
+        "checksum": "",
+        "shuffled": Windows(window, window),
+        "together": jax.process_count() > 1,
+    }
+    return [
+        LazyRows(
+            functools.partial(load, place), edges, range(n * (length - 1)), sites.width(model.config, site), **shared
+        )
+        for place, (_, site) in enumerate(points)
+    ]
 
 
 def check(

@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsae import codes
 from jaxsae._core import pytrees
 from jaxsae.autoencoder.activations import Activation, TopK
-from jaxsae.autoencoder.sae import SAE, encode, encode_dense, pre_activations, reconstruct
+from jaxsae.autoencoder.sae import SAE, encode, encode_dense, pre_activations, reconstruct, split_rows
 from jaxsae.codes import SparseCode
 from jaxsae.train import losses
 
@@ -123,8 +123,8 @@ class Objective:
                 )
 
     def __call__(self, sae: SAE, batch: Any, state: Any) -> tuple[Float[Array, ""], Aux]:
-        """The loss of a batch `x [b d]`, or `(x [b d], target [b d_out])`, in a `train.TrainState`."""
-        x, target = _rows(batch)
+        """The loss of a batch: rows `x [b d]`, a transcoder's `[b d + d_out]`, or a pair `(x, target)`."""
+        x, target = _rows(sae, batch)
         if sae.normalisation is not None and sae.normalisation.per_row and self.terms:
             raise ValueError(
                 "got an SAE that normalises each row, and terms, which do not support that; train without terms, or on "
@@ -142,8 +142,8 @@ class Objective:
         return value, Aux(_active(code), metrics, after)
 
 
-def _rows(batch: Any) -> tuple[Array, Array]:
-    pair = batch if isinstance(batch, tuple | list) else (batch, batch)
+def _rows(sae: SAE, batch: Any) -> tuple[Array, Array]:
+    pair = split_rows(sae, batch) if hasattr(batch, "shape") else batch if isinstance(batch, tuple | list) else (batch,)
     if len(pair) != 2 or not all(hasattr(x, "shape") for x in pair):
         got = f"{type(batch).__name__} of {len(pair)}"
         raise TypeError(f"got a batch that is a {got}; pass rows [b d], or a pair of input and target.")

@@ -27,13 +27,20 @@ def _load(path: str, *, dtype: str | None = None, revision: str | None = None) -
     return runs.load(path), Origin()
 
 
-def _opened(sae: str, data: Path) -> tuple[Any, Any]:
-    """An SAE and rows, which must be of its site if both say theirs."""
-    from jaxsae.data import open_rows, origin
+def _opened(sae: str, data: Path, target: Path | None) -> tuple[Any, Any]:
+    """An SAE and rows, with a transcoder's targets beside them, which must be of its site if both say theirs."""
+    from jaxsae.data import beside, open_rows, origin
 
     (model, belongs), rows = _load(sae), open_rows(data)
-    origin.require_same(belongs, origin.of_rows(data))
-    return model, rows
+    if model.transcoder != (target is not None):
+        if target is None:
+            raise InputError(f"{sae}: is a transcoder; pass --target, the rows that it reconstructs.")
+        raise InputError(f"got --target for {sae}, an autoencoder, whose target is its input; leave it out.")
+    if target is None:
+        origin.require_same(belongs, origin.of_rows(data))
+        return model, rows
+    origin.require_same(belongs, origin.of_pairs(data, target))
+    return model, beside([rows, open_rows(target)], [shown(data), shown(target)])
 
 
 def _is_same(a: Path, b: str | Path) -> bool:
@@ -47,6 +54,7 @@ def evaluate(
     *,
     sae: arguments.Autoencoder,
     data: arguments.Rows,
+    target: arguments.Rows | None = None,
     mesh: tuple[arguments.Parts, arguments.Parts] | None = None,
     distributed: bool = False,
     json: bool = False,
@@ -59,6 +67,7 @@ def evaluate(
         sae: a training run or one of its saves (RUN/checkpoints/N), or an SAE of any format, on disk, in a bucket
             or on the hub (hf://organisation/repository/path).
         data: file or directory of activations (rows, width), on disk or in a bucket.
+        target: of a transcoder, the rows that it reconstructs, likewise.
         mesh: how many ways to split the rows, and the latents, of an SAE wider than a device; by default one device.
         distributed: run as one of several processes, as for jaxsae train.
         json: print the measurements as one JSON object.
@@ -68,7 +77,7 @@ def evaluate(
 
     with devices.spread(mesh, distributed=distributed) as first:
         with processes.all_or_none():
-            model, rows = _opened(sae, data)
+            model, rows = _opened(sae, data, target)
         measured = evaluation.evaluate(model, rows)
     if not first:
         return 0
@@ -92,6 +101,7 @@ def refine(
     sae: arguments.Autoencoder,
     data: arguments.Rows,
     out: arguments.AnyFile,
+    target: arguments.Rows | None = None,
     capacity: arguments.Count | None = None,
     tol: Annotated[float, arguments.Range(0, 1)] | None = None,
     max_steps: arguments.Count | None = None,
@@ -111,6 +121,7 @@ def refine(
             or on the hub (hf://organisation/repository/path).
         data: file or directory of activations (rows, width), on disk or in a bucket.
         out: the .npz file to write, on disk or in a bucket.
+        target: of a transcoder, the rows that it reconstructs, and that the refined codes fit.
         capacity: slots per row; by default what the densest row needs.
         tol: KKT residual at which a row has converged; 1e-5 by default.
         max_steps: maximum number of solver steps per row; by default the solver's own limit.
@@ -126,12 +137,13 @@ def refine(
     solver = None  # the default one, which a kernel may replace
     if tol is not None or max_steps is not None:
         solver = lambda k, d: solvers.within(solvers.default(k, d), tol=tol, max_steps=max_steps)  # noqa: E731
-    for what, path in {"the data": data, "the SAE": sae}.items():
+    given = {"the data": data, "the SAE": sae} | ({} if target is None else {"the target": target})
+    for what, path in given.items():
         if _is_same(out, path):
             raise InputError(f"{shown(out)}: is {what}; write the codes to another file.")
     with devices.spread(mesh, distributed=distributed) as first:
         with processes.all_or_none():
-            model, rows = _opened(sae, data)
+            model, rows = _opened(sae, data, target)
             if capacity is not None and (model.activation.slots or capacity) != capacity:
                 slots = f"k={model.activation.slots}" if model.activation.slots else ""
                 name = type(model.activation).__name__

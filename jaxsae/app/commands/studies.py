@@ -7,15 +7,19 @@ from jaxsae._core import arguments
 from jaxsae._core.files import InputError
 from jaxsae.app import console
 from jaxsae.app.commands import devices
+from jaxsae.app.commands.texts import TRANSCODED
 
 
 def study(
     *,
     out: arguments.OutputDirectory = Path("jaxsae-study"),
     data: arguments.Rows | None = None,
+    target: arguments.Rows | None = None,
     model: arguments.Model | None = None,
     layer: arguments.Index = 8,
     site: Annotated[str, arguments.SITE] = "resid_post",
+    transcode: bool = False,
+    skip: bool = False,
     text: arguments.InputFiles = (),
     synthetic: bool = False,
     noise: arguments.Weight = 0.0,
@@ -50,9 +54,13 @@ def study(
         out: directory for the results.
         data: file or directory of activations (rows, width), on disk or in a bucket; by default patches of two
             photographs.
+        target: what transcoders reconstruct from --data, row by row.
         model: instead of --data, a language model: smollm2, a GGUF file or a Hugging Face directory.
         layer: block of the model, from 0.
         site: resid_pre, hook_z, attn_out, resid_mid, mlp_in, mlp_out or resid_post of that block.
+        transcode: with --model, train transcoders, from mlp_in to mlp_out of the block; its next-token loss is then
+            that with a transcoder in place of the MLP.
+        skip: add a skip connection to transcoders.
         text: UTF-8 files for the model to read; by default Python's standard library.
         synthetic: instead of --data, rows made of known features, with which codes are compared.
         noise: root mean square norm of the noise in them, relative to the features' part.
@@ -82,13 +90,19 @@ def study(
         raise InputError("got --sae without --data or --model; pass the activations that they are for.")
     if mesh is not None and not sae:
         raise InputError("got --mesh without --sae; a study trains on one device.")
-    source = (
-        job.HookPoint(model, layer, text or None, site) if model else job.Features(noise=noise) if synthetic else data
-    )
+    if transcode and (model is None or site != "resid_post"):
+        raise InputError("got --transcode without --model, or with --site; it is from mlp_in to mlp_out of a model.")
+    if target is not None and data is None:
+        raise InputError("got --target without --data; pass the rows that it is reconstructed from.")
     full, small = (job.FULL_MODEL, job.QUICK_MODEL) if model else (job.FULL, job.QUICK)
+    source = job.Features(noise=noise) if synthetic else data if target is None else job.Paired(data or "", target)
+    if model:
+        source = job.HookPoint(model, layer, text or None, *(TRANSCODED if transcode else (site,)))
     if synthetic:
         full, small = job.FULL_SYNTHETIC, job.QUICK_SYNTHETIC
-    plan = (small if quick else full)._replace(seeds=seeds, halvings=halvings)
+    plan = (small if quick else full)._replace(seeds=seeds, halvings=halvings, skip=skip)
+    if job.transcodes(source):
+        plan = plan._replace(families=tuple(f for f in plan.families if f != "matchingpursuit"))
     given = {"families": families, "l0": l0, "grid": grid, "latents": latents, "steps": steps}
     plan = plan._replace(**{name: value for name, value in given.items() if value})
     with devices.spread(mesh, distributed=False), console.progress(job.total_steps(plan, source, sae)) as update:

@@ -1,6 +1,7 @@
 """The commands that go from text to activations: fetch and harvest."""
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -120,24 +121,38 @@ def _read(model: str, text: tuple[Path, ...], context: int, bos: bool, **how: An
     return language_model.load(model), packed
 
 
+TRANSCODED = ("mlp_in", "mlp_out")  # the input and the target of --transcode
+
+
 def live(
     model: str,
     layer: int | None,
-    site: str,
+    site: Sequence[str],
     text: tuple[Path, ...],
     context: int,
     bos: bool,
     window: int | None,
     **how: Any,
-):
-    """Activations of a model on text, computed on demand, by a name for both; and where they come from."""
+) -> dict[str, Any]:
+    """The data of a run: activations of a model on text, computed on demand, by a name; of two sites, data and target.
+
+    And where they come from.
+    """
     from jaxsae.data.origin import Origin
     from jaxsae.language_model import harvest as job, sites
 
-    [point] = sites.points([] if layer is None else [layer], [site])
-    job.check(model, points=[point], context=context)
+    points = sites.points([] if layer is None else [layer], site)
+    job.check(model, points=points, context=context)
     net, packed = _read(model, text, context, bos, **how)
-    name = f"{model}, layer {point.layer}, {point.site}, text {job.checksum(packed.contexts)}"
+    names = [f"{model}, layer {n}, {place}, text {job.checksum(packed.contexts)}" for n, place in points]
     shuffled = {} if window is None else {"window": window}
-    rows = job.live(net, packed.contexts, layer=point.layer, site=point.site, **shuffled)
-    return {name: rows}, Origin(model, point.layer, point.site, context, ", ".join(map(str, text)) or None)
+    rows = job.live(net, packed.contexts, points=points, **shuffled)
+    origin = Origin(model, *points[0], context, ", ".join(map(str, text)) or None)
+    data, *target = ({name: each} for name, each in zip(names, rows, strict=True))
+    found = {"data": data, "origin": origin}
+    if not target:
+        return found
+    return found | {
+        "target": target[0],
+        "origin": origin._replace(target_layer=points[1].layer, target_site=points[1].site),
+    }

@@ -11,7 +11,7 @@ from jaxsae._core import arguments
 from jaxsae._core.files import InputError, shown
 from jaxsae.app import console
 from jaxsae.app.commands import devices
-from jaxsae.app.commands.texts import live
+from jaxsae.app.commands.texts import TRANSCODED, live
 
 
 def train(
@@ -20,9 +20,12 @@ def train(
     latents: arguments.Count,
     out: arguments.AnyDirectory,
     data: tuple[arguments.Rows, ...] = (),
+    target: tuple[arguments.Rows, ...] = (),
     model: arguments.Model | None = None,
     layer: arguments.Index | None = None,
     site: arguments.Site = "resid_post",
+    transcode: bool = False,
+    skip: bool = False,
     from_: arguments.Autoencoder | None = None,
     text: arguments.InputFiles = (),
     column: arguments.Name = "text",
@@ -67,6 +70,9 @@ def train(
     shuffled in windows of 65,536 rows unless --window is given, those in a bucket in windows of 256 MiB. --data takes
     addresses in buckets, gs://BUCKET/NAME and s3://BUCKET/NAME, --out those of gs://.
 
+    With --target, or with --transcode and a model, it trains a transcoder, which reconstructs the rows of a target
+    from those of the data: --transcode does so from mlp_in to mlp_out of a block, in place of its MLP.
+
     Example: jaxsae train --data x.npy --activation topk --k 32 --latents 4096 --out run
 
     Args:
@@ -75,10 +81,13 @@ def train(
         latents: number of latents.
         out: directory for the results, on disk or in a bucket.
         data: files or directories of activations (rows, width), on disk or in a bucket.
+        target: what a transcoder reconstructs, a file or directory for each of --data, row by row.
         model: instead of --data, a language model: smollm2, a GGUF file or a Hugging Face directory.
         layer: block of the model, from 0.
         site: resid_pre, hook_z, attn_out, resid_mid, mlp_in, mlp_out or resid_post of that block; or a hook that names
             its own, such as blocks.8.hook_mlp_out.
+        transcode: with --model, reconstruct mlp_out of the block from its mlp_in.
+        skip: add a skip connection to a transcoder.
         from_: an SAE to start from, of the same width, latents and activation: a run, one save of a run, or any format,
             on disk, in a bucket or on the hub (hf://organisation/repository/path).
         text: files for the model to read, as for jaxsae harvest; by default Python's standard library, four million
@@ -120,19 +129,20 @@ def train(
     from jaxsae.app import logs
     from jaxsae.app.options import Options, validate
 
-    options = Options(
-        activation, latents, k, l1, not no_auxk, multi_topk, batch, steps, learning_rate, idle_after, heldout, seed
-    )
-    validate(options)
+    sizes = (batch, steps, learning_rate, idle_after, heldout, seed, skip)
+    options = Options(activation, latents, k, l1, not no_auxk, multi_topk, *sizes)
+    validate(options, transcoder=bool(target) or transcode)
     _require_source(given)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax's errors are reported below
     how: dict[str, Any] = {name: given[name] for name in _PASSED_ON} | {"weights": weights or None, "start": from_}
+    how["target"] = target or None
     how["profile"] = None if profile is None else tuple(map(int, profile.split(":")))
     with devices.spread(mesh, distributed=distributed) as first:
         log = _recorded(given, options, logs.logs(out, options, wandb=wandb)) if first else None
         if model is not None:
             texts = {"tokens": tokens, "column": column, "encoding": encoding, "weights": how.pop("weights")}
-            how["data"], how["origin"] = live(model, layer, site, text, context, add_bos, window, **texts)
+            sites = TRANSCODED if transcode else (site,)
+            how |= live(model, layer, sites, text, context, add_bos, window, **texts)
         return _run(out, options, log, how, json)
 
 
@@ -149,7 +159,12 @@ def _require_source(given: dict[str, Any]) -> None:
         )
     if bool(given["data"]) == (model is not None) or (model is None and given["layer"] is not None):
         raise InputError("pass --data, or --model and --layer.")
+    if model is not None and given["target"]:
+        raise InputError("got --target with --model; pass --transcode, which computes both.")
+    if given["transcode"] and given["site"] != "resid_post":
+        raise InputError("got --transcode and --site; leave out --site: a transcoder maps mlp_in to mlp_out.")
     usual = {"text": (), "tokens": None, "site": "resid_post", "add_bos": False, "column": "text", "encoding": "utf-8"}
+    usual["transcode"] = False
     names = [name for name, value in usual.items() if given[name] != value]
     if model is None and names:
         option = names[0].replace("_", "-")
