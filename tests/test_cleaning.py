@@ -9,7 +9,7 @@ from problems import cli, refused
 
 import jaxsae
 from jaxsae import data
-from jaxsae.app import evaluation
+from jaxsae.app import evaluation, units
 from jaxsae.data import cleaning, shards
 
 RNG = np.random.default_rng(0)
