@@ -1,4 +1,4 @@
-"""Transcoders end to end: rows side by side, two scales, training, evaluation, refits, a study, and where they belong."""
+"""Transcoders end to end: rows side by side, two scales, training, evaluation, refits, a study."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.numpy
 from problems import activations, cli, every_activation, f64, refused, scipy_nnls
 
 import jaxsae
@@ -39,9 +38,9 @@ def transcoder(activation=None, *, skip=True, m=M) -> jaxsae.SAE:
 
 
 def pairs(n=640, seed=0) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs, and what a transcoder of three latents a row makes of them, each in units and about a centre of its own."""
+    """Inputs, and what a transcoder of three latents a row makes of them, each in units of its own."""
     x = np.random.default_rng(seed).normal(size=(n, D)).astype(np.float32)
-    y = np.asarray(jaxsae.reconstruct(transcoder(), x))
+    y = np.asarray(jaxsae.reconstruct(transcoder(), jnp.asarray(x)))
     return 3 * x + 1, 100 * y + 7
 
 
@@ -157,17 +156,21 @@ def test_a_run_makes_a_transcoder_of_the_raw_rows(trained):
     folder, report = trained
     model, (x, y) = pretrained.load(folder / "run"), (part[-128:] for part in pairs(4000))
     assert model.transcoder and model.W_skip is not None and model.W_dec.shape == (32, D_OUT)
-    error = np.sum((f64(y) - f64(jaxsae.reconstruct(model, x))) ** 2) / np.sum((f64(y) - f64(y).mean(0)) ** 2)
+    error = np.sum((f64(y) - f64(jaxsae.reconstruct(model, jnp.asarray(x)))) ** 2) / np.sum(
+        (f64(y) - f64(y).mean(0)) ** 2
+    )
     np.testing.assert_allclose(report["heldout"]["nmse"], error, rtol=1e-4)
-    assert error < 0.1, "what is made by such a transcoder can be learnt by one"
+    (x0, y0), ones = pairs(4000), np.ones((4000, 1))
+    linear = np.linalg.lstsq(np.concatenate([f64(x0), ones], 1), f64(y0))[1].sum() / np.sum((y0 - y0.mean(0)) ** 2)
+    assert error < linear / 2, "its latents do what no skip connection alone can"
     assert report["data"]["width"] == D + D_OUT
     np.testing.assert_allclose(np.linalg.norm(model.W_dec, axis=1), 1, rtol=1e-5)
-    assert report["heldout"]["l0"] == 3.0
+    assert 2.5 < report["heldout"]["l0"] <= 3, "TopK keeps no negative value"
 
 
 def test_one_save_of_it_is_loaded_in_the_units_of_the_data(trained):
     folder, _ = trained
-    x, _ = pairs(20)
+    x = jnp.asarray(pairs(20)[0])
     np.testing.assert_allclose(
         jaxsae.reconstruct(runs.load(folder / "run/checkpoints/150"), x),
         jaxsae.reconstruct(pretrained.load(folder / "run"), x),
@@ -230,8 +233,11 @@ def test_refined_codes_fit_the_target(trained, tmp_path):
     codes = np.load(tmp_path / "codes.npz")
     fit = f64(y) - f64(x) @ f64(model.W_skip) - f64(model.b_dec)
     for row in set(range(60)) - {7}:
-        best = scipy_nnls(f64(model.W_dec)[codes["indices"][row]].T, fit[row])
-        np.testing.assert_allclose(codes["values"][row], best, rtol=2e-3, atol=2e-3 * np.abs(fit[row]).max())
+        active = codes["indices"][row] < model.m
+        if not active.any():  # scipy aborts
+            continue
+        best = scipy_nnls(f64(model.W_dec)[codes["indices"][row][active]].T, fit[row])
+        np.testing.assert_allclose(codes["values"][row][active], best, rtol=2e-3, atol=2e-3 * np.abs(fit[row]).max())
     assert (summary.nonfinite, codes["status"][7]) == (1, 2)
     assert summary.shrinkage.nmse_after <= summary.shrinkage.nmse_before
     assert abs(float(summary.shrinkage.gamma_after) - 1) < 1e-3
@@ -257,7 +263,7 @@ def test_the_commands(trained, tmp_path, capsys):
     assert cli("train", *given, "--activation", "topk", *size, "--skip", "--json", "--out", tmp_path / "run") == 0
     assert json.loads(capsys.readouterr().out)["heldout"] == report["heldout"]
     assert cli("eval", "--sae", tmp_path / "run", *given, "--json") == 0
-    assert json.loads(capsys.readouterr().out)["nmse"] < 0.1
+    np.testing.assert_allclose(json.loads(capsys.readouterr().out)["nmse"], report["heldout"]["nmse"], rtol=0.2)
     assert cli("refine", "--sae", tmp_path / "run", *given, "--out", tmp_path / "codes.npz", "--strict") == 0
     assert np.load(tmp_path / "codes.npz")["values"].shape == (4000, 3)
 
@@ -268,7 +274,10 @@ def test_the_commands(trained, tmp_path, capsys):
         (("eval", "--sae", "RUN", "--data", "X"), "RUN: is a transcoder; pass --target"),
         (("refine", "--sae", "RUN", "--data", "X", "--target", "SHORT", "--out", "Z.npz"), "SHORT: has 639 rows"),
         (("refine", "--sae", "RUN", "--data", "X", "--target", "Y", "--out", "Y"), "Y: is the target; write the codes"),
-        (("eval", "--sae", "RUN", "--data", "Y", "--target", "X"), "got inputs and targets 11 wide together, but|got"),
+        (
+            ("eval", "--sae", "RUN", "--data", "Y", "--target", "X"),
+            "got inputs and targets 5 and 6 wide, but this transcoder maps 6 to 5",
+        ),
         (("train", "--data", "X", "--target", "SHORT", "TRAIN"), "SHORT: has 639 rows, and X 4,000"),
         (("train", "--data", "X", "X", "--target", "Y", "TRAIN"), "got 2 inputs, 6, 6 wide, and 1 targets"),
         (("train", "--data", "X", "--skip", "TRAIN"), "got skip without a target"),
@@ -337,7 +346,7 @@ def test_a_live_training_is_that_of_a_harvest_and_remembers_both_places(harveste
 
 
 def test_rows_of_another_place_or_text_are_refused(harvested, tmp_path, capsys):
-    folder, argv = harvested
+    folder, _ = harvested
     files = [folder / "rows" / f"layer_1_{site}" for site in ("mlp_in", "mlp_out")]
     belongs = origin.of_pairs(*files)
     pretrained.save(transcoder_of(24), tmp_path / "sae", origin=belongs)

@@ -107,7 +107,9 @@ def study_table(report: dict[str, Any]) -> str:
     ]
     if "ce_clean" in report:
         clean, mean, zero = (f"{report[f'ce_{name}']:.4f}" for name in ("clean", "mean", "zero"))
-        tables[2].caption = f"the model itself {clean}, with its residual replaced by the mean {mean}, by zeros {zero}"
+        tables[
+            2
+        ].caption = f"the model itself {clean}, with these activations replaced by the mean {mean}, by zeros {zero}"
     console = Console(width=None if sys.stdout.isatty() else 160)
     with console.capture() as captured:
         for table in tables:

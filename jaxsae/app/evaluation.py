@@ -84,5 +84,5 @@ def _measure(sae: SAE, x, target, capacity: int, keep: tuple[int, ...]):
     code = dataclasses.replace(code, values=jnp.where(finite, code.values, jnp.nan))  # a threshold passes over NaN
     whole = metrics.reconstruction(target, reconstruct(sae, x, code))
     progressive = metrics.progressive(sae, x, code, keep, target=target)
-    norms = jnp.linalg.norm(target.astype(jnp.float32), axis=1)
+    norms = jnp.where(finite[:, 0], jnp.linalg.norm(target.astype(jnp.float32), axis=1), jnp.nan)
     return sharding.replicate((whole, metrics.activity(code), progressive, norms))

@@ -43,7 +43,7 @@ from jaxsae.train import checkpoint, job
 from jaxsae.train.objectives import AuxK, MultiTopK, Objective
 
 Progress = Callable[[str, int], None]
-_READING = ("target", "weights", "window", "reader_threads", "skip_tokens", "max_norm")  # options of the data
+_READING = ("weights", "window", "reader_threads", "skip_tokens", "max_norm")  # options of the data
 
 
 def run(
@@ -120,8 +120,9 @@ def run(
     given = dict(locals())
     every: Any = {name: given[name] for name in ("save_every", "save_every_steps", "eval_every")}
     reading: Any = {name: given[name] for name in _READING}
-    out = _checked(options, {"out": out, "profile": profile} | reading | every, resume=resume)
-    rows = run_data.prepare(data, options, start, **reading)
+    checked = {"out": out, "profile": profile} | reading | every
+    out = _checked(options, checked, resume=resume, transcoder=target is not None)
+    rows = run_data.prepare(data, options, start, target=target, **reading)
     processes.require_same({"start": None} | rows.config)
     passed = passes(options, rows.total, warn)
     units = measured(run_data.sample(rows.read(), rows.total), rows.name, rows.inputs, warn)
@@ -153,9 +154,9 @@ def run(
     return report
 
 
-def _checked(options: Options, given: dict[str, Any], *, resume: bool) -> AnyPath:
+def _checked(options: Options, given: dict[str, Any], *, resume: bool, transcoder: bool) -> AnyPath:
     """The directory of a run; refuse what can be refused before it is made."""
-    validate(options, transcoder=given["target"] is not None)
+    validate(options, transcoder=transcoder)
     arguments.check(run, given)
     monitor.require_traceable(given["profile"], options.steps)
     if options.latents % (parts := sharding.axis_size("latent")):

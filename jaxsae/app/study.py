@@ -166,7 +166,7 @@ def run(
         rows = ready or load()
         for name, (sae, belongs) in published.items():
             try:
-                stream.require_width(sae, rows.heldout)
+                stream.require_width(sae, rows.heldout, rows.inputs)
             except InputError as error:
                 raise InputError(f"{name}: {error}") from error
             require_same(belongs, rows.origin)

@@ -171,12 +171,13 @@ def _require_fit(sae: SAE, rows: Rows | Array) -> None:
     require_width(sae, rows)
 
 
-def require_width(sae: SAE, rows: Rows | Array) -> None:
+def require_width(sae: SAE, rows: Rows | Array, inputs: int | None = None) -> None:
     """Raise unless rows are of the width that an SAE takes; a transcoder's hold its targets too.
 
     Args:
       sae: the autoencoder.
       rows: as for `chunks`.
+      inputs: how many of their columns are inputs, if that is known; the others are targets.
 
     Raises:
       InputError: with both widths.
@@ -188,13 +189,14 @@ def require_width(sae: SAE, rows: Rows | Array) -> None:
       jaxsae.InputError: got rows of width 5, but this SAE has d = 4; pass the data it was made for.
     """
     got, d, d_out = rows.shape[1], sae.d, row_width(sae) - sae.d
-    if got == d + d_out:
+    if got == d + d_out and inputs in (None, d):
         return
     if not d_out:
         raise InputError(f"got rows of width {got}, but this SAE has d = {d}; pass the data it was made for.")
     if got == d:
         raise InputError(f"got a transcoder and no target, {d_out} wide; pass --target, the rows that it reconstructs.")
-    what = f"got inputs and targets {got} wide together, but this transcoder maps {d} to {d_out}"
+    parts = f"{got} wide together" if inputs is None else f"{inputs} and {got - inputs} wide"
+    what = f"got inputs and targets {parts}, but this transcoder maps {d} to {d_out}"
     raise InputError(f"{what}; pass the data it was made for.")
 
 

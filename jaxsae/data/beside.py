@@ -4,6 +4,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -20,12 +21,14 @@ class _Beside(LazyRows):
         known = [part.checksum for part in lazy if part.checksum is not None]
         windows = [part.shuffled for part in lazy if part.shuffled is not None]
         n = len(parts[0])
+        with jax.numpy_dtype_promotion("standard"):
+            dtype = functools.reduce(jnp.promote_types, (part.dtype for part in parts))
         super().__init__(
             load=parts[0].__getitem__,  # never called: `_take` reads all parts
             edges=np.array([0, n]),
             window=range(n),
             width=sum(part.shape[1] for part in parts),
-            dtype=functools.reduce(jnp.promote_types, (part.dtype for part in parts)),
+            dtype=dtype,
             checksum=" ".join(known) if len(known) == len(parts) else None,
             shuffled=Windows(*map(min, zip(*windows, strict=True))) if windows else None,
             together=any(part.together for part in lazy),

@@ -144,7 +144,7 @@ def _first(code, latents: int):
 @functools.partial(jax.jit, static_argnames="k_aux")
 @jax.named_scope("auxk")
 def auxk(
-    sae: SAE, x: Float[Array, "b d"], residual: Float[Array, "b d"], idle: Bool[Array, " m"], *, k_aux: int
+    sae: SAE, x: Float[Array, "b d"], residual: Float[Array, "b d_out"], idle: Bool[Array, " m"], *, k_aux: int
 ) -> Float[Array, ""]:
     """AuxK: reconstruct the residual with the `k_aux` most active idle latents, which gives them a gradient.
 
@@ -157,7 +157,7 @@ def auxk(
     Args:
       sae: the autoencoder.
       x: activations `[b d]`.
-      residual: `e = x − x̂`, `[b d]`.
+      residual: `e = x − x̂`, or of a transcoder `target − x̂`, `[b d_out]`.
       idle: which latents have not fired for long, `[m]`; Gao et al. call them dead.
       k_aux: number of idle latents to use per row; static.
 

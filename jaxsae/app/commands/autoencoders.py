@@ -29,6 +29,7 @@ def _load(path: str, *, dtype: str | None = None, revision: str | None = None) -
 
 def _opened(sae: str, data: Path, target: Path | None) -> tuple[Any, Any]:
     """An SAE and rows, with a transcoder's targets beside them, which must be of its site if both say theirs."""
+    from jaxsae.autoencoder import stream
     from jaxsae.data import beside, open_rows, origin
 
     (model, belongs), rows = _load(sae), open_rows(data)
@@ -40,7 +41,9 @@ def _opened(sae: str, data: Path, target: Path | None) -> tuple[Any, Any]:
         origin.require_same(belongs, origin.of_rows(data))
         return model, rows
     origin.require_same(belongs, origin.of_pairs(data, target))
-    return model, beside([rows, open_rows(target)], [shown(data), shown(target)])
+    pairs = beside([rows, open_rows(target)], [shown(data), shown(target)])
+    stream.require_width(model, pairs, rows.shape[1])
+    return model, pairs
 
 
 def _is_same(a: Path, b: str | Path) -> bool:
