@@ -39,6 +39,7 @@ class Options(NamedTuple):
       auxk: whether idle latents learn, by `objectives.AuxK`.
       multi_topk: whether `objectives.MultiTopK` is added; for topk.
       batch: rows.
+      accumulate: in how many parts a batch is computed, whose gradients are added up; they divide it.
       steps: of training.
       learning_rate: if None, `train.learning_rate(latents, steps)` times the family's factor in `FAMILIES`.
       idle_after: rows without firing after which a latent is idle, for `auxk`; a fiftieth of the rows seen if None.
@@ -57,6 +58,7 @@ class Options(NamedTuple):
     auxk: bool = True
     multi_topk: bool = False
     batch: arguments.Count = 1024
+    accumulate: arguments.Count = 1
     steps: arguments.Count = 2000
     learning_rate: arguments.Positive | None = None
     idle_after: arguments.Count | None = None
@@ -180,7 +182,17 @@ def validate(options: Options) -> _Family:
         raise InputError(f"got k {o.k} for {o.latents} latents; groupmax needs a k that divides them.")
     if o.multi_topk and o.activation != "topk":
         raise InputError(f"got multi-topk for {o.activation}; it is for topk.")
+    _require_parts(o, 1)
     return family
+
+
+def _require_parts(options: Options, ways: int) -> None:
+    """Raise unless each part of a batch can be split over the devices that rows are split over."""
+    accumulate = options.accumulate
+    if accumulate > 1 and options.batch % (accumulate * ways):
+        mesh = f" on a mesh that splits rows {ways} ways" if ways > 1 else ""
+        what = f"got accumulate {accumulate} for a batch of {options.batch}{mesh}"
+        raise InputError(f"{what}; pass a batch that is a multiple of {accumulate * ways}.")
 
 
 @functools.cache

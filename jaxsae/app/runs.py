@@ -32,7 +32,7 @@ from jaxsae._core.files import (
 )
 from jaxsae.app import evaluation, monitor, run_data
 from jaxsae.app.logs import Log
-from jaxsae.app.options import Options, _warmup, passes, resolved, schedule, validate
+from jaxsae.app.options import Options, _require_parts, _warmup, passes, resolved, schedule, validate
 from jaxsae.app.start import prepared
 from jaxsae.autoencoder import calibration, metrics, stream
 from jaxsae.autoencoder.sae import SAE, init
@@ -123,7 +123,7 @@ def run(
     centre, scale = run_data.centre_and_scale(run_data.sample(rows.read(), rows.total), rows.name, warn)
     objective, tx, init_fn = recipe(options, centre, scale)
     start_fn = _start_from(start, options, rows.heldout.shape[1], scale)
-    made = (train.make_step(objective, tx), init_fn)
+    made = (train.make_step(objective, tx, accumulate=options.accumulate), init_fn)
     saved: Any = {"config": rows.config, "extra": {"scale": scale}, "grows": {"steps"}, "warn": warn}
     hooks: Any = {"progress": progress, "resumed": resumed, "warn": warn}
     with checkpoint.Checkpoints(out / "checkpoints", **saved) as checkpoints:
@@ -156,6 +156,7 @@ def _checked(options: Options, given: dict[str, Any], *, resume: bool) -> AnyPat
     monitor.require_traceable(given["profile"], options.steps)
     if options.latents % (parts := sharding.axis_size("latent")):
         raise InputError(f"got {options.latents} latents for a mesh that splits them {parts} ways; pass a multiple.")
+    _require_parts(options, sharding.axis_size("data"))
     out = any_path(given["out"])
     if resume and isinstance(out, Path) and not (out / "checkpoints").is_dir():
         raise InputError(f"{out}: holds no run to resume; leave out --resume to begin one.")
