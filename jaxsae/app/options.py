@@ -40,6 +40,7 @@ class Options(NamedTuple):
       multi_topk: whether `objectives.MultiTopK` is added; for topk.
       batch: rows.
       accumulate: in how many parts a batch is computed, whose gradients are added up; they divide it.
+      moments: dtype of the optimiser's moments.
       steps: of training.
       learning_rate: if None, `train.learning_rate(latents, steps)` times the family's factor in `FAMILIES`.
       idle_after: rows without firing after which a latent is idle, for `auxk`; a fiftieth of the rows seen if None.
@@ -59,6 +60,7 @@ class Options(NamedTuple):
     multi_topk: bool = False
     batch: arguments.Count = 1024
     accumulate: arguments.Count = 1
+    moments: Annotated[str, arguments.MOMENTS] = "float32"
     steps: arguments.Count = 2000
     learning_rate: arguments.Positive | None = None
     idle_after: arguments.Count | None = None

@@ -318,7 +318,7 @@ def recipe(
     activation = family.activation(o)
     if o.auxk and not activation.encoder_free:  # without an encoder, idle latents have no pre-activations
         terms += (AuxK(min(2 ** max(0, round(np.log2(d / 2))), o.latents)),)
-    tx = family.transform(_optimiser(o.learning_rate, o.steps))
+    tx = family.transform(_optimiser(o.learning_rate, o.steps, o.moments))
 
     def init_fn() -> train.TrainState:
         sae = init(jax.random.key(o.seed), d=d, m=o.latents, activation=activation, b_dec=scale * centre)
@@ -362,17 +362,18 @@ def describe_nonfinite(report: dict[str, Any]) -> str:
     return f"NaN or Inf: {' and '.join(parts)}."
 
 
-def optimiser(rate: float | jax.Array, steps: int) -> optax.GradientTransformation:
+def optimiser(rate: float | jax.Array, steps: int, moments: str = "float32") -> optax.GradientTransformation:
     """`train.default_optimizer` at a rate that warms up over the first twentieth and decays to 0 over the last fifth.
 
     Args:
       rate: the largest learning rate.
       steps: of the training.
+      moments: as of `train.default_optimizer`.
 
     Example:
       >>> tx = optimiser(3e-3, steps=500)
     """
-    return train.default_optimizer(schedule(rate, steps), clip=1.0)
+    return train.default_optimizer(schedule(rate, steps), clip=1.0, moments=moments)
 
 
 _optimiser = functools.cache(optimiser)  # training steps that share an optimizer share their compilation

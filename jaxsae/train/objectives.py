@@ -8,10 +8,6 @@
 
 A term is any callable pytree `term(p: ForwardPass) -> scalar`. Its numbers are leaves, so that a weight can change or
 be swept without a retrace; a schedule is an optax schedule, from the step to a factor.
-
-A batch may be computed in parts (`make_step(..., accumulate=8)`) if each term says how they add up: by `is_mean = True`
-in its class if it is a mean over rows, or else, if it is a function of such a mean, by two methods, as in `L0`:
-`rows(p) -> [b]`, and `of_mean(mean, step) -> scalar`.
 """
 
 import dataclasses
@@ -96,6 +92,10 @@ def _shown(x: Any) -> str:
 @pytrees.dataclass
 class Objective:
     """The reconstruction error `mean_b ‖target − x̂‖²`, plus terms.
+
+    To be computed in parts of a batch, `make_step(..., accumulate=8)`, each term must say how these add up: by
+    `is_mean = True` in its class if it is a mean over rows; if it is a function of such a mean, by two methods,
+    `rows(p) -> [b]` and `of_mean(mean, step)`, as `L0` has.
 
     Attributes:
       terms: the terms to add.

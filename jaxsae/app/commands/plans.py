@@ -16,6 +16,7 @@ def plan(
     k: arguments.Count,
     batch: arguments.Count,
     accumulate: arguments.Count = 1,
+    moments: Annotated[str, arguments.MOMENTS] = "float32",
     topology: Annotated[str, arguments.Text(r"\w+:\d+(x\d+)*", "a kind of chip and a shape, like v5e:4x4")],
     d: Annotated[int, arguments.Range(1, 2**20)] | None = None,
     model: arguments.Model | None = None,
@@ -42,6 +43,7 @@ def plan(
         batch: rows per step, over all chips.
         accumulate: as for jaxsae train. Of a training step in parts only the memory is given, since XLA counts the work
             of a loop once; and of a part what encoding takes.
+        moments: as for jaxsae train.
         topology: kind (v4, v5e, v5p or v6e) and shape of the slice, for example v5e:4x4.
         d: width of the activations.
         model: a language model, of which only the configuration is read: a Hugging Face directory with its config.json,
@@ -65,7 +67,7 @@ def plan(
 
     points = [] if model is None else sites.points([] if layer is None else [layer], [site])
     width = d or sites.width(files.read_config(str(model)), points[0].site)
-    options = Options(activation, latents, k, batch=batch, accumulate=accumulate)
+    options = Options(activation, latents, k, batch=batch, accumulate=accumulate, moments=moments)
     slice_, chip = _slice(topology, mesh)
     chips = slice_.size
     price = chip.price if price is None else price

@@ -38,6 +38,7 @@ def train(
     l1: arguments.Weight | None = None,
     batch: arguments.Count = 1024,
     accumulate: arguments.Count = 1,
+    moments: Annotated[str, arguments.MOMENTS] = "float32",
     steps: arguments.Count = 2000,
     learning_rate: arguments.Positive | None = None,
     no_auxk: bool = False,
@@ -98,6 +99,7 @@ def train(
         l1: weight of the L1 penalty (relu, gated, alignedrelu).
         batch: rows per step.
         accumulate: compute a batch in so many parts, which takes less memory and gives the same to rounding.
+        moments: float32 or bfloat16, dtype of the optimiser's moments; bfloat16 takes half the memory.
         steps: number of steps; warns if they are more than ten passes over the data.
         learning_rate: by default from --activation, --latents and --steps, see jaxsae.train.learning_rate.
         no_auxk: train without AuxK, which revives idle latents.
