@@ -166,7 +166,7 @@ def main() -> None:
         _rates(args)
     elif args.command == "moments":
         options = {name: getattr(args, name) for name in ("families", "latents", "batch", "steps", "seeds")}
-        _report(args, rows=list(moments.run(**options)))
+        _grow(args, lambda there: moments.run(**options))
     elif args.command == "quality":
         _quality(args)
     elif args.command == "harvest":

@@ -45,19 +45,19 @@ def run(*, families: Sequence[str], latents: int, batch: int, steps: int, seeds:
     """A row for each family, seed and kind of moments."""
     data = sources.photographs(_TRAIN, _HELDOUT, 0)
     for family in families:
-        for seed in range(seeds):
-            options = Options(family, latents, **FAMILIES[family], batch=batch, steps=steps, seed=seed)
-            for kind, make in _KINDS.items():
-                say(f"{family}, seed {seed}: moments {kind}")
-                row = {"family": family, "seed": seed, "moments": kind, "latents": latents}
+        options = Options(family, latents, **FAMILIES[family], batch=batch, steps=steps)
+        rate = schedule(resolved(options).learning_rate or 0.0, steps)
+        for kind, make in _KINDS.items():
+            tx = train.unit_norm_decoder(optax.chain(optax.clip_by_global_norm(1.0), make(rate)))
+            for seed in range(seeds):
+                say(f"{family}, moments {kind}, seed {seed}")
+                row = {"family": family, "moments": kind, "seed": seed, "latents": latents}
                 row |= {"batch": batch, "steps": steps}
-                yield row | _train(options, make, data.train, data.heldout)
+                yield row | _train(options._replace(seed=seed), tx, data.train, data.heldout)
 
 
-def _train(options: Options, make, rows: np.ndarray, heldout: np.ndarray) -> dict[str, Any]:
+def _train(options: Options, tx, rows: np.ndarray, heldout: np.ndarray) -> dict[str, Any]:
     objective, _, init_fn = runs.recipe(options, jnp.zeros(rows.shape[1]), 1.0)
-    adam = make(schedule(resolved(options).learning_rate or 0.0, options.steps))
-    tx = train.unit_norm_decoder(optax.chain(optax.clip_by_global_norm(1.0), adam))
     step, state = train.make_step(objective, tx), train.init_state(init_fn().sae, tx)
     stream, curve = iter(data_module.batches(rows, options.batch, seed=options.seed)), []
     for _ in range(options.steps):
