@@ -37,7 +37,7 @@ _KINDS: dict[str, Callable[[Any], optax.GradientTransformation]] = {
     "float32": lambda rate: optax.adam(rate, **_ADAM),
     "the first in bfloat16": lambda rate: optax.adam(rate, mu_dtype=jnp.bfloat16, **_ADAM),
     "both in bfloat16, to nearest": lambda rate: _nearest(optax.adam(rate, **_ADAM)),
-    "both in bfloat16, stochastically": lambda rate: train.bfloat16_moments(optax.adam(rate, **_ADAM)),
+    "both in bfloat16, stochastically": lambda rate: train.bfloat16_adam(rate, **_ADAM),
 }
 
 

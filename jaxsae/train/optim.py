@@ -131,57 +131,63 @@ def _align(W_enc: Array, W_dec: Array) -> Array:
     return W_enc + (missing[:, None] * W_dec).T
 
 
-class NarrowState(NamedTuple):
-    """The inner state, its floating-point arrays in bfloat16, and the number of updates."""
-
-    inner: Any
-    count: Array
-
-
 @_remembered
-def bfloat16_moments(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Keep the moments of an optimiser in bfloat16: half the memory of its state, and of what is saved of it.
+def bfloat16_adam(
+    rate: optax.ScalarOrSchedule, *, b1: float = 0.9, b2: float = 0.999, eps: float = 6.25e-10
+) -> optax.GradientTransformation:
+    """Adam with both moments in bfloat16: half the memory of its state, and of what is saved of it.
 
-    They are updated in float32 and rounded stochastically, up with a probability equal to the distance from below in
-    units of the last place, so that they are right on average. Rounded to nearest, a second moment that decays by
-    0.999 a step would stand still, since half a unit of bfloat16 is up to 1/256 of a value. The random bits are hashed
-    from the number of updates and the place in the array: a training that resumes is bitwise identical.
+        m ← ⌊β₁ m + (1 − β₁) g⌉,   v ← ⌊β₂ v + (1 − β₂) g²⌉,   update = −rate · m̂ / (√v̂ + ε)
+
+    `⌊·⌉` rounds stochastically: up with a probability equal to the distance from below in units of the last place, so
+    that it is right on average. Rounded to nearest, `v` would stand still unless `g²` is several times as large, since
+    half a unit of bfloat16 is up to 1/256 of a value, and `1 − β₂` is less. The random bits are hashed from the number
+    of updates and the place in the array: a training that resumes is bitwise identical.
 
     Args:
-      tx: any transformation.
+      rate: learning rate, or an optax schedule.
+      b1: decay of the first moment, `β₁`.
+      b2: decay of the second moment, `β₂`.
+      eps: `ε`.
 
     Example:
-      >>> import jax, jax.numpy as jnp, optax, jaxsae
+      >>> import jax, jax.numpy as jnp, jaxsae
       >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.ReLU())
-      >>> tx = bfloat16_moments(optax.adam(1e-3))
-      >>> updates, state = tx.update(jax.tree.map(jnp.ones_like, sae), tx.init(sae), sae)
-      >>> {str(leaf.dtype) for leaf in jax.tree.leaves(state.inner)}
-      {'bfloat16', 'int32'}
+      >>> tx = bfloat16_adam(1e-3)
+      >>> _, state = tx.update(jax.tree.map(jnp.ones_like, sae), tx.init(sae), sae)
+      >>> state[0].nu.W_enc.dtype
+      dtype(bfloat16)
 
-    Source: Zamirai et al. (2020), "Revisiting bfloat16 training", for stochastic rounding of what grows slowly.
+    Source: Kingma & Ba (2015), "Adam"; Zamirai et al. (2020), "Revisiting bfloat16 training", for the rounding.
     """
 
-    def init(params: Any) -> NarrowState:
-        return NarrowState(_rounded(tx.init(params), jnp.uint32(0)), jnp.zeros((), jnp.uint32))
+    def init(params: Any) -> optax.ScaleByAdamState:
+        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.bfloat16), params)
+        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), zeros, jax.tree.map(jnp.copy, zeros))
 
-    def update(updates: Any, state: NarrowState, params: Any = None):
-        updates, inner = tx.update(updates, widen(state.inner), params)
-        return updates, NarrowState(_rounded(inner, state.count), state.count + 1)
+    def update(updates: Any, state: Any, params: Any = None):
+        del params
+        count = optax.safe_increment(state.count)
+        grads, old, seed = widen(updates), widen((state.mu, state.nu)), 2 * count.astype(jnp.uint32)
+        # Updates are computed from the rounded moments, so that new ones take the place of the old ones.
+        mu = _rounded(jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, old[0], grads), seed)
+        nu = _rounded(jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g**2, old[1], grads), seed + 1)
+        of_mean, of_square = (1 - jnp.float32(b) ** count.astype(jnp.float32) for b in (b1, b2))
+        direction = lambda m, v: (m / of_mean) / (jnp.sqrt(v / of_square) + eps)  # noqa: E731
+        return jax.tree.map(direction, widen(mu), widen(nu)), optax.ScaleByAdamState(count, mu, nu)
 
-    return _around(tx, init, update)
+    return optax.chain(optax.GradientTransformation(init, update), optax.scale_by_learning_rate(rate))
 
 
-def _rounded(tree: Any, count: Array) -> Any:
-    """Floating-point arrays of a tree in bfloat16, rounded stochastically."""
+def _rounded(tree: Any, seed: Array) -> Any:
+    """Arrays of a tree in bfloat16, rounded stochastically."""
     leaves, structure = jax.tree.flatten(tree)
 
     def narrow(number: int, x: Array) -> Array:
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            return x
         bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-        noise = _hash(x.shape, _mixed(count * jnp.uint32(0x9E3779B1) + jnp.uint32(number)))
+        noise = _hash(x.shape, _mixed(seed * jnp.uint32(0x9E3779B1) + jnp.uint32(number)))
         moved = jax.lax.bitcast_convert_type((bits + (noise >> 16)) & jnp.uint32(0xFFFF0000), jnp.float32)
-        return jnp.where(jnp.isnan(x), x, moved).astype(jnp.bfloat16)  # a carry could make a NaN finite
+        return jnp.where(jnp.isnan(x), jnp.float32(jnp.nan), moved).astype(jnp.bfloat16)  # a carry could make it finite
 
     return structure.unflatten([narrow(number, jnp.asarray(x)) for number, x in enumerate(leaves)])
 
@@ -232,7 +238,7 @@ def default_optimizer(
     Args:
       rate: learning rate, such as `learning_rate(m, steps)`, or an optax schedule.
       clip: maximum global norm of the gradient; no clipping by default.
-      moments: dtype of Adam's moments, `"float32"`, or `"bfloat16"` as by `bfloat16_moments`.
+      moments: dtype of Adam's moments, `"float32"`, or `"bfloat16"` as by `bfloat16_adam`.
 
     Raises:
       ValueError: for another dtype.
@@ -246,8 +252,8 @@ def default_optimizer(
     """
     if moments not in ("float32", "bfloat16"):
         raise ValueError(f"`default_optimizer` got moments {moments!r}; pass 'float32' or 'bfloat16'.")
-    adam = optax.adam(rate, b1=0.9, b2=0.999, eps=6.25e-10)
-    adam = adam if moments == "float32" else bfloat16_moments(adam)
+    adam = optax.adam if moments == "float32" else bfloat16_adam
+    adam = adam(rate, b1=0.9, b2=0.999, eps=6.25e-10)
     tx = adam if clip is None else optax.chain(optax.clip_by_global_norm(clip), adam)
     return unit_norm_decoder(_Sound(*tx))
 
