@@ -32,7 +32,7 @@ def _nearest(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: narrow(tx.init(params)), update)
 
 
-_ADAM = {"b1": 0.9, "b2": 0.999, "eps": 6.25e-10}
+_ADAM: dict[str, Any] = {"b1": 0.9, "b2": 0.999, "eps": 6.25e-10}
 _KINDS: dict[str, Callable[[Any], optax.GradientTransformation]] = {
     "float32": lambda rate: optax.adam(rate, **_ADAM),
     "the first in bfloat16": lambda rate: optax.adam(rate, mu_dtype=jnp.bfloat16, **_ADAM),
@@ -59,7 +59,7 @@ def run(*, families: Sequence[str], latents: int, batch: int, steps: int, seeds:
 def _train(options: Options, tx, rows: np.ndarray, heldout: np.ndarray) -> dict[str, Any]:
     objective, _, init_fn = runs.recipe(options, jnp.zeros(rows.shape[1]), 1.0)
     step, state = train.make_step(objective, tx), train.init_state(init_fn().sae, tx)
-    stream, curve = iter(data_module.batches(rows, options.batch, seed=options.seed)), []
+    stream, curve, shown = iter(data_module.batches(rows, options.batch, seed=options.seed)), [], {}
     for _ in range(options.steps):
         state, shown = step(state, next(stream))
         curve.append(shown["nmse"])

@@ -43,8 +43,8 @@ class _Sums(NamedTuple):
 
     def plus(self, other: "_Sums") -> "_Sums":
         """The sums of both."""
-        numbers = jax.tree.map(jnp.add, self[:3], other[:3])
-        return _Sums(*numbers, self.fit + other.fit, self.active | other.active)
+        grads, value, l0 = jax.tree.map(jnp.add, self[:3], other[:3])
+        return _Sums(grads, value, l0, self.fit + other.fit, self.active | other.active)
 
 
 def value_and_grad(loss: Any, state: Any, batch: Any, parts: int) -> tuple[tuple[Array, Aux], Any]:
@@ -127,16 +127,18 @@ def _split(parts: int, x: Array) -> Array:
 
     places = PartitionSpec(None, sharding.axis("data"))
     if mesh.explicit_axes:
-        return jax.sharding.auto_axes(split, out_sharding=places)(x)
+        place: Any = jax.sharding.auto_axes(split, out_sharding=places)
+        return place(x)
     return jax.lax.with_sharding_constraint(split(x), places)
 
 
 def _survey(sae: SAE, batches: Any) -> tuple[Any, Activation | None]:
     """What an activation that selects among a whole batch keeps of it, and that activation updated; or None."""
-    if not hasattr(sae.activation, "survey"):
+    activation: Any = sae.activation
+    if not hasattr(activation, "survey"):
         return None, None
     x = batches[0] if isinstance(batches, tuple | list) else batches
-    return sae.activation.survey(functools.partial(pre_activations, sae), x)
+    return activation.survey(functools.partial(pre_activations, sae), x)
 
 
 def _encoder(cut: Any):

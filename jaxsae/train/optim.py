@@ -167,7 +167,7 @@ def bfloat16_adam(
 
     def update(updates: Any, state: Any, params: Any = None):
         del params
-        count = optax.safe_increment(state.count)
+        count: Any = optax.safe_increment(state.count)
         grads, old, seed = widen(updates), widen((state.mu, state.nu)), 2 * count.astype(jnp.uint32)
         # Updates are computed from the rounded moments, so that new ones take the place of the old ones.
         mu = _rounded(jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, old[0], grads), seed)
@@ -252,9 +252,9 @@ def default_optimizer(
     """
     if moments not in ("float32", "bfloat16"):
         raise ValueError(f"`default_optimizer` got moments {moments!r}; pass 'float32' or 'bfloat16'.")
-    adam = optax.adam if moments == "float32" else bfloat16_adam
-    adam = adam(rate, b1=0.9, b2=0.999, eps=6.25e-10)
-    tx = adam if clip is None else optax.chain(optax.clip_by_global_norm(clip), adam)
+    kind: Any = optax.adam if moments == "float32" else bfloat16_adam
+    adam = kind(rate, b1=0.9, b2=0.999, eps=6.25e-10)
+    tx: Any = adam if clip is None else optax.chain(optax.clip_by_global_norm(clip), adam)
     return unit_norm_decoder(_Sound(*tx))
 
 
