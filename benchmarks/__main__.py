@@ -27,6 +27,7 @@ from benchmarks import (
     ksvd,
     lasso,
     load,
+    moments,
     nnls,
     pictures,
     plot,
@@ -71,6 +72,13 @@ def main() -> None:
     command.add_argument("--rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3, 8e-3])
     command.add_argument("--latents", type=int, default=512)
     command.add_argument("--batch", type=int, default=256)
+    command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
+    command = commands.add_parser("moments", help="Adam's moments in bfloat16: loss curves beside float32's")
+    command.add_argument("--families", nargs="+", default=list(moments.FAMILIES), choices=list(moments.FAMILIES))
+    command.add_argument("--steps", type=int, default=1000)
+    command.add_argument("--latents", type=int, default=512)
+    command.add_argument("--batch", type=int, default=256)
+    command.add_argument("--seeds", type=int, default=2)
     command.add_argument("--json", type=Path, metavar="OUT", help="write what was measured here")
     command = commands.add_parser(
         "quality", help="autoencoders of all trainers at one L0: error, dead latents, seconds"
@@ -156,6 +164,9 @@ def main() -> None:
         _report(args, size=args.size, rows=list(first_call.run(args.size)))
     elif args.command == "rates":
         _rates(args)
+    elif args.command == "moments":
+        options = {name: getattr(args, name) for name in ("families", "latents", "batch", "steps", "seeds")}
+        _grow(args, lambda there: moments.run(**options))
     elif args.command == "quality":
         _quality(args)
     elif args.command == "harvest":

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from benchmarks import accelerator, bucket, kernels, lasso, quality
+from benchmarks import accelerator, bucket, kernels, lasso, moments, quality
 from benchmarks.pursuit import half_point
 from jaxsae.app.study import MANY_DEAD
 
@@ -249,6 +249,7 @@ _TABLES = {
     "nnls": _nnls,
     "train": _train,
     "rates": _rates,
+    "moments": moments.markdown,
     "quality": quality.markdown,
     "harvest": _harvest,
     "load": _load,

@@ -21,6 +21,7 @@ from benchmarks import (
     cases,
     judge,
     kernels,
+    moments,
     peers,
     pursuit,
     quality,
@@ -305,6 +306,18 @@ def test_rates_are_compared_and_tabulated(tmp_path):
         line
         == f"| x | 32 | 4 | 20 | batchtopk | {rows[0]['nmse']:.4f} (25% dead) | **0.5000** | {rows[0]['default']:.2g} |"
     )
+
+
+def test_moments_are_compared_on_the_same_batches_and_tabulated(monkeypatch):
+    kind = "both in bfloat16, stochastically"
+    monkeypatch.setattr(moments, "_KINDS", {kind: moments._KINDS[kind], "again": moments._KINDS[kind]})
+    rows = list(moments.run(families=("relu",), latents=16, batch=32, steps=16, seeds=1))
+    assert rows[0] | {"moments": "again"} == rows[1]
+    assert rows[0]["nmse_by_eighth"][-1] < rows[0]["nmse_by_eighth"][0]
+    assert rows[0]["state_bytes"] == pytest.approx(2 * 2 * 2 * 16 * 192, rel=0.1)
+    *_, line = moments.markdown({"rows": [rows[0], rows[0] | {"seed": 1, "heldout_nmse": 0.0}]}, "a")[1].splitlines()
+    held = rows[0]["heldout_nmse"]
+    assert f"| {held / 2:.4f} | 0.0000 to {held:.4f} | {rows[0]['dead']:.1%} | 0.0 |" in line
 
 
 def trainer_of(calls, package="jaxsae"):

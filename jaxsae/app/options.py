@@ -39,6 +39,8 @@ class Options(NamedTuple):
       auxk: whether idle latents learn, by `objectives.AuxK`.
       multi_topk: whether `objectives.MultiTopK` is added; for topk.
       batch: rows.
+      accumulate: in how many parts a batch is computed, whose gradients are added up; they divide it.
+      moments: dtype of the optimiser's moments.
       steps: of training.
       learning_rate: if None, `train.learning_rate(latents, steps)` times the family's factor in `FAMILIES`.
       idle_after: rows without firing after which a latent is idle, for `auxk`; a fiftieth of the rows seen if None.
@@ -58,6 +60,8 @@ class Options(NamedTuple):
     auxk: bool = True
     multi_topk: bool = False
     batch: arguments.Count = 1024
+    accumulate: arguments.Count = 1
+    moments: Annotated[str, arguments.MOMENTS] = "float32"
     steps: arguments.Count = 2000
     learning_rate: arguments.Positive | None = None
     idle_after: arguments.Count | None = None
@@ -188,7 +192,17 @@ def validate(options: Options, *, transcoder: bool = False) -> _Family:
         raise InputError(f"{what}; pass another activation.")
     if o.skip and not transcoder:
         raise InputError("got skip without a target; an autoencoder could copy its input through it.")
+    _require_parts(o, 1)
     return family
+
+
+def _require_parts(options: Options, ways: int) -> None:
+    """Raise unless each part of a batch can be split over the devices that rows are split over."""
+    accumulate = options.accumulate
+    if accumulate > 1 and options.batch % (accumulate * ways):
+        mesh = f" on a mesh that splits rows {ways} ways" if ways > 1 else ""
+        what = f"got accumulate {accumulate} for a batch of {options.batch}{mesh}"
+        raise InputError(f"{what}; pass a batch that is a multiple of {accumulate * ways}.")
 
 
 @functools.cache

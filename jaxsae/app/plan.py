@@ -18,7 +18,7 @@ from jaxsae import sharding, train
 from jaxsae._core.files import InputError, first_line
 from jaxsae.app import evaluation, runs
 from jaxsae.app.chips import CHIPS, Chip
-from jaxsae.app.options import Options
+from jaxsae.app.options import Options, _require_parts
 from jaxsae.app.units import Units
 from jaxsae.autoencoder import stream
 from jaxsae.autoencoder.refinement import refine
@@ -126,10 +126,11 @@ def training_step(options: Options, d: int, mesh: Mesh) -> Program:
       {}
     """
     objective, tx, init_fn = runs.recipe(options, Units(jnp.zeros(d)))
-    step: Any = train.make_step(objective, tx)
+    step: Any = train.make_step(objective, tx, accumulate=options.accumulate)
     with jax.set_mesh(mesh):
+        _require_parts(options, sharding.axis_size("data"))
         state = _abstract(init_fn)
-        return _read(lambda: step.func.lower(*step.args, state, _batch(options.batch, d, mesh)))
+        return _read(lambda: step.func.lower(*step.args, state, _batch(options.batch, d, mesh), **step.keywords))
 
 
 def encode_step(options: Options, d: int, mesh: Mesh) -> Program:

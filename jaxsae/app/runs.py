@@ -32,7 +32,7 @@ from jaxsae._core.files import (
 )
 from jaxsae.app import evaluation, monitor, run_data
 from jaxsae.app.logs import Log
-from jaxsae.app.options import Options, _warmup, passes, resolved, schedule, validate
+from jaxsae.app.options import Options, _require_parts, _warmup, passes, resolved, schedule, validate
 from jaxsae.app.start import prepared
 from jaxsae.app.units import Units, measured
 from jaxsae.autoencoder import calibration, metrics, stream
@@ -128,7 +128,7 @@ def run(
     units = measured(run_data.sample(rows.read(), rows.total), rows.name, rows.inputs, warn)
     objective, tx, init_fn = recipe(options, units)
     start_fn = _start_from(start, options, units)
-    made = (train.make_step(objective, tx), init_fn)
+    made = (train.make_step(objective, tx, accumulate=options.accumulate), init_fn)
     saved: Any = {"config": rows.config, "extra": units.scales, "grows": {"steps"}, "warn": warn}
     hooks: Any = {"progress": progress, "resumed": resumed, "warn": warn}
     with checkpoint.Checkpoints(out / "checkpoints", **saved) as checkpoints:
@@ -161,6 +161,7 @@ def _checked(options: Options, given: dict[str, Any], *, resume: bool, transcode
     monitor.require_traceable(given["profile"], options.steps)
     if options.latents % (parts := sharding.axis_size("latent")):
         raise InputError(f"got {options.latents} latents for a mesh that splits them {parts} ways; pass a multiple.")
+    _require_parts(options, sharding.axis_size("data"))
     out = any_path(given["out"])
     if resume and isinstance(out, Path) and not (out / "checkpoints").is_dir():
         raise InputError(f"{out}: holds no run to resume; leave out --resume to begin one.")
@@ -324,7 +325,7 @@ def recipe(
     activation = family.activation(o)
     if o.auxk and not activation.encoder_free:  # without an encoder, idle latents have no pre-activations
         terms += (AuxK(min(2 ** max(0, round(np.log2(len(units.centre) / 2))), o.latents)),)
-    tx = family.transform(_optimiser(o.learning_rate, o.steps))
+    tx = family.transform(_optimiser(o.learning_rate, o.steps, o.moments))
 
     def init_fn() -> train.TrainState:
         b_dec = (units.scale if units.target_scale is None else units.target_scale) * units.centre
@@ -369,17 +370,18 @@ def describe_nonfinite(report: dict[str, Any]) -> str:
     return f"NaN or Inf: {' and '.join(parts)}."
 
 
-def optimiser(rate: float | jax.Array, steps: int) -> optax.GradientTransformation:
+def optimiser(rate: float | jax.Array, steps: int, moments: str = "float32") -> optax.GradientTransformation:
     """`train.default_optimizer` at a rate that warms up over the first twentieth and decays to 0 over the last fifth.
 
     Args:
       rate: the largest learning rate.
       steps: of the training.
+      moments: as of `train.default_optimizer`.
 
     Example:
       >>> tx = optimiser(3e-3, steps=500)
     """
-    return train.default_optimizer(schedule(rate, steps), clip=1.0)
+    return train.default_optimizer(schedule(rate, steps), clip=1.0, moments=moments)
 
 
 _optimiser = functools.cache(optimiser)  # training steps that share an optimizer share their compilation

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from jaxsae.train import checkpoint as checkpoint, job as job, losses as losses, objectives as objectives
     from jaxsae.train.optim import (
         aligned_encoder as aligned_encoder,
+        bfloat16_adam as bfloat16_adam,
         default_optimizer as default_optimizer,
         ema as ema,
         ema_params as ema_params,

@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsae import codes
 from jaxsae._core import pytrees
+from jaxsae._core.linalg import widen
 from jaxsae.autoencoder.activations import Activation, TopK
 from jaxsae.autoencoder.sae import SAE, encode, encode_dense, pre_activations, reconstruct, split_rows
 from jaxsae.codes import SparseCode
@@ -92,6 +93,10 @@ def _shown(x: Any) -> str:
 class Objective:
     """The reconstruction error `mean_b ‖target − x̂‖²`, plus terms.
 
+    To be computed in parts of a batch, `make_step(..., accumulate=8)`, each term must say how these add up: by
+    `is_mean = True` in its class if it is a mean over rows; if it is a function of such a mean, by two methods,
+    `rows(p) -> [b]` and `of_mean(mean, step)`, as `L0` has.
+
     Attributes:
       terms: the terms to add.
       idle_after: number of rows (tokens, in a language model) without firing after which a latent is idle, and trained
@@ -124,6 +129,13 @@ class Objective:
 
     def __call__(self, sae: SAE, batch: Any, state: Any) -> tuple[Float[Array, ""], Aux]:
         """The loss of a batch: rows `x [b d]`, a transcoder's `[b d + d_out]`, or a pair `(x, target)`."""
+        p, after = self._forward(sae, batch, state)
+        value = losses.mse(p.target, p.x_hat) + sum(term(p) for term in self.terms)
+        metrics = {"nmse": losses.nmse(p.target, p.x_hat), "l0": jnp.mean(_l0(p.code))}
+        return value, Aux(_active(p.code), metrics, after)
+
+    def _forward(self, sae: SAE, batch: Any, state: Any, encode_fn: Any = None) -> tuple[ForwardPass, Any]:
+        """The forward pass, and what `encode_fn(sae, x)` returned besides the code; by default as `_code`."""
         x, target = _rows(sae, batch)
         if sae.normalisation is not None and sae.normalisation.per_row and self.terms:
             raise ValueError(
@@ -133,13 +145,9 @@ class Objective:
         if self.keep is not None:
             topk: TopK = _require(isinstance(sae.activation, TopK), sae, "keep", "TopK")
             sae = dataclasses.replace(sae, activation=dataclasses.replace(topk, keep=self.keep(state.step)))
-        code, after = _code(sae, x)
-        p = ForwardPass(
-            sae, x, target, code, reconstruct(sae, x, code), state.rows_since_fired >= self.idle_after, state.step
-        )
-        value = losses.mse(target, p.x_hat) + sum(term(p) for term in self.terms)
-        metrics = {"nmse": losses.nmse(target, p.x_hat), "l0": jnp.mean(_l0(code).astype(jnp.float32))}
-        return value, Aux(_active(code), metrics, after)
+        code, after = (encode_fn or _code)(sae, x)
+        idle = state.rows_since_fired >= self.idle_after
+        return ForwardPass(sae, x, target, code, reconstruct(sae, x, code), idle, state.step), after
 
 
 def _rows(sae: SAE, batch: Any) -> tuple[Array, Array]:
@@ -161,7 +169,8 @@ def _code(sae: SAE, x) -> tuple[SparseCode | Array, Activation | None]:
 
 
 def _l0(code) -> Array:
-    return code.l0 if isinstance(code, SparseCode) else jnp.sum(code != 0, axis=-1)
+    l0 = code.l0 if isinstance(code, SparseCode) else jnp.sum(code != 0, axis=-1)
+    return l0.astype(jnp.float32)
 
 
 def _active(code) -> Array:
@@ -226,6 +235,7 @@ class L1(_Weighted):
 
     weight: float | Array
     schedule: optax.Schedule | None = pytrees.static(default=None)
+    is_mean = True
 
     def __call__(self, p: ForwardPass) -> Array:
         """The term."""
@@ -263,9 +273,16 @@ class L0(_Weighted):
 
     def __call__(self, p: ForwardPass) -> Array:
         """The term."""
+        return self.of_mean(jnp.mean(self.rows(p)), p.step)
+
+    def rows(self, p: ForwardPass) -> Float[Array, " b"]:
+        """`‖z‖₀` of each row."""
         jumprelu = _require(hasattr(p.sae.activation, "l0"), p.sae, "L0", "JumpReLU")
-        l0 = jumprelu.l0(pre_activations(p.sae, p.x))
-        return self._at(p.step) * losses.l0_target(l0, self.target)
+        return widen(jumprelu.l0(pre_activations(p.sae, p.x)))
+
+    def of_mean(self, mean: Float[Array, ""], step: Int[Array, ""]) -> Float[Array, ""]:
+        """The term, given the mean of `rows` over the batch."""
+        return self._at(step) * losses.l0_target(mean[None], self.target)
 
 
 @pytrees.dataclass
@@ -289,6 +306,7 @@ class Gate(_Weighted):
 
     weight: float | Array
     schedule: optax.Schedule | None = pytrees.static(default=None)
+    is_mean = True
 
     def __call__(self, p: ForwardPass) -> Array:
         """The term."""
@@ -319,6 +337,7 @@ class AuxK(_Weighted):
 
     k_aux: int = pytrees.static()
     weight: float | Array = 1 / 32
+    is_mean = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -350,6 +369,7 @@ class MultiTopK(_Weighted):
 
     factor: int = pytrees.static(default=4)
     weight: float | Array = 1 / 8
+    is_mean = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -382,6 +402,7 @@ class Matryoshka:
     """
 
     prefixes: tuple[int, ...] = pytrees.static()
+    is_mean = True
 
     def __post_init__(self):
         for prefix in self.prefixes:

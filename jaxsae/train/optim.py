@@ -131,6 +131,81 @@ def _align(W_enc: Array, W_dec: Array) -> Array:
     return W_enc + (missing[:, None] * W_dec).T
 
 
+@_remembered
+def bfloat16_adam(
+    rate: optax.ScalarOrSchedule, *, b1: float = 0.9, b2: float = 0.999, eps: float = 6.25e-10
+) -> optax.GradientTransformation:
+    """Adam with both moments in bfloat16: half the memory of its state, and of what is saved of it.
+
+        m ← ⌊β₁ m + (1 − β₁) g⌉,   v ← ⌊β₂ v + (1 − β₂) g²⌉,   update = −rate · m̂ / (√v̂ + ε)
+
+    `⌊·⌉` rounds stochastically: up with a probability equal to the distance from below in units of the last place, so
+    that it is right on average. Rounded to nearest, `v` would stand still unless `g²` is several times as large, since
+    half a unit of bfloat16 is up to 1/256 of a value, and `1 − β₂` is less. The random bits are hashed from the number
+    of updates and the place in the array: a training that resumes is bitwise identical.
+
+    Args:
+      rate: learning rate, or an optax schedule.
+      b1: decay of the first moment, `β₁`.
+      b2: decay of the second moment, `β₂`.
+      eps: `ε`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.ReLU())
+      >>> tx = bfloat16_adam(1e-3)
+      >>> _, state = tx.update(jax.tree.map(jnp.ones_like, sae), tx.init(sae), sae)
+      >>> state[0].nu.W_enc.dtype
+      dtype(bfloat16)
+
+    Source: Kingma & Ba (2015), "Adam"; Zamirai et al. (2020), "Revisiting bfloat16 training", for the rounding.
+    """
+
+    def init(params: Any) -> optax.ScaleByAdamState:
+        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.bfloat16), params)
+        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), zeros, jax.tree.map(jnp.copy, zeros))
+
+    def update(updates: Any, state: Any, params: Any = None):
+        del params
+        count: Any = optax.safe_increment(state.count)
+        grads, old, seed = widen(updates), widen((state.mu, state.nu)), 2 * count.astype(jnp.uint32)
+        # Updates are computed from the rounded moments, so that new ones take the place of the old ones.
+        mu = _rounded(jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, old[0], grads), seed)
+        nu = _rounded(jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g**2, old[1], grads), seed + 1)
+        of_mean, of_square = (1 - jnp.float32(b) ** count.astype(jnp.float32) for b in (b1, b2))
+        direction = lambda m, v: (m / of_mean) / (jnp.sqrt(v / of_square) + eps)  # noqa: E731
+        return jax.tree.map(direction, widen(mu), widen(nu)), optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.chain(optax.GradientTransformation(init, update), optax.scale_by_learning_rate(rate))
+
+
+def _rounded(tree: Any, seed: Array) -> Any:
+    """Arrays of a tree in bfloat16, rounded stochastically."""
+    leaves, structure = jax.tree.flatten(tree)
+
+    def narrow(number: int, x: Array) -> Array:
+        bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+        noise = _hash(x.shape, _mixed(seed * jnp.uint32(0x9E3779B1) + jnp.uint32(number)))
+        moved = jax.lax.bitcast_convert_type((bits + (noise >> 16)) & jnp.uint32(0xFFFF0000), jnp.float32)
+        return jnp.where(jnp.isnan(x), jnp.float32(jnp.nan), moved).astype(jnp.bfloat16)  # a carry could make it finite
+
+    return structure.unflatten([narrow(number, jnp.asarray(x)) for number, x in enumerate(leaves)])
+
+
+def _hash(shape: tuple[int, ...], seed: Array) -> Array:
+    """32 random bits for each element, by its place; XLA computes them where they are used, on a mesh too."""
+    for axis in range(len(shape)):
+        seed = _mixed(seed ^ jax.lax.broadcasted_iota(jnp.uint32, shape, axis))
+    return seed
+
+
+def _mixed(x: Array) -> Array:
+    """The finalizer of MurmurHash3."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
 def learning_rate(m: int, steps: int | None = None) -> float:
     """The learning rate of Gao et al. (2024) for at least 10⁵ steps, and a larger one for fewer.
 
@@ -155,12 +230,18 @@ def learning_rate(m: int, steps: int | None = None) -> float:
 
 
 @_remembered
-def default_optimizer(rate: optax.ScalarOrSchedule, *, clip: float | None = None) -> optax.GradientTransformation:
+def default_optimizer(
+    rate: optax.ScalarOrSchedule, *, clip: float | None = None, moments: str = "float32"
+) -> optax.GradientTransformation:
     """The optimiser of Gao et al. (2024): Adam with `β = (0.9, 0.999)` and `ε = 6.25e-10`, atoms on the unit sphere.
 
     Args:
       rate: learning rate, such as `learning_rate(m, steps)`, or an optax schedule.
       clip: maximum global norm of the gradient; no clipping by default.
+      moments: dtype of Adam's moments, `"float32"`, or `"bfloat16"` as by `bfloat16_adam`.
+
+    Raises:
+      ValueError: for another dtype.
 
     Example:
       >>> import optax
@@ -169,8 +250,11 @@ def default_optimizer(rate: optax.ScalarOrSchedule, *, clip: float | None = None
 
     Source: Gao et al. (2024), Appendix A.
     """
-    adam = optax.adam(rate, b1=0.9, b2=0.999, eps=6.25e-10)
-    tx = adam if clip is None else optax.chain(optax.clip_by_global_norm(clip), adam)
+    if moments not in ("float32", "bfloat16"):
+        raise ValueError(f"`default_optimizer` got moments {moments!r}; pass 'float32' or 'bfloat16'.")
+    kind: Any = optax.adam if moments == "float32" else bfloat16_adam
+    adam = kind(rate, b1=0.9, b2=0.999, eps=6.25e-10)
+    tx: Any = adam if clip is None else optax.chain(optax.clip_by_global_norm(clip), adam)
     return unit_norm_decoder(_Sound(*tx))
 
 

@@ -26,6 +26,7 @@ from jaxsae._core import pytrees
 from jaxsae._core.linalg import widen
 from jaxsae.autoencoder.metrics import DEAD_ROWS
 from jaxsae.autoencoder.sae import SAE
+from jaxsae.train import accumulation
 from jaxsae.train.objectives import Aux
 from jaxsae.train.optim import _complete, _Sound
 
@@ -100,7 +101,7 @@ def init_state(sae: SAE, tx: optax.GradientTransformation) -> TrainState:
 
 
 def make_step(
-    loss: Loss, tx: optax.GradientTransformation
+    loss: Loss, tx: optax.GradientTransformation, *, accumulate: int = 1
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]:
     """Make a training step `step(state, batch) -> (state, metrics)`, jitted, which donates the old state.
 
@@ -109,6 +110,8 @@ def make_step(
     Args:
       loss: see the module's docstring; a plain function will do.
       tx: optax transformation.
+      accumulate: compute a batch in so many parts, whose gradients are added up, so that only one part's
+        pre-activations are in memory; the same to rounding. The loss is then an `Objective`.
 
     Returns:
       The step. Its metrics are those of the objective, and `loss`; `gradient_norm`, over all parameters, before any
@@ -126,7 +129,7 @@ def make_step(
       >>> sorted(metrics)
       ['dead', 'dead_rows', 'gradient_norm', 'l0', 'loss', 'nmse', 'skipped']
     """
-    return functools.partial(_step, tx, _as_pytree(loss))
+    return functools.partial(_step, tx, _as_pytree(loss), accumulate=accumulate)
 
 
 def _as_pytree(loss):
@@ -137,14 +140,26 @@ def _as_pytree(loss):
     return jax.tree_util.Partial(loss) if len(leaves) == 1 and leaves[0] is loss else loss
 
 
-def _update(tx: Any, loss: Any, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
+def _value_and_grad(loss: Any, state: TrainState, batch: Any) -> tuple[tuple[Array, Aux], Any]:
+    """The loss, its `Aux`, and the gradient by the trained parameters, in float32 or better."""
     params, rest = pytrees.partition(state.sae)
 
     def value_of(params):
         return Aux.of(loss(pytrees.merge(params, rest), batch, state), state.sae.m)
 
-    (value, (active, metrics, activation)), grads = jax.value_and_grad(value_of, has_aux=True)(params)
-    grads, count = widen(grads), len(jax.tree.leaves(batch)[0])
+    found, grads = jax.value_and_grad(value_of, has_aux=True)(params)
+    return found, widen(grads)
+
+
+def _update(
+    tx: Any, loss: Any, state: TrainState, batch: Any, *, accumulate: int = 1
+) -> tuple[TrainState, dict[str, Array]]:
+    if accumulate == 1:
+        found, grads = _value_and_grad(loss, state, batch)
+    else:
+        found, grads = accumulation.value_and_grad(loss, state, batch, accumulate)
+    value, (active, metrics, activation) = found
+    count = len(jax.tree.leaves(batch)[0])
 
     @jax.named_scope("optimiser")
     def learn(state: TrainState) -> TrainState:
@@ -190,7 +205,7 @@ def _stays_finite(old: Any, new: Any, *, matrices: bool) -> Array:
     return sum(map(jnp.sum, wrong.values()), jnp.zeros(())) == 0
 
 
-_step = jax.jit(_update, static_argnums=0, donate_argnums=2)
+_step = jax.jit(_update, static_argnums=0, static_argnames="accumulate", donate_argnums=2)
 
 
 def fit(

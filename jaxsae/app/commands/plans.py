@@ -15,6 +15,8 @@ def plan(
     latents: arguments.Count,
     k: arguments.Count,
     batch: arguments.Count,
+    accumulate: arguments.Count = 1,
+    moments: Annotated[str, arguments.MOMENTS] = "float32",
     topology: Annotated[str, arguments.Text(r"\w+:\d+(x\d+)*", "a kind of chip and a shape, like v5e:4x4")],
     d: Annotated[int, arguments.Range(1, 2**20)] | None = None,
     model: arguments.Model | None = None,
@@ -39,6 +41,9 @@ def plan(
         latents: number of latents.
         k: active latents per row.
         batch: rows per step, over all chips.
+        accumulate: as for jaxsae train. Of a training step in parts only the memory is given, since XLA counts the work
+            of a loop once; and of a part what encoding takes.
+        moments: as for jaxsae train.
         topology: kind (v4, v5e, v5p or v6e) and shape of the slice, for example v5e:4x4.
         d: width of the activations.
         model: a language model, of which only the configuration is read: a Hugging Face directory with its config.json,
@@ -57,17 +62,14 @@ def plan(
         raise InputError("got both --d and --model; pass one." if d else "pass --d, or --model and --layer.")
     jax.config.update("jax_platforms", "cpu")
     from jaxsae.app import plan as job
-    from jaxsae.app.chips import CHIPS
     from jaxsae.app.options import Options
     from jaxsae.language_model import files, sites
 
     points = [] if model is None else sites.points([] if layer is None else [layer], [site])
     width = d or sites.width(files.read_config(str(model)), points[0].site)
-    options = Options(activation, latents, k, batch=batch)
-    for name, value in job.LIBTPU.items():
-        os.environ.setdefault(name, value)
-    slice_ = job.topology_mesh(topology, *(mesh or ()))
-    chips, chip = slice_.size, CHIPS[topology.partition(":")[0]]
+    options = Options(activation, latents, k, batch=batch, accumulate=accumulate, moments=moments)
+    slice_, chip = _slice(topology, mesh)
+    chips = slice_.size
     price = chip.price if price is None else price
     data, latent = slice_.shape.values()
     lines = [
@@ -79,7 +81,7 @@ def plan(
     for point in points:
         how = {"layer": point.layer, "site": point.site, "context": context}
         programs["harvest"] = functools.partial(job.harvest_step, str(model), slice_, **how)
-    summary["programs"], described = _compiled(programs, chip, width, chips * price)
+    summary["programs"], described = _compiled(programs, chip, width, chips * price, accumulate)
     lines += described
     row = 4 * width // data  # bytes on a chip
     most = _most(summary["programs"], row)
@@ -92,7 +94,17 @@ def plan(
     return 0 if summary["fits"] else 1
 
 
-def _compiled(programs: dict[str, Callable[[], Any]], chip: Any, d: int, price: float):
+def _slice(topology: str, mesh: tuple[int, int] | None) -> tuple[Any, Any]:
+    """The mesh of a slice, and its chip."""
+    from jaxsae.app import plan as job
+    from jaxsae.app.chips import CHIPS
+
+    for name, value in job.LIBTPU.items():
+        os.environ.setdefault(name, value)
+    return job.topology_mesh(topology, *(mesh or ())), CHIPS[topology.partition(":")[0]]
+
+
+def _compiled(programs: dict[str, Callable[[], Any]], chip: Any, d: int, price: float, accumulate: int):
     """What each program needs, by name, and the lines that say so."""
     measured, lines = {}, []
     with console.progress(len(programs)) as update:
@@ -101,8 +113,9 @@ def _compiled(programs: dict[str, Callable[[], Any]], chip: Any, d: int, price: 
             program, rows = compile_it()
             update(f"compiled: {name}", 1)
             found = {"memory": program.memory, "arguments": program.arguments, "rows": rows}
-            # XLA counts the work of a language model's blocks, which are one loop, once.
-            found |= {} if name == "harvest" else _measured(program, chip, rows, d, price)
+            # XLA counts the work of a loop once: over a language model's blocks, or the parts of a batch.
+            once = name == "harvest" or (accumulate > 1 and name.startswith("training step"))
+            found |= {} if once else _measured(program, chip, rows, d, price)
             measured[name] = found
             lines += [f"\n{name}, {rows:,} rows, of each chip:", *_described(found)]
     return measured, lines
@@ -112,11 +125,12 @@ def _programs(options: Any, d: int, mesh: Any) -> dict[str, Callable[[], Any]]:
     """What compiles the programs of a training, by name, and says their rows."""
     from jaxsae.app import plan as job
 
+    part = options._replace(batch=options.batch // options.accumulate, accumulate=1)
     return {
         "training step without AuxK": lambda: (job.training_step(options._replace(auxk=False), d, mesh), options.batch),
         "training step with AuxK at work": lambda: (job.training_step(options, d, mesh), options.batch),
-        "encode": lambda: (job.encode_step(options, d, mesh), options.batch),
-        "encode and refit": lambda: (job.refit_step(options, d, mesh), options.batch),
+        "encode": lambda: (job.encode_step(part, d, mesh), part.batch),
+        "encode and refit": lambda: (job.refit_step(part, d, mesh), part.batch),
         "evaluation": lambda: job.evaluation_step(options, d, mesh),
     }
 

@@ -40,6 +40,8 @@ def train(
     k: arguments.Count | None = None,
     l1: arguments.Weight | None = None,
     batch: arguments.Count = 1024,
+    accumulate: arguments.Count = 1,
+    moments: Annotated[str, arguments.MOMENTS] = "float32",
     steps: arguments.Count = 2000,
     learning_rate: arguments.Positive | None = None,
     no_auxk: bool = False,
@@ -105,6 +107,8 @@ def train(
             rows.
         l1: weight of the L1 penalty (relu, gated, alignedrelu).
         batch: rows per step.
+        accumulate: compute a batch in so many parts, which takes less memory and gives the same to rounding.
+        moments: float32 or bfloat16, dtype of the optimiser's moments; bfloat16 takes half the memory.
         steps: number of steps; warns if they are more than ten passes over the data.
         learning_rate: by default from --activation, --latents and --steps, see jaxsae.train.learning_rate.
         no_auxk: train without AuxK, which revives idle latents.
@@ -129,8 +133,7 @@ def train(
     from jaxsae.app import logs
     from jaxsae.app.options import Options, validate
 
-    sizes = (batch, steps, learning_rate, idle_after, heldout, seed, skip)
-    options = Options(activation, latents, k, l1, not no_auxk, multi_topk, *sizes)
+    options = Options(**{name: given[name] for name in Options._fields if name != "auxk"}, auxk=not no_auxk)
     validate(options, transcoder=bool(target) or transcode)
     _require_source(given)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax's errors are reported below

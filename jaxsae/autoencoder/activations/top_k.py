@@ -3,11 +3,13 @@
 import dataclasses
 import math
 import numbers
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsae import codes, sharding
@@ -218,6 +220,18 @@ class GroupMax(_Selection):
         return SparseCode(values, jnp.where(kept, indices, pre.shape[-1]), pre.shape[-1])
 
 
+class Cut(NamedTuple):
+    """Which values of a batch `BatchTopK` keeps.
+
+    Attributes:
+      least: the smallest of them; 0 if all positive ones are kept.
+      ties: how many of those that equal it are kept: the first ones.
+    """
+
+    least: Float[Array, ""]
+    ties: Int[Array, ""]
+
+
 @pytrees.dataclass
 class BatchTopK(Activation):
     """Keep the `B·k` largest values of a training batch of `B` rows; infer with a threshold estimated from them.
@@ -258,18 +272,61 @@ class BatchTopK(Activation):
     def train(self, pre: Float[Array, "b m"]) -> tuple[Float[Array, "b m"], "BatchTopK"]:
         """The dense code of a training batch, and the activation with its threshold updated."""
         z = jax.nn.relu(pre)
-        count = self.k * math.prod(pre.shape[:-1])
-        if count > pre.size:
-            raise ValueError(f"BatchTopK got k = {self.k} for {pre.shape[-1]} latents; pass a smaller k.")
+        count = self._count(math.prod(pre.shape[:-1]), pre.shape[-1])
         if sharding.is_sharded(pre.shape[-1]):
             z = jnp.where(_beyond(jax.lax.stop_gradient(z), count), 0, z)
         else:
             flat = z.reshape(-1)
             z = jnp.where(dropped(flat, count), 0, flat).reshape(pre.shape)
-        least = jnp.min(jax.lax.stop_gradient(z), where=z > 0, initial=jnp.inf).astype(jnp.float32)
+        return z, self._moved(jax.lax.stop_gradient(z))
+
+    def _moved(self, kept: Float[Array, "..."]) -> "BatchTopK":
+        """The activation, its threshold moved towards the smallest positive value."""
+        least = jnp.min(kept, where=kept > 0, initial=jnp.inf).astype(jnp.float32)
         least, before = promote_dtypes(least, self.threshold)
         threshold = jnp.where(before < 0, least, 0.99 * before + 0.01 * least)
-        return z, dataclasses.replace(self, threshold=jnp.where(jnp.isfinite(least), threshold, before))
+        return dataclasses.replace(self, threshold=jnp.where(jnp.isfinite(least), threshold, before))
+
+    def survey(
+        self, pre_fn: Callable[[Float[Array, "b d"]], Float[Array, "b m"]], parts: Float[Array, "n b d"]
+    ) -> tuple[Cut, "BatchTopK"]:
+        """What to keep of a batch that is trained in parts, and the activation with its threshold updated.
+
+        Args:
+          pre_fn: from the rows of a part to their pre-activations.
+          parts: the rows, `[n b d]`.
+        """
+        like = jax.eval_shape(pre_fn, parts[0])
+        count = self._count(math.prod(parts.shape[:2]), like.shape[-1])
+        divided = sharding.is_sharded(like.shape[-1])
+        devices = sharding.axis_size("data") * sharding.axis_size("latent") if divided else 1
+
+        def add(largest, part):
+            z = jax.nn.relu(jax.lax.stop_gradient(pre_fn(part)))
+            if not divided:
+                return _largest(largest, z), None
+            places = PartitionSpec(*(sharding.axis(role) for role in ("data", "latent")))
+            return sharding.shard_map(_largest, (sharding.by_all(), places), sharding.by_all())(largest, z), None
+
+        # Each device's own: those of all devices are among them.
+        largest, _ = jax.lax.scan(add, jnp.zeros((devices, count), like.dtype), parts)
+        least, ties = _cut(_keys(largest), count)
+        cut = Cut(jax.lax.bitcast_convert_type(least, _wide(largest.dtype)).astype(largest.dtype), ties)
+        return cut, self._moved(jnp.where(largest >= cut.least, largest, 0))
+
+    def select(self, pre: Float[Array, "b m"], cut: Cut) -> tuple[Float[Array, "b m"], Cut]:
+        """The dense code of a part of a training batch, and the cut of the parts that follow."""
+        z = jax.nn.relu(pre)
+        frozen = jax.lax.stop_gradient(z)
+        ties = (frozen == cut.least) & (frozen > 0)
+        here = jnp.minimum(cut.ties, jnp.sum(ties, dtype=jnp.int32))
+        beyond = (frozen < cut.least) | (ties & (_after(ties, here) | (here == 0)))
+        return jnp.where(beyond, 0, z), cut._replace(ties=cut.ties - here)
+
+    def _count(self, rows: int, m: int) -> int:
+        if self.k > m:
+            raise ValueError(f"BatchTopK got k = {self.k} for {m} latents; pass a smaller k.")
+        return self.k * rows
 
     def margin(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
         """`pre`, the margin above a threshold of 0; latents with at most `t` are inactive in `at_margin(t)`."""
@@ -290,11 +347,28 @@ def _beyond(z: Float[Array, "*b m"], count: int) -> Bool[Array, "*b m"]:
     As `dropped` of the flat batch, which would be gathered, but by bisection on the number of values above a threshold:
     devices exchange only these counts. It reads the batch once a digit, which on one device is slower than `dropped`.
     """
-    wide = z.astype(result_type(z.dtype, jnp.float32)).reshape(-1, z.shape[-1])
-    size = jnp.finfo(wide.dtype).bits
-    integer = jnp.dtype(f"int{size}")
-    # The bits of floats of one sign are ordered as the floats are.
-    keys = jax.lax.bitcast_convert_type(wide, integer) & jnp.iinfo(integer).max
+    wide = z.reshape(-1, z.shape[-1])
+    keys = _keys(wide)
+    least, left = _cut(keys, count)
+    ties = keys == least
+    beyond = (keys < least) | (ties & _after(ties, left))
+    return (beyond & ~jnp.isnan(wide)).reshape(z.shape)
+
+
+def _wide(dtype):
+    return result_type(dtype, jnp.float32)
+
+
+def _keys(z: Float[Array, "b m"]) -> Int[Array, "b m"]:
+    """Integers ordered as these values, none of them negative: the bits of floats of one sign are so ordered."""
+    wide = z.astype(_wide(z.dtype))
+    integer = jnp.dtype(f"int{jnp.finfo(wide.dtype).bits}")
+    return jax.lax.bitcast_convert_type(wide, integer) & jnp.iinfo(integer).max
+
+
+def _cut(keys: Int[Array, "b m"], count: int) -> tuple[Int[Array, ""], Int[Array, ""]]:
+    """The smallest of the `count` largest keys, and how many of those that equal it are among them."""
+    integer, size = keys.dtype, jnp.iinfo(keys.dtype).bits
     digits = 1 if sharding.on_cpu() else 4  # at a time; more of them read the batch less often, and compare more
 
     def narrow(number, least):
@@ -304,9 +378,20 @@ def _beyond(z: Float[Array, "*b m"], count: int) -> Bool[Array, "*b m"]:
         return least + (jnp.sum(passed, dtype=integer) << place)
 
     least = jax.lax.fori_loop(0, size // digits, narrow, jnp.zeros((), integer))
-    ties, above = keys == least, jnp.sum(keys > least, dtype=jnp.int32)
-    beyond = (keys < least) | (ties & _after(ties, count - above))
-    return (beyond & ~jnp.isnan(wide)).reshape(z.shape)
+    return least, count - jnp.sum(keys > least, dtype=jnp.int32)
+
+
+def _largest(so_far: Float[Array, "1 n"], z: Float[Array, "b m"]) -> Float[Array, "1 n"]:
+    """The largest of those so far and of a batch."""
+    count = so_far.shape[-1]
+    of_batch = codes.top_k(z.reshape(-1), min(count, z.size))
+    both = jnp.concatenate([so_far[0], _held(of_batch)])
+    return _held(codes.top_k(both, count))[None]
+
+
+def _held(found: tuple[Float[Array, "*b k"], Int[Array, "*b k"]]) -> Float[Array, "*b k"]:
+    """The values that `codes.top_k` found, its result in use as a whole, as in `last_of`."""
+    return jax.lax.optimization_barrier((*found, jnp.zeros(())))[0]
 
 
 def _has(mask: Bool[Array, "b m"], count: int) -> Bool[Array, ""]:
