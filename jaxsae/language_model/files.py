@@ -117,6 +117,52 @@ def end_of_text(path: str | os.PathLike, tokenizer: Any) -> int | None:
         return None if eos is None else tokenizer.token_to_id(eos["content"] if isinstance(eos, dict) else eos)
 
 
+def special_tokens(path: str | os.PathLike) -> dict[str, list[int]]:
+    """The tokens of a language model that have a name: `bos`, `eos`, `pad` and `unk`, those that it has.
+
+    A name may stand for several: that of the tokenizer, and those of `config.json`, where a model that was tuned to
+    chat lists all that end a turn or a text.
+
+    Args:
+      path: as for `language_model.load`.
+
+    Raises:
+      InputError: if it is missing or damaged.
+
+    Example:
+      >>> special_tokens("no-such-place")
+      Traceback (most recent call last):
+      jaxsae.InputError: no-such-place: no such file; expected a GGUF file, a Hugging Face directory, or ...
+    """
+    path, found = _locate(path), {}
+    with _damage_in_one_line(path):
+        if not path.is_dir():
+            reader = _open_gguf(path)
+            for name, written in {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}.items():
+                if (field := reader.get_field(f"tokenizer.ggml.{written}_token_id")) is not None:
+                    found[name] = [int(field.contents())]
+            return found
+        tokenizer = read_tokenizer(path)
+        texts, numbers = (
+            _options(path, "special_tokens_map.json", "tokenizer_config.json"),
+            _options(path, "config.json"),
+        )
+        for name in ("bos", "eos", "pad", "unk"):
+            text, listed = texts.get(f"{name}_token"), numbers.get(f"{name}_token_id")
+            text = text["content"] if isinstance(text, dict) else text
+            each = [None if text is None else tokenizer.token_to_id(text)]
+            each += listed if isinstance(listed, list) else [listed]
+            if some := [number for number in dict.fromkeys(each) if number is not None]:
+                found[name] = some
+    return found
+
+
+def _options(path: Path, *names: str) -> dict[str, Any]:
+    """What files of JSON in a directory say, the later ones first; those that are missing say nothing."""
+    parts = [json.loads((path / name).read_text()) for name in names if (path / name).is_file()]
+    return {key: value for part in parts for key, value in part.items()}
+
+
 def start(tokenizer: Any) -> list[int]:
     """The special tokens that a tokenizer prepends to a text.
 

@@ -1,11 +1,12 @@
 """The commands that go from text to activations: fetch and harvest."""
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from jaxsae._core import arguments
-from jaxsae._core.files import shown
+from jaxsae._core.files import InputError, shown
 from jaxsae.app import console
 from jaxsae.app.commands import devices
 
@@ -141,3 +142,31 @@ def live(
     shuffled = {} if window is None else {"window": window}
     rows = job.live(net, packed.contexts, layer=point.layer, site=point.site, **shuffled)
     return {name: rows}, Origin(model, point.layer, point.site, context, ", ".join(map(str, text)) or None)
+
+
+def token_numbers(tokens: Sequence[str], data: Sequence[Path]) -> list[int]:
+    """The numbers of tokens, of which some have names in the model that the manifests of all data name."""
+    names, found = [token for token in tokens if not token.isdigit()], []
+    for path in data if names else ():
+        special = _special_tokens(path)
+        found.append([number for token in tokens for number in special.get(token, [token])])
+        if lacking := [name for name in names if name not in special]:
+            raise InputError(f"{path}: its model has no {lacking[0]} token; leave it out, or pass a number.")
+        if found[-1] != found[0]:
+            raise InputError(f"{path}: {' '.join(names)} are other tokens there than in {data[0]}; pass numbers.")
+    return list(dict.fromkeys(map(int, found[0] if found else tokens)))
+
+
+def _special_tokens(path: Path) -> dict[str, list[int]]:
+    """The tokens that have names in the model of a harvest."""
+    from jaxsae.data import origin
+    from jaxsae.language_model import files
+
+    model = origin.of_rows(path).model
+    if model is None:
+        raise InputError(f"{shown(path)}: nothing says which model its rows are of; pass the numbers of tokens.")
+    try:
+        return files.special_tokens(model)
+    except InputError as error:
+        what = f"its model cannot be read here ({str(error).removesuffix('.')})"
+        raise InputError(f"{shown(path)}: {what}; pass the numbers of tokens.") from error

@@ -11,7 +11,7 @@ from jaxsae._core import arguments
 from jaxsae._core.files import InputError, shown
 from jaxsae.app import console
 from jaxsae.app.commands import devices
-from jaxsae.app.commands.texts import live
+from jaxsae.app.commands.texts import live, token_numbers
 
 
 def train(
@@ -32,7 +32,7 @@ def train(
     context: arguments.Context = 256,
     window: arguments.Count | None = None,
     reader_threads: arguments.Count = 2,
-    skip_tokens: tuple[arguments.Index, ...] = (),
+    skip_tokens: tuple[arguments.Token, ...] = (),
     max_norm: arguments.Positive | None = None,
     k: arguments.Count | None = None,
     l1: arguments.Weight | None = None,
@@ -90,7 +90,7 @@ def train(
         context: number of tokens in a context.
         window: rows that are shuffled together, one window after another; by default all --data on disk.
         reader_threads: that read --data ahead.
-        skip_tokens: numbers of tokens, such as that of BOS, whose rows of a harvest are left out.
+        skip_tokens: tokens whose rows of a harvest are left out: numbers, or bos, eos, pad and unk of its model.
         max_norm: leave out rows whose norm is more than so many times the median, such as 10.
         k: active latents per row; for batchtopk, matryoshka, jumprelu and matchingpursuit, on average over held-out
             rows.
@@ -127,6 +127,7 @@ def train(
     _require_source(given)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax's errors are reported below
     how: dict[str, Any] = {name: given[name] for name in _PASSED_ON} | {"weights": weights or None, "start": from_}
+    how["skip_tokens"] = token_numbers(skip_tokens, data)
     how["profile"] = None if profile is None else tuple(map(int, profile.split(":")))
     with devices.spread(mesh, distributed=distributed) as first:
         log = _recorded(given, options, logs.logs(out, options, wandb=wandb)) if first else None
@@ -136,7 +137,7 @@ def train(
         return _run(out, options, log, how, json)
 
 
-_PASSED_ON = ("data", "window", "reader_threads", "skip_tokens", "max_norm")
+_PASSED_ON = ("data", "window", "reader_threads", "max_norm")
 _PASSED_ON += ("save_every", "save_every_steps", "eval_every", "resume")
 
 
