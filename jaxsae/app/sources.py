@@ -15,7 +15,7 @@ from jaxsae import data as data_module, language_model
 from jaxsae._core import arguments
 from jaxsae._core.files import InputError
 from jaxsae.data.origin import Origin, of_rows
-from jaxsae.language_model import harvest, text as texts
+from jaxsae.language_model import chat, harvest, text as texts
 
 CONTEXT = 256  # tokens in a context; the first gives no row
 _TOGETHER = 4  # contexts whose logits are in memory together
@@ -33,6 +33,7 @@ class HookPoint(NamedTuple):
       layer: block, from 0.
       text: files; Python's standard library if None.
       site: where in the block, one of `language_model.SITES`.
+      chat: whether the text holds conversations, in a column `messages`.
 
     Example:
       >>> HookPoint("smollm2").layer
@@ -43,6 +44,7 @@ class HookPoint(NamedTuple):
     layer: arguments.Index = 8
     text: Sequence[Path] | None = None
     site: Annotated[str, arguments.SITE] = "resid_post"
+    chat: bool = False
 
 
 class Features(NamedTuple):
@@ -247,7 +249,8 @@ def from_model(site: HookPoint, folder: Path, train_rows: int, heldout: int, bat
     model = language_model.load(site.model)
     wanted = contexts(train_rows + heldout)
     files = texts.standard_library() if site.text is None else site.text
-    text = texts.pack(files, tokenizer, context=CONTEXT, tokens=wanted * CONTEXT)
+    chats = {"column": "messages", "template": chat.read(site.model, tokenizer)} if site.chat else {}
+    text = texts.pack(files, tokenizer, context=CONTEXT, tokens=wanted * CONTEXT, **chats)
     read = "the sources of Python's standard library" if site.text is None else ", ".join(text.files)
     source = {"model": str(site.model), "text": read}
     show = functools.partial(progress, f"{site.model}  harvesting")

@@ -15,6 +15,7 @@ from jaxsae.language_model.download import _EXPECTED, WHEELS, cached
 from jaxsae.language_model.gguf import _gguf_config, _gguf_tokenizer, _open_gguf, _read_gguf
 from jaxsae.language_model.hugging_face import _directory_config, _read_directory
 
+_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _BOS_CLASSES = {  # of transformers, which begin texts with BOS unless the configuration forbids it
     *("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast"),
     *("GemmaTokenizer", "GemmaTokenizerFast"),
@@ -155,6 +156,51 @@ def special_tokens(path: str | os.PathLike) -> dict[str, list[int]]:
             if some := [number for number in dict.fromkeys(each) if number is not None]:
                 found[name] = some
     return found
+
+
+def chat_template(path: str | os.PathLike) -> tuple[str, dict[str, str]]:
+    """The chat template of a language model, and the special tokens that it may use, by the names it has for them.
+
+    Args:
+      path: as for `language_model.load`.
+
+    Raises:
+      InputError: if it is missing or damaged, or has no template.
+
+    Example:
+      >>> chat_template("no-such-place")
+      Traceback (most recent call last):
+      jaxsae.InputError: no-such-place: no such file; expected a GGUF file, a Hugging Face directory, or ...
+    """
+    path = _locate(path)
+    with _damage_in_one_line(path):
+        if path.is_dir():
+            options = _options(path, "special_tokens_map.json", "tokenizer_config.json")
+            own, template = path / "chat_template.jinja", options.get("chat_template")
+            if isinstance(template, list):  # of several, by name
+                template = next((each["template"] for each in template if each["name"] == "default"), None)
+            template = own.read_text() if own.is_file() else template
+            named = {name: options.get(name) for name in _TOKENS}
+        else:
+            reader = _open_gguf(path)
+            field = reader.get_field("tokenizer.chat_template")
+            template, tokens = None if field is None else field.contents(), reader.get_field("tokenizer.ggml.tokens")
+            named = {f"{name}_token": tokens.contents(ids[0]) for name, ids in special_tokens(path).items()}
+        if not isinstance(template, str):
+            raise InputError(f"{path}: has no chat template; leave out --chat, or pass a model that was tuned to chat.")
+    named = {name: token["content"] if isinstance(token, dict) else token for name, token in named.items()}
+    return template, {name: token for name, token in named.items() if isinstance(token, str)}
+
+
+def control_tokens(tokenizer: Any) -> dict[int, str]:
+    """The tokens that mean something other than their letters: the special ones, and the end of a text.
+
+    Args:
+      tokenizer: a `tokenizers.Tokenizer`.
+    """
+    found = {id: token.content for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    end = tokenizer.token_to_id("<|endoftext|>")
+    return found if end is None else found | {end: "<|endoftext|>"}
 
 
 def _options(path: Path, *names: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ def study(
     layer: arguments.Index = 8,
     site: Annotated[str, arguments.SITE] = "resid_post",
     text: arguments.InputFiles = (),
+    chat: bool = False,
     synthetic: bool = False,
     noise: arguments.Weight = 0.0,
     sae: tuple[arguments.Autoencoder, ...] = (),
@@ -54,6 +55,7 @@ def study(
         layer: block of the model, from 0.
         site: resid_pre, hook_z, attn_out, resid_mid, mlp_in, mlp_out or resid_post of that block.
         text: UTF-8 files for the model to read; by default Python's standard library.
+        chat: the --text holds conversations, in a column messages, as for jaxsae harvest.
         synthetic: instead of --data, rows made of known features, with which codes are compared.
         noise: root mean square norm of the noise in them, relative to the features' part.
         sae: SAEs of these activations, on disk or on the hub, to measure instead of training.
@@ -76,15 +78,17 @@ def study(
         raise InputError("got several of --data, --model and --synthetic; pass one of them.")
     if text and model is None:
         raise InputError("got --text without --model; pass the model that is to read it.")
+    if chat and not text:
+        raise InputError("got --chat without --text; pass files of conversations, in JSON lines or Parquet.")
     if noise and not synthetic:
         raise InputError("got --noise without --synthetic; pass both.")
     if sae and data is None and model is None:
         raise InputError("got --sae without --data or --model; pass the activations that they are for.")
     if mesh is not None and not sae:
         raise InputError("got --mesh without --sae; a study trains on one device.")
-    source = (
-        job.HookPoint(model, layer, text or None, site) if model else job.Features(noise=noise) if synthetic else data
-    )
+    source = job.Features(noise=noise) if synthetic else data
+    if model:
+        source = job.HookPoint(model, layer, text or None, site, chat)
     full, small = (job.FULL_MODEL, job.QUICK_MODEL) if model else (job.FULL, job.QUICK)
     if synthetic:
         full, small = job.FULL_SYNTHETIC, job.QUICK_SYNTHETIC

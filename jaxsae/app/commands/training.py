@@ -25,7 +25,8 @@ def train(
     site: arguments.Site = "resid_post",
     from_: arguments.Autoencoder | None = None,
     text: arguments.InputFiles = (),
-    column: arguments.Name = "text",
+    column: arguments.Name | None = None,
+    chat: bool = False,
     encoding: arguments.Name = "utf-8",
     add_bos: bool = False,
     tokens: arguments.Count | None = None,
@@ -83,7 +84,8 @@ def train(
             on disk, in a bucket or on the hub (hf://organisation/repository/path).
         text: files for the model to read, as for jaxsae harvest; by default Python's standard library, four million
             tokens.
-        column: of the text in JSON lines and Parquet.
+        column: of the text in JSON lines and Parquet; by default text, or with --chat messages.
+        chat: the documents are conversations, of which the model's chat template makes text, as for jaxsae harvest.
         encoding: of plain text, unless a byte-order mark says another.
         add_bos: begin each context with the model's BOS, whatever its tokenizer does.
         tokens: number of tokens to read, rounded up to whole contexts; all by default.
@@ -132,7 +134,13 @@ def train(
     with devices.spread(mesh, distributed=distributed) as first:
         log = _recorded(given, options, logs.logs(out, options, wandb=wandb)) if first else None
         if model is not None:
-            texts = {"tokens": tokens, "column": column, "encoding": encoding, "weights": how.pop("weights")}
+            texts = {
+                "tokens": tokens,
+                "column": column,
+                "chat": chat,
+                "encoding": encoding,
+                "weights": how.pop("weights"),
+            }
             how["data"], how["origin"] = live(model, layer, site, text, context, add_bos, window, **texts)
         return _run(out, options, log, how, json)
 
@@ -150,7 +158,8 @@ def _require_source(given: dict[str, Any]) -> None:
         )
     if bool(given["data"]) == (model is not None) or (model is None and given["layer"] is not None):
         raise InputError("pass --data, or --model and --layer.")
-    usual = {"text": (), "tokens": None, "site": "resid_post", "add_bos": False, "column": "text", "encoding": "utf-8"}
+    usual = {"text": (), "tokens": None, "site": "resid_post", "add_bos": False, "column": None, "encoding": "utf-8"}
+    usual["chat"] = False
     names = [name for name, value in usual.items() if given[name] != value]
     if model is None and names:
         option = names[0].replace("_", "-")
