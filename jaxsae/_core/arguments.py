@@ -152,6 +152,7 @@ AnyFile = Annotated[Path, Output((Path.is_file,), bucket=True)]  # on disk or in
 OutputDirectory = Annotated[Path, DIRECTORY]
 AnyDirectory = Annotated[Path, ANY_DIRECTORY]
 Autoencoder = Annotated[str, Input(scheme="hf", bucket=True)]
+HubAddress = Annotated[str, Text(r"hf://[^/\s]+/[^/\s]+(/[^/\s]+)*", "hf://organisation/repository, or a folder in it")]
 Model = Annotated[str, Input()]
 Site = Annotated[str, Text(r"[\w.]+", "a site such as mlp_out, or a hook such as blocks.8.hook_mlp_out")]
 Name = Annotated[str, Text(r"[^\0]+", "a name")]

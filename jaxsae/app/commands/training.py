@@ -134,13 +134,8 @@ def train(
     with devices.spread(mesh, distributed=distributed) as first:
         log = _recorded(given, options, logs.logs(out, options, wandb=wandb)) if first else None
         if model is not None:
-            texts = {
-                "tokens": tokens,
-                "column": column,
-                "chat": chat,
-                "encoding": encoding,
-                "weights": how.pop("weights"),
-            }
+            texts = {name: given[name] for name in ("tokens", "column", "chat", "encoding")}
+            texts["weights"] = how.pop("weights")
             how["data"], how["origin"] = live(model, layer, site, text, context, add_bos, window, **texts)
         return _run(out, options, log, how, json)
 
