@@ -122,9 +122,7 @@ def train(
     from jaxsae.app import logs
     from jaxsae.app.options import Options, validate
 
-    options = Options(
-        activation, latents, k, l1, not no_auxk, multi_topk, batch, steps, learning_rate, idle_after, heldout, seed
-    )
+    options = Options(auxk=not no_auxk, **{name: given[name] for name in Options._fields if name != "auxk"})
     validate(options)
     _require_source(given)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax's errors are reported below
@@ -134,14 +132,14 @@ def train(
     with devices.spread(mesh, distributed=distributed) as first:
         log = _recorded(given, options, logs.logs(out, options, wandb=wandb)) if first else None
         if model is not None:
-            texts = {name: given[name] for name in ("tokens", "column", "chat", "encoding")}
-            texts["weights"] = how.pop("weights")
+            texts = {name: given[name] for name in _OF_TEXT} | {"weights": how.pop("weights")}
             how["data"], how["origin"] = live(model, layer, site, text, context, add_bos, window, **texts)
         return _run(out, options, log, how, json)
 
 
 _PASSED_ON = ("data", "window", "reader_threads", "max_norm")
 _PASSED_ON += ("save_every", "save_every_steps", "eval_every", "resume")
+_OF_TEXT = ("tokens", "column", "chat", "encoding")
 
 
 def _require_source(given: dict[str, Any]) -> None:
