@@ -212,7 +212,7 @@ NPY = {
 NOT_ROWS = {
     "one axis": (np.zeros(3), "has shape"),
     "none": (np.zeros((0, 3)), "has shape"),
-    "whole numbers": (np.zeros((4, 3), int), "holds <i8"),
+    "whole numbers": (np.zeros((4, 3), int), "holds int64"),
     "big-endian": (np.zeros((4, 3), ">f4"), "holds >f4"),
     "Fortran order": (np.asfortranarray(np.zeros((4, 3))), "in Fortran order"),
     "truncated": (np.zeros((4, 3)), "too few or too many"),
@@ -235,6 +235,33 @@ def test_a_npy_file_in_a_bucket(case, place):
         np.save(buffer := io.BytesIO(), array) if array is not None else (buffer := io.BytesIO(b"some text"))
         path.write_bytes(buffer.getvalue()[: -1 if case == "truncated" else None])
         refused(message, data.open_rows, str(path))
+
+
+def _save(path, array):
+    np.save(buffer := io.BytesIO(), array)
+    path.write_bytes(buffer.getvalue())
+
+
+def test_a_directory_of_npy_files_in_a_bucket(place, small_blocks):
+    folder, everything = any_path(f"{place}/x"), rows(N, D).astype(np.float16)
+    for name, part in {"x_10": everything[300:], "x_2": everything[:300], "x_3": everything[:0]}.items():
+        _save(folder / f"{name}.npy", part)
+    found = data.open_rows(str(folder))
+    small_blocks.clear()
+    assert_same_bits(np.asarray(found), everything)
+    assert_same_bits(found[[639, 0, 300]], everything[[639, 0, 300]])
+    read = {(path, start) for path, start, _ in small_blocks}
+    assert len(read) == 19 + 22, "each block of 16 rows, from the beginning of its file"
+    before = data.fingerprint(found)
+    assert data.fingerprint(data.open_rows(str(folder))) == before
+    _save(folder / "x_2.npy", everything[1:301])
+    assert data.fingerprint(data.open_rows(str(folder))) != before
+    _save(folder / "x_2.npy", everything[:300, 1:])
+    refused("x_3.npy: has width 16 of float16, x_2.npy has width 15", data.open_rows, str(folder))
+    _save(folder / "x_2.npy", np.asfortranarray(everything[:300]))
+    refused("x_2.npy: holds <f2 in Fortran order, which is not read from a bucket", data.open_rows, str(folder))
+    (folder / "x_2.npy").write_bytes(b"")
+    refused("x_2.npy: not a .npy file", data.open_rows, str(folder))
 
 
 def test_other_files_in_a_bucket_are_refused(place):

@@ -1,6 +1,8 @@
 """Rows that poison a training are told, and can be left out."""
 
 import json
+import shutil
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from problems import cli, refused
 import jaxsae
 from jaxsae import data
 from jaxsae.app import evaluation, units
+from jaxsae.app.commands import texts
 from jaxsae.data import cleaning, shards
 
 RNG = np.random.default_rng(0)
@@ -45,11 +48,11 @@ def test_kept_rows_are_rows():
     assert {row.tobytes() for row in seen} <= {row.tobytes() for row in expected}
 
 
-def harvested(folder, rows=POISONED, contexts=50, norms=True):
+def harvested(folder, rows=POISONED, contexts=50, norms=True, source=None):
     """As a harvest writes it, contexts of 9 tokens, of which token 3 begins every fourth."""
     tokens = RNG.integers(4, 9, (contexts, 9)).astype(np.int32)
     tokens[::4, 1] = 3
-    writer = shards.Writer(folder, width=6, dtype="float32", source={})
+    writer = shards.Writer(folder, width=6, dtype="float32", source=source or {})
     for half in (slice(0, contexts // 2), slice(contexts // 2, contexts)):
         part = rows[8 * half.start : 8 * half.stop]
         writer.append(part, tokens=tokens[half], **({"norms": cleaning.norms(part)} if norms else {}))
@@ -133,6 +136,33 @@ def test_a_training_leaves_them_out_and_says_how_many(tmp_path, capsys):
     assert "holds another run" in capsys.readouterr().err
     assert cli("train", "--data", folder, *SAE, "--out", tmp_path / "c") == 0
     assert "% of the rows are more than 30 times the median norm" in capsys.readouterr().err
+
+
+LLAMA = Path(__file__).parent / "language_models" / "llama"
+
+
+def test_tokens_by_their_names_in_the_model_of_the_harvest(tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(LLAMA, model)
+    (model / "config.json").write_text(
+        json.dumps(json.loads((model / "config.json").read_text()) | {"eos_token_id": [3, 5]})
+    )
+    rows = [harvested(tmp_path / name, source={"model": str(model)})[0] for name in "ab"]
+    assert texts.token_numbers(["7", "eos", "5"], rows) == [7, 3, 5]
+    assert texts.token_numbers(["7", "0", "7"], [tmp_path / "x.npy"]) == [7, 0]
+    refused("a: its model has no pad token", texts.token_numbers, ["eos", "pad"], rows)
+    other, _ = harvested(tmp_path / "c", source={"model": str(LLAMA)})
+    refused("c: eos are other tokens there than in", texts.token_numbers, ["eos"], [*rows, other])
+    refused("nothing says which model", texts.token_numbers, ["bos"], [tmp_path / "x.npy"])
+    gone, _ = harvested(tmp_path / "d", source={"model": "models/gone"})
+    said = refused("d: its model cannot be read here", texts.token_numbers, ["bos"], [gone])
+    assert "models/gone: no such file" in said and said.endswith("; pass the numbers of tokens.")
+    assert cli("train", "--data", gone, *SAE, "--skip-tokens", "bos", "--out", tmp_path / "z") == 2
+    assert cli("train", "--data", *rows, *SAE, "--steps", 1, "--skip-tokens", "eos", "--out", tmp_path / "z") == 0
+    tokens = np.concatenate([shards.column(path, "tokens")[:, 1:].ravel() for path in rows])
+    report = json.loads((tmp_path / "z" / "report.json").read_text())
+    assert report["data"]["dropped"] == np.isin(tokens, [3, 5]).sum()
+    assert json.loads((tmp_path / "z" / "config.json").read_text())["skip_tokens"] == ["eos"]
 
 
 def test_the_command_says_what_outliers_are(tmp_path, capsys):

@@ -86,7 +86,7 @@ OBJECTS = np.array([[{"a": 1}, None]], dtype=object)
 ANY = "expected a .npy or .npz array of floating-point activations"
 BAD_INPUTS = {
     "missing": ("x.npy", lambda path: None, "no such file"),
-    "directory": ("x.npy", os.mkdir, "a directory without manifest.json; expected"),
+    "directory": ("x.npy", os.mkdir, "a directory without manifest.json or .npy files; expected"),
     "empty file": ("x.npy", lambda path: path.touch(), "the file is empty"),
     "pickled objects in an npz": ("x.npz", lambda path: np.savez(path, OBJECTS), ANY),
     "empty npz": ("x.npz", lambda path: path.touch(), "the file is empty"),

@@ -1,6 +1,8 @@
 """The hub's client against a stand-in of its endpoints on loopback."""
 
+import base64
 import contextlib
+import hashlib
 import http.server
 import json
 import os
@@ -14,16 +16,20 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import numpy as np
 import pytest
+import yaml
 from foreign import D, M, arrays, write
-from problems import assert_same_bits, refused, sae
+from problems import activations, assert_same_bits, cli, refused, sae
 
+import jaxsae
 from jaxsae import pretrained
 from jaxsae._core.files import InputError
 from jaxsae.app.cli import main
 from jaxsae.autoencoder import normalisation
+from jaxsae.data.origin import Origin
 from jaxsae.formats import hub
 
 constants = pytest.importorskip("huggingface_hub.constants")
+TOKEN = "hf_of_a_test"
 MAIN, OLD = "a" * 40, "b" * 40
 REVISIONS = {"main": MAIN, MAIN: MAIN, "v1": OLD, OLD: OLD}
 
@@ -43,6 +49,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
         parts = path.strip("/").split("/")
         is_api = parts[:2] == ["api", "models"]
         parts = parts[2:] if is_api else parts
+        if is_api and len(parts) == 2:  # what is asked for where a repository cannot be created
+            return self.refuse("RepoNotFound")
         repository, verb, revision, inner = "/".join(parts[:2]), parts[2], parts[3], "/".join(parts[4:])
         if revision not in REVISIONS:
             return self.refuse("RevisionNotFound")
@@ -56,6 +64,72 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if is_api:
             return self.send(json.dumps(self.listing(folder, target, verb)).encode(), commit)
         return self.send(target.read_bytes(), commit)
+
+    def do_POST(self):
+        """Repositories are created, and files announced and committed, by whoever has the token."""
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.asked.append((self.command, self.path))
+        path = self.path.partition("?")[0].strip("/")
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return self.fail(401, "Invalid username or password.")
+        if path in self.server.broken:
+            return self.fail(*self.server.broken[path])
+        if path == "api/repos/create":
+            asked = json.loads(body)
+            if asked["organization"] != "org":
+                return self.fail(
+                    403, f'You don\'t have the rights to create a model under the namespace "{asked["organization"]}".'
+                )
+            self.server.created.append(asked)
+            return self.reply({"url": f"{self.server.url}/org/{asked['name']}"})
+        if path == "api/validate-yaml":
+            return self.reply({"errors": [], "warnings": []})
+        if path.endswith("/preupload/main"):
+            files = [each["path"] for each in json.loads(body)["files"]]
+            kinds = {name: "regular" if name.endswith((".json", ".md")) else "lfs" for name in files}
+            return self.reply({"files": [{"path": n, "uploadMode": kinds[n], "shouldIgnore": False} for n in files]})
+        if path.endswith(".git/info/lfs/objects/batch"):
+            href = f"{self.server.url}/upload/"
+            objects = [
+                {"oid": each["oid"], "size": each["size"], "actions": {"upload": {"href": href + each["oid"]}}}
+                for each in json.loads(body)["objects"]
+            ]
+            return self.reply({"transfer": "basic", "objects": objects})
+        return self.commit(path, [json.loads(line) for line in body.splitlines()])
+
+    def commit(self, path, operations):
+        api, models, organisation, repository, commit, branch = path.split("/")
+        assert (api, models, commit, branch) == ("api", "models", "commit", "main")
+        self.server.commits.append(operations[0]["value"])
+        for each in operations[1:]:
+            value, is_large = each["value"], each["key"] == "lfsFile"
+            content = self.server.uploaded[value["oid"]] if is_large else base64.b64decode(value["content"])
+            target = self.server.root / MAIN / organisation / repository / value["path"]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+        self.reply({"commitUrl": f"{self.server.url}/org/new/commit/{MAIN}", "commitOid": MAIN, "success": True})
+
+    def do_PUT(self):
+        content, oid = self.rfile.read(int(self.headers["Content-Length"])), self.path.rpartition("/")[2]
+        if "upload" in self.server.broken:
+            return self.fail(*self.server.broken["upload"])
+        assert hashlib.sha256(content).hexdigest() == oid
+        self.server.uploaded[oid] = content
+        self.reply({})
+
+    def reply(self, content):
+        content = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def fail(self, status, message):
+        self.send_response(status)
+        self.send_header("X-Error-Message", message)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
 
     def listing(self, folder, target, verb):
         if verb == "revision":
@@ -106,10 +180,12 @@ def served(tmp_path, monkeypatch):
     threshold = np.ones(M, np.float32)
     np.savez(flat / "params.npz", **{n: w[n] for n in ("W_enc", "b_enc", "W_dec", "b_dec")}, threshold=threshold)
     server = Server(("127.0.0.1", 0), Hub)
-    server.root, server.asked = root, []
+    server.root, server.asked, server.created, server.commits, server.uploaded = root, [], [], [], {}
+    server.url, server.broken = f"http://127.0.0.1:{server.server_address[1]}", {}
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}")
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # whose servers are elsewhere
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     yield server
     with contextlib.suppress(OSError):
@@ -176,6 +252,115 @@ def test_the_command_line_takes_addresses(served, tmp_path, capsys):
     np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(40, 16)).astype(np.float32))
     assert main(["eval", "--sae", "hf://org/repo/lens", "--data", str(tmp_path / "x.npy")]) == 0
     assert main(["info", "hf://org/repo/nowhere"]) == 2
+
+
+# --- publishing
+
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's use of its own client
+
+
+@pytest.fixture
+def logged_in(served, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr("time.sleep", lambda _: None)  # between the client's tries
+    return served
+
+
+MEASURED = {"nmse": 0.25, "explained_variance": 0.75, "l0": 4.0, "dead": None, "rows": 40, "more": [1]}
+
+
+@pytest.mark.parametrize("to", ["jaxsae", "saelens", "sparsify"])
+@pytest.mark.parametrize("folder", ["", "/layer_8/k_4"])
+def test_what_is_published_is_read_back(folder, to, logged_in, tmp_path, capsys):
+    origin = Origin("gpt2", 8, "mlp_out", 64, "/home/someone/private.txt")
+    pretrained.save(sae(), tmp_path / "sae", origin=origin)
+    (tmp_path / "measured.json").write_text(json.dumps(MEASURED))
+    address = f"hf://org/new{folder}"
+    how = ("--to", to, "--eval", tmp_path / "measured.json", "--json")
+    assert cli("push", tmp_path / "sae", address, *how) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "out": address,
+        "format": to,
+        "commit": f"{logged_in.url}/org/new/commit/{MAIN}",
+    }
+    assert_same_bits(pretrained.load(address).W_dec, sae().W_dec)
+    assert pretrained.describe(address)["format"] == to
+    assert len(logged_in.commits) == 1, "all or nothing"
+    assert [each["name"] for each in logged_in.created] == ["new"]
+    card = (logged_in.root / MAIN / f"org/new{folder}" / "README.md").read_text()
+    for line in ("library_name: jaxsae", "| model | gpt2 |", "| layer | 8 |", "| site | mlp_out |", "| context | 64 |"):
+        assert line in card.splitlines()
+    assert (
+        "| explained variance | 0.7500 |" in card and "| dead latents | – |" in card and "On 40 held-out rows" in card
+    )
+    assert f"jaxsae.pretrained.load('{address}')" in card and "private.txt" not in card
+    head = yaml.safe_load(card.split("---")[1])
+    assert head == {"library_name": "jaxsae", "tags": ["sparse-autoencoder", "mechanistic-interpretability"]}
+
+
+def test_a_run_has_its_numbers_in_its_report(logged_in, tmp_path):
+    pretrained.save(sae(activation=jaxsae.ReLU()), tmp_path / "run" / "sae")
+    (tmp_path / "run" / "report.json").write_text(json.dumps({"heldout": MEASURED}))
+    assert cli("push", tmp_path / "run", "hf://org/new", "--private") == 0
+    card = (logged_in.root / MAIN / "org/new/README.md").read_text()
+    assert "| L0 | 4.0000 |" in card and "capacity=jaxsae.stream.max_l0(sae, x)" in card
+    assert logged_in.created[0]["visibility"] == "private"
+    code = card.split("```python")[1].split("```")[0]
+    names = {"x": activations(batch=(5,))}
+    exec(code, names)
+    assert names["code"].values.shape[0] == 5
+
+
+BROKEN = {
+    "the name is taken by others": ("hf://others/new", {}, r"refuses \(403: You don't have the rights"),
+    "the token has expired": ("hf://org/new", {"api/repos/create": (401, "Invalid")}, r"refuses \(401: Invalid\)"),
+    "a file is not taken": (
+        "hf://org/new",
+        {"upload": (500, "down")},
+        r"cannot be reached \(500: .*\), and nothing is published",
+    ),
+    "nor the commit": (
+        "hf://org/new",
+        {"api/models/org/new/commit/main": (503, "down")},
+        r"cannot be reached \(503: .*\), and nothing",
+    ),
+    "no name": ("hf://org/a--b..c", {}, "fix the address"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_is_not_published_is_one_line_and_leaves_nothing(case, logged_in, tmp_path):
+    address, logged_in.broken, message = BROKEN[case]
+    pretrained.save(sae(), tmp_path / "sae")
+    before = sorted(logged_in.root.rglob("*"))
+    refused(message, hub.push, tmp_path / "sae", address, message="An SAE")
+    assert cli("push", tmp_path / "sae", address) == 2
+    assert sorted(logged_in.root.rglob("*")) == before
+    assert not logged_in.commits
+
+
+def test_a_hub_that_is_away_and_nobody_logged_in(served, tmp_path, monkeypatch, capsys):
+    pretrained.save(sae(), tmp_path / "sae")
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    refused("nobody is logged in, who may write there; run: hf auth login", hub.require_token, "hf://org/new")
+    assert cli("push", tmp_path / "sae", "hf://org/new") == 2
+    assert not served.asked
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: TOKEN)
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    served.shutdown()
+    served.server_close()
+    refused(
+        "the hub cannot be reached .* nothing is published; try again",
+        hub.push,
+        tmp_path / "sae",
+        "hf://org/new",
+        message="x",
+    )
+    (tmp_path / "measured.json").write_text('{"nmse": 1}')
+    assert cli("push", tmp_path / "sae", "hf://org/new", "--eval", tmp_path / "measured.json") == 2
+    assert "not what jaxsae eval --json prints" in capsys.readouterr().err
+    assert cli("push", tmp_path / "sae", "org/new") == 2
+    assert "pass hf://organisation/repository" in capsys.readouterr().err
 
 
 # --- releases and ids of SAELens

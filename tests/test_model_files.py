@@ -18,7 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from jaxsae._core.files import InputError
 from jaxsae.language_model import download
-from jaxsae.language_model.files import read, read_tokenizer
+from jaxsae.language_model.files import read, read_tokenizer, special_tokens
 from jaxsae.language_model.models import load, logits, residual
 
 SAVED = Path(__file__).parent / "language_models"
@@ -534,6 +534,27 @@ def test_the_tokenizer_of_a_directory():
     found = read_tokenizer(SAVED / "llama")
     original = tokenizers.Tokenizer.from_file(str(SAVED / "llama" / "tokenizer.json"))
     assert [found.encode(text).ids for text in TEXTS] == [original.encode(text).ids for text in TEXTS]
+
+
+def test_tokens_with_names(tmp_path):
+    _, tokens, merges = tokenizer_of("gpt-2")
+
+    def add(writer):
+        write_tokenizer(writer, tokens, merges, "gpt-2", bos=False)
+        writer.add_pad_token_id(tokens.index("<|im_start|>"))
+
+    path = saved_as_gguf(tmp_path / "a.gguf", add=add)
+    assert special_tokens(path) == {"bos": [tokens.index("<|endoftext|>")], "pad": [tokens.index("<|im_start|>")]}
+    assert special_tokens(SAVED / "llama") == {"bos": [256], "eos": [256]}
+    shutil.copytree(SAVED / "llama", tmp_path / "b")
+    config = options_of(tmp_path / "b") | {"eos_token_id": [7, 256, 9], "bos_token_id": None}
+    (tmp_path / "b" / "config.json").write_text(json.dumps(config))
+    written = {"eos_token": "a", "pad_token": {"content": "<|endoftext|>"}, "unk_token": "not a token"}
+    (tmp_path / "b" / "tokenizer_config.json").write_text(json.dumps(written))
+    old = {"eos_token": "b", "bos_token": "c"}
+    (tmp_path / "b" / "special_tokens_map.json").write_text(json.dumps(old))
+    number = read_tokenizer(tmp_path / "b").token_to_id
+    assert special_tokens(tmp_path / "b") == {"bos": [number("c")], "eos": [number("a"), 7, 256, 9], "pad": [256]}
 
 
 BAD_TOKENIZERS = {

@@ -219,6 +219,7 @@ def usual(world: Path, command: str) -> tuple[list[str], dict[str, list[str]]]:
         "report": ([world / "study"], {"out": ["out.html"]}),
         "info": ([topk], {}),
         "convert": ([topk, "out"], {"to": ["saelens"]}),
+        "push": ([topk, "hf://org/repository"], {"to": ["saelens"]}),
         "plan": ([], {"latents": [M], "d": [D], "k": [K], "batch": [8], "topology": ["v5e:1x1"]}),
         "denoise": ([world / "picture.png"], {"sigma": [20], "out": ["out.png"]}),
         "inpaint": ([world / "picture.png"], {"missing": [world / "missing.png"], "out": ["out.png"]}),
@@ -365,6 +366,8 @@ def here(world, monkeypatch, tmp_path):
         raise OSError("offline")
 
     monkeypatch.setattr(hub, "_fetch", offline)
+    monkeypatch.setattr(hub, "push", lambda folder, address, **_: address)
+    monkeypatch.setenv("HF_TOKEN", "none")
     monkeypatch.setattr(language_model, "fetch", lambda name: Path(name))
     monkeypatch.setattr(plan, "topology_mesh", slice_of)
     for name in ("FULL", "QUICK", "FULL_MODEL", "QUICK_MODEL", "FULL_SYNTHETIC", "QUICK_SYNTHETIC"):

@@ -635,7 +635,7 @@ def test_as_the_library_uses_rows(opened):
 
 
 def test_slices_read_nothing_and_few_shards_are_held_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "_MAX_MAPS", 3)
+    monkeypatch.setattr(lazy, "MAX_MAPS", 3)
     found = shards.open_rows(fill(tmp_path, 8).folder)
     held = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else None
     for number in range(8):
@@ -666,7 +666,7 @@ def test_data_refuses_a_directory_without_rows(tmp_path):
     refused(r"has shape \(0, 6\)", data.open_rows, writer(tmp_path / "x").folder)
     refused("a directory without manifest.json; pass one in it: x", data.open_rows, tmp_path)
     (tmp_path / "y").mkdir()
-    refused("a directory without manifest.json; expected", data.open_rows, tmp_path / "y")
+    refused("a directory without manifest.json or .npy files; expected", data.open_rows, tmp_path / "y")
 
 
 def test_data_counts_rows_that_are_not_finite(tmp_path):

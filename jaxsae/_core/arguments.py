@@ -152,9 +152,11 @@ AnyFile = Annotated[Path, Output((Path.is_file,), bucket=True)]  # on disk or in
 OutputDirectory = Annotated[Path, DIRECTORY]
 AnyDirectory = Annotated[Path, ANY_DIRECTORY]
 Autoencoder = Annotated[str, Input(scheme="hf", bucket=True)]
+HubAddress = Annotated[str, Text(r"hf://[^/\s]+/[^/\s]+(/[^/\s]+)*", "hf://organisation/repository, or a folder in it")]
 Model = Annotated[str, Input()]
 Site = Annotated[str, Text(r"[\w.]+", "a site such as mlp_out, or a hook such as blocks.8.hook_mlp_out")]
 Name = Annotated[str, Text(r"[^\0]+", "a name")]
+Token = Annotated[str, Text(r"bos|eos|pad|unk|[0-9]{1,9}", "the number of a token, or bos, eos, pad or unk")]
 Context = Annotated[int, Range(2, 2**31 - 1)]
 Revision = Annotated[str, Text(r"\S+", "a branch, a tag or a commit")]
 ACTIVATION = Choice(

@@ -81,6 +81,19 @@ def names(folder: Any) -> dict[str, int]:
     Args:
       folder: as from `path`.
     """
+    return {name: each["size"] for name, each in _listed(folder).items()}
+
+
+def versions(folder: Any) -> dict[str, str]:
+    """The files in a folder by name, each with what changes when it is written again.
+
+    Args:
+      folder: as from `path`.
+    """
+    return {name: _version(each) for name, each in _listed(folder).items()}
+
+
+def _listed(folder: Any) -> dict[str, dict[str, Any]]:
     store, inside = _store(folder)
     with reached(folder):
         try:
@@ -89,7 +102,12 @@ def names(folder: Any) -> dict[str, int]:
             return {}
     # A store may list the folder itself, an empty object whose name ends with a slash.
     files = [each for each in found if each["type"] == "file" and not each["name"].endswith("/")]
-    return {each["name"].rpartition("/")[2]: each["size"] for each in files}
+    return {each["name"].rpartition("/")[2]: each for each in files}
+
+
+def _version(found: dict[str, Any]) -> str:
+    version = next((found[name] for name in ("ETag", "etag", "md5Hash") if found.get(name)), "")
+    return f"{found['size']} {version}"
 
 
 def upload(local: Path, path: Any) -> None:
@@ -166,8 +184,7 @@ def describe(path: Any) -> tuple[int, str]:
     store, inside = _store(path)
     with reached(path):
         found = store.info(inside)
-    version = next((found[name] for name in ("ETag", "etag", "md5Hash") if found.get(name)), "")
-    return found["size"], f"{found['size']} {version}"
+    return found["size"], _version(found)
 
 
 def start_reading(path: Any, start: int, stop: int) -> "Future[bytes]":

@@ -139,6 +139,7 @@ COMMANDS = {
     "report": studies.report,
     "info": autoencoders.info,
     "convert": autoencoders.convert,
+    "push": autoencoders.push,
     "plan": plans.plan,
     "denoise": pictures.denoise,
     "inpaint": pictures.inpaint,

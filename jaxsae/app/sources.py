@@ -16,7 +16,7 @@ from jaxsae._core import arguments
 from jaxsae._core.files import InputError
 from jaxsae.app.units import Units
 from jaxsae.data.origin import Origin, of_pairs, of_rows
-from jaxsae.language_model import harvest, text as texts
+from jaxsae.language_model import chat, harvest, text as texts
 
 CONTEXT = 256  # tokens in a context; the first gives no row
 _TOGETHER = 4  # contexts whose logits are in memory together
@@ -35,6 +35,7 @@ class HookPoint(NamedTuple):
       text: files; Python's standard library if None.
       site: where in the block, one of `language_model.SITES`.
       target: of transcoders, the site of the block that they reconstruct; None for autoencoders.
+      chat: whether the text holds conversations, in a column `messages`.
 
     Example:
       >>> HookPoint("smollm2").layer
@@ -46,6 +47,7 @@ class HookPoint(NamedTuple):
     text: Sequence[Path] | None = None
     site: Annotated[str, arguments.SITE] = "resid_post"
     target: Annotated[str, arguments.SITE] | None = None
+    chat: bool = False
 
     @property
     def points(self) -> list[tuple[int, str]]:
@@ -296,7 +298,8 @@ def from_model(site: HookPoint, folder: Path, train_rows: int, heldout: int, bat
     model = language_model.load(site.model)
     wanted = contexts(train_rows + heldout)
     files = texts.standard_library() if site.text is None else site.text
-    text = texts.pack(files, tokenizer, context=CONTEXT, tokens=wanted * CONTEXT)
+    chats = {"column": "messages", "template": chat.read(site.model, tokenizer)} if site.chat else {}
+    text = texts.pack(files, tokenizer, context=CONTEXT, tokens=wanted * CONTEXT, **chats)
     read = "the sources of Python's standard library" if site.text is None else ", ".join(text.files)
     source = {"model": str(site.model), "text": read}
     show = functools.partial(progress, f"{site.model}  harvesting")

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+MAX_MAPS = 128  # files mapped at a time: each holds a file descriptor, of which some systems allow 256
+
 
 class Windows(NamedTuple):
     """Numbers of rows that are shuffled together.

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -12,24 +11,25 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-from jaxsae._core import buckets
 from jaxsae._core.files import InputError, any_path, first_line, in_one_line, reached
-from jaxsae.data import remote, shards
+from jaxsae.data import npy, shards
 from jaxsae.data.lazy import LazyRows
+from jaxsae.data.npy import EXPECTED
 
 Rows = np.ndarray | LazyRows  # `[n d]`, in memory or not
 _SAMPLED, _BLOCKS = 64 << 20, 256  # bytes of rows that are hashed, and in how many blocks
-_HEADER = 1 << 16  # bytes, which a header does not fill
 _MEND = "write the file again"
 
 
 def open_rows(path: str | os.PathLike) -> Rows:
-    """Open activations as rows `[n d]`: a file in one of several formats, or a directory of shards.
+    """Open activations as rows `[n d]`: a file in one of several formats, or a directory of shards or of `.npy` files.
 
     Formats are `.npy` and `.safetensors`, memory-mapped; `.npz`; and `.array_record`, whose records are rows, each as
     the bytes of an `.npy` file. Leading axes are flattened into rows. A file must hold exactly one array. In a
-    directory that is still being written, the complete shards are opened. In a bucket (`gs://`, `s3://`), directories
-    and `.npy` files are read in ranges, ahead of a reader that takes rows in order or by windows.
+    directory of shards that is still being written, the complete ones are opened. The `.npy` files of any other
+    directory, each `[n d]` of one width and dtype, are taken in natural order of their names, `x_2.npy` before
+    `x_10.npy`, and mapped as their rows are read. In a bucket (`gs://`, `s3://`), directories and `.npy` files are read
+    in ranges, ahead of a reader that takes rows in order or by windows.
 
     Args:
       path: the file, or the directory.
@@ -48,27 +48,27 @@ def open_rows(path: str | os.PathLike) -> Rows:
       (6, 4)
     """
     path = any_path(path)
-    expected = "expected a .npy or .npz array of floating-point activations (rows, width)"
     kind = {".safetensors": _open_safetensors, ".array_record": _open_records}.get(path.suffix)
     with reached(path):
         is_directory = (path / shards.MANIFEST).is_file()
     if is_directory:
         rows = shards.open_rows(path)
         if not len(rows):
-            raise InputError(f"{path}: has shape {rows.shape}; {expected}.")
+            raise InputError(f"{path}: has shape {rows.shape}; {EXPECTED}.")
         return rows
     if not isinstance(path, Path):
-        return _open_remote(path, expected)
+        return npy.open_remote(path)
     if not path.is_file():
         if below := sorted(each.parent.name for each in path.glob(f"*/{shards.MANIFEST}")):
             raise InputError(f"{path}: a directory without {shards.MANIFEST}; pass one in it: {', '.join(below)}.")
-        what = f"a directory without {shards.MANIFEST}" if path.is_dir() else "no such file"
-        raise InputError(f"{path}: {what}; {expected}.")
+        if path.is_dir():
+            return npy.open_folder(path)
+        raise InputError(f"{path}: no such file; {EXPECTED}.")
     with open(path, "rb") as file:
         magic = file.read(6)
     if kind is None and magic[:2] != b"PK" and magic != b"\x93NUMPY":
-        raise InputError(f"{path}: {'not an array file' if magic else 'the file is empty'}; {expected}.")
-    with in_one_line(f"{path}: is damaged or holds no plain array", expected):
+        raise InputError(f"{path}: {'not an array file' if magic else 'the file is empty'}; {EXPECTED}.")
+    with in_one_line(f"{path}: is damaged or holds no plain array", EXPECTED):
         if kind is not None:
             array = kind(path)
         elif magic[:2] == b"PK":
@@ -78,37 +78,15 @@ def open_rows(path: str | os.PathLike) -> Rows:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
     dtype = array.dtype.newbyteorder("=")
     if dtype not in (np.float16, np.float32, np.float64, jnp.bfloat16):
-        raise InputError(f"{path}: holds {array.dtype}; {expected}: convert it with .astype('float32').")
+        raise InputError(f"{path}: holds {array.dtype}; {EXPECTED}: convert it with .astype('float32').")
     if array.ndim < 2 or array.size == 0:
-        raise InputError(f"{path}: has shape {array.shape}; {expected}.")
+        raise InputError(f"{path}: has shape {array.shape}; {EXPECTED}.")
     if isinstance(array, LazyRows):
         return array
     rows = array.reshape(-1, array.shape[-1])
     if dtype == array.dtype:
         return rows
     return LazyRows(lambda _: rows, np.array([0, len(rows)]), range(len(rows)), rows.shape[1], dtype)
-
-
-def _open_remote(path: Any, expected: str) -> LazyRows:
-    """The rows of a `.npy` file in a bucket."""
-    size, version = buckets.describe(path)
-    if path.suffix != ".npy":
-        raise InputError(f"{path}: neither a .npy file nor a directory with {shards.MANIFEST}; copy it here.")
-    with reached(path):
-        file = io.BytesIO(buckets.start_reading(path, 0, min(size, _HEADER)).result() if size else b"")
-    with in_one_line(f"{path}: not a .npy file", expected):
-        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        shape, fortran, dtype = read[np.lib.format.read_magic(file)](file)
-    offset = file.tell()
-    if dtype.newbyteorder("=") not in (np.float16, np.float32, np.float64) or not dtype.isnative or fortran:
-        kind = f"{dtype.str} in Fortran order" if fortran else dtype.str
-        raise InputError(f"{path}: holds {kind}; {expected}: convert it with .astype('float32').")
-    if len(shape) < 2 or 0 in shape:
-        raise InputError(f"{path}: has shape {shape}; {expected}.")
-    rows = math.prod(shape[:-1])
-    if size != offset + rows * shape[-1] * dtype.itemsize:
-        raise InputError(f"{path}: has {size} bytes, too few or too many for {shape}; {_MEND}.")
-    return remote.open_files([remote.File(path, offset, rows)], shape[-1], dtype, version)
 
 
 def _open_safetensors(path: Path) -> np.ndarray:

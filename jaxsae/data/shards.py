@@ -35,7 +35,7 @@ from jaxsae._core.files import (
     reached,
     remove,
 )
-from jaxsae.data import remote
+from jaxsae.data import lazy, remote
 from jaxsae.data.lazy import LazyRows
 
 MANIFEST = "manifest.json"
@@ -43,7 +43,6 @@ _FORMAT, _VERSION, _DTYPES = "jaxsae-activations", 1, ("float16", "float32", "bf
 _SHARD = re.compile(r"([0-9]{5,})(?:\.([A-Za-z_][A-Za-z0-9_]*))?\.npy")  # its number and, if any, its column
 _PARTIAL = re.compile(rf"\.(?:{_SHARD.pattern}|{re.escape(MANIFEST)})(?:\.\w+)?\.partial")  # of `atomic_file`
 _HEADERS = threading.Lock()  # they are Python, whose parser (3.11) fails at random in several threads
-_MAX_MAPS = 128  # each holds a file descriptor, of which some systems allow 256
 _MEND = "copy or make the directory again"
 
 
@@ -457,7 +456,7 @@ def open_rows(folder: str | os.PathLike) -> LazyRows:
 
     checked: set[int] = set()
 
-    @functools.lru_cache(_MAX_MAPS)
+    @functools.lru_cache(lazy.MAX_MAPS)
     def load(number):
         if number not in checked:
             _check(paths[number], manifest.files[paths[number].name]["crc32"])

@@ -1,7 +1,9 @@
-"""SAEs on the Hugging Face hub, by address or by SAELens' names, through the hub's own cache."""
+"""SAEs on the Hugging Face hub: read by address or by SAELens' names, through the hub's own cache, and published."""
 
+import contextlib
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -75,17 +77,97 @@ def _release(name: str) -> tuple[str, dict[str, Any], dict[str, Any]] | None:
     return address, entries[sae_id], releases[release].get("config_overrides") or {}
 
 
-def _download(address: str, revision: str | None) -> Path:
-    """Download files at `org/repository/path` to the cache."""
+def push(folder: Path, address: str, *, message: str, private: bool = False) -> str:
+    """Upload the files of a folder in one commit, after which all of them are there, or none; the commit's address.
+
+    The repository is created if it is missing. Other files in it are left as they are.
+
+    Args:
+      folder: on disk.
+      address: `"hf://organisation/repository"`, or a folder in it.
+      message: of the commit.
+      private: whether a new repository is private.
+
+    Raises:
+      InputError: if there is no token, if the hub refuses, or if it cannot be reached; if the extra is missing.
+
+    Example:
+      >>> push(Path("run/sae"), "hf://repository", message="An SAE")
+      Traceback (most recent call last):
+      jaxsae.InputError: got hf://repository, expected hf://organisation/repository/path; fix it.
+    """
+    require_token(address)
+    huggingface_hub, errors = _client(address)
+    repository, inner = _split(address.removeprefix(SCHEME))
+    api = huggingface_hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
+    with _refused_in_one_line(address, errors):
+        api.create_repo(repository, private=private or None, exist_ok=True)
+        how = {"path_in_repo": inner or None, "commit_message": message}
+        return api.upload_folder(repo_id=repository, folder_path=folder, **how).commit_url
+
+
+def require_token(address: str) -> None:
+    """Raise unless there is a token, without which nothing can be uploaded.
+
+    Args:
+      address: where, `"hf://organisation/repository"`, or a folder in it.
+
+    Raises:
+      InputError: if it is no such address, if there is no token, or if the extra is missing.
+
+    Example:
+      >>> require_token("hf://repository")
+      Traceback (most recent call last):
+      jaxsae.InputError: got hf://repository, expected hf://organisation/repository/path; fix it.
+    """
+    _split(address.removeprefix(SCHEME))
+    huggingface_hub, _ = _client(address)
+    if huggingface_hub.get_token() is None:
+        raise InputError(f"{address}: nobody is logged in, who may write there; run: hf auth login, or set HF_TOKEN.")
+
+
+@contextlib.contextmanager
+def _refused_in_one_line(address: str, errors: Any) -> Iterator[None]:
+    """Turn what the hub's client raises while it writes into an `InputError`."""
+    transport: Any = errors.HfHubHTTPError.__mro__[1]
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError, transport) as raised:
+        error = raised.__cause__ if isinstance(raised, RuntimeError) and raised.__cause__ else raised  # of an upload
+        said = first_line(error).rstrip(".")
+        if isinstance(error, errors.HfHubHTTPError):
+            status = error.response.status_code
+            said = f"{status}: {(error.server_message or said).splitlines()[0].rstrip('.')}"
+            if 400 <= status < 500 and status not in (408, 429):
+                raise InputError(f"{address}: the hub refuses ({said}); check its name and your token.") from raised
+        elif isinstance(error, ValueError):  # a name that the client does not take
+            raise InputError(f"{address}: {said}; fix the address.") from raised
+        what = f"cannot be reached ({said}), and nothing is published"
+        raise InputError(f"{address}: the hub {what}; try again.") from raised
+
+
+def _client(address: str) -> tuple[Any, Any]:
+    """The hub's client, and its errors."""
     try:
         import huggingface_hub
         from huggingface_hub import errors
     except ImportError as error:
-        raise InputError(f"{SCHEME}{address}: the hub needs the extra 'hub'; pip install 'jaxsae[hub]'.") from error
+        raise InputError(f"{address}: the hub needs the extra 'hub'; pip install 'jaxsae[hub]'.") from error
+    return huggingface_hub, errors
+
+
+def _split(address: str) -> tuple[str, str]:
+    """The repository, and the path in it, of `org/repository/path`."""
     parts = PurePosixPath(address).parts
     if len(parts) < 2 or ".." in parts or address.startswith("/"):
         raise InputError(f"got {SCHEME}{address}, expected {SCHEME}organisation/repository/path; fix it.")
-    repository, inner = "/".join(parts[:2]), "/".join(parts[2:])
+    return "/".join(parts[:2]), "/".join(parts[2:])
+
+
+def _download(address: str, revision: str | None) -> Path:
+    """Download files at `org/repository/path` to the cache."""
+    huggingface_hub, errors = _client(SCHEME + address)
+    repository, inner = _split(address)
     absent = (errors.EntryNotFoundError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError)
     # The base class of the HTTP client's errors; which client that is depends on the version of the hub's package.
     transport: Any = errors.HfHubHTTPError.__mro__[1]

@@ -27,6 +27,8 @@ _MARKS = {  # by byte-order mark, those of four bytes first
 }
 _REPLACEMENT = "\ufffd"
 
+Render = Callable[[Any, str], str]
+
 
 class Found:
     """What was found in files while they were read.
@@ -97,7 +99,9 @@ class Document(NamedTuple):
     text: Characters
 
 
-def read(file: Path, found: Found, *, column: str = "text", encoding: str = "utf-8") -> Iterator[Document]:
+def read(
+    file: Path, found: Found, *, column: str = "text", encoding: str = "utf-8", render: Render | None = None
+) -> Iterator[Document]:
     """Read the documents of a file.
 
     Args:
@@ -105,6 +109,7 @@ def read(file: Path, found: Found, *, column: str = "text", encoding: str = "utf
       found: what is found is added to it.
       column: of the text in JSON lines and Parquet.
       encoding: of plain text, unless a byte-order mark says another.
+      render: makes text of a record that is not text, given also where it is.
 
     Raises:
       InputError: if the file cannot be read, is truncated or damaged, has no such column, or holds no text.
@@ -120,9 +125,11 @@ def read(file: Path, found: Found, *, column: str = "text", encoding: str = "utf
     kind = (file.with_suffix("") if file.suffix in (".gz", ".zst") else file).suffix
     with _failures(file):
         if kind in (".jsonl", ".ndjson"):
-            yield from _records(file, column)
+            yield from _records(file, column, render or _text)
         elif kind == ".parquet":
-            yield from _parquet(file, column)
+            yield from _parquet(file, column, render or _text)
+        elif render is not None:
+            raise InputError(f"{file}: is plain text, expected conversations, in JSON lines or Parquet; pass those.")
         else:
             text = Characters(lambda: _plain(file, encoding, found))
             found.empty += not text.reach(1)
@@ -231,7 +238,16 @@ def _count_replaced(content: bytes, text: str, found: Found, file: Path, at: int
     found.replaced += max(0, bad)
 
 
-def _records(file: Path, column: str) -> Iterator[Document]:
+def _text(value: Any, where: str) -> str:
+    """A record that is text."""
+    if not isinstance(value, str):
+        raise InputError(f"{where}: has a {type(value).__name__}, expected text; pass --column.")
+    if "\0" in value:
+        raise InputError(f"{where}: holds NULs; expected text.")
+    return value
+
+
+def _records(file: Path, column: str, render: Render) -> Iterator[Document]:
     """The records of JSON lines."""
     for number, line in enumerate(_lines(file), 1):
         if not line.strip():
@@ -241,10 +257,10 @@ def _records(file: Path, column: str) -> Iterator[Document]:
             record = json.loads(line)
         except ValueError as error:
             raise InputError(f"{where}: is not JSON; get the file again, or name plain text .txt.") from error
-        if not isinstance(record, dict) or not isinstance(record.get(column), str):
+        if not isinstance(record, dict) or record.get(column) is None:
             has = f"has {', '.join(map(repr, list(record)[:8]))}" if isinstance(record, dict) else "is no object"
             raise InputError(f"{where}: {has}, expected a text in {column!r}; pass --column.")
-        yield _document(file, where, record[column])
+        yield _document(file, where, render(record[column], where))
 
 
 def _lines(file: Path) -> Iterator[bytes]:
@@ -256,7 +272,7 @@ def _lines(file: Path) -> Iterator[bytes]:
         yield rest
 
 
-def _parquet(file: Path, column: str) -> Iterator[Document]:
+def _parquet(file: Path, column: str, render: Render) -> Iterator[Document]:
     _library("pyarrow", file)
     from pyarrow import ArrowException, parquet
 
@@ -271,17 +287,11 @@ def _parquet(file: Path, column: str) -> Iterator[Document]:
             for batch in opened.iter_batches(_RECORDS, columns=[column]):
                 for value in batch.column(0).to_pylist():
                     number += 1
-                    if not isinstance(value, str):
-                        kind = type(value).__name__
-                        raise InputError(
-                            f"{file}, row {number}: has a {kind} in {column!r}, expected text; pass --column."
-                        )
-                    yield _document(file, f"{file}, row {number}", value)
+                    where = f"{file}, row {number}"
+                    yield _document(file, where, render(value, where))
     except (ArrowException, OSError) as error:
         raise InputError(f"{file}: is damaged or no Parquet file; get the file again.") from error
 
 
 def _document(file: Path, where: str, text: str) -> Document:
-    if "\0" in text:
-        raise InputError(f"{where}: holds NULs; expected text.")
     return Document(str(file), where, Characters(lambda: iter([text])))

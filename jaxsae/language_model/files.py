@@ -15,6 +15,7 @@ from jaxsae.language_model.download import _EXPECTED, WHEELS, cached
 from jaxsae.language_model.gguf import _gguf_config, _gguf_tokenizer, _open_gguf, _read_gguf
 from jaxsae.language_model.hugging_face import _directory_config, _read_directory
 
+_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _BOS_CLASSES = {  # of transformers, which begin texts with BOS unless the configuration forbids it
     *("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast"),
     *("GemmaTokenizer", "GemmaTokenizerFast"),
@@ -115,6 +116,97 @@ def end_of_text(path: str | os.PathLike, tokenizer: Any) -> int | None:
         beside = path / "tokenizer_config.json"
         eos = json.loads(beside.read_text()).get("eos_token") if beside.is_file() else None
         return None if eos is None else tokenizer.token_to_id(eos["content"] if isinstance(eos, dict) else eos)
+
+
+def special_tokens(path: str | os.PathLike) -> dict[str, list[int]]:
+    """The tokens of a language model that have a name: `bos`, `eos`, `pad` and `unk`, those that it has.
+
+    A name may stand for several: that of the tokenizer, and those of `config.json`, where a model that was tuned to
+    chat lists all that end a turn or a text.
+
+    Args:
+      path: as for `language_model.load`.
+
+    Raises:
+      InputError: if it is missing or damaged.
+
+    Example:
+      >>> special_tokens("no-such-place")
+      Traceback (most recent call last):
+      jaxsae.InputError: no-such-place: no such file; expected a GGUF file, a Hugging Face directory, or ...
+    """
+    path, found = _locate(path), {}
+    with _damage_in_one_line(path):
+        if not path.is_dir():
+            reader = _open_gguf(path)
+            for name, written in {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}.items():
+                if (field := reader.get_field(f"tokenizer.ggml.{written}_token_id")) is not None:
+                    found[name] = [int(field.contents())]
+            return found
+        tokenizer = read_tokenizer(path)
+        texts, numbers = (
+            _options(path, "special_tokens_map.json", "tokenizer_config.json"),
+            _options(path, "config.json"),
+        )
+        for name in ("bos", "eos", "pad", "unk"):
+            text, listed = texts.get(f"{name}_token"), numbers.get(f"{name}_token_id")
+            text = text["content"] if isinstance(text, dict) else text
+            each = [None if text is None else tokenizer.token_to_id(text)]
+            each += listed if isinstance(listed, list) else [listed]
+            if some := [number for number in dict.fromkeys(each) if number is not None]:
+                found[name] = some
+    return found
+
+
+def chat_template(path: str | os.PathLike) -> tuple[str, dict[str, str]]:
+    """The chat template of a language model, and the special tokens that it may use, by the names it has for them.
+
+    Args:
+      path: as for `language_model.load`.
+
+    Raises:
+      InputError: if it is missing or damaged, or has no template.
+
+    Example:
+      >>> chat_template("no-such-place")
+      Traceback (most recent call last):
+      jaxsae.InputError: no-such-place: no such file; expected a GGUF file, a Hugging Face directory, or ...
+    """
+    path = _locate(path)
+    with _damage_in_one_line(path):
+        if path.is_dir():
+            options = _options(path, "special_tokens_map.json", "tokenizer_config.json")
+            own, template = path / "chat_template.jinja", options.get("chat_template")
+            if isinstance(template, list):  # of several, by name
+                template = next((each["template"] for each in template if each["name"] == "default"), None)
+            template = own.read_text() if own.is_file() else template
+            named = {name: options.get(name) for name in _TOKENS}
+        else:
+            reader = _open_gguf(path)
+            field = reader.get_field("tokenizer.chat_template")
+            template, tokens = None if field is None else field.contents(), reader.get_field("tokenizer.ggml.tokens")
+            named = {f"{name}_token": tokens.contents(ids[0]) for name, ids in special_tokens(path).items()}
+        if not isinstance(template, str):
+            raise InputError(f"{path}: has no chat template; leave out --chat, or pass a model that was tuned to chat.")
+    named = {name: token["content"] if isinstance(token, dict) else token for name, token in named.items()}
+    return template, {name: token for name, token in named.items() if isinstance(token, str)}
+
+
+def control_tokens(tokenizer: Any) -> dict[int, str]:
+    """The tokens that mean something other than their letters: the special ones, and the end of a text.
+
+    Args:
+      tokenizer: a `tokenizers.Tokenizer`.
+    """
+    found = {id: token.content for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    end = tokenizer.token_to_id("<|endoftext|>")
+    return found if end is None else found | {end: "<|endoftext|>"}
+
+
+def _options(path: Path, *names: str) -> dict[str, Any]:
+    """What files of JSON in a directory say, the later ones first; those that are missing say nothing."""
+    parts = [json.loads((path / name).read_text()) for name in names if (path / name).is_file()]
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def start(tokenizer: Any) -> list[int]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxsae._core.files import InputError
-from jaxsae.language_model import documents, files as model_files
+from jaxsae.language_model import chat, documents, files as model_files
 
 _PIECE = 1 << 20  # characters tokenised at a time: a tokenizer takes some hundred bytes for each
 _OVERLAP = 1 << 14  # characters that two pieces share, at first
@@ -69,11 +69,13 @@ def pack(
     column: str = "text",
     encoding: str = "utf-8",
     weights: Sequence[float] | None = None,
+    template: chat.Template | None = None,
 ) -> Text:
     """Tokenise the documents of files, and cut them into contexts; tokens that do not fill a context are left out.
 
     Contexts begin with the special tokens that the tokenizer prepends to a text. Special tokens written in a document,
-    such as `<|endoftext|>`, are plain text.
+    such as `<|endoftext|>`, are plain text; so they are in the messages of conversations, of which a `template` makes
+    text, while those that it writes itself are what they are.
 
     Args:
       files: plain text, JSON lines or Parquet, as `documents.read` takes them; in this order, unless weighted. Bytes
@@ -85,6 +87,7 @@ def pack(
       column: of the text in JSON lines and Parquet.
       encoding: of plain text, unless a byte-order mark says another.
       weights: shares of the characters that are taken from each file, document by document, until it ends.
+      template: of the model, as from `chat.read`, if documents are conversations.
 
     Raises:
       InputError: if a file cannot be read, holds NULs or text that the tokenizer turns into a control token, or if the
@@ -108,15 +111,16 @@ def pack(
         raise InputError(f"got {len(weights)} weights for {len(files)} files of text; pass one for each.")
     separator = tokenizer.token_to_id("<|endoftext|>") if separator is None else separator
     found, names, count = documents.Found(), {}, 0
-    read = [documents.read(file, found, column=column, encoding=encoding) for file in files]
+    render = None if template is None else template.render
+    read = [documents.read(file, found, column=column, encoding=encoding, render=render) for file in files]
     most = None if tokens is None else -(-tokens // context)
     with _Contexts(start, context, most) as contexts, _as_text(tokenizer):
-        for document, pieces in _tokenised(_mixed(read, weights), tokenizer, contexts):
+        for document, pieces in _tokenised(_mixed(read, weights), tokenizer, contexts, template):
             names[document.file], count = None, count + 1
             written = False
-            for piece in pieces:
-                contexts.add(piece.ids)
-                written = written or bool(len(piece.ids))
+            for ids in pieces:
+                contexts.add(ids)
+                written = written or bool(len(ids))
             if separator is not None and written:
                 contexts.add(np.array([separator], np.int32))
             if contexts.full:
@@ -234,20 +238,22 @@ class _Piece(NamedTuple):
 
 
 def _tokenised(
-    read: Iterator[documents.Document], tokenizer, contexts: _Contexts
-) -> Iterator[tuple[documents.Document, Iterator[_Piece]]]:
-    """The pieces of each document: short ones are tokenised together, in parallel, and long ones in pieces."""
-    control = {id: token.content for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    end = tokenizer.token_to_id("<|endoftext|>")
-    control |= {} if end is None else {end: "<|endoftext|>"}
+    read: Iterator[documents.Document], tokenizer, contexts: _Contexts, template: chat.Template | None
+) -> Iterator[tuple[documents.Document, Iterator[np.ndarray]]]:
+    """The tokens of each document: short ones are tokenised together, in parallel, and long ones in pieces."""
+    control = model_files.control_tokens(tokenizer)
     for group in _grouped(read, contexts):
+        if template is not None:
+            whole = template.tokens(tokenizer, [each.text.whole() for each in group], [each.where for each in group])
+            yield from ((document, iter([ids])) for document, ids in zip(group, whole, strict=True))
+            continue
         if len(group) == 1:
             pieces = _tokenise(tokenizer, group[0].text, contexts.wanted)
-            yield group[0], (_as_letters(piece, group[0], control) for piece in pieces)
+            yield group[0], (_as_letters(piece, group[0], control).ids for piece in pieces)
             continue
         texts = [document.text[0 : document.text.reach(_PIECE)] for document in group]
         for document, encoding in zip(group, tokenizer.encode_batch(texts, add_special_tokens=False), strict=True):
-            yield document, iter([_as_letters(_piece(encoding, 0), document, control)])
+            yield document, iter([_as_letters(_piece(encoding, 0), document, control).ids])
 
 
 def _grouped(read: Iterator[documents.Document], contexts: _Contexts) -> Iterator[list[documents.Document]]:

@@ -1,6 +1,7 @@
-"""The commands on autoencoders: eval, refine, convert and info."""
+"""The commands on autoencoders: eval, refine, convert, push and info."""
 
 import functools
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from jaxsae.app.commands import devices
 FORMATS = arguments.Choice(
     ("jaxsae", "saelens", "gemma_scope", "gemma_scope_2", "sparsify", "dictionary_learning", "openai", "llama_scope")
 )
+PUBLISHED = arguments.Choice(tuple(name for name in FORMATS.names if name != "openai"))  # which is a single file
 
 
 def _load(path: str, *, dtype: str | None = None, revision: str | None = None) -> tuple[Any, Any]:
@@ -215,6 +217,47 @@ def convert(
         pretrained.save(sae, dst, format=to, origin=origin)
     if first:
         console.show({"out": shown(dst), "format": to}, f"Written: {shown(dst)}, {to}", as_json=json)
+    return 0
+
+
+def push(
+    src: arguments.Autoencoder,
+    dst: arguments.HubAddress,
+    /,
+    *,
+    to: Annotated[str, PUBLISHED] = "jaxsae",
+    eval_: Annotated[Path, arguments.Input(must_exist=True)] | None = None,
+    private: bool = False,
+    json: bool = False,
+) -> int:
+    """Publish an SAE on the Hugging Face hub, with a model card.
+
+    One commit adds the SAE and README.md, which says where the SAE belongs, what was measured (by the report of a run,
+    or --eval) and how to load it. Needs a token that may write there (hf auth login, or HF_TOKEN).
+
+    Example: jaxsae push run hf://organisation/repository/layer_8
+
+    Args:
+        src: a training run or one of its saves (RUN/checkpoints/N), or an SAE of any format, on disk, in a bucket
+            or on the hub (hf://organisation/repository/path).
+        dst: a repository, hf://organisation/repository, which is created if it is missing, or a folder in it.
+        to: jaxsae, saelens, gemma_scope, gemma_scope_2, sparsify, dictionary_learning or llama_scope.
+        eval_: file with what jaxsae eval --json printed, for the card.
+        private: create a private repository.
+        json: print the addresses as one JSON object.
+    """
+    from jaxsae.app import card
+    from jaxsae.formats import hub, pretrained
+
+    hub.require_token(dst)
+    numbers = card.of_run(src) if eval_ is None else card.measured(eval_)
+    sae, origin = _load(src)
+    with tempfile.TemporaryDirectory(prefix="jaxsae.") as temporary:
+        folder = Path(temporary, "sae")
+        pretrained.save(sae, folder, format=to, origin=origin)
+        card.write(folder / "README.md", dst, sae, origin, to, numbers)
+        commit = hub.push(folder, dst, message=f"{type(sae.activation).__name__} SAE, by jaxsae", private=private)
+    console.show({"out": dst, "format": to, "commit": commit}, f"Published: {dst}, {to} ({commit})", as_json=json)
     return 0
 
 

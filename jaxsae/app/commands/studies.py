@@ -21,6 +21,7 @@ def study(
     transcode: bool = False,
     skip: bool = False,
     text: arguments.InputFiles = (),
+    chat: bool = False,
     synthetic: bool = False,
     noise: arguments.Weight = 0.0,
     sae: tuple[arguments.Autoencoder, ...] = (),
@@ -62,6 +63,7 @@ def study(
             that with a transcoder in place of the MLP.
         skip: add a skip connection to transcoders.
         text: UTF-8 files for the model to read; by default Python's standard library.
+        chat: the --text holds conversations, in a column messages, as for jaxsae harvest.
         synthetic: instead of --data, rows made of known features, with which codes are compared.
         noise: root mean square norm of the noise in them, relative to the features' part.
         sae: SAEs of these activations, on disk or on the hub, to measure instead of training.
@@ -84,6 +86,8 @@ def study(
         raise InputError("got several of --data, --model and --synthetic; pass one of them.")
     if text and model is None:
         raise InputError("got --text without --model; pass the model that is to read it.")
+    if chat and not text:
+        raise InputError("got --chat without --text; pass files of conversations, in JSON lines or Parquet.")
     if noise and not synthetic:
         raise InputError("got --noise without --synthetic; pass both.")
     if sae and data is None and model is None:
@@ -97,7 +101,7 @@ def study(
     full, small = (job.FULL_MODEL, job.QUICK_MODEL) if model else (job.FULL, job.QUICK)
     source = job.Features(noise=noise) if synthetic else data if target is None else job.Paired(data or "", target)
     if model:
-        source = job.HookPoint(model, layer, text or None, *(TRANSCODED if transcode else (site,)))
+        source = job.HookPoint(model, layer, text or None, *(TRANSCODED if transcode else (site,)), chat=chat)
     if synthetic:
         full, small = job.FULL_SYNTHETIC, job.QUICK_SYNTHETIC
     plan = (small if quick else full)._replace(seeds=seeds, halvings=halvings, skip=skip)

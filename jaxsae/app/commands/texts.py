@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from jaxsae._core import arguments
-from jaxsae._core.files import shown
+from jaxsae._core.files import InputError, shown
 from jaxsae.app import console
 from jaxsae.app.commands import devices
 
@@ -36,7 +36,8 @@ def harvest(
     layer: tuple[arguments.Index, ...] = (),
     site: tuple[arguments.Site, ...] = ("resid_post",),
     text: arguments.InputFiles = (),
-    column: arguments.Name = "text",
+    column: arguments.Name | None = None,
+    chat: bool = False,
     encoding: arguments.Name = "utf-8",
     weights: tuple[arguments.Proportion, ...] = (),
     add_bos: bool = False,
@@ -65,7 +66,9 @@ def harvest(
             their own, such as blocks.8.hook_mlp_out.
         text: files to read, in this order: plain text; JSON lines (.jsonl), whose records are documents; or .parquet;
             the first two may be compressed (.gz, .zst). By default Python's standard library, four million tokens.
-        column: of the text in JSON lines and Parquet.
+        column: of the text in JSON lines and Parquet; by default text, or with --chat messages.
+        chat: the documents are conversations, lists of messages with role and content; the model's chat template makes
+            text of them. Special tokens that a message spells are plain text.
         encoding: of plain text, unless a byte-order mark says another.
         weights: shares in which to mix the --text, document by document.
         add_bos: begin each context with the model's BOS, whatever its tokenizer does.
@@ -83,7 +86,7 @@ def harvest(
     with devices.spread(None, distributed=distributed) as here:
         with processes.all_or_none():
             job.check(model, points=points, context=context, out=out)
-            how = {"column": column, "encoding": encoding, "weights": weights or None}
+            how = {"column": column, "chat": chat, "encoding": encoding, "weights": weights or None}
             net, packed = _read(model, text, context, add_bos, tokens=tokens, **how)
         same = {"the text": job.checksum(packed.contexts), "--layer and --site": points, "--batch": batch}
         processes.require_same(same)
@@ -105,13 +108,19 @@ def harvest(
     return 0
 
 
-def _read(model: str, text: tuple[Path, ...], context: int, bos: bool, **how: Any):
+def _read(
+    model: str, text: tuple[Path, ...], context: int, bos: bool, *, column: str | None, chat: bool, **how: Any
+) -> tuple[Any, Any]:
     """A language model and its tokenised text; warns of undecodable characters and empty files."""
     from jaxsae import language_model
-    from jaxsae.language_model import files, text as texts
+    from jaxsae.language_model import chat as chats, files, text as texts
 
+    if chat and not text:
+        raise InputError("got --chat without --text; pass files of conversations, in JSON lines or Parquet.")
     tokenizer = files.read_tokenizer(model, bos=bos)
     how |= {"context": context, "separator": files.end_of_text(model, tokenizer)}
+    how |= {"column": column or ("messages" if chat else "text")}
+    how |= {"template": chats.read(model, tokenizer)} if chat else {}
     packed = texts.pack(text or texts.standard_library(), tokenizer, **how)
     if packed.replaced:
         at = f"The first: {packed.replaced_at}."
@@ -156,3 +165,31 @@ def live(
         "target": target[0],
         "origin": origin._replace(target_layer=points[1].layer, target_site=points[1].site),
     }
+
+
+def token_numbers(tokens: Sequence[str], data: Sequence[Path]) -> list[int]:
+    """The numbers of tokens, of which some have names in the model that the manifests of all data name."""
+    names, found = [token for token in tokens if not token.isdigit()], []
+    for path in data if names else ():
+        special = _special_tokens(path)
+        found.append([number for token in tokens for number in special.get(token, [token])])
+        if lacking := [name for name in names if name not in special]:
+            raise InputError(f"{path}: its model has no {lacking[0]} token; leave it out, or pass a number.")
+        if found[-1] != found[0]:
+            raise InputError(f"{path}: {' '.join(names)} are other tokens there than in {data[0]}; pass numbers.")
+    return list(dict.fromkeys(map(int, found[0] if found else tokens)))
+
+
+def _special_tokens(path: Path) -> dict[str, list[int]]:
+    """The tokens that have names in the model of a harvest."""
+    from jaxsae.data import origin
+    from jaxsae.language_model import files
+
+    model = origin.of_rows(path).model
+    if model is None:
+        raise InputError(f"{shown(path)}: nothing says which model its rows are of; pass the numbers of tokens.")
+    try:
+        return files.special_tokens(model)
+    except InputError as error:
+        what = f"its model cannot be read here ({str(error).removesuffix('.')})"
+        raise InputError(f"{shown(path)}: {what}; pass the numbers of tokens.") from error

@@ -11,7 +11,7 @@ from jaxsae._core import arguments
 from jaxsae._core.files import InputError, shown
 from jaxsae.app import console
 from jaxsae.app.commands import devices
-from jaxsae.app.commands.texts import TRANSCODED, live
+from jaxsae.app.commands.texts import TRANSCODED, live, token_numbers
 
 
 def train(
@@ -28,14 +28,15 @@ def train(
     skip: bool = False,
     from_: arguments.Autoencoder | None = None,
     text: arguments.InputFiles = (),
-    column: arguments.Name = "text",
+    column: arguments.Name | None = None,
+    chat: bool = False,
     encoding: arguments.Name = "utf-8",
     add_bos: bool = False,
     tokens: arguments.Count | None = None,
     context: arguments.Context = 256,
     window: arguments.Count | None = None,
     reader_threads: arguments.Count = 2,
-    skip_tokens: tuple[arguments.Index, ...] = (),
+    skip_tokens: tuple[arguments.Token, ...] = (),
     max_norm: arguments.Positive | None = None,
     k: arguments.Count | None = None,
     l1: arguments.Weight | None = None,
@@ -94,14 +95,15 @@ def train(
             on disk, in a bucket or on the hub (hf://organisation/repository/path).
         text: files for the model to read, as for jaxsae harvest; by default Python's standard library, four million
             tokens.
-        column: of the text in JSON lines and Parquet.
+        column: of the text in JSON lines and Parquet; by default text, or with --chat messages.
+        chat: the documents are conversations, of which the model's chat template makes text, as for jaxsae harvest.
         encoding: of plain text, unless a byte-order mark says another.
         add_bos: begin each context with the model's BOS, whatever its tokenizer does.
         tokens: number of tokens to read, rounded up to whole contexts; all by default.
         context: number of tokens in a context.
         window: rows that are shuffled together, one window after another; by default all --data on disk.
         reader_threads: that read --data ahead.
-        skip_tokens: numbers of tokens, such as that of BOS, whose rows of a harvest are left out.
+        skip_tokens: tokens whose rows of a harvest are left out: numbers, or bos, eos, pad and unk of its model.
         max_norm: leave out rows whose norm is more than so many times the median, such as 10.
         k: active latents per row; for batchtopk, matryoshka, jumprelu and matchingpursuit, on average over held-out
             rows.
@@ -133,24 +135,25 @@ def train(
     from jaxsae.app import logs
     from jaxsae.app.options import Options, validate
 
-    options = Options(**{name: given[name] for name in Options._fields if name != "auxk"}, auxk=not no_auxk)
+    options = Options(auxk=not no_auxk, **{name: given[name] for name in Options._fields if name != "auxk"})
     validate(options, transcoder=bool(target) or transcode)
     _require_source(given)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax's errors are reported below
     how: dict[str, Any] = {name: given[name] for name in _PASSED_ON} | {"weights": weights or None, "start": from_}
-    how["target"] = target or None
+    how |= {"target": target or None, "skip_tokens": token_numbers(skip_tokens, data)}
     how["profile"] = None if profile is None else tuple(map(int, profile.split(":")))
     with devices.spread(mesh, distributed=distributed) as first:
         log = _recorded(given, options, logs.logs(out, options, wandb=wandb)) if first else None
         if model is not None:
-            texts = {"tokens": tokens, "column": column, "encoding": encoding, "weights": how.pop("weights")}
-            sites = TRANSCODED if transcode else (site,)
-            how |= live(model, layer, sites, text, context, add_bos, window, **texts)
+            texts = {name: given[name] for name in _OF_TEXT} | {"weights": how.pop("weights")}
+            places = TRANSCODED if transcode else (site,)
+            how |= live(model, layer, places, text, context, add_bos, window, **texts)
         return _run(out, options, log, how, json)
 
 
-_PASSED_ON = ("data", "window", "reader_threads", "skip_tokens", "max_norm")
+_PASSED_ON = ("data", "window", "reader_threads", "max_norm")
 _PASSED_ON += ("save_every", "save_every_steps", "eval_every", "resume")
+_OF_TEXT = ("tokens", "column", "chat", "encoding")
 
 
 def _require_source(given: dict[str, Any]) -> None:
@@ -166,8 +169,8 @@ def _require_source(given: dict[str, Any]) -> None:
         raise InputError("got --target with --model; pass --transcode, which computes both.")
     if given["transcode"] and given["site"] != "resid_post":
         raise InputError("got --transcode and --site; leave out --site: a transcoder maps mlp_in to mlp_out.")
-    usual = {"text": (), "tokens": None, "site": "resid_post", "add_bos": False, "column": "text", "encoding": "utf-8"}
-    usual["transcode"] = False
+    usual = {"text": (), "tokens": None, "site": "resid_post", "add_bos": False, "column": None, "encoding": "utf-8"}
+    usual |= {"chat": False, "transcode": False}
     names = [name for name, value in usual.items() if given[name] != value]
     if model is None and names:
         option = names[0].replace("_", "-")
