@@ -156,6 +156,8 @@ Model = Annotated[str, Input()]
 Site = Annotated[str, Text(r"[\w.]+", "a site such as mlp_out, or a hook such as blocks.8.hook_mlp_out")]
 Name = Annotated[str, Text(r"[^\0]+", "a name")]
 Context = Annotated[int, Range(2, 2**31 - 1)]
+Prompt = Annotated[str, Text(r"[^\0\ud800-\udfff]+", "a text of at least one character, in UTF-8")]
+Number = Annotated[float, Range(-_LARGEST)]
 Revision = Annotated[str, Text(r"\S+", "a branch, a tag or a commit")]
 ACTIVATION = Choice(
     (

@@ -42,4 +42,9 @@ from jaxsae.autoencoder.sae import (
     reconstruct as reconstruct,
 )
 from jaxsae.autoencoder.shrinkage import Shrinkage as Shrinkage, shrinkage as shrinkage
-from jaxsae.autoencoder.surgery import fold_scale as fold_scale, rescale as rescale, rethreshold as rethreshold
+from jaxsae.autoencoder.surgery import (
+    fold_scale as fold_scale,
+    rescale as rescale,
+    rethreshold as rethreshold,
+    steer as steer,
+)

@@ -61,12 +61,13 @@ def of_rows(path: str | os.PathLike) -> Origin:
     return Origin(**found, data=data if isinstance(data, str) else None)
 
 
-def require_same(sae: Origin, rows: Origin) -> None:
+def require_same(sae: Origin, rows: Origin, what: str = "rows") -> None:
     """Raise if rows are known to be of another site than an autoencoder.
 
     Args:
       sae: where it belongs.
       rows: where they come from.
+      what: what they are called in the message.
 
     Raises:
       InputError: naming what differs.
@@ -81,8 +82,8 @@ def require_same(sae: Origin, rows: Origin) -> None:
         # A model may be a path here, and a name on the hub there.
         differ = _last(own) != _last(other) if name == "model" else own != other
         if own is not None and other is not None and differ:
-            what = f"the SAE is of {shown.format(own)}, the rows of {shown.format(other)}"
-            raise InputError(f"{what}; pass rows of its own site.")
+            both = f"the SAE is of {shown.format(own)}, the {what} of {shown.format(other)}"
+            raise InputError(f"{both}; pass {what} of its own site.")
 
 
 def _last(name: Any) -> str:
