@@ -92,7 +92,7 @@ def side_by_side(texts: dict[str, str], title: str) -> str:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*(Text(name) for name in texts), title=Text(title), expand=True)
+    table = Table(*texts, title=Text(title), expand=True)
     table.add_row(*(Text(text) for text in texts.values()))
     console = Console(width=None if sys.stdout.isatty() else 120)
     with console.capture() as captured:

@@ -115,13 +115,14 @@ def _continued(model: str, sae, place, ids, tokens: int, latent: int, scale: flo
     for name, amount in {"clean": 0.0, "steered": scale}.items():  # which are one program
         fn = Partial(autoencoder.steer, sae, latent=jnp.array(latent), scale=jnp.array(amount, jnp.float32))
         found[name] = np.asarray(language_model.generate(net, prompt, tokens, fn=fn, **how))[0]
-        if (found[name] < 0).any():
-            do = "pass a --scale nearer to 0" if name == "steered" else "pass another SAE"
-            raise InputError(f"the {name} model's logits are not finite; {do}.")
+    if (found["clean"] < 0).any():
+        raise InputError(f"the logits are NaN even with --scale 0, by latent {latent} or the model; pass others.")
     whole = jnp.concatenate([prompt[0], found["clean"]])[None]
-    h = language_model.residual(net, whole, place.layer, place.site)[0, 1:]
+    h = jax.jit(language_model.residual, static_argnums=(2, 3))(net, whole, place.layer, place.site)[0, 1:]
     added = autoencoder.steer(sae, jnp.float32(h), latent, scale) - jnp.float32(h)
-    norms = [float(np.median(np.linalg.norm(np.asarray(x, np.float32), axis=-1))) for x in (added, h)]
+    norms = [float(np.median(np.linalg.norm(np.asarray(x, np.float64), axis=-1))) for x in (added, h)]
+    if (found["steered"] < 0).any() or not norms[0] < 2.0**63:  # whose square is no float32
+        raise InputError(f"got --scale {scale:g}, at which activations overflow; pass one nearer to 0.")
     return {"ids": found, "added": norms[0], "median_norm": norms[1]}
 
 
