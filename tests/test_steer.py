@@ -174,7 +174,8 @@ def test_an_autoencoder_that_normalises_rows_is_steered_in_their_units(tmp_path,
     pretrained.save(model, tmp_path / "sae", origin=HERE)
     assert steer(tmp_path / "sae", "--json") == 0
     found = shown(capsys)
-    ids = jnp.array([lm.read_tokenizer(MODEL).encode(PROMPT + found["clean"]).ids])
-    h = lm.residual(lm.load(MODEL), ids, 1, "mlp_out")[0, 1:]
+    llama, prompt = lm.load(MODEL), jnp.array([lm.read_tokenizer(MODEL).encode(PROMPT).ids])
+    ids = jnp.concatenate([prompt, lm.generate(llama, prompt, 12)], axis=1)
+    h = jax.jit(lm.residual, static_argnums=(2, 3))(llama, ids, 1, "mlp_out")[0, 1:]
     expected = 8 * np.linalg.norm(model.W_dec[7]) * np.median(np.std(f64(h), axis=-1, ddof=1))
     np.testing.assert_allclose(found["added"], expected, rtol=1e-3)

@@ -148,7 +148,8 @@ def _read(model, ids, cache: Cache, start, layer: int | None, edit: models.Edit 
         def tap(name, x):
             if edit is None or name != edit.site:
                 return x
-            return jax.lax.cond(number == layer, lambda x: edit.at(x, start), lambda x: x, x)
+            at = functools.partial(edit.at, start=start)
+            return jax.lax.cond(number == layer, at, lambda x: x, x)
 
         return block(h, *how, tap, past, start)
 

@@ -91,6 +91,7 @@ def cross_entropy(
         if ids.shape[1] < 2 + skip_first:
             got = f"{ids.shape[1]} tokens in a row with skip_first {skip_first}, so that no prediction sees the splice"
             raise ValueError(f"`cross_entropy` got {got}; pass at least {2 + skip_first}.")
+        models._require_skip(skip_first, ids.shape[1])
         h, x, clean = _clean(model, ids, layer, site)
         part = {"clean": _score(clean, ids, clean)}
         for name, fn in splices.items():
