@@ -48,7 +48,7 @@ def examples():
 
 
 HUB = "hf://organisation/repository/path"
-GROUPS = ["autoencoders", "pictures", "plans", "studies", "texts", "training"]  # of commands
+GROUPS = ["autoencoders", "pictures", "plans", "steering", "studies", "texts", "training"]  # of commands
 
 
 # From the installed package: a checkout beside it would be another `jaxsae`.
@@ -152,7 +152,7 @@ def test_commands_of_the_pages_run(tmp_path, monkeypatch):
         if not elsewhere and (argv[0] != "study" or "--sae" in argv):
             assert cli.main(argv + ["--steps", "20"] * (argv[0] == "train")) == 0, argv
             done.add(argv[0])
-    assert done == set(cli.COMMANDS) - {"fetch", "harvest", "plan"}
+    assert done == set(cli.COMMANDS) - {"fetch", "harvest", "plan", "steer"}
 
 
 def snippets(path: Path) -> dict[str, list[str]]:

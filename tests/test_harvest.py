@@ -432,7 +432,7 @@ BAD = {
     "no such site": (["--site", "mlp"], "got site 'mlp'; pass one of resid_pre, hook_z"),
     "layers for nothing": (["--site", "blocks.1.hook_mlp_out"], "got layers [1], and sites that name their own"),
     "a site twice": (["--site", ["mlp_out", "mlp_out"]], "got 2 places, 1 of them different; pass"),
-    "long context": (["--context", 65], "got contexts of 65 tokens, the model takes 64"),
+    "long context": (["--context", 97], "got contexts of 97 tokens, the model takes 96"),
     "short context": (["--context", 1], "got --context 1; pass"),
     "no batch": (["--batch", 0], "--batch 0"),
     "no tokens": (["--tokens", 0], "--tokens 0"),
@@ -449,7 +449,7 @@ BAD = {
 def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("JAXSAE_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "text.txt").write_text("a text long enough to fill a context or two of 65 tokens. " * 5)
+    (tmp_path / "text.txt").write_text("a text long enough to fill a context or two of 97 tokens. " * 5)
     (tmp_path / "empty.txt").write_text("")
     options, message = BAD[case]
     given = {"--model": MODEL, "--layer": 1, "--text": "text.txt", "--context": 16, "--out": "out"}

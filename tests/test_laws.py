@@ -90,6 +90,7 @@ LAWS = {
     "autoencoder.pre_activations": Law(lambda sae, rows: jaxsae.autoencoder.pre_activations(sae, rows.x)),
     "autoencoder.rescale": Law(lambda sae, rows: jaxsae.autoencoder.rescale(sae, 0.3), **NO_ROWS),
     "autoencoder.to_fit": Law(lambda sae, rows: jaxsae.autoencoder.to_fit(sae, rows.x)),
+    "autoencoder.steer": Law(lambda sae, rows: jaxsae.autoencoder.steer(sae, rows.x, 3, 0.7)),
     "certify": Law(lambda sae, rows: jaxsae.certify(sae, rows.x, rows.code), **CERTIFICATE),
     "least_squares.certify": Law(
         lambda sae, rows: jaxsae.least_squares.certify(sae.W_dec, rows.x, rows.code), **CERTIFICATE

@@ -57,7 +57,7 @@ def test_a_directory_holds_the_weights_that_were_saved(name):
     assert sum(array.size for array in arrays.values()) == sum(array.size for array in saved.values())
     expected = np.load(SAVED / name / "expected.npz")
     np.testing.assert_allclose(forward(load(SAVED / name), expected["ids"]), expected["logits"], atol=1e-5)
-    assert (config.vocab, config.width, config.layers, config.heads, config.context) == (260, 24, 3, 4, 64)
+    assert (config.vocab, config.width, config.layers, config.heads, config.context) == (260, 24, 3, 4, 96)
 
 
 def test_a_gpt2_may_be_saved_without_its_head(tmp_path):
@@ -289,7 +289,7 @@ def saved_as_gguf(path, name="llama", **changed):
 def test_a_gguf_computes_what_its_directory_does(tmp_path):
     model = load(saved_as_gguf(tmp_path / "a.gguf"))
     np.testing.assert_allclose(forward(model, IDS), forward(load(SAVED / "llama"), IDS), atol=1e-5)
-    assert (model.head, model.config.context) == (None, 64)
+    assert (model.head, model.config.context) == (None, 96)
 
 
 def test_a_gguf_with_a_head_of_its_own_and_frequencies(tmp_path):

@@ -184,6 +184,7 @@ def world(tmp_path_factory):
         activation = jaxsae.ReLU() if name == "relu" else jaxsae.TopK(K)
         model = jaxsae.init(jax.random.key(0), d=D, m=M, activation=activation, **options)
         pretrained.save(model, folder / name)
+    pretrained.save(jaxsae.init(jax.random.key(0), d=24, m=M, activation=jaxsae.TopK(K)), folder / "of24")
     x = np.array(activations(batch=(ROWS,), d=D))
     np.save(folder / "x.npy", x)
     np.save(folder / "one.npy", x[:1])
@@ -216,6 +217,11 @@ def usual(world: Path, command: str) -> tuple[list[str], dict[str, list[str]]]:
         "train": ([], few | {"data": [x], "out": ["out"]}),
         "eval": ([], {"sae": [topk], "data": [x]}),
         "refine": ([], {"sae": [topk], "data": [x], "out": ["out.npz"]}),
+        "steer": (
+            [],
+            {"sae": [world / "of24"], "model": [world / "llama"], "latent": [3], "scale": [2], "prompt": ["to be"]}
+            | {"layer": [1], "tokens": [4]},
+        ),
         "report": ([world / "study"], {"out": ["out.html"]}),
         "info": ([topk], {}),
         "convert": ([topk, "out"], {"to": ["saelens"]}),

@@ -285,12 +285,12 @@ TRAIN = ["--activation", "topk", "--k", "2", "--latents", "8"]
 EARLY = [
     ("harvest", ["--layer", "3"], "got layer 3, the model has 3"),
     ("harvest", ["--layer", "1", "--context", "1"], "got --context 1; pass"),
-    ("harvest", ["--layer", "1", "--context", "65"], "the model takes 64"),
+    ("harvest", ["--layer", "1", "--context", "97"], "the model takes 96"),
     ("harvest", ["--layer", "1", "--dtype", "int8"], "got --dtype 'int8', expected one of"),
     ("harvest", ["--layer", "1", "--out", "full"], "holds files but no manifest.json"),
     ("harvest", ["--layer", "1", "--out", "a.txt"], "cannot write a.txt: something else is there"),
     ("train", [*TRAIN, "--layer", "-1"], "got --layer -1; pass"),
-    ("train", [*TRAIN, "--layer", "1", "--context", "65"], "the model takes 64"),
+    ("train", [*TRAIN, "--layer", "1", "--context", "97"], "the model takes 96"),
     ("study", ["--layer", "7"], "got layer 7, the model has 3"),
 ]
 

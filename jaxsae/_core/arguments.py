@@ -158,6 +158,8 @@ Site = Annotated[str, Text(r"[\w.]+", "a site such as mlp_out, or a hook such as
 Name = Annotated[str, Text(r"[^\0]+", "a name")]
 Token = Annotated[str, Text(r"bos|eos|pad|unk|[0-9]{1,9}", "the number of a token, or bos, eos, pad or unk")]
 Context = Annotated[int, Range(2, 2**31 - 1)]
+Prompt = Annotated[str, Text(r"[^\0\ud800-\udfff]+", "a text of at least one character, in UTF-8")]
+Number = Annotated[float, Range(-_LARGEST)]
 Revision = Annotated[str, Text(r"\S+", "a branch, a tag or a commit")]
 ACTIVATION = Choice(
     (

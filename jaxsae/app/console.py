@@ -86,6 +86,20 @@ def progress(total: int, *, rows: int | None = None, unit: str = "rows", quiet: 
         yield update
 
 
+def side_by_side(texts: dict[str, str], title: str) -> str:
+    """Texts in columns, by their names, wrapped to the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*texts, title=Text(title), expand=True)
+    table.add_row(*(Text(text) for text in texts.values()))
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    with console.capture() as captured:
+        console.print(table)
+    return captured.get().rstrip("\n")
+
+
 def study_table(report: dict[str, Any]) -> str:
     """The rows of a study's report as two tables, of values and of reconstructions, in colour on a terminal."""
     from rich.console import Console

@@ -44,4 +44,9 @@ from jaxsae.autoencoder.sae import (
     split_rows as split_rows,
 )
 from jaxsae.autoencoder.shrinkage import Shrinkage as Shrinkage, shrinkage as shrinkage
-from jaxsae.autoencoder.surgery import fold_scale as fold_scale, rescale as rescale, rethreshold as rethreshold
+from jaxsae.autoencoder.surgery import (
+    fold_scale as fold_scale,
+    rescale as rescale,
+    rethreshold as rethreshold,
+    steer as steer,
+)

@@ -1,4 +1,4 @@
-"""Changes to a trained SAE with a known effect on what it computes: units and thresholds."""
+"""Changes to a trained SAE with a known effect on what it computes, units and thresholds; and to activations by it."""
 
 import dataclasses
 from typing import Any
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxsae._core.linalg import result_type
 from jaxsae.autoencoder.activations import JumpReLU
@@ -144,3 +144,47 @@ def rethreshold(sae: SAE, x: Float[Array, "n d"], l0: float) -> SAE:
     least = largest[max(round(l0 * rows), 1) - 1].astype(result_type(pre.dtype, jnp.float32))
     below = jnp.maximum(jnp.nextafter(least, -jnp.inf), 0)
     return dataclasses.replace(sae, activation=JumpReLU(jnp.full(sae.m, below)))
+
+
+def steer(
+    sae: SAE, x: Float[Array, "*b d"], latent: int | Int[Array, ""], scale: float | Float[Array, ""]
+) -> Float[Array, "*b d"]:
+    """Activations as if one latent were more active by `scale`, with what the SAE does not reconstruct kept.
+
+        x' = x + reconstruct(z + scale e_latent) − reconstruct(z) = x + scale · W_dec[latent]
+
+    The last equality holds unless the SAE normalises each row; atoms are then in the units of the row, and so is what
+    is added. `jax.tree_util.Partial(steer, sae, latent=latent, scale=scale)` is an edit for
+    `language_model.generate`, and for `language_model.splice`.
+
+    Args:
+      sae: the autoencoder.
+      x: activations `[*b d]`.
+      latent: its number, from 0; NaN is returned where a traced one is out of range.
+      scale: in units of the latent's activation, of either sign.
+
+    Raises:
+      TypeError, ValueError: if `x` does not fit the SAE or there is no such latent, or for a transcoder, whose atoms
+        belong to its target.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.TopK(2))
+      >>> x = jnp.ones((3, 4))
+      >>> bool(jnp.allclose(jaxsae.autoencoder.steer(sae, x, 5, 2.0), x + 2 * sae.W_dec[5]))
+      True
+
+    Source: Templeton et al. (2024), "Scaling monosemanticity", for steering with the error kept.
+    """
+    if sae.transcoder or sae.W_skip is not None:
+        raise ValueError("`steer` got a transcoder, whose atoms belong to its target; pass an autoencoder.")
+    if not isinstance(latent, Tracer) and not 0 <= latent < sae.m:
+        raise ValueError(f"`steer` got latent {latent}, this SAE has {sae.m}; pass one from 0 to {sae.m - 1}.")
+    if x.shape[-1:] != (sae.d,) or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"`steer` got x of shape {x.shape} and {x.dtype}; pass activations (*b, {sae.d}).")
+    number = jnp.where(jnp.asarray(latent) < 0, sae.m, latent)  # which would count from the end
+    atom = sae.W_dec.at[number].get(mode="fill", fill_value=jnp.nan)
+    wide = result_type(x.dtype, jnp.float32)
+    added = jnp.asarray(scale, wide) * atom.astype(wide)
+    unit = None if sae.normalisation is None else sae.normalisation(x).scale
+    return (x.astype(wide) + (added if unit is None else unit.astype(wide) * added)).astype(x.dtype)

@@ -98,12 +98,13 @@ def of_pairs(path: str | os.PathLike, target: str | os.PathLike) -> Origin:
     return _read(inputs)._replace(target_layer=found.layer, target_site=found.site)
 
 
-def require_same(sae: Origin, rows: Origin) -> None:
+def require_same(sae: Origin, rows: Origin, what: str = "rows") -> None:
     """Raise if rows are known to be of another site than an autoencoder.
 
     Args:
       sae: where it belongs.
       rows: where they come from.
+      what: what they are called in the message.
 
     Raises:
       InputError: naming what differs.
@@ -120,8 +121,8 @@ def require_same(sae: Origin, rows: Origin) -> None:
         # A model may be a path here, and a name on the hub there.
         differ = _last(own) != _last(other) if name == "model" else own != other
         if own is not None and other is not None and differ:
-            what = f"the SAE is of {text.format(own)}, the rows of {text.format(other)}"
-            raise InputError(f"{what}; pass rows of its own site.")
+            both = f"the SAE is of {text.format(own)}, the {what} of {text.format(other)}"
+            raise InputError(f"{both}; pass {what} of its own site.")
 
 
 def _last(name: Any) -> str:

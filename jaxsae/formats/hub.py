@@ -133,7 +133,8 @@ def _refused_in_one_line(address: str, errors: Any) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, ValueError, transport) as raised:
-        error = raised.__cause__ if isinstance(raised, RuntimeError) and raised.__cause__ else raised  # of an upload
+        of_upload = isinstance(raised, RuntimeError) and raised.__cause__
+        error: Any = raised.__cause__ if of_upload else raised
         said = first_line(error).rstrip(".")
         if isinstance(error, errors.HfHubHTTPError):
             status = error.response.status_code

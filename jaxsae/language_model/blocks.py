@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,20 @@ from jaxsae.language_model.config import Config
 
 # Called with each site of `sites.SITES` and the activation there; what it returns takes its place.
 Tap = Callable[[str, Float[Array, "b s n"]], Float[Array, "b s n"]]
+
+
+class Cache(NamedTuple):
+    """The keys and values of the tokens before, and room for those to come.
+
+    Attributes:
+      keys: `[b t g n]`, rotated.
+      values: `[b t g n]`.
+    """
+
+    keys: Float[Array, "*l b t g n"]
+    values: Float[Array, "*l b t g n"]
+
+
 ACTIVATIONS = {
     "silu": jax.nn.silu,
     "relu": jax.nn.relu,
@@ -60,29 +75,34 @@ class Block(nnx.Module):
         turns: Float[Array, " r"] | None,
         window: Int[Array, ""] | None,
         tap: Tap = lambda site, x: x,
-    ) -> Float[Array, "b s d"]:
-        """The residual after the block.
+        cache: Cache | None = None,
+        start: int | Int[Array, ""] = 0,
+    ) -> tuple[Float[Array, "b s d"], Cache | None]:
+        """The residual after the block, and the cache with these tokens.
 
         Args:
           h: the residual before it.
           turns: radians per position, for each rotated pair of a head; None if positions are learned.
           window: how many tokens each attends to; None if to all before it.
           tap: see `Tap`.
+          cache: of the tokens before, which are attended to as well; None if there are none.
+          start: how many these are.
         """
         h = tap("resid_pre", h)
-        mixed = tap("hook_z", self._mix(_normed(self.attention_norm, h), turns, window))
+        mixed, cache = self._mix(_normed(self.attention_norm, h), turns, window, cache, start)
+        mixed = tap("hook_z", mixed)
         attention = tap("attn_out", _normed(self.attention_post_norm, self.o(mixed)))
         middle = h if self.config.parallel else tap("resid_mid", h + attention)
         x = tap("mlp_in", _normed(self.mlp_norm, middle))
         mlp = tap("mlp_out", _normed(self.mlp_post_norm, self._mlp(x)))
-        return tap("resid_post", middle + mlp + attention if self.config.parallel else middle + mlp)
+        return tap("resid_post", middle + mlp + attention if self.config.parallel else middle + mlp), cache
 
     def _mlp(self, x):
         activation = ACTIVATIONS[self.config.activation]
         return self.down(activation(self.up(x)) if self.gate is None else activation(self.gate(x)) * self.up(x))
 
-    def _mix(self, x, turns, window):
-        """Values mixed by attention, heads side by side."""
+    def _mix(self, x, turns, window, cache, start):
+        """Values mixed by attention, heads side by side; and the cache with these."""
         q, k, v = self.q(x), self.k(x), self.v(x)
         if self.config.qk_norm == "all":
             q, k = _normed(self.q_norm, q), _normed(self.k_norm, k)
@@ -90,9 +110,13 @@ class Block(nnx.Module):
         if self.config.qk_norm == "head":
             q, k = _normed(self.q_norm, q), _normed(self.k_norm, k)
         if turns is not None:
-            angles = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None] * turns
+            angles = (start + jnp.arange(x.shape[1])).astype(jnp.float32)[:, None] * turns
             q, k = _rotate(q, angles), _rotate(k, angles)
-        return _attend(self.config, q, k, v, window)
+        if cache is not None:
+            put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
+            cache = Cache(put(cache.keys, k), put(cache.values, v))
+            k, v = cache
+        return _attend(self.config, q, k, v, window, start), cache
 
 
 def norm(c: Config, width: int, rngs: nnx.Rngs) -> nnx.RMSNorm | nnx.LayerNorm:
@@ -112,15 +136,18 @@ def _normed(norm, x):
     return x if norm is None else norm(x).astype(x.dtype)
 
 
-def _attend(c: Config, q, k, v, window):
-    """Each token's mean of the values `[b s g n]` up to it, or of the last `window`; queries share them in groups."""
+def _attend(c: Config, q, k, v, window, start):
+    """Each token's mean of the values `[b t g n]` up to it, or of the last `window`; queries share them in groups.
+
+    The first of the queries `[b s h n]` is at position `start`. What has no query yet is masked, as what is behind it.
+    """
     b, s, heads, n = q.shape
     q = q.reshape(b, s, c.kv_heads, heads // c.kv_heads, n)
     logits = jnp.einsum("bsgrn,btgn->bgrst", q, k, preferred_element_type=jnp.float32)
     logits = logits * (1 / math.sqrt(n) if c.scale is None else c.scale)
     if c.attention_cap is not None:
         logits = c.attention_cap * jnp.tanh(logits / c.attention_cap)
-    behind = jnp.arange(s)[:, None] - jnp.arange(s)
+    behind = (start + jnp.arange(s))[:, None] - jnp.arange(k.shape[1])
     seen = (behind >= 0) if window is None else (behind >= 0) & (behind < window)
     weights = jax.nn.softmax(jnp.where(seen, logits, -jnp.inf), axis=-1).astype(v.dtype)
     return jnp.einsum("bgrst,btgn->bsgrn", weights, v).reshape(b, s, heads * n)

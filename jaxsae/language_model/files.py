@@ -109,6 +109,26 @@ def end_of_text(path: str | os.PathLike, tokenizer: Any) -> int | None:
     for name in ("<|endoftext|>", "<|end_of_text|>"):
         if (number := tokenizer.token_to_id(name)) is not None:
             return number
+    return _eos(path, tokenizer)
+
+
+def stops(path: str | os.PathLike, tokenizer: Any) -> list[int]:
+    """The tokens after which a model has no more to say: that between documents, and its EOS, which may end a turn.
+
+    Args:
+      path: as for `language_model.load`.
+      tokenizer: of the model.
+
+    Example:
+      >>> stops("no-such-place", None)
+      Traceback (most recent call last):
+      jaxsae.InputError: no-such-place: no such file; expected a GGUF file, a Hugging Face directory, or ...
+    """
+    path = _locate(path)
+    return sorted({each for each in (end_of_text(path, tokenizer), _eos(path, tokenizer)) if each is not None})
+
+
+def _eos(path: Path, tokenizer) -> int | None:
     with _damage_in_one_line(path):
         if not path.is_dir():
             field = _open_gguf(path).get_field("tokenizer.ggml.eos_token_id")

@@ -10,7 +10,7 @@ blocks: the residual of layer 0 is the output of the first block.
 import functools
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,8 @@ from jaxsae._core.files import InputError
 from jaxsae.language_model import blocks, files, sites
 from jaxsae.language_model.config import Config
 
-Splice = Callable[[Float[Array, "b s d"]], Float[Array, "b s d"]]
+# Of activations; what takes their place, or with `keep_error` the edited and the unedited reconstruction.
+Splice = Callable[[Float[Array, "b s n"]], Float[Array, "b s n"] | tuple[Float[Array, "b s n"], Float[Array, "b s n"]]]
 
 
 class LanguageModel(nnx.Module):
@@ -190,8 +191,17 @@ def splice(
     *,
     site: str = "resid_post",
     skip_first: int = 1,
+    keep_error: bool = False,
 ) -> Float[Array, "b s v"]:
     """The logits of a model whose activation at a site of block `layer` is replaced by `fn` of it.
+
+    With `keep_error`, `fn` returns a pair of reconstructions, from an edited code and from the code as it was, and only
+    their difference is added, so that what the autoencoder does not reconstruct is kept:
+
+        h' = h + decode(edit(z)) − decode(z)
+
+    An edit that changes nothing then leaves the logits as they are, while `decode(edit(z))` alone also has the effect
+    of the reconstruction's error.
 
     The first position keeps its own by default: it is massive in the residual of most models, and autoencoders are not
     trained on it.
@@ -204,6 +214,7 @@ def splice(
         too.
       site: as for `residual`.
       skip_first: how many positions at the beginning keep their activation; fewer than all.
+      keep_error: whether `fn` returns a pair `(edited, unedited)`, whose difference is added.
 
     Raises:
       TypeError, ValueError: at trace time, if `ids`, `layer`, `site`, `skip_first` or what `fn` returns does not fit
@@ -216,32 +227,77 @@ def splice(
       ...     return jaxsae.decode(sae, jaxsae.refine(sae, h)[0])
       >>> splice(tiny(), jnp.array([[1, 2, 3]]), 1, refined).shape
       (1, 3, 16)
+      >>> def ablated(h):
+      ...     z = jaxsae.encode_dense(sae, h)
+      ...     return jaxsae.decode(sae, z.at[..., 7].set(0)), jaxsae.decode(sae, z)
+      >>> splice(tiny(), jnp.array([[1, 2, 3]]), 1, ablated, keep_error=True).shape
+      (1, 3, 16)
+
+    Source: Marks et al. (2024), "Sparse feature circuits", Section 2, for the kept error.
     """
     _validate(model, ids, [(layer, site)])
+    _require_skip(skip_first, ids.shape[1])
     h = _run(model, _embed(model, ids), 0, layer)
-    return _after(model, h, layer, lambda name, x: _replace(x, fn(x), skip_first) if name == site else x)
+    edit = Edit(fn, site, skip_first, keep_error)
+    return _after(model, h, layer, edit.tap())
 
 
-def _replace(h, new, skip_first):
+class Edit(NamedTuple):
+    """A splice: what is replaced, and where.
+
+    Attributes:
+      fn: as for `splice`; so are the others.
+      site: of one block.
+      skip_first: positions at the beginning that keep their activation.
+      keep_error: whether `fn` returns a pair.
+    """
+
+    fn: Splice
+    site: str
+    skip_first: int
+    keep_error: bool
+
+    def tap(self, start: int | Int[Array, ""] = 0) -> blocks.Tap:
+        """What the block calls; `start` is the first position of the activations."""
+        return lambda name, x: self.at(x, start) if name == self.site else x
+
+    def at(self, h: Float[Array, "b s n"], start: int | Int[Array, ""] = 0) -> Float[Array, "b s n"]:
+        """What replaces activations, the first of them at position `start`."""
+        new = self.fn(h)
+        if self.keep_error:
+            if not (isinstance(new, tuple) and len(new) == 2):
+                what = "expected two reconstructions, the edited and the unedited"
+                raise TypeError(f"`splice` got {type(new).__name__} from fn with keep_error, {what}; return (a, b).")
+            edited, unedited = (_require_like(part, h) for part in new)
+            wide = jnp.promote_types(h.dtype, jnp.float32)  # in which the difference is not rounded to that of h
+            new = h.astype(wide) + (edited.astype(wide) - unedited.astype(wide))
+        kept = (start + jnp.arange(h.shape[1]))[:, None] < self.skip_first
+        return jnp.where(kept, h, _require_like(new, h).astype(h.dtype))
+
+
+def _require_skip(skip_first: int, length: int) -> None:
+    if not 0 <= skip_first < length:
+        raise ValueError(f"`splice` got skip_first {skip_first} for {length} positions; pass 0 or more, but fewer.")
+
+
+def _require_like(new, h):
     if not isinstance(new, jax.Array | np.ndarray):
         raise TypeError(f"`splice` got {type(new).__name__} from fn; return activations {h.shape}.")
-    if not 0 <= skip_first < h.shape[1]:
-        raise ValueError(f"`splice` got skip_first {skip_first} for {h.shape[1]} positions; pass 0 or more, but fewer.")
     if not jnp.issubdtype(new.dtype, jnp.floating):
         raise TypeError(
             f"`splice` got {new.dtype} from fn for activations of {h.dtype}; return floating-point numbers."
         )
     if new.shape != h.shape:
         raise ValueError(f"`splice` got {new.shape} from fn for activations {h.shape}; return one for each.")
-    return jnp.where(jnp.arange(h.shape[1])[:, None] < skip_first, h, new.astype(h.dtype))
+    return new
 
 
-def _embed(model, ids):
+def _embed(model, ids, start=0):
     # `take` would map -1 to the last row, but maps an index beyond the end to NaN.
     h = model.embedding(jnp.where(ids < 0, jnp.iinfo(jnp.int32).max, ids.astype(jnp.int32)))
     if model.config.embedding_scale != 1:
         h = h * jnp.asarray(model.config.embedding_scale, h.dtype)
-    return h if model.positions is None else h + model.positions(jnp.arange(ids.shape[1]))
+    return h if model.positions is None else h + model.positions(start + jnp.arange(ids.shape[1]))
 
 
 def _layers(model, length: int):
@@ -259,13 +315,13 @@ def _layers(model, length: int):
 def _run(model, h, first: int, last: int):
     """The residual after blocks `first` to `last − 1`."""
     some = jax.tree.map(lambda stacked: stacked[first:last], _layers(model, h.shape[1]))
-    return jax.lax.scan(lambda h, layer: (layer[0](h, *layer[1:]), None), h, some)[0]
+    return jax.lax.scan(lambda h, layer: (layer[0](h, *layer[1:])[0], None), h, some)[0]
 
 
 def _block(model, h, layer: int, tap: blocks.Tap):
     """The residual after one block, whose sites `tap` sees."""
     block, *how = jax.tree.map(lambda stacked: stacked[layer], _layers(model, h.shape[1]))
-    return block(h, *how, tap)
+    return block(h, *how, tap)[0]
 
 
 def _after(model, h, layer: int, tap: blocks.Tap):

@@ -54,6 +54,7 @@ def cross_entropy(
     *,
     site: str = "resid_post",
     skip_first: int = 1,
+    keep_error: bool = False,
 ) -> dict[str, NextToken]:
     """Measure next-token prediction under splices, by name, and `"clean"`, of the unmodified model.
 
@@ -68,6 +69,7 @@ def cross_entropy(
       splices: functions as for `splice`.
       site: as for `splice`.
       skip_first: as for `splice`.
+      keep_error: as for `splice`, and for all of `splices`; `lambda h: (jnp.zeros_like(h), h)` then ablates.
 
     Returns:
       `NextToken` for each name; `loss_recovered` compares three of them.
@@ -89,10 +91,12 @@ def cross_entropy(
         if ids.shape[1] < 2 + skip_first:
             got = f"{ids.shape[1]} tokens in a row with skip_first {skip_first}, so that no prediction sees the splice"
             raise ValueError(f"`cross_entropy` got {got}; pass at least {2 + skip_first}.")
+        models._require_skip(skip_first, ids.shape[1])
         h, x, clean = _clean(model, ids, layer, site)
         part = {"clean": _score(clean, ids, clean)}
         for name, fn in splices.items():
-            part[name] = _score_splice(model, h, models._replace(x, fn(x), skip_first), ids, clean, layer, site)
+            new = models.Edit(fn, site, skip_first, keep_error).at(x)
+            part[name] = _score_splice(model, h, new, ids, clean, layer, site)
         part = jax.tree.map(float, jax.device_get(part))  # in float64 from here on
         total = part if total is None else {name: total[name] + part[name] for name in part}
     if total is None:

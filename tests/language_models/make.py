@@ -3,7 +3,8 @@
     pip install torch transformers tokenizers && python tests/language_models/make.py
 
 They are committed, so that tests need neither: each directory is as `save_pretrained` leaves it, beside `expected.npz`
-with tokens `ids [b s]`, `logits`, and for every site the activations of all blocks, `[layers b s n]`.
+with tokens `ids [b s]`, `logits`, for every site the activations of all blocks, `[layers b s n]`; and what `generate`
+appends to the first `PROMPT` tokens, `greedy [b n]`, and the logit of each, `greedy_logits [b n]`.
 """
 
 from pathlib import Path
@@ -14,6 +15,7 @@ import transformers as hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 HERE = Path(__file__).parent
+PROMPT, NEW = 6, 64
 SMALL = {"vocab_size": 61, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
 SIZES = {"vocab_size": 260, "bos_token_id": 256, "eos_token_id": 256}
 LLAMA = {
@@ -22,7 +24,7 @@ LLAMA = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
+    "max_position_embeddings": 96,
     "rms_norm_eps": 1e-5,
 }
 FOUR = SMALL | LLAMA | {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 4}
@@ -40,10 +42,10 @@ NEOX = SMALL | {
     "intermediate_size": 40,
     "num_hidden_layers": 3,
     "num_attention_heads": 2,
-    "max_position_embeddings": 64,
+    "max_position_embeddings": 96,
 }
 MODELS = {
-    "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**SIZES, n_positions=64, n_embd=24, n_layer=3, n_head=4)),
+    "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**SIZES, n_positions=96, n_embd=24, n_layer=3, n_head=4)),
     "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, **LLAMA, tie_word_embeddings=True)),
     "llama3": lambda: hf.LlamaForCausalLM(
         hf.LlamaConfig(**SIZES, **LLAMA, head_dim=8, rope_parameters=LLAMA3, tie_word_embeddings=False)
@@ -128,7 +130,15 @@ def main() -> None:
         if large:
             tokenizer.save(str(HERE / name / "tokenizer.json"))
         sites = {site: np.stack(each) for site, each in found.items()}
-        np.savez_compressed(HERE / name / "expected.npz", ids=ids.numpy().astype(np.int32), logits=logits, **sites)
+        model.generation_config.eos_token_id = None  # so that it does not stop there
+        how = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True, "max_new_tokens": NEW}
+        with torch.no_grad():
+            greedy = model.generate(ids[:, :PROMPT], attention_mask=torch.ones(2, PROMPT), **how)
+        tokens = {"ids": ids, "greedy": greedy.sequences[:, PROMPT:]}
+        tokens = {key: each.numpy().astype(np.int32) for key, each in tokens.items()}
+        largest = torch.stack(greedy.logits, dim=1).amax(dim=-1).numpy()
+        arrays = tokens | {"greedy_logits": largest, "logits": logits} | sites
+        np.savez_compressed(HERE / name / "expected.npz", **arrays)
 
 
 if __name__ == "__main__":
