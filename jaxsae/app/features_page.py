@@ -1,9 +1,9 @@
-"""The page of latents: `features.json` checked, and packed for `features.js`, which shows it.
+"""The page of latents: `features.json` checked, and packed for `features_page.js`, which shows it.
 
-A page is opened from a disk, where a script may not read files, and is to be quick with tens of thousands of latents. So
-each latent is compressed by itself, and all are in the page while that is small; else in scripts beside it, of half a
-megabyte each, of which the page loads those it shows. Compressed data are base64: text from outside, such as tokens, is
-never part of the markup, and `features.js` makes text nodes of it.
+A page is opened from a disk, where a script may not read files, and has to be quick with tens of thousands of latents.
+So each latent is compressed by itself, and all are in the page while that is small; else they are in scripts beside it,
+half a megabyte each, of which the page loads those it shows. Compressed data are base64: text from outside, such as
+tokens, is never part of the markup, and `features_page.js` makes text nodes of it.
 """
 
 import base64
@@ -98,7 +98,7 @@ class _Latent(NamedTuple):
 
 
 def _pack(value: Any) -> str:
-    return base64.b64encode(zlib.compress(_json(value).encode(), 9)).decode()
+    return base64.b64encode(zlib.compress(_json(value).encode())).decode()
 
 
 def _json(value: Any) -> str:
@@ -124,7 +124,12 @@ def _index(found: dict[str, Any]) -> dict[str, Any]:
     columns |= {name: [getattr(latent, name) for latent in latents] for name in ("words", "promotes")}
     columns["atom"] = [latent.atom for latent in latents]
     common = {name: found[name] for name in ("rows_are", "patch", "ablation", "edges", "ratio_edges")}
-    return common | {"columns": columns, "rows": found["data"]["rows"]}
+    return common | {"columns": columns, "rows": _rows(found)}
+
+
+def _rows(found: dict[str, Any]) -> int:
+    """Rows that were counted."""
+    return found["data"]["rows"] - found["data"]["nonfinite"]
 
 
 def _peak(example: dict[str, Any]) -> str | None:
@@ -158,25 +163,25 @@ def _latent(found: dict[str, Any]) -> _Latent:
 
 def _facts(found: dict[str, Any]) -> dict[str, str]:
     """The headline numbers."""
-    latents, of, rows = found["latents"], found["sae"]["latents"], found["data"]["rows"]
+    latents, of = found["latents"], found["sae"]["latents"]
     counts, before, after = ([latent.sums[n] for latent in latents] for n in range(3))
-    total = math.fsum(before)
+    total, densities = math.fsum(before), [latent.scalars["density"] for latent in latents]
     return {
         "latents": f"{len(latents):,}" + (f" of {of:,}" if len(latents) < of else ""),
-        "rows": f"{rows:,}",
+        "rows": f"{_rows(found):,}",
         "dead on these rows": form(counts.count(0) / len(counts) if counts else None, ".3g%"),
-        "median density": form(statistics.median(n / rows for n in counts) if counts and rows else None, ".2g%"),
+        "median density": form(statistics.median(densities) if densities else None, ".2g%"),
         "values, by refinement": form(math.fsum(after) / total - 1 if total else None, "+.1%"),
     }
 
 
 def _page(found: dict[str, Any], facts: dict[str, str], data: dict[str, str]) -> str:
-    nonfinite = found["data"].get("nonfinite")
-    warnings = [f"{nonfinite:,} rows hold NaN or Inf, and are left out."] if nonfinite else []
+    nonfinite = found["data"]["nonfinite"]
+    warnings = [f"Rows that hold NaN or Inf, and are left out: {nonfinite:,}."] if nonfinite else []
     tables = [html.pairs("Autoencoder", found["sae"]), html.pairs("Data", found["data"] | found["origin"])]
-    sections = {"Latents": _file("features.html"), "Configuration": html.grid(tables)}
+    sections = {"Latents": _file("features_page.html"), "Configuration": html.grid(tables)}
     elements = "".join(f'<script type="text/plain" id="{name}">{text}</script>\n' for name, text in data.items())
-    looks = {"style": _file("features.css"), "script": _file("features.js")}
+    looks = {"style": _file("features_page.css"), "script": _file("features_page.js")}
     return html.document("Features", _subtitle(found), facts, warnings, sections, data=elements, **looks)
 
 
@@ -279,7 +284,7 @@ def _check_example(found: dict[str, Any]) -> None:
 def _check_header(found: dict[str, Any]) -> None:
     _fields(found, _HEADER)
     _fields(found["sae"], {"path": _TEXT, "latents": _INT, "width": _INT})
-    _fields(found["data"], {"rows": _INT})
+    _fields(found["data"], {"rows": _INT, "nonfinite": _INT})
     patch = found["patch"]
     if found["rows_are"] not in ("tokens", "patches", "rows"):
         raise ValueError(f"rows_are is {found['rows_are']!r:.20}, expected tokens, patches or rows")

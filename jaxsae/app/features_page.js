@@ -223,7 +223,7 @@ function histogram(edges, series, label, at) {
 function ticks(edges, first, last, at) {
   const step = [1, 2, 4, 8, 16, 32].find((each) => (last - first) / each <= 5) ?? 64;
   const places = edges.map((_, n) => n).filter((n) => n >= first && n <= last && (n - at) % step === 0);
-  const beyond = (n) => (n === 0 ? "≤" : n === edges.length - 1 ? "≥" : "");
+  const beyond = (n) => (edges[n] === 0 ? "" : n === 0 ? "≤" : n === edges.length - 1 ? "≥" : "");
   return places.map((n) => [n, beyond(n) + short.format(edges[n]).replace("-", "−")]);
 }
 
@@ -448,11 +448,10 @@ function sentences(latent) {
     : `${shrinkage > 1 ? "raises" : "lowers"} the sum of its values by ${percent(Math.abs(shrinkage - 1), 2)}`;
   const change = loss === 0 ? "is the same"
     : `${loss > 0 ? "rises" : "falls"} by ${number(Math.abs(loss))} nats per token`;
-  const measure = index.ablation ? ` (${index.ablation.replace(/\.$/, "")})` : "";
   return [
     `Active on ${count(latent.count)} of ${count(index.rows)} rows.`,
     shrinkage == null ? "" : `Refinement ${sum}.`,
-    loss == null ? "" : `Without it, the loss ${change}${measure}.`,
+    loss == null ? "" : `Without it, the loss ${change}.`,
   ].filter(Boolean);
 }
 
@@ -496,10 +495,13 @@ function view(latent) {
   const atom = latent.atom && picture(latent.atom, `Atom of latent ${latent.index}`);
   const text = make("div", {}, make("p", {}, sentences(latent).join(" ")), headline(latent, scale));
   const given = [["given this", (one) => percent(one.given)], ["lift", (one) => times(one.lift)]];
+  const short = latent.coactive_error ? ` The true shares may be up to ${percent(latent.coactive_error, 2)} more.` : "";
   const cosine = ["cosine", (one) => number(one.cosine)];
   return [
     bar(latent),
     make("div", { class: "lead" }, atom, text),
+    latent.loss_effect != null && index.ablation ? make("details", {}, make("summary", {}, "What the loss effect is"),
+      make("p", {}, index.ablation)) : null,
     latent.count ? panels(...histograms(latent)) : null,
     section("Largest activations", null, latent.top[0]?.tokens && legend(), examples(latent.top, scale)),
     section("Over its range", "Rows sampled from quantiles of its activation.", ...bands),
@@ -507,7 +509,7 @@ function view(latent) {
       logits(latent.promotes, "promotes"), logits(latent.suppresses, "suppresses"))),
     panels(
       section("Active together", "Of the rows where this latent is active, how many have the other, and how many "
-        + "times as many of them as of all rows.", neighbours(latent.coactive, ...given)),
+        + `times as many of them as of all rows.${short}`, neighbours(latent.coactive, ...given)),
       section("Nearest atoms", "Cosine of the two atoms.", neighbours(latent.nearest, cosine))),
   ].filter(Boolean);
 }
