@@ -751,7 +751,10 @@ def test_what_cannot_be_seen_is_marked(reader, tmp_path):
         "<0x0A>",
         "\ufffd",
     ]
-    more, plain = ["👩‍🔬", "می‌خواهم", "\ud83d", "\u0301", "\xa0"], ["👩‍🔬", "می‌خواهم", "U+D83D", "\u0301", "·"]
+    more, plain = (
+        ["👩‍🔬", "می‌خواهم", "\ud83d", "\u0301", "\xa0\u3000\n  \t"],
+        ["👩‍🔬", "می‌خواهم", "U+D83D", "\u0301", "··⏎··→"],
+    )
     shown_as(reader, tmp_path, given + more)
     assert reader.texts("#latent .text .token") == marks + plain
     alone = reader.texts("#latent .logits .word")

@@ -72,7 +72,7 @@ async function latentAt(place) {
 // --- Tokens
 
 const special = /(\r\n|[\p{Cc}\p{Cf}\p{Cs}\p{Co}\p{Zl}\p{Zp}\ufffd])/u;
-const shown = { "\n": "⏎", "\r\n": "␍⏎", "\t": "→", "\ufffd": "\ufffd" };
+const shown = { "\n": "⏎", "\r\n": "␍⏎", "\r": "␍", "\t": "→", "\ufffd": "\ufffd" };
 const rightToLeft = /[\p{Script=Hebrew}\p{Script=Arabic}\p{Script=Syriac}\p{Script=Thaana}\p{Script=Nko}]/gu;
 
 const mark = (text) => make("bdi", { class: "mark" }, text);
@@ -81,7 +81,7 @@ const mark = (text) => make("bdi", { class: "mark" }, text);
 function visible(token, alone) {
   if (token === "") return [mark("∅")];
   if (/^<0x[0-9A-Fa-f]{2}>$/.test(token)) return [mark(token)]; // a byte
-  if (/^\p{Zs}+$/u.test(token)) return [mark("·".repeat(token.length))];
+  if (/^[\p{Zs}\t\r\n]+$/u.test(token)) return [mark(token.replace(/\r\n|[^]/g, (each) => shown[each] ?? "·"))];
   const spaces = alone ? [/^ +/.exec(token)?.[0].length ?? 0, / +$/.exec(token)?.[0].length ?? 0] : [0, 0];
   const found = token.slice(spaces[0], token.length - spaces[1]).split(special);
   const nodes = found.map((part, n) => {
