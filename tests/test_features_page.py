@@ -883,6 +883,9 @@ def test_sixteen_thousand_latents_are_quick(reader, many):
         start = time.monotonic()
         reader.latent(index)
         assert time.monotonic() - start < 5  # 0.1 s on an idle machine
+        place = reader.see("document.querySelector('#rows [aria-selected=true]').getBoundingClientRect().toJSON()")
+        assert 0 < place["top"] < place["bottom"] <= 800  # in the list beside it
+        assert reader.see("scrollY") == 0
     parts = reader.asked() - {page.as_uri()}
     assert 1 <= len(parts) <= 3
     assert all(part.startswith(page.with_name("report_files").as_uri()) for part in parts)

@@ -296,8 +296,8 @@ const bytesOf = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
 
 function draw() {
   const height = rowHeight * parseFloat(getComputedStyle(document.documentElement).fontSize);
-  const list = byId("list").getBoundingClientRect(), top = rows.getBoundingClientRect().top;
-  const [above, below] = [Math.max(0, list.top), Math.min(innerHeight, list.bottom)];
+  const seen = grid.getBoundingClientRect(), top = rows.getBoundingClientRect().top;
+  const [above, below] = [Math.max(0, seen.top), Math.min(innerHeight, seen.bottom)];
   const first = Math.floor((above - top) / height) - 8, last = Math.ceil((below - top) / height) + 8;
   const wanted = new Set(order.length ? [active] : []); // the active row always exists, for those who listen
   for (let n = Math.max(0, first); n < Math.min(order.length, last); n++) wanted.add(n);
@@ -549,8 +549,8 @@ async function route(event) {
   article.hidden = false;
   document.body.classList.add("open");
   document.title = `Latent ${columns.index[place]}: ${document.title.replace(/^Latent \d+: /, "")}`;
-  reveal();
   scrollTo(0, 0);
+  reveal();
   if (event && !stay) article.querySelector("h2")?.focus({ preventScroll: true });
 }
 
