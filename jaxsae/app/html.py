@@ -1,6 +1,8 @@
 """Self-contained HTML: tables, figures and a page around them, legible in light and dark, with all text escaped."""
 
+import base64
 import functools
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -10,7 +12,7 @@ from typing import Any
 
 from jaxsae.app.summary import FAMILIES
 
-# Colours in light and dark, by name: backgrounds, text, lines, warnings, and one for each family.
+# Colours in light and dark, by name: backgrounds, text, lines, warnings, values of codes, and one for each family.
 _COLOURS = {
     "paper": ("#ffffff", "#14171b"),
     "wash": ("#f5f6f8", "#1d2127"),
@@ -19,6 +21,8 @@ _COLOURS = {
     "rule": ("#dfe3e8", "#30363e"),
     "bad": ("#b3261e", "#ff8f85"),
     "other": ("#555b66", "#aab1bc"),
+    "encoder": ("#4b98e4", "#2a68ab"),  # as a ground below ink, or as a bar on paper
+    "refined": ("#b84300", "#ffa657"),
 } | {family: colours for family, (_, *colours) in FAMILIES.items()}
 LIGHT, DARK = ({name: colours[side] for name, colours in _COLOURS.items()} for side in (0, 1))
 
@@ -106,9 +110,17 @@ def pairs(caption: str, values: dict[str, Any] | None) -> str:
 
 
 def document(
-    title: str, subtitle: str, facts: dict[str, str], warnings: Sequence[str], sections: dict[str, str]
+    title: str,
+    subtitle: str,
+    facts: dict[str, str],
+    warnings: Sequence[str],
+    sections: dict[str, str],
+    *,
+    style: str = "",
+    script: str = "",
+    data: str = "",
 ) -> str:
-    """A whole page.
+    """A whole page, whose policy forbids the network, and any script but its own.
 
     Args:
       title: not escaped, like the names of facts and sections.
@@ -116,6 +128,9 @@ def document(
       facts: headline numbers, by name; those that are a dash are left out.
       warnings: what the reader must know.
       sections: HTML by name; those that are empty are left out.
+      style: more of it.
+      script: of the page; it may load scripts from files beside the page.
+      data: elements for the script, at the end.
     """
     shown = [(name, "-".join(name.lower().replace(",", "").split()), text) for name, text in sections.items() if text]
     links = "".join(f'<li><a href="#{anchor}">{name}</a></li>' for name, anchor, _ in shown)
@@ -130,10 +145,10 @@ def document(
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="{_policy(script)}">
 <title>{escape(f"{title}: {subtitle}")}</title>
 <style>
-{_style()}</style>
+{_style()}{style}</style>
 </head>
 <body>
 <header><h1>{title}</h1><p>{escape(subtitle)}</p></header>
@@ -142,9 +157,18 @@ def document(
 <nav aria-label="Contents"><ul>{links}</ul></nav>
 {body}</main>
 <footer><p>Made by <code>jaxsae report</code>.</p></footer>
+{data}{f"<script>{script}</script>" if script else ""}
 </body>
 </html>
 """
+
+
+def _policy(script: str) -> str:
+    policy = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    if not script:
+        return policy
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return f"{policy}; script-src 'self' file: 'sha256-{digest}'"  # a page on disk may have no 'self'
 
 
 @functools.cache

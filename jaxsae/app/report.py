@@ -1,4 +1,4 @@
-"""One HTML page of a training run or a study, without scripts, network or other files."""
+"""The HTML page of a training run, a study or latents, which needs no network."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxsae._core.files import InputError, atomic_file, local_path
-from jaxsae.app import html, logs, runs, study_page, svg
+from jaxsae.app import features_page, html, logs, runs, study_page, svg
 from jaxsae.app.charts import LABELS, configuration, curve, firing, firing_note
 from jaxsae.app.html import form
 
@@ -17,11 +17,11 @@ _BINS = 300  # of a long curve
 
 
 def write(run: str | os.PathLike, out: str | os.PathLike) -> None:
-    """Write the page of a run or a study.
+    """Write the page of a run, a study or latents.
 
     Args:
-      run: directory that `runs.run` or `study.run` wrote.
-      out: the file to write.
+      run: directory that `runs.run` or `study.run` wrote, or that has the features.json of `features_page`.
+      out: the file to write; beside that of many latents is a folder for its scripts.
 
     Raises:
       InputError: if the directory has nothing to show, or the file cannot be written.
@@ -37,13 +37,18 @@ def write(run: str | os.PathLike, out: str | os.PathLike) -> None:
     run, out = local_path(run), local_path(out)
     if out.resolve() == (run / "report.json").resolve():
         raise InputError(f"{out}: is the report itself; write the page to another file.")
+    if (run / features_page.NAME).exists():
+        if (run / "report.json").exists():
+            have = f"report.json and {features_page.NAME}, expected one of them"
+            raise InputError(f"{run}: holds {have}; move {features_page.NAME} to a directory of its own.")
+        return features_page.write(run, out)
     text = page(run)
     with atomic_file(out) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def page(run: str | os.PathLike) -> str:
-    """The page of a run or a study, as `write` writes it.
+    """The page of a run or a study, as `write` writes it; that of latents may be several files.
 
     Args:
       run: directory that `runs.run` or `study.run` wrote, or is writing.
@@ -64,10 +69,11 @@ def page(run: str | os.PathLike) -> str:
     path = run / "report.json"
     if not run.is_dir():
         what = "not a directory" if run.exists() else "no such directory"
-        raise InputError(f"{run}: {what}; pass one that jaxsae train or jaxsae study wrote.")
+        raise InputError(f"{run}: {what}; pass one that jaxsae train, study or features wrote.")
     report, curves = _read(path), logs.curves(run)
     if not report and not curves:
-        raise InputError(f"{run}: holds no report.json and no curves; pass what jaxsae train or jaxsae study wrote.")
+        have = "no report.json, features.json or curves"
+        raise InputError(f"{run}: holds {have}; pass what jaxsae train, study or features wrote.")
     if report and not {"rows", "options"} & set(report):
         raise InputError(f"{path}: is not of jaxsae train or jaxsae study; pass a directory that one of them wrote.")
     try:

@@ -122,15 +122,16 @@ def study(
 
 
 def report(run: arguments.InputPath, /, *, out: arguments.OutputFile | None = None, json: bool = False) -> int:
-    """Make an HTML page of a run or a study.
+    """Make an HTML page of a run, a study, or latents that jaxsae features measured.
 
-    It shows figures, tables, configuration and versions, needs no network and no other file, and follows the reader's
-    choice of light or dark. For an unfinished run, it shows the curves so far.
+    It shows figures, tables, configuration and versions, needs no network, and follows the reader's choice of light or
+    dark. For an unfinished run, it shows the curves so far. That of latents lets one search and sort them; the page of
+    thousands of them needs the folder beside it, NAME_files.
 
     Example: jaxsae report jaxsae-study --out study.html
 
     Args:
-        run: directory that jaxsae train or jaxsae study wrote.
+        run: directory that jaxsae train, study or features wrote.
         out: the page to write; by default report.html in that directory.
         json: print the path as a JSON object.
     """
