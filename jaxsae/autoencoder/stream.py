@@ -51,7 +51,21 @@ class Block(NamedTuple):
     info: RefitInfo
 
 
-def chunks(sae: SAE, rows: Rows | Array) -> Iterator[tuple[int, Array]]:
+class Coded(NamedTuple):
+    """A chunk of encoded rows, the whole of it on every device.
+
+    Attributes:
+      first: number of its first row in the input.
+      x: `[n d]`.
+      code: the encoder's code, `[n k]`.
+    """
+
+    first: int
+    x: Array
+    code: SparseCode
+
+
+def chunks(sae: SAE, rows: Rows | Array, *, first: int = 0) -> Iterator[tuple[int, Array]]:
     """Yield rows in chunks whose pre-activations fit in memory, each with the number of its first row.
 
     On a mesh (`jax.set_mesh`) each process reads the rows that its devices need.
@@ -59,6 +73,7 @@ def chunks(sae: SAE, rows: Rows | Array) -> Iterator[tuple[int, Array]]:
     Args:
       sae: the autoencoder.
       rows: `[n d]`, may be memory-mapped.
+      first: row to begin at.
 
     Example:
       >>> import jaxsae
@@ -69,7 +84,7 @@ def chunks(sae: SAE, rows: Rows | Array) -> Iterator[tuple[int, Array]]:
     size = _chunk_rows(sae.m)
     # At least float32, whatever the SAE's dtype, so that the certified values are those written.
     dtype = result_type(sae.W_dec.dtype, jnp.float32)
-    for start in range(0, len(rows), size):
+    for start in range(first, len(rows), size):
         count = min(size, len(rows) - start)
         part = sharding.rows_needed(count)
         block, numbers = rows[start + part.start : start + part.stop], range(start + part.start, len(rows))
@@ -105,6 +120,66 @@ def max_l0(sae: SAE, rows: Rows | Array) -> int:
     return max([1, *(int(_max_l0(sae, x)) for _, x in chunks(sae, rows))])
 
 
+def encode_chunks(sae: SAE, rows: Rows | Array, *, capacity: int | None = None, first: int = 0) -> Iterator[Coded]:
+    """Encode rows, a chunk at a time.
+
+    Args:
+      sae: the autoencoder.
+      rows: `[n d]`, may be memory-mapped.
+      capacity: maximum slots per row; `max_l0` by default, unless the activation fixes it.
+      first: row to begin at; the chunks are the same as without, if it is the first of one.
+
+    Raises:
+      InputError: if the rows are not as wide as the SAE, there are none, or it is a transcoder.
+
+    Example:
+      >>> import jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.TopK(2))
+      >>> [(chunk.first, chunk.code.values.shape) for chunk in encode_chunks(sae, np.ones((64, 4)), first=60)]
+      [(60, (4, 2))]
+    """
+    require_fit(sae, rows)
+    if capacity is None and sae.activation.slots is None:
+        capacity = max_l0(sae, rows)
+    for start, x in chunks(sae, rows, first=first):
+        yield Coded(start, *sharding.replicate((x, encode(sae, x, capacity=capacity))))
+
+
+def refine_chunk(
+    sae: SAE,
+    chunk: Coded,
+    solver: Solver | Callable[[int, int], Solver] | None = None,
+    *,
+    only: np.ndarray | None = None,
+) -> Iterator[Block]:
+    """Refine the rows of an encoded chunk, a block at a time, as `refine_blocks` does.
+
+    Args:
+      sae: the autoencoder.
+      chunk: of `encode_chunks`.
+      solver: as for `refine_blocks`.
+      only: positions in the chunk of the rows to refine; all by default.
+
+    Example:
+      >>> import jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.TopK(2))
+      >>> [chunk] = encode_chunks(sae, np.random.default_rng(0).normal(size=(64, 4)))
+      >>> [block.rows.tolist() for block in refine_chunk(sae, chunk, only=np.array([3, 5]))]
+      [[3, 5]]
+    """
+    x, code = chunk.x, chunk.code
+    l0 = np.asarray(code.l0)
+    order = np.argsort(l0, kind="stable") if only is None else only[np.argsort(l0[only], kind="stable")]
+    for at in range(0, len(order), _BLOCK):
+        block = order[at : at + _BLOCK]
+        slots = _slots(int(l0[block].max()), sae)
+        values, indices = _resize(code.values[block], slots, 0), _resize(code.indices[block], slots, sae.m)
+        part = SparseCode(values, indices, sae.m, code.num_dropped[block])
+        block_solver = solver(slots, sae.W_dec.shape[1]) if callable(solver) else solver
+        refined, info = sharding.replicate(refine(sae, x[block], part, block_solver))
+        yield Block(chunk.first + block, x[block], part, refined, info)
+
+
 def refine_blocks(
     sae: SAE,
     rows: Rows | Array,
@@ -131,24 +206,26 @@ def refine_blocks(
       ...     block.refined.values.shape, bool((block.info.kkt <= 1e-5).all())
       ((64, 4), True)
     """
-    _require_fit(sae, rows)
-    if capacity is None and sae.activation.slots is None:
-        capacity = max_l0(sae, rows)
-    for start, x in chunks(sae, rows):
-        x, code = sharding.replicate((x, encode(sae, x, capacity=capacity)))  # small; blocks are made of any rows
-        l0 = np.asarray(code.l0)
-        order = np.argsort(l0, kind="stable")
-        for at in range(0, len(order), _BLOCK):
-            block = order[at : at + _BLOCK]
-            slots = _slots(int(l0[block].max()), sae)
-            values, indices = _resize(code.values[block], slots, 0), _resize(code.indices[block], slots, sae.m)
-            part = SparseCode(values, indices, sae.m, code.num_dropped[block])
-            block_solver = solver(slots, sae.W_dec.shape[1]) if callable(solver) else solver
-            refined, info = sharding.replicate(refine(sae, x[block], part, block_solver))
-            yield Block(start + block, x[block], part, refined, info)
+    for chunk in encode_chunks(sae, rows, capacity=capacity):  # small; blocks are made of any rows
+        yield from refine_chunk(sae, chunk, solver)
 
 
-def _require_fit(sae: SAE, rows: Rows | Array) -> None:
+def require_fit(sae: SAE, rows: Rows | Array) -> None:
+    """Raise unless rows can be encoded and refined.
+
+    Args:
+      sae: the autoencoder.
+      rows: `[n d]`.
+
+    Raises:
+      InputError: if the rows are not as wide as the SAE, there are none, or it is a transcoder.
+
+    Example:
+      >>> import jaxsae
+      >>> require_fit(jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.ReLU()), np.ones((2, 5)))
+      Traceback (most recent call last):
+      jaxsae.InputError: got rows of width 5, but this SAE has d = 4; pass the data it was made for.
+    """
     if sae.transcoder:
         raise InputError("got a transcoder, whose target is not its input; call `jaxsae.refine` with that as `target`.")
     if not len(rows):
@@ -227,7 +304,7 @@ def refine_file(
       (0, (64, 2))
     """
     out = any_path(out)
-    _require_fit(sae, rows)
+    require_fit(sae, rows)
     capacity = capacity or sae.activation.slots or max_l0(sae, rows)
     if capacity > sae.m:
         raise InputError(f"got capacity {capacity} for {sae.m} latents; pass a capacity of at most {sae.m}.")
