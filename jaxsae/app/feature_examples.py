@@ -208,9 +208,9 @@ class Around:
         """The rows shown around one: itself, and if there are tokens, neighbours in its context."""
         if self._text is None:
             return np.array([row])
-        _, position = self._text.place(np.array(row))
-        before = min(int(position) - 1, _BEFORE)
-        after = min(self._text.contexts.shape[1] - 1 - int(position), _AFTER)
+        position = int(self._text.place(np.array([row]))[1][0])
+        before = min(position - 1, _BEFORE)
+        after = min(self._text.contexts.shape[1] - 1 - position, _AFTER)
         return np.arange(row - before, row + after + 1)
 
     def look_up(self, asked: Iterable[tuple[int, np.ndarray]]) -> None:
@@ -244,21 +244,18 @@ class Around:
         )
         if self._text is None:
             return said
-        context, position = (int(each) for each in self._text.place(np.array(row)))
+        context, position = (int(each[0]) for each in self._text.place(np.array([row])))
         first = position - here
         if first == 1:  # the token that has no row
             first, values, refined = 0, [None, *values], [None, *refined]
         ids = self._text.contexts[context, first : first + len(values)]
         document = None if self._text.ends is None else int(self._text.documents(np.array([row]))[0])
-        return said | {
-            "context": context,
-            "position": position,
-            "document": document,
-            "first": first,
-            "tokens": feature_text.decoded(self._text, ids),
-            "values": [_short(value) for value in values],
-            "refined_values": [_short(value) for value in refined],
-        }
+        said |= {"context": context, "position": position, "document": document}
+        tokens = feature_text.decoded(self._text, ids)
+        if tokens is None:
+            return said
+        shown = {"values": list(map(_short, values)), "refined_values": list(map(_short, refined))}
+        return said | {"first": first, "tokens": tokens} | shown
 
 
 def _short(value: float | None) -> float | None:
