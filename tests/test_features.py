@@ -210,7 +210,7 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("features")
     rng = np.random.default_rng(0)
     words = ["to be", "or not", "that is", "the question", "whether", "'tis nobler", "in the mind", "ünï"]
-    documents = [" ".join(rng.choice(words, rng.integers(3, 30))) for _ in range(25)]
+    documents = [" ".join(rng.choice(words, rng.integers(1, 9))) for _ in range(80)]
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     tokenizer = files.read_tokenizer(LLAMA)
     end = files.end_of_text(LLAMA, tokenizer)
@@ -253,12 +253,12 @@ def codes_of(world):
 def document_of(world) -> np.ndarray:
     """The document of each row, by going through the tokens one by one."""
     _, _, contexts, end = world
-    number, found = 0, []
+    number, found, start = 0, [], len(files.start(files.read_tokenizer(LLAMA)))
     for context in contexts.tolist():
         for position, token in enumerate(context):
             if position:
                 found.append(number)
-            number += token == end and position > 0  # every context begins with the same token
+            number += token == end and position >= start  # which every context begins with, wherever documents end
     return np.array(found)
 
 
@@ -285,7 +285,8 @@ def test_the_numbers_are_those_of_plain_encoding(described, codes_of):
         assert np.abs(np.array(latent["ratios"]) - inside[0]).sum() <= 4
         assert latent["coactive_error"] == 0
         given = np.where(np.arange(M) == j, 0, pairs[j] / active.sum())
-        assert [each["given"] for each in latent["coactive"]] == pytest.approx(np.sort(given)[::-1][:10], abs=1e-9)
+        largest = np.sort(given)[::-1][:10]
+        np.testing.assert_allclose([each["given"] for each in latent["coactive"]], largest[largest > 0])
         for each in latent["coactive"]:
             assert each["given"] == pytest.approx(given[each["index"]])
             assert each["lift"] == pytest.approx(given[each["index"]] / (pairs[each["index"], each["index"]] / 718))
@@ -310,8 +311,10 @@ def test_bands_split_the_active_rows_by_their_values(described, codes_of):
     z, seen = codes_of[0], 0
     for latent in described["latents"]:
         own, bands = z[:, latent["index"]], latent["bands"]
-        active = np.sort(own[own != 0])[::-1]  # fewer than are sampled
-        for band, values in zip(bands, np.array_split(active, 5), strict=True):
+        active = np.sort(own[own != 0])[::-1]
+        if len(active) > 256:  # then the bands are of a sample
+            continue
+        for band, values in zip(bands, filter(len, np.array_split(active, 5)), strict=True):
             assert (band["high"], band["low"]) == pytest.approx((values[0], values[-1]), rel=1e-3)
             shown = {each["row"] for each in band["examples"]}
             assert len(shown) == len(band["examples"]) <= 3 and not shown & {each["row"] for each in latent["top"]}
@@ -443,12 +446,13 @@ def test_rows_in_bfloat16_saes_and_signed_values(world, tmp_path, mixed):
 
 def test_latents_that_never_fire_and_rows_of_nan(world, tmp_path):
     sae = an_sae()
-    sae = sae.replace(b_enc=sae.b_enc.at[3].set(-1e9), W_dec=sae.W_dec.at[4].set(0))
+    sae = sae.replace(b_enc=sae.b_enc.at[3].set(-1e9))
     x = world[1]
-    dead, zero = run(tmp_path, x, sae=sae, latents=[3, 4])["latents"]
+    dead, _ = run(tmp_path, x, sae=sae, latents=[3, 4])["latents"]
     assert (dead["count"], dead["mean"], dead["max"], dead["shrinkage"]) == (0, None, None, None)
     assert dead["top"] == dead["bands"] == dead["coactive"] == []
-    assert all(each["cosine"] == 0 for each in zero["nearest"])
+    _, [nearest] = features._atoms(sae.replace(W_dec=sae.W_dec.at[4].set(0)), np.array([4]))
+    assert len(nearest) == 10 and all(each["cosine"] == 0 for each in nearest)
     found = run(tmp_path, np.full_like(x, np.nan), sae=sae, latents=[3, 4])
     assert found["data"]["nonfinite"] == 720 and not found["latents"][1]["top"]
     assert run(tmp_path, np.full_like(x, np.nan), sae=sae)["latents"] == []

@@ -216,6 +216,7 @@ def usual(world: Path, command: str) -> tuple[list[str], dict[str, list[str]]]:
         "train": ([], few | {"data": [x], "out": ["out"]}),
         "eval": ([], {"sae": [topk], "data": [x]}),
         "refine": ([], {"sae": [topk], "data": [x], "out": ["out.npz"]}),
+        "features": ([topk], {"data": [x], "latents": [3, 5], "out": ["out"]}),
         "report": ([world / "study"], {"out": ["out.html"]}),
         "info": ([topk], {}),
         "convert": ([topk, "out"], {"to": ["saelens"]}),

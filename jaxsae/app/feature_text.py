@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsae import language_model
-from jaxsae._core.files import InputError, any_path, reached
+from jaxsae._core.files import InputError, any_path, json_number, reached
 from jaxsae.autoencoder.refinement import to_fit
 from jaxsae.autoencoder.sae import SAE
 from jaxsae.data import shards
@@ -179,17 +179,23 @@ def words(lens: Lens, atoms: np.ndarray) -> list[dict[str, Any]]:
     """
     if lens.site not in _RESIDUAL:
         return [{"promotes": None, "suppresses": None} for _ in atoms]
-    found = {}
-    for name, sign in {"promotes": 1, "suppresses": -1}.items():
-        ids, logits = map(np.asarray, language_model.logit_lens(lens.model, jnp.asarray(sign * atoms), count=_WORDS))
-        found[name] = [
-            [
-                {"id": int(number), "token": token, "logit": sign * float(logit)}
-                for number, token, logit in zip(some, texts.pieces(lens.tokenizer, some), those, strict=True)
-            ]
-            for some, those in zip(ids, logits, strict=True)
-        ]
-    return [dict(zip(found, each, strict=True)) for each in zip(*found.values(), strict=True)]
+    found = language_model.logit_lens(lens.model, jnp.asarray(atoms), k=_WORDS)
+    pairs = {
+        "promotes": (found.promoted, found.promoted_logits),
+        "suppresses": (found.suppressed, found.suppressed_logits),
+    }
+    said = {
+        name: [_named(lens, *each) for each in zip(*map(np.asarray, both), strict=True)] for name, both in pairs.items()
+    }
+    return [dict(zip(said, each, strict=True)) for each in zip(*said.values(), strict=True)]
+
+
+def _named(lens: Lens, ids: np.ndarray, logits: np.ndarray) -> list[dict[str, Any]]:
+    tokens = texts.pieces(lens.tokenizer, ids)
+    return [
+        {"id": int(number), "token": token, "logit": json_number(logit)}
+        for number, token, logit in zip(ids, tokens, logits, strict=True)
+    ]
 
 
 def effect(lens: Lens, sae: SAE, atom: np.ndarray, contexts: np.ndarray, values: np.ndarray) -> float | None:

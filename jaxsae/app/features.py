@@ -254,7 +254,7 @@ def _record(
     _add_examples(latents, rows, found, summary, text, sources.patch)
     _add_words(latents, sae, found, summary, text, lens, atoms)
     for latent, atom in zip(latents, atoms, strict=True):
-        latent["atom"] = None if sources.patch is None else _levels(atom / max(np.abs(atom).max(), 1e-30), -1, 1)
+        latent["atom"] = None if sources.patch is None else _levels(atom / max(np.abs(atom).max(), 1e-30), -1.0, 1.0)
     patch, shape = sources.patch, None if text is None else text.contexts.shape
     extremes = dict(zip(("low", "high"), found.extremes, strict=True))
     return {
