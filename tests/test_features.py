@@ -498,6 +498,22 @@ def test_the_effect_of_an_ablation_is_that_of_the_spliced_model(world):
     assert feature_text.effect(lens, sae, atom, ids, 0 * values) is None
 
 
+@pytest.mark.skipif(not hasattr(language_model, "logit_lens"), reason="needs language_model.logit_lens")
+def test_with_a_model_there_are_words_and_effects(world, tmp_path, capsys):
+    folder = world[0]
+    argv = ["features", folder / "sae", "--data", folder / "acts", "--latents", 9, 5, "--out", tmp_path / "out"]
+    assert cli(*argv, "--model", LLAMA, "--json") == 0
+    numbers = json.loads(capsys.readouterr().out)["latents"]
+    found = json.loads((tmp_path / "out/features.json").read_text())
+    assert found["model"] == str(LLAMA) and "nothing refitted" in found["ablation"]
+    model = language_model.load(LLAMA)
+    for latent, printed in zip(found["latents"], numbers, strict=True):
+        lens = language_model.logit_lens(model, an_sae().W_dec[latent["index"]][None], k=10)
+        assert [each["id"] for each in latent["promotes"]] == lens.promoted[0].tolist()
+        np.testing.assert_allclose([x["logit"] for x in latent["suppresses"]], lens.suppressed_logits[0], rtol=1e-4)
+        assert printed["loss_effect"] == latent["loss_effect"] != 0
+
+
 # --- What is refused, and what is said
 
 

@@ -52,7 +52,7 @@ class Choice:
 
     Example:
       >>> Choice(random=3).known(100).tolist()
-      [26, 85, 99]
+      [51, 63, 83]
     """
 
     latents: Sequence[arguments.Index] = ()
@@ -222,7 +222,7 @@ def _atoms(sae: SAE, chosen: np.ndarray) -> tuple[np.ndarray, list[list[dict[str
     atoms, nearest = [np.zeros((0, sae.W_dec.shape[1]), np.float32)], []
     for at in range(0, len(chosen), step):
         some = np.resize(chosen[at : at + step], min(step, len(chosen)))  # of one size, which is compiled once
-        own, cosines, indices = map(np.asarray, _nearest(sae.W_dec, jnp.asarray(some, jnp.int32), count + 1))
+        own, cosines, indices = map(np.asarray, _nearest(sae.W_dec, some.astype(np.int32), count + 1))
         for n, index in enumerate(chosen[at : at + step].tolist()):
             atoms.append(own[n : n + 1])
             others = [(j, x) for j, x in zip(indices[n].tolist(), cosines[n].tolist(), strict=True) if j != index]
