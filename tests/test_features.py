@@ -505,7 +505,7 @@ def test_with_a_model_there_are_words_and_effects(world, tmp_path, capsys):
     assert cli(*argv, "--model", LLAMA, "--json") == 0
     numbers = json.loads(capsys.readouterr().out)["latents"]
     found = json.loads((tmp_path / "out/features.json").read_text())
-    assert found["model"] == str(LLAMA) and "nothing refitted" in found["ablation"]
+    assert found["model"] == str(LLAMA) and "over 4 contexts at most" in found["ablation"]
     model = language_model.load(LLAMA)
     for latent, printed in zip(found["latents"], numbers, strict=True):
         lens = language_model.logit_lens(model, an_sae().W_dec[latent["index"]][None], k=10)
