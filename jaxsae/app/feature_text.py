@@ -24,8 +24,8 @@ _RESIDUAL = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")  # s
 ABLATION = (
     "the rise of the next-token loss when the latent is taken away where it fires, h − z_j W_dec[j], with all the rest "
     "of the activation kept, the autoencoder's error too, and nothing refitted: summed over the later tokens of the "
-    f"context, per token on which it fires, in nats; over {CONTEXTS} contexts at most, drawn in proportion to how often "
-    "it fires in them"
+    f"context, per token on which it fires, in nats; over {CONTEXTS} contexts at most, drawn in proportion to "
+    "how often it fires in them"
 )
 
 
