@@ -48,7 +48,7 @@ def examples():
 
 
 HUB = "hf://organisation/repository/path"
-GROUPS = ["autoencoders", "pictures", "plans", "steering", "studies", "texts", "training"]  # of commands
+GROUPS = ["autoencoders", "features", "pictures", "plans", "steering", "studies", "texts", "training"]  # of commands
 
 
 # From the installed package: a checkout beside it would be another `jaxsae`.

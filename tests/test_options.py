@@ -222,6 +222,7 @@ def usual(world: Path, command: str) -> tuple[list[str], dict[str, list[str]]]:
             {"sae": [world / "of24"], "model": [world / "llama"], "latent": [3], "scale": [2], "prompt": ["to be"]}
             | {"layer": [1], "tokens": [4]},
         ),
+        "features": ([topk], {"data": [x], "latents": [3, 5], "out": ["out"]}),
         "report": ([world / "study"], {"out": ["out.html"]}),
         "info": ([topk], {}),
         "convert": ([topk, "out"], {"to": ["saelens"]}),

@@ -115,6 +115,7 @@ def test_two_processes_measure_refine_and_convert_like_one(tmp_path):
     commands = {
         "eval": [*sae, *rows, "--json"],
         "refine": [*sae, *rows, "--out", "{}.npz", "--json"],
+        "features": [tmp_path / "run", *rows, "--by", "density", "--count", 5, "--out", "{}"],
         "convert": [tmp_path / "run", "{}.pt", "--to", "dictionary_learning"],
         "convert a save": [tmp_path / f"run/checkpoints/{STEPS}", "{}", "--to", "saelens"],
     }
@@ -136,6 +137,11 @@ def test_two_processes_measure_refine_and_convert_like_one(tmp_path):
     with np.load(tmp_path / "refine-one.npz") as one, np.load(tmp_path / "refine-two.npz") as two:
         np.testing.assert_array_equal(two["status"], one["status"])
         np.testing.assert_allclose(two["values"], one["values"], rtol=1e-3, atol=1e-5)
+    one, two = (json.loads((tmp_path / f"features-{out}/features.json").read_text()) for out in ("one", "two"))
+    for a, b in zip(one["latents"], two["latents"], strict=True):
+        assert (a["index"], a["count"]) == (b["index"], b["count"])
+        assert [each["row"] for each in a["top"]] == [each["row"] for each in b["top"]]
+        np.testing.assert_allclose(a["shrinkage"], b["shrinkage"], rtol=1e-3)
     for file in ("ae.pt", "config.json"):
         assert (tmp_path / "convert-one.pt" / file).read_bytes() == (tmp_path / "convert-two.pt" / file).read_bytes()
     one, two = (tmp_path / f"convert a save-{out}" for out in ("one", "two"))

@@ -171,6 +171,7 @@ ACTIVATION = Choice(
 SITE = Choice(("resid_pre", "hook_z", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post"))
 ROWS_DTYPE = Choice(("float16", "float32"))
 MOMENTS = Choice(("float32", "bfloat16"))
+FEATURES_BY = Choice(("shrinkage", "density", "max"))  # which latents come first
 
 
 def check(declaration: Callable, values: Mapping[str, Any], name: Callable[[str], str] = str) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Union
 from jaxsae._core import arguments
 from jaxsae._core.files import InputError
 from jaxsae.app import allocator, compilation_cache, config, console
-from jaxsae.app.commands import autoencoders, pictures, plans, steering, studies, texts, training
+from jaxsae.app.commands import autoencoders, features, pictures, plans, steering, studies, texts, training
 
 _NEEDS = "the command line needs the extra 'study'; pip install 'jaxsae[study]'."
 _ABOUT = """Sparse autoencoders in JAX, and the refinement of their codes with a certificate per row.
@@ -137,6 +137,7 @@ COMMANDS = {
     "eval": autoencoders.evaluate,
     "refine": autoencoders.refine,
     "steer": steering.steer,
+    "features": features.features,
     "report": studies.report,
     "info": autoencoders.info,
     "convert": autoencoders.convert,

@@ -17,9 +17,32 @@ from jaxtyping import Array, Bool, Float
 from jaxsae import codes
 from jaxsae._core import pytrees, sparse
 from jaxsae._core.linalg import ratio, result_type, widen
+from jaxsae.autoencoder.coactivation import CoActivation, co_activation
+from jaxsae.autoencoder.contexts import ContextSample, TopContexts, context_sample, top_contexts
 from jaxsae.autoencoder.sae import SAE, reconstruct
 from jaxsae.autoencoder.sums import _added, _exact, _rest, _Sums, _two_sum, _unit
 from jaxsae.codes import SparseCode
+
+__all__ = [
+    "Activity",
+    "CoActivation",
+    "ContextSample",
+    "Matching",
+    "Moments",
+    "Progressive",
+    "Reconstruction",
+    "Recovery",
+    "TopContexts",
+    "activity",
+    "co_activation",
+    "context_sample",
+    "match",
+    "moments",
+    "progressive",
+    "reconstruction",
+    "recovery",
+    "top_contexts",
+]
 
 
 @pytrees.dataclass

@@ -67,7 +67,23 @@ class Chunk(NamedTuple):
     target: Array
 
 
-def chunks(sae: SAE, rows: Rows | Array) -> Iterator[Chunk]:
+class Coded(NamedTuple):
+    """A chunk of encoded rows, the whole of it on every device.
+
+    Attributes:
+      start: number of its first row in the input.
+      x: `[n d]`.
+      target: `[n d_out]`, as of `Chunk`.
+      code: the encoder's code, `[n k]`.
+    """
+
+    start: int
+    x: Array
+    target: Array
+    code: SparseCode
+
+
+def chunks(sae: SAE, rows: Rows | Array, *, first: int = 0) -> Iterator[Chunk]:
     """Yield rows in chunks whose pre-activations fit in memory.
 
     On a mesh (`jax.set_mesh`) each process reads the rows that its devices need.
@@ -75,6 +91,7 @@ def chunks(sae: SAE, rows: Rows | Array) -> Iterator[Chunk]:
     Args:
       sae: the autoencoder.
       rows: `[n d]`, or as `split_rows` takes them from a transcoder; may be memory-mapped.
+      first: row to begin at.
 
     Example:
       >>> import jaxsae
@@ -85,7 +102,7 @@ def chunks(sae: SAE, rows: Rows | Array) -> Iterator[Chunk]:
     size = _chunk_rows(sae.m)
     # At least float32, whatever the SAE's dtype, so that the certified values are those written.
     dtype = result_type(sae.W_dec.dtype, jnp.float32)
-    for start in range(0, len(rows), size):
+    for start in range(first, len(rows), size):
         count = min(size, len(rows) - start)
         part = sharding.rows_needed(count)
         block, numbers = rows[start + part.start : start + part.stop], range(start + part.start, len(rows))
@@ -121,6 +138,66 @@ def max_l0(sae: SAE, rows: Rows | Array) -> int:
     return max([1, *(int(_max_l0(sae, chunk.x)) for chunk in chunks(sae, rows))])
 
 
+def encode_chunks(sae: SAE, rows: Rows | Array, *, capacity: int | None = None, first: int = 0) -> Iterator[Coded]:
+    """Encode rows, a chunk at a time.
+
+    Args:
+      sae: the autoencoder.
+      rows: as for `chunks`.
+      capacity: maximum slots per row; `max_l0` by default, unless the activation fixes it.
+      first: row to begin at; the chunks are the same as without, if it is the first of one.
+
+    Raises:
+      InputError: as `require_fit`.
+
+    Example:
+      >>> import jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.TopK(2))
+      >>> [(chunk.start, chunk.code.values.shape) for chunk in encode_chunks(sae, np.ones((64, 4)), first=60)]
+      [(60, (4, 2))]
+    """
+    require_fit(sae, rows)
+    if capacity is None and sae.activation.slots is None:
+        capacity = max_l0(sae, rows)
+    for start, x, target in chunks(sae, rows, first=first):
+        yield Coded(start, *sharding.replicate((x, target, encode(sae, x, capacity=capacity))))
+
+
+def refine_chunk(
+    sae: SAE,
+    chunk: Coded,
+    solver: Solver | Callable[[int, int], Solver] | None = None,
+    *,
+    only: np.ndarray | None = None,
+) -> Iterator[Block]:
+    """Refine the rows of an encoded chunk, a block at a time, as `refine_blocks` does.
+
+    Args:
+      sae: the autoencoder.
+      chunk: of `encode_chunks`.
+      solver: as for `refine_blocks`.
+      only: positions in the chunk of the rows to refine; all by default.
+
+    Example:
+      >>> import jaxsae
+      >>> sae = jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.TopK(2))
+      >>> [chunk] = encode_chunks(sae, np.random.default_rng(0).normal(size=(64, 4)))
+      >>> [block.rows.tolist() for block in refine_chunk(sae, chunk, only=np.array([3, 5]))]
+      [[3, 5]]
+    """
+    start, x, target, code = chunk
+    l0 = np.asarray(code.l0)
+    order = np.argsort(l0, kind="stable") if only is None else only[np.argsort(l0[only], kind="stable")]
+    for at in range(0, len(order), _BLOCK):
+        block = order[at : at + _BLOCK]
+        slots = _slots(int(l0[block].max()), sae)
+        values, indices = _resize(code.values[block], slots, 0), _resize(code.indices[block], slots, sae.m)
+        part = SparseCode(values, indices, sae.m, code.num_dropped[block])
+        block_solver = solver(slots, sae.W_dec.shape[1]) if callable(solver) else solver
+        refined, info = sharding.replicate(refine(sae, x[block], part, block_solver, target=target[block]))
+        yield Block(start + block, x[block], target[block], part, refined, info)
+
+
 def refine_blocks(
     sae: SAE,
     rows: Rows | Array,
@@ -147,25 +224,26 @@ def refine_blocks(
       ...     block.refined.values.shape, bool((block.info.kkt <= 1e-5).all())
       ((64, 4), True)
     """
-    _require_fit(sae, rows)
-    if capacity is None and sae.activation.slots is None:
-        capacity = max_l0(sae, rows)
-    for start, x, target in chunks(sae, rows):
-        # Small; blocks are made of any rows.
-        x, target, code = sharding.replicate((x, target, encode(sae, x, capacity=capacity)))
-        l0 = np.asarray(code.l0)
-        order = np.argsort(l0, kind="stable")
-        for at in range(0, len(order), _BLOCK):
-            block = order[at : at + _BLOCK]
-            slots = _slots(int(l0[block].max()), sae)
-            values, indices = _resize(code.values[block], slots, 0), _resize(code.indices[block], slots, sae.m)
-            part = SparseCode(values, indices, sae.m, code.num_dropped[block])
-            block_solver = solver(slots, sae.W_dec.shape[1]) if callable(solver) else solver
-            refined, info = sharding.replicate(refine(sae, x[block], part, block_solver, target=target[block]))
-            yield Block(start + block, x[block], target[block], part, refined, info)
+    for chunk in encode_chunks(sae, rows, capacity=capacity):  # small; blocks are made of any rows
+        yield from refine_chunk(sae, chunk, solver)
 
 
-def _require_fit(sae: SAE, rows: Rows | Array) -> None:
+def require_fit(sae: SAE, rows: Rows | Array) -> None:
+    """Raise unless rows can be encoded and refined.
+
+    Args:
+      sae: the autoencoder.
+      rows: as for `chunks`.
+
+    Raises:
+      InputError: if there are none, or as `require_width`.
+
+    Example:
+      >>> import jaxsae
+      >>> require_fit(jaxsae.init(jax.random.key(0), d=4, m=8, activation=jaxsae.ReLU()), np.ones((0, 4)))
+      Traceback (most recent call last):
+      jaxsae.InputError: got no rows; pass at least one.
+    """
     if not len(rows):
         raise InputError("got no rows; pass at least one.")
     require_width(sae, rows)
@@ -268,7 +346,7 @@ def refine_file(
       (0, (64, 2))
     """
     out = any_path(out)
-    _require_fit(sae, rows)
+    require_fit(sae, rows)
     capacity = capacity or sae.activation.slots or max_l0(sae, rows)
     if capacity > sae.m:
         raise InputError(f"got capacity {capacity} for {sae.m} latents; pass a capacity of at most {sae.m}.")

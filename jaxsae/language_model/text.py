@@ -346,3 +346,29 @@ def _as_letters(piece: _Piece, document: documents.Document, control: dict[int, 
             what = f"holds {name!r} after {first} characters, which the tokenizer turns into a control token"
             raise InputError(f"{document.where}: {what}; remove it, or write it in another way.")
     return piece
+
+
+def pieces(tokenizer: Any, ids: Sequence[int] | np.ndarray) -> list[str]:
+    """The text of each token, with its whitespace; U+FFFD for bytes that are no whole character.
+
+    Args:
+      tokenizer: a `tokenizers.Tokenizer`.
+      ids: tokens.
+
+    Example:
+      >>> import tokenizers
+      >>> tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+      >>> pieces(tokenizer, [0, 1])
+      [' a', ' b']
+    """
+    # Behind another token, since many decoders strip the space at the beginning of a text.
+    anchor = next(
+        (encoding.ids[-1] for encoding in [tokenizer.encode("a", add_special_tokens=False)] if encoding.ids), 0
+    )
+    before = tokenizer.decode([anchor], skip_special_tokens=False)
+    found = {}
+    for number in {int(each) for each in ids}:
+        both = tokenizer.decode([anchor, number], skip_special_tokens=False)
+        alone = tokenizer.decode([number], skip_special_tokens=False)
+        found[number] = both.removeprefix(before) if both.startswith(before) else alone
+    return [found[int(each)] for each in ids]
