@@ -140,9 +140,9 @@ def bfloat16_adam(
         m ← ⌊β₁ m + (1 − β₁) g⌉,   v ← ⌊β₂ v + (1 − β₂) g²⌉,   update = −rate · m̂ / (√v̂ + ε)
 
     `⌊·⌉` rounds stochastically: up with a probability equal to the distance from below in units of the last place, so
-    that it is right on average. Rounded to nearest, `v` would stand still unless `g²` is several times as large, since
-    half a unit of bfloat16 is up to 1/256 of a value, and `1 − β₂` is less. The random bits are hashed from the number
-    of updates and the place in the array: a training that resumes is bitwise identical.
+    that it is right on average. Rounded to nearest, `v` would never fall, and rise only where `g²` is three to five
+    times as large: half a unit of bfloat16 is 1/512 to 1/256 of a value, and `1 − β₂` is less. The random bits are
+    hashed from the number of updates and the place in the array: a training that resumes is bitwise identical.
 
     Args:
       rate: learning rate, or an optax schedule.
