@@ -402,7 +402,7 @@ def test_only_rows_on_which_a_chosen_latent_fires_are_refined(world, codes_of, t
     refine = stream.refine_chunk
 
     def watched(sae, chunk, *, only):
-        refined.extend((chunk.first + only).tolist())
+        refined.extend((chunk.start + only).tolist())
         return refine(sae, chunk, only=only)
 
     monkeypatch.setattr(stream, "refine_chunk", watched)

@@ -139,7 +139,7 @@ def collect(
     for chunk in stream.encode_chunks(sae, rows, capacity=capacity, first=first):
         pending.append(_part(sae, chunk, wanted, extremes))
         progress(len(chunk.x))
-        last = chunk.first + len(chunk.x) == len(rows)
+        last = chunk.start + len(chunk.x) == len(rows)
         size = sum(array.nbytes for part in pending for array in part)
         if last or len(pending) == _TOGETHER or size > _PART:
             with processes.all_or_none():
@@ -209,20 +209,20 @@ def _part(sae: SAE, chunk: stream.Coded, wanted: np.ndarray, extremes: bool) -> 
     refined = np.zeros_like(values)
     for block in stream.refine_chunk(sae, chunk, only=np.concatenate([only, others])):
         found = np.asarray(block.refined.values)[:, : values.shape[1]]
-        refined[block.rows - chunk.first, : found.shape[1]] = found
+        refined[block.rows - chunk.start, : found.shape[1]] = found
     kept, each = active[only], indices[active]
     fires, largest = np.bincount(each, minlength=sae.m), np.zeros(sae.m)
     np.maximum.at(largest, each, np.abs(values[active]))
     fired = np.flatnonzero(fires)
     return Part(
-        first=np.asarray(chunk.first),
-        last=np.asarray(chunk.first + len(values)),
-        rows=chunk.first + only,
+        first=np.asarray(chunk.start),
+        last=np.asarray(chunk.start + len(values)),
+        rows=chunk.start + only,
         l0=kept.sum(axis=1),
         indices=indices[only][kept],
         values=values[only][kept],
         refined=refined[only][kept],
-        nonfinite=chunk.first + np.flatnonzero(~finite),
+        nonfinite=chunk.start + np.flatnonzero(~finite),
         fired=fired,
         fires=fires[fired],
         largest=largest[fired],
