@@ -204,7 +204,14 @@ def test_terms_of_users_are_right_or_refused():
         in_parts(5, Objective(), state, x)
 
 
-@pytest.mark.parametrize(("family", "ratio"), [("topk", 2.5), ("relu", 3), ("batchtopk", 3)])
+@pytest.mark.parametrize(
+    ("family", "ratio"),
+    [
+        ("topk", 2.5),
+        pytest.param("relu", 3, marks=pytest.mark.slow),
+        pytest.param("batchtopk", 3, marks=pytest.mark.slow),
+    ],
+)
 def test_memory_falls(family, ratio):
     sparse = {"k": 32} if FAMILIES[family].needs == "k" else {"l1": 0.3}
     options = Options(family, latents=16384, **sparse, batch=8192)
@@ -212,7 +219,6 @@ def test_memory_falls(family, ratio):
         plan.training_step(options._replace(accumulate=parts), 768, sharding.make_mesh()).workspace_bytes
         for parts in (1, 8)
     )
-    print(family, one, eight)
     assert eight * ratio < one
 
 
