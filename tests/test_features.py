@@ -498,7 +498,6 @@ def test_the_effect_of_an_ablation_is_that_of_the_spliced_model(world):
     assert feature_text.effect(lens, sae, atom, ids, 0 * values) is None
 
 
-@pytest.mark.skipif(not hasattr(language_model, "logit_lens"), reason="needs language_model.logit_lens")
 def test_with_a_model_there_are_words_and_effects(world, tmp_path, capsys):
     folder = world[0]
     argv = ["features", folder / "sae", "--data", folder / "acts", "--latents", 9, 5, "--out", tmp_path / "out"]
@@ -586,4 +585,4 @@ def test_the_command_prints_what_it_wrote(world, tmp_path, capsys):
     assert [each["index"] for each in found["latents"]] == [5, 9] and found["rows_are"] == "tokens"
     assert cli(*argv) == 0  # again, over what is there
     assert "features.json" in capsys.readouterr().out
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["features.json", "features.parquet"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["features.json", "features.parquet", "report.html"]

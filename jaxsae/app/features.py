@@ -156,9 +156,7 @@ def run(
     """
     with processes.all_or_none():
         if (out / "report.json").exists():
-            raise InputError(
-                f"{out}: holds a run or a study, whose report.html this would replace; choose another --out."
-            )
+            raise InputError(f"{out}: holds a run or a study, whose page this would replace; choose another --out.")
         chosen, text, lens = _opened(sae, rows, sources, choice, warn)
     wanted = np.ones(sae.m, bool) if chosen is None else np.isin(np.arange(sae.m), chosen)
     folder = out / ".codes"
