@@ -585,4 +585,8 @@ def test_the_command_prints_what_it_wrote(world, tmp_path, capsys):
     assert [each["index"] for each in found["latents"]] == [5, 9] and found["rows_are"] == "tokens"
     assert cli(*argv) == 0  # again, over what is there
     assert "features.json" in capsys.readouterr().out
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["features.json", "features.parquet", "report.html"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "features.json",
+        "features.parquet",
+        "report.html",
+    ]

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         features as features,
         features_page as features_page,
         logs as logs,
+        loss as loss,
         measure as measure,
         options as options,
         plan as plan,

@@ -300,7 +300,7 @@ def from_model(site: HookPoint, folder: Path, train_rows: int, heldout: int, bat
     files = texts.standard_library() if site.text is None else site.text
     chats = {"column": "messages", "template": chat.read(site.model, tokenizer)} if site.chat else {}
     text = texts.pack(files, tokenizer, context=CONTEXT, tokens=wanted * CONTEXT, **chats)
-    read = "the sources of Python's standard library" if site.text is None else ", ".join(text.files)
+    read = texts.STANDARD_LIBRARY if site.text is None else ", ".join(text.files)
     source = {"model": str(site.model), "text": read}
     show = functools.partial(progress, f"{site.model}  harvesting")
     harvest.run(folder, model, text.contexts, points=points, source=source, progress=show)
@@ -338,10 +338,10 @@ def losses(probe: Probe, replaced: Mapping[str, np.ndarray]) -> dict[str, langua
     def replace(rows, h):
         return h.at[:, 1:].set(rows.reshape(h.shape[0], -1, h.shape[2]))
 
-    found = []
+    found, each = [], probe.contexts.shape[1] - 1
     for start in range(0, len(probe.contexts), _TOGETHER):
         some = probe.contexts[start : start + _TOGETHER]
-        span = slice(start * (CONTEXT - 1), (start + len(some)) * (CONTEXT - 1))
+        span = slice(start * each, (start + len(some)) * each)
         splices = {name: functools.partial(replace, rows[span]) for name, rows in replaced.items()}
         ids = [jnp.asarray(some)]
         found.append(language_model.cross_entropy(probe.model, ids, probe.layer, splices, site=probe.site))

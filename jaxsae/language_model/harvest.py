@@ -8,6 +8,7 @@ repeating or losing a row.
 import functools
 import itertools
 import json
+import mmap
 import os
 import threading
 import zlib
@@ -34,6 +35,7 @@ from jaxsae.language_model.models import LanguageModel, residuals
 MANIFEST = "harvest.json"  # of several directories from one pass
 _SHARD = 128 << 20  # bytes of float32 rows, about
 _MAX_STEPS = 32  # in a shard
+_TOKENS = 1 << 20  # read at a time, where all are
 _COPIED = 2 << 30  # bytes of a model that is copied to each device
 
 
@@ -130,6 +132,7 @@ def _write(writers, model: LanguageModel, contexts: np.ndarray, first: int, *, p
             rows = np.concatenate([part[place] for part in parts])
             rows = rows.reshape(-1, rows.shape[-1])
             writer.append(rows, tokens=some, norms=cleaning.norms(rows))
+        _let_go(contexts)
 
 
 def checksum(contexts: np.ndarray) -> str:
@@ -142,7 +145,25 @@ def checksum(contexts: np.ndarray) -> str:
       >>> checksum(np.arange(4).reshape(2, 2))
       '278eafa9'
     """
-    return f"{zlib.crc32(np.ascontiguousarray(contexts, np.int32).data):08x}"
+    found = 0
+    for some in _parts(contexts):
+        found = zlib.crc32(np.ascontiguousarray(some, np.int32).data, found)
+    return f"{found:08x}"
+
+
+def _parts(contexts: np.ndarray) -> Iterator[np.ndarray]:
+    """Contexts, some at a time; of a file, what was read is let go, so that a long text takes no memory."""
+    step = max(1, _TOKENS // max(1, np.shape(contexts)[1]))
+    for start in range(0, len(contexts), step):
+        yield contexts[start : start + step]
+        _let_go(contexts)
+
+
+def _let_go(contexts: np.ndarray) -> None:
+    """Drop the pages of a memory-mapped file from memory; they are read again where needed."""
+    mapped = getattr(contexts, "_mmap", None)
+    if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def directories(out: str | os.PathLike, points: Sequence[tuple[int, str]]) -> list[AnyPath]:
@@ -296,7 +317,8 @@ def require_fit(model: LanguageModel, contexts: np.ndarray, points: Sequence[tup
     if np.ndim(contexts) != 2 or not np.size(contexts) or np.asarray(contexts).dtype.kind not in "iu":
         what = f"{np.shape(contexts)} of {np.asarray(contexts).dtype}"
         raise InputError(f"got contexts of shape {what}; pass tokens (n, s), at least one context.")
-    c, (low, high) = model.config, (int(np.min(contexts)), int(np.max(contexts)))
+    c, bounds = model.config, [(int(some.min()), int(some.max())) for some in _parts(np.asanyarray(contexts))]
+    low, high = min(low for low, _ in bounds), max(high for _, high in bounds)
     _require_points(c, points, np.shape(contexts)[1])
     if low < 0 or high >= c.vocab:
         wrong = low if low < 0 else high

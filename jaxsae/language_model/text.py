@@ -45,6 +45,9 @@ class Text(NamedTuple):
     documents: int = 0
 
 
+STANDARD_LIBRARY = "the sources of Python's standard library"
+
+
 def standard_library() -> list[Path]:
     """The sources of Python's standard library, without its tests, shuffled: a text available on every machine.
 

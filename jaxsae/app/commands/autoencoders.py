@@ -48,6 +48,17 @@ def _opened(sae: str, data: Path, target: Path | None) -> tuple[Any, Any]:
     return model, pairs
 
 
+def _probe(model: str, data: Path, target: Path | None, rows: Any, *, distributed: bool) -> Any:
+    """The language model of a harvest, with its last contexts."""
+    from jaxsae.app import loss
+    from jaxsae.data import origin
+
+    if distributed:
+        raise InputError("got --model with --distributed; leave out one of them.")
+    place = origin.of_rows(data) if target is None else origin.of_pairs(data, target)
+    return loss.open_probe(model, data, rows, place)
+
+
 def _is_same(a: Path, b: str | Path) -> bool:
     """Whether two paths, on disk or in a bucket, are the same file or directory."""
     if address(a) or address(b):
@@ -60,11 +71,15 @@ def evaluate(
     sae: arguments.Autoencoder,
     data: arguments.Rows,
     target: arguments.Rows | None = None,
+    model: arguments.Model | None = None,
     mesh: tuple[arguments.Parts, arguments.Parts] | None = None,
     distributed: bool = False,
     json: bool = False,
 ) -> int:
     """Measure an autoencoder on activations.
+
+    With the model of a harvest, also its next-token loss, on the last 16 contexts, with reconstructions in place of the
+    activations: of the encoder's codes, and of the refined ones.
 
     Example: jaxsae eval --sae run --data x.npy
 
@@ -73,6 +88,7 @@ def evaluate(
             or on the hub (hf://organisation/repository/path).
         data: file or directory of activations (rows, width), on disk or in a bucket.
         target: of a transcoder, the rows that it reconstructs, likewise.
+        model: smollm2, a GGUF file or a Hugging Face directory, the one whose activations they are.
         mesh: how many ways to split the rows, and the latents, of an SAE wider than a device; by default one device.
         distributed: run as one of several processes, as for jaxsae train.
         json: print the measurements as one JSON object.
@@ -82,15 +98,27 @@ def evaluate(
 
     with devices.spread(mesh, distributed=distributed) as first:
         with processes.all_or_none():
-            model, rows = _opened(sae, data, target)
-        measured = evaluation.evaluate(model, rows)
+            autoencoder, rows = _opened(sae, data, target)
+            probe = None if model is None else _probe(model, data, target, rows, distributed=distributed)
+        measured = evaluation.evaluate(autoencoder, rows)
+        if probe is not None:
+            from jaxsae.app import loss
+
+            measured |= loss.measure(autoencoder, rows, probe)
     if not first:
         return 0
     named = {name: measured[name] for name in ("nmse", "explained_variance", "l0", "dead")}
     lines = [f"{name:18}  {console.number(value)}" for name, value in named.items()]
     lines[-1] += f" of {measured['dead_rows']:,} rows"
     largest = ", ".join(f"{n}: {console.number(value)}" for n, value in measured["nmse_at"].items())
-    console.show(measured, "\n".join([*lines, f"NMSE with only the largest latents: {largest}"]), as_json=json)
+    lines.append(f"NMSE with only the largest latents: {largest}")
+    if probe is not None:
+        ce = {name: console.number(measured[f"ce_{name}"]) for name in ("before", "after", "clean", "zero")}
+        lines.append(
+            f"next-token loss {ce['before']}, refined {ce['after']}; the model's own {ce['clean']}",
+        )
+        lines[-1] += f", with zeros {ce['zero']}"
+    console.show(measured, "\n".join(lines), as_json=json)
     if "outliers" in measured:
         found = measured["outliers"]
         what = f"{found['rows']} rows are more than thirty times as long as the median, and have"

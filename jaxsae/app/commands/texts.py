@@ -80,7 +80,7 @@ def harvest(
         json: print the path, shape, dtype and text files as one JSON object.
     """
     from jaxsae._core import processes
-    from jaxsae.language_model import harvest as job, sites
+    from jaxsae.language_model import harvest as job, sites, text as texts
 
     points = sites.points(layer, site)
     with devices.spread(None, distributed=distributed) as here:
@@ -90,7 +90,7 @@ def harvest(
             net, packed = _read(model, text, context, add_bos, tokens=tokens, **how)
         same = {"the text": job.checksum(packed.contexts), "--layer and --site": points, "--batch": batch}
         processes.require_same(same)
-        source = {"model": model, "text": packed.files}
+        source = {"model": model, "text": packed.files if text else texts.STANDARD_LIBRARY}
         how = {"points": points, "source": source, "batch": batch, "dtype": dtype}
         with console.progress(len(packed.contexts), rows=context, unit="tokens", quiet=not here) as update:
             found = job.run(out, net, packed.contexts, **how, progress=functools.partial(update, "harvesting"))
@@ -148,7 +148,7 @@ def live(
     And where they come from.
     """
     from jaxsae.data.origin import Origin
-    from jaxsae.language_model import harvest as job, sites
+    from jaxsae.language_model import harvest as job, sites, text as texts
 
     points = sites.points([] if layer is None else [layer], site)
     job.check(model, points=points, context=context)
@@ -156,7 +156,7 @@ def live(
     names = [f"{model}, layer {n}, {place}, text {job.checksum(packed.contexts)}" for n, place in points]
     shuffled = {} if window is None else {"window": window}
     rows = job.live(net, packed.contexts, points=points, **shuffled)
-    origin = Origin(model, *points[0], context, ", ".join(map(str, text)) or None)
+    origin = Origin(model, *points[0], context, ", ".join(map(str, text)) or texts.STANDARD_LIBRARY)
     data, *target = ({name: each} for name, each in zip(names, rows, strict=True))
     found = {"data": data, "origin": origin}
     if not target:
