@@ -202,7 +202,7 @@ BAD_REFINE = {
     "config damaged": ({}, [], write("topk/sae.json", b"{"), "topk: not a whole SAE"),
     "newer sae": ({}, [], write("topk/sae.json", b'{"format": "jaxsae", "version": 9}'), "version 9, expected"),
     "no data": ({"data": "nothing.npy"}, [], None, "nothing.npy: no such file"),
-    "data is a directory": ({"data": "topk"}, [], None, "topk: a directory"),
+    "data is a directory": ({"data": "topk"}, [], None, "topk: holds sae.safetensors"),
     "data is text": ({}, [], write("x.npy", b"1 2 3\n4 5 6\n"), "x.npy: "),
     "data is empty": ({}, [], write("x.npy", b""), "x.npy: "),
     "data truncated": ({}, [], truncate("x.npy", 1000), "x.npy: "),
@@ -287,7 +287,7 @@ def test_what_goes_wrong_in_between_is_one_line(error, code, message, fake_study
 
 
 def test_an_interrupted_refine_leaves_nothing(folder, capsys, monkeypatch):
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(stream, "refine", interrupted)
@@ -534,7 +534,7 @@ def test_a_transcoder_is_one_line(command, folder, capsys):
     before = snapshot(folder)
     out = ["--out", folder / "codes.npz"] if command == "refine" else []
     assert cli(command, "--sae", folder / "transcoder", "--data", folder / "x.npy", *out) == 2
-    assert "got a transcoder, whose target is not its input" in error_line(capsys.readouterr().err)
+    assert "transcoder: is a transcoder; pass --target" in error_line(capsys.readouterr().err)
     assert snapshot(folder) == before
 
 

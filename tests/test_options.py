@@ -358,7 +358,7 @@ def cut(monkeypatch):
     monkeypatch.setattr(stream, "refine", unchanged)
 
 
-def unchanged(sae, x, code, solver):
+def unchanged(sae, x, code, solver, target=None):
     zeros = np.zeros(len(x), np.int32)
     return code, RefitInfo(kkt=np.zeros(len(x), np.float32), steps=zeros, status=zeros)
 

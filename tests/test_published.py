@@ -117,7 +117,7 @@ def test_eval_and_refine_take_any_format(data, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "case, message", [("saelens/transcoder", "is a transcoder"), (None, "is 12 wide, and the rows 16")]
+    "case, message", [("saelens/transcoder", "a transcoder"), (None, "rows of width 16, but this SAE has d = 12")]
 )
 def test_study_refuses_what_is_not_for_these_rows(case, message, data, tmp_path, capsys):
     pretrained.save(sae(d=12), tmp_path / "narrow")

@@ -95,6 +95,7 @@ NO_EXAMPLE = {
         "jaxsae.data.shards.Manifest",
         "jaxsae.data.LazyRows",
         "jaxsae.stream.Block",
+        "jaxsae.stream.Chunk",
         "jaxsae.stream.Coded",
     ),
     *("jaxsae.stream.RefineSummary", "jaxsae.train.Diverged", "jaxsae.train.TrainState"),

@@ -232,7 +232,10 @@ def test_eval_of_another_width(tmp_path, capsys):
     pretrained.save(sae(m=M), tmp_path / "sae")
     np.save(tmp_path / "x.npy", np.ones((4, 7), np.float32))
     assert cli("eval", "--sae", tmp_path / "sae", "--data", tmp_path / "x.npy") == 2
-    assert capsys.readouterr().err == "jaxsae: got rows of width 7 for an SAE of 16; pass those of its layer.\n"
+    assert (
+        capsys.readouterr().err
+        == "jaxsae: got rows of width 7, but this SAE has d = 16; pass the data it was made for.\n"
+    )
 
 
 @pytest.mark.parametrize("row", [3, 590], ids=["trained on", "held out"])

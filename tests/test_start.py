@@ -97,7 +97,7 @@ BAD = {
     "latents": (published(jaxsae.TopK(4), m=32), "an SAE of latents 32 to start from, expected 64"),
     "width": (published(jaxsae.TopK(4), d=8), "an SAE of width 8 to start from, expected 32"),
     "activation": (published(jaxsae.ReLU()), "an SAE of activation ReLU to start from, expected TopK"),
-    "transcoder": (dataclasses.replace(TOPK, transcoder=True, apply_b_dec_to_input=False), "got a transcoder"),
+    "transcoder": (dataclasses.replace(TOPK, transcoder=True, apply_b_dec_to_input=False), "of kind transcoder"),
     "normalisation": (dataclasses.replace(TOPK, normalisation=normalisation.LayerNorm()), "got an SAE with LayerNorm"),
     "norms": (TOPK.replace(W_dec=2 * TOPK.W_dec), "atoms of norm 2 to 2, expected 1, without which TopK selects"),
 }

@@ -263,7 +263,7 @@ def test_a_transcoder_is_refused(tmp_path):
         lambda: refine_file(model, some_rows(), tmp_path / "a"),
         lambda: next(refine_blocks(model, some_rows())),
     ):
-        with pytest.raises(InputError, match="got a transcoder, whose target is not its input"):
+        with pytest.raises(InputError, match="got a transcoder and no target"):
             call()
     assert os.listdir(tmp_path) == []
 
@@ -282,7 +282,8 @@ def test_nearly_parallel_atoms_are_solved_as_by_refine(d, tmp_path):
     assert (block.info.status == Status.CONVERGED).all()
     np.testing.assert_allclose(block.info.kkt, 0, atol=1e-5)
     x_hat = np.asarray(jaxsae.decode(model, block.refined))[np.argsort(block.rows)]
-    np.testing.assert_allclose(x_hat, jaxsae.decode(model, refined), atol=1e-4)
+    # What the KKT residuals allow depends on the kind of processor too.
+    np.testing.assert_allclose(x_hat, jaxsae.decode(model, refined), atol=1e-5 * np.linalg.norm(x, axis=1).max())
     summary = refine_file(model, x, tmp_path / "codes.npz")
     assert summary.unconverged == 0
 

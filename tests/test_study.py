@@ -357,10 +357,10 @@ def raw_rows(n=1500, scale=1.0):
 
 
 def test_the_photographs_are_the_default():
-    rows, heldout, factor, source, *_ = sources.photographs(100_000, PLAN.heldout, 0)
+    rows, heldout, units, source, *_ = sources.photographs(100_000, PLAN.heldout, 0)
     assert rows.shape == (100_000, 192)
     assert heldout.shape == (PLAN.heldout, 192)
-    assert factor == 1
+    assert units.scale == 1
     assert "photographs" in source
 
 
@@ -368,9 +368,9 @@ def test_the_photographs_are_the_default():
 def test_training_rows_are_scaled_and_heldout_rows_are_not(scale, tmp_path):
     raw = raw_rows(scale=scale)
     np.save(tmp_path / "x.npy", raw)
-    rows, heldout, factor, *_ = sources.from_file(tmp_path / "x.npy", 100_000, SMALL.heldout, SMALL.batch)
+    rows, heldout, units, *_ = sources.from_file(tmp_path / "x.npy", 100_000, SMALL.heldout, SMALL.batch)
     np.testing.assert_allclose(np.mean(np.sum((rows - rows.mean(0)) ** 2, axis=1)), 1, rtol=1e-3)
-    np.testing.assert_allclose(rows, factor * raw[: -SMALL.heldout], rtol=1e-6)
+    np.testing.assert_allclose(rows, units.scale * raw[: -SMALL.heldout], rtol=1e-6)
     np.testing.assert_array_equal(heldout, raw[-SMALL.heldout :])
 
 
@@ -417,7 +417,7 @@ def test_a_place_that_cannot_be_written_is_said_before_the_training(tmp_path, mo
 
 def test_a_dead_autoencoder_is_reported_in_valid_json(tmp_path, monkeypatch):
     # As an L1 weight that is too large makes it.
-    def dead(rows, heldout, options, l0, progress):
+    def dead(rows, heldout, options, l0, progress, inputs):
         activation = FAMILIES[options.activation].activation(options._replace(k=l0))
         sae = jaxsae.init(jax.random.key(0), d=rows.shape[1], m=SMALL.latents, activation=activation)
         return Trained(sae.replace(b_enc=sae.b_enc - 1e6), 0.1, {})
@@ -432,7 +432,7 @@ def test_a_dead_autoencoder_is_reported_in_valid_json(tmp_path, monkeypatch):
 
 
 def test_a_diverged_autoencoder_is_reported_and_printed(tmp_path, monkeypatch, capsys):
-    def diverged(rows, heldout, options, l0, progress):
+    def diverged(rows, heldout, options, l0, progress, inputs):
         activation = FAMILIES[options.activation].activation(options._replace(k=l0))
         sae = jaxsae.init(jax.random.key(0), d=rows.shape[1], m=SMALL.latents, activation=activation)
         return Trained(sae.replace(b_enc=sae.b_enc * np.nan), 0.1, {})
@@ -617,7 +617,7 @@ def test_the_losses_are_those_of_spliced_reconstructions(spliced):
 def test_too_little_text_is_told(tmp_path):
     (tmp_path / "text.txt").write_text("a short text of a line or two, and no more than that. " * 8)
     site = study.HookPoint(MODEL, layer=1, text=[tmp_path / "text.txt"])
-    with pytest.raises(InputError, match="the model takes 64"):
+    with pytest.raises(InputError, match="the model takes 96"):
         study.run(tmp_path / "out", data=site, plan=MODEL_PLAN)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match="holds 405 rows, the study needs at"):
         patch.setattr(sources, "CONTEXT", 16)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         study as study,
         summary as summary,
         tuned as tuned,
+        units as units,
     )
 
 __getattr__, __dir__ = lazy.attach(__name__, __file__)

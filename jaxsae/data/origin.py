@@ -50,8 +50,8 @@ def of_rows(path: str | os.PathLike) -> Origin:
       path: as for `open_rows`.
 
     Example:
-      >>> of_rows("x.npy")
-      Origin(model=None, layer=None, site=None, context=None, data=None)
+      >>> of_rows("x.npy").known()
+      {}
     """
     return _read(_source(path))
 

@@ -27,7 +27,7 @@ def features(
     distributed: bool = False,
     json: bool = False,
 ) -> int:
-    """Describe latents by the rows that activate them, before and after refinement.
+    """Describe latents by the rows that activate them.
 
     Writes features.json, features.parquet and a page, report.html. If interrupted, the same command resumes. Rows of a
     harvest are shown as text, those of --patch as pictures, and others by their numbers.

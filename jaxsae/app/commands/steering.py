@@ -22,7 +22,9 @@ def steer(
     seed: arguments.Seed = 0,
     json: bool = False,
 ) -> int:
-    """Continue a text with a latent of an autoencoder made more active, beside the model's own continuation.
+    """Continue a text with a latent made more active.
+
+    The model's own continuation stands beside it.
 
     At every position but the first, scale times the latent's atom is added to the activations of the autoencoder's
     site; what it does not reconstruct stays as it is. A row-normalising autoencoder's atom is in the units of the row.

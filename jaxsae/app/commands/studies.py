@@ -1,7 +1,7 @@
 """The commands that measure shrinkage and report it: study and report."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from jaxsae._core import arguments
 from jaxsae._core.files import InputError
@@ -82,29 +82,7 @@ def study(
     from jaxsae.app import study as job
     from jaxsae.app.summary import method
 
-    if sum((data is not None, model is not None, synthetic)) > 1:
-        raise InputError("got several of --data, --model and --synthetic; pass one of them.")
-    if text and model is None:
-        raise InputError("got --text without --model; pass the model that is to read it.")
-    if chat and not text:
-        raise InputError("got --chat without --text; pass files of conversations, in JSON lines or Parquet.")
-    if noise and not synthetic:
-        raise InputError("got --noise without --synthetic; pass both.")
-    if sae and data is None and model is None:
-        raise InputError("got --sae without --data or --model; pass the activations that they are for.")
-    if mesh is not None and not sae:
-        raise InputError("got --mesh without --sae; a study trains on one device.")
-    if transcode and (model is None or site != "resid_post"):
-        raise InputError("got --transcode without --model, or with --site; it is from mlp_in to mlp_out of a model.")
-    if target is not None and data is None:
-        raise InputError("got --target without --data; pass the rows that it is reconstructed from.")
-    full, small = (job.FULL_MODEL, job.QUICK_MODEL) if model else (job.FULL, job.QUICK)
-    source = job.Features(noise=noise) if synthetic else data if target is None else job.Paired(data or "", target)
-    if model:
-        source = job.HookPoint(model, layer, text or None, *(TRANSCODED if transcode else (site,)), chat=chat)
-    if synthetic:
-        full, small = job.FULL_SYNTHETIC, job.QUICK_SYNTHETIC
-    plan = (small if quick else full)._replace(seeds=seeds, halvings=halvings, skip=skip)
+    source, plan = _source(dict(locals())), _plan(dict(locals()))
     if job.transcodes(source):
         plan = plan._replace(families=tuple(f for f in plan.families if f != "matchingpursuit"))
     given = {"families": families, "l0": l0, "grid": grid, "latents": latents, "steps": steps}
@@ -121,8 +99,48 @@ def study(
     return 1 if failed else 0
 
 
+def _source(given: dict[str, Any]) -> Any:
+    """The rows of a study; refuses options that do not go together."""
+    from jaxsae.app import study as job
+
+    data, target, model, synthetic = (given[name] for name in ("data", "target", "model", "synthetic"))
+    if sum((data is not None, model is not None, synthetic)) > 1:
+        raise InputError("got several of --data, --model and --synthetic; pass one of them.")
+    if given["text"] and model is None:
+        raise InputError("got --text without --model; pass the model that is to read it.")
+    if given["chat"] and not given["text"]:
+        raise InputError("got --chat without --text; pass files of conversations, in JSON lines or Parquet.")
+    if given["noise"] and not synthetic:
+        raise InputError("got --noise without --synthetic; pass both.")
+    if given["sae"] and data is None and model is None:
+        raise InputError("got --sae without --data or --model; pass the activations that they are for.")
+    if given["mesh"] is not None and not given["sae"]:
+        raise InputError("got --mesh without --sae; a study trains on one device.")
+    if given["transcode"] and (model is None or given["site"] != "resid_post"):
+        raise InputError("got --transcode without --model, or with --site; it is from mlp_in to mlp_out of a model.")
+    if target is not None and data is None:
+        raise InputError("got --target without --data; pass the rows that it is reconstructed from.")
+    if model is not None:
+        places = TRANSCODED if given["transcode"] else (given["site"],)
+        return job.HookPoint(model, given["layer"], given["text"] or None, *places, chat=given["chat"])
+    if synthetic:
+        return job.Features(noise=given["noise"])
+    return data if target is None else job.Paired(data, target)
+
+
+def _plan(given: dict[str, Any]) -> Any:
+    """The sizes of a study, before those that are given."""
+    from jaxsae.app import study as job
+
+    full, small = (job.FULL_MODEL, job.QUICK_MODEL) if given["model"] else (job.FULL, job.QUICK)
+    if given["synthetic"]:
+        full, small = job.FULL_SYNTHETIC, job.QUICK_SYNTHETIC
+    plan = small if given["quick"] else full
+    return plan._replace(**{name: given[name] for name in ("seeds", "halvings", "skip")})
+
+
 def report(run: arguments.InputPath, /, *, out: arguments.OutputFile | None = None, json: bool = False) -> int:
-    """Make an HTML page of a run, a study, or latents that jaxsae features measured.
+    """Make an HTML page of a run, a study or latents.
 
     It shows figures, tables, configuration and versions, needs no network, and follows the reader's choice of light or
     dark. For an unfinished run, it shows the curves so far. That of latents lets one search and sort them; the page of

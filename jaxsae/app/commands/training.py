@@ -132,28 +132,37 @@ def train(
         json: print the report as one JSON object, or the number of steps if training was stopped.
     """
     given = dict(locals())
-    from jaxsae.app import logs
     from jaxsae.app.options import Options, validate
 
     options = Options(auxk=not no_auxk, **{name: given[name] for name in Options._fields if name != "auxk"})
     validate(options, transcoder=bool(target) or transcode)
     _require_source(given)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax's errors are reported below
-    how: dict[str, Any] = {name: given[name] for name in _PASSED_ON} | {"weights": weights or None, "start": from_}
-    how |= {"target": target or None, "skip_tokens": token_numbers(skip_tokens, data)}
-    how["profile"] = None if profile is None else tuple(map(int, profile.split(":")))
+    how: dict[str, Any] = {name: given[name] for name in _PASSED_ON}
+    how |= {"skip_tokens": token_numbers(skip_tokens, data)}
     with devices.spread(mesh, distributed=distributed) as first:
-        log = _recorded(given, options, logs.logs(out, options, wandb=wandb)) if first else None
-        if model is not None:
-            texts = {name: given[name] for name in _OF_TEXT} | {"weights": how.pop("weights")}
-            places = TRANSCODED if transcode else (site,)
-            how |= live(model, layer, places, text, context, add_bos, window, **texts)
-        return _run(out, options, log, how, json)
+        return _train(given, options, how, first=first)
 
 
 _PASSED_ON = ("data", "window", "reader_threads", "max_norm")
 _PASSED_ON += ("save_every", "save_every_steps", "eval_every", "resume")
 _OF_TEXT = ("tokens", "column", "chat", "encoding")
+
+
+def _train(given: dict[str, Any], options, how: dict[str, Any], *, first: bool) -> int:
+    """Train on files, or on what a model computes; the first process logs."""
+    from jaxsae.app import logs
+
+    out, profile, weights = given["out"], given["profile"], given["weights"] or None
+    how |= {"start": given["from_"], "target": given["target"] or None}
+    how["profile"] = None if profile is None else tuple(map(int, profile.split(":")))
+    log = _recorded(given, options, logs.logs(out, options, wandb=given["wandb"])) if first else None
+    if given["model"] is None:
+        return _run(out, options, log, how | {"weights": weights}, given["json"])
+    texts = {name: given[name] for name in _OF_TEXT} | {"weights": weights}
+    places = TRANSCODED if given["transcode"] else (given["site"],)
+    where = (given[name] for name in ("text", "context", "add_bos", "window"))
+    return _run(out, options, log, how | live(given["model"], given["layer"], places, *where, **texts), given["json"])
 
 
 def _require_source(given: dict[str, Any]) -> None:
