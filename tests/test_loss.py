@@ -42,7 +42,9 @@ def losses(folder, model, fns) -> dict[str, float]:
 
 def test_the_loss_with_an_autoencoder(harvested, tmp_path, capsys):
     rows = data.open_rows(harvested[1])
-    sae = jaxsae.init(jax.random.key(0), d=24, m=64, activation=jaxsae.TopK(4), b_dec=jnp.asarray(rows[:].mean(0)))
+    sae = jaxsae.init(
+        jax.random.key(0), d=24, m=64, activation=jaxsae.TopK(4), b_dec=jnp.asarray(np.asarray(rows).mean(0))
+    )
     pretrained.save(sae, tmp_path / "sae", origin=origin.of_rows(harvested[1]))
     found = evaluated(capsys, "--sae", tmp_path / "sae", "--data", harvested[1], "--model", MODEL)
     fns = {

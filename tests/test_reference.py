@@ -96,6 +96,7 @@ NO_EXAMPLE = {
         "jaxsae.data.LazyRows",
         "jaxsae.stream.Block",
         "jaxsae.stream.Chunk",
+        "jaxsae.app.loss.measure",
         "jaxsae.stream.Coded",
     ),
     *("jaxsae.stream.RefineSummary", "jaxsae.train.Diverged", "jaxsae.train.TrainState"),

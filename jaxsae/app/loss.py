@@ -28,6 +28,11 @@ def open_probe(model: str, data: str | os.PathLike, rows: Rows, place: origin.Or
 
     Raises:
       InputError: if the directory does not say its tokens or its site, or the model is another one.
+
+    Example:
+      >>> open_probe("smollm2", "x.npy", np.zeros((4, 2)), origin.Origin())
+      Traceback (most recent call last):
+      jaxsae.InputError: x.npy: does not say of which site it is; pass what jaxsae harvest wrote.
     """
     try:
         origin.require_same(origin.Origin(model), place)

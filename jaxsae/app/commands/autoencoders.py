@@ -48,13 +48,11 @@ def _opened(sae: str, data: Path, target: Path | None) -> tuple[Any, Any]:
     return model, pairs
 
 
-def _probe(model: str, data: Path, target: Path | None, rows: Any, *, distributed: bool) -> Any:
+def _probe(model: str, data: Path, target: Path | None, rows: Any) -> Any:
     """The language model of a harvest, with its last contexts."""
     from jaxsae.app import loss
     from jaxsae.data import origin
 
-    if distributed:
-        raise InputError("got --model with --distributed; leave out one of them.")
     place = origin.of_rows(data) if target is None else origin.of_pairs(data, target)
     return loss.open_probe(model, data, rows, place)
 
@@ -96,10 +94,12 @@ def evaluate(
     from jaxsae._core import processes
     from jaxsae.app import evaluation
 
+    if model is not None and distributed:
+        raise InputError("got --model with --distributed; leave out one of them.")
     with devices.spread(mesh, distributed=distributed) as first:
         with processes.all_or_none():
             autoencoder, rows = _opened(sae, data, target)
-            probe = None if model is None else _probe(model, data, target, rows, distributed=distributed)
+            probe = None if model is None else _probe(model, data, target, rows)
         measured = evaluation.evaluate(autoencoder, rows)
         if probe is not None:
             from jaxsae.app import loss

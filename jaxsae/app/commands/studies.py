@@ -125,7 +125,7 @@ def _source(given: dict[str, Any]) -> Any:
         return job.HookPoint(model, given["layer"], given["text"] or None, *places, chat=given["chat"])
     if synthetic:
         return job.Features(noise=given["noise"])
-    return data if target is None else job.Paired(data, target)
+    return data if data is None or target is None else job.Paired(data, target)
 
 
 def _plan(given: dict[str, Any]) -> Any:
