@@ -69,8 +69,10 @@ def write(path: Path, address: str, sae: SAE, origin: Origin, format: str, numbe
         rows = {_MEASURED[name]: console.number(numbers[name]) for name in _MEASURED}
         text += f"\n## Measured\n\nOn {numbers['rows']:,} held-out rows, before refinement.\n\n{_table(rows)}\n"
     text += f"\n## Use\n\n```python\nimport jaxsae\n\nsae = jaxsae.pretrained.load({address!r})\n"
-    slots = "" if sae.activation.slots else ", capacity=jaxsae.stream.max_l0(sae, x)"
-    text += f"code, info = jaxsae.refine(sae, x{slots})  # x [n d]: activations of its site\n```\n"
+    target, rows = (", target=y", "jnp.hstack([x, y])") if sae.transcoder else ("", "x")
+    slots = "" if sae.activation.slots else f", capacity=jaxsae.stream.max_l0(sae, {rows})"
+    what = "x [n d], y [n d_out]: its inputs and targets" if sae.transcoder else "x [n d]: activations of its site"
+    text += f"code, info = jaxsae.refine(sae, x{target}{slots})  # {what}\n```\n"
     path.write_text(text)
 
 

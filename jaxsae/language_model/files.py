@@ -164,10 +164,8 @@ def special_tokens(path: str | os.PathLike) -> dict[str, list[int]]:
                     found[name] = [int(field.contents())]
             return found
         tokenizer = read_tokenizer(path)
-        texts, numbers = (
-            _options(path, "special_tokens_map.json", "tokenizer_config.json"),
-            _options(path, "config.json"),
-        )
+        texts = _options(path, "special_tokens_map.json", "tokenizer_config.json")
+        numbers = _options(path, "config.json")
         for name in ("bos", "eos", "pad", "unk"):
             text, listed = texts.get(f"{name}_token"), numbers.get(f"{name}_token_id")
             text = text["content"] if isinstance(text, dict) else text

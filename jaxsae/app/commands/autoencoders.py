@@ -114,10 +114,8 @@ def evaluate(
     lines.append(f"NMSE with only the largest latents: {largest}")
     if probe is not None:
         ce = {name: console.number(measured[f"ce_{name}"]) for name in ("before", "after", "clean", "zero")}
-        lines.append(
-            f"next-token loss {ce['before']}, refined {ce['after']}; the model's own {ce['clean']}",
-        )
-        lines[-1] += f", with zeros {ce['zero']}"
+        own = f"the model's own {ce['clean']}, with zeros {ce['zero']}"
+        lines.append(f"next-token loss {ce['before']}, refined {ce['after']}; {own}")
     console.show(measured, "\n".join(lines), as_json=json)
     if "outliers" in measured:
         found = measured["outliers"]
