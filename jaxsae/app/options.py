@@ -120,6 +120,7 @@ class _Family(NamedTuple):
     terms: Callable[[Options, optax.Schedule], tuple[Any, ...]] = lambda o, warm: ()
     rate: float = 1.0  # of learning, relative to `train.learning_rate`: by `python -m benchmarks rates`
     transform: Callable[[optax.GradientTransformation], optax.GradientTransformation] = lambda tx: tx
+    transcodes: bool = True  # False where the encoder is of the decoder's space
 
 
 # Bandwidth and threshold of JumpReLU are for rows of unit mean square, whose pre-activations are of order 0.1.
@@ -150,11 +151,12 @@ FAMILIES = {
     "matchingpursuit": _Family(
         "k",
         lambda o: MatchingPursuit(0.0, max_steps=o.k, stop_on_duplicate=False),
+        transcodes=False,
     ),
 }
 
 
-FAMILIES["alignedrelu"] = FAMILIES["relu"]._replace(transform=train.aligned_encoder)
+FAMILIES["alignedrelu"] = FAMILIES["relu"]._replace(transform=train.aligned_encoder, transcodes=False)
 
 
 def validate(options: Options, *, transcoder: bool = False) -> _Family:
@@ -187,7 +189,7 @@ def validate(options: Options, *, transcoder: bool = False) -> _Family:
         raise InputError(f"got k {o.k} for {o.latents} latents; groupmax needs a k that divides them.")
     if o.multi_topk and o.activation != "topk":
         raise InputError(f"got multi-topk for {o.activation}; it is for topk.")
-    if transcoder and o.activation in ("alignedrelu", "matchingpursuit"):
+    if transcoder and not family.transcodes:
         what = f"got {o.activation} for a transcoder, whose encoder and decoder are of different spaces"
         raise InputError(f"{what}; pass another activation.")
     if o.skip and not transcoder:

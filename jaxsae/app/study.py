@@ -26,7 +26,7 @@ from jaxsae._core import arguments
 from jaxsae._core.files import InputError, in_one_line, json_number, local_path, owned
 from jaxsae.app import plots, runs, sources
 from jaxsae.app.measure import CERTIFIED, RIVALS, TOL, measure
-from jaxsae.app.options import Options, passes, resolved
+from jaxsae.app.options import FAMILIES as TRAINED, Options, passes, resolved
 from jaxsae.app.sources import CONTEXT, Features, HookPoint, Paired, Progress, Rows, Source
 from jaxsae.app.summary import FAMILIES
 from jaxsae.app.tuned import Trained, train_to
@@ -87,7 +87,6 @@ class Plan(NamedTuple):
 
 
 _FEW = ("omp_nonnegative",)  # each takes seconds to compile
-_NO_TRANSCODERS = ("matchingpursuit", "alignedrelu")  # families whose encoder is of the decoder's space
 ALL = ("relu", "gated", "jumprelu", "topk", "batchtopk", "matryoshka", "matchingpursuit")
 FULL = Plan(512, 1000, 256, 1024, ("relu", "topk", "batchtopk"), (16, 32))
 QUICK = Plan(512, 200, 256, 256, ("relu", "topk"), (16,), rivals=_FEW)
@@ -216,7 +215,7 @@ def _check(plan: Plan, *, transcoder: bool, published: bool) -> None:
     arguments.check(Plan, plan._asdict())
     if plan.skip and not transcoder:
         raise InputError("got skip without targets; it is a connection of transcoders, from their inputs.")
-    wrong = [family for family in plan.families if family in _NO_TRANSCODERS]
+    wrong = [family for family in plan.families if not TRAINED[family].transcodes]
     if transcoder and wrong and not published:
         what = f"got {wrong[0]} for transcoders, whose encoder and decoder are of different spaces"
         raise InputError(f"{what}; pass other --families.")

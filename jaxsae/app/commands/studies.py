@@ -79,14 +79,16 @@ def study(
         mesh: with --sae, how many ways to split the rows, and the latents, of SAEs wider than a device.
         json: print the report as one JSON object.
     """
+    given = dict(locals())
     from jaxsae.app import study as job
+    from jaxsae.app.options import FAMILIES
     from jaxsae.app.summary import method
 
-    source, plan = _source(dict(locals())), _plan(dict(locals()))
+    source, plan = _source(given), _plan(given)
     if job.transcodes(source):
-        plan = plan._replace(families=tuple(f for f in plan.families if f != "matchingpursuit"))
-    given = {"families": families, "l0": l0, "grid": grid, "latents": latents, "steps": steps}
-    plan = plan._replace(**{name: value for name, value in given.items() if value})
+        plan = plan._replace(families=tuple(f for f in plan.families if FAMILIES[f].transcodes))
+    own = {name: given[name] for name in ("families", "l0", "grid", "latents", "steps")}
+    plan = plan._replace(**{name: value for name, value in own.items() if value})
     with devices.spread(mesh, distributed=False), console.progress(job.total_steps(plan, source, sae)) as update:
         report = job.run(out, data=source, plan=plan, seed=seed, saes=sae, progress=update, warn=console.warn)
     written = f"Written: {out / 'report.json'}, {out / 'shrinkage.png'}" + ("" if sae else f", {out / 'sae'}/")
