@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsae import language_model
-from jaxsae._core.files import InputError, any_path, json_number, reached
+from jaxsae._core.files import InputError, json_number
 from jaxsae.autoencoder.refinement import to_fit
 from jaxsae.autoencoder.sae import SAE
-from jaxsae.data import shards
+from jaxsae.data import origin
 from jaxsae.data.origin import Origin
 from jaxsae.language_model import files, sites, text as texts
 
@@ -70,7 +70,7 @@ def read(
     Raises:
       InputError: if the tokens are not the model's, or not those of the rows.
     """
-    contexts = _contexts(path, rows)
+    contexts = origin.contexts(path, rows)
     if contexts is None:
         if model is not None:
             warn(f"{path}: has no tokens beside its rows, so examples are shown without text.")
@@ -94,36 +94,11 @@ def read(
     return Text(contexts, tokenizer, None if end is None else _ends(contexts, end))
 
 
-def _contexts(path: str | os.PathLike, rows: int) -> np.ndarray | None:
-    folder = any_path(path)
-    with reached(folder):
-        if not (folder / shards.MANIFEST).is_file():
-            return None
-    if not any(".tokens." in name for name in shards.read(folder).files):
-        return None
-    contexts = shards.column(folder, "tokens")
-    if contexts.ndim != 2 or contexts.dtype.kind not in "iu" or contexts.shape[1] < 2:
-        return None  # of somebody who wrote other tokens than a harvest does
-    if contexts.shape[0] * (contexts.shape[1] - 1) != rows:
-        what = f"has contexts {contexts.shape} for {rows} rows"
-        raise InputError(f"{path}: {what}; expected one row for each token but the first; harvest it again.")
-    return contexts
-
-
 def _ends(contexts: np.ndarray, end: int) -> np.ndarray:
     ends = contexts == end
     if (contexts[:, 0] == end).all():  # it also begins every context, wherever documents end
         ends[:, 0] = False
     return np.flatnonzero(ends)
-
-
-def require_same(model: str | None, *origins: Origin) -> None:
-    """Raise if a language model is known to be another than the one that rows, or an autoencoder, are of."""
-    for what, known in zip(("SAE is", "rows are"), origins, strict=True):
-        names = [str(name).rstrip("/").rpartition("/")[2].lower() for name in (model, known.model)]
-        if model is not None and known.model is not None and names[0] != names[1]:
-            do = "pass the one whose activations they are"
-            raise InputError(f"the {what} of {known.model}, and --model is {model}; {do}.")
 
 
 class Lens(NamedTuple):

@@ -30,7 +30,7 @@ from jaxsae.app.feature_text import Lens, Text
 from jaxsae.autoencoder import stream
 from jaxsae.autoencoder.sae import SAE
 from jaxsae.autoencoder.shrinkage import RATIO_EDGES
-from jaxsae.data.origin import Origin
+from jaxsae.data.origin import Origin, require_model
 
 _COUNT = 20  # latents, by default
 _FIRED = 10  # rows on which a latent has to fire for its shrinkage to be compared
@@ -198,7 +198,9 @@ def _opened(
         raise InputError("got --patch and --model; pass --patch for pictures, --model for text.")
     if name is not None and jax.process_count() > 1:
         raise InputError("got --model with --distributed; leave out one of them.")
-    feature_text.require_same(name, sources.belongs, sources.rows)
+    for what, known in {"the SAE is": sources.belongs, "the rows are": sources.rows}.items():
+        if name is not None:
+            require_model(name, known, what)
     text = None if patch is not None else feature_text.read(sources.data, len(rows), sources.rows, name, warn)
     if name is None:
         return chosen, text, None

@@ -10,7 +10,7 @@ from jaxsae._core.files import InputError, json_number, shown
 from jaxsae.app import sources
 from jaxsae.autoencoder import stream
 from jaxsae.autoencoder.sae import SAE, reconstruct
-from jaxsae.data import origin, shards
+from jaxsae.data import origin
 from jaxsae.data.rows import Rows
 from jaxsae.language_model import files, sites
 
@@ -34,18 +34,15 @@ def open_probe(model: str, data: str | os.PathLike, rows: Rows, place: origin.Or
       Traceback (most recent call last):
       jaxsae.InputError: x.npy: does not say of which site it is; pass what jaxsae harvest wrote.
     """
-    try:
-        origin.require_same(origin.Origin(model), place)
-    except InputError:
-        raise InputError(f"got the model {model}, and {shown(data)} is of {place.model}; pass that one.") from None
+    origin.require_model(model, place, f"{shown(data)} is")
     layer, site = place.layer, place.site
     if place.target_site is not None:
         layer, site = place.target_layer, place.target_site
     if layer is None or site is None:
         raise InputError(f"{shown(data)}: does not say of which site it is; pass what jaxsae harvest wrote.")
-    tokens = shards.column(data, "tokens")
-    if tokens.ndim != 2 or len(tokens) * (tokens.shape[1] - 1) != len(rows):
-        raise InputError(f"{shown(data)}: has tokens {tokens.shape} for {len(rows)} rows; harvest it again.")
+    tokens = origin.contexts(data, len(rows))
+    if tokens is None:
+        raise InputError(f"{shown(data)}: nothing says the tokens of its rows; pass what jaxsae harvest wrote.")
     config = files.read_config(model)
     sites.require(config, layer, site)
     if tokens.max() >= config.vocab:

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxsae._core.files import InputError, any_path, reached
-from jaxsae.data import shards
+from jaxsae._core.files import InputError, any_path
+from jaxsae.data import origin, shards
 from jaxsae.data.lazy import LazyRows
 from jaxsae.data.rows import Rows
 
@@ -110,26 +110,16 @@ def mask(
     return kept
 
 
-def _has(path: str | os.PathLike, column: str) -> bool:
-    folder = any_path(path)
-    with reached(folder):
-        if not (folder / shards.MANIFEST).is_file():
-            return False
-    return any(f".{column}." in name for name in shards.read(folder).files)
-
-
 def _tokens(path: str | os.PathLike, rows: int) -> np.ndarray:
     """The token of each row of a harvest, without the first of each context."""
-    if not _has(path, "tokens"):
+    tokens = origin.contexts(path, rows)
+    if tokens is None:
         raise InputError(f"{path}: nothing says the tokens of its rows; pass a directory that jaxsae harvest wrote.")
-    tokens = shards.column(path, "tokens")[:, 1:].ravel()
-    if len(tokens) != rows:
-        raise InputError(f"{path}: has {len(tokens)} tokens for {rows} rows; harvest it again.")
-    return tokens
+    return tokens[:, 1:].ravel()
 
 
 def _norms(path: str | os.PathLike, rows: Rows) -> np.ndarray:
-    if _has(path, "norms"):
+    if origin.has_column(path, "norms"):
         return shards.column(path, "norms")
     if not isinstance(any_path(path), Path):
         raise InputError(f"{path}: has no norms beside its rows, and all would have to be read; harvest it again.")

@@ -3,6 +3,8 @@
 import os
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from jaxsae._core.files import InputError, any_path, reached, shown
 from jaxsae.data import shards
 
@@ -123,6 +125,71 @@ def require_same(sae: Origin, rows: Origin, what: str = "rows") -> None:
         if own is not None and other is not None and differ:
             both = f"the SAE is of {text.format(own)}, the {what} of {text.format(other)}"
             raise InputError(f"{both}; pass {what} of its own site.")
+
+
+def require_model(model: str | os.PathLike, known: Origin, what: str) -> None:
+    """Raise if a language model is known to be another than the one that something is of.
+
+    Args:
+      model: its name or path.
+      known: where that comes from.
+      what: what it is, in the message.
+
+    Raises:
+      InputError: naming both.
+
+    Example:
+      >>> require_model("llama", Origin("gpt2"), "the rows are")
+      Traceback (most recent call last):
+      jaxsae.InputError: got the model llama, and the rows are of gpt2; pass that one.
+    """
+    if known.model is not None and _last(model) != _last(known.model):
+        raise InputError(f"got the model {model}, and {what} of {known.model}; pass that one.")
+
+
+def contexts(path: str | os.PathLike, rows: int) -> np.ndarray | None:
+    """The tokens `[c s]` beside the rows of a harvest; None if there are none.
+
+    Row `r` is of position `1 + r mod (s − 1)` of context `r // (s − 1)`.
+
+    Args:
+      path: the directory.
+      rows: how many rows it has.
+
+    Raises:
+      InputError: if they are not those of so many rows.
+
+    Example:
+      >>> contexts("x.npy", 4) is None
+      True
+    """
+    if not has_column(path, "tokens"):
+        return None
+    tokens = shards.column(path, "tokens")
+    if tokens.ndim != 2 or tokens.dtype.kind not in "iu" or tokens.shape[1] < 2:
+        return None  # of somebody who wrote other tokens than a harvest does
+    if tokens[:, 1:].size != rows:
+        what = f"has {tokens[:, 1:].size} tokens for {rows} rows"
+        raise InputError(f"{shown(path)}: {what}, expected one for each but the first of a context; harvest it again.")
+    return tokens
+
+
+def has_column(path: str | os.PathLike, column: str) -> bool:
+    """Whether shards have a column beside their rows.
+
+    Args:
+      path: any file or directory.
+      column: name of the column.
+
+    Example:
+      >>> has_column("x.npy", "tokens")
+      False
+    """
+    folder = any_path(path)
+    with reached(folder):
+        if not (folder / shards.MANIFEST).is_file():
+            return False
+    return any(f".{column}." in name for name in shards.read(folder).files)
 
 
 def _last(name: Any) -> str:
