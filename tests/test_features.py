@@ -534,7 +534,9 @@ def test_what_does_not_fit_is_refused_before_any_work(world, tmp_path, monkeypat
     here = Origin(str(LLAMA), 1, "resid_post")
     for kinds in ({"belongs": here}, {"rows": here}):
         told = Sources("sae", "x.npy", model=str(other), **kinds)
-        refused("got the model .*gpt2, and the (SAE is|rows are) of .*llama", run, tmp_path, x, latents=[1], sources=told)
+        refused(
+            "got the model .*gpt2, and the (SAE is|rows are) of .*llama", run, tmp_path, x, latents=[1], sources=told
+        )
     elsewhere = Sources("sae", "x.npy", model=str(LLAMA))
     refused("neither the SAE nor the rows", run, tmp_path, x, latents=[1], sources=elsewhere)
     deep = Sources("sae", "x.npy", model=str(LLAMA), rows=here._replace(layer=7))

@@ -24,7 +24,6 @@ from jaxsae.data import Rows, fingerprint
 
 _TOGETHER = 8  # chunks in a part
 _PART = 64 << 20  # bytes of a part, about
-_BLOCK = 256  # rows refined together
 _SLOTS = 1 << 22  # of padded codes, in memory together
 
 
@@ -205,7 +204,7 @@ def _part(sae: SAE, chunk: stream.Coded, wanted: np.ndarray, extremes: bool) -> 
     active = used & (values != 0) & finite[:, None]
     only = np.flatnonzero((active & np.append(wanted, False)[np.where(used, indices, sae.m)]).any(axis=1))
     # Whole blocks, since every other size would be compiled anew.
-    others = np.setdiff1d(np.flatnonzero(finite), only, assume_unique=True)[: -len(only) % _BLOCK]
+    others = np.setdiff1d(np.flatnonzero(finite), only, assume_unique=True)[: -len(only) % stream.BLOCK]
     refined = np.zeros_like(values)
     for block in stream.refine_chunk(sae, chunk, only=np.concatenate([only, others])):
         found = np.asarray(block.refined.values)[:, : values.shape[1]]

@@ -29,7 +29,7 @@ from jaxsae.data.rows import Rows
 from jaxsae.least_squares.outcome import RefitInfo, Status
 from jaxsae.least_squares.solvers import Solver
 
-_BLOCK = 256  # rows refined together
+BLOCK = 256  # rows refined together
 _PRE_ACTIVATIONS = 256 << 20  # bytes of pre-activations held at a time
 
 
@@ -113,7 +113,7 @@ def chunks(sae: SAE, rows: Rows | Array, *, first: int = 0) -> Iterator[Chunk]:
 def _chunk_rows(m: int) -> int:
     """The number of rows whose pre-activations fit into memory, on the current mesh."""
     devices = max(1, jax.sharding.get_mesh().size)
-    return max(_BLOCK, devices * _PRE_ACTIVATIONS // (4 * m) // _BLOCK * _BLOCK)
+    return max(BLOCK, devices * _PRE_ACTIVATIONS // (4 * m) // BLOCK * BLOCK)
 
 
 @jax.jit
@@ -188,8 +188,8 @@ def refine_chunk(
     start, x, target, code = chunk
     l0 = np.asarray(code.l0)
     order = np.argsort(l0, kind="stable") if only is None else only[np.argsort(l0[only], kind="stable")]
-    for at in range(0, len(order), _BLOCK):
-        block = order[at : at + _BLOCK]
+    for at in range(0, len(order), BLOCK):
+        block = order[at : at + BLOCK]
         slots = _slots(int(l0[block].max()), sae)
         values, indices = _resize(code.values[block], slots, 0), _resize(code.indices[block], slots, sae.m)
         part = SparseCode(values, indices, sae.m, code.num_dropped[block])

@@ -129,10 +129,9 @@ def require_token(address: str) -> None:
 @contextlib.contextmanager
 def _refused_in_one_line(address: str, errors: Any) -> Iterator[None]:
     """Turn what the hub's client raises while it writes into an `InputError`."""
-    transport: Any = errors.HfHubHTTPError.__mro__[1]
     try:
         yield
-    except (OSError, RuntimeError, ValueError, transport) as raised:
+    except (OSError, RuntimeError, ValueError, _transport(errors)) as raised:
         of_upload = isinstance(raised, RuntimeError) and raised.__cause__
         error: Any = raised.__cause__ if of_upload else raised
         said = first_line(error).rstrip(".")
@@ -157,6 +156,11 @@ def _client(address: str) -> tuple[Any, Any]:
     return huggingface_hub, errors
 
 
+def _transport(errors: Any) -> Any:
+    """The base class of the HTTP client's errors; which client that is depends on the version of the hub's package."""
+    return errors.HfHubHTTPError.__mro__[1]
+
+
 def _split(address: str) -> tuple[str, str]:
     """The repository, and the path in it, of `org/repository/path`."""
     parts = PurePosixPath(address).parts
@@ -170,13 +174,11 @@ def _download(address: str, revision: str | None) -> Path:
     huggingface_hub, errors = _client(SCHEME + address)
     repository, inner = _split(address)
     absent = (errors.EntryNotFoundError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError)
-    # The base class of the HTTP client's errors; which client that is depends on the version of the hub's package.
-    transport: Any = errors.HfHubHTTPError.__mro__[1]
     try:
         return _fetch(huggingface_hub, repository, inner, revision) / inner
     except InputError:
         raise
-    except (OSError, ValueError, transport) as error:
+    except (OSError, ValueError, _transport(errors)) as error:
         if isinstance(error, absent) and not isinstance(error, errors.LocalEntryNotFoundError):
             at = f" at revision {revision}" if revision else ""
             what = f"not on the hub{at} ({first_line(error)})"
